@@ -1,0 +1,180 @@
+//! What can go wrong, and what a caller can do about it.
+
+use std::time::Duration;
+
+use fred::error::ErrorKind;
+
+use crate::{Key, Loss};
+
+/// Why an operation did not do what it was asked for.
+///
+/// "Somebody else has it" ([`NotObtained`](Error::NotObtained)) and "nobody could tell" ([`Redis`](Error::Redis)) are
+/// never mixed up: after the latter, the operation may or may not have taken effect on the server, and whatever it may
+/// have left there is cleaned up in the background.
+///
+/// # Examples
+///
+/// ```
+/// use tenure::{Error, Locker};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Error> {
+/// let locker = Locker::in_memory();
+/// let first = locker.lock("job").await?;
+/// match locker.try_lock("job").await {
+///     Err(Error::NotObtained { key, .. }) => println!("{key} is busy, another time"),
+///     Err(error) if error.is_transient() => println!("the server is not well: {error}"),
+///     other => drop(other?),
+/// }
+/// # first.release().await
+/// # }
+/// ```
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Somebody else holds the lock, and went on holding it for as long as the request was willing to wait.
+    #[error("`{key}` is held by another (attempts: {attempts}, waited: {waited:?}); try later or wait longer")]
+    NotObtained {
+        /// The key that was held; of several, the first.
+        key: Key,
+        /// How often the server was asked.
+        attempts: u32,
+        /// From the first attempt until giving up.
+        waited: Duration,
+    },
+
+    /// The lock is no longer held by the one who asked.
+    #[error("`{key}` is no longer held by this owner: {loss}")]
+    NotHeld {
+        /// The key in question; of several, the first.
+        key: Key,
+        /// How it came to an end.
+        #[source]
+        loss: Loss,
+    },
+
+    /// The lock was lost while it was needed; stop the work that it protects.
+    #[error("the lock was lost: {0}")]
+    Lost(#[from] Loss),
+
+    /// The server granted the lock so late that too little of its ttl was left, so it was released again.
+    #[error("the server's answer took so long that too little of the ttl was left; use a longer ttl")]
+    ValidityExpired,
+
+    /// Keys of one request lie in different slots of the cluster.
+    #[error("the keys lie in different slots of the cluster; give them one hash tag, as in `{{invoices}}:1`")]
+    CrossSlot,
+
+    /// No lock can have this key. Nothing was sent.
+    #[error("invalid key: {0}")]
+    InvalidKey(&'static str),
+
+    /// No lock can have this ttl. Nothing was sent.
+    #[error("invalid ttl: {0}")]
+    InvalidTtl(&'static str),
+
+    /// No lock can be renewed at this interval. Nothing was sent.
+    #[error("invalid renewal interval: {0}")]
+    InvalidRenewal(&'static str),
+
+    /// This text can't be a token.
+    #[error("invalid token: {0}")]
+    InvalidToken(&'static str),
+
+    /// [`Locker::close`](crate::Locker::close) was called before or meanwhile.
+    #[error("the locker is closed")]
+    Closed,
+
+    /// The future was polled outside a tokio runtime.
+    #[error("there is no tokio runtime here to renew the lock on; poll the future inside one")]
+    NoRuntime,
+
+    /// The server refused, or could not be asked, or did not answer in time.
+    #[error("redis: {0}")]
+    Redis(#[from] fred::error::Error),
+}
+
+impl Error {
+    /// Whether the same call may succeed a little later without anybody changing anything but the server's state.
+    ///
+    /// True of timeouts, lost connections and servers that are loading, read-only, busy, out of memory or electing.
+    /// While it waits, [`Locker::lock`](crate::Locker::lock) goes on through all of these by itself.
+    pub fn is_transient(&self) -> bool {
+        let Self::Redis(error) = self else { return false };
+        match self.code() {
+            Some(code) => TRANSIENT_CODES.contains(&code),
+            None => match error.kind() {
+                ErrorKind::Unknown => error.details() != NOT_INITIALIZED,
+                kind => matches!(
+                    kind,
+                    ErrorKind::IO
+                        | ErrorKind::Timeout
+                        | ErrorKind::Canceled
+                        | ErrorKind::Routing
+                        | ErrorKind::Cluster
+                        | ErrorKind::Sentinel
+                        | ErrorKind::Backpressure
+                ),
+            },
+        }
+    }
+
+    /// The word with which the server named its refusal, such as `WRONGTYPE`, `NOPERM`, `READONLY` or `OOM`.
+    pub fn code(&self) -> Option<&str> {
+        let Self::Redis(error) = self else { return None };
+        let word = error.details().split_ascii_whitespace().next()?;
+        let is_code = word.len() > 1 && word.bytes().all(|b| b.is_ascii_uppercase());
+        is_code.then_some(word)
+    }
+
+    pub(crate) fn timeout() -> Self {
+        Self::Redis(fred::error::Error::new(ErrorKind::Timeout, "the server did not answer in time"))
+    }
+}
+
+/// What a server answers that will do its work again some time later.
+const TRANSIENT_CODES: [&str; 13] = [
+    "ASK",
+    "BUSY",
+    "CLUSTERDOWN",
+    "LOADING",
+    "MASTERDOWN",
+    "MISCONF",
+    "MOVED",
+    "NOGOODSLAVE",
+    "NOREPLICAS",
+    "NOSCRIPT",
+    "OOM",
+    "READONLY",
+    "TRYAGAIN",
+];
+
+/// What fred says of a client on which nobody has called `init`: no waiting helps there.
+const NOT_INITIALIZED: &str = "Client is not initialized.";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn server_said(details: &'static str) -> Error {
+        fred::error::Error::new(ErrorKind::Unknown, details).into()
+    }
+
+    #[test]
+    fn a_server_that_will_recover_is_transient() {
+        for said in ["LOADING Redis is loading", "READONLY You can't write", "OOM command not allowed", "BUSY Redis"] {
+            assert!(server_said(said).is_transient(), "{said}");
+        }
+        assert!(Error::timeout().is_transient());
+    }
+
+    #[test]
+    fn a_refusal_is_not_transient_and_has_a_name() {
+        for (said, code) in [("NOPERM this user", "NOPERM"), ("WRONGTYPE Operation", "WRONGTYPE"), ("ERR no", "ERR")] {
+            assert!(!server_said(said).is_transient(), "{said}");
+            assert_eq!(server_said(said).code(), Some(code));
+        }
+        assert!(!server_said(NOT_INITIALIZED).is_transient());
+        assert_eq!(Error::timeout().code(), None);
+    }
+}

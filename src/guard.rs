@@ -1,0 +1,476 @@
+//! What a user holds: a lock, as a value that releases it when dropped.
+
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use crate::keeper::Upkeep;
+use crate::lease::{Cleanup, Hold};
+use crate::lost::{Lost, Protected};
+use crate::schedule::Drift;
+use crate::store::Released;
+use crate::{Error, Key, Loss, Token};
+
+/// A held lock: renewed in the background until it is released, dropped or lost.
+///
+/// Made by awaiting a [`LockRequest`](crate::LockRequest). A guard never believes longer than the server: it counts as
+/// held until its [`deadline`](LockGuard::deadline), which only a confirmed renewal moves, and which lies before the moment
+/// at which the server lets go. [`lost`](LockGuard::lost), [`cancellation_token`](LockGuard::cancellation_token),
+/// [`protect`](LockGuard::protect) and [`is_held`](LockGuard::is_held) all follow that one deadline.
+///
+/// # Dropping
+///
+/// Dropping a guard releases the lock in the background, on the runtime that it was obtained on, whatever thread it is
+/// dropped on. The release is not immediate: [`release`](LockGuard::release) waits for it and tells how it went. With
+/// the runtime gone, the ttl frees the lock.
+///
+/// # What it does not do
+///
+/// It can't stop work that never looks: code that runs on without an `.await`, or a request that has left for a third
+/// system. Where a late write does harm, send the [`fencing_token`](LockGuard::fencing_token) along and let the
+/// receiver refuse lower ones (<https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html>). It is
+/// not re-entrant either: a task that asks for a lock that it holds waits for itself.
+///
+/// # Examples
+///
+/// ```
+/// # async fn rebuild_invoices() -> std::io::Result<()> { Ok(()) }
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use tenure::Locker;
+///
+/// let locker = Locker::in_memory();
+/// let guard = locker.lock("invoices:42").await?;
+/// tokio::select! {
+///     done = rebuild_invoices() => done?,
+///     loss = guard.lost() => return Err(loss.into()),
+/// }
+/// guard.release().await?;
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "the lock is released as soon as its guard is dropped"]
+pub struct LockGuard {
+    hold: Arc<Hold>,
+    upkeep: Arc<Upkeep>,
+    drift: Drift,
+}
+
+impl LockGuard {
+    pub(crate) fn new(hold: Arc<Hold>, upkeep: Arc<Upkeep>, drift: Drift) -> Self {
+        Self { hold, upkeep, drift }
+    }
+
+    /// The key that is locked; of several, the first.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let guard = tenure::Locker::in_memory().lock("k").await?;
+    /// assert_eq!(guard.key().as_bytes(), b"k");
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn key(&self) -> &Key {
+        // A request without a key is refused, so there is a first; the empty slice is only what the type can't say.
+        static NONE: std::sync::LazyLock<Key> = std::sync::LazyLock::new(|| Key::from(""));
+        self.keys().first().unwrap_or(&NONE)
+    }
+
+    /// All keys that are locked.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let guard = tenure::Locker::in_memory().lock("k").await?;
+    /// assert_eq!(guard.keys(), [tenure::Key::from("k")]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn keys(&self) -> &[Key] {
+        &self.hold.owned.keys
+    }
+
+    /// The token that the server stores at the key: this owner's secret.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let guard = tenure::Locker::in_memory().lock("k").token("worker-7".parse()?).await?;
+    /// assert_eq!(guard.token().as_str(), "worker-7");
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn token(&self) -> &Token {
+        &self.hold.owned.token
+    }
+
+    /// What was stored beside the token; empty where nothing.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let guard = tenure::Locker::in_memory().lock("k").metadata("host-3").await?;
+    /// assert_eq!(guard.metadata(), b"host-3");
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn metadata(&self) -> &[u8] {
+        &self.hold.metadata
+    }
+
+    /// A number that is greater than those of all earlier holders of the lock, unless the request was not
+    /// [`fenced`](crate::LockRequest::fenced).
+    ///
+    /// Send it along with every write to a store that can refuse lower ones: then even a holder that was stopped in the
+    /// middle of a write, and woke up after its lock had passed on, does no harm. It is the larger of the last one plus
+    /// one and the server's time in microseconds, so it also grows when the server has lost its memory, as long as its
+    /// clock goes on. It never changes during the life of a guard.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let first = locker.lock("k").await?.fencing_token();
+    /// let second = locker.lock("k").await?.fencing_token();
+    /// assert!(second > first);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn fencing_token(&self) -> Option<u64> {
+        self.hold.fencing_token
+    }
+
+    /// For how long the server keeps the lock after each renewal. Whole milliseconds.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let guard = tenure::Locker::in_memory().lock("k").ttl(Duration::from_secs(9)).await?;
+    /// assert_eq!(guard.ttl(), Duration::from_secs(9));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn ttl(&self) -> Duration {
+        self.hold.ttl()
+    }
+
+    /// Until when the lock is surely held if no further renewal succeeds.
+    ///
+    /// `instant just before the last confirmed request was sent + ttl - drift`, on the monotonic clock. That clock
+    /// stands still while the whole machine is suspended, and so does this deadline.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let sent = tokio::time::Instant::now();
+    /// let guard = tenure::Locker::in_memory().lock("k").ttl(Duration::from_secs(10)).await?;
+    /// // Drift: 1 % of the ttl and 2 ms.
+    /// assert_eq!(guard.deadline() - sent, Duration::from_millis(10_000 - 100 - 2));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn deadline(&self) -> Instant {
+        self.hold.deadline()
+    }
+
+    /// How much time is left until the [`deadline`](LockGuard::deadline); zero when the lock is held no more.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let guard = tenure::Locker::in_memory().lock("k").await?;
+    /// assert!(guard.remaining() > guard.ttl() / 2);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn remaining(&self) -> Duration {
+        match self.check() {
+            Ok(()) => self.deadline().saturating_duration_since(Instant::now()),
+            Err(_) => Duration::ZERO,
+        }
+    }
+
+    /// Whether the lock is held now.
+    ///
+    /// Reads the clock, so it is right even when the runtime has been blocked or the process stopped. Once false it
+    /// stays false.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let guard = tenure::Locker::in_memory().lock("k").await?;
+    /// assert!(guard.is_held());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn is_held(&self) -> bool {
+        self.check().is_ok()
+    }
+
+    /// Like [`is_held`](LockGuard::is_held), as a result: for `?` between the steps of work that can't be dropped.
+    ///
+    /// # Errors
+    ///
+    /// How the lock was lost.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let guard = tenure::Locker::in_memory().lock("k").await?;
+    /// for _step in 0..3 {
+    ///     guard.check()?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn check(&self) -> Result<(), Loss> {
+        self.hold.check()
+    }
+
+    /// Waits until the lock is held no more, and says why. Lives on its own: it may outlast the guard, and then says
+    /// [`Loss::Released`].
+    ///
+    /// # Cancel safety
+    ///
+    /// May be dropped and made again at any time; nothing is missed.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use tenure::Loss;
+    ///
+    /// let guard = tenure::Locker::in_memory().lock("k").await?;
+    /// let lost = guard.lost();
+    /// drop(guard);
+    /// assert_eq!(lost.await, Loss::Released);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn lost(&self) -> Lost {
+        Lost::new(self.hold.clone())
+    }
+
+    /// A token that fires when the lock is held no more: lost, released or dropped. For code that already takes one.
+    ///
+    /// It is yours: cancelling it, or a child of it, does nothing to the lock.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let guard = tenure::Locker::in_memory().lock("k").await?;
+    /// let over = guard.cancellation_token();
+    /// assert!(!over.is_cancelled());
+    /// drop(guard);
+    /// assert!(over.is_cancelled());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn cancellation_token(&self) -> CancellationToken {
+        self.hold.over().child_token()
+    }
+
+    /// Runs `work` for as long as the lock is held. On a loss the work is dropped at once, and the loss is the answer,
+    /// also when the work has become ready at the same time.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the returned future drops the work and leaves the lock held.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let guard = tenure::Locker::in_memory().lock("k").await?;
+    /// let answer = guard.protect(async { 6 * 7 }).await?;
+    /// assert_eq!(answer, 42);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn protect<F: Future>(&self, work: F) -> Protected<F> {
+        Protected::new(self.hold.clone(), work)
+    }
+
+    /// Renews the lock now, for its ttl. Seldom needed: it is renewed in the background.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotHeld`] when the lock is lost, known before or found out now. [`Error::Redis`] when the server could
+    /// not be asked; the lock may still be held, until its deadline.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it leaves the lock held; the renewal may have taken effect at the server.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let guard = tenure::Locker::in_memory().lock("k").no_renewal().await?;
+    /// tokio::time::advance(Duration::from_secs(20)).await;
+    /// guard.refresh().await?;
+    /// assert!(guard.remaining() > Duration::from_secs(29));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn refresh(&self) -> Result<(), Error> {
+        self.renew(None, false).await
+    }
+
+    /// Sets the ttl, from now and for all renewals to come: shorter or longer than before. The deadline follows.
+    ///
+    /// A shorter ttl counts from the moment of the call, even when the server can't be asked.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`refresh`](LockGuard::refresh), and [`Error::InvalidTtl`] for a ttl that can't work; nothing is
+    /// changed then.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it leaves the lock held; the new ttl may have taken effect at the server.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let guard = tenure::Locker::in_memory().lock("k").await?;
+    /// guard.refresh_for(Duration::from_secs(2)).await?;
+    /// assert!(guard.remaining() < Duration::from_secs(2));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn refresh_for(&self, ttl: Duration) -> Result<(), Error> {
+        let ttl = self.drift.validate(ttl)?;
+        self.renew(Some(ttl), true).await
+    }
+
+    /// Makes sure that the server will keep the lock for at least this long from now; never makes it shorter.
+    ///
+    /// # Errors
+    ///
+    /// As [`refresh_for`](LockGuard::refresh_for).
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`refresh`](LockGuard::refresh).
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let guard = tenure::Locker::in_memory().lock("k").await?;
+    /// guard.ensure(Duration::from_secs(1)).await?;
+    /// assert!(guard.remaining() > Duration::from_secs(28));
+    /// guard.ensure(Duration::from_secs(300)).await?;
+    /// assert!(guard.remaining() > Duration::from_secs(290));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn ensure(&self, at_least: Duration) -> Result<(), Error> {
+        let at_least = self.drift.validate(at_least)?;
+        self.renew(Some(at_least), false).await
+    }
+
+    /// Asks the server how long it will keep the lock unless it is renewed. `None`: it is not held there any more.
+    ///
+    /// Only an observation: what the guard believes does not change by it. [`Duration::MAX`] where somebody has taken
+    /// the key's ttl away.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Redis`] when the server could not be asked.
+    ///
+    /// # Cancel safety
+    ///
+    /// It only reads.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let guard = tenure::Locker::in_memory().lock("k").await?;
+    /// assert!(guard.server_ttl().await?.is_some_and(|ttl| ttl <= guard.ttl()));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn server_ttl(&self) -> Result<Option<Duration>, Error> {
+        self.upkeep.store.remaining(&self.hold.owned, self.upkeep.command_timeout).await
+    }
+
+    /// Releases the lock and waits for the server's word on it. Work that this guard protects is told first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotHeld`] when it was lost before or turned out to be: what was done under it may not have been alone.
+    /// [`Error::Redis`] when the server could not be asked within the command timeout; it is then tried once more in the
+    /// background, and at last the ttl frees the lock.
+    ///
+    /// # Cancel safety
+    ///
+    /// A dropped release still releases, in the background.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let guard = locker.lock("k").await?;
+    /// guard.release().await?;
+    /// assert_eq!(locker.inspect("k").await?, None);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn release(self) -> Result<(), Error> {
+        // From here on, dropping `self` makes the keeper release, unless it is settled otherwise below.
+        match self.hold.end(Loss::Released) {
+            Loss::Released => {}
+            loss => return Err(self.not_held(loss)),
+        }
+        let released = self.upkeep.release(&self.hold.owned).await?;
+        self.hold.settle(Cleanup::Nothing);
+        match released {
+            Released::Freed => {
+                info!(name: "tenure.released", key = %self.key(), "released");
+                Ok(())
+            }
+            Released::NotOurs(loss) => Err(self.not_held(loss)),
+        }
+    }
+
+    async fn renew(&self, ttl: Option<Duration>, exact: bool) -> Result<(), Error> {
+        self.check().map_err(|loss| self.not_held(loss))?;
+        self.upkeep.renew(&self.hold, ttl, exact).await?.map_err(|loss| self.not_held(loss))
+    }
+
+    fn not_held(&self, loss: Loss) -> Error {
+        Error::NotHeld { key: self.key().clone(), loss }
+    }
+}
+
+impl Drop for LockGuard {
+    /// Only tells the keeper, which runs already: nothing here spawns, blocks or panics.
+    fn drop(&mut self) {
+        self.hold.end(Loss::Released);
+        self.hold.settle(Cleanup::Release(self.upkeep.releases.token()));
+    }
+}
+
+impl fmt::Debug for LockGuard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LockGuard")
+            .field("keys", &self.keys())
+            .field("fencing_token", &self.fencing_token())
+            .field("remaining", &self.remaining())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,229 @@
+//! What keeps a held lock alive, and releases it in the end: one task per lock.
+//!
+//! The keeper is spawned when the lock is obtained. It renews until the lock is held no more, says why, does what is left
+//! to do at the server, and ends. Dropping a guard only wakes it: so a guard may be dropped on any thread, in a panic,
+//! or while the runtime shuts down.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::select;
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tokio_util::task::TaskTracker;
+use tracing::{Instrument, debug, info, info_span, warn};
+
+use crate::isolated::Isolated;
+use crate::lease::{Cleanup, Hold, Owned};
+use crate::store::{Released, Renewed, Store};
+use crate::{Error, Loss, schedule};
+
+/// What all keepers of one locker share.
+#[derive(Debug)]
+pub(crate) struct Upkeep {
+    pub(crate) store: Box<dyn Store>,
+    pub(crate) command_timeout: Duration,
+    /// Every release that is still owed holds a token of it, so that closing can wait for them.
+    pub(crate) releases: TaskTracker,
+    /// The runtime of their own that keepers run on, where the user wants one.
+    pub(crate) isolated: Option<Isolated>,
+}
+
+impl Upkeep {
+    /// The runtime that background work belongs on: our own, or the caller's.
+    pub(crate) fn runtime(&self) -> Result<Handle, Error> {
+        match &self.isolated {
+            Some(isolated) => Ok(isolated.handle().clone()),
+            None => Handle::try_current().map_err(|_| Error::NoRuntime),
+        }
+    }
+
+    /// Starts the task that keeps the lock.
+    pub(crate) fn keep(self: &Arc<Self>, hold: Arc<Hold>, runtime: &Handle) {
+        let span = info_span!(parent: None, "tenure.keep", key = %hold.owned.key());
+        let keeper = Keeper { hold, upkeep: self.clone() };
+        runtime.spawn(keeper.run().instrument(span));
+    }
+
+    /// Renews once. A definite answer is passed on to the hold.
+    pub(crate) async fn renew(
+        &self,
+        hold: &Hold,
+        ttl: Option<Duration>,
+        exact: bool,
+    ) -> Result<Result<(), Loss>, Error> {
+        let renewing = match ttl {
+            Some(ttl) if exact => hold.setting_ttl(ttl),
+            ttl => hold.renewing(ttl),
+        };
+        let deadline = hold.deadline();
+        let timeout = schedule::call_timeout(self.command_timeout, renewing.sent, deadline);
+        let call = self.store.renew(&hold.owned, renewing.ttl, renewing.exact, timeout);
+        // The store keeps to its timeout; should it not, the deadline still holds.
+        match timeout_at(deadline, call).await.unwrap_or_else(|_| Err(Error::timeout()))? {
+            Renewed::Extended => Ok(hold.renewed(renewing)),
+            Renewed::NotOurs(loss) => Ok(Err(hold.end(loss))),
+        }
+    }
+
+    /// Releases, trying again after failures, for `command_timeout` in all.
+    ///
+    /// After a failed try the lock may be free by that very try, and whoever has it now got it rightly: then "not ours"
+    /// is a success.
+    pub(crate) async fn release(&self, owned: &Owned) -> Result<Released, Error> {
+        self.release_until(owned, Instant::now() + self.command_timeout).await
+    }
+
+    /// Undoes an attempt whose outcome nobody has learned. It may still wait somewhere to be run, so this goes on until
+    /// the server answers, or until the ttl would have done the same.
+    pub(crate) async fn undo(&self, owned: &Owned, ttl: Duration) {
+        let until = Instant::now() + self.command_timeout + ttl;
+        match self.release_until(owned, until).await {
+            Ok(_) => debug!(name: "tenure.undone", key = %owned.key(), "undid an attempt of unknown outcome"),
+            Err(error) => warn!(
+                name: "tenure.undo_failed", key = %owned.key(), %error,
+                "could not undo an attempt of unknown outcome; its ttl will"
+            ),
+        }
+    }
+
+    async fn release_until(&self, owned: &Owned, until: Instant) -> Result<Released, Error> {
+        let mut failures = 0;
+        loop {
+            let now = Instant::now();
+            let timeout = schedule::call_timeout(self.command_timeout, now, until);
+            let call = self.store.release(owned, timeout);
+            let error = match timeout_at(until, call).await.unwrap_or_else(|_| Err(Error::timeout())) {
+                Ok(Released::NotOurs(_)) if failures > 0 => return Ok(Released::Freed),
+                Ok(released) => return Ok(released),
+                Err(error) => error,
+            };
+            failures += 1;
+            let remaining = until.saturating_duration_since(Instant::now());
+            let pause = schedule::pause_after(failures, self.command_timeout, remaining, fastrand::f64());
+            if !error.is_transient() || pause >= remaining {
+                return Err(error);
+            }
+            sleep(pause).await;
+        }
+    }
+}
+
+/// Keeps one lock.
+struct Keeper {
+    hold: Arc<Hold>,
+    upkeep: Arc<Upkeep>,
+}
+
+impl Keeper {
+    async fn run(self) {
+        match self.renew_until_over().await {
+            Loss::Released => {}
+            loss => {
+                warn!(name: "tenure.lost", key = %self.hold.owned.key(), %loss, "lost");
+                if loss == Loss::Expired {
+                    // A renewal that nobody heard of may still come to pass, and would hold the key for a whole ttl.
+                    self.hold.settle(Cleanup::Release(self.upkeep.releases.token()));
+                } else {
+                    self.hold.settle(Cleanup::Nothing);
+                }
+            }
+        }
+        self.clean_up().await;
+    }
+
+    /// The renewal loop. Ends when the lock is held no more, for whatever reason, and answers that.
+    async fn renew_until_over(&self) -> Loss {
+        let hold = &*self.hold;
+        let mut failures = 0;
+        let mut due = hold.next_renewal();
+        loop {
+            if let Err(loss) = hold.check() {
+                // Also when the clock alone says so: now everybody learns it.
+                return hold.end(loss);
+            }
+            let deadline = hold.deadline();
+            let wake = due.map_or(deadline, |due| due.min(deadline));
+            select! {
+                // In this order: after a release nothing is renewed any more, even when a renewal is due as well.
+                biased;
+                () = hold.changed() => {
+                    // Released, or another ttl.
+                    due = hold.next_renewal();
+                    continue;
+                }
+                () = sleep_until(wake) => {}
+            }
+            if Instant::now() >= hold.deadline() {
+                continue;
+            }
+            let sent = Instant::now();
+            let renewal = select! {
+                biased;
+                // Given up on: should it still be run, it finds the lock released, or extends it once more.
+                () = hold.changed() => {
+                    due = hold.next_renewal();
+                    continue;
+                }
+                renewal = self.upkeep.renew(hold, None, false) => renewal,
+            };
+            match renewal {
+                Ok(Ok(())) => {
+                    failures = 0;
+                    due = hold.next_renewal();
+                    let remaining = remaining(hold);
+                    debug!(name: "tenure.renewed", ?remaining, took = ?sent.elapsed(), "renewed");
+                }
+                // Learned at the top of the loop.
+                Ok(Err(_)) => {}
+                Err(error) => {
+                    failures += 1;
+                    due = Some(self.retry_at(failures, &error));
+                }
+            }
+        }
+    }
+
+    /// When to try again after a renewal that failed. Failures are told once, the others of the row more quietly.
+    fn retry_at(&self, failures: u32, error: &Error) -> Instant {
+        let interval = self.hold.renewal_interval().unwrap_or_default();
+        let remaining = remaining(&self.hold);
+        let pause = schedule::pause_after(failures, interval, remaining, fastrand::f64());
+        if failures == 1 {
+            warn!(name: "tenure.renew_failed", ?remaining, ?pause, %error, "could not renew, will try again");
+        } else {
+            debug!(name: "tenure.renew_failed", failures, ?remaining, ?pause, %error, "could not renew, will try again");
+        }
+        Instant::now() + pause
+    }
+
+    /// Does what the end of the lock has left to do: known already, or as soon as an explicit release has said.
+    async fn clean_up(&self) {
+        let cleanup = loop {
+            match self.hold.take_cleanup() {
+                Some(cleanup) => break cleanup,
+                None => self.hold.changed().await,
+            }
+        };
+        let Cleanup::Release(_owed) = cleanup else { return };
+        match self.upkeep.release(&self.hold.owned).await {
+            Ok(outcome) => info!(name: "tenure.released", ?outcome, "released in the background"),
+            Err(error) => warn!(name: "tenure.release_failed", %error, "could not release; the ttl will free the lock"),
+        }
+    }
+}
+
+fn remaining(hold: &Hold) -> Duration {
+    hold.deadline().saturating_duration_since(Instant::now())
+}
+
+impl Drop for Keeper {
+    /// A keeper that ends while the lock is held, because its runtime shuts down, leaves a lock that nobody renews and
+    /// whose deadline nobody announces: said at once, since too early is safe and too late is not.
+    fn drop(&mut self) {
+        self.hold.end(Loss::Expired);
+        // Nobody is left to release it either: let no one wait for that.
+        self.hold.settle(Cleanup::Nothing);
+        drop(self.hold.take_cleanup());
+    }
+}

@@ -1,0 +1,124 @@
+//! The name of a lock.
+
+use std::fmt;
+
+use fred::bytes::Bytes;
+
+use crate::Error;
+
+/// The name of a lock: any bytes but none.
+///
+/// It is the key at the server, after the locker's [prefix](crate::LockerBuilder::prefix). Cheap to clone.
+///
+/// Beside the key `k` the server keeps `{k}:fence` (or `k:fence` where `k` has a hash tag of its own), which must not
+/// be used for locks.
+///
+/// # Examples
+///
+/// ```
+/// use tenure::Key;
+///
+/// let key = Key::from("invoices:42");
+/// assert_eq!(key.as_bytes(), b"invoices:42");
+/// assert_eq!(key.to_string(), "invoices:42");
+/// assert_eq!(Key::from(&b"\xff\n"[..]).to_string(), "\\xff\\n");
+/// ```
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key(Bytes);
+
+impl Key {
+    /// The most bytes that a key may have: what the server takes, less room for the names beside it.
+    pub const MAX_LEN: usize = 512 * 1024 * 1024 - 1024;
+
+    /// The key's bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    pub(crate) fn to_bytes(&self) -> Bytes {
+        self.0.clone()
+    }
+
+    pub(crate) fn validate(&self) -> Result<(), Error> {
+        if self.0.is_empty() {
+            return Err(Error::InvalidKey("it is empty"));
+        }
+        if self.0.len() > Self::MAX_LEN {
+            return Err(Error::InvalidKey("it is longer than the server's 512 MiB"));
+        }
+        Ok(())
+    }
+}
+
+impl From<&str> for Key {
+    fn from(key: &str) -> Self {
+        Self(Bytes::copy_from_slice(key.as_bytes()))
+    }
+}
+
+impl From<String> for Key {
+    fn from(key: String) -> Self {
+        Self(key.into_bytes().into())
+    }
+}
+
+impl From<&String> for Key {
+    fn from(key: &String) -> Self {
+        key.as_str().into()
+    }
+}
+
+impl From<&[u8]> for Key {
+    fn from(key: &[u8]) -> Self {
+        Self(Bytes::copy_from_slice(key))
+    }
+}
+
+impl<const N: usize> From<&[u8; N]> for Key {
+    fn from(key: &[u8; N]) -> Self {
+        key.as_slice().into()
+    }
+}
+
+impl From<Vec<u8>> for Key {
+    fn from(key: Vec<u8>) -> Self {
+        Self(key.into())
+    }
+}
+
+impl From<&Self> for Key {
+    fn from(key: &Self) -> Self {
+        key.clone()
+    }
+}
+
+impl AsRef<[u8]> for Key {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Display for Key {
+    /// Text as it is, but for control characters and bytes that are no UTF-8, which are escaped.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for chunk in self.0.utf8_chunks() {
+            for c in chunk.valid().chars() {
+                if c.is_control() {
+                    write!(f, "{}", c.escape_default())?;
+                } else {
+                    write!(f, "{c}")?;
+                }
+            }
+            for byte in chunk.invalid() {
+                write!(f, "\\x{byte:02x}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "\"{self}\"")
+    }
+}

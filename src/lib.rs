@@ -1,0 +1,92 @@
+//! Distributed locks on Redis and Valkey, as RAII guards that **know when they are lost**.
+//!
+//! Run the same service on many machines, and have one of them at a time do a thing:
+//!
+//! ```
+//! # async fn rebuild_invoices() -> std::io::Result<()> { Ok(()) }
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use tenure::Locker;
+//!
+//! # let locker = Locker::in_memory();
+//! # if false {
+//! let locker = Locker::connect("redis://127.0.0.1:6379").await?;
+//! # }
+//! let guard = locker.lock("invoices:42").await?; // waits for its turn
+//! tokio::select! {
+//!     done = rebuild_invoices() => done?,
+//!     loss = guard.lost() => return Err(loss.into()), // stop before anyone else starts
+//! }
+//! guard.release().await?; // or drop it: released in the background
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # The promise
+//!
+//! A [`LockGuard`] is *held* from the moment an attempt succeeded until its local deadline: the instant just before the
+//! last confirmed request was sent, plus the ttl, less an allowance for clock drift. Only a confirmed renewal moves that
+//! deadline, so every guard stops believing before the server lets go, whatever the network, the server or a hung reply
+//! does. [`lost`](LockGuard::lost), [`cancellation_token`](LockGuard::cancellation_token) and
+//! [`is_held`](LockGuard::is_held) all read that one deadline.
+//!
+//! A [`Loss`] says how a lock ended. A server that can't be reached is no loss: renewals are tried again, with growing
+//! pauses, until the deadline. A definite answer (another has it, the key is gone) ends the guard at once.
+//!
+//! # Which call
+//!
+//! | to | use |
+//! | --- | --- |
+//! | wait for a lock | [`Locker::lock`] |
+//! | have it now or not at all | [`Locker::try_lock`] |
+//! | try for a while, by a strategy | [`Locker::obtain`] with a [`Retry`] |
+//! | run a block of code under a lock | [`Locker::scope`] |
+//! | stop work when the lock is lost | [`LockGuard::protect`], [`LockGuard::lost`], [`LockGuard::cancellation_token`] |
+//! | protect a store from a late writer | [`LockGuard::fencing_token`] |
+//!
+//! # What it rests on
+//!
+//! - The server's clock and ours run at about the same speed: [`LockerBuilder::drift`].
+//! - The server doesn't forget. One that loses its memory (restarted without persistence, failed over to a replica that
+//!   was behind, told to evict or flush) may let a second holder in before the first has noticed at its next renewal.
+//!   Fencing tokens grow all the same.
+//! - The machine is not suspended: the monotonic clock stands still then, and the deadline with it.
+//!
+//! # Observing
+//!
+//! Through [`tracing`](https://docs.rs/tracing): a span `tenure.obtain` per request (`key`, `ttl`) and `tenure.keep` per
+//! held lock (`key`), with the events `tenure.obtained`, `tenure.held`, `tenure.attempt_failed`, `tenure.renewed`,
+//! `tenure.renew_failed`, `tenure.lost`, `tenure.released`, `tenure.release_failed`, `tenure.undone`. No token is ever
+//! shown.
+
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+mod locker;
+mod request;
+
+mod guard;
+mod lost;
+
+mod isolated;
+mod keeper;
+mod lease;
+mod schedule;
+
+mod store;
+
+mod error;
+mod key;
+mod retry;
+mod token;
+
+pub use fred;
+
+pub use self::error::Error;
+pub use self::guard::LockGuard;
+pub use self::key::Key;
+pub use self::locker::{Locker, LockerBuilder};
+pub use self::lost::{Loss, Lost, Protected};
+pub use self::request::{LockRequest, Obtaining};
+pub use self::retry::{IntoPauses, Pauses, Retry};
+pub use self::store::Holder;
+pub use self::token::Token;

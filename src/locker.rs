@@ -1,0 +1,454 @@
+//! Where locks come from: a handle on a store, and the settings that its requests start from.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fred::clients::Client;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::isolated::Isolated;
+use crate::keeper::Upkeep;
+use crate::request::Patience;
+use crate::schedule::{Drift, Renewal};
+use crate::store::memory::MemoryStore;
+use crate::store::redis::RedisStore;
+use crate::store::{Holder, Store};
+use crate::{Error, Key, LockGuard, LockRequest, Retry};
+
+/// Obtains locks on one server, one that Sentinels watch over, a cluster, or the embedded store.
+///
+/// Cheap to clone: make one at start-up and hand out clones. Its connection is closed when the last clone and the last
+/// guard are gone; [`close`](Locker::close) makes sure that nothing is left half done.
+///
+/// # Examples
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), tenure::Error> {
+/// use tenure::Locker;
+///
+/// let locker = match std::env::var("TENURE_EXAMPLE_URL") {
+///     Ok(url) => Locker::connect(&url).await?,
+///     Err(_) => Locker::in_memory(),
+/// };
+/// let guard = locker.lock("invoices:42").await?;
+/// println!("fencing token: {:?}", guard.fencing_token());
+/// guard.release().await
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Locker {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    upkeep: Arc<Upkeep>,
+    settings: Settings,
+    /// Fires when the locker is closed.
+    closed: CancellationToken,
+}
+
+/// What requests start from.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    pub(crate) ttl: Duration,
+    pub(crate) renewal: Renewal,
+    pub(crate) retry: Option<Retry>,
+    pub(crate) drift: Drift,
+    pub(crate) fenced: bool,
+}
+
+impl Locker {
+    /// Connects to a server with the default settings.
+    ///
+    /// The URL's scheme says what is there: `redis://` or `valkey://` for one server, `rediss://` with TLS (features
+    /// `rustls` or `native-tls`), `redis+unix:///path/to.sock`, `redis-sentinel://host:26379?sentinelServiceName=name`
+    /// (more with `&node=host:port`), `redis-cluster://host:port?node=host:port`. Credentials and database as usual:
+    /// `redis://user:password@host:6379/1`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Redis`] when the URL makes no sense, the server can't be reached within the
+    /// [command timeout](LockerBuilder::command_timeout), or refuses the credentials. Later interruptions are survived:
+    /// it reconnects for ever.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it closes what it has opened.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::connect("redis://127.0.0.1:6379").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn connect(url: &str) -> Result<Self, Error> {
+        Self::builder().connect(url).await
+    }
+
+    /// Uses a client of your own, with the default settings. It must be initialised, and stays yours to quit.
+    ///
+    /// Give it a [reconnect policy](fred::types::Builder::set_policy): without one, fred never connects again after an
+    /// interruption. Its other settings matter little, as every command brings its own timeout and is written only once.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+    /// use tenure::fred::prelude::*;
+    ///
+    /// let client = Builder::from_config(Config::from_url("redis://127.0.0.1:6379")?)
+    ///     .set_policy(ReconnectPolicy::new_exponential(0, 50, 2_000, 2))
+    ///     .build()?;
+    /// client.init().await?;
+    /// let locker = tenure::Locker::new(client);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn new(client: Client) -> Self {
+        Self::builder().client(client)
+    }
+
+    /// The embedded store, with the default settings: locks within this process, by the same contract, on tokio's clock.
+    /// For tests (also under `tokio::time::pause`), and for running without a server.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let guard = locker.lock("k").await?;
+    /// assert!(locker.try_lock("k").await.is_err());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn in_memory() -> Self {
+        Self::builder().in_memory()
+    }
+
+    /// Starts from the default settings; ends in one of [`connect`](LockerBuilder::connect),
+    /// [`client`](LockerBuilder::client) and [`in_memory`](LockerBuilder::in_memory).
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// let locker = tenure::Locker::builder().ttl(Duration::from_secs(10)).prefix("billing:").in_memory();
+    /// ```
+    pub fn builder() -> LockerBuilder {
+        LockerBuilder::default()
+    }
+
+    /// Asks for a lock and waits for it, without limit unless one is [set](LockRequest::wait_at_most).
+    ///
+    /// While it waits it goes on through whatever may pass: lost connections, failovers, servers that are loading. See
+    /// [`LockRequest`] for options, errors and cancel safety.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let guard = locker.lock("k").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn lock(&self, key: impl Into<Key>) -> LockRequest {
+        LockRequest::new(self.clone(), vec![key.into()], Patience::Wait)
+    }
+
+    /// Asks for a lock once, and fails with [`Error::NotObtained`] when another holds it.
+    ///
+    /// See [`LockRequest`] for options, errors and cancel safety.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use tenure::{Error, Locker};
+    ///
+    /// let locker = Locker::in_memory();
+    /// let guard = locker.try_lock("k").await?;
+    /// assert!(matches!(locker.try_lock("k").await, Err(Error::NotObtained { .. })));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn try_lock(&self, key: impl Into<Key>) -> LockRequest {
+        LockRequest::new(self.clone(), vec![key.into()], Patience::Once)
+    }
+
+    /// Asks for a lock as the locker was built to: with the builder's [`retry`](LockerBuilder::retry), or once. The
+    /// request can say otherwise, with [`retry`](LockRequest::retry) or [`wait_at_most`](LockRequest::wait_at_most).
+    ///
+    /// See [`LockRequest`] for options, errors and cancel safety.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    /// use tenure::{Locker, Retry};
+    ///
+    /// let locker = Locker::in_memory();
+    /// let thrice = Retry::linear(Duration::from_millis(100)).limit(3);
+    /// let guard = locker.obtain("k").retry(thrice).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn obtain(&self, key: impl Into<Key>) -> LockRequest {
+        let patience = self.settings().retry.clone().map_or(Patience::Once, Patience::Retry);
+        LockRequest::new(self.clone(), vec![key.into()], patience)
+    }
+
+    /// Runs `body` under a lock: waits for it, runs the body for as long as it is held, and releases it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] when the lock is lost meanwhile; the body is dropped then, wherever it was. What the request for
+    /// the lock may fail with ([`LockRequest`]). When the body is done and only the release could not be confirmed, that
+    /// is no error: it goes on in the background.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it drops the body and releases the lock in the background.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let sum = locker.scope("k", async |guard| {
+    ///     assert!(guard.is_held());
+    ///     40 + 2
+    /// });
+    /// assert_eq!(sum.await?, 42);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn scope<T>(&self, key: impl Into<Key>, body: impl AsyncFnOnce(&LockGuard) -> T) -> Result<T, Error> {
+        let guard = self.lock(key).await?;
+        let output = guard.protect(body(&guard)).await?;
+        match guard.release().await {
+            Err(Error::NotHeld { loss, .. }) => Err(Error::Lost(loss)),
+            Ok(()) | Err(_) => Ok(output),
+        }
+    }
+
+    /// Who holds a lock now, if anybody does: by this or another library.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidKey`]; [`Error::Redis`] when the server could not be asked; [`Error::Closed`].
+    ///
+    /// # Cancel safety
+    ///
+    /// It only reads.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let guard = locker.lock("k").metadata("host-3").await?;
+    /// let holder = locker.inspect("k").await?.expect("it is held");
+    /// assert_eq!(holder.metadata, b"host-3");
+    /// assert_eq!(holder.token, *guard.token());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn inspect(&self, key: impl Into<Key>) -> Result<Option<Holder>, Error> {
+        let key = key.into();
+        key.validate()?;
+        if self.closed().is_cancelled() {
+            return Err(Error::Closed);
+        }
+        let upkeep = &self.shared.upkeep;
+        upkeep.store.inspect(&key, upkeep.command_timeout).await
+    }
+
+    /// Refuses all new requests, ends those that wait with [`Error::Closed`], and waits for the releases that are in
+    /// flight: those of guards that were dropped, and of attempts that were given up.
+    ///
+    /// For the end of a program: what the runtime's shutdown would cut off is done then. Guards that are still held stay
+    /// held and are renewed on. Takes about the [command timeout](LockerBuilder::command_timeout) where the server
+    /// answers no more, and for attempts of unknown outcome up to their ttl longer.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it stops the waiting; the locker stays closed, and the releases go on.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// drop(locker.lock("k").await?);
+    /// locker.close().await;
+    /// assert!(matches!(locker.lock("k").await, Err(tenure::Error::Closed)));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn close(&self) {
+        self.shared.closed.cancel();
+        let releases = &self.shared.upkeep.releases;
+        releases.close();
+        releases.wait().await;
+    }
+
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.shared.settings
+    }
+
+    pub(crate) fn upkeep(&self) -> &Arc<Upkeep> {
+        &self.shared.upkeep
+    }
+
+    pub(crate) fn closed(&self) -> &CancellationToken {
+        &self.shared.closed
+    }
+}
+
+impl fmt::Debug for Locker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Locker")
+            .field("store", &self.shared.upkeep.store)
+            .field("settings", &self.shared.settings)
+            .field("closed", &self.shared.closed.is_cancelled())
+            .finish()
+    }
+}
+
+/// The settings of a [`Locker`]; made by [`Locker::builder`].
+///
+/// What can't work is refused by the requests that it concerns, before they send anything.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use tenure::{Locker, Retry};
+///
+/// let locker = Locker::builder()
+///     .ttl(Duration::from_secs(15))
+///     .retry(Retry::exponential(Duration::from_millis(20), Duration::from_secs(1)).limit(8))
+///     .command_timeout(Duration::from_millis(500))
+///     .in_memory();
+/// ```
+#[derive(Clone, Debug)]
+#[must_use = "a builder does nothing until it is ended"]
+pub struct LockerBuilder {
+    settings: Settings,
+    command_timeout: Duration,
+    prefix: String,
+    isolated: bool,
+}
+
+impl Default for LockerBuilder {
+    fn default() -> Self {
+        Self {
+            settings: Settings {
+                ttl: Duration::from_secs(30),
+                renewal: Renewal::default(),
+                retry: None,
+                drift: Drift::default(),
+                fenced: true,
+            },
+            command_timeout: Duration::from_secs(2),
+            prefix: String::new(),
+            isolated: false,
+        }
+    }
+}
+
+impl LockerBuilder {
+    /// The [ttl](LockRequest::ttl) of requests that set none. Default: 30 s.
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        self.settings.ttl = ttl;
+        self
+    }
+
+    /// The time between [renewals](LockRequest::renew_every). Default: a third of the ttl.
+    pub fn renew_every(mut self, interval: Duration) -> Self {
+        self.settings.renewal = Renewal::Every(interval);
+        self
+    }
+
+    /// The pauses of [`Locker::obtain`] where the request sets none. Default: one attempt.
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.settings.retry = Some(retry);
+        self
+    }
+
+    /// How far the server's clock may run ahead of ours during one ttl: a part of the ttl, and a fixed margin. A guard
+    /// stops believing by so much earlier. Default: 0.01 and 2 ms.
+    ///
+    /// A factor that is not at least 0 and below 1 leaves nothing of any ttl: every request is refused.
+    pub fn drift(mut self, factor: f64, margin: Duration) -> Self {
+        self.settings.drift = Drift { factor, margin };
+        self
+    }
+
+    /// Put before every key at the server. Guards and errors show keys without it. Default: none.
+    pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.prefix = prefix.into();
+        self
+    }
+
+    /// How long to wait for the server's answer to one command, and for a connection. Default: 2 s.
+    ///
+    /// Calls that would be answered too late to be of use end sooner, by themselves. Zero is taken for 1 ms.
+    pub fn command_timeout(mut self, timeout: Duration) -> Self {
+        self.command_timeout = timeout.max(Duration::from_millis(1));
+        self
+    }
+
+    /// Whether guards have a [fencing token](LockGuard::fencing_token). Default: true.
+    pub fn fenced(mut self, fenced: bool) -> Self {
+        self.settings.fenced = fenced;
+        self
+    }
+
+    /// Gives the connection and the renewals a thread and a runtime of their own, so that a worker of the application
+    /// that blocks can't hold them up. Costs a hand-over between threads for each request. Default: false.
+    pub fn isolated(mut self, isolated: bool) -> Self {
+        self.isolated = isolated;
+        self
+    }
+
+    /// Connects to the server at the URL; see [`Locker::connect`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Locker::connect`].
+    pub async fn connect(self, url: &str) -> Result<Locker, Error> {
+        let isolated = self.isolated.then(Isolated::start).transpose()?;
+        let (url, prefix) = (url.to_owned(), self.prefix.clone());
+        // A connection must not take so long that a lock could be lost by it.
+        let timeout = self.command_timeout.min(self.settings.ttl / 3).max(Duration::from_millis(1));
+        let connecting = async move { RedisStore::connect(&url, prefix, timeout).await };
+        let store = match &isolated {
+            Some(isolated) => isolated.handle().spawn(connecting).await.unwrap_or(Err(Error::NoRuntime))?,
+            None => connecting.await?,
+        };
+        Ok(self.build(Box::new(store), isolated))
+    }
+
+    /// Uses a client of your own; see [`Locker::new`].
+    ///
+    /// An [`isolated`](LockerBuilder::isolated) locker renews on its own thread, but the client's connection stays on
+    /// the runtime that it was initialised on.
+    pub fn client(self, client: Client) -> Locker {
+        let store = RedisStore::with_client(client, self.prefix.clone());
+        self.on_own_thread_if_wanted(Box::new(store))
+    }
+
+    /// Uses the embedded store; see [`Locker::in_memory`].
+    pub fn in_memory(self) -> Locker {
+        self.on_own_thread_if_wanted(Box::new(MemoryStore::new()))
+    }
+
+    /// Where the system has no thread left to isolate anything on, the caller's runtime does it.
+    fn on_own_thread_if_wanted(self, store: Box<dyn Store>) -> Locker {
+        let isolated = self.isolated.then(Isolated::start).and_then(Result::ok);
+        self.build(store, isolated)
+    }
+
+    fn build(self, store: Box<dyn Store>, isolated: Option<Isolated>) -> Locker {
+        let releases = TaskTracker::new();
+        let upkeep = Upkeep { store, command_timeout: self.command_timeout, releases, isolated };
+        let shared = Shared { upkeep: Arc::new(upkeep), settings: self.settings, closed: CancellationToken::new() };
+        Locker { shared: Arc::new(shared) }
+    }
+}

@@ -1,0 +1,390 @@
+//! Asking for a lock: a chain of options that ends in `.await`.
+
+use std::fmt;
+use std::future::{Future, IntoFuture};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::select;
+use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio_util::task::task_tracker::TaskTrackerToken;
+use tracing::{Instrument, debug, info, info_span, warn};
+
+use crate::keeper::Upkeep;
+use crate::lease::{Grant, Hold, Owned};
+use crate::locker::Locker;
+use crate::retry::Pauses;
+use crate::schedule::{self, Renewal};
+use crate::store::{Acquired, Wanted};
+use crate::{Error, Key, LockGuard, Retry, Token};
+
+/// A lock that is asked for: set what you need, then `.await` it for the [`LockGuard`].
+///
+/// Made by [`Locker::lock`], [`Locker::try_lock`] and [`Locker::obtain`], which differ in nothing but their patience.
+/// Nothing happens before it is awaited. What is not set here is as the [`Locker`] was built.
+///
+/// # Cancel safety
+///
+/// The future may be dropped at any time. What an attempt may have left at the server is then released in the
+/// background, on the runtime that polled it; nothing else is left behind.
+///
+/// # Errors
+///
+/// - [`Error::NotObtained`]: another holds it, and the request's patience is at an end.
+/// - [`Error::Redis`]: the server refused for good, or nothing better than failures came of the last attempt.
+/// - [`Error::ValidityExpired`]: the answer came so late that too little of the ttl was left, several times in a row
+///   where the request waits.
+/// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`]: no such lock can work; nothing was sent.
+/// - [`Error::Closed`]: the locker was closed before or meanwhile.
+///
+/// # Examples
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), tenure::Error> {
+/// use std::time::Duration;
+/// use tenure::Locker;
+///
+/// let locker = Locker::in_memory();
+/// let guard = locker
+///     .lock("index:products")
+///     .ttl(Duration::from_secs(10))
+///     .wait_at_most(Duration::from_secs(60))
+///     .metadata("host-3, pid 4711")
+///     .await?;
+/// # guard.release().await
+/// # }
+/// ```
+#[must_use = "a request does nothing until it is awaited"]
+#[derive(Clone, Debug)]
+pub struct LockRequest {
+    locker: Locker,
+    keys: Vec<Key>,
+    patience: Patience,
+    wait_at_most: Option<Duration>,
+    ttl: Duration,
+    renewal: Renewal,
+    metadata: Vec<u8>,
+    token: Option<Token>,
+    fenced: bool,
+}
+
+/// How a request goes on when the lock is not to be had at once.
+#[derive(Clone, Debug)]
+pub(crate) enum Patience {
+    /// It doesn't.
+    Once,
+    /// It looks again when there is reason to, for as long as it may wait.
+    Wait,
+    /// It tries again after each of the strategy's pauses.
+    Retry(Retry),
+}
+
+impl LockRequest {
+    pub(crate) fn new(locker: Locker, keys: Vec<Key>, patience: Patience) -> Self {
+        let settings = locker.settings();
+        let (ttl, renewal, fenced) = (settings.ttl, settings.renewal, settings.fenced);
+        let metadata = Vec::new();
+        Self { locker, keys, patience, wait_at_most: None, ttl, renewal, metadata, token: None, fenced }
+    }
+
+    /// How long the server keeps the lock after each renewal, in whole milliseconds: from 4 ms (with the usual drift)
+    /// to 365 days. Default: the locker's, 30 s.
+    ///
+    /// It is what others wait for when this process dies; and what the process may be cut off from the server before it
+    /// loses the lock.
+    pub fn ttl(self, ttl: Duration) -> Self {
+        Self { ttl, ..self }
+    }
+
+    /// Gives up when the lock could not be had for this long. Kept within 50 ms, whatever the server does.
+    ///
+    /// Makes [`obtain`](Locker::obtain) wait, and [`try_lock`](Locker::try_lock) too.
+    pub fn wait_at_most(self, limit: Duration) -> Self {
+        let patience = match self.patience {
+            Patience::Once => Patience::Wait,
+            patience => patience,
+        };
+        Self { wait_at_most: Some(limit), patience, ..self }
+    }
+
+    /// Tries again after each of these pauses, and gives up when they end. Failures of the server count as attempts.
+    pub fn retry(self, retry: Retry) -> Self {
+        Self { patience: Patience::Retry(retry), ..self }
+    }
+
+    /// Bytes to store beside the token, for [`Locker::inspect`] to show: who holds it, and what for.
+    pub fn metadata(self, metadata: impl Into<Vec<u8>>) -> Self {
+        Self { metadata: metadata.into(), ..self }
+    }
+
+    /// Obtains the lock in the name of this token: at once also where the same token holds it already, which then has it
+    /// renewed. Default: a fresh [random](Token::random) one.
+    pub fn token(self, token: Token) -> Self {
+        Self { token: Some(token), ..self }
+    }
+
+    /// The time between renewals: at least 1 ms, and shorter than the ttl less drift. Default: the locker's, or a third
+    /// of the ttl.
+    pub fn renew_every(self, interval: Duration) -> Self {
+        Self { renewal: Renewal::Every(interval), ..self }
+    }
+
+    /// Doesn't renew the lock: it expires by itself when its ttl ends, and the guard says so.
+    pub fn no_renewal(self) -> Self {
+        Self { renewal: Renewal::Never, ..self }
+    }
+
+    /// Whether the guard shall have a [fencing token](LockGuard::fencing_token). Default: the locker's, true.
+    pub fn fenced(self, fenced: bool) -> Self {
+        Self { fenced, ..self }
+    }
+
+    async fn obtain(self) -> Result<LockGuard, Error> {
+        let started = Instant::now();
+        let upkeep = self.locker.upkeep();
+        // Before anything is sent: what can't work is refused.
+        if self.locker.closed().is_cancelled() {
+            return Err(Error::Closed);
+        }
+        if self.keys.is_empty() {
+            return Err(Error::InvalidKey("there is none"));
+        }
+        self.keys.iter().try_for_each(Key::validate)?;
+        let drift = self.locker.settings().drift;
+        let ttl = drift.validate(self.ttl)?;
+        self.renewal.validate(ttl, drift)?;
+        let runtime = upkeep.runtime()?;
+
+        // Too far for the clock: without a limit.
+        let limit = self.wait_at_most.and_then(|limit| started.checked_add(limit));
+        let token = self.token.unwrap_or_else(Token::random);
+        let wanted = Wanted {
+            owned: Owned { keys: self.keys.into(), token },
+            metadata: self.metadata.into(),
+            ttl,
+            fenced: self.fenced,
+        };
+        let mut pauses = match self.patience {
+            Patience::Once => NextPause::Never,
+            Patience::Wait => NextPause::AsNeeded,
+            Patience::Retry(retry) => NextPause::Given(retry.pauses()),
+        };
+        let mut attempt = Attempt::new(wanted, upkeep.clone(), runtime);
+        let mut attempts = 0;
+        let mut late = 0;
+        loop {
+            attempts += 1;
+            let outcome = attempt.make(limit, self.locker.closed()).await;
+            let waited = started.elapsed();
+            let (holder, failure) = match outcome {
+                Ok((sent, Acquired::Granted { fencing_token })) => {
+                    let grant = Grant { sent, ttl, fencing_token };
+                    let hold = Hold::new(attempt.owned(), attempt.metadata(), &grant, drift, self.renewal);
+                    let remaining = hold.deadline().saturating_duration_since(Instant::now());
+                    if drift.suffices(remaining, ttl) {
+                        info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
+                        return Ok(attempt.succeed(hold, drift));
+                    }
+                    debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");
+                    // Once can be a stall of the server, which waiting helps against. A ttl that is always too short for
+                    // the way to the server would be waited with for ever.
+                    late += 1;
+                    if late == LATE_GRANTS || matches!(pauses, NextPause::Never) {
+                        return Err(Error::ValidityExpired);
+                    }
+                    (None, Some(Error::ValidityExpired))
+                }
+                Ok((_, Acquired::Held { remaining })) => {
+                    late = 0;
+                    debug!(name: "tenure.held", attempts, ?waited, ?remaining, "held by another");
+                    (remaining, None)
+                }
+                Err(error) if error.is_transient() => {
+                    if attempts == 1 {
+                        warn!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server");
+                    } else {
+                        debug!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server");
+                    }
+                    (None, Some(error))
+                }
+                Err(error) => return Err(error),
+            };
+            let now = Instant::now();
+            let next = pauses.next(attempts, holder).and_then(|pause| now.checked_add(pause));
+            let within = |next: &Instant| limit.is_none_or(|limit| *next < limit);
+            let Some(next) = next.filter(within) else {
+                // The last pause is cut short by the limit: waited for in full, as the lock may be had until then.
+                if let (Some(limit), Some(_)) = (limit, next) {
+                    self.locker.pause_until(limit).await?;
+                }
+                let key = attempt.owned().key();
+                let not_obtained = Error::NotObtained { key, attempts, waited: started.elapsed() };
+                return Err(failure.unwrap_or(not_obtained));
+            };
+            self.locker.pause_until(next).await?;
+        }
+    }
+}
+
+/// So many grants in a row that came too late to be of use end a request that waits.
+const LATE_GRANTS: u32 = 3;
+
+/// Even a request that may not wait at all gives its first attempt this long. Less than the tolerance of
+/// [`LockRequest::wait_at_most`].
+const FIRST_ATTEMPT: Duration = Duration::from_millis(30);
+
+/// By how much the store may overrun its timeout before its call is given up on from outside.
+const GRACE: Duration = Duration::from_millis(10);
+
+/// Where the pauses between attempts come from.
+enum NextPause {
+    Never,
+    AsNeeded,
+    Given(Pauses),
+}
+
+impl NextPause {
+    fn next(&mut self, attempts: u32, holder: Option<Duration>) -> Option<Duration> {
+        match self {
+            Self::Never => None,
+            Self::AsNeeded => Some(schedule::poll_after(attempts, holder, fastrand::f64())),
+            Self::Given(pauses) => pauses.next(),
+        }
+    }
+}
+
+/// The attempts of one request: sees to it that none of them leaves anything behind.
+struct Attempt {
+    /// Taken out when the lock is obtained, or when what the attempts left has to be undone.
+    wanted: Arc<Wanted>,
+    upkeep: Arc<Upkeep>,
+    runtime: Handle,
+    /// The server may hold the lock for us, or may come to, without our knowing. The token makes
+    /// [`Locker::close`] wait until that is settled.
+    unsettled: Option<TaskTrackerToken>,
+}
+
+impl Attempt {
+    fn new(wanted: Wanted, upkeep: Arc<Upkeep>, runtime: Handle) -> Self {
+        Self { wanted: Arc::new(wanted), upkeep, runtime, unsettled: None }
+    }
+
+    fn owned(&self) -> Owned {
+        self.wanted.owned.clone()
+    }
+
+    fn metadata(&self) -> Box<[u8]> {
+        self.wanted.metadata.clone()
+    }
+
+    /// Asks the server once. Answers when the question was sent, and the verdict.
+    async fn make(
+        &mut self,
+        limit: Option<Instant>,
+        closed: &tokio_util::sync::CancellationToken,
+    ) -> Result<(Instant, Acquired), Error> {
+        let sent = Instant::now();
+        let patience = limit.map_or(Duration::MAX, |limit| limit.saturating_duration_since(sent));
+        let timeout = self.upkeep.command_timeout.min(patience.max(FIRST_ATTEMPT));
+        let doubtful = self.unsettled.is_some();
+        if !doubtful {
+            self.unsettled = Some(self.upkeep.releases.token());
+        }
+        let call = self.upkeep.store.acquire(&self.wanted, timeout);
+        let answer = select! {
+            biased;
+            () = closed.cancelled() => return Err(Error::Closed),
+            answer = timeout_at(sent + timeout + GRACE, call) => answer.unwrap_or_else(|_| Err(Error::timeout())),
+        };
+        let refused = match &answer {
+            Ok(Acquired::Held { .. }) => true,
+            Ok(Acquired::Granted { .. }) => false,
+            // Refused by the server with a word: it has not run the script.
+            Err(error) => error.code().is_some(),
+        };
+        // After an earlier attempt of unknown outcome, this answer doesn't speak for that one.
+        if refused && !doubtful {
+            self.unsettled = None;
+        }
+        answer.map(|verdict| (sent, verdict))
+    }
+
+    /// The lock is ours: from here on its guard and its keeper see to it.
+    fn succeed(mut self, hold: Hold, drift: schedule::Drift) -> LockGuard {
+        let hold = Arc::new(hold);
+        let guard = LockGuard::new(hold.clone(), self.upkeep.clone(), drift);
+        self.upkeep.keep(hold, &self.runtime);
+        self.unsettled = None;
+        guard
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        let Some(unsettled) = self.unsettled.take() else { return };
+        let (wanted, upkeep) = (self.wanted.clone(), self.upkeep.clone());
+        // Where the runtime is gone, this does nothing, and the ttl frees the lock.
+        self.runtime.spawn(async move {
+            upkeep.undo(&wanted.owned, wanted.ttl).await;
+            drop(unsettled);
+        });
+    }
+}
+
+impl Locker {
+    /// Sleeps, unless the locker is closed.
+    async fn pause_until(&self, wake: Instant) -> Result<(), Error> {
+        select! {
+            biased;
+            () = self.closed().cancelled() => Err(Error::Closed),
+            () = sleep_until(wake) => Ok(()),
+        }
+    }
+}
+
+impl IntoFuture for LockRequest {
+    type Output = Result<LockGuard, Error>;
+    type IntoFuture = Obtaining;
+
+    fn into_future(self) -> Obtaining {
+        let keys = Keys(&self.keys);
+        let span = info_span!("tenure.obtain", key = %keys, ttl = ?self.ttl);
+        Obtaining(Box::pin(self.obtain().instrument(span)))
+    }
+}
+
+/// The keys of a request, as its span shows them.
+struct Keys<'a>(&'a [Key]);
+
+impl fmt::Display for Keys<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
+        self.0.iter().try_for_each(|key| write!(f, "{}{key}", std::mem::replace(&mut separator, ", ")))
+    }
+}
+
+/// Obtains a lock: the future of a [`LockRequest`], made by awaiting it.
+///
+/// # Cancel safety
+///
+/// May be dropped at any time, see [`LockRequest`].
+#[must_use = "futures do nothing unless polled"]
+pub struct Obtaining(Pin<Box<dyn Future<Output = Result<LockGuard, Error>> + Send>>);
+
+impl Future for Obtaining {
+    type Output = Result<LockGuard, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.as_mut().poll(cx)
+    }
+}
+
+impl fmt::Debug for Obtaining {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Obtaining").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,85 @@
+//! Where locks live: the contract between the crate and a server.
+//!
+//! **Verdicts are values, failures are errors.** `Ok` carries what the server has decided. `Err` means that nobody knows:
+//! the operation may have taken effect, may yet, or never will. Unknown is never taken for refused, nor for lost.
+//!
+//! Every operation may be repeated with the same token: a repeat after a lost answer does no harm and answers what the
+//! first one would have.
+
+pub(crate) mod memory;
+pub(crate) mod redis;
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+
+use crate::lease::Owned;
+use crate::{Error, Key, Loss, Token};
+
+/// An operation on its way.
+pub(crate) type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'a>>;
+
+/// The operations of a lock's life. Each ends within its `timeout`, whatever the server does.
+pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
+    /// Takes all keys for the token, or none.
+    fn acquire<'a>(&'a self, wanted: &'a Wanted, timeout: Duration) -> Answer<'a, Acquired>;
+
+    /// Makes the keys live for at least `ttl` from now (or exactly, where `exact`), if all hold the token.
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, exact: bool, timeout: Duration) -> Answer<'a, Renewed>;
+
+    /// Deletes those of the keys that hold the token.
+    fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released>;
+
+    /// How long the keys will live on, the shortest of them, if all hold the token.
+    fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>>;
+
+    /// Who holds the key.
+    fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>>;
+}
+
+/// What a request wants of the server.
+pub(crate) struct Wanted {
+    pub(crate) owned: Owned,
+    pub(crate) metadata: Box<[u8]>,
+    pub(crate) ttl: Duration,
+    pub(crate) fenced: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Acquired {
+    Granted {
+        fencing_token: Option<u64>,
+    },
+    /// By another, for this long unless renewed; for ever where there is no ttl.
+    Held {
+        remaining: Option<Duration>,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Renewed {
+    Extended,
+    NotOurs(Loss),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Released {
+    Freed,
+    NotOurs(Loss),
+}
+
+/// Who holds a lock; answered by [`Locker::inspect`](crate::Locker::inspect).
+#[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub struct Holder {
+    /// The holder's token.
+    pub token: Token,
+    /// What the holder put beside its token; empty where nothing.
+    pub metadata: Vec<u8>,
+    /// For how long the server will keep the key unless it is renewed; `None` for a key without a ttl, which no lock
+    /// of this crate is.
+    pub remaining: Option<Duration>,
+    /// The latest fencing token that was handed out for this key: the holder's, unless it asked for none.
+    pub fencing_token: Option<u64>,
+}

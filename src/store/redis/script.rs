@@ -1,0 +1,126 @@
+//! The scripts, and how one is run: by its hash, or whole where the server doesn't know it.
+
+use std::time::Duration;
+
+use fred::bytes_utils::Str;
+use fred::clients::Client;
+use fred::error::ErrorKind;
+use fred::interfaces::ClientLike;
+use fred::types::config::Options;
+use fred::types::{ClusterHash, CustomCommand, Value};
+use tokio::time::Instant;
+
+use crate::Error;
+
+/// A script and the hash by which the server remembers it.
+#[derive(Debug)]
+pub(super) struct Script {
+    source: Str,
+    hash: Str,
+}
+
+#[derive(Debug)]
+pub(super) struct Scripts {
+    pub(super) acquire: Script,
+    pub(super) renew: Script,
+    pub(super) release: Script,
+    pub(super) remaining: Script,
+    pub(super) inspect: Script,
+}
+
+impl Scripts {
+    pub(super) fn new() -> Self {
+        Self {
+            acquire: Script::new(include_str!("scripts/acquire.lua")),
+            renew: Script::new(include_str!("scripts/renew.lua")),
+            release: Script::new(include_str!("scripts/release.lua")),
+            remaining: Script::new(include_str!("scripts/remaining.lua")),
+            inspect: Script::new(include_str!("scripts/inspect.lua")),
+        }
+    }
+}
+
+/// How often a command is sent again after the cluster has sent it elsewhere.
+const REDIRECTIONS: usize = 3;
+
+impl Script {
+    fn new(source: &'static str) -> Self {
+        Self { source: Str::from_static(source), hash: fred::util::sha1_hash(source).into() }
+    }
+
+    /// Runs the script once, within `timeout`.
+    ///
+    /// By its hash; where the server has forgotten it (a restart, a failover, SCRIPT FLUSH) whole, which makes the
+    /// server remember it again. NOSCRIPT means that nothing was run, so this is still one run.
+    pub(super) async fn run(&self, client: &Client, call: Call, timeout: Duration) -> Result<Value, Error> {
+        let until = Instant::now() + timeout;
+        match call.send(client, EVALSHA, &self.hash, timeout).await {
+            Err(error) if error.details().starts_with("NOSCRIPT") => {
+                let left = until.saturating_duration_since(Instant::now());
+                call.send(client, EVAL, &self.source, left).await.map_err(into_ours)
+            }
+            answer => answer.map_err(into_ours),
+        }
+    }
+}
+
+const EVALSHA: &str = "EVALSHA";
+const EVAL: &str = "EVAL";
+
+/// What a script is run with.
+pub(super) struct Call {
+    /// The number of keys, the keys, the other arguments.
+    args: Vec<Value>,
+}
+
+impl Call {
+    pub(super) fn new(keys: impl ExactSizeIterator<Item = Value>, args: impl IntoIterator<Item = Value>) -> Self {
+        let count = i64::try_from(keys.len()).unwrap_or(i64::MAX);
+        Self { args: std::iter::once(Value::Integer(count)).chain(keys).chain(args).collect() }
+    }
+
+    /// Sends one command. fred's own options see to it that it is written at most once and ends in time: a command
+    /// whose reply was lost is repeated by us or by nobody, and one that still waits for a connection when its time is
+    /// up is not sent any more, as it would be if we only stopped waiting for it.
+    async fn send(
+        &self,
+        client: &Client,
+        command: &'static str,
+        script: &Str,
+        timeout: Duration,
+    ) -> Result<Value, fred::error::Error> {
+        let until = Instant::now() + timeout;
+        let mut redirections = REDIRECTIONS;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                // Not passed on, as fred takes zero for "no timeout at all".
+                return Err(fred::error::Error::new(ErrorKind::Timeout, "no time left to ask the server"));
+            }
+            let options = Options { max_attempts: Some(1), timeout: Some(left), ..Options::default() };
+            // The third argument, after the script and the number of keys, is the first key.
+            let command = CustomCommand::new_static(command, ClusterHash::Offset(2), false);
+            let mut args = Vec::with_capacity(1 + self.args.len());
+            args.push(Value::String(script.clone()));
+            args.extend_from_slice(&self.args);
+            let answer = client.with_options(&options).custom(command, args).await;
+            match answer {
+                // MOVED or ASK: not run, and counted by fred as the one attempt. It has learned where to go meanwhile.
+                Err(error) if redirections > 0 && client.is_clustered() && error.details() == REDIRECTED => {
+                    redirections -= 1;
+                }
+                answer => return answer,
+            }
+        }
+    }
+}
+
+/// What fred says of a command that it may not write once more.
+const REDIRECTED: &str = "Too many failed write attempts.";
+
+fn into_ours(error: fred::error::Error) -> Error {
+    match error.details() {
+        details if details.starts_with("CROSSSLOT") => Error::CrossSlot,
+        _ => Error::Redis(error),
+    }
+}

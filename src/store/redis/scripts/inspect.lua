@@ -1,0 +1,12 @@
+-- Who holds a key.
+--
+-- KEYS  the lock key, its fence key.
+-- Reply nil, or {what the key holds, its ttl in ms or -1, what the fence key holds or nil}.
+--
+-- Idempotent: it only reads.
+
+local held = redis.call('GET', KEYS[1])
+if not held then
+    return false
+end
+return {held, redis.call('PTTL', KEYS[1]), redis.call('GET', KEYS[2])}
