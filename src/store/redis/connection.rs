@@ -3,13 +3,18 @@
 use std::fmt;
 use std::future::Future;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use fred::clients::Client;
 use fred::error::ErrorKind;
-use fred::interfaces::ClientLike;
-use fred::types::config::{Config, ConnectionConfig, PerformanceConfig, ReconnectError, ReconnectPolicy};
-use fred::types::{Builder, ConnectHandle};
+use fred::interfaces::{ClientLike, EventInterface, FredResult};
+use fred::types::Builder;
+use fred::types::config::{Config, ConnectionConfig, PerformanceConfig, ReconnectError, ReconnectPolicy, Server};
+use tokio::join;
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::TryRecvError;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::Error;
 
@@ -19,9 +24,16 @@ const SILENT_CALLS: u32 = 2;
 
 pub(super) struct Connection {
     client: Client,
+    /// What fred says of failed connections: the reason why a call had to wait in vain.
+    failures: Mutex<Failures>,
     /// Drives the connection, where it is ours.
-    driver: Option<ConnectHandle>,
+    driver: Option<AbortOnDropHandle<FredResult<()>>>,
     silent: AtomicU32,
+}
+
+struct Failures {
+    told: Receiver<(fred::error::Error, Option<Server>)>,
+    last: Option<fred::error::Error>,
 }
 
 impl Connection {
@@ -37,12 +49,13 @@ impl Connection {
             // Without a policy fred never connects again.
             .set_policy(ReconnectPolicy::new_exponential(0, 50, 2_000, 2))
             .build()?;
-        let driver = client.init().await?;
-        Ok(Self { client, driver: Some(driver), silent: AtomicU32::new(0) })
+        let driver = connect(&client).await?;
+        Ok(Self { driver: Some(driver), ..Self::borrowed(client) })
     }
 
     pub(super) fn borrowed(client: Client) -> Self {
-        Self { client, driver: None, silent: AtomicU32::new(0) }
+        let failures = Mutex::new(Failures { told: client.error_rx(), last: None });
+        Self { client, failures, driver: None, silent: AtomicU32::new(0) }
     }
 
     pub(super) fn client(&self) -> &Client {
@@ -56,11 +69,31 @@ impl Connection {
         let unanswered = matches!(&answer, Err(Error::Redis(error)) if *error.kind() == ErrorKind::Timeout);
         if !unanswered {
             self.silent.store(0, Ordering::Relaxed);
-        } else if self.silent.fetch_add(1, Ordering::Relaxed) + 1 >= SILENT_CALLS && self.driver.is_some() {
+            return answer;
+        }
+        if let Some(reason) = self.why_not_connected() {
+            return Err(reason.into());
+        }
+        if self.silent.fetch_add(1, Ordering::Relaxed) + 1 >= SILENT_CALLS && self.driver.is_some() {
             self.silent.store(0, Ordering::Relaxed);
             self.reopen();
         }
         answer
+    }
+
+    /// A call that waited in vain for a connection says "timed out"; this knows better: refused, or still loading.
+    fn why_not_connected(&self) -> Option<fred::error::Error> {
+        if self.client.is_connected() {
+            return None;
+        }
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match failures.told.try_recv() {
+                Ok((error, _)) => failures.last = Some(error),
+                Err(TryRecvError::Lagged(_)) => {}
+                Err(TryRecvError::Empty | TryRecvError::Closed) => return failures.last.clone(),
+            }
+        }
     }
 
     /// Asks fred for a new connection. The request is in its queue once this future was polled; its answer, which may
@@ -72,6 +105,19 @@ impl Connection {
             tracing::debug!(name: "tenure.reconnect", "the connection could not be asked to reopen");
         }
     }
+}
+
+/// Connects, and owns the task that drives the connection from the first moment: who stops waiting for `init` leaves it
+/// running for ever.
+async fn connect(client: &Client) -> Result<AbortOnDropHandle<FredResult<()>>, Error> {
+    let (connected, driver) = join!(
+        // It listens from its first poll on, so it comes before what it listens to.
+        biased;
+        client.wait_for_connect(),
+        async { AbortOnDropHandle::new(client.connect()) },
+    );
+    connected?;
+    Ok(driver)
 }
 
 /// rediss:// without a TLS library would go out in the clear, or nowhere.
@@ -91,15 +137,6 @@ fn configure(config: &mut ConnectionConfig, timeout: Duration) {
     config.max_command_attempts = 1;
     // A primary that became a replica: look for the new one. Other refusals pass without a new connection.
     config.reconnect_errors = vec![ReconnectError::ClusterDown, ReconnectError::ReadOnly];
-}
-
-impl Drop for Connection {
-    /// Ends the task that drives our own connection, and with it the connection.
-    fn drop(&mut self) {
-        if let Some(driver) = &self.driver {
-            driver.abort();
-        }
-    }
 }
 
 impl fmt::Debug for Connection {

@@ -34,11 +34,11 @@ fn has_hash_tag(key: &[u8]) -> bool {
 
 /// For every slot, four letters that hash to it.
 static TAGS: LazyLock<Vec<[u8; 4]>> = LazyLock::new(|| {
-    const LETTERS: &[u8; 16] = b"abcdefghijklmnop";
+    const LETTERS: &[u8; 26] = b"abcdefghijklmnopqrstuvwxyz";
     let letter = |n: usize| LETTERS.get(n % LETTERS.len()).copied().unwrap_or(b'a');
     let mut tags = vec![[b'a'; 4]; SLOTS];
     for n in 0..LETTERS.len().pow(4) {
-        let tag = [letter(n), letter(n >> 4), letter(n >> 8), letter(n >> 12)];
+        let tag = [letter(n), letter(n / 26), letter(n / 26 / 26), letter(n / 26 / 26 / 26)];
         if let Some(known) = tags.get_mut(usize::from(redis_keyslot(&tag))) {
             *known = tag;
         }

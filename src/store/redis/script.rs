@@ -97,9 +97,15 @@ impl Call {
                 // Not passed on, as fred takes zero for "no timeout at all".
                 return Err(fred::error::Error::new(ErrorKind::Timeout, "no time left to ask the server"));
             }
-            let options = Options { max_attempts: Some(1), timeout: Some(left), ..Options::default() };
-            // The third argument, after the script and the number of keys, is the first key.
-            let command = CustomCommand::new_static(command, ClusterHash::Offset(2), false);
+            let options = Options {
+                max_attempts: Some(1),
+                timeout: Some(left),
+                // The third argument, after the script and the number of keys, is the first key. It is said here, as
+                // fred goes by the hash policy of a custom command only where that is a slot.
+                cluster_hash: Some(ClusterHash::Offset(2)),
+                ..Options::default()
+            };
+            let command = CustomCommand::new_static(command, ClusterHash::FirstKey, false);
             let mut args = Vec::with_capacity(1 + self.args.len());
             args.push(Value::String(script.clone()));
             args.extend_from_slice(&self.args);

@@ -1,0 +1,179 @@
+//! Whatever is dropped, at whatever point, leaves nothing behind: no key, no task.
+
+use std::time::Duration;
+
+use tenure::{Error, Locker, Loss};
+use tenure_test_support::{Mode, Proxy, Server, eventually, soon};
+use tokio::runtime::Handle;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+fn tasks() -> usize {
+    Handle::current().metrics().num_alive_tasks()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_thousand_requests_dropped_at_random_points_leave_no_key_and_no_task() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let before = tasks();
+    let seed = fastrand::u64(..);
+    fastrand::seed(seed);
+    for round in 0..10 {
+        let mut requests = JoinSet::new();
+        for n in 0..1_000 {
+            // Some keys are contended, so that some are dropped while they wait.
+            let request = locker.lock(format!("k:{round}:{}", n / 2)).ttl(ms(60_000));
+            let patience = Duration::from_micros(fastrand::u64(..40_000));
+            requests.spawn(async move { timeout(patience, request).await.is_ok_and(|guard| guard.is_ok()) });
+        }
+        requests.join_all().await;
+    }
+    let started = Instant::now();
+    eventually("no key is left", async || {
+        let count = "local n = 0 for _, key in ipairs(redis.call('KEYS', 'k:*')) do n = n + 1 end return n";
+        (server.cli(&["EVAL", count, "0"]) == "0" && tasks() == before).then_some(())
+    })
+    .await;
+    assert!(started.elapsed() < ms(2_000), "after {:?}, seed {seed}", started.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_thousand_guards_leave_no_task() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let before = tasks();
+    let mut guards = Vec::new();
+    for n in 0..10_000 {
+        guards.push(locker.try_lock(format!("k:{n}")).fenced(false).await.unwrap());
+    }
+    // One task each, no more.
+    assert_eq!(tasks() - before, 10_000);
+    for (n, guard) in guards.into_iter().enumerate() {
+        if n % 2 == 0 {
+            guard.release().await.unwrap();
+        } else {
+            drop(guard);
+        }
+    }
+    soon(locker.close()).await;
+    eventually("no task is left", async || (tasks() == before).then_some(())).await;
+    assert_eq!(server.cli(&["DBSIZE"]), "0");
+}
+
+#[tokio::test]
+async fn a_locker_that_is_gone_leaves_no_task_and_no_connection() {
+    let server = Server::start();
+    let before = tasks();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let guard = locker.lock("k").await.unwrap();
+    drop(locker);
+    // The guard still has what it needs.
+    guard.refresh().await.unwrap();
+    guard.release().await.unwrap();
+    eventually("no task is left", async || (tasks() == before).then_some(())).await;
+    eventually("no connection is left", async || {
+        let clients = server.cli(&["CLIENT", "LIST"]);
+        (clients.lines().filter(|line| !line.contains("cmd=client")).count() == 0).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_attempt_that_the_server_runs_after_it_was_dropped_is_undone() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    drop(locker.lock("warm").await.unwrap());
+    server.freeze();
+    let dropped = timeout(ms(100), locker.lock("k").into_future()).await;
+    assert!(dropped.is_err());
+    server.thaw();
+    soon(locker.close()).await;
+    assert_eq!(server.cli(&["EXISTS", "k"]), "0");
+    // It did run.
+    assert_eq!(server.cli(&["EXISTS", "{k}:fence"]), "1");
+}
+
+#[tokio::test]
+async fn an_attempt_that_timed_out_and_is_run_later_is_undone() {
+    let server = Server::start();
+    let locker = Locker::builder().command_timeout(ms(200)).connect(&server.url()).await.unwrap();
+    drop(locker.lock("warm").await.unwrap());
+    server.freeze();
+    let failed = soon(locker.try_lock("k").ttl(ms(20_000))).await.unwrap_err();
+    assert!(failed.is_transient(), "{failed}");
+    server.thaw();
+    soon(locker.close()).await;
+    assert_eq!(server.cli(&["EXISTS", "k"]), "0");
+}
+
+#[tokio::test]
+async fn an_attempt_whose_answer_was_lost_meets_itself_and_gets_the_lock() {
+    let server = Server::start();
+    let proxy = Proxy::start(server.port()).await;
+    let locker = Locker::connect(&proxy.url()).await.unwrap();
+    for n in 0..5 {
+        let key = format!("k:{n}");
+        proxy.set(Mode::LoseNext);
+        let guard = soon(locker.lock(key.clone())).await.unwrap();
+        assert_eq!(proxy.lost(), n + 1);
+        assert_eq!(server.cli(&["GET", &key]), guard.token().as_str());
+        guard.release().await.unwrap();
+    }
+    // Asked once only, it says that nobody knows, and leaves nothing.
+    proxy.set(Mode::LoseNext);
+    let unknown = soon(locker.try_lock("once")).await.unwrap_err();
+    assert!(unknown.is_transient() && matches!(unknown, Error::Redis(_)), "{unknown}");
+    soon(locker.close()).await;
+    assert_eq!(server.cli(&["EXISTS", "once"]), "0");
+}
+
+#[tokio::test]
+async fn a_dropped_release_still_releases() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let unpolled = locker.lock("unpolled").await.unwrap();
+    drop(unpolled.release());
+    let polled = locker.lock("polled").await.unwrap();
+    let lost = polled.lost();
+    server.freeze();
+    assert!(timeout(ms(50), polled.release()).await.is_err());
+    assert_eq!(lost.await, Loss::Released);
+    server.thaw();
+    soon(locker.close()).await;
+    assert_eq!(server.cli(&["EXISTS", "unpolled", "polled"]), "0");
+}
+
+#[tokio::test]
+async fn closing_waits_for_releases_ends_waiters_and_refuses_the_rest() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let kept = locker.lock("kept").ttl(ms(600)).await.unwrap();
+    let waiter = tokio::spawn(locker.lock("kept").into_future());
+    tokio::task::yield_now().await;
+    for n in 0..100 {
+        drop(locker.lock(format!("k:{n}")).await.unwrap());
+    }
+    soon(locker.close()).await;
+    assert_eq!(server.cli(&["EVAL", "return #redis.call('KEYS', 'k:*')", "0"]), "0");
+    assert!(matches!(soon(waiter).await.unwrap(), Err(Error::Closed)));
+    assert!(matches!(locker.try_lock("k").await, Err(Error::Closed)));
+    assert!(matches!(locker.inspect("k").await, Err(Error::Closed)));
+    // What is held stays held.
+    let first = kept.deadline();
+    eventually("still renewed", async || (kept.deadline() > first + ms(600)).then_some(())).await;
+    kept.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_cancelled_token_of_the_users_is_no_loss() {
+    let locker = Locker::in_memory();
+    let guard = locker.lock("k").await.unwrap();
+    guard.cancellation_token().cancel();
+    assert_eq!(guard.check(), Ok(()));
+    assert!(!guard.cancellation_token().is_cancelled());
+}

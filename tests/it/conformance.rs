@@ -1,0 +1,311 @@
+//! One contract, kept by every store.
+
+use std::time::{Duration, Instant};
+
+use tenure::{Error, Locker, Loss, Retry, Token};
+use tenure_test_support::{Cluster, Sentinel, Server, eventually, soon};
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+fn token(text: &str) -> Token {
+    text.parse().unwrap()
+}
+
+#[tokio::test]
+async fn the_embedded_store_conforms() {
+    all(&Locker::in_memory()).await;
+}
+
+#[tokio::test]
+async fn an_isolated_embedded_store_conforms() {
+    all(&Locker::builder().isolated(true).in_memory()).await;
+}
+
+#[tokio::test]
+async fn a_server_conforms() {
+    let server = Server::start();
+    all(&Locker::connect(&server.url()).await.unwrap()).await;
+}
+
+#[tokio::test]
+async fn a_server_by_its_unix_socket_conforms() {
+    let server = Server::start();
+    all(&Locker::connect(&server.unix_url()).await.unwrap()).await;
+}
+
+#[tokio::test]
+async fn an_isolated_locker_with_a_prefix_conforms() {
+    let server = Server::start();
+    all(&Locker::builder().isolated(true).prefix("app:").connect(&server.url()).await.unwrap()).await;
+    let astray = "local n = 0 for _, key in ipairs(redis.call('KEYS', '*')) do
+        if not string.find(key, 'app:', 1, true) then n = n + 1 end end return n";
+    assert_eq!(server.cli(&["EVAL", astray, "0"]), "0");
+}
+
+#[tokio::test]
+async fn a_client_of_the_users_own_conforms() {
+    use tenure::fred::prelude::{Builder, ClientLike, Config, ReconnectPolicy};
+    let server = Server::start();
+    // As it comes, but for the policy: three attempts, no timeout.
+    let client = Builder::from_config(Config::from_url(&server.url()).unwrap())
+        .set_policy(ReconnectPolicy::new_constant(0, 50))
+        .build()
+        .unwrap();
+    client.init().await.unwrap();
+    all(&Locker::new(client)).await;
+}
+
+#[tokio::test]
+async fn a_cluster_conforms() {
+    let cluster = Cluster::start();
+    all(&Locker::connect(&cluster.url()).await.unwrap()).await;
+}
+
+#[tokio::test]
+async fn a_server_under_sentinels_conforms() {
+    let watched = Sentinel::start();
+    all(&Locker::connect(&watched.url()).await.unwrap()).await;
+}
+
+/// Every case, one after the other, each on keys of its own.
+async fn all(locker: &Locker) {
+    macro_rules! run {
+        ($($case:ident),* $(,)?) => {
+            $(
+                eprintln!("case: {}", stringify!($case));
+                soon(async { $case(locker).await }).await;
+            )*
+        };
+    }
+    run!(
+        a_lock_excludes_all_others_until_it_is_released,
+        a_token_obtains_its_lock_again_and_keeps_its_fencing_token,
+        a_token_is_compared_whole,
+        fencing_tokens_grow_from_holder_to_holder,
+        an_unfenced_lock_has_no_fencing_token,
+        the_holder_can_be_inspected,
+        keys_and_metadata_may_be_any_bytes,
+        a_ttl_can_be_shortened_and_lengthened,
+        ensure_only_ever_lengthens,
+        renewal_carries_a_lock_past_its_ttl,
+        without_renewal_a_lock_expires_and_says_so,
+        a_lock_released_by_its_twin_is_missing_or_taken,
+        a_waiter_gets_the_lock_when_it_is_released,
+        waiting_ends_when_it_is_said_to,
+        a_strategy_counts_its_attempts,
+        a_dropped_guard_releases,
+        nonsense_is_refused_and_changes_nothing,
+        a_scope_releases_and_answers,
+    );
+}
+
+async fn a_lock_excludes_all_others_until_it_is_released(locker: &Locker) {
+    let guard = locker.lock("exclusive").await.unwrap();
+    assert!(guard.is_held());
+    for _ in 0..3 {
+        let refused = locker.try_lock("exclusive").await.unwrap_err();
+        assert!(
+            matches!(&refused, Error::NotObtained { key, attempts: 1, .. } if *key == "exclusive".into()),
+            "{refused}"
+        );
+    }
+    guard.release().await.unwrap();
+    locker.try_lock("exclusive").await.unwrap().release().await.unwrap();
+}
+
+async fn a_token_obtains_its_lock_again_and_keeps_its_fencing_token(locker: &Locker) {
+    let first = locker.obtain("again").token(token("me")).metadata("one").await.unwrap();
+    let second = locker.obtain("again").token(token("me")).metadata("two").ttl(ms(9_000)).await.unwrap();
+    assert_eq!(first.fencing_token(), second.fencing_token());
+    assert_eq!(locker.inspect("again").await.unwrap().unwrap().metadata, b"two");
+    // Not made shorter: the first relies on its 30 seconds.
+    assert!(second.server_ttl().await.unwrap().unwrap() > ms(20_000));
+    second.release().await.unwrap();
+}
+
+async fn a_token_is_compared_whole(locker: &Locker) {
+    let ten = locker.obtain("whole").token(token("job-10")).await.unwrap();
+    for other in ["job-1", "job-100", "job-11"] {
+        let refused = locker.obtain("whole").token(token(other)).metadata("0").await;
+        assert!(matches!(refused, Err(Error::NotObtained { .. })), "{other}");
+    }
+    ten.release().await.unwrap();
+}
+
+async fn fencing_tokens_grow_from_holder_to_holder(locker: &Locker) {
+    let mut last = 0;
+    for _ in 0..20 {
+        let guard = locker.lock("fence").await.unwrap();
+        let fence = guard.fencing_token().unwrap();
+        assert!(fence > last, "{fence} after {last}");
+        last = fence;
+        guard.release().await.unwrap();
+    }
+}
+
+async fn an_unfenced_lock_has_no_fencing_token(locker: &Locker) {
+    let guard = locker.lock("unfenced").fenced(false).await.unwrap();
+    assert_eq!(guard.fencing_token(), None);
+    guard.release().await.unwrap();
+}
+
+async fn the_holder_can_be_inspected(locker: &Locker) {
+    assert_eq!(locker.inspect("seen").await.unwrap(), None);
+    let guard = locker.lock("seen").metadata("host-3").ttl(ms(5_000)).await.unwrap();
+    let holder = locker.inspect("seen").await.unwrap().unwrap();
+    assert_eq!(holder.token, *guard.token());
+    assert_eq!(holder.metadata, b"host-3");
+    assert_eq!(holder.fencing_token, guard.fencing_token());
+    assert!(holder.remaining.is_some_and(|left| left <= ms(5_000) && left > ms(1_000)));
+    guard.release().await.unwrap();
+    assert_eq!(locker.inspect("seen").await.unwrap(), None);
+}
+
+async fn keys_and_metadata_may_be_any_bytes(locker: &Locker) {
+    let bytes: Vec<u8> = (0..=255).collect();
+    for key in [&bytes[..], b"a}b", b"{}x", b"{{a}}", b"\n", b"\0", "schlüssel:🔑".as_bytes(), b"{tag}rest"] {
+        let guard = locker.lock(key).metadata(bytes.clone()).await.unwrap();
+        let holder = locker.inspect(key).await.unwrap().unwrap();
+        assert_eq!((holder.metadata, &holder.token), (bytes.clone(), guard.token()), "{key:?}");
+        assert!(matches!(locker.try_lock(key).await, Err(Error::NotObtained { .. })));
+        guard.release().await.unwrap();
+    }
+}
+
+async fn a_ttl_can_be_shortened_and_lengthened(locker: &Locker) {
+    let guard = locker.lock("refresh").ttl(ms(10_000)).await.unwrap();
+    guard.refresh_for(ms(2_000)).await.unwrap();
+    assert!(guard.remaining() < ms(2_000) && guard.ttl() == ms(2_000));
+    assert!(guard.server_ttl().await.unwrap().unwrap() <= ms(2_000));
+    guard.refresh_for(ms(60_000)).await.unwrap();
+    assert!(guard.remaining() > ms(50_000) && guard.ttl() == ms(60_000));
+    assert!(guard.server_ttl().await.unwrap().unwrap() > ms(50_000));
+    guard.refresh().await.unwrap();
+    assert!(matches!(guard.refresh_for(Duration::ZERO).await, Err(Error::InvalidTtl(_))));
+    assert!(guard.is_held());
+    guard.release().await.unwrap();
+}
+
+async fn ensure_only_ever_lengthens(locker: &Locker) {
+    let guard = locker.lock("ensure").ttl(ms(10_000)).await.unwrap();
+    guard.ensure(ms(1_000)).await.unwrap();
+    assert!(guard.remaining() > ms(8_000) && guard.server_ttl().await.unwrap().unwrap() > ms(8_000));
+    guard.ensure(ms(90_000)).await.unwrap();
+    assert!(guard.remaining() > ms(80_000) && guard.server_ttl().await.unwrap().unwrap() > ms(80_000));
+    guard.release().await.unwrap();
+}
+
+async fn renewal_carries_a_lock_past_its_ttl(locker: &Locker) {
+    let guard = locker.lock("renewed").ttl(ms(600)).await.unwrap();
+    let first = guard.deadline();
+    eventually("three ttls on", async || (guard.deadline() > first + ms(1_800)).then_some(())).await;
+    assert_eq!(guard.check(), Ok(()));
+    assert!(matches!(locker.try_lock("renewed").await, Err(Error::NotObtained { .. })));
+    guard.release().await.unwrap();
+}
+
+async fn without_renewal_a_lock_expires_and_says_so(locker: &Locker) {
+    let guard = locker.lock("expiring").ttl(ms(300)).no_renewal().await.unwrap();
+    let deadline = guard.deadline();
+    assert_eq!(guard.lost().await, Loss::Expired);
+    assert!(tokio::time::Instant::now() >= deadline);
+    assert_eq!((guard.is_held(), guard.remaining()), (false, Duration::ZERO));
+    assert!(guard.cancellation_token().is_cancelled());
+    let refused = guard.refresh().await.unwrap_err();
+    assert!(matches!(refused, Error::NotHeld { loss: Loss::Expired, .. }), "{refused}");
+    assert!(matches!(guard.release().await, Err(Error::NotHeld { loss: Loss::Expired, .. })));
+    locker.lock("expiring").await.unwrap().release().await.unwrap();
+}
+
+async fn a_lock_released_by_its_twin_is_missing_or_taken(locker: &Locker) {
+    let twins = |key: &'static str| async move {
+        let one = locker.obtain(key).token(token("twin")).await.unwrap();
+        let other = locker.obtain(key).token(token("twin")).await.unwrap();
+        other.release().await.unwrap();
+        one
+    };
+    let missing = twins("missing").await;
+    assert!(matches!(missing.refresh().await, Err(Error::NotHeld { loss: Loss::Missing, .. })));
+    assert_eq!(missing.lost().await, Loss::Missing);
+    assert_eq!(missing.server_ttl().await.unwrap(), None);
+
+    let taken = twins("taken").await;
+    let successor = locker.try_lock("taken").await.unwrap();
+    assert!(matches!(taken.refresh().await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
+    assert!(matches!(taken.release().await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
+    successor.refresh().await.unwrap();
+    let released = twins("released").await;
+    assert!(matches!(released.release().await, Err(Error::NotHeld { loss: Loss::Missing, .. })));
+}
+
+async fn a_waiter_gets_the_lock_when_it_is_released(locker: &Locker) {
+    let guard = locker.lock("handed").await.unwrap();
+    let waiter = tokio::spawn(locker.lock("handed").into_future());
+    tokio::task::yield_now().await;
+    let first = guard.fencing_token();
+    guard.release().await.unwrap();
+    let successor = waiter.await.unwrap().unwrap();
+    assert!(successor.fencing_token() > first);
+    successor.release().await.unwrap();
+}
+
+async fn waiting_ends_when_it_is_said_to(locker: &Locker) {
+    let guard = locker.lock("patience").await.unwrap();
+    for request in [locker.lock("patience"), locker.obtain("patience"), locker.try_lock("patience")] {
+        let started = Instant::now();
+        let refused = request.wait_at_most(ms(300)).await.unwrap_err();
+        let waited = started.elapsed();
+        assert!(matches!(refused, Error::NotObtained { attempts: 2.., .. }), "{refused}");
+        assert!(waited >= ms(300) && waited < ms(350), "{waited:?}");
+    }
+    guard.release().await.unwrap();
+    // Far beyond what the clock can count to: without a limit.
+    locker.lock("patience").wait_at_most(Duration::MAX).await.unwrap().release().await.unwrap();
+    locker.lock("patience").wait_at_most(Duration::ZERO).await.unwrap().release().await.unwrap();
+}
+
+async fn a_strategy_counts_its_attempts(locker: &Locker) {
+    let guard = locker.lock("strategy").await.unwrap();
+    for (retry, expected) in [(Retry::none(), 1), (Retry::linear(ms(2)).limit(3), 4), (Retry::from_iter([ms(1); 6]), 7)]
+    {
+        let refused = locker.obtain("strategy").retry(retry).await.unwrap_err();
+        assert!(matches!(refused, Error::NotObtained { attempts, .. } if attempts == expected), "{refused}");
+    }
+    guard.release().await.unwrap();
+}
+
+async fn a_dropped_guard_releases(locker: &Locker) {
+    let guard = locker.lock("dropped").await.unwrap();
+    let lost = guard.lost();
+    drop(guard);
+    assert_eq!(lost.await, Loss::Released);
+    locker.lock("dropped").wait_at_most(ms(5_000)).await.unwrap().release().await.unwrap();
+}
+
+async fn nonsense_is_refused_and_changes_nothing(locker: &Locker) {
+    assert!(matches!(locker.lock("").await, Err(Error::InvalidKey(_))));
+    assert!(matches!(locker.inspect("").await, Err(Error::InvalidKey(_))));
+    for ttl in [Duration::ZERO, Duration::from_nanos(1), ms(2), Duration::from_secs(366 * 24 * 3600), Duration::MAX] {
+        assert!(matches!(locker.lock("nonsense").ttl(ttl).await, Err(Error::InvalidTtl(_))), "{ttl:?}");
+    }
+    for every in [Duration::ZERO, ms(1_000), Duration::MAX] {
+        let refused = locker.lock("nonsense").ttl(ms(1_000)).renew_every(every).await;
+        assert!(matches!(refused, Err(Error::InvalidRenewal(_))), "{every:?}");
+    }
+    assert_eq!(locker.inspect("nonsense").await.unwrap(), None);
+}
+
+async fn a_scope_releases_and_answers(locker: &Locker) {
+    let answer = locker.scope("scope", async |guard| guard.key().clone()).await.unwrap();
+    assert_eq!(answer, "scope".into());
+    let lost = locker.scope("scope", async |guard| {
+        let twin = locker.obtain("scope").token(guard.token().clone()).await.unwrap();
+        twin.release().await.unwrap();
+        drop(guard.refresh().await);
+        std::future::pending::<()>().await;
+    });
+    assert!(matches!(lost.await, Err(Error::Lost(Loss::Missing))));
+    assert_eq!(locker.inspect("scope").await.unwrap(), None);
+}

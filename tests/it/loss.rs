@@ -1,0 +1,205 @@
+//! A guard knows when it is lost: before the server lets go, and for the right reason; and never without one.
+
+use std::time::Duration;
+
+use tenure::{Error, Locker, Loss};
+use tenure_test_support::{Mode, Proxy, Server, eventually, soon};
+use tokio::time::{Instant, sleep_until};
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+#[tokio::test]
+async fn a_guard_is_lost_before_a_frozen_server_frees_its_key() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let before = Instant::now();
+    let guard = locker.lock("k").ttl(ms(2_000)).await.unwrap();
+    let over = guard.cancellation_token();
+    server.freeze();
+    let surely_held_until = guard.deadline();
+    assert_eq!(soon(guard.lost()).await, Loss::Expired);
+    let now = Instant::now();
+    assert!(!guard.is_held() && over.is_cancelled());
+    assert!(now >= surely_held_until - ms(100), "too early by {:?}", surely_held_until - now);
+    // The server has counted from when it got the request, which was later than `before`.
+    assert!(now < before + ms(2_000), "too late by {:?}", now - (before + ms(2_000)));
+    server.thaw();
+    // What may have been on its way to the frozen server holds the key no longer than the keeper needs to undo it.
+    eventually("the key is free", async || (server.cli(&["EXISTS", "k"]) == "0").then_some(())).await;
+}
+
+#[tokio::test]
+async fn is_held_flips_at_the_deadline_even_when_the_runtime_stands_still() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let guard = locker.lock("k").ttl(ms(300)).await.unwrap();
+    let deadline = guard.deadline();
+    // One thread: while this loop runs, no keeper and no timer does.
+    while Instant::now() < deadline {
+        if let Err(loss) = guard.check() {
+            assert!(Instant::now() >= deadline, "{loss} before the deadline");
+        }
+    }
+    assert_eq!(guard.check(), Err(Loss::Expired));
+    // Nor does a renewal that succeeds later bring it back.
+    assert_eq!(soon(guard.lost()).await, Loss::Expired);
+}
+
+#[tokio::test]
+async fn a_deleted_key_is_missing_at_the_next_renewal() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let guard = locker.lock("k").renew_every(ms(50)).await.unwrap();
+    assert_eq!(server.cli(&["DEL", "k"]), "1");
+    assert_eq!(soon(guard.lost()).await, Loss::Missing);
+    assert!(matches!(guard.release().await, Err(Error::NotHeld { loss: Loss::Missing, .. })));
+}
+
+#[tokio::test]
+async fn an_overwritten_key_is_taken_and_left_to_its_new_owner() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let guard = locker.lock("k").renew_every(ms(50)).await.unwrap();
+    assert_eq!(server.cli(&["SET", "k", "another", "PX", "60000"]), "OK");
+    assert_eq!(soon(guard.lost()).await, Loss::Taken);
+    drop(guard);
+    locker.close().await;
+    assert_eq!(server.cli(&["GET", "k"]), "another");
+    assert!(server.cli(&["PTTL", "k"]).parse::<u64>().unwrap() > 50_000);
+}
+
+#[tokio::test]
+async fn a_key_of_another_type_is_taken_and_left_alone() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let guard = locker.lock("k").renew_every(ms(50)).await.unwrap();
+    server.cli(&["DEL", "k"]);
+    server.cli(&["LPUSH", "k", "item"]);
+    assert_eq!(soon(guard.lost()).await, Loss::Taken);
+    drop(guard);
+    locker.close().await;
+    assert_eq!(server.cli(&["LRANGE", "k", "0", "-1"]), "item");
+}
+
+#[tokio::test]
+async fn a_server_restarted_empty_has_lost_the_lock_but_its_fencing_tokens_grow_on() {
+    let mut server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let guard = locker.lock("k").renew_every(ms(100)).await.unwrap();
+    server.restart_empty();
+    assert_eq!(soon(guard.lost()).await, Loss::Missing);
+    let successor = soon(locker.lock("k")).await.unwrap();
+    assert!(successor.fencing_token() > guard.fencing_token());
+}
+
+#[tokio::test]
+async fn a_flush_loses_the_lock_and_fencing_tokens_grow_on() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let guard = locker.lock("k").renew_every(ms(50)).await.unwrap();
+    assert_eq!(server.cli(&["FLUSHALL"]), "OK");
+    assert_eq!(soon(guard.lost()).await, Loss::Missing);
+    assert!(locker.lock("k").await.unwrap().fencing_token() > guard.fencing_token());
+    // The guard's own number is not the successor's.
+    assert_ne!(locker.inspect("k").await.unwrap().map(|holder| holder.fencing_token), Some(guard.fencing_token()));
+}
+
+#[tokio::test]
+async fn a_connection_cut_again_and_again_loses_nothing() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let ttl = ms(1_500);
+    let guard = locker.lock("k").ttl(ttl).await.unwrap();
+    let end = Instant::now() + ttl * 3;
+    let first = guard.deadline();
+    while Instant::now() < end {
+        server.cli(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
+        assert_eq!(guard.check(), Ok(()));
+        sleep_until(Instant::now() + ms(150)).await;
+    }
+    assert!(guard.deadline() > first + ttl);
+    guard.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_line_that_has_gone_silent_is_replaced_in_time() {
+    let server = Server::start();
+    let proxy = Proxy::start(server.port()).await;
+    let locker = Locker::builder().command_timeout(ms(250)).connect(&proxy.url()).await.unwrap();
+    let guard = locker.lock("k").ttl(ms(3_000)).await.unwrap();
+    let first = guard.deadline();
+    // Requests arrive, answers don't, and nobody is told: as behind a firewall that has forgotten the connection.
+    proxy.set(Mode::Silence);
+    eventually("a renewal by a new connection", async || (guard.deadline() > first + ms(1_000)).then_some(())).await;
+    assert_eq!(guard.check(), Ok(()));
+}
+
+#[tokio::test]
+async fn a_renewal_whose_answer_is_lost_is_no_loss() {
+    let server = Server::start();
+    let proxy = Proxy::start(server.port()).await;
+    let locker = Locker::connect(&proxy.url()).await.unwrap();
+    let guard = locker.lock("k").ttl(ms(2_000)).await.unwrap();
+    let first = guard.deadline();
+    proxy.set(Mode::LoseNext);
+    eventually("renewed all the same", async || (guard.deadline() > first).then_some(())).await;
+    assert_eq!((guard.check(), proxy.lost()), (Ok(()), 1));
+    proxy.set(Mode::LoseNext);
+    guard.release().await.unwrap();
+    assert_eq!((server.cli(&["EXISTS", "k"]).as_str(), proxy.lost()), ("0", 2));
+}
+
+#[tokio::test]
+async fn credentials_taken_away_are_a_loss_at_the_deadline_only() {
+    let server = Server::start();
+    server.cli(&["ACL", "SETUSER", "app", "on", ">secret", "~*", "+@all"]);
+    let url = format!("redis://app:secret@127.0.0.1:{}", server.port());
+    let locker = Locker::builder().command_timeout(ms(100)).connect(&url).await.unwrap();
+    let guard = locker.lock("k").ttl(ms(1_000)).await.unwrap();
+    server.cli(&["ACL", "SETUSER", "app", "-@all"]);
+    let deadline = guard.deadline();
+    assert_eq!(soon(guard.lost()).await, Loss::Expired);
+    assert!(Instant::now() >= deadline);
+}
+
+#[tokio::test]
+async fn a_paused_server_is_survived_within_the_ttl() {
+    let server = Server::start();
+    let locker = Locker::builder().command_timeout(ms(300)).connect(&server.url()).await.unwrap();
+    for mode in ["ALL", "WRITE"] {
+        let guard = locker.lock("k").ttl(ms(3_000)).await.unwrap();
+        let first = guard.deadline();
+        server.cli(&["CLIENT", "PAUSE", "1500", mode]);
+        eventually("renewed after the pause", async || (guard.deadline() > first).then_some(())).await;
+        assert_eq!(guard.check(), Ok(()));
+        guard.release().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_server_out_of_memory_still_renews_and_releases() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let guard = locker.lock("k").ttl(ms(900)).await.unwrap();
+    let first = guard.deadline();
+    server.cli(&["CONFIG", "SET", "maxmemory", "1"]);
+    eventually("renewed", async || (guard.deadline() > first + ms(900)).then_some(())).await;
+    guard.release().await.unwrap();
+    assert_eq!(server.cli(&["EXISTS", "k"]), "0");
+}
+
+#[tokio::test]
+async fn scripts_flushed_again_and_again_disturb_nobody() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    for _ in 0..20 {
+        server.cli(&["SCRIPT", "FLUSH"]);
+        let guard = locker.try_lock("k").await.unwrap();
+        server.cli(&["SCRIPT", "FLUSH"]);
+        guard.refresh().await.unwrap();
+        server.cli(&["SCRIPT", "FLUSH"]);
+        guard.release().await.unwrap();
+    }
+}

@@ -1,0 +1,138 @@
+//! A proxy between client and server that can lose, delay and withhold what the server says.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::sleep;
+
+/// What the proxy does with the server's answers. Requests always go through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Passes them on.
+    Pass,
+    /// Loses the next one, cuts that connection, and passes all others on.
+    LoseNext,
+    /// Keeps each of them back for so long.
+    Delay(Duration),
+    /// Loses all answers on the connections that there are, without a word; new connections work.
+    Silence,
+}
+
+/// Forwards connections to a server, as its mode says. Ends when dropped.
+#[derive(Debug)]
+pub struct Proxy {
+    port: u16,
+    control: Arc<Mutex<Control>>,
+    task: AbortHandle,
+}
+
+#[derive(Debug)]
+struct Control {
+    mode: Mode,
+    connections: u64,
+    /// Connections up to this number are silent.
+    silenced: u64,
+    lost: u64,
+}
+
+impl Proxy {
+    /// Listens on a free port, for the server at `port`.
+    ///
+    /// # Panics
+    ///
+    /// When there is no free port.
+    pub async fn start(port: u16) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
+        let own_port = listener.local_addr().expect("its address").port();
+        let control = Arc::new(Mutex::new(Control { mode: Mode::Pass, connections: 0, silenced: 0, lost: 0 }));
+        let task = tokio::spawn(accept(listener, port, control.clone())).abort_handle();
+        Self { port: own_port, control, task }
+    }
+
+    /// For [`Locker::connect`].
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// Changes what happens to answers from now on.
+    pub fn set(&self, mode: Mode) {
+        let mut control = lock(&self.control);
+        control.mode = mode;
+        if mode == Mode::Silence {
+            control.silenced = control.connections;
+        }
+    }
+
+    /// How many answers were lost.
+    pub fn lost(&self) -> u64 {
+        lock(&self.control).lost
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+fn lock(control: &Mutex<Control>) -> std::sync::MutexGuard<'_, Control> {
+    control.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn accept(listener: TcpListener, port: u16, control: Arc<Mutex<Control>>) {
+    // Ends all connections with the proxy.
+    let mut connections = JoinSet::new();
+    while let Ok((client, _)) = listener.accept().await {
+        let Ok(server) = TcpStream::connect(("127.0.0.1", port)).await else { continue };
+        let number = {
+            let mut control = lock(&control);
+            control.connections += 1;
+            control.connections
+        };
+        let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
+        let control = control.clone();
+        connections.spawn(async move {
+            tokio::select! {
+                () = forward_requests(from_client, to_server) => {}
+                () = forward_answers(from_server, to_client, number, control) => {}
+            }
+        });
+    }
+}
+
+async fn forward_requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf) {
+    if tokio::io::copy(&mut from, &mut to).await.is_err() {
+        // Cut off: the same as an end.
+    }
+}
+
+async fn forward_answers(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, number: u64, control: Arc<Mutex<Control>>) {
+    let mut buffer = vec![0; 64 * 1024];
+    while let Ok(length) = from.read(&mut buffer).await {
+        let Some(answer) = buffer.get(..length).filter(|answer| !answer.is_empty()) else { return };
+        let mode = {
+            let mut control = lock(&control);
+            if number <= control.silenced {
+                continue;
+            }
+            let mode = control.mode;
+            if mode == Mode::LoseNext {
+                control.lost += 1;
+                control.mode = Mode::Pass;
+            }
+            mode
+        };
+        match mode {
+            Mode::LoseNext => return,
+            Mode::Delay(delay) => sleep(delay).await,
+            Mode::Pass | Mode::Silence => {}
+        }
+        if to.write_all(answer).await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! One redis-server process.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+/// A server of the test's own, on a free port of the loopback interface. Killed when dropped.
+#[derive(Debug)]
+pub struct Server {
+    process: Child,
+    port: u16,
+    dir: TempDir,
+    args: Vec<String>,
+}
+
+impl Server {
+    /// Starts an empty server that persists nothing.
+    pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// Starts a server with further arguments, as on redis-server's command line.
+    ///
+    /// # Panics
+    ///
+    /// When there is no redis-server, or it won't start.
+    pub fn start_with(args: &[&str]) -> Self {
+        // Another process may take the port between the look and the start: then it's another port.
+        (0..20).find_map(|_| Self::try_start(free_port(), args)).expect("a free port for redis-server")
+    }
+
+    fn try_start(port: u16, args: &[&str]) -> Option<Self> {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
+        let process = spawn(port, &dir, &args);
+        let mut server = Self { process, port, dir, args };
+        if server.answers() {
+            return Some(server);
+        }
+        let log = server.log();
+        assert!(log.contains("in use"), "redis-server did not start: {log}");
+        None
+    }
+
+    /// The port that it listens on.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// For [`Locker::connect`].
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// The same server by its unix socket.
+    pub fn unix_url(&self) -> String {
+        format!("redis+unix://{}", self.dir.path().join("socket").display())
+    }
+
+    /// Its working directory.
+    pub fn dir(&self) -> PathBuf {
+        self.dir.path().to_owned()
+    }
+
+    /// Runs a command by redis-cli, which shares no code with what is tested. Lines of an array are joined by newlines.
+    ///
+    /// # Panics
+    ///
+    /// When there is no redis-cli.
+    pub fn cli(&self, command: &[&str]) -> String {
+        let port = self.port.to_string();
+        let output = Command::new("redis-cli").args(["-p", &port, "--no-auth-warning"]).args(command).output();
+        let output = output.expect("redis-cli, which comes with redis-server");
+        String::from_utf8_lossy(&output.stdout).trim_end_matches('\n').to_owned()
+    }
+
+    /// Stops the process where it stands: it accepts connections and answers nothing.
+    pub fn freeze(&self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
+    /// Kills it without a warning, as a power cut would.
+    ///
+    /// # Panics
+    ///
+    /// When it can't be waited for.
+    pub fn kill(&mut self) {
+        self.signal(Signal::SIGKILL);
+        self.process.wait().expect("it was started by us");
+    }
+
+    /// Starts it again on the same port, after [`kill`](Server::kill); with what it had persisted, if anything.
+    ///
+    /// # Panics
+    ///
+    /// When it won't start.
+    pub fn restart(&mut self) {
+        self.restart_without_waiting(&[]);
+        assert!(self.answers(), "redis-server did not start again: {}", self.log());
+    }
+
+    /// Starts it again with further arguments, and does not wait until it answers.
+    pub fn restart_without_waiting(&mut self, args: &[&str]) {
+        let args: Vec<String> = self.args.iter().cloned().chain(args.iter().map(|&arg| arg.to_owned())).collect();
+        self.process = spawn(self.port, &self.dir, &args);
+    }
+
+    /// Kills it and starts it again, empty.
+    pub fn restart_empty(&mut self) {
+        self.kill();
+        self.restart();
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.process.id()).expect("a process id");
+        kill(Pid::from_raw(pid), signal).expect("it was started by us");
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+    }
+
+    /// Waits until the server answers, or has ended.
+    fn answers(&mut self) -> bool {
+        let patience = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < patience {
+            if ping(self.port) {
+                // Ours, and not another that has the port: that one would have kept ours from starting.
+                return self.process.try_wait().expect("it was started by us").is_none();
+            }
+            if self.process.try_wait().expect("it was started by us").is_some() {
+                return false;
+            }
+            sleep(Duration::from_millis(5));
+        }
+        false
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may be dead already, which is as well.
+        drop(self.process.kill());
+        drop(self.process.wait());
+    }
+}
+
+fn spawn(port: u16, dir: &TempDir, args: &[String]) -> Child {
+    let path = dir.path();
+    let mut command = Command::new("redis-server");
+    // A configuration file comes first, where there is one.
+    let (file, options): (Vec<_>, Vec<_>) = args.iter().partition(|arg| arg.ends_with(".conf"));
+    command.args(file);
+    command.args(["--port", &port.to_string(), "--bind", "127.0.0.1"]);
+    command.arg("--dir").arg(path).arg("--logfile").arg(path.join("log"));
+    if !options.iter().any(|arg| arg.as_str() == "--sentinel") {
+        command.arg("--unixsocket").arg(path.join("socket"));
+        command.args(["--save", "", "--appendonly", "no"]);
+    }
+    command.args(options).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.spawn().expect("redis-server; `bash tests/run.sh` installs it")
+}
+
+pub(crate) fn free_port() -> u16 {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
+    listener.local_addr().expect("its address").port()
+}
+
+/// Whether a server answers there, be it with a refusal.
+fn ping(port: u16) -> bool {
+    let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else { return false };
+    let mut answer = [0; 1];
+    stream.set_read_timeout(Some(Duration::from_secs(1))).is_ok()
+        && stream.write_all(b"PING\r\n").is_ok()
+        && stream.read_exact(&mut answer).is_ok()
+}
