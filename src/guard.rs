@@ -447,6 +447,11 @@ impl LockGuard {
         }
     }
 
+    #[cfg(test)]
+    pub(crate) fn hold(&self) -> Arc<Hold> {
+        self.hold.clone()
+    }
+
     async fn renew(&self, ttl: Option<Duration>, exact: bool) -> Result<(), Error> {
         self.check().map_err(|loss| self.not_held(loss))?;
         self.upkeep.renew(&self.hold, ttl, exact).await?.map_err(|loss| self.not_held(loss))

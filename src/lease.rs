@@ -107,10 +107,17 @@ impl Hold {
         }
     }
 
-    /// Whether the lock is held now, by the clock: right even when no task of ours has run for a while.
+    /// Whether the lock is held now, by the clock: right even when no task of ours has run for a while. The first to find
+    /// that it is not tells all others.
     pub(crate) fn check(&self) -> Result<(), Loss> {
-        let state = self.state();
-        state.verdict(Instant::now())
+        let (verdict, told) = {
+            let state = self.state();
+            (state.verdict(Instant::now()), state.loss.is_some())
+        };
+        match verdict {
+            Err(loss) if !told => Err(self.end(loss)),
+            verdict => verdict,
+        }
     }
 
     pub(crate) fn deadline(&self) -> Instant {
@@ -240,7 +247,7 @@ impl State {
 
 impl fmt::Debug for Hold {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let verdict = self.check();
+        let verdict = self.state().verdict(Instant::now());
         f.debug_struct("Hold").field("keys", &self.owned.keys).field("verdict", &verdict).finish_non_exhaustive()
     }
 }

@@ -79,6 +79,9 @@ mod key;
 mod retry;
 mod token;
 
+#[cfg(test)]
+mod simulation;
+
 pub use fred;
 
 pub use self::error::Error;

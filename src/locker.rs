@@ -445,7 +445,7 @@ impl LockerBuilder {
         self.build(store, isolated)
     }
 
-    fn build(self, store: Box<dyn Store>, isolated: Option<Isolated>) -> Locker {
+    pub(crate) fn build(self, store: Box<dyn Store>, isolated: Option<Isolated>) -> Locker {
         let releases = TaskTracker::new();
         let upkeep = Upkeep { store, command_timeout: self.command_timeout, releases, isolated };
         let shared = Shared { upkeep: Arc::new(upkeep), settings: self.settings, closed: CancellationToken::new() };

@@ -6,6 +6,8 @@
 //! Every operation may be repeated with the same token: a repeat after a lost answer does no harm and answers what the
 //! first one would have.
 
+#[cfg(test)]
+pub(crate) mod faulty;
 pub(crate) mod memory;
 pub(crate) mod redis;
 

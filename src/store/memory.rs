@@ -42,6 +42,24 @@ impl MemoryStore {
         Self { held: Mutex::new(Held { locks: HashMap::new(), last_fence: 0, sweep_at: 64, epoch }) }
     }
 
+    pub(super) fn acquire_now(&self, wanted: &Wanted) -> Acquired {
+        self.held().acquire(wanted)
+    }
+
+    pub(super) fn renew_now(&self, owned: &Owned, ttl: Duration, exact: bool) -> Renewed {
+        self.held().renew(owned, ttl, exact)
+    }
+
+    pub(super) fn release_now(&self, owned: &Owned) -> Released {
+        self.held().release(owned)
+    }
+
+    /// As a server does that is restarted without its data.
+    #[cfg(test)]
+    pub(super) fn forget(&self) {
+        self.held().locks.clear();
+    }
+
     fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -147,15 +165,15 @@ impl Held {
 
 impl Store for MemoryStore {
     fn acquire<'a>(&'a self, wanted: &'a Wanted, _: Duration) -> Answer<'a, Acquired> {
-        Box::pin(async { Ok(self.held().acquire(wanted)) })
+        Box::pin(async { Ok(self.acquire_now(wanted)) })
     }
 
     fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, exact: bool, _: Duration) -> Answer<'a, Renewed> {
-        Box::pin(async move { Ok(self.held().renew(owned, ttl, exact)) })
+        Box::pin(async move { Ok(self.renew_now(owned, ttl, exact)) })
     }
 
     fn release<'a>(&'a self, owned: &'a Owned, _: Duration) -> Answer<'a, Released> {
-        Box::pin(async { Ok(self.held().release(owned)) })
+        Box::pin(async { Ok(self.release_now(owned)) })
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, _: Duration) -> Answer<'a, Option<Duration>> {

@@ -109,6 +109,7 @@ impl Connection {
 
 /// Connects, and owns the task that drives the connection from the first moment: who stops waiting for `init` leaves it
 /// running for ever.
+#[expect(clippy::async_yields_async, reason = "the handle is what is wanted; the task ends with the connection")]
 async fn connect(client: &Client) -> Result<AbortOnDropHandle<FredResult<()>>, Error> {
     let (connected, driver) = join!(
         // It listens from its first poll on, so it comes before what it listens to.

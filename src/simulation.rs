@@ -1,0 +1,284 @@
+//! What happens when, to the millisecond: locks on a store that fails as told, under paused time. And thousands of
+//! random histories, none of which may have two holders at once.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::runtime::{Builder, Handle};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::lease::Hold;
+use crate::store::faulty::{Fault, FaultyStore, Operation};
+use crate::store::memory::MemoryStore;
+use crate::{Error, LockGuard, Locker, Loss};
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// A locker whose renewals and releases go as told; drift is 1 % and 2 ms.
+fn locker(plan: impl Fn(Operation) -> Fault + Send + Sync + 'static) -> Locker {
+    locker_on(Arc::new(MemoryStore::new()), plan)
+}
+
+fn locker_on(store: Arc<MemoryStore>, plan: impl Fn(Operation) -> Fault + Send + Sync + 'static) -> Locker {
+    let builder = Locker::builder().ttl(ms(2_000)).command_timeout(ms(500));
+    builder.build(Box::new(FaultyStore::new(store, plan)), None)
+}
+
+/// Only calls of this kind go wrong.
+fn only(operation: Operation, fault: Fault) -> impl Fn(Operation) -> Fault + Send + Sync + 'static {
+    move |called| if called == operation { fault } else { Fault::None }
+}
+
+/// When and how the guard was lost, counted from `start`; and that `is_held` said so at the same instant, not before.
+async fn loss_of(guard: &LockGuard, start: Instant) -> (Duration, Loss) {
+    let mut lost = Box::pin(guard.lost());
+    let over = guard.cancellation_token();
+    loop {
+        tokio::select! {
+            biased;
+            loss = &mut lost => {
+                assert!(!guard.is_held() && over.is_cancelled());
+                return (start.elapsed(), loss);
+            }
+            () = sleep(ms(1)) => {}
+        }
+        // A millisecond on, nothing but the clock has had time to notice.
+        assert_eq!(guard.is_held(), Instant::now() < guard.deadline() && guard.check().is_ok());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hung_store_is_a_loss_at_the_deadline_to_the_millisecond() {
+    for fault in [Fault::Hung, Fault::Refused, Fault::AnsweredAfter(ms(600)), Fault::RunAfter(ms(9_000))] {
+        let locker = locker(only(Operation::Renew, fault));
+        let start = Instant::now();
+        let guard = locker.lock("k").await.unwrap();
+        // 2,000 less 1 % and 2 ms.
+        assert_eq!(loss_of(&guard, start).await, (ms(1_978), Loss::Expired), "{fault:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_definite_answer_is_a_loss_at_that_renewal() {
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), only(Operation::Renew, Fault::Forgotten));
+    let start = Instant::now();
+    let guard = locker.lock("k").ttl(ms(3_000)).await.unwrap();
+    assert_eq!(loss_of(&guard, start).await, (ms(1_000), Loss::Missing));
+
+    let start = Instant::now();
+    let healthy = locker_on(store.clone(), |_| Fault::None);
+    let guard = healthy.lock("k").ttl(ms(3_000)).await.unwrap();
+    locker.obtain("k").token(guard.token().clone()).await.unwrap().release().await.unwrap();
+    let _other = locker.lock("k").no_renewal().await.unwrap();
+    assert_eq!(loss_of(&guard, start).await, (ms(1_000), Loss::Taken));
+}
+
+#[tokio::test(start_paused = true)]
+async fn renewals_come_every_third_of_the_ttl_and_count_from_their_send() {
+    let sent = Arc::new(Mutex::new(Vec::new()));
+    let locker = locker({
+        let sent = sent.clone();
+        move |operation| {
+            if operation == Operation::Renew {
+                sent.lock().unwrap().push(Instant::now());
+            }
+            Fault::AnsweredAfter(ms(100))
+        }
+    });
+    let guard = locker.lock("k").ttl(ms(3_000)).await.unwrap();
+    let start = Instant::now() - ms(100);
+    sleep(ms(5_000)).await;
+    let sent: Vec<_> = sent.lock().unwrap().iter().map(|&at| at - start).collect();
+    assert_eq!(sent, [ms(1_000), ms(2_000), ms(3_000), ms(4_000), ms(5_000)]);
+    // The last has not been answered yet.
+    assert_eq!(guard.deadline() - start, ms(4_000 + 3_000 - 30 - 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn failures_are_retried_with_growing_pauses_until_one_succeeds() {
+    let calls = Arc::new(Mutex::new(Vec::new()));
+    let locker = locker({
+        let calls = calls.clone();
+        move |operation| {
+            if operation != Operation::Renew {
+                return Fault::None;
+            }
+            let mut calls = calls.lock().unwrap();
+            calls.push(Instant::now());
+            if calls.len() < 5 { Fault::Refused } else { Fault::None }
+        }
+    });
+    let guard = locker.lock("k").ttl(ms(9_000)).await.unwrap();
+    sleep(ms(8_900)).await;
+    assert_eq!(guard.check(), Ok(()));
+    let calls = calls.lock().unwrap();
+    let pauses: Vec<_> = calls.windows(2).map(|pair| pair[1] - pair[0]).take(4).collect();
+    assert!(pauses[3] > pauses[0] * 3, "{pauses:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_release_is_not_held_up_by_a_hung_renewal() {
+    let locker = locker(only(Operation::Renew, Fault::Hung));
+    let guard = locker.lock("k").await.unwrap();
+    sleep(ms(1_000)).await;
+    let start = Instant::now();
+    guard.release().await.unwrap();
+    assert_eq!(start.elapsed(), Duration::ZERO);
+    locker.close().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_release_whose_answer_was_lost_is_a_release() {
+    let calls = AtomicU32::new(0);
+    let locker = locker(move |operation| match operation {
+        // Run, and cut off before the answer.
+        Operation::Release if calls.fetch_add(1, Ordering::Relaxed) == 0 => Fault::AnswerLost,
+        _ => Fault::None,
+    });
+    locker.lock("k").await.unwrap().release().await.unwrap();
+    assert_eq!(locker.inspect("k").await.unwrap(), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_keeper_outlives_its_guard_by_one_bounded_release() {
+    for fault in [Fault::Hung, Fault::Refused] {
+        let locker = locker(only(Operation::Release, fault));
+        let before = Handle::current().metrics().num_alive_tasks();
+        let guard = locker.lock("k").await.unwrap();
+        let start = Instant::now();
+        assert!(matches!(guard.release().await, Err(Error::Redis(_))));
+        assert!(start.elapsed() <= ms(500));
+        locker.close().await;
+        assert!(start.elapsed() <= ms(1_000), "{:?}", start.elapsed());
+        tokio::task::yield_now().await;
+        assert_eq!(Handle::current().metrics().num_alive_tasks(), before);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiting_ends_within_fifty_milliseconds_of_its_limit_even_when_the_store_ignores_its_timeout() {
+    let locker = locker(only(Operation::Acquire, Fault::Hung));
+    for limit in [0, 10, 499, 501, 5_000] {
+        let start = Instant::now();
+        let failed = locker.lock("k").wait_at_most(ms(limit)).await.unwrap_err();
+        assert!(matches!(failed, Error::Redis(_)), "{failed}");
+        let waited = start.elapsed();
+        assert!(waited >= ms(limit) && waited <= ms(limit + 50), "{waited:?} of {limit} ms");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn work_that_becomes_ready_with_the_loss_has_lost() {
+    let locker = locker(only(Operation::Renew, Fault::Hung));
+    let guard = locker.lock("k").await.unwrap();
+    let deadline = guard.deadline();
+    let dropped = Arc::new(AtomicBool::new(false));
+    struct Dropped(Arc<AtomicBool>);
+    impl Drop for Dropped {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let work = {
+        let mark = Dropped(dropped.clone());
+        async move {
+            tokio::time::sleep_until(deadline).await;
+            drop(mark);
+        }
+    };
+    let mut protected = Box::pin(guard.protect(work));
+    assert_eq!((&mut protected).await, Err(Loss::Expired));
+    assert!(dropped.load(Ordering::Relaxed), "dropped with the loss, not with the future");
+
+    // Work that ends late, in a single step, was not under the lock to its end.
+    let guard = locker.lock("other").await.unwrap();
+    let late = guard.protect(async { tokio::time::advance(ms(2_000)).await });
+    assert_eq!(late.await, Err(Loss::Expired));
+}
+
+/// Three clients on one lock, each behind a line of its own that loses, delays and doubles what it carries. Answers how
+/// often one obtained the lock while another still believed to hold it, and how often the lock was obtained.
+async fn history(seed: u64, faults: &'static [fn(&mut fastrand::Rng) -> Fault]) -> (u32, u32) {
+    let store = Arc::new(MemoryStore::new());
+    let held: Arc<Mutex<Vec<Arc<Hold>>>> = Arc::default();
+    let fences = Arc::new(Mutex::new(Vec::new()));
+    let overlaps = Arc::new(AtomicU32::new(0));
+    let mut clients = tokio::task::JoinSet::new();
+    for client in 0..3 {
+        let rng = Mutex::new(fastrand::Rng::with_seed(seed * 3 + client));
+        let locker = locker_on(store.clone(), move |_| {
+            let mut rng = rng.lock().unwrap();
+            if rng.u8(..10) < 5 { Fault::None } else { rng.choice(faults).unwrap()(&mut rng) }
+        });
+        let (held, fences, overlaps) = (held.clone(), fences.clone(), overlaps.clone());
+        let mut rng = fastrand::Rng::with_seed(seed * 7 + client);
+        clients.spawn(async move {
+            for _ in 0..6 {
+                let Ok(guard) = locker.lock("k").wait_at_most(ms(rng.u64(..8_000))).await else { continue };
+                if guard.is_held() {
+                    let mut held = held.lock().unwrap();
+                    let others = held.iter().filter(|other| other.check().is_ok()).count();
+                    overlaps.fetch_add(u32::from(others > 0), Ordering::Relaxed);
+                    held.push(guard.hold());
+                    fences.lock().unwrap().push(guard.fencing_token().unwrap());
+                }
+                drop(timeout(ms(rng.u64(..6_000)), guard.lost()).await);
+                match rng.u8(..3) {
+                    0 => drop(guard),
+                    1 => drop(guard.release().await),
+                    _ => drop(timeout(ms(rng.u64(..300)), guard.release()).await),
+                }
+            }
+        });
+    }
+    clients.join_all().await;
+    let fences = fences.lock().unwrap();
+    assert!(fences.is_sorted_by(|earlier, later| earlier < later), "fencing tokens don't grow, seed {seed}");
+    (overlaps.load(Ordering::Relaxed), u32::try_from(fences.len()).unwrap())
+}
+
+fn histories(faults: &'static [fn(&mut fastrand::Rng) -> Fault], check: impl Fn(u64, u32)) -> u32 {
+    let mut obtained = 0;
+    for seed in 0..2_000 {
+        let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+        fastrand::seed(seed);
+        let (overlaps, count) = runtime.block_on(history(seed, faults));
+        check(seed, overlaps);
+        obtained += count;
+    }
+    obtained
+}
+
+/// What networks and servers do.
+const FAULTS: &[fn(&mut fastrand::Rng) -> Fault] = &[
+    |_| Fault::Refused,
+    |_| Fault::Hung,
+    |_| Fault::AnswerLost,
+    |rng| Fault::AnsweredAfter(ms(rng.u64(..700))),
+    |rng| Fault::RunAfter(ms(rng.u64(..700))),
+    |rng| Fault::RunAfter(ms(rng.u64(..5_000))),
+    |rng| Fault::Doubled(ms(rng.u64(..5_000))),
+];
+
+/// And what this kind of lock does not survive: a server that forgets.
+const BEYOND: &[fn(&mut fastrand::Rng) -> Fault] = &[|_| Fault::Forgotten, |_| Fault::Refused];
+
+#[test]
+fn no_history_has_two_holders_at_once() {
+    let obtained = histories(FAULTS, |seed, overlaps| assert_eq!(overlaps, 0, "two holders at once, seed {seed}"));
+    // Or the histories have shown nothing.
+    assert!(obtained > 10_000, "{obtained}");
+}
+
+#[test]
+fn a_server_that_forgets_has_two_holders_at_once_or_the_histories_are_toothless() {
+    let overlaps = AtomicU32::new(0);
+    histories(BEYOND, |_, found| {
+        overlaps.fetch_add(found, Ordering::Relaxed);
+    });
+    assert!(overlaps.load(Ordering::Relaxed) > 100);
+}

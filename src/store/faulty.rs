@@ -1,0 +1,131 @@
+//! For tests: a store whose calls go wrong as they are told to.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+use super::memory::MemoryStore;
+use super::{Acquired, Answer, Holder, Released, Renewed, Store, Wanted};
+use crate::lease::Owned;
+use crate::{Error, Key};
+
+/// What happens to one call.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Fault {
+    /// Nothing: it is run and answered.
+    None,
+    /// It fails at once, and is never run.
+    Refused,
+    /// It is never answered, nor given up on, nor run.
+    Hung,
+    /// It is run at once, and its answer is lost with the connection.
+    AnswerLost,
+    /// It is run at once, and its answer takes so long. Whoever gives up earlier never learns it.
+    AnsweredAfter(Duration),
+    /// It is run so much later, whether anybody still waits for it or not, and answered then.
+    RunAfter(Duration),
+    /// It is run twice: at once, and so much later.
+    Doubled(Duration),
+    /// Before it is run, the server forgets everything.
+    Forgotten,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operation {
+    Acquire,
+    Renew,
+    Release,
+}
+
+/// The embedded store, behind a line that does what `plan` says to each call.
+pub(crate) struct FaultyStore {
+    store: Arc<MemoryStore>,
+    plan: Box<dyn Fn(Operation) -> Fault + Send + Sync>,
+}
+
+impl FaultyStore {
+    pub(crate) fn new(store: Arc<MemoryStore>, plan: impl Fn(Operation) -> Fault + Send + Sync + 'static) -> Self {
+        Self { store, plan: Box::new(plan) }
+    }
+
+    async fn call<T: Send + 'static>(
+        &self,
+        operation: Operation,
+        timeout: Duration,
+        run: impl Fn(&MemoryStore) -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let store = self.store.clone();
+        match (self.plan)(operation) {
+            Fault::None => Ok(run(&store)),
+            Fault::Refused => Err(Error::timeout()),
+            Fault::AnswerLost => {
+                run(&store);
+                Err(Error::timeout())
+            }
+            Fault::Hung => std::future::pending().await,
+            Fault::AnsweredAfter(delay) => {
+                let answer = run(&store);
+                self.answer_after(delay, timeout).await.map(|()| answer)
+            }
+            Fault::RunAfter(delay) => {
+                let later = tokio::spawn(async move {
+                    sleep(delay).await;
+                    run(&store)
+                });
+                tokio::time::timeout(timeout, later)
+                    .await
+                    .map_err(|_| Error::timeout())
+                    .map(|answer| answer.expect("it doesn't panic"))
+            }
+            Fault::Doubled(delay) => {
+                let answer = run(&store);
+                tokio::spawn(async move {
+                    sleep(delay).await;
+                    run(&store);
+                });
+                Ok(answer)
+            }
+            Fault::Forgotten => {
+                store.forget();
+                Ok(run(&store))
+            }
+        }
+    }
+
+    async fn answer_after(&self, delay: Duration, timeout: Duration) -> Result<(), Error> {
+        tokio::time::timeout(timeout, sleep(delay)).await.map_err(|_| Error::timeout())
+    }
+}
+
+impl Store for FaultyStore {
+    fn acquire<'a>(&'a self, wanted: &'a Wanted, timeout: Duration) -> Answer<'a, Acquired> {
+        let wanted = Wanted { owned: wanted.owned.clone(), metadata: wanted.metadata.clone(), ..*wanted };
+        Box::pin(self.call(Operation::Acquire, timeout, move |store| store.acquire_now(&wanted)))
+    }
+
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, exact: bool, timeout: Duration) -> Answer<'a, Renewed> {
+        let owned = owned.clone();
+        Box::pin(self.call(Operation::Renew, timeout, move |store| store.renew_now(&owned, ttl, exact)))
+    }
+
+    fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released> {
+        let owned = owned.clone();
+        Box::pin(self.call(Operation::Release, timeout, move |store| store.release_now(&owned)))
+    }
+
+    fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
+        self.store.remaining(owned, timeout)
+    }
+
+    fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {
+        self.store.inspect(key, timeout)
+    }
+}
+
+impl fmt::Debug for FaultyStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FaultyStore").finish_non_exhaustive()
+    }
+}
