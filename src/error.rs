@@ -99,6 +99,14 @@ impl Error {
     ///
     /// True of timeouts, lost connections and servers that are loading, read-only, busy, out of memory or electing.
     /// While it waits, [`Locker::lock`](crate::Locker::lock) goes on through all of these by itself.
+    ///
+    /// ```
+    /// use tenure::fred::error::{Error, ErrorKind};
+    ///
+    /// let loading = tenure::Error::from(Error::new(ErrorKind::Unknown, "LOADING Redis is loading the dataset"));
+    /// assert!(loading.is_transient());
+    /// assert!(!tenure::Error::Closed.is_transient());
+    /// ```
     pub fn is_transient(&self) -> bool {
         let Self::Redis(error) = self else { return false };
         match self.code() {
@@ -120,6 +128,13 @@ impl Error {
     }
 
     /// The word with which the server named its refusal, such as `WRONGTYPE`, `NOPERM`, `READONLY` or `OOM`.
+    ///
+    /// ```
+    /// use tenure::fred::error::{Error, ErrorKind};
+    ///
+    /// let refused = tenure::Error::from(Error::new(ErrorKind::Unknown, "NOPERM this user has no permissions"));
+    /// assert_eq!(refused.code(), Some("NOPERM"));
+    /// ```
     pub fn code(&self) -> Option<&str> {
         let Self::Redis(error) = self else { return None };
         let word = error.details().split_ascii_whitespace().next()?;

@@ -354,18 +354,33 @@ impl Default for LockerBuilder {
 
 impl LockerBuilder {
     /// The [ttl](LockRequest::ttl) of requests that set none. Default: 30 s.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// let locker = tenure::Locker::builder().ttl(Duration::from_secs(10)).in_memory();
+    /// ```
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.settings.ttl = ttl;
         self
     }
 
     /// The time between [renewals](LockRequest::renew_every). Default: a third of the ttl.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// let locker = tenure::Locker::builder().renew_every(Duration::from_secs(3)).in_memory();
+    /// ```
     pub fn renew_every(mut self, interval: Duration) -> Self {
         self.settings.renewal = Renewal::Every(interval);
         self
     }
 
     /// The pauses of [`Locker::obtain`] where the request sets none. Default: one attempt.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// let locker = tenure::Locker::builder().retry(tenure::Retry::linear(Duration::from_millis(100)).limit(9)).in_memory();
+    /// ```
     pub fn retry(mut self, retry: Retry) -> Self {
         self.settings.retry = Some(retry);
         self
@@ -375,12 +390,21 @@ impl LockerBuilder {
     /// stops believing by so much earlier. Default: 0.01 and 2 ms.
     ///
     /// A factor that is not at least 0 and below 1 leaves nothing of any ttl: every request is refused.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// let locker = tenure::Locker::builder().drift(0.02, Duration::from_millis(5)).in_memory();
+    /// ```
     pub fn drift(mut self, factor: f64, margin: Duration) -> Self {
         self.settings.drift = Drift { factor, margin };
         self
     }
 
     /// Put before every key at the server. Guards and errors show keys without it. Default: none.
+    ///
+    /// ```
+    /// let locker = tenure::Locker::builder().prefix("billing:").in_memory();
+    /// ```
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
         self.prefix = prefix.into();
         self
@@ -389,12 +413,21 @@ impl LockerBuilder {
     /// How long to wait for the server's answer to one command, and for a connection. Default: 2 s.
     ///
     /// Calls that would be answered too late to be of use end sooner, by themselves. Zero is taken for 1 ms.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// let locker = tenure::Locker::builder().command_timeout(Duration::from_millis(500)).in_memory();
+    /// ```
     pub fn command_timeout(mut self, timeout: Duration) -> Self {
         self.command_timeout = timeout.max(Duration::from_millis(1));
         self
     }
 
     /// Whether guards have a [fencing token](LockGuard::fencing_token). Default: true.
+    ///
+    /// ```
+    /// let locker = tenure::Locker::builder().fenced(false).in_memory();
+    /// ```
     pub fn fenced(mut self, fenced: bool) -> Self {
         self.settings.fenced = fenced;
         self
@@ -402,6 +435,10 @@ impl LockerBuilder {
 
     /// Gives the connection and the renewals a thread and a runtime of their own, so that a worker of the application
     /// that blocks can't hold them up. Costs a hand-over between threads for each request. Default: false.
+    ///
+    /// ```
+    /// let locker = tenure::Locker::builder().isolated(true).in_memory();
+    /// ```
     pub fn isolated(mut self, isolated: bool) -> Self {
         self.isolated = isolated;
         self
@@ -412,6 +449,17 @@ impl LockerBuilder {
     /// # Errors
     ///
     /// As [`Locker::connect`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`Locker::connect`].
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::builder().prefix("billing:").connect("redis://127.0.0.1:6379").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn connect(self, url: &str) -> Result<Locker, Error> {
         let isolated = self.isolated.then(Isolated::start).transpose()?;
         let (url, prefix) = (url.to_owned(), self.prefix.clone());
@@ -429,12 +477,22 @@ impl LockerBuilder {
     ///
     /// An [`isolated`](LockerBuilder::isolated) locker renews on its own thread, but the client's connection stays on
     /// the runtime that it was initialised on.
+    ///
+    /// ```no_run
+    /// # fn example(client: tenure::fred::clients::Client) {
+    /// let locker = tenure::Locker::builder().prefix("billing:").client(client);
+    /// # }
+    /// ```
     pub fn client(self, client: Client) -> Locker {
         let store = RedisStore::with_client(client, self.prefix.clone());
         self.on_own_thread_if_wanted(Box::new(store))
     }
 
     /// Uses the embedded store; see [`Locker::in_memory`].
+    ///
+    /// ```
+    /// let locker = tenure::Locker::builder().fenced(false).in_memory();
+    /// ```
     pub fn in_memory(self) -> Locker {
         self.on_own_thread_if_wanted(Box::new(MemoryStore::new()))
     }

@@ -50,6 +50,20 @@ pub enum Loss {
 /// # Cancel safety
 ///
 /// It may be dropped at any time, and made again: nothing is missed.
+///
+/// # Examples
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let guard = tenure::Locker::in_memory().lock("k").await?;
+/// // It lives on its own: a task can wait for it.
+/// let told = tokio::spawn(guard.lost());
+/// guard.release().await?;
+/// assert_eq!(told.await?, tenure::Loss::Released);
+/// # Ok(())
+/// # }
+/// ```
 #[pin_project]
 #[must_use = "futures do nothing unless polled"]
 pub struct Lost {
@@ -94,6 +108,18 @@ impl fmt::Debug for Lost {
 /// # Cancel safety
 ///
 /// Dropping it drops the work, and leaves the lock as it is.
+///
+/// # Examples
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+/// # async fn main() -> Result<(), tenure::Error> {
+/// let guard = tenure::Locker::in_memory().lock("k").no_renewal().await?;
+/// let endless = guard.protect(std::future::pending::<()>());
+/// assert_eq!(endless.await, Err(tenure::Loss::Expired));
+/// # Ok(())
+/// # }
+/// ```
 #[pin_project]
 #[must_use = "futures do nothing unless polled"]
 pub struct Protected<F> {

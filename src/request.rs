@@ -96,6 +96,18 @@ impl LockRequest {
     ///
     /// It is what others wait for when this process dies; and what the process may be cut off from the server before it
     /// loses the lock.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let locker = tenure::Locker::in_memory();
+    /// let guard = locker.lock("k").ttl(Duration::from_secs(5)).await?;
+    /// assert_eq!(guard.ttl(), Duration::from_secs(5));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn ttl(self, ttl: Duration) -> Self {
         Self { ttl, ..self }
     }
@@ -103,6 +115,19 @@ impl LockRequest {
     /// Gives up when the lock could not be had for this long. Kept within 50 ms, whatever the server does.
     ///
     /// Makes [`obtain`](Locker::obtain) wait, and [`try_lock`](Locker::try_lock) too.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let locker = tenure::Locker::in_memory();
+    /// let guard = locker.lock("k").await?;
+    /// let refused = locker.lock("k").wait_at_most(Duration::from_millis(100)).await;
+    /// assert!(matches!(refused, Err(tenure::Error::NotObtained { .. })));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn wait_at_most(self, limit: Duration) -> Self {
         let patience = match self.patience {
             Patience::Once => Patience::Wait,
@@ -112,33 +137,98 @@ impl LockRequest {
     }
 
     /// Tries again after each of these pauses, and gives up when they end. Failures of the server count as attempts.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let locker = tenure::Locker::in_memory();
+    /// let thrice = tenure::Retry::linear(Duration::from_millis(50)).limit(3);
+    /// let guard = locker.obtain("k").retry(thrice).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn retry(self, retry: Retry) -> Self {
         Self { patience: Patience::Retry(retry), ..self }
     }
 
     /// Bytes to store beside the token, for [`Locker::inspect`] to show: who holds it, and what for.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let guard = locker.lock("k").metadata("host-3").await?;
+    /// assert_eq!(locker.inspect("k").await?.map(|holder| holder.metadata), Some(b"host-3".to_vec()));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn metadata(self, metadata: impl Into<Vec<u8>>) -> Self {
         Self { metadata: metadata.into(), ..self }
     }
 
     /// Obtains the lock in the name of this token: at once also where the same token holds it already, which then has it
     /// renewed. Default: a fresh [random](Token::random) one.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let first = locker.obtain("k").token("worker-7".parse()?).await?;
+    /// let again = locker.obtain("k").token("worker-7".parse()?).await?;
+    /// assert_eq!(first.fencing_token(), again.fencing_token());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn token(self, token: Token) -> Self {
         Self { token: Some(token), ..self }
     }
 
     /// The time between renewals: at least 1 ms, and shorter than the ttl less drift. Default: the locker's, or a third
     /// of the ttl.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let locker = tenure::Locker::in_memory();
+    /// let guard = locker.lock("k").ttl(Duration::from_secs(60)).renew_every(Duration::from_secs(5)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn renew_every(self, interval: Duration) -> Self {
         Self { renewal: Renewal::Every(interval), ..self }
     }
 
     /// Doesn't renew the lock: it expires by itself when its ttl ends, and the guard says so.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let locker = tenure::Locker::in_memory();
+    /// let guard = locker.lock("k").ttl(Duration::from_secs(1)).no_renewal().await?;
+    /// assert_eq!(guard.lost().await, tenure::Loss::Expired);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn no_renewal(self) -> Self {
         Self { renewal: Renewal::Never, ..self }
     }
 
     /// Whether the guard shall have a [fencing token](LockGuard::fencing_token). Default: the locker's, true.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// assert_eq!(locker.lock("k").fenced(false).await?.fencing_token(), None);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn fenced(self, fenced: bool) -> Self {
         Self { fenced, ..self }
     }
@@ -372,6 +462,20 @@ impl fmt::Display for Keys<'_> {
 /// # Cancel safety
 ///
 /// May be dropped at any time, see [`LockRequest`].
+///
+/// # Examples
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::future::IntoFuture;
+///
+/// let locker = tenure::Locker::in_memory();
+/// let waiting = tokio::spawn(locker.lock("k").into_future());
+/// let guard = waiting.await??;
+/// # Ok(())
+/// # }
+/// ```
 #[must_use = "futures do nothing unless polled"]
 pub struct Obtaining(Pin<Box<dyn Future<Output = Result<LockGuard, Error>> + Send>>);
 

@@ -37,16 +37,30 @@ pub type Pauses = Box<dyn Iterator<Item = Duration> + Send>;
 
 impl Retry {
     /// One attempt, no more.
+    ///
+    /// ```
+    /// assert_eq!(tenure::Retry::none().pauses().count(), 0);
+    /// ```
     pub fn none() -> Self {
         Self::from_iter(iter::empty())
     }
 
     /// The same pause for ever.
+    ///
+    /// ```
+    /// let ten_times_a_second = tenure::Retry::linear(std::time::Duration::from_millis(100));
+    /// ```
     pub fn linear(pause: Duration) -> Self {
         Self::from_iter(iter::repeat(pause))
     }
 
     /// Doubling pauses: `min` first, never longer than `max`.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// let patient = tenure::Retry::exponential(Duration::from_millis(16), Duration::from_secs(1));
+    /// ```
     pub fn exponential(min: Duration, max: Duration) -> Self {
         let double = move |pause: &Duration| Some(pause.saturating_mul(2).min(max));
         Self::from_iter(iter::successors(Some(min.min(max)), double))
@@ -71,16 +85,35 @@ impl Retry {
     }
 
     /// At most `n` retries, that is `n + 1` attempts.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// assert_eq!(tenure::Retry::linear(Duration::from_millis(100)).limit(3).pauses().count(), 3);
+    /// ```
     pub fn limit(self, n: usize) -> Self {
         Self { limit: Some(self.limit.map_or(n, |limit| limit.min(n))), ..self }
     }
 
     /// Adds a random time below `jitter` to every pause, so that many who wait don't ask all at once.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// let spread = tenure::Retry::linear(Duration::from_millis(100)).jitter(Duration::from_millis(200));
+    /// ```
     pub fn jitter(self, jitter: Duration) -> Self {
         Self { jitter, ..self }
     }
 
     /// Starts the strategy: the pauses of one request.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// let second = Duration::from_secs(1);
+    /// assert_eq!(tenure::Retry::linear(second).pauses().next(), Some(second));
+    /// ```
     pub fn pauses(&self) -> Pauses {
         let jitter = self.jitter;
         let pauses = (self.make)().map(move |pause| pause.saturating_add(jitter.mul_f64(fastrand::f64())));

@@ -72,6 +72,20 @@ pub(crate) enum Released {
 }
 
 /// Who holds a lock; answered by [`Locker::inspect`](crate::Locker::inspect).
+///
+/// # Examples
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), tenure::Error> {
+/// let locker = tenure::Locker::in_memory();
+/// let guard = locker.lock("k").await?;
+/// if let Some(holder) = locker.inspect("k").await? {
+///     println!("held for {:?} more, unless renewed", holder.remaining);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Holder {
