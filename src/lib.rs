@@ -61,7 +61,10 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod builder;
 mod locker;
+
+mod attempt;
 mod request;
 
 mod guard;
@@ -84,10 +87,11 @@ mod simulation;
 
 pub use fred;
 
+pub use self::builder::LockerBuilder;
 pub use self::error::Error;
 pub use self::guard::LockGuard;
 pub use self::key::Key;
-pub use self::locker::{Locker, LockerBuilder};
+pub use self::locker::Locker;
 pub use self::lost::{Loss, Lost, Protected};
 pub use self::request::{LockRequest, Obtaining};
 pub use self::retry::{IntoPauses, Pauses, Retry};

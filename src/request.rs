@@ -3,22 +3,21 @@
 use std::fmt;
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::select;
-use tokio::time::{Instant, sleep_until, timeout_at};
-use tokio_util::task::task_tracker::TaskTrackerToken;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, info, info_span, warn};
 
-use crate::keeper::Upkeep;
-use crate::lease::{Grant, Hold, Owned};
+use crate::attempt::{Attempt, Outcome};
+use crate::lease::Owned;
 use crate::locker::Locker;
 use crate::retry::Pauses;
 use crate::schedule::{self, Renewal};
-use crate::store::{Acquired, Wanted};
+use crate::store::Wanted;
 use crate::{Error, Key, LockGuard, Retry, Token};
 
 /// A lock that is asked for: set what you need, then `.await` it for the [`LockGuard`].
@@ -29,7 +28,7 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 /// # Cancel safety
 ///
 /// The future may be dropped at any time. What an attempt may have left at the server is then released in the
-/// background, on the runtime that polled it; nothing else is left behind.
+/// background, on the runtime that polled it (but see [`token`](LockRequest::token)); nothing else is left behind.
 ///
 /// # Errors
 ///
@@ -171,6 +170,9 @@ impl LockRequest {
     /// Obtains the lock in the name of this token: at once also where the same token holds it already, which then has it
     /// renewed. Default: a fresh [random](Token::random) one.
     ///
+    /// Another guard may hold the lock by the same token. So where the outcome of an attempt stays unknown, nothing is
+    /// released: what it may have left is freed by its ttl.
+    ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() -> Result<(), tenure::Error> {
@@ -235,8 +237,78 @@ impl LockRequest {
 
     async fn obtain(self) -> Result<LockGuard, Error> {
         let started = Instant::now();
-        let upkeep = self.locker.upkeep();
+        let locker = self.locker.clone();
+        let (drift, closed) = (locker.settings().drift, locker.closed());
         // Before anything is sent: what can't work is refused.
+        let (ttl, runtime) = self.validate()?;
+
+        // Too far for the clock: without a limit.
+        let limit = self.wait_at_most.and_then(|limit| started.checked_add(limit));
+        let mut pauses = match self.patience {
+            Patience::Once => NextPause::Never,
+            Patience::Wait => NextPause::AsNeeded,
+            Patience::Retry(retry) => NextPause::Given(retry.pauses()),
+        };
+        let own_token = self.token.is_none();
+        let owned = Owned { keys: self.keys.into(), token: self.token.unwrap_or_else(Token::random) };
+        let wanted = Wanted { owned, metadata: self.metadata.into(), ttl, fenced: self.fenced };
+        let mut attempt = Attempt::new(wanted, own_token, locker.upkeep().clone(), runtime);
+        let (mut attempts, mut late) = (0, 0);
+        loop {
+            attempts += 1;
+            let outcome = attempt.make(limit, closed).await;
+            let waited = started.elapsed();
+            let (holder, failure) = match outcome {
+                Ok(Outcome::Granted(grant)) => {
+                    let remaining = drift.deadline(grant.sent, ttl).saturating_duration_since(Instant::now());
+                    if drift.suffices(remaining, ttl) {
+                        info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
+                        return Ok(attempt.succeed(&grant, drift, self.renewal));
+                    }
+                    debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");
+                    // Once can be a stall of the server, which waiting helps against. A ttl that is always too short for
+                    // the way to the server would be waited with for ever.
+                    late += 1;
+                    if late == LATE_GRANTS {
+                        return Err(Error::ValidityExpired);
+                    }
+                    (None, Some(Error::ValidityExpired))
+                }
+                Ok(Outcome::Held { remaining }) => {
+                    late = 0;
+                    debug!(name: "tenure.held", attempts, ?waited, ?remaining, "held by another");
+                    (remaining, None)
+                }
+                Err(error) if error.is_transient() => {
+                    // Told once; a server that stays away is not news.
+                    if attempts == 1 {
+                        warn!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server");
+                    } else {
+                        debug!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server");
+                    }
+                    (None, Some(error))
+                }
+                Err(error) => return Err(error),
+            };
+            let next = pauses.next(attempts, holder).and_then(|pause| Instant::now().checked_add(pause));
+            let next = match (next, limit) {
+                (Some(next), None) => next,
+                (Some(next), Some(limit)) if next < limit => next,
+                (next, limit) => {
+                    // A pause that the limit cuts short is waited for all the same: to give up earlier was not said.
+                    if let (Some(_), Some(limit)) = (next, limit) {
+                        pause_until(limit, closed).await?;
+                    }
+                    let (key, waited) = (attempt.key(), started.elapsed());
+                    return Err(failure.unwrap_or(Error::NotObtained { key, attempts, waited }));
+                }
+            };
+            pause_until(next, closed).await?;
+        }
+    }
+
+    /// Refuses what can't work. Answers the ttl as the server will have it, and where the lock will be kept.
+    fn validate(&self) -> Result<(Duration, Handle), Error> {
         if self.locker.closed().is_cancelled() {
             return Err(Error::Closed);
         }
@@ -247,88 +319,12 @@ impl LockRequest {
         let drift = self.locker.settings().drift;
         let ttl = drift.validate(self.ttl)?;
         self.renewal.validate(ttl, drift)?;
-        let runtime = upkeep.runtime()?;
-
-        // Too far for the clock: without a limit.
-        let limit = self.wait_at_most.and_then(|limit| started.checked_add(limit));
-        let token = self.token.unwrap_or_else(Token::random);
-        let wanted = Wanted {
-            owned: Owned { keys: self.keys.into(), token },
-            metadata: self.metadata.into(),
-            ttl,
-            fenced: self.fenced,
-        };
-        let mut pauses = match self.patience {
-            Patience::Once => NextPause::Never,
-            Patience::Wait => NextPause::AsNeeded,
-            Patience::Retry(retry) => NextPause::Given(retry.pauses()),
-        };
-        let mut attempt = Attempt::new(wanted, upkeep.clone(), runtime);
-        let mut attempts = 0;
-        let mut late = 0;
-        loop {
-            attempts += 1;
-            let outcome = attempt.make(limit, self.locker.closed()).await;
-            let waited = started.elapsed();
-            let (holder, failure) = match outcome {
-                Ok((sent, Acquired::Granted { fencing_token })) => {
-                    let grant = Grant { sent, ttl, fencing_token };
-                    let hold = Hold::new(attempt.owned(), attempt.metadata(), &grant, drift, self.renewal);
-                    let remaining = hold.deadline().saturating_duration_since(Instant::now());
-                    if drift.suffices(remaining, ttl) {
-                        info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
-                        return Ok(attempt.succeed(hold, drift));
-                    }
-                    debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");
-                    // Once can be a stall of the server, which waiting helps against. A ttl that is always too short for
-                    // the way to the server would be waited with for ever.
-                    late += 1;
-                    if late == LATE_GRANTS || matches!(pauses, NextPause::Never) {
-                        return Err(Error::ValidityExpired);
-                    }
-                    (None, Some(Error::ValidityExpired))
-                }
-                Ok((_, Acquired::Held { remaining })) => {
-                    late = 0;
-                    debug!(name: "tenure.held", attempts, ?waited, ?remaining, "held by another");
-                    (remaining, None)
-                }
-                Err(error) if error.is_transient() => {
-                    if attempts == 1 {
-                        warn!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server");
-                    } else {
-                        debug!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server");
-                    }
-                    (None, Some(error))
-                }
-                Err(error) => return Err(error),
-            };
-            let now = Instant::now();
-            let next = pauses.next(attempts, holder).and_then(|pause| now.checked_add(pause));
-            let within = |next: &Instant| limit.is_none_or(|limit| *next < limit);
-            let Some(next) = next.filter(within) else {
-                // The last pause is cut short by the limit: waited for in full, as the lock may be had until then.
-                if let (Some(limit), Some(_)) = (limit, next) {
-                    self.locker.pause_until(limit).await?;
-                }
-                let key = attempt.owned().key();
-                let not_obtained = Error::NotObtained { key, attempts, waited: started.elapsed() };
-                return Err(failure.unwrap_or(not_obtained));
-            };
-            self.locker.pause_until(next).await?;
-        }
+        Ok((ttl, self.locker.upkeep().runtime()?))
     }
 }
 
 /// So many grants in a row that came too late to be of use end a request that waits.
 const LATE_GRANTS: u32 = 3;
-
-/// Even a request that may not wait at all gives its first attempt this long. Less than the tolerance of
-/// [`LockRequest::wait_at_most`].
-const FIRST_ATTEMPT: Duration = Duration::from_millis(30);
-
-/// By how much the store may overrun its timeout before its call is given up on from outside.
-const GRACE: Duration = Duration::from_millis(10);
 
 /// Where the pauses between attempts come from.
 enum NextPause {
@@ -347,92 +343,12 @@ impl NextPause {
     }
 }
 
-/// The attempts of one request: sees to it that none of them leaves anything behind.
-struct Attempt {
-    /// Taken out when the lock is obtained, or when what the attempts left has to be undone.
-    wanted: Arc<Wanted>,
-    upkeep: Arc<Upkeep>,
-    runtime: Handle,
-    /// The server may hold the lock for us, or may come to, without our knowing. The token makes
-    /// [`Locker::close`] wait until that is settled.
-    unsettled: Option<TaskTrackerToken>,
-}
-
-impl Attempt {
-    fn new(wanted: Wanted, upkeep: Arc<Upkeep>, runtime: Handle) -> Self {
-        Self { wanted: Arc::new(wanted), upkeep, runtime, unsettled: None }
-    }
-
-    fn owned(&self) -> Owned {
-        self.wanted.owned.clone()
-    }
-
-    fn metadata(&self) -> Box<[u8]> {
-        self.wanted.metadata.clone()
-    }
-
-    /// Asks the server once. Answers when the question was sent, and the verdict.
-    async fn make(
-        &mut self,
-        limit: Option<Instant>,
-        closed: &tokio_util::sync::CancellationToken,
-    ) -> Result<(Instant, Acquired), Error> {
-        let sent = Instant::now();
-        let patience = limit.map_or(Duration::MAX, |limit| limit.saturating_duration_since(sent));
-        let timeout = self.upkeep.command_timeout.min(patience.max(FIRST_ATTEMPT));
-        let doubtful = self.unsettled.is_some();
-        if !doubtful {
-            self.unsettled = Some(self.upkeep.releases.token());
-        }
-        let call = self.upkeep.store.acquire(&self.wanted, timeout);
-        let answer = select! {
-            biased;
-            () = closed.cancelled() => return Err(Error::Closed),
-            answer = timeout_at(sent + timeout + GRACE, call) => answer.unwrap_or_else(|_| Err(Error::timeout())),
-        };
-        let refused = match &answer {
-            Ok(Acquired::Held { .. }) => true,
-            Ok(Acquired::Granted { .. }) => false,
-            // Refused by the server with a word: it has not run the script.
-            Err(error) => error.code().is_some(),
-        };
-        // After an earlier attempt of unknown outcome, this answer doesn't speak for that one.
-        if refused && !doubtful {
-            self.unsettled = None;
-        }
-        answer.map(|verdict| (sent, verdict))
-    }
-
-    /// The lock is ours: from here on its guard and its keeper see to it.
-    fn succeed(mut self, hold: Hold, drift: schedule::Drift) -> LockGuard {
-        let hold = Arc::new(hold);
-        let guard = LockGuard::new(hold.clone(), self.upkeep.clone(), drift);
-        self.upkeep.keep(hold, &self.runtime);
-        self.unsettled = None;
-        guard
-    }
-}
-
-impl Drop for Attempt {
-    fn drop(&mut self) {
-        let Some(unsettled) = self.unsettled.take() else { return };
-        let (wanted, upkeep) = (self.wanted.clone(), self.upkeep.clone());
-        // Where the runtime is gone, this does nothing, and the ttl frees the lock.
-        self.runtime.spawn(async move {
-            upkeep.undo(&wanted.owned, wanted.ttl).await;
-            drop(unsettled);
-        });
-    }
-}
-
-impl Locker {
-    /// Sleeps, unless the locker is closed.
-    async fn pause_until(&self, wake: Instant) -> Result<(), Error> {
-        select! {
-            biased;
-            () = self.closed().cancelled() => Err(Error::Closed),
-            () = sleep_until(wake) => Ok(()),
-        }
+/// Sleeps, unless the locker is closed.
+async fn pause_until(wake: Instant, closed: &CancellationToken) -> Result<(), Error> {
+    select! {
+        biased;
+        () = closed.cancelled() => Err(Error::Closed),
+        () = sleep_until(wake) => Ok(()),
     }
 }
 

@@ -112,6 +112,23 @@ async fn an_attempt_that_timed_out_and_is_run_later_is_undone() {
 }
 
 #[tokio::test]
+async fn a_dropped_or_failed_attempt_by_a_token_from_elsewhere_takes_the_lock_from_nobody() {
+    let server = Server::start();
+    let proxy = Proxy::start(server.port()).await;
+    let locker = Locker::connect(&proxy.url()).await.unwrap();
+    let guard = locker.lock("k").token("mine".parse().unwrap()).await.unwrap();
+    for lose in [Mode::LoseNext, Mode::Delay(ms(100))] {
+        proxy.set(lose);
+        let again = locker.try_lock("k").token("mine".parse().unwrap());
+        assert!(!timeout(ms(50), again.into_future()).await.is_ok_and(|again| again.is_ok()));
+        proxy.set(Mode::Pass);
+    }
+    guard.refresh().await.unwrap();
+    assert_eq!(server.cli(&["GET", "k"]), "mine");
+    guard.release().await.unwrap();
+}
+
+#[tokio::test]
 async fn an_attempt_whose_answer_was_lost_meets_itself_and_gets_the_lock() {
     let server = Server::start();
     let proxy = Proxy::start(server.port()).await;

@@ -1,0 +1,115 @@
+//! The attempts of one request, which leave nothing behind.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::select;
+use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+use crate::keeper::Upkeep;
+use crate::lease::{Grant, Hold};
+use crate::schedule::{Drift, Renewal};
+use crate::store::{Acquired, Wanted};
+use crate::{Error, Key, LockGuard};
+
+/// Even a request that may not wait at all gives its first attempt this long. Less than the tolerance of
+/// [`LockRequest::wait_at_most`].
+const FIRST_ATTEMPT: Duration = Duration::from_millis(30);
+
+/// By how much the store may overrun its timeout before its call is given up on from outside.
+const GRACE: Duration = Duration::from_millis(10);
+
+/// Asks the server for one lock, as often as its request wants to.
+///
+/// Whatever was sent may take effect, whether its answer came or not. So an attempt is *unsettled* from before it is sent
+/// until its answer says what became of it, and one that is dropped unsettled is undone.
+pub(crate) struct Attempt {
+    wanted: Arc<Wanted>,
+    /// The token is known to nobody else: what it holds was granted to this request.
+    own_token: bool,
+    upkeep: Arc<Upkeep>,
+    runtime: Handle,
+    /// There while unsettled. The token makes [`Locker::close`](crate::Locker::close) wait until that is over.
+    unsettled: Option<TaskTrackerToken>,
+}
+
+/// What the server has decided.
+pub(crate) enum Outcome {
+    Granted(Grant),
+    /// By another, for this long unless renewed.
+    Held {
+        remaining: Option<Duration>,
+    },
+}
+
+impl Attempt {
+    pub(crate) fn new(wanted: Wanted, own_token: bool, upkeep: Arc<Upkeep>, runtime: Handle) -> Self {
+        Self { wanted: Arc::new(wanted), own_token, upkeep, runtime, unsettled: None }
+    }
+
+    pub(crate) fn key(&self) -> Key {
+        self.wanted.owned.key()
+    }
+
+    /// Asks the server once.
+    pub(crate) async fn make(&mut self, limit: Option<Instant>, closed: &CancellationToken) -> Result<Outcome, Error> {
+        let sent = Instant::now();
+        let patience = limit.map_or(Duration::MAX, |limit| limit.saturating_duration_since(sent));
+        let timeout = self.upkeep.command_timeout.min(patience.max(FIRST_ATTEMPT));
+        let doubtful = self.unsettled.is_some();
+        if !doubtful {
+            self.unsettled = Some(self.upkeep.releases.token());
+        }
+        let call = self.upkeep.store.acquire(&self.wanted, timeout);
+        let answer = select! {
+            biased;
+            () = closed.cancelled() => return Err(Error::Closed),
+            answer = timeout_at(sent + timeout + GRACE, call) => answer.unwrap_or_else(|_| Err(Error::timeout())),
+        };
+        let refused = match &answer {
+            Ok(Acquired::Held { .. }) => true,
+            Ok(Acquired::Granted { .. }) => false,
+            // Refused by the server with a word: it has not run the script.
+            Err(error) => error.code().is_some(),
+        };
+        // After an earlier attempt of unknown outcome, this answer doesn't speak for that one.
+        if refused && !doubtful {
+            self.unsettled = None;
+        }
+        Ok(match answer? {
+            Acquired::Granted { fencing_token } => {
+                Outcome::Granted(Grant { sent, ttl: self.wanted.ttl, fencing_token })
+            }
+            Acquired::Held { remaining } => Outcome::Held { remaining },
+        })
+    }
+
+    /// The lock is ours: from here on its guard and its keeper see to it.
+    pub(crate) fn succeed(mut self, grant: &Grant, drift: Drift, renewal: Renewal) -> LockGuard {
+        let Wanted { owned, metadata, .. } = &*self.wanted;
+        let hold = Arc::new(Hold::new(owned.clone(), metadata.clone(), grant, drift, renewal));
+        let guard = LockGuard::new(hold.clone(), self.upkeep.clone(), drift);
+        self.upkeep.keep(hold, &self.runtime);
+        self.unsettled = None;
+        guard
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        let Some(unsettled) = self.unsettled.take() else { return };
+        // By a token from elsewhere another guard may hold the lock, and would lose it.
+        if !self.own_token {
+            return;
+        }
+        let (wanted, upkeep) = (self.wanted.clone(), self.upkeep.clone());
+        // Where the runtime is gone, this does nothing, and the ttl frees the lock.
+        self.runtime.spawn(async move {
+            upkeep.undo(&wanted.owned, wanted.ttl).await;
+            drop(unsettled);
+        });
+    }
+}
