@@ -1,0 +1,69 @@
+//! Two workers want one lock: one has it, the other waits for its turn.
+//!
+//!     cargo run --example quickstart
+//!
+//! Runs on the embedded store; with `REDIS_URL` set, on that server.
+
+use std::env;
+use std::error::Error;
+use std::time::{Duration, Instant};
+
+use tenure::{Error as LockError, Locker};
+use tokio::time::sleep;
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let locker = match env::var("REDIS_URL") {
+        Ok(url) => {
+            println!("Locks are kept on the server that REDIS_URL names.\n");
+            Locker::connect(&url).await?
+        }
+        Err(_) => {
+            println!("REDIS_URL is not set: locks are kept on the embedded store, in this process.\n");
+            Locker::in_memory()
+        }
+    };
+    let start = Instant::now();
+    let now = move || format!("{:>4} ms", start.elapsed().as_millis());
+
+    // Anna has the lock. It is renewed in the background for as long as the guard lives.
+    let guard = locker.lock("invoices:42").await?;
+    let (key, remaining) = (guard.key(), guard.remaining().as_millis());
+    println!("{}  anna has `{key}`, surely for {remaining} ms more even if it were never renewed", now());
+    println!("{}  anna's fencing token is {}", now(), guard.fencing_token().unwrap_or_default());
+
+    // Who doesn't want to wait is told so at once.
+    match locker.try_lock("invoices:42").await {
+        Err(LockError::NotObtained { key, .. }) => println!("{}  carl tries once: `{key}` is held by another", now()),
+        other => drop(other?),
+    }
+
+    // Ben waits for his turn, in a task of his own.
+    let ben = tokio::spawn({
+        let locker = locker.clone();
+        async move {
+            println!("{}  ben waits for it", now());
+            let guard = locker.lock("invoices:42").wait_at_most(Duration::from_secs(10)).await?;
+            let fence = guard.fencing_token().unwrap_or_default();
+            println!("{}  ben has it; his fencing token is greater: {fence}", now());
+            // Dropped here: released in the background.
+            Ok::<_, LockError>(())
+        }
+    });
+
+    // Anna's work, which is dropped should the lock be lost meanwhile.
+    let sum = guard.protect(async {
+        sleep(Duration::from_millis(500)).await;
+        40 + 2
+    });
+    let sum = sum.await?;
+    println!("{}  anna has worked under the lock: {sum}", now());
+    guard.release().await?;
+    println!("{}  anna has released it", now());
+
+    ben.await??;
+    // Waits for what was only dropped.
+    locker.close().await;
+    println!("{}  all is released", now());
+    Ok(())
+}

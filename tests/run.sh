@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Runs every check of the project. Installs what it needs where that is missing: redis-server, Python with redis-py (whose
+# locks must exclude ours), and what the TLS features compile against.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+heading() { printf '\n== %s\n' "$*"; }
+
+# Debian's packages, asked for together. Services that they bring are not started: every test starts its own servers.
+install() {
+    if [[ $(id -u) -ne 0 ]] || ! command -v apt-get >/dev/null; then
+        echo "Please install: $*" >&2
+        exit 1
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq
+    RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "$@"
+}
+
+missing=()
+command -v redis-server >/dev/null && command -v redis-cli >/dev/null || missing+=(redis-server)
+command -v cc >/dev/null || missing+=(build-essential)
+command -v pkg-config >/dev/null || missing+=(pkg-config)
+pkg-config --exists openssl 2>/dev/null || missing+=(libssl-dev)
+python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3 python3-venv)
+if [[ ${#missing[@]} -gt 0 ]]; then
+    heading "install ${missing[*]}"
+    install "${missing[@]}"
+fi
+
+python="${CARGO_TARGET_DIR:-$PWD/target}/redis-py"
+if ! "$python/bin/python" -c 'import redis' 2>/dev/null; then
+    heading "redis-py"
+    python3 -m venv --clear "$python"
+    "$python/bin/python" -m pip install --quiet --disable-pip-version-check 'redis>=5,<8'
+fi
+export TENURE_PYTHON="$python/bin/python"
+
+heading "format"
+cargo fmt --all --check
+
+heading "clippy"
+cargo clippy --workspace --all-targets --all-features -- -D warnings
+
+heading "documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc --package tenure --no-deps --all-features
+
+heading "tests, no features"
+cargo test --package tenure --no-default-features
+
+heading "tests, all features"
+cargo test --package tenure --all-features
+
+scratch=$(mktemp -d)
+trap 'kill "${server:-}" 2>/dev/null || true; rm -rf "$scratch"' EXIT
+redis-server --port 0 --unixsocket "$scratch/socket" --save "" --dir "$scratch" >"$scratch/log" &
+server=$!
+for example in quickstart lost_in_select scope; do
+    heading "example $example"
+    env -u REDIS_URL cargo run --quiet --example "$example"
+    heading "example $example, on a server"
+    REDIS_URL="redis+unix://$scratch/socket" cargo run --quiet --example "$example"
+done
+
+heading "all passed in $SECONDS s"
