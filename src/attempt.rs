@@ -72,8 +72,7 @@ impl Attempt {
         let refused = match &answer {
             Ok(Acquired::Held { .. }) => true,
             Ok(Acquired::Granted { .. }) => false,
-            // Refused by the server with a word: it has not run the script.
-            Err(error) => error.code().is_some(),
+            Err(error) => error.is_refusal(),
         };
         // After an earlier attempt of unknown outcome, this answer doesn't speak for that one.
         if refused && !doubtful {

@@ -57,7 +57,7 @@ impl Default for LockerBuilder {
 }
 
 impl LockerBuilder {
-    /// The [ttl](LockRequest::ttl) of requests that set none. Default: 30 s.
+    /// The [ttl](crate::LockRequest::ttl) of requests that set none. Default: 30 s.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -68,7 +68,7 @@ impl LockerBuilder {
         self
     }
 
-    /// The time between [renewals](LockRequest::renew_every). Default: a third of the ttl.
+    /// The time between [renewals](crate::LockRequest::renew_every). Default: a third of the ttl.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -127,7 +127,7 @@ impl LockerBuilder {
         self
     }
 
-    /// Whether guards have a [fencing token](LockGuard::fencing_token). Default: true.
+    /// Whether guards have a [fencing token](crate::LockGuard::fencing_token). Default: true.
     ///
     /// ```
     /// let locker = tenure::Locker::builder().fenced(false).in_memory();

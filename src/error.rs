@@ -142,6 +142,13 @@ impl Error {
         is_code.then_some(word)
     }
 
+    /// Whether the server itself has refused the command, so that it was surely not run. Of any other failure the outcome
+    /// is unknown; also of a timeout that is explained by what keeps the connection from being made again.
+    pub(crate) fn is_refusal(&self) -> bool {
+        let timed_out = matches!(self, Self::Redis(error) if *error.kind() == ErrorKind::Timeout);
+        self.code().is_some() && !timed_out
+    }
+
     pub(crate) fn timeout() -> Self {
         Self::Redis(fred::error::Error::new(ErrorKind::Timeout, "the server did not answer in time"))
     }

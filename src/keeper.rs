@@ -68,8 +68,8 @@ impl Upkeep {
 
     /// Releases, trying again after failures, for `command_timeout` in all.
     ///
-    /// After a failed try the lock may be free by that very try, and whoever has it now got it rightly: then "not ours"
-    /// is a success.
+    /// After a try of unknown outcome the lock may be free by that very try, and whoever has it now got it rightly: then
+    /// "not ours" is a success.
     pub(crate) async fn release(&self, owned: &Owned) -> Result<Released, Error> {
         self.release_until(owned, Instant::now() + self.command_timeout).await
     }
@@ -88,17 +88,18 @@ impl Upkeep {
     }
 
     async fn release_until(&self, owned: &Owned, until: Instant) -> Result<Released, Error> {
-        let mut failures = 0;
+        let (mut failures, mut maybe_released) = (0, false);
         loop {
             let now = Instant::now();
             let timeout = schedule::call_timeout(self.command_timeout, now, until);
             let call = self.store.release(owned, timeout);
             let error = match timeout_at(until, call).await.unwrap_or_else(|_| Err(Error::timeout())) {
-                Ok(Released::NotOurs(_)) if failures > 0 => return Ok(Released::Freed),
+                Ok(Released::NotOurs(_)) if maybe_released => return Ok(Released::Freed),
                 Ok(released) => return Ok(released),
                 Err(error) => error,
             };
             failures += 1;
+            maybe_released |= !error.is_refusal();
             let remaining = until.saturating_duration_since(Instant::now());
             let pause = schedule::pause_after(failures, self.command_timeout, remaining, fastrand::f64());
             if !error.is_transient() || pause >= remaining {

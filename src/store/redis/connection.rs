@@ -71,7 +71,9 @@ impl Connection {
             self.silent.store(0, Ordering::Relaxed);
             return answer;
         }
-        if let Some(reason) = self.why_not_connected() {
+        if let Some(mut reason) = self.why_not_connected() {
+            // Still a timeout: the call may have been sent before the connection broke.
+            reason.change_kind(ErrorKind::Timeout);
             return Err(reason.into());
         }
         if self.silent.fetch_add(1, Ordering::Relaxed) + 1 >= SILENT_CALLS && self.driver.is_some() {
