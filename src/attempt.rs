@@ -9,8 +9,8 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use crate::hold::{Grant, Hold};
 use crate::keeper::Upkeep;
-use crate::lease::{Grant, Hold};
 use crate::schedule::{Drift, Renewal};
 use crate::store::{Acquired, Wanted};
 use crate::{Error, Key, LockGuard};
@@ -41,6 +41,7 @@ pub(crate) enum Outcome {
     Granted(Grant),
     /// By another, for this long unless renewed.
     Held {
+        key: Key,
         remaining: Option<Duration>,
     },
 }
@@ -82,16 +83,18 @@ impl Attempt {
             Acquired::Granted { fencing_token } => {
                 Outcome::Granted(Grant { sent, ttl: self.wanted.ttl, fencing_token })
             }
-            Acquired::Held { remaining } => Outcome::Held { remaining },
+            Acquired::Held { place, remaining } => {
+                let key = self.wanted.owned.keys.get(place).cloned().unwrap_or_else(|| self.key());
+                Outcome::Held { key, remaining }
+            }
         })
     }
 
     /// The lock is ours: from here on its guard and its keeper see to it.
     pub(crate) fn succeed(mut self, grant: &Grant, drift: Drift, renewal: Renewal) -> LockGuard {
         let Wanted { owned, metadata, .. } = &*self.wanted;
-        let hold = Arc::new(Hold::new(owned.clone(), metadata.clone(), grant, drift, renewal));
-        let guard = LockGuard::new(hold.clone(), self.upkeep.clone(), drift);
-        self.upkeep.keep(hold, &self.runtime);
+        let hold = Hold::new(owned.clone(), metadata.clone(), grant, drift, renewal);
+        let guard = LockGuard::start(hold, &self.upkeep, drift, &self.runtime);
         self.unsettled = None;
         guard
     }

@@ -35,7 +35,7 @@ pub enum Error {
     /// Somebody else holds the lock, and went on holding it for as long as the request was willing to wait.
     #[error("`{key}` is held by another (attempts: {attempts}, waited: {waited:?}); try later or wait longer")]
     NotObtained {
-        /// The key that was held; of several, the first.
+        /// The key that was held; of several, the first that was found to be.
         key: Key,
         /// How often the server was asked.
         attempts: u32,
@@ -80,6 +80,10 @@ pub enum Error {
     /// This text can't be a token.
     #[error("invalid token: {0}")]
     InvalidToken(&'static str),
+
+    /// This text is no lease.
+    #[error("invalid lease: {0}")]
+    InvalidLease(&'static str),
 
     /// [`Locker::close`](crate::Locker::close) was called before or meanwhile.
     #[error("the locker is closed")]

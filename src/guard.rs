@@ -5,16 +5,17 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
+use crate::hold::{Cleanup, Hold};
 use crate::keeper::Upkeep;
-use crate::lease::{Cleanup, Hold};
 use crate::lost::{Lost, Protected};
 use crate::schedule::Drift;
 use crate::store::Released;
-use crate::{Error, Key, Loss, Token};
+use crate::{Error, Key, Lease, Loss, Token};
 
 /// A held lock: renewed in the background until it is released, dropped or lost.
 ///
@@ -62,8 +63,11 @@ pub struct LockGuard {
 }
 
 impl LockGuard {
-    pub(crate) fn new(hold: Arc<Hold>, upkeep: Arc<Upkeep>, drift: Drift) -> Self {
-        Self { hold, upkeep, drift }
+    /// A lock that was just obtained or adopted: from here on its keeper sees to it.
+    pub(crate) fn start(hold: Hold, upkeep: &Arc<Upkeep>, drift: Drift, runtime: &Handle) -> Self {
+        let guard = Self { hold: Arc::new(hold), upkeep: upkeep.clone(), drift };
+        upkeep.keep(guard.hold.clone(), runtime);
+        guard
     }
 
     /// The key that is locked; of several, the first.
@@ -445,6 +449,30 @@ impl LockGuard {
             }
             Released::NotOurs(loss) => Err(self.not_held(loss)),
         }
+    }
+
+    /// Stops the renewal and keeps the lock: what identifies it can be stored, or passed on, to be taken up again by
+    /// [`Locker::adopt`](crate::Locker::adopt), here or in another process, before its ttl ends.
+    ///
+    /// Futures and tokens of this guard say [`Loss::Released`]: it is held here no more. A guard that was lost before
+    /// gives a lease too; who adopts it is told.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let text = locker.lock("k").await?.into_lease().to_string();
+    /// // ... through an environment variable, say ...
+    /// let guard = locker.adopt(text.parse()?).await?;
+    /// assert!(guard.is_held());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn into_lease(self) -> Lease {
+        // Settled before it is ended: the keeper that wakes from the end finds nothing to release.
+        self.hold.settle(Cleanup::Nothing);
+        self.hold.end(Loss::Released);
+        Lease::from_parts(self.hold.owned.clone(), self.ttl(), self.fencing_token())
     }
 
     #[cfg(test)]

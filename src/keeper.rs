@@ -13,8 +13,8 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, debug, info, info_span, warn};
 
+use crate::hold::{Cleanup, Hold, Owned};
 use crate::isolated::Isolated;
-use crate::lease::{Cleanup, Hold, Owned};
 use crate::store::{Released, Renewed, Store};
 use crate::{Error, Loss, schedule};
 
@@ -63,6 +63,14 @@ impl Upkeep {
         match timeout_at(deadline, call).await.unwrap_or_else(|_| Err(Error::timeout()))? {
             Renewed::Extended => Ok(hold.renewed(renewing)),
             Renewed::NotOurs(loss) => Ok(Err(hold.end(loss))),
+        }
+    }
+
+    /// Renews a lock that no guard of ours holds, to at least this ttl.
+    pub(crate) async fn extend(&self, owned: &Owned, ttl: Duration) -> Result<(), Error> {
+        match self.store.renew(owned, ttl, false, self.command_timeout).await? {
+            Renewed::Extended => Ok(()),
+            Renewed::NotOurs(loss) => Err(Error::NotHeld { key: owned.key(), loss }),
         }
     }
 

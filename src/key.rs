@@ -1,5 +1,6 @@
 //! The name of a lock.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use fred::bytes::Bytes;
@@ -37,6 +38,19 @@ impl Key {
 
     pub(crate) fn to_bytes(&self) -> Bytes {
         self.0.clone()
+    }
+
+    /// Refuses what no lock, or set of locks, can have.
+    pub(crate) fn validate_all(keys: &[Self]) -> Result<(), Error> {
+        if keys.is_empty() {
+            return Err(Error::InvalidKey("there is none"));
+        }
+        keys.iter().try_for_each(Self::validate)?;
+        let distinct: HashSet<&Self> = keys.iter().collect();
+        if distinct.len() < keys.len() {
+            return Err(Error::InvalidKey("it is asked for twice"));
+        }
+        Ok(())
     }
 
     pub(crate) fn validate(&self) -> Result<(), Error> {

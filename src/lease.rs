@@ -1,365 +1,211 @@
-//! The one place that says whether a lock is held.
-//!
-//! A [`Hold`] is shared by the guard, its keeper and the futures that wait for its loss. They all read its deadline;
-//! nothing else in the crate decides whether a lock is held. Its invariants:
-//!
-//! 1. The deadline moves forward only by a confirmed request, and counts from before that request was sent.
-//! 2. What is over stays over: the loss is set once, and before the cancellation token fires.
-//! 3. A deadline that has passed is `Expired`, whoever notices first, and no later answer changes that.
-//! 4. A request that makes the ttl shorter counts from the moment it is sent, since the server may obey at any time
-//!    after; and an answer to a request sent before it, which the server may have obeyed before it too, counts for
-//!    nothing.
+//! A held lock as plain data: what identifies it, apart from any guard.
 
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::str::FromStr;
 use std::time::Duration;
 
-use tokio::sync::Notify;
-use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::task_tracker::TaskTrackerToken;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
 
-use crate::schedule::{Drift, Renewal};
-use crate::{Key, Loss, Token};
+use crate::hold::Owned;
+use crate::{Error, Key, Token};
 
-/// What identifies a held lock at the server: its keys, and the token that they hold.
-#[derive(Clone)]
-pub(crate) struct Owned {
-    pub(crate) keys: Box<[Key]>,
-    pub(crate) token: Token,
-}
-
-impl Owned {
-    /// The key that messages and events name.
-    pub(crate) fn key(&self) -> Key {
-        self.keys.first().cloned().unwrap_or_else(|| Key::from(""))
-    }
-}
-
-/// What the server granted, and when it was asked.
-pub(crate) struct Grant {
-    pub(crate) sent: Instant,
-    pub(crate) ttl: Duration,
-    pub(crate) fencing_token: Option<u64>,
-}
-
-/// One held lock, until it is held no more.
-pub(crate) struct Hold {
-    pub(crate) owned: Owned,
-    pub(crate) metadata: Box<[u8]>,
-    /// Fixed when the lock is obtained: read again after a loss, it would be the successor's.
-    pub(crate) fencing_token: Option<u64>,
-    drift: Drift,
-    state: Mutex<State>,
-    over: CancellationToken,
-    /// Tells the keeper to look at the state again: the only one that waits for it.
-    changed: Notify,
-}
-
-struct State {
+/// What identifies a held lock, apart from any guard: its keys and token, its ttl and fencing token.
+///
+/// A lease keeps nothing alive. It is made by [`LockGuard::into_lease`](crate::LockGuard::into_lease), or from a token that
+/// came from elsewhere, and taken up by [`Locker::adopt`](crate::Locker::adopt), in this process or another. Its keys are
+/// without the locker's [prefix](crate::LockerBuilder::prefix).
+///
+/// # Text
+///
+/// [`Display`](fmt::Display) and [`FromStr`] turn it into one word of letters, digits and `:-._~%`, fit for an environment
+/// variable or the payload of a job, and back. The word tells its version, so that later ones can be told apart. It
+/// contains the token: whoever reads it can release the lock. `Debug` does not show it.
+///
+/// With the feature `serde`, a lease is serialised as that text.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use tenure::Lease;
+///
+/// let lease = Lease::new("invoices:42", "worker-7".parse()?, Duration::from_secs(30));
+/// assert_eq!(lease.to_string(), "tenure:1:30000::worker-7:invoices%3A42");
+/// assert_eq!(lease.to_string().parse::<Lease>()?, lease);
+/// # Ok::<(), tenure::Error>(())
+/// ```
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Lease {
+    owned: Owned,
     ttl: Duration,
-    renewal: Renewal,
-    /// When the last confirmed request was sent.
-    sent: Instant,
-    deadline: Instant,
-    /// Counts the requests that set the ttl: an answer from an earlier epoch moves no deadline (invariant 4).
-    epoch: u32,
-    loss: Option<Loss>,
-    cleanup: Option<Cleanup>,
+    fencing_token: Option<u64>,
 }
 
-/// What the keeper still has to do once the lock is held no more.
-pub(crate) enum Cleanup {
-    /// Release it. The token makes [`Locker::close`](crate::Locker::close) wait for that.
-    Release(TaskTrackerToken),
-    /// Nothing: it is released, or shall stay as it is.
-    Nothing,
-}
-
-/// A renewal on its way: what its confirmation will be worth.
-#[derive(Clone, Copy)]
-pub(crate) struct Renewing {
-    pub(crate) sent: Instant,
-    pub(crate) ttl: Duration,
-    /// The ttl shall be exactly this; otherwise at least this.
-    pub(crate) exact: bool,
-    epoch: u32,
-}
-
-impl Hold {
-    pub(crate) fn new(owned: Owned, metadata: Box<[u8]>, grant: &Grant, drift: Drift, renewal: Renewal) -> Self {
-        Self {
-            owned,
-            metadata,
-            fencing_token: grant.fencing_token,
-            drift,
-            state: Mutex::new(State {
-                ttl: grant.ttl,
-                renewal,
-                sent: grant.sent,
-                deadline: drift.deadline(grant.sent, grant.ttl),
-                epoch: 0,
-                loss: None,
-                cleanup: None,
-            }),
-            over: CancellationToken::new(),
-            changed: Notify::new(),
-        }
+impl Lease {
+    /// A lease from its parts, for a token that came from elsewhere.
+    ///
+    /// Nothing is checked here; what can't work is refused by who is to work with it.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tenure::{Lease, Token};
+    ///
+    /// let lease = Lease::new("k", Token::random(), Duration::from_secs(30));
+    /// assert_eq!(lease.key().as_bytes(), b"k");
+    /// assert_eq!(lease.keys().len(), 1);
+    /// assert_eq!(lease.ttl(), Duration::from_secs(30));
+    /// assert_eq!(lease.token().as_str().len(), 32);
+    /// assert_eq!(lease.fencing_token(), None);
+    /// ```
+    pub fn new(key: impl Into<Key>, token: Token, ttl: Duration) -> Self {
+        Self::from_parts(Owned { keys: Box::new([key.into()]), token }, ttl, None)
     }
 
-    /// Whether the lock is held now, by the clock: right even when no task of ours has run for a while. The first to find
-    /// that it is not tells all others.
-    pub(crate) fn check(&self) -> Result<(), Loss> {
-        let (verdict, told) = {
-            let state = self.state();
-            (state.verdict(Instant::now()), state.loss.is_some())
-        };
-        match verdict {
-            Err(loss) if !told => Err(self.end(loss)),
-            verdict => verdict,
-        }
+    pub(crate) fn from_parts(owned: Owned, ttl: Duration, fencing_token: Option<u64>) -> Self {
+        // In the unit of the server and of the text, so that it stays the same on its way through either.
+        let millis = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
+        Self { owned, ttl: Duration::from_millis(millis), fencing_token }
     }
 
-    pub(crate) fn deadline(&self) -> Instant {
-        self.state().deadline
+    /// The key that is locked; of several, the first. See [`new`](Lease::new) for an example.
+    pub fn key(&self) -> Key {
+        self.owned.key()
     }
 
-    pub(crate) fn ttl(&self) -> Duration {
-        self.state().ttl
+    /// All keys that are locked. See [`new`](Lease::new) for an example.
+    pub fn keys(&self) -> &[Key] {
+        &self.owned.keys
     }
 
-    /// When the next renewal is due, if the lock is renewed at all.
-    pub(crate) fn next_renewal(&self) -> Option<Instant> {
-        let state = self.state();
-        state.interval().map(|interval| state.sent + interval)
+    /// The owner's secret. See [`new`](Lease::new) for an example.
+    pub fn token(&self) -> &Token {
+        &self.owned.token
     }
 
-    pub(crate) fn renewal_interval(&self) -> Option<Duration> {
-        self.state().interval()
+    /// For how long the server keeps the lock after each renewal. Whole milliseconds. See [`new`](Lease::new) for an
+    /// example.
+    pub fn ttl(&self) -> Duration {
+        self.ttl
     }
 
-    /// The token that fires when the lock is held no more. Never handed out itself, only its children: who cancels one
-    /// of those ends no lock.
-    pub(crate) fn over(&self) -> &CancellationToken {
-        &self.over
+    /// The number that is greater than those of all earlier holders, if it is known. See [`new`](Lease::new) for an
+    /// example.
+    pub fn fencing_token(&self) -> Option<u64> {
+        self.fencing_token
     }
 
-    /// Waits until the state has changed since the last call returned. For the keeper alone.
-    pub(crate) async fn changed(&self) {
-        self.changed.notified().await;
-    }
-
-    /// A renewal is about to be sent, for the ttl as it is or for at least `ttl`.
-    pub(crate) fn renewing(&self, ttl: Option<Duration>) -> Renewing {
-        let state = self.state();
-        Renewing { sent: Instant::now(), ttl: ttl.unwrap_or(state.ttl), exact: false, epoch: state.epoch }
-    }
-
-    /// A renewal is about to be sent that sets the ttl to exactly `ttl` (invariant 4).
-    pub(crate) fn setting_ttl(&self, ttl: Duration) -> Renewing {
-        let mut state = self.state();
-        let sent = Instant::now();
-        state.epoch = state.epoch.wrapping_add(1);
-        state.deadline = state.deadline.min(self.drift.deadline(sent, ttl));
-        state.ttl = state.ttl.min(ttl);
-        Renewing { sent, ttl, exact: true, epoch: state.epoch }
-    }
-
-    /// The server has confirmed a renewal. Tells what became of the lock meanwhile, if it is over.
-    pub(crate) fn renewed(&self, renewing: Renewing) -> Result<(), Loss> {
-        let mut state = self.state();
-        let now = Instant::now();
-        if let Err(loss) = state.verdict(now) {
-            drop(state);
-            self.end(loss);
-            return Err(loss);
-        }
-        if renewing.epoch == state.epoch {
-            let deadline = self.drift.deadline(renewing.sent, renewing.ttl);
-            state.deadline = state.deadline.max(deadline);
-            state.sent = state.sent.max(renewing.sent);
-            if renewing.exact {
-                state.ttl = renewing.ttl;
-            }
-        }
-        drop(state);
-        if renewing.exact {
-            self.changed.notify_one();
-        }
-        Ok(())
-    }
-
-    /// The lock is held no more. The first reason stays (invariant 2), and a passed deadline goes before any (3).
-    /// Answers the reason that holds.
-    pub(crate) fn end(&self, loss: Loss) -> Loss {
-        let mut state = self.state();
-        let loss = state.verdict(Instant::now()).err().unwrap_or(loss);
-        state.loss = Some(loss);
-        // Only now: whoever the token wakes finds the reason. And not under the mutex: it runs others' wakers.
-        drop(state);
-        self.over.cancel();
-        self.changed.notify_one();
-        loss
-    }
-
-    /// Tells the keeper what is left to do, once.
-    pub(crate) fn settle(&self, cleanup: Cleanup) {
-        let refused = {
-            let mut state = self.state();
-            match state.cleanup {
-                None => {
-                    state.cleanup = Some(cleanup);
-                    None
-                }
-                Some(_) => Some(cleanup),
-            }
-        };
-        // A tracker's token wakes others when it is dropped: not under the mutex.
-        drop(refused);
-        self.changed.notify_one();
-    }
-
-    /// What [`settle`](Hold::settle) said, once it has.
-    pub(crate) fn take_cleanup(&self) -> Option<Cleanup> {
-        let mut state = self.state();
-        state.cleanup.as_mut().map(|cleanup| std::mem::replace(cleanup, Cleanup::Nothing))
-    }
-
-    /// No code panics while it holds this mutex, so a poisoned one would be as good as any.
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn owned(&self) -> &Owned {
+        &self.owned
     }
 }
 
-impl State {
-    fn verdict(&self, now: Instant) -> Result<(), Loss> {
-        match self.loss {
-            Some(loss) => Err(loss),
-            None if now >= self.deadline => Err(Loss::Expired),
-            None => Ok(()),
-        }
-    }
+/// What begins the text of this version.
+const VERSION: &str = "tenure:1:";
 
-    fn interval(&self) -> Option<Duration> {
-        self.renewal.interval(self.ttl)
-    }
-}
+/// All but what needs no escaping anywhere (RFC 3986's unreserved characters); so the colons in between are ours.
+const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
-impl fmt::Debug for Hold {
+impl fmt::Display for Lease {
+    /// `tenure:1:` ttl in ms `:` fencing token or nothing `:` token `:` key, and more keys, each after a colon.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let verdict = self.state().verdict(Instant::now());
-        f.debug_struct("Hold").field("keys", &self.owned.keys).field("verdict", &verdict).finish_non_exhaustive()
+        write!(f, "{VERSION}{}:", self.ttl.as_millis())?;
+        if let Some(fence) = self.fencing_token {
+            write!(f, "{fence}")?;
+        }
+        write!(f, ":{}", percent_encode(self.token().as_str().as_bytes(), ESCAPED))?;
+        self.keys().iter().try_for_each(|key| write!(f, ":{}", percent_encode(key.as_bytes(), ESCAPED)))
+    }
+}
+
+impl FromStr for Lease {
+    type Err = Error;
+
+    /// # Errors
+    ///
+    /// [`Error::InvalidLease`] for what is no lease, or one of a later version.
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let Some(rest) = text.strip_prefix(VERSION) else {
+            return Err(Error::InvalidLease(match text.starts_with("tenure:") {
+                true => "it is of a version that this one of tenure doesn't know",
+                false => "it does not begin with `tenure:`",
+            }));
+        };
+        let mut parts = rest.split(':');
+        let mut part = || parts.next().ok_or(Error::InvalidLease("it ends too early"));
+        let ttl =
+            part()?.parse().map(Duration::from_millis).map_err(|_| Error::InvalidLease("its ttl is no number"))?;
+        let fencing_token = match part()? {
+            "" => None,
+            fence => Some(fence.parse().map_err(|_| Error::InvalidLease("its fencing token is no number"))?),
+        };
+        let token =
+            percent_decode_str(part()?).decode_utf8().map_err(|_| Error::InvalidLease("its token is no text"))?;
+        let token = token.parse().map_err(|_| Error::InvalidLease("its token is none"))?;
+        let keys: Box<[Key]> = parts.map(|key| percent_decode_str(key).collect::<Vec<u8>>().into()).collect();
+        Key::validate_all(&keys).map_err(|_| Error::InvalidLease("it has no key, an empty one, or one twice"))?;
+        Ok(Self::from_parts(Owned { keys, token }, ttl, fencing_token))
+    }
+}
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease")
+            .field("keys", &self.keys())
+            .field("ttl", &self.ttl)
+            .field("fencing_token", &self.fencing_token)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(feature = "serde")]
+impl serde::Serialize for Lease {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<'de> serde::Deserialize<'de> for Lease {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use tokio::time::{advance, pause};
-
     use super::*;
 
-    const fn ms(n: u64) -> Duration {
-        Duration::from_millis(n)
-    }
-
-    /// Held for 1,000 ms from now, as its drift is none.
-    fn hold() -> Hold {
-        let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random() };
-        let grant = Grant { sent: Instant::now(), ttl: ms(1_000), fencing_token: None };
-        let drift = Drift { factor: 0.0, margin: Duration::ZERO };
-        Hold::new(owned, Box::default(), &grant, drift, Renewal::Third)
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn held_until_the_deadline_and_not_at_it() {
-        let hold = hold();
-        advance(ms(999)).await;
-        assert_eq!(hold.check(), Ok(()));
-        advance(ms(1)).await;
-        assert_eq!(hold.check(), Err(Loss::Expired));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_confirmation_counts_from_its_send() {
-        let hold = hold();
-        advance(ms(300)).await;
-        let renewing = hold.renewing(None);
-        advance(ms(600)).await;
-        hold.renewed(renewing).unwrap();
-        assert_eq!(hold.deadline(), renewing.sent + ms(1_000));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_confirmation_after_the_deadline_revives_nothing() {
-        let hold = hold();
-        let renewing = hold.renewing(None);
-        advance(ms(1_000)).await;
-        assert_eq!(hold.renewed(renewing), Err(Loss::Expired));
-        assert!(hold.over().is_cancelled());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn the_first_reason_stays() {
-        let hold = hold();
-        assert_eq!(hold.end(Loss::Taken), Loss::Taken);
-        assert_eq!(hold.end(Loss::Missing), Loss::Taken);
-        advance(ms(5_000)).await;
-        assert_eq!(hold.check(), Err(Loss::Taken));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_passed_deadline_goes_before_any_reason() {
-        let hold = hold();
-        advance(ms(1_000)).await;
-        assert_eq!(hold.check(), Err(Loss::Expired));
-        assert_eq!(hold.end(Loss::Released), Loss::Expired);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_shorter_ttl_counts_from_its_send_and_outdates_what_was_sent_before() {
-        let hold = hold();
-        let before = hold.renewing(None);
-        advance(ms(100)).await;
-        let shorter = hold.setting_ttl(ms(200));
-        assert_eq!(hold.deadline(), shorter.sent + ms(200), "before any answer");
-        hold.renewed(shorter).unwrap();
-        hold.renewed(before).unwrap();
-        assert_eq!(hold.deadline(), shorter.sent + ms(200), "the older answer counts for nothing");
-        advance(ms(50)).await;
-        let after = hold.renewing(None);
-        hold.renewed(after).unwrap();
-        assert_eq!(hold.deadline(), after.sent + ms(200), "later renewals follow the new ttl");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_longer_ttl_counts_from_its_confirmation() {
-        let hold = hold();
-        let was = hold.deadline();
-        let longer = hold.setting_ttl(ms(9_000));
-        assert_eq!((hold.deadline(), hold.ttl()), (was, ms(1_000)));
-        hold.renewed(longer).unwrap();
-        assert_eq!((hold.deadline(), hold.ttl()), (longer.sent + ms(9_000), ms(9_000)));
+    #[test]
+    fn what_is_no_lease_is_refused_with_the_reason() {
+        for (text, reason) in [
+            ("", "does not begin"),
+            ("redis:1:1::t:k", "does not begin"),
+            ("tenure:2:1::t:k", "version"),
+            ("tenure:1:", "no number"),
+            ("tenure:1:-5::t:k", "no number"),
+            ("tenure:1:99999999999999999999::t:k", "no number"),
+            ("tenure:1:5", "too early"),
+            ("tenure:1:5:x:t:k", "no number"),
+            ("tenure:1:5:1", "too early"),
+            ("tenure:1:5:1:%FF:k", "no text"),
+            ("tenure:1:5:1::k", "is none"),
+            ("tenure:1:5:1:a%0Ab:k", "is none"),
+            ("tenure:1:5:1:t", "no key"),
+            ("tenure:1:5:1:t:", "empty"),
+            ("tenure:1:5:1:t:k:k", "twice"),
+        ] {
+            let refused = text.parse::<Lease>().unwrap_err();
+            assert!(
+                matches!(&refused, Error::InvalidLease(_)) && refused.to_string().contains(reason),
+                "{text}: {refused}"
+            );
+        }
     }
 
     #[test]
-    fn the_clock_decides_even_where_no_runtime_runs() {
-        let hold = hold();
-        assert_eq!(hold.check(), Ok(()));
-    }
-
-    #[tokio::test]
-    async fn the_reason_is_there_when_the_token_fires() {
-        pause();
-        let hold = std::sync::Arc::new(hold());
-        let waiter = tokio::spawn({
-            let hold = hold.clone();
-            async move {
-                hold.over().cancelled().await;
-                hold.check()
-            }
-        });
-        tokio::task::yield_now().await;
-        hold.end(Loss::Missing);
-        assert_eq!(waiter.await.unwrap(), Err(Loss::Missing));
+    fn debug_shows_no_token() {
+        let lease = Lease::new("k", "secret".parse().unwrap(), Duration::from_secs(1));
+        assert!(!format!("{lease:?}").contains("secret"));
     }
 }

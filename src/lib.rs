@@ -42,6 +42,8 @@
 //! | try for a while, by a strategy | [`Locker::obtain`] with a [`Retry`] |
 //! | run a block of code under a lock | [`Locker::scope`] |
 //! | stop work when the lock is lost | [`LockGuard::protect`], [`LockGuard::lost`], [`LockGuard::cancellation_token`] |
+//! | hold several locks, all or none | [`Locker::lock_all`], [`Locker::obtain_all`] |
+//! | hand a lock to another process | [`LockGuard::into_lease`], [`Locker::adopt`] |
 //! | protect a store from a late writer | [`LockGuard::fencing_token`] |
 //!
 //! # What it rests on
@@ -70,6 +72,7 @@ mod request;
 mod guard;
 mod lost;
 
+mod hold;
 mod isolated;
 mod keeper;
 mod lease;
@@ -91,6 +94,7 @@ pub use self::builder::LockerBuilder;
 pub use self::error::Error;
 pub use self::guard::LockGuard;
 pub use self::key::Key;
+pub use self::lease::Lease;
 pub use self::locker::Locker;
 pub use self::lost::{Loss, Lost, Protected};
 pub use self::request::{LockRequest, Obtaining};

@@ -5,13 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fred::clients::Client;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::hold::{Grant, Hold};
 use crate::keeper::Upkeep;
 use crate::request::Patience;
 use crate::schedule::{Drift, Renewal};
 use crate::store::Holder;
-use crate::{Error, Key, LockGuard, LockRequest, LockerBuilder, Retry};
+use crate::{Error, Key, Lease, LockGuard, LockRequest, LockerBuilder, Retry};
 
 /// Obtains locks on one server, one that Sentinels watch over, a cluster, or the embedded store.
 ///
@@ -187,8 +189,116 @@ impl Locker {
     /// # }
     /// ```
     pub fn obtain(&self, key: impl Into<Key>) -> LockRequest {
-        let patience = self.settings().retry.clone().map_or(Patience::Once, Patience::Retry);
-        LockRequest::new(self.clone(), vec![key.into()], patience)
+        LockRequest::new(self.clone(), vec![key.into()], self.obtains())
+    }
+
+    /// Asks for several locks at once, all or none, and waits for them: one guard, one renewal, one loss for the whole set.
+    ///
+    /// They are taken in one step at the server, so that requests for overlapping sets can't block each other for ever,
+    /// in whatever order they name their keys. On a cluster, all keys must lie in one slot, which a common hash tag sees
+    /// to: `{invoices}:1`, `{invoices}:2`. See [`LockRequest`] for options, errors and cancel safety; no keys, or one
+    /// twice, is [`Error::InvalidKey`].
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let guard = locker.lock_all(["account:1", "account:2"]).await?;
+    /// assert_eq!(guard.keys().len(), 2);
+    /// assert!(locker.try_lock("account:2").await.is_err());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn lock_all<I: IntoIterator<Item: Into<Key>>>(&self, keys: I) -> LockRequest {
+        LockRequest::new(self.clone(), keys.into_iter().map(Into::into).collect(), Patience::Wait)
+    }
+
+    /// As [`lock_all`](Locker::lock_all), with the patience of [`obtain`](Locker::obtain).
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use tenure::{Error, Locker};
+    ///
+    /// let locker = Locker::in_memory();
+    /// let held = locker.lock("b").await?;
+    /// let refused = locker.obtain_all(["a", "b", "c"]).await;
+    /// assert!(matches!(refused, Err(Error::NotObtained { key, .. }) if key == "b".into()));
+    /// assert_eq!(locker.inspect("a").await?, None);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn obtain_all<I: IntoIterator<Item: Into<Key>>>(&self, keys: I) -> LockRequest {
+        LockRequest::new(self.clone(), keys.into_iter().map(Into::into).collect(), self.obtains())
+    }
+
+    /// Takes up a lock that is held by a lease: renews it at once, and from then on as any other guard.
+    ///
+    /// The guard has no metadata. It is renewed at the [locker's interval](LockerBuilder::renew_every).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotHeld`] when the lock is the lease's no more; it is not obtained again then, for which there is
+    /// [`obtain`](Locker::obtain) with the lease's [`token`](LockRequest::token). [`Error::InvalidTtl`] and the like when
+    /// the lease can't work; [`Error::ValidityExpired`] when too little of the ttl was left at the answer;
+    /// [`Error::Redis`] when the server could not be asked; [`Error::Closed`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it leaves the lock as it is; it may have been renewed once.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let lease = locker.lock("k").await?.into_lease();
+    /// let guard = locker.adopt(lease).await?;
+    /// guard.release().await
+    /// # }
+    /// ```
+    pub async fn adopt(&self, lease: Lease) -> Result<LockGuard, Error> {
+        let Settings { drift, renewal, .. } = *self.settings();
+        let ttl = self.validate(&lease, lease.ttl())?;
+        renewal.validate(ttl, drift)?;
+        let upkeep = self.upkeep();
+        let runtime = upkeep.runtime()?;
+        let sent = Instant::now();
+        upkeep.extend(lease.owned(), ttl).await?;
+        if !drift.suffices(drift.deadline(sent, ttl).saturating_duration_since(Instant::now()), ttl) {
+            return Err(Error::ValidityExpired);
+        }
+        let grant = Grant { sent, ttl, fencing_token: lease.fencing_token() };
+        let hold = Hold::new(lease.owned().clone(), Box::default(), &grant, drift, renewal);
+        Ok(LockGuard::start(hold, upkeep, drift, &runtime))
+    }
+
+    /// Makes sure that the server keeps a lease's lock for at least this long from now; never makes it shorter.
+    ///
+    /// To extend or obtain in one, ask for the lock in the lease's name: [`obtain`](Locker::obtain) with its
+    /// [`token`](LockRequest::token).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotHeld`] when the lock is the lease's no more; otherwise as [`adopt`](Locker::adopt).
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it leaves the lock held; its ttl may be longer.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let locker = tenure::Locker::in_memory();
+    /// let lease = locker.lock("k").await?.into_lease();
+    /// locker.ensure(&lease, Duration::from_secs(300)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn ensure(&self, lease: &Lease, at_least: Duration) -> Result<(), Error> {
+        let at_least = self.validate(lease, at_least)?;
+        self.upkeep().extend(lease.owned(), at_least).await
     }
 
     /// Runs `body` under a lock: waits for it, runs the body for as long as it is held, and releases it.
@@ -281,6 +391,20 @@ impl Locker {
         let releases = &self.shared.upkeep.releases;
         releases.close();
         releases.wait().await;
+    }
+
+    /// The patience of `obtain`.
+    fn obtains(&self) -> Patience {
+        self.settings().retry.clone().map_or(Patience::Once, Patience::Retry)
+    }
+
+    /// Refuses a lease that can't work. Answers the ttl as the server will have it.
+    fn validate(&self, lease: &Lease, ttl: Duration) -> Result<Duration, Error> {
+        if self.closed().is_cancelled() {
+            return Err(Error::Closed);
+        }
+        Key::validate_all(lease.keys())?;
+        self.settings().drift.validate(ttl)
     }
 
     pub(crate) fn from_parts(upkeep: Upkeep, settings: Settings) -> Self {

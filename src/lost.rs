@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 use pin_project::pin_project;
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
-use crate::lease::Hold;
+use crate::hold::Hold;
 
 /// How a lock came to be held no more.
 ///

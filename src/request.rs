@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, info, info_span, warn};
 
 use crate::attempt::{Attempt, Outcome};
-use crate::lease::Owned;
+use crate::hold::Owned;
 use crate::locker::Locker;
 use crate::retry::Pauses;
 use crate::schedule::{self, Renewal};
@@ -22,7 +22,8 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 
 /// A lock that is asked for: set what you need, then `.await` it for the [`LockGuard`].
 ///
-/// Made by [`Locker::lock`], [`Locker::try_lock`] and [`Locker::obtain`], which differ in nothing but their patience.
+/// Made by [`Locker::lock`], [`Locker::try_lock`] and [`Locker::obtain`], which differ in nothing but their patience, and
+/// by [`Locker::lock_all`] and [`Locker::obtain_all`] for several keys.
 /// Nothing happens before it is awaited. What is not set here is as the [`Locker`] was built.
 ///
 /// # Cancel safety
@@ -37,6 +38,7 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 /// - [`Error::ValidityExpired`]: the answer came so late that too little of the ttl was left, several times in a row
 ///   where the request waits.
 /// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`]: no such lock can work; nothing was sent.
+/// - [`Error::CrossSlot`]: several keys that lie in different slots of a cluster; nothing was sent.
 /// - [`Error::Closed`]: the locker was closed before or meanwhile.
 ///
 /// # Examples
@@ -253,7 +255,7 @@ impl LockRequest {
         let owned = Owned { keys: self.keys.into(), token: self.token.unwrap_or_else(Token::random) };
         let wanted = Wanted { owned, metadata: self.metadata.into(), ttl, fenced: self.fenced };
         let mut attempt = Attempt::new(wanted, own_token, locker.upkeep().clone(), runtime);
-        let (mut attempts, mut late) = (0, 0);
+        let (mut attempts, mut late, mut held) = (0, 0, attempt.key());
         loop {
             attempts += 1;
             let outcome = attempt.make(limit, closed).await;
@@ -274,9 +276,10 @@ impl LockRequest {
                     }
                     (None, Some(Error::ValidityExpired))
                 }
-                Ok(Outcome::Held { remaining }) => {
+                Ok(Outcome::Held { key, remaining }) => {
                     late = 0;
-                    debug!(name: "tenure.held", attempts, ?waited, ?remaining, "held by another");
+                    debug!(name: "tenure.held", %key, attempts, ?waited, ?remaining, "held by another");
+                    held = key;
                     (remaining, None)
                 }
                 Err(error) if error.is_transient() => {
@@ -299,7 +302,7 @@ impl LockRequest {
                     if let (Some(_), Some(limit)) = (next, limit) {
                         pause_until(limit, closed).await?;
                     }
-                    let (key, waited) = (attempt.key(), started.elapsed());
+                    let (key, waited) = (held, started.elapsed());
                     return Err(failure.unwrap_or(Error::NotObtained { key, attempts, waited }));
                 }
             };
@@ -312,10 +315,7 @@ impl LockRequest {
         if self.locker.closed().is_cancelled() {
             return Err(Error::Closed);
         }
-        if self.keys.is_empty() {
-            return Err(Error::InvalidKey("there is none"));
-        }
-        self.keys.iter().try_for_each(Key::validate)?;
+        Key::validate_all(&self.keys)?;
         let drift = self.locker.settings().drift;
         let ttl = drift.validate(self.ttl)?;
         self.renewal.validate(ttl, drift)?;

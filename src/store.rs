@@ -16,7 +16,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
-use crate::lease::Owned;
+use crate::hold::Owned;
 use crate::{Error, Key, Loss, Token};
 
 /// An operation on its way.
@@ -53,8 +53,9 @@ pub(crate) enum Acquired {
     Granted {
         fencing_token: Option<u64>,
     },
-    /// By another, for this long unless renewed; for ever where there is no ttl.
+    /// One of the keys, told by its place, by another: for this long unless renewed; for ever where there is no ttl.
     Held {
+        place: usize,
         remaining: Option<Duration>,
     },
 }

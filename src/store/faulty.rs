@@ -8,7 +8,7 @@ use tokio::time::sleep;
 
 use super::memory::MemoryStore;
 use super::{Acquired, Answer, Holder, Released, Renewed, Store, Wanted};
-use crate::lease::Owned;
+use crate::hold::Owned;
 use crate::{Error, Key};
 
 /// What happens to one call.

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::time::Instant;
 
 use super::{Acquired, Answer, Holder, Released, Renewed, Store, Wanted};
-use crate::lease::Owned;
+use crate::hold::Owned;
 use crate::{Key, Loss, Token};
 
 /// Locks in a map. No operation waits, so none can time out.
@@ -89,13 +89,13 @@ impl Held {
         // Never shorter than it is: another of the same token may rely on it.
         let mut expires = now + wanted.ttl;
         let mut repeated = None;
-        for key in keys {
+        for (place, key) in keys.iter().enumerate() {
             match self.live(key, now) {
                 Some(entry) if entry.token == *token => {
                     expires = expires.max(entry.expires);
                     repeated = entry.fence;
                 }
-                Some(entry) => return Acquired::Held { remaining: Some(entry.expires - now) },
+                Some(entry) => return Acquired::Held { place, remaining: Some(entry.expires - now) },
                 None => {}
             }
         }

@@ -14,7 +14,7 @@ use fred::types::Value;
 use self::connection::Connection;
 use self::script::{Call, Scripts};
 use super::{Acquired, Answer, Holder, Released, Renewed, Store, Wanted};
-use crate::lease::Owned;
+use crate::hold::Owned;
 use crate::{Error, Key, Loss, Token};
 
 /// For how long the server remembers the last fencing token of a key, at least. Should it forget, its clock takes over:
@@ -79,10 +79,14 @@ impl RedisStore {
             ],
         );
         let answer = self.connection.watch(self.scripts.acquire.run(self.client(), call, timeout)).await?;
-        match integers(&answer)? {
+        match integers(&answer)?[..] {
             [1, 0] => Ok(Acquired::Granted { fencing_token: None }),
             [1, fence] => Ok(Acquired::Granted { fencing_token: u64::try_from(fence).ok() }),
-            [_, ttl] => Ok(Acquired::Held { remaining: from_millis(ttl) }),
+            [0, ttl, place] => {
+                let place = usize::try_from(place - 1).unwrap_or_default();
+                Ok(Acquired::Held { place, remaining: from_millis(ttl) })
+            }
+            _ => Err(unexpected()),
         }
     }
 
@@ -169,12 +173,9 @@ fn integer(answer: &Value) -> Result<i64, Error> {
     answer.as_i64().ok_or_else(unexpected)
 }
 
-fn integers(answer: &Value) -> Result<[i64; 2], Error> {
+fn integers(answer: &Value) -> Result<Vec<i64>, Error> {
     match answer {
-        Value::Array(parts) => match parts.as_slice() {
-            [first, second] => Ok([integer(first)?, integer(second)?]),
-            _ => Err(unexpected()),
-        },
+        Value::Array(parts) => parts.iter().map(integer).collect(),
         _ => Err(unexpected()),
     }
 }

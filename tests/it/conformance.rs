@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use tenure::{Error, Locker, Loss, Retry, Token};
+use tenure::{Error, Lease, Locker, Loss, Retry, Token};
 use tenure_test_support::{Cluster, Sentinel, Server, eventually, soon};
 
 const fn ms(n: u64) -> Duration {
@@ -60,7 +60,10 @@ async fn a_client_of_the_users_own_conforms() {
 #[tokio::test]
 async fn a_cluster_conforms() {
     let cluster = Cluster::start();
-    all(&Locker::connect(&cluster.url()).await.unwrap()).await;
+    let locker = Locker::connect(&cluster.url()).await.unwrap();
+    all(&locker).await;
+    let astray = soon(locker.lock_all(["a", "b"])).await.unwrap_err();
+    assert!(matches!(astray, Error::CrossSlot) && astray.to_string().contains("hash tag"), "{astray}");
 }
 
 #[tokio::test]
@@ -98,6 +101,12 @@ async fn all(locker: &Locker) {
         a_dropped_guard_releases,
         nonsense_is_refused_and_changes_nothing,
         a_scope_releases_and_answers,
+        a_set_is_taken_whole_or_not_at_all,
+        a_set_is_lost_as_one,
+        sets_that_overlap_in_opposite_order_never_block_each_other,
+        a_lease_keeps_the_lock_and_is_taken_up_again,
+        a_lease_that_is_gone_is_not_taken_up,
+        ensuring_a_lease_only_ever_lengthens,
     );
 }
 
@@ -308,4 +317,88 @@ async fn a_scope_releases_and_answers(locker: &Locker) {
     });
     assert!(matches!(lost.await, Err(Error::Lost(Loss::Missing))));
     assert_eq!(locker.inspect("scope").await.unwrap(), None);
+}
+
+async fn a_set_is_taken_whole_or_not_at_all(locker: &Locker) {
+    let guard = locker.obtain_all(["{set}:a", "{set}:b", "{set}:c"]).metadata("set").await.unwrap();
+    assert_eq!(guard.keys().len(), 3);
+    for key in guard.keys() {
+        let holder = locker.inspect(key).await.unwrap().unwrap();
+        assert_eq!((&holder.token, holder.fencing_token), (guard.token(), guard.fencing_token()));
+    }
+    assert!(guard.server_ttl().await.unwrap().is_some());
+    let refused = locker.obtain_all(["{set}:x", "{set}:b", "{set}:y"]).await.unwrap_err();
+    assert!(matches!(&refused, Error::NotObtained { key, .. } if *key == "{set}:b".into()), "{refused}");
+    assert_eq!(locker.inspect("{set}:x").await.unwrap(), None);
+    assert_eq!(locker.inspect("{set}:y").await.unwrap(), None);
+    let fence = guard.fencing_token();
+    guard.release().await.unwrap();
+    let next = locker.lock("{set}:c").await.unwrap();
+    assert!(next.fencing_token() > fence);
+    next.release().await.unwrap();
+    let none: [&str; 0] = [];
+    assert!(matches!(locker.lock_all(none).await, Err(Error::InvalidKey(_))));
+    assert!(matches!(locker.lock_all(["{set}:a", "{set}:b", "{set}:a"]).await, Err(Error::InvalidKey(_))));
+}
+
+async fn a_set_is_lost_as_one(locker: &Locker) {
+    let set = locker.lock_all(["{one}:a", "{one}:b"]).await.unwrap();
+    let twin = locker.obtain("{one}:b").token(set.token().clone()).await.unwrap();
+    twin.release().await.unwrap();
+    let other = locker.try_lock("{one}:b").await.unwrap();
+    assert_eq!(set.server_ttl().await.unwrap(), None);
+    assert!(matches!(set.refresh().await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
+    assert_eq!(set.lost().await, Loss::Taken);
+    other.release().await.unwrap();
+}
+
+async fn sets_that_overlap_in_opposite_order_never_block_each_other(locker: &Locker) {
+    let tasks = [["{ab}:a", "{ab}:b"], ["{ab}:b", "{ab}:a"]].map(|keys| {
+        let locker = locker.clone();
+        tokio::spawn(async move {
+            for _ in 0..10 {
+                locker.lock_all(keys).await.unwrap().release().await.unwrap();
+            }
+        })
+    });
+    for task in tasks {
+        task.await.unwrap();
+    }
+}
+
+async fn a_lease_keeps_the_lock_and_is_taken_up_again(locker: &Locker) {
+    let guard = locker.lock_all(["{lease}:a", "{lease}:b"]).ttl(ms(5_000)).await.unwrap();
+    let (fence, lost) = (guard.fencing_token(), guard.lost());
+    let text = guard.into_lease().to_string();
+    assert_eq!(lost.await, Loss::Released);
+    assert!(matches!(locker.try_lock("{lease}:b").await, Err(Error::NotObtained { .. })));
+    let adopted = locker.adopt(text.parse().unwrap()).await.unwrap();
+    assert_eq!((adopted.fencing_token(), adopted.ttl(), adopted.keys().len()), (fence, ms(5_000), 2));
+    assert!(adopted.remaining() > ms(4_000));
+    adopted.release().await.unwrap();
+    assert_eq!(locker.inspect("{lease}:a").await.unwrap(), None);
+}
+
+async fn a_lease_that_is_gone_is_not_taken_up(locker: &Locker) {
+    let lease = Lease::new("gone", token("me"), ms(5_000));
+    let refused = locker.adopt(lease.clone()).await.unwrap_err();
+    assert!(matches!(refused, Error::NotHeld { loss: Loss::Missing, .. }), "{refused}");
+    let other = locker.lock("gone").await.unwrap();
+    assert!(matches!(locker.adopt(lease.clone()).await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
+    assert!(matches!(locker.ensure(&lease, ms(5_000)).await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
+    other.refresh().await.unwrap();
+    other.release().await.unwrap();
+    for nonsense in [Lease::new("", token("me"), ms(5_000)), Lease::new("gone", token("me"), Duration::ZERO)] {
+        assert!(matches!(locker.adopt(nonsense).await, Err(Error::InvalidKey(_) | Error::InvalidTtl(_))));
+    }
+}
+
+async fn ensuring_a_lease_only_ever_lengthens(locker: &Locker) {
+    let guard = locker.obtain("ensured").token(token("me")).ttl(ms(10_000)).no_renewal().await.unwrap();
+    let lease = Lease::new("ensured", token("me"), ms(10_000));
+    locker.ensure(&lease, ms(1_000)).await.unwrap();
+    assert!(guard.server_ttl().await.unwrap().unwrap() > ms(8_000));
+    locker.ensure(&lease, ms(90_000)).await.unwrap();
+    assert!(guard.server_ttl().await.unwrap().unwrap() > ms(80_000));
+    guard.release().await.unwrap();
 }

@@ -3,7 +3,7 @@
 -- KEYS  n lock keys, then, where a fencing token is wanted, their n fence keys.
 -- ARGV  token, value (the token; with metadata: token, newline, metadata), ttl in ms, n, ttl of the fence keys in ms.
 -- Reply {1, fencing token or 0}  granted.
---       {0, ttl in ms}           held by another, for so long; -1: for ever.
+--       {0, ttl in ms, i}        the ith key is held by another, for so long; -1: for ever.
 --
 -- Idempotent: where all keys hold the token already, they are taken again, with the same fencing token, and live for
 -- the ttl from now, or as long as they would have, whichever is longer.
@@ -22,7 +22,7 @@ for i = 1, n do
         ours[i] = true
         ttl = math.max(ttl, redis.call('PTTL', KEYS[i]))
     else
-        return {0, redis.call('PTTL', KEYS[i])}
+        return {0, redis.call('PTTL', KEYS[i]), i}
     end
 end
 

@@ -1,0 +1,365 @@
+//! The one place that says whether a lock is held.
+//!
+//! A [`Hold`] is shared by the guard, its keeper and the futures that wait for its loss. They all read its deadline;
+//! nothing else in the crate decides whether a lock is held. Its invariants:
+//!
+//! 1. The deadline moves forward only by a confirmed request, and counts from before that request was sent.
+//! 2. What is over stays over: the loss is set once, and before the cancellation token fires.
+//! 3. A deadline that has passed is `Expired`, whoever notices first, and no later answer changes that.
+//! 4. A request that makes the ttl shorter counts from the moment it is sent, since the server may obey at any time
+//!    after; and an answer to a request sent before it, which the server may have obeyed before it too, counts for
+//!    nothing.
+
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+use crate::schedule::{Drift, Renewal};
+use crate::{Key, Loss, Token};
+
+/// What identifies a held lock at the server: its keys, and the token that they hold.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Owned {
+    pub(crate) keys: Box<[Key]>,
+    pub(crate) token: Token,
+}
+
+impl Owned {
+    /// The key that messages and events name.
+    pub(crate) fn key(&self) -> Key {
+        self.keys.first().cloned().unwrap_or_else(|| Key::from(""))
+    }
+}
+
+/// What the server granted, and when it was asked.
+pub(crate) struct Grant {
+    pub(crate) sent: Instant,
+    pub(crate) ttl: Duration,
+    pub(crate) fencing_token: Option<u64>,
+}
+
+/// One held lock, until it is held no more.
+pub(crate) struct Hold {
+    pub(crate) owned: Owned,
+    pub(crate) metadata: Box<[u8]>,
+    /// Fixed when the lock is obtained: read again after a loss, it would be the successor's.
+    pub(crate) fencing_token: Option<u64>,
+    drift: Drift,
+    state: Mutex<State>,
+    over: CancellationToken,
+    /// Tells the keeper to look at the state again: the only one that waits for it.
+    changed: Notify,
+}
+
+struct State {
+    ttl: Duration,
+    renewal: Renewal,
+    /// When the last confirmed request was sent.
+    sent: Instant,
+    deadline: Instant,
+    /// Counts the requests that set the ttl: an answer from an earlier epoch moves no deadline (invariant 4).
+    epoch: u32,
+    loss: Option<Loss>,
+    cleanup: Option<Cleanup>,
+}
+
+/// What the keeper still has to do once the lock is held no more.
+pub(crate) enum Cleanup {
+    /// Release it. The token makes [`Locker::close`](crate::Locker::close) wait for that.
+    Release(TaskTrackerToken),
+    /// Nothing: it is released, or shall stay as it is.
+    Nothing,
+}
+
+/// A renewal on its way: what its confirmation will be worth.
+#[derive(Clone, Copy)]
+pub(crate) struct Renewing {
+    pub(crate) sent: Instant,
+    pub(crate) ttl: Duration,
+    /// The ttl shall be exactly this; otherwise at least this.
+    pub(crate) exact: bool,
+    epoch: u32,
+}
+
+impl Hold {
+    pub(crate) fn new(owned: Owned, metadata: Box<[u8]>, grant: &Grant, drift: Drift, renewal: Renewal) -> Self {
+        Self {
+            owned,
+            metadata,
+            fencing_token: grant.fencing_token,
+            drift,
+            state: Mutex::new(State {
+                ttl: grant.ttl,
+                renewal,
+                sent: grant.sent,
+                deadline: drift.deadline(grant.sent, grant.ttl),
+                epoch: 0,
+                loss: None,
+                cleanup: None,
+            }),
+            over: CancellationToken::new(),
+            changed: Notify::new(),
+        }
+    }
+
+    /// Whether the lock is held now, by the clock: right even when no task of ours has run for a while. The first to find
+    /// that it is not tells all others.
+    pub(crate) fn check(&self) -> Result<(), Loss> {
+        let (verdict, told) = {
+            let state = self.state();
+            (state.verdict(Instant::now()), state.loss.is_some())
+        };
+        match verdict {
+            Err(loss) if !told => Err(self.end(loss)),
+            verdict => verdict,
+        }
+    }
+
+    pub(crate) fn deadline(&self) -> Instant {
+        self.state().deadline
+    }
+
+    pub(crate) fn ttl(&self) -> Duration {
+        self.state().ttl
+    }
+
+    /// When the next renewal is due, if the lock is renewed at all.
+    pub(crate) fn next_renewal(&self) -> Option<Instant> {
+        let state = self.state();
+        state.interval().map(|interval| state.sent + interval)
+    }
+
+    pub(crate) fn renewal_interval(&self) -> Option<Duration> {
+        self.state().interval()
+    }
+
+    /// The token that fires when the lock is held no more. Never handed out itself, only its children: who cancels one
+    /// of those ends no lock.
+    pub(crate) fn over(&self) -> &CancellationToken {
+        &self.over
+    }
+
+    /// Waits until the state has changed since the last call returned. For the keeper alone.
+    pub(crate) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// A renewal is about to be sent, for the ttl as it is or for at least `ttl`.
+    pub(crate) fn renewing(&self, ttl: Option<Duration>) -> Renewing {
+        let state = self.state();
+        Renewing { sent: Instant::now(), ttl: ttl.unwrap_or(state.ttl), exact: false, epoch: state.epoch }
+    }
+
+    /// A renewal is about to be sent that sets the ttl to exactly `ttl` (invariant 4).
+    pub(crate) fn setting_ttl(&self, ttl: Duration) -> Renewing {
+        let mut state = self.state();
+        let sent = Instant::now();
+        state.epoch = state.epoch.wrapping_add(1);
+        state.deadline = state.deadline.min(self.drift.deadline(sent, ttl));
+        state.ttl = state.ttl.min(ttl);
+        Renewing { sent, ttl, exact: true, epoch: state.epoch }
+    }
+
+    /// The server has confirmed a renewal. Tells what became of the lock meanwhile, if it is over.
+    pub(crate) fn renewed(&self, renewing: Renewing) -> Result<(), Loss> {
+        let mut state = self.state();
+        let now = Instant::now();
+        if let Err(loss) = state.verdict(now) {
+            drop(state);
+            self.end(loss);
+            return Err(loss);
+        }
+        if renewing.epoch == state.epoch {
+            let deadline = self.drift.deadline(renewing.sent, renewing.ttl);
+            state.deadline = state.deadline.max(deadline);
+            state.sent = state.sent.max(renewing.sent);
+            if renewing.exact {
+                state.ttl = renewing.ttl;
+            }
+        }
+        drop(state);
+        if renewing.exact {
+            self.changed.notify_one();
+        }
+        Ok(())
+    }
+
+    /// The lock is held no more. The first reason stays (invariant 2), and a passed deadline goes before any (3).
+    /// Answers the reason that holds.
+    pub(crate) fn end(&self, loss: Loss) -> Loss {
+        let mut state = self.state();
+        let loss = state.verdict(Instant::now()).err().unwrap_or(loss);
+        state.loss = Some(loss);
+        // Only now: whoever the token wakes finds the reason. And not under the mutex: it runs others' wakers.
+        drop(state);
+        self.over.cancel();
+        self.changed.notify_one();
+        loss
+    }
+
+    /// Tells the keeper what is left to do, once.
+    pub(crate) fn settle(&self, cleanup: Cleanup) {
+        let refused = {
+            let mut state = self.state();
+            match state.cleanup {
+                None => {
+                    state.cleanup = Some(cleanup);
+                    None
+                }
+                Some(_) => Some(cleanup),
+            }
+        };
+        // A tracker's token wakes others when it is dropped: not under the mutex.
+        drop(refused);
+        self.changed.notify_one();
+    }
+
+    /// What [`settle`](Hold::settle) said, once it has.
+    pub(crate) fn take_cleanup(&self) -> Option<Cleanup> {
+        let mut state = self.state();
+        state.cleanup.as_mut().map(|cleanup| std::mem::replace(cleanup, Cleanup::Nothing))
+    }
+
+    /// No code panics while it holds this mutex, so a poisoned one would be as good as any.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn verdict(&self, now: Instant) -> Result<(), Loss> {
+        match self.loss {
+            Some(loss) => Err(loss),
+            None if now >= self.deadline => Err(Loss::Expired),
+            None => Ok(()),
+        }
+    }
+
+    fn interval(&self) -> Option<Duration> {
+        self.renewal.interval(self.ttl)
+    }
+}
+
+impl fmt::Debug for Hold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verdict = self.state().verdict(Instant::now());
+        f.debug_struct("Hold").field("keys", &self.owned.keys).field("verdict", &verdict).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::{advance, pause};
+
+    use super::*;
+
+    const fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    /// Held for 1,000 ms from now, as its drift is none.
+    fn hold() -> Hold {
+        let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random() };
+        let grant = Grant { sent: Instant::now(), ttl: ms(1_000), fencing_token: None };
+        let drift = Drift { factor: 0.0, margin: Duration::ZERO };
+        Hold::new(owned, Box::default(), &grant, drift, Renewal::Third)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn held_until_the_deadline_and_not_at_it() {
+        let hold = hold();
+        advance(ms(999)).await;
+        assert_eq!(hold.check(), Ok(()));
+        advance(ms(1)).await;
+        assert_eq!(hold.check(), Err(Loss::Expired));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_confirmation_counts_from_its_send() {
+        let hold = hold();
+        advance(ms(300)).await;
+        let renewing = hold.renewing(None);
+        advance(ms(600)).await;
+        hold.renewed(renewing).unwrap();
+        assert_eq!(hold.deadline(), renewing.sent + ms(1_000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_confirmation_after_the_deadline_revives_nothing() {
+        let hold = hold();
+        let renewing = hold.renewing(None);
+        advance(ms(1_000)).await;
+        assert_eq!(hold.renewed(renewing), Err(Loss::Expired));
+        assert!(hold.over().is_cancelled());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_first_reason_stays() {
+        let hold = hold();
+        assert_eq!(hold.end(Loss::Taken), Loss::Taken);
+        assert_eq!(hold.end(Loss::Missing), Loss::Taken);
+        advance(ms(5_000)).await;
+        assert_eq!(hold.check(), Err(Loss::Taken));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_passed_deadline_goes_before_any_reason() {
+        let hold = hold();
+        advance(ms(1_000)).await;
+        assert_eq!(hold.check(), Err(Loss::Expired));
+        assert_eq!(hold.end(Loss::Released), Loss::Expired);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_shorter_ttl_counts_from_its_send_and_outdates_what_was_sent_before() {
+        let hold = hold();
+        let before = hold.renewing(None);
+        advance(ms(100)).await;
+        let shorter = hold.setting_ttl(ms(200));
+        assert_eq!(hold.deadline(), shorter.sent + ms(200), "before any answer");
+        hold.renewed(shorter).unwrap();
+        hold.renewed(before).unwrap();
+        assert_eq!(hold.deadline(), shorter.sent + ms(200), "the older answer counts for nothing");
+        advance(ms(50)).await;
+        let after = hold.renewing(None);
+        hold.renewed(after).unwrap();
+        assert_eq!(hold.deadline(), after.sent + ms(200), "later renewals follow the new ttl");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_longer_ttl_counts_from_its_confirmation() {
+        let hold = hold();
+        let was = hold.deadline();
+        let longer = hold.setting_ttl(ms(9_000));
+        assert_eq!((hold.deadline(), hold.ttl()), (was, ms(1_000)));
+        hold.renewed(longer).unwrap();
+        assert_eq!((hold.deadline(), hold.ttl()), (longer.sent + ms(9_000), ms(9_000)));
+    }
+
+    #[test]
+    fn the_clock_decides_even_where_no_runtime_runs() {
+        let hold = hold();
+        assert_eq!(hold.check(), Ok(()));
+    }
+
+    #[tokio::test]
+    async fn the_reason_is_there_when_the_token_fires() {
+        pause();
+        let hold = std::sync::Arc::new(hold());
+        let waiter = tokio::spawn({
+            let hold = hold.clone();
+            async move {
+                hold.over().cancelled().await;
+                hold.check()
+            }
+        });
+        tokio::task::yield_now().await;
+        hold.end(Loss::Missing);
+        assert_eq!(waiter.await.unwrap(), Err(Loss::Missing));
+    }
+}
