@@ -8,6 +8,7 @@ mod cancellation;
 mod conformance;
 mod drops;
 mod errors;
+mod failover;
 mod interop;
 mod loss;
 mod waiting;
