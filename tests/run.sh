@@ -55,7 +55,7 @@ scratch=$(mktemp -d)
 trap 'kill "${server:-}" 2>/dev/null || true; rm -rf "$scratch"' EXIT
 redis-server --port 0 --unixsocket "$scratch/socket" --save "" --dir "$scratch" >"$scratch/log" &
 server=$!
-for example in quickstart lost_in_select scope; do
+for example in quickstart lost_in_select scope hand_over; do
     heading "example $example"
     env -u REDIS_URL cargo run --quiet --example "$example"
     heading "example $example, on a server"
