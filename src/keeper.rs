@@ -86,7 +86,14 @@ impl Upkeep {
     /// the server answers, or until the ttl would have done the same.
     pub(crate) async fn undo(&self, owned: &Owned, ttl: Duration) {
         let until = Instant::now() + self.command_timeout + ttl;
-        match self.release_until(owned, until).await {
+        let mut outcome = self.release_until(owned, until).await;
+        if matches!(outcome, Ok(Released::NotOurs(_))) {
+            // On one connection the attempt was before us, and has been run. But that one may have broken in between, with
+            // the attempt on its way to the server, who reads what two connections have for it in any order.
+            sleep(SETTLING).await;
+            outcome = self.release_until(owned, until).await;
+        }
+        match outcome {
             Ok(_) => debug!(name: "tenure.undone", key = %owned.key(), "undid an attempt of unknown outcome"),
             Err(error) => warn!(
                 name: "tenure.undo_failed", key = %owned.key(), %error,
@@ -117,6 +124,9 @@ impl Upkeep {
         }
     }
 }
+
+/// By how much the server may be behind in reading a connection that has broken.
+const SETTLING: Duration = Duration::from_millis(100);
 
 /// Keeps one lock.
 struct Keeper {

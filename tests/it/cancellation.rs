@@ -99,6 +99,24 @@ async fn an_attempt_that_the_server_runs_after_it_was_dropped_is_undone() {
 }
 
 #[tokio::test]
+async fn an_attempt_that_comes_late_by_a_connection_that_has_broken_is_undone() {
+    let server = Server::start();
+    let proxy = Proxy::start(server.port()).await;
+    let locker = Locker::connect(&proxy.url()).await.unwrap();
+    drop(locker.lock("warm").await.unwrap());
+    for n in 0..5 {
+        let key = format!("k:{n}");
+        // Later than fred needs to reconnect, for the most part.
+        proxy.set(Mode::DeliverNextLate(ms(110)));
+        let unknown = soon(locker.try_lock(key.clone())).await.unwrap_err();
+        assert!(unknown.is_transient(), "{unknown}");
+        eventually("it came", async || (server.cli(&["EXISTS", &format!("{{{key}}}:fence")]) == "1").then_some(()))
+            .await;
+        eventually("it is undone", async || (server.cli(&["EXISTS", &key]) == "0").then_some(())).await;
+    }
+}
+
+#[tokio::test]
 async fn an_attempt_that_timed_out_and_is_run_later_is_undone() {
     let server = Server::start();
     let locker = Locker::builder().command_timeout(ms(200)).connect(&server.url()).await.unwrap();

@@ -2,8 +2,7 @@
 
 use std::fmt;
 use std::future::Future;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use fred::clients::Client;
@@ -14,13 +13,10 @@ use fred::types::config::{Config, ConnectionConfig, PerformanceConfig, Reconnect
 use tokio::join;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::TryRecvError;
+use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::Error;
-
-/// After this many calls in a row without an answer the line itself is in doubt (a firewall that forgot it, a peer that
-/// vanished): a new one is opened. fred finds out by itself only where the system tells it.
-const SILENT_CALLS: u32 = 2;
 
 pub(super) struct Connection {
     client: Client,
@@ -28,7 +24,7 @@ pub(super) struct Connection {
     failures: Mutex<Failures>,
     /// Drives the connection, where it is ours.
     driver: Option<AbortOnDropHandle<FredResult<()>>>,
-    silent: AtomicU32,
+    line: Mutex<Line>,
 }
 
 struct Failures {
@@ -50,25 +46,28 @@ impl Connection {
             .set_policy(ReconnectPolicy::new_exponential(0, 50, 2_000, 2))
             .build()?;
         let driver = connect(&client).await?;
-        Ok(Self { driver: Some(driver), ..Self::borrowed(client) })
+        let connection = Self::borrowed(client);
+        connection.line().patience = timeout * 2;
+        Ok(Self { driver: Some(driver), ..connection })
     }
 
     pub(super) fn borrowed(client: Client) -> Self {
         let failures = Mutex::new(Failures { told: client.error_rx(), last: None });
-        Self { client, failures, driver: None, silent: AtomicU32::new(0) }
+        Self { client, failures, driver: None, line: Mutex::default() }
     }
 
     pub(super) fn client(&self) -> &Client {
         &self.client
     }
 
-    /// Passes a call's answer on, and opens a new connection when too many went unanswered. A client that is not ours
-    /// is left alone.
+    /// Passes a call's answer on, and opens a new connection when the line has gone silent. A client that is not ours is
+    /// left alone.
     pub(super) async fn watch<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        let sent = Instant::now();
         let answer = call.await;
         let unanswered = matches!(&answer, Err(Error::Redis(error)) if *error.kind() == ErrorKind::Timeout);
         if !unanswered {
-            self.silent.store(0, Ordering::Relaxed);
+            self.line().heard();
             return answer;
         }
         if let Some(mut reason) = self.why_not_connected() {
@@ -76,11 +75,14 @@ impl Connection {
             reason.change_kind(ErrorKind::Timeout);
             return Err(reason.into());
         }
-        if self.silent.fetch_add(1, Ordering::Relaxed) + 1 >= SILENT_CALLS && self.driver.is_some() {
-            self.silent.store(0, Ordering::Relaxed);
+        if self.driver.is_some() && self.line().is_silent(sent) {
             self.reopen();
         }
         answer
+    }
+
+    fn line(&self) -> MutexGuard<'_, Line> {
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A call that waited in vain for a connection says "timed out"; this knows better: refused, or still loading.
@@ -106,6 +108,40 @@ impl Connection {
         if request.as_mut().poll(&mut context).is_ready() {
             tracing::debug!(name: "tenure.reconnect", "the connection could not be asked to reopen");
         }
+    }
+}
+
+/// Whether the server still speaks to us. A line that was silently cut (by a firewall that forgot it, a peer that vanished)
+/// looks like any other until the system gives up on it, which takes minutes.
+#[derive(Default)]
+struct Line {
+    /// How long nothing may be heard while something was asked.
+    patience: Duration,
+    /// When the server last spoke, or a new connection was asked for.
+    heard: Option<Instant>,
+    /// When the first of the calls was sent that have all gone unanswered since.
+    unanswered: Option<Instant>,
+}
+
+impl Line {
+    fn heard(&mut self) {
+        self.heard = Some(Instant::now());
+        self.unanswered = None;
+    }
+
+    /// A call that was sent then has had no answer: is the line dead? Says so once for each connection: to open one after
+    /// the other while all are slow would make nothing faster.
+    fn is_silent(&mut self, sent: Instant) -> bool {
+        // Others were answered meanwhile: slow, not dead.
+        if self.heard.is_some_and(|heard| heard >= sent) {
+            return false;
+        }
+        let since = *self.unanswered.get_or_insert(sent);
+        let silent = since.elapsed() >= self.patience;
+        if silent {
+            self.heard();
+        }
+        silent
     }
 }
 
@@ -146,5 +182,51 @@ impl fmt::Debug for Connection {
     /// Says nothing of the configuration: fred would print the password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Connection").field("id", &self.client.id()).field("state", &self.client.state()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    const fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_line_is_dead_when_nothing_was_heard_for_long_while_something_was_asked() {
+        let mut line = Line { patience: ms(400), ..Line::default() };
+        line.heard();
+        // However long nothing was asked.
+        advance(ms(60_000)).await;
+        let first = Instant::now();
+        advance(ms(200)).await;
+        assert!(!line.is_silent(first));
+        let second = Instant::now();
+        advance(ms(200)).await;
+        assert!(line.is_silent(second));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_server_is_not_a_dead_line() {
+        let mut line = Line { patience: ms(400), ..Line::default() };
+        for _ in 0..10 {
+            let sent = Instant::now();
+            advance(ms(100)).await;
+            line.heard();
+            advance(ms(400)).await;
+            assert!(!line.is_silent(sent));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_many_calls_on_a_dead_line_one_opens_a_new_one() {
+        let mut line = Line { patience: ms(400), ..Line::default() };
+        let sent = Instant::now();
+        advance(ms(400)).await;
+        let opened = (0..1_000).filter(|_| line.is_silent(sent)).count();
+        assert_eq!(opened, 1);
     }
 }

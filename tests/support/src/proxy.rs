@@ -9,7 +9,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::sleep;
 
-/// What the proxy does with the server's answers. Requests always go through.
+/// What the proxy does, mostly with the server's answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// Passes them on.
@@ -18,6 +18,8 @@ pub enum Mode {
     LoseNext,
     /// Keeps each of them back for so long.
     Delay(Duration),
+    /// Cuts the connection that brings the next request, and delivers that request so much later all the same.
+    DeliverNextLate(Duration),
     /// Loses all answers on the connections that there are, without a word; new connections work.
     Silence,
 }
@@ -97,16 +99,39 @@ async fn accept(listener: TcpListener, port: u16, control: Arc<Mutex<Control>>) 
         let control = control.clone();
         connections.spawn(async move {
             tokio::select! {
-                () = forward_requests(from_client, to_server) => {}
+                () = forward_requests(from_client, to_server, control.clone()) => {}
                 () = forward_answers(from_server, to_client, number, control) => {}
             }
         });
     }
 }
 
-async fn forward_requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf) {
-    if tokio::io::copy(&mut from, &mut to).await.is_err() {
-        // Cut off: the same as an end.
+async fn forward_requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, control: Arc<Mutex<Control>>) {
+    let mut buffer = vec![0; 64 * 1024];
+    while let Ok(length) = from.read(&mut buffer).await {
+        let Some(request) = buffer.get(..length).filter(|request| !request.is_empty()) else { return };
+        let late = {
+            let mut control = lock(&control);
+            match control.mode {
+                Mode::DeliverNextLate(delay) => {
+                    control.mode = Mode::Pass;
+                    control.lost += 1;
+                    Some(delay)
+                }
+                _ => None,
+            }
+        };
+        if let Some(delay) = late {
+            let request = request.to_vec();
+            tokio::spawn(async move {
+                sleep(delay).await;
+                to.write_all(&request).await
+            });
+            return;
+        }
+        if to.write_all(request).await.is_err() {
+            return;
+        }
     }
 }
 
@@ -129,7 +154,7 @@ async fn forward_answers(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, number
         match mode {
             Mode::LoseNext => return,
             Mode::Delay(delay) => sleep(delay).await,
-            Mode::Pass | Mode::Silence => {}
+            Mode::Pass | Mode::Silence | Mode::DeliverNextLate(_) => {}
         }
         if to.write_all(answer).await.is_err() {
             return;

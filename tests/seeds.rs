@@ -1,0 +1,378 @@
+//! What the Go libraries that tenure learned from let a user do, one test per thing. How each of them reads there and here is
+//! shown in `tenure::coming_from`.
+
+#![allow(clippy::unwrap_used, reason = "these are tests")]
+
+use std::time::{Duration, Instant};
+
+use tenure::{Error, Lease, Locker, Loss, Retry, Token};
+use tenure_test_support::{Server, soon};
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+async fn locker() -> (Server, Locker) {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    (server, locker)
+}
+
+fn token(text: &str) -> Token {
+    text.parse().unwrap()
+}
+
+mod bsm_redislock {
+    use super::*;
+
+    #[tokio::test]
+    async fn row_01_any_client_will_do() {
+        use tenure::fred::prelude::{Builder, ClientLike, Config, ReconnectPolicy};
+        let server = Server::start();
+        let client = Builder::from_config(Config::from_url(&server.url()).unwrap())
+            .set_policy(ReconnectPolicy::new_constant(0, 100))
+            .build()
+            .unwrap();
+        client.init().await.unwrap();
+        let guard = Locker::new(client).obtain("k").await.unwrap();
+        assert_eq!(server.cli(&["GET", "k"]), guard.token().as_str());
+    }
+
+    #[tokio::test]
+    async fn row_02_obtain_tries_once() {
+        let (_server, locker) = locker().await;
+        let _guard = locker.obtain("k").ttl(ms(5_000)).await.unwrap();
+        let refused = locker.obtain("k").ttl(ms(5_000)).await.unwrap_err();
+        assert!(matches!(refused, Error::NotObtained { attempts: 1, .. }));
+    }
+
+    #[tokio::test]
+    async fn row_03_obtain_with_a_strategy_until_a_deadline() {
+        let (_server, locker) = locker().await;
+        let guard = locker.obtain("k").await.unwrap();
+        let started = Instant::now();
+        let refused = locker.obtain("k").retry(Retry::linear(ms(50))).wait_at_most(ms(300)).await.unwrap_err();
+        assert!(matches!(refused, Error::NotObtained { attempts: 4.., .. }), "{refused}");
+        assert!(started.elapsed() >= ms(300) && started.elapsed() <= ms(350));
+        let waiting = locker.obtain("k").retry(Retry::linear(ms(10)));
+        let (obtained, released) = tokio::join!(waiting, guard.release());
+        released.unwrap();
+        obtained.unwrap().release().await.unwrap();
+    }
+
+    #[test]
+    fn row_04_strategies() {
+        let first = |retry: Retry| retry.pauses().take(4).collect::<Vec<_>>();
+        assert_eq!(first(Retry::none()), []);
+        assert_eq!(first(Retry::linear(ms(7))), [ms(7); 4]);
+        assert_eq!(first(Retry::exponential(ms(16), ms(100))), [ms(16), ms(32), ms(64), ms(100)]);
+        assert_eq!(first(Retry::linear(ms(7)).limit(2)), [ms(7); 2]);
+    }
+
+    #[tokio::test]
+    async fn row_05_a_strategy_of_ones_own() {
+        let (_server, locker) = locker().await;
+        let _guard = locker.obtain("k").await.unwrap();
+        let fibonacci = std::iter::successors(Some((ms(1), ms(1))), |&(a, b)| Some((b, a + b))).map(|(pause, _)| pause);
+        let refused = locker.obtain("k").retry(Retry::from_iter(fibonacci).limit(6)).await.unwrap_err();
+        assert!(
+            matches!(refused, Error::NotObtained { attempts: 7, waited, .. } if waited >= ms(1 + 1 + 2 + 3 + 5 + 8))
+        );
+    }
+
+    #[tokio::test]
+    async fn row_06_the_same_token_obtains_again_also_with_other_metadata() {
+        let (_server, locker) = locker().await;
+        let _one = locker.obtain("k").token(token("me")).metadata("a").await.unwrap();
+        let _two = locker.obtain("k").token(token("me")).metadata("b").await.unwrap();
+        assert_eq!(locker.inspect("k").await.unwrap().unwrap().metadata, b"b");
+    }
+
+    #[tokio::test]
+    async fn row_07_metadata() {
+        let (_server, locker) = locker().await;
+        let guard = locker.obtain("k").metadata("host-3").await.unwrap();
+        assert_eq!(guard.metadata(), b"host-3");
+        assert_eq!(locker.inspect("k").await.unwrap().unwrap().metadata, b"host-3");
+    }
+
+    #[tokio::test]
+    async fn row_08_many_keys_all_or_nothing() {
+        let (server, locker) = locker().await;
+        let guard = locker.obtain_all(["a", "b"]).ttl(ms(20_000)).no_renewal().await.unwrap();
+        assert_eq!(guard.keys(), ["a".into(), "b".into()]);
+        assert!(locker.obtain_all(["c", "b"]).await.is_err());
+        assert_eq!(server.cli(&["EXISTS", "c"]), "0");
+        // The ttl of the set is the shortest.
+        server.cli(&["PEXPIRE", "b", "9000"]);
+        assert!(guard.server_ttl().await.unwrap().unwrap() <= ms(9_000));
+    }
+
+    #[tokio::test]
+    async fn row_09_the_ttl_at_the_server() {
+        let (server, locker) = locker().await;
+        let guard = locker.obtain("k").ttl(ms(5_000)).await.unwrap();
+        assert!(guard.server_ttl().await.unwrap().is_some_and(|ttl| ttl <= ms(5_000) && ttl > ms(4_000)));
+        server.cli(&["DEL", "k"]);
+        assert_eq!(guard.server_ttl().await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn row_10_refresh() {
+        let (server, locker) = locker().await;
+        let guard = locker.obtain("k").ttl(ms(5_000)).no_renewal().await.unwrap();
+        server.cli(&["PEXPIRE", "k", "1000"]);
+        guard.refresh().await.unwrap();
+        assert!(guard.server_ttl().await.unwrap().unwrap() > ms(4_000));
+        guard.refresh_for(ms(60_000)).await.unwrap();
+        assert!(guard.server_ttl().await.unwrap().unwrap() > ms(50_000));
+        server.cli(&["DEL", "k"]);
+        assert!(matches!(guard.refresh().await, Err(Error::NotHeld { loss: Loss::Missing, .. })));
+    }
+
+    #[tokio::test]
+    async fn row_11_release() {
+        let (server, locker) = locker().await;
+        locker.obtain("k").await.unwrap().release().await.unwrap();
+        assert_eq!(server.cli(&["EXISTS", "k"]), "0");
+        let lost = locker.obtain("k").await.unwrap();
+        server.cli(&["DEL", "k"]);
+        assert!(matches!(lost.release().await, Err(Error::NotHeld { .. })));
+    }
+
+    #[tokio::test]
+    async fn row_12_in_one_expression() {
+        let server = Server::start();
+        let guard = Locker::connect(&server.url()).await.unwrap().obtain("k").await.unwrap();
+        // The locker is gone; the guard has what it needs.
+        guard.refresh().await.unwrap();
+        guard.release().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn row_13_the_watchdog_is_built_in() {
+        let (server, locker) = locker().await;
+        let guard = locker.obtain("k").ttl(ms(600)).await.unwrap();
+        // Past two ttls it is held; then a failed renewal ends the work.
+        guard.protect(tokio::time::sleep(ms(1_300))).await.unwrap();
+        server.cli(&["DEL", "k"]);
+        let over = guard.cancellation_token();
+        assert_eq!(soon(guard.protect(std::future::pending::<()>())).await, Err(Loss::Missing));
+        assert!(over.is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn row_42_a_fencing_token_that_is_not_minted_again_for_the_same_token() {
+        let (_server, locker) = locker().await;
+        let one = locker.obtain("k").token(token("me")).await.unwrap();
+        let again = locker.obtain("k").token(token("me")).await.unwrap();
+        assert_eq!(one.fencing_token(), again.fencing_token());
+        one.release().await.unwrap();
+        assert!(locker.obtain("k").await.unwrap().fencing_token() > again.fencing_token());
+        assert_eq!(locker.obtain("other").fenced(false).await.unwrap().fencing_token(), None);
+    }
+}
+
+mod amyangfei_redlock_go {
+    use super::*;
+
+    #[tokio::test]
+    async fn row_15_the_remaining_validity() {
+        let (_server, locker) = locker().await;
+        let guard = locker.lock("k").ttl(ms(5_000)).await.unwrap();
+        assert!(guard.remaining() > ms(4_000) && guard.remaining() <= ms(5_000 - 50 - 2));
+        assert!(guard.deadline() > tokio::time::Instant::now() + ms(4_000));
+    }
+
+    #[tokio::test]
+    async fn row_17_retry_count_delay_and_drift() {
+        let server = Server::start();
+        let builder = Locker::builder().retry(Retry::linear(ms(10)).limit(10)).drift(0.1, ms(100));
+        let locker = builder.connect(&server.url()).await.unwrap();
+        let guard = locker.obtain("k").ttl(ms(10_000)).await.unwrap();
+        assert!(guard.remaining() <= ms(10_000 - 1_000 - 100));
+        assert!(matches!(locker.obtain("k").await, Err(Error::NotObtained { attempts: 11, .. })));
+    }
+
+    #[tokio::test]
+    async fn row_44_urls_with_database_and_password() {
+        let server = Server::start_with(&["--requirepass", "secret"]);
+        let url = format!("redis://:secret@127.0.0.1:{}/3", server.port());
+        let guard = Locker::connect(&url).await.unwrap().lock("k").await.unwrap();
+        let cli = |db| server.cli(&["-a", "secret", "-n", db, "EXISTS", "k"]);
+        assert_eq!((cli("3"), cli("0")), ("1".into(), "0".into()));
+        guard.release().await.unwrap();
+    }
+}
+
+mod redislock_attempt_lock {
+    use super::*;
+
+    #[tokio::test]
+    async fn row_18_key_and_ttl_are_options() {
+        let (server, locker) = locker().await;
+        let _guard = locker.try_lock("migrations").ttl(ms(60_000)).await.unwrap();
+        assert!(server.cli(&["PTTL", "migrations"]).parse::<u64>().unwrap() > 50_000);
+    }
+
+    #[tokio::test]
+    async fn row_19_one_attempt_where_busy_is_told_apart_from_broken() {
+        let (mut server, locker) = locker().await;
+        let _guard = locker.try_lock("k").await.unwrap();
+        assert!(matches!(locker.try_lock("k").await, Err(Error::NotObtained { .. })));
+        server.kill();
+        assert!(matches!(soon(locker.try_lock("k")).await, Err(Error::Redis(_))));
+    }
+
+    #[tokio::test]
+    async fn row_20_a_release_of_what_is_not_ours_says_so() {
+        let (server, locker) = locker().await;
+        let guard = locker.try_lock("k").await.unwrap();
+        server.cli(&["SET", "k", "another"]);
+        assert!(matches!(guard.release().await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
+        assert_eq!(server.cli(&["GET", "k"]), "another");
+    }
+
+    #[tokio::test]
+    async fn row_21_one_runner_of_migrations() {
+        let (_server, locker) = locker().await;
+        let applied = std::sync::Mutex::new(Vec::new());
+        let run = |name| {
+            let (locker, applied) = (locker.clone(), &applied);
+            async move {
+                // Looks again under the lock: another may have been quicker.
+                let migrate = async |guard: &tenure::LockGuard| {
+                    let mut applied = applied.lock().unwrap();
+                    if applied.is_empty() {
+                        applied.push((name, guard.fencing_token()));
+                    }
+                };
+                locker.scope("migrations", migrate).await.unwrap();
+            }
+        };
+        tokio::join!(run("a"), run("b"), run("c"));
+        assert_eq!(applied.lock().unwrap().len(), 1);
+    }
+}
+
+mod trviph_redlock {
+    use super::*;
+
+    #[tokio::test]
+    async fn row_22_retries_pause_and_jitter() {
+        let (_server, locker) = locker().await;
+        let _guard = locker.lock("k").await.unwrap();
+        let retry = Retry::linear(ms(10)).jitter(ms(5)).limit(3);
+        let refused = locker.obtain("k").retry(retry).await.unwrap_err();
+        assert!(matches!(refused, Error::NotObtained { attempts: 4, waited, .. } if waited >= ms(30)));
+    }
+
+    #[tokio::test]
+    async fn row_23_acquire_and_try_acquire() {
+        let (_server, locker) = locker().await;
+        let guard = locker.lock("k").await.unwrap();
+        assert!(matches!(locker.try_lock("k").await, Err(Error::NotObtained { .. })));
+        let (waited, released) = tokio::join!(locker.lock("k"), guard.release());
+        released.unwrap();
+        drop(waited.unwrap());
+    }
+
+    #[tokio::test]
+    async fn row_24_a_token_of_ones_own_and_a_fencing_token_besides() {
+        let (server, locker) = locker().await;
+        let guard = locker.lock("k").token(token("41")).await.unwrap();
+        assert_eq!(server.cli(&["GET", "k"]), "41");
+        assert!(guard.fencing_token().is_some());
+        assert!(locker.try_lock("k").token(token("4")).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn row_25_extend() {
+        let (_server, locker) = locker().await;
+        let guard = locker.lock("k").ttl(ms(2_000)).await.unwrap();
+        guard.refresh_for(ms(9_000)).await.unwrap();
+        assert!(guard.server_ttl().await.unwrap().unwrap() > ms(8_000));
+    }
+
+    #[tokio::test]
+    async fn row_26_acquire_or_extend() {
+        let (_server, locker) = locker().await;
+        let acquired = locker.obtain("k").token(token("me")).ttl(ms(2_000)).no_renewal().await.unwrap();
+        let extended = locker.obtain("k").token(token("me")).ttl(ms(9_000)).await.unwrap();
+        assert!(acquired.server_ttl().await.unwrap().unwrap() > ms(8_000));
+        // One that fails leaves what is held alone.
+        assert!(locker.obtain("k").token(token("other")).await.is_err());
+        extended.refresh().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn row_27_release() {
+        let (_server, locker) = locker().await;
+        let guard = locker.obtain("k").token(token("me")).await.unwrap();
+        guard.release().await.unwrap();
+        locker.try_lock("k").await.unwrap().release().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn row_35_errors_that_say_what_a_caller_needs() {
+        let (_server, locker) = locker().await;
+        let _guard = locker.lock("k").await.unwrap();
+        let refused = locker.obtain("k").retry(Retry::linear(ms(5)).limit(2)).await.unwrap_err();
+        let Error::NotObtained { key, attempts, waited } = refused else { unreachable!("{refused}") };
+        assert_eq!((key, attempts), ("k".into(), 3));
+        assert!(waited >= ms(10));
+        let lease = Lease::new("k", token("me"), ms(1_000));
+        assert!(matches!(locker.adopt(lease).await, Err(Error::NotHeld { .. })));
+    }
+}
+
+mod distlock {
+    use super::*;
+
+    #[tokio::test]
+    async fn row_37_obtain_refresh_release_and_ttl() {
+        let (_server, locker) = locker().await;
+        let guard = locker.obtain("my-key").ttl(ms(500)).no_renewal().await.unwrap();
+        assert!(guard.server_ttl().await.unwrap().is_some());
+        guard.refresh().await.unwrap();
+        assert_eq!(soon(guard.lost()).await, Loss::Expired);
+        assert!(matches!(guard.release().await, Err(Error::NotHeld { .. })));
+    }
+
+    #[tokio::test]
+    async fn row_38_a_lock_is_a_value() {
+        let (_server, locker) = locker().await;
+        let lease = locker.obtain("k").await.unwrap().into_lease();
+        let stored = lease.to_string();
+        let lease: Lease = stored.parse().unwrap();
+        assert_eq!((lease.key(), lease.token()), ("k".into(), lease.token()));
+        locker.adopt(lease).await.unwrap().release().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn row_39_ensure() {
+        let (server, locker) = locker().await;
+        let lease = locker.obtain("k").ttl(ms(10_000)).await.unwrap().into_lease();
+        locker.ensure(&lease, ms(5_000)).await.unwrap();
+        assert!(server.cli(&["PTTL", "k"]).parse::<u64>().unwrap() > 8_000);
+        locker.ensure(&lease, ms(60_000)).await.unwrap();
+        assert!(server.cli(&["PTTL", "k"]).parse::<u64>().unwrap() > 50_000);
+        server.cli(&["SET", "k", "another"]);
+        assert!(matches!(locker.ensure(&lease, ms(5_000)).await, Err(Error::NotHeld { .. })));
+    }
+
+    #[tokio::test]
+    async fn row_40_retry_strategies() {
+        let (_server, locker) = locker().await;
+        let _guard = locker.obtain("k").await.unwrap();
+        let backoff = Retry::exponential(ms(1), ms(4)).limit(3);
+        assert!(matches!(locker.obtain("k").retry(backoff).await, Err(Error::NotObtained { attempts: 4, .. })));
+    }
+
+    #[tokio::test]
+    async fn row_41_tests_need_no_server() {
+        let locker = Locker::in_memory();
+        let _guard = locker.obtain("k").await.unwrap();
+        assert!(matches!(locker.obtain("k").await, Err(Error::NotObtained { .. })));
+    }
+}
