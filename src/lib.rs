@@ -63,6 +63,8 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod coming_from;
+
 mod builder;
 mod locker;
 

@@ -1,0 +1,142 @@
+//! For those who know one of the Go libraries that tenure learned from: their first page, and the same thing here.
+//!
+//! Only what is different in kind is commented on. What all of them leave to the caller and tenure does by itself: the lock is
+//! renewed in the background, work learns of its loss, a lock that is forgotten about is released, and a server that can't
+//! be asked is told apart from one that says no.
+//!
+//! # bsm/redislock
+//!
+//! ```text
+//! locker := redislock.New(client)
+//! lock, err := locker.Obtain(ctx, "my-key", 100*time.Millisecond, nil)
+//! if err == redislock.ErrNotObtained { /* busy */ }
+//! defer lock.Release(ctx)
+//! ttl, err := lock.TTL(ctx)
+//! err = lock.Refresh(ctx, 100*time.Millisecond, nil)
+//! ```
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), tenure::Error> {
+//! use std::time::Duration;
+//! use tenure::{Error, Locker};
+//!
+//! # let locker = Locker::in_memory();
+//! # if false {
+//! let locker = Locker::connect("redis://127.0.0.1:6379").await?; // or Locker::new(client)
+//! # }
+//! let guard = match locker.obtain("my-key").ttl(Duration::from_millis(100)).await {
+//!     Err(Error::NotObtained { .. }) => return Ok(()), // busy
+//!     guard => guard?,
+//! };
+//! let ttl = guard.server_ttl().await?;
+//! guard.refresh_for(Duration::from_millis(200)).await?;
+//! // Released when dropped; or now, to learn how it went.
+//! guard.release().await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Its README's watchdog (a ticker, a refresh, a cancelled context) is what every guard does. Work that must stop goes under
+//! [`protect`](crate::LockGuard::protect), or is handed a
+//! [`cancellation_token`](crate::LockGuard::cancellation_token).
+//!
+//! | there | here |
+//! | --- | --- |
+//! | `RetryStrategy`: `LinearBackoff`, `ExponentialBackoff`, `LimitRetry`, `NoRetry` | [`Retry`](crate::Retry): `linear`, `exponential`, `limit`, `none`, or any iterator |
+//! | the context's deadline | [`wait_at_most`](crate::LockRequest::wait_at_most) |
+//! | `Options.Token`, `Options.Metadata` | [`token`](crate::LockRequest::token), [`metadata`](crate::LockRequest::metadata) |
+//! | `ObtainMulti` | [`obtain_all`](crate::Locker::obtain_all) |
+//! | `Options.FenceKey`, `FenceToken()` | [`fencing_token`](crate::LockGuard::fencing_token), on by default |
+//! | `ErrNotObtained`, `ErrLockNotHeld` | [`NotObtained`](crate::Error::NotObtained), [`NotHeld`](crate::Error::NotHeld) |
+//!
+//! # redislock (AttemptLock)
+//!
+//! ```text
+//! lock := redislock.New(client, redislock.WithKey("migrations"), redislock.WithTTL(time.Minute))
+//! ok, err := lock.AttemptLock(ctx)
+//! if ok { defer lock.Unlock(ctx) }
+//! ```
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), tenure::Error> {
+//! # use std::time::Duration;
+//! # use tenure::{Error, Locker};
+//! # async fn migrate(_fence: Option<u64>) {}
+//! # let locker = Locker::in_memory();
+//! match locker.try_lock("migrations").ttl(Duration::from_secs(60)).await {
+//!     Ok(guard) => {
+//!         guard.protect(migrate(guard.fencing_token())).await?;
+//!         guard.release().await?;
+//!     }
+//!     Err(Error::NotObtained { .. }) => println!("another runs them"),
+//!     Err(error) => return Err(error),
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! That library warns of races that it accepts. What is left of them here is what the server forgets, and what a process does
+//! that stands still in the middle of a write; a store that refuses lower fencing tokens closes both.
+//!
+//! # trviph/redlock, on one server
+//!
+//! ```text
+//! lock := redlock.NewLock(rdb, redlock.WithMinRetryDelay(0), redlock.WithJitterDuration(300*time.Millisecond))
+//! fencing, err := lock.Acquire(ctx, "my-resource", 10*time.Second)
+//! defer lock.Release(ctx, "my-resource", fencing)
+//! err = lock.TryExtend(ctx, "my-resource", fencing, 20*time.Second)
+//! ```
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), tenure::Error> {
+//! # use std::time::Duration;
+//! # use tenure::Locker;
+//! # let locker = Locker::in_memory();
+//! let guard = locker.lock("my-resource").ttl(Duration::from_secs(10)).await?;
+//! guard.refresh_for(Duration::from_secs(20)).await?;
+//! guard.release().await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! What it calls fencing is the owner's [`token`](crate::LockGuard::token), random and good for nothing but ownership. A
+//! [`fencing_token`](crate::LockGuard::fencing_token) is a number that grows.
+//!
+//! | there | here |
+//! | --- | --- |
+//! | `Acquire`, `TryAcquire` | [`lock`](crate::Locker::lock), [`try_lock`](crate::Locker::try_lock) |
+//! | `AcquireWithFencing`, `AcquireOrExtend` | [`obtain`](crate::Locker::obtain) with [`token`](crate::LockRequest::token) |
+//! | `Watch`, `WatchWithInterval` | every guard; [`renew_every`](crate::LockRequest::renew_every) |
+//! | `ErrMaxRetryExceeded` | [`NotObtained`](crate::Error::NotObtained), which says how many attempts |
+//!
+//! # distlock
+//!
+//! ```text
+//! lock, err := distlock.Obtain(ctx, client, "my-key", time.Second)
+//! job.Payload = string(lock)
+//! // elsewhere
+//! err = distlock.Ensure(ctx, client, distlock.Lock(job.Payload), time.Minute)
+//! err = distlock.Release(ctx, client, distlock.Lock(job.Payload))
+//! ```
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), tenure::Error> {
+//! # use std::time::Duration;
+//! # use tenure::{Lease, Locker};
+//! # let locker = Locker::in_memory();
+//! let lease: Lease = locker.obtain("my-key").await?.into_lease();
+//! let payload = lease.to_string();
+//! // elsewhere
+//! let lease: Lease = payload.parse()?;
+//! locker.ensure(&lease, Duration::from_secs(60)).await?;
+//! let guard = locker.adopt(lease).await?; // renewed from here on
+//! guard.release().await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Its minimal client interface, with which tests do without a server, is [`Locker::in_memory`](crate::Locker::in_memory).
