@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use tenure::{Error, Locker};
 use tenure_test_support::{Mode, Proxy, Server, soon};
+use tokio::time::timeout;
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -131,9 +132,9 @@ async fn a_replica_refuses_by_name_and_is_waited_out() {
     server.cli(&["REPLICAOF", "127.0.0.1", "1"]);
     let refused = soon(locker.try_lock("k")).await.unwrap_err();
     assert_eq!(refused.code(), Some("READONLY"), "{refused}");
-    let waiter = tokio::spawn(locker.lock("k").into_future());
-    tokio::time::sleep(ms(200)).await;
-    assert!(!waiter.is_finished());
+    let mut waiter = tokio::spawn(locker.lock("k").into_future());
+    // It doesn't give up.
+    assert!(timeout(ms(200), &mut waiter).await.is_err());
     server.cli(&["REPLICAOF", "NO", "ONE"]);
     soon(waiter).await.unwrap().unwrap().release().await.unwrap();
 }
@@ -146,9 +147,9 @@ async fn a_server_out_of_memory_refuses_by_name_and_is_waited_out() {
     let refused = soon(locker.try_lock("k")).await.unwrap_err();
     assert_eq!(refused.code(), Some("OOM"), "{refused}");
     assert_nothing_left(&server);
-    let waiter = tokio::spawn(locker.lock("k").into_future());
-    tokio::time::sleep(ms(200)).await;
-    assert!(!waiter.is_finished());
+    let mut waiter = tokio::spawn(locker.lock("k").into_future());
+    // It doesn't give up.
+    assert!(timeout(ms(200), &mut waiter).await.is_err());
     server.cli(&["CONFIG", "SET", "maxmemory", "0"]);
     soon(waiter).await.unwrap().unwrap().release().await.unwrap();
 }
@@ -184,9 +185,9 @@ async fn a_busy_server_refuses_by_name_and_is_waited_out() {
         refused.filter(|error| error.code() == Some("BUSY"))
     });
     assert!(named.await.is_transient());
-    let waiter = tokio::spawn(locker.lock("k").into_future());
-    tokio::time::sleep(ms(200)).await;
-    assert!(!waiter.is_finished());
+    let mut waiter = tokio::spawn(locker.lock("k").into_future());
+    // It doesn't give up.
+    assert!(timeout(ms(200), &mut waiter).await.is_err());
     assert_eq!(server.cli(&["SCRIPT", "KILL"]), "OK");
     soon(waiter).await.unwrap().unwrap().release().await.unwrap();
     endless.wait().unwrap();

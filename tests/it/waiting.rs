@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tenure::Locker;
 use tenure_test_support::{Server, soon};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -29,11 +29,10 @@ async fn a_waiter_survives_the_death_of_its_server() {
     let mut server = Server::start();
     let locker = Locker::connect(&server.url()).await.unwrap();
     server.cli(&["SET", "k", "another"]);
-    let waiter = tokio::spawn(locker.lock("k").into_future());
-    tokio::time::sleep(ms(100)).await;
+    let mut waiter = tokio::spawn(locker.lock("k").into_future());
+    assert!(timeout(ms(100), &mut waiter).await.is_err());
     server.kill();
-    tokio::time::sleep(ms(300)).await;
-    assert!(!waiter.is_finished());
+    assert!(timeout(ms(300), &mut waiter).await.is_err());
     server.restart();
     soon(waiter).await.unwrap().unwrap().release().await.unwrap();
 }
