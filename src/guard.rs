@@ -27,8 +27,8 @@ use crate::{Error, Key, Lease, Loss, Token};
 /// # Dropping
 ///
 /// Dropping a guard releases the lock in the background, on the runtime that it was obtained on, whatever thread it is
-/// dropped on. The release is not immediate: [`release`](LockGuard::release) waits for it and tells how it went. With
-/// the runtime gone, the ttl frees the lock.
+/// dropped on. The release is not immediate: [`release`](LockGuard::release) waits for it and tells how it went. Where the
+/// server can't be asked, it is tried until the ttl has freed the lock; with the runtime gone, the ttl alone does.
 ///
 /// # What it does not do
 ///
@@ -417,8 +417,8 @@ impl LockGuard {
     /// # Errors
     ///
     /// [`Error::NotHeld`] when it was lost before or turned out to be: what was done under it may not have been alone.
-    /// [`Error::Redis`] when the server could not be asked within the command timeout; it is then tried once more in the
-    /// background, and at last the ttl frees the lock.
+    /// [`Error::Redis`] when the server could not be asked within the command timeout; the background goes on trying then,
+    /// until the ttl has freed the lock.
     ///
     /// # Cancel safety
     ///
@@ -440,7 +440,8 @@ impl LockGuard {
             Loss::Released => {}
             loss => return Err(self.not_held(loss)),
         }
-        let released = self.upkeep.release(&self.hold.owned).await?;
+        let until = Instant::now() + self.upkeep.command_timeout;
+        let released = self.upkeep.release(&self.hold.owned, until).await?;
         self.hold.settle(Cleanup::Nothing);
         match released {
             Released::Freed => {

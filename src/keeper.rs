@@ -74,12 +74,13 @@ impl Upkeep {
         }
     }
 
-    /// Releases, trying again after failures, for `command_timeout` in all.
+    /// Releases, trying again after failures, until then.
     ///
     /// After a try of unknown outcome the lock may be free by that very try, and whoever has it now got it rightly: then
     /// "not ours" is a success.
-    pub(crate) async fn release(&self, owned: &Owned) -> Result<Released, Error> {
-        self.release_until(owned, Instant::now() + self.command_timeout).await
+    pub(crate) async fn release(&self, owned: &Owned, until: Instant) -> Result<Released, Error> {
+        let (released, doubtful) = self.release_until(owned, until).await?;
+        Ok(if doubtful { Released::Freed } else { released })
     }
 
     /// Undoes an attempt whose outcome nobody has learned. It may still wait somewhere to be run, so this goes on until
@@ -87,7 +88,7 @@ impl Upkeep {
     pub(crate) async fn undo(&self, owned: &Owned, ttl: Duration) {
         let until = Instant::now() + self.command_timeout + ttl;
         let mut outcome = self.release_until(owned, until).await;
-        if matches!(outcome, Ok(Released::NotOurs(_))) {
+        if matches!(outcome, Ok((Released::NotOurs(_), _))) {
             // On one connection the attempt was before us, and has been run. But that one may have broken in between, with
             // the attempt on its way to the server, who reads what two connections have for it in any order.
             sleep(SETTLING).await;
@@ -102,19 +103,19 @@ impl Upkeep {
         }
     }
 
-    async fn release_until(&self, owned: &Owned, until: Instant) -> Result<Released, Error> {
-        let (mut failures, mut maybe_released) = (0, false);
+    /// Answers also whether a try of unknown outcome came before.
+    async fn release_until(&self, owned: &Owned, until: Instant) -> Result<(Released, bool), Error> {
+        let (mut failures, mut doubtful) = (0, false);
         loop {
             let now = Instant::now();
             let timeout = schedule::call_timeout(self.command_timeout, now, until);
             let call = self.store.release(owned, timeout);
             let error = match timeout_at(until, call).await.unwrap_or_else(|_| Err(Error::timeout())) {
-                Ok(Released::NotOurs(_)) if maybe_released => return Ok(Released::Freed),
-                Ok(released) => return Ok(released),
+                Ok(released) => return Ok((released, doubtful)),
                 Err(error) => error,
             };
             failures += 1;
-            maybe_released |= !error.is_refusal();
+            doubtful |= !error.is_refusal();
             let remaining = until.saturating_duration_since(Instant::now());
             let pause = schedule::pause_after(failures, self.command_timeout, remaining, fastrand::f64());
             if !error.is_transient() || pause >= remaining {
@@ -225,7 +226,9 @@ impl Keeper {
             }
         };
         let Cleanup::Release(_owed) = cleanup else { return };
-        match self.upkeep.release(&self.hold.owned).await {
+        // Until the ttl has done the same; for one call, at least.
+        let until = self.hold.deadline().max(Instant::now() + self.upkeep.command_timeout);
+        match self.upkeep.release(&self.hold.owned, until).await {
             Ok(outcome) => info!(name: "tenure.released", ?outcome, "released in the background"),
             Err(error) => warn!(name: "tenure.release_failed", %error, "could not release; the ttl will free the lock"),
         }
