@@ -86,7 +86,8 @@ impl Locker {
         Self::builder().connect(url).await
     }
 
-    /// Uses a client of your own, with the default settings. It must be initialised, and stays yours to quit.
+    /// Uses a client of your own, with the default settings. It must be initialised, and stays yours to quit: when no
+    /// request waits any more, as one that does can't tell that client from one whose server is away.
     ///
     /// Give it a [reconnect policy](fred::types::Builder::set_policy): without one, fred never connects again after an
     /// interruption. Its other settings matter little, as every command brings its own timeout and is written only once.
