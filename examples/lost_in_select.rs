@@ -32,7 +32,7 @@ async fn expired(locker: &Locker) -> Result<(), Box<dyn Error>> {
     let guard = locker.lock("index:products").ttl(Duration::from_millis(1_500)).no_renewal().await?;
     let loss = rebuild_index(&guard).await;
     if let Err(error) = guard.release().await {
-        println!("           release says: {error}\n");
+        println!("           release says: {error}");
     }
     assert_eq!(loss, Some(Loss::Expired));
     Ok(())
@@ -40,9 +40,9 @@ async fn expired(locker: &Locker) -> Result<(), Box<dyn Error>> {
 
 /// With renewal: the next one finds the key gone.
 async fn deleted(locker: &Locker, url: &str) -> Result<(), Box<dyn Error>> {
-    println!("A lock that is renewed every 300 ms, whose key somebody deletes:");
-    let guard = locker.lock("index:products").renew_every(Duration::from_millis(300)).await?;
-    let vandal = tokio::spawn(delete("index:products", url.to_owned(), Duration::from_millis(800)));
+    println!("\nA lock that is renewed every 500 ms, whose key somebody deletes:");
+    let guard = locker.lock("index:products").renew_every(Duration::from_millis(500)).await?;
+    let vandal = tokio::spawn(delete("index:products", url.to_owned(), Duration::from_millis(600)));
     let loss = rebuild_index(&guard).await;
     vandal.await??;
     assert_eq!(loss, Some(Loss::Missing));

@@ -57,9 +57,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
         40 + 2
     });
     let sum = sum.await?;
-    println!("{}  anna has worked under the lock: {sum}", now());
+    println!("{}  anna has worked under the lock: {sum}; she releases it", now());
     guard.release().await?;
-    println!("{}  anna has released it", now());
 
     ben.await??;
     // Waits for what was only dropped.

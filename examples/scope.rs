@@ -1,4 +1,4 @@
-//! Three tasks run the same block of code under one lock: one after the other.
+//! Three tasks run the same block of code under one lock: one after the other, never two at once.
 //!
 //!     cargo run --example scope
 //!
@@ -6,6 +6,8 @@
 
 use std::env;
 use std::error::Error;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use tenure::Locker;
@@ -25,24 +27,34 @@ async fn main() -> Result<(), Box<dyn Error>> {
         }
     };
     let start = Instant::now();
+    let now = move || format!("{:>4} ms", start.elapsed().as_millis());
+    let inside = Arc::new(AtomicU32::new(0));
+
+    println!("{}  three tasks want to migrate the database", now());
     let mut tasks = JoinSet::new();
-    for name in ["anna", "ben", "carl"] {
-        let locker = locker.clone();
+    for _ in 0..3 {
+        let (locker, inside) = (locker.clone(), inside.clone());
         tasks.spawn(async move {
-            let now = || format!("{:>4} ms", start.elapsed().as_millis());
-            println!("{}  {name} wants to migrate the database", now());
             // Waits for the lock, runs the block while it is held, releases it. Should the lock be lost, the block is
             // dropped where it stands, and the answer is `Error::Lost`.
             let answer = locker.scope("migrations", async |guard| {
-                println!("{}  {name} is inside, fencing token {}", now(), guard.fencing_token().unwrap_or_default());
+                let count = inside.fetch_add(1, Ordering::SeqCst) + 1;
+                let fence = guard.fencing_token().unwrap_or_default();
+                println!("{}  a task enters, fencing token {fence}; inside now: {count}", now());
                 sleep(Duration::from_millis(300)).await;
-                println!("{}  {name} leaves", now());
-                format!("migrated by {name}")
+                println!("{}  it leaves", now());
+                inside.fetch_sub(1, Ordering::SeqCst);
+                count
             });
             answer.await
         });
     }
-    let answers: Result<Vec<String>, _> = tasks.join_all().await.into_iter().collect();
-    println!("{:>4} ms  all are done; the blocks answered {:#?}", start.elapsed().as_millis(), answers?);
+
+    // What a block answers is what `scope` answers.
+    let mut most = 0;
+    while let Some(count) = tasks.join_next().await {
+        most = most.max(count??);
+    }
+    println!("{}  all are done; most inside at once: {most}", now());
     Ok(())
 }

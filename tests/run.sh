@@ -29,10 +29,11 @@ if [[ ${#missing[@]} -gt 0 ]]; then
 fi
 
 python="${CARGO_TARGET_DIR:-$PWD/target}/redis-py"
-if ! "$python/bin/python" -c 'import redis' 2>/dev/null; then
-    heading "redis-py"
+redis_py=7.4.1
+if ! "$python/bin/python" -c "import redis; assert redis.__version__ == '$redis_py'" 2>/dev/null; then
+    heading "redis-py $redis_py"
     python3 -m venv --clear "$python"
-    "$python/bin/python" -m pip install --quiet --disable-pip-version-check 'redis>=5,<8'
+    "$python/bin/python" -m pip install --quiet --disable-pip-version-check "redis==$redis_py"
 fi
 export TENURE_PYTHON="$python/bin/python"
 
@@ -55,6 +56,10 @@ scratch=$(mktemp -d)
 trap 'kill "${server:-}" 2>/dev/null || true; rm -rf "$scratch"' EXIT
 redis-server --port 0 --unixsocket "$scratch/socket" --save "" --dir "$scratch" >"$scratch/log" &
 server=$!
+for _ in {1..100}; do
+    redis-cli -s "$scratch/socket" ping >/dev/null 2>&1 && break
+    sleep 0.1
+done
 for example in quickstart lost_in_select scope hand_over; do
     heading "example $example"
     env -u REDIS_URL cargo run --quiet --example "$example"
