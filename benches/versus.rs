@@ -1,211 +1,190 @@
 //! What a lock costs: obtain + release pairs on keys of their own, beside the raw clients and the nearest rival.
 //!
 //! One server, one process, one run: each rival in turn, in rounds, so that a noisy machine is noisy for all of them.
-//! What is printed are medians over the rounds; ratios are taken within a round. `-- --quick` runs a single short round.
+//! What is printed are medians over the rounds; ratios are taken within a round. `-- --quick` runs one short round.
 
-#![allow(clippy::expect_used, reason = "a benchmark that can't measure has nothing else to say")]
-#![allow(clippy::indexing_slicing, reason = "every round has a sample of every rival")]
+#![expect(clippy::expect_used, reason = "a benchmark that can't measure has nothing else to say")]
 
-use std::env;
-use std::process::ExitCode;
+mod rivals;
+
+use std::collections::HashMap;
+use std::io::ErrorKind;
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use std::{env, thread};
 
 use cpu_time::ProcessTime;
-use redis::aio::MultiplexedConnection;
-use rslock::LockManager;
-use tenure::fred::clients::Client;
-use tenure::fred::prelude::{Builder, ClientLike, Config, ReconnectPolicy, Value};
-use tenure::fred::types::{ClusterHash, CustomCommand};
-use tenure::{Locker, Token};
 use tenure_test_support::Server;
+use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
+use tokio::time::sleep;
 
+use self::rivals::{RAW_FRED, RSLOCK, Rival};
+
+/// How many at a time obtain and release.
 const TASKS: [usize; 4] = [1, 16, 64, 256];
-const TTL: Duration = Duration::from_secs(30);
-/// By their places in [`Rival::all`].
-const FRED: usize = 2;
-const RSLOCK: usize = 4;
-
-/// What everybody but rslock, who brings its own, releases with.
-const COMPARE_AND_DELETE: &str =
-    "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0";
 
 fn main() -> ExitCode {
-    let mut rounds = (9, Duration::from_millis(300));
-    for argument in env::args().skip(1) {
-        match argument.as_str() {
-            // Cargo's own.
-            "--bench" => {}
-            "--quick" => rounds = (1, Duration::from_millis(100)),
-            unknown => {
-                eprintln!("unknown argument `{unknown}`; there is only `--quick`");
-                return ExitCode::FAILURE;
-            }
+    match benchmark() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(refusal) => {
+            eprintln!("{refusal}");
+            ExitCode::FAILURE
         }
     }
-    tokio::runtime::Runtime::new().expect("a runtime").block_on(run(rounds.0, rounds.1));
-    ExitCode::SUCCESS
 }
 
-async fn run(rounds: usize, length: Duration) {
+fn benchmark() -> Result<(), String> {
+    let plan = Plan::from_args(env::args().skip(1))?;
+    let version = server_version()?;
+    Runtime::new().expect("a runtime").block_on(compare(plan, &version));
+    Ok(())
+}
+
+/// How long to measure.
+#[derive(Clone, Copy)]
+struct Plan {
+    /// An odd number has a median of its own.
+    rounds: usize,
+    /// Of one measurement: each round has one of every rival.
+    length: Duration,
+}
+
+impl Plan {
+    const FULL: Self = Self { rounds: 7, length: Duration::from_millis(400) };
+    const QUICK: Self = Self { rounds: 1, length: Duration::from_millis(100) };
+
+    fn from_args(args: impl Iterator<Item = String>) -> Result<Self, String> {
+        let mut plan = Self::FULL;
+        for arg in args {
+            match arg.as_str() {
+                // Cargo's own.
+                "--bench" => {}
+                "--quick" => plan = Self::QUICK,
+                unknown => return Err(format!("unknown argument `{unknown}`: there is only `--quick`")),
+            }
+        }
+        Ok(plan)
+    }
+}
+
+/// What the server's binary says of itself, as `7.0.15`. Asked before anything is started: without a server there is
+/// nothing to measure.
+fn server_version() -> Result<String, String> {
+    let output = match Command::new("redis-server").arg("--version").output() {
+        Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            return Err("there is no redis-server to measure on: `bash tests/run.sh` installs it".to_owned());
+        }
+        Err(error) => return Err(format!("redis-server can't be run: {error}")),
+    };
+    let version = output.split_whitespace().find_map(|word| word.strip_prefix("v="));
+    Ok(version.unwrap_or("of an unknown version").to_owned())
+}
+
+/// Measures all rivals, and prints a table for each number of tasks.
+async fn compare(plan: Plan, version: &str) {
     let server = Server::start();
-    let rivals = Rival::all(&server).await;
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    let version = server.cli(&["INFO", "server"]);
-    let version = version.lines().find_map(|line| line.strip_prefix("redis_version:")).unwrap_or("?");
-    println!("obtain + release pairs on distinct keys, TCP on loopback, one connection each");
-    println!("{cores} cores, redis-server {version}, {rounds} rounds of {length:?}, medians; ratios within a round\n");
+    let rivals = Rival::all(&server.url()).await;
+    print_header(plan, version);
     for tasks in TASKS {
-        for rival in &rivals {
-            // Connections, scripts and caches, warmed up.
-            rival.measure(tasks, length / 4).await;
-        }
-        let mut results: Vec<Vec<Sample>> = Vec::new();
-        for round in 0..rounds {
-            // Another one begins each time.
-            let mut samples = vec![Sample::default(); rivals.len()];
-            for place in (0..rivals.len()).map(|n| (n + round) % rivals.len()) {
-                samples[place] = rivals[place].measure(tasks, length).await;
-            }
-            results.push(samples);
-        }
-        print_table(tasks, &rivals, &results);
+        let samples = measure_in_turn(&rivals, tasks, plan).await;
+        print_table(&rivals, tasks, &samples);
     }
 }
 
-fn print_table(tasks: usize, rivals: &[Rival], results: &[Vec<Sample>]) {
-    println!("{tasks} task{}", if tasks == 1 { "" } else { "s" });
-    println!("  rival             |  pairs/s | us/pair | time / raw fred | pairs/s / rslock | client CPU us/pair");
-    for (place, rival) in rivals.iter().enumerate() {
-        let of = |figure: &dyn Fn(&[Sample]) -> f64| median(results.iter().map(|samples| figure(samples)).collect());
-        let rate = of(&|samples| samples[place].rate);
-        let to_fred = of(&|samples| samples[FRED].rate / samples[place].rate);
-        let to_rslock = of(&|samples| samples[place].rate / samples[RSLOCK].rate);
-        let cpu = of(&|samples| samples[place].cpu_micros);
-        let micros = 1e6 * tasks as f64 / rate;
-        let name = rival.name();
-        println!("  {name:<17} | {rate:>8.0} | {micros:>7.1} | {to_fred:>15.2} | {to_rslock:>16.2} | {cpu:>18.1}");
-    }
-    println!();
-}
+/// By a rival's name, its samples in the order of the rounds: the nth ones of all rivals belong together.
+type Samples = HashMap<&'static str, Vec<Sample>>;
 
-fn median(mut figures: Vec<f64>) -> f64 {
-    figures.sort_by(f64::total_cmp);
-    figures[figures.len() / 2]
-}
-
-#[derive(Clone, Copy, Default)]
+/// What one rival did in one round.
+#[derive(Clone, Copy)]
 struct Sample {
     /// Pairs a second.
     rate: f64,
-    /// Of this process, for one pair.
+    /// Of this process, for one pair. The server's is not in it.
     cpu_micros: f64,
 }
 
-#[derive(Clone)]
-enum Rival {
-    Tenure(Locker),
-    TenureUnfenced(Locker),
-    Fred { client: Client, release: String },
-    Redis { connection: MultiplexedConnection, release: Arc<redis::Script> },
-    Rslock(LockManager),
+async fn measure_in_turn(rivals: &[Rival], tasks: usize, plan: Plan) -> Samples {
+    for rival in rivals {
+        // Connections, scripts and caches, warmed up.
+        measure(rival, tasks, plan.length / 4).await;
+    }
+    let mut samples = Samples::new();
+    for round in 0..plan.rounds {
+        // Another one begins each time.
+        for rival in rivals.iter().cycle().skip(round).take(rivals.len()) {
+            let sample = measure(rival, tasks, plan.length).await;
+            samples.entry(rival.name()).or_default().push(sample);
+        }
+    }
+    samples
 }
 
-impl Rival {
-    async fn all(server: &Server) -> Vec<Self> {
-        let url = server.url();
-        let locker = Locker::connect(&url).await.expect("a connection");
-
-        let client = Builder::from_config(Config::from_url(&url).expect("a URL"))
-            .set_policy(ReconnectPolicy::new_constant(0, 100))
-            .build()
-            .expect("a client");
-        client.init().await.expect("a connection");
-        let release = server.cli(&["SCRIPT", "LOAD", COMPARE_AND_DELETE]);
-
-        let redis = redis::Client::open(url.as_str()).expect("a URL");
-        let connection = redis.get_multiplexed_async_connection().await.expect("a connection");
-        let script = Arc::new(redis::Script::new(COMPARE_AND_DELETE));
-
-        vec![
-            Self::Tenure(locker.clone()),
-            Self::TenureUnfenced(locker),
-            Self::Fred { client, release },
-            Self::Redis { connection, release: script },
-            Self::Rslock(LockManager::new(vec![url])),
-        ]
+/// Lets so many tasks obtain and release, each its own key, for so long.
+async fn measure(rival: &Rival, tasks: usize, length: Duration) -> Sample {
+    let over = Arc::new(AtomicBool::new(false));
+    let mut running = JoinSet::new();
+    let (started, cpu) = (Instant::now(), ProcessTime::now());
+    for task in 0..tasks {
+        running.spawn(repeat_pairs(rival.clone(), format!("versus:{task}"), over.clone()));
     }
+    sleep(length).await;
+    over.store(true, Ordering::Relaxed);
+    let pairs = running.join_all().await.into_iter().sum::<u32>();
+    // After the last pair has ended: all of them are within the time.
+    let (elapsed, cpu) = (started.elapsed(), cpu.elapsed());
+    let pairs = f64::from(pairs);
+    Sample { rate: pairs / elapsed.as_secs_f64(), cpu_micros: cpu.as_secs_f64() * 1e6 / pairs }
+}
 
-    const fn name(&self) -> &'static str {
-        match self {
-            Self::Tenure(_) => "tenure",
-            Self::TenureUnfenced(_) => "tenure, unfenced",
-            Self::Fred { .. } => "raw fred",
-            Self::Redis { .. } => "raw redis",
-            Self::Rslock(_) => "rslock",
-        }
+/// Answers how many pairs there were.
+async fn repeat_pairs(rival: Rival, key: String, over: Arc<AtomicBool>) -> u32 {
+    let mut pairs = 0;
+    while !over.load(Ordering::Relaxed) {
+        rival.obtain_and_release(&key).await;
+        pairs += 1;
     }
+    pairs
+}
 
-    /// Lets so many tasks obtain and release, each its own key, for so long.
-    async fn measure(&self, tasks: usize, length: Duration) -> Sample {
-        let (over, pairs) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let mut running = JoinSet::new();
-        let (started, cpu) = (Instant::now(), ProcessTime::now());
-        for task in 0..tasks {
-            let (rival, over, pairs) = (self.clone(), over.clone(), pairs.clone());
-            running.spawn(async move {
-                let key = format!("versus:{task}");
-                let mut own = 0;
-                while !over.load(Ordering::Relaxed) {
-                    rival.pair(&key).await;
-                    own += 1;
-                }
-                pairs.fetch_add(own, Ordering::Relaxed);
-            });
-        }
-        tokio::time::sleep(length).await;
-        over.store(true, Ordering::Relaxed);
-        running.join_all().await;
-        let pairs = pairs.load(Ordering::Relaxed) as f64;
-        Sample { rate: pairs / started.elapsed().as_secs_f64(), cpu_micros: cpu.elapsed().as_secs_f64() * 1e6 / pairs }
-    }
+fn print_header(plan: Plan, version: &str) {
+    let Plan { rounds, length } = plan;
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    println!("Obtain + release pairs on distinct keys, one connection each, TCP on loopback.");
+    println!("{cores} cores, shared with the server: redis-server {version}.");
+    println!(
+        "{rounds} round(s) of {length:?} for each rival, in turn. Medians over the rounds; ratios within a round."
+    );
+}
 
-    async fn pair(&self, key: &str) {
-        match self {
-            Self::Tenure(locker) => {
-                locker.try_lock(key).ttl(TTL).await.expect("free").release().await.expect("held");
-            }
-            Self::TenureUnfenced(locker) => {
-                locker.try_lock(key).ttl(TTL).fenced(false).await.expect("free").release().await.expect("held");
-            }
-            Self::Fred { client, release } => {
-                let token = Token::random();
-                let set = CustomCommand::new_static("SET", ClusterHash::FirstKey, false);
-                let args = vec![key, token.as_str(), "NX", "PX", "30000"];
-                let granted: Value = client.custom(set, args).await.expect("an answer");
-                assert!(granted.is_string(), "free");
-                let evalsha = CustomCommand::new_static("EVALSHA", ClusterHash::FirstKey, false);
-                let args = vec![release, "1", key, token.as_str()];
-                let freed: i64 = client.custom(evalsha, args).await.expect("an answer");
-                assert_eq!(freed, 1, "held");
-            }
-            Self::Redis { connection, release } => {
-                let token = Token::random();
-                let mut connection = connection.clone();
-                let mut set = redis::cmd("SET");
-                set.arg(key).arg(token.as_str()).arg("NX").arg("PX").arg(30_000);
-                let granted: Option<String> = set.query_async(&mut connection).await.expect("an answer");
-                assert!(granted.is_some(), "free");
-                let mut release = release.key(key);
-                let freed: i64 = release.arg(token.as_str()).invoke_async(&mut connection).await.expect("an answer");
-                assert_eq!(freed, 1, "held");
-            }
-            Self::Rslock(manager) => {
-                let lock = manager.lock(key, TTL).await.expect("free");
-                manager.unlock(&lock).await;
-            }
-        }
+fn print_table(rivals: &[Rival], tasks: usize, samples: &Samples) {
+    println!("\n{tasks} task{}", if tasks == 1 { "" } else { "s" });
+    println!("  rival            |  pairs/s | us/pair | time / raw fred | pairs/s / rslock | client CPU us/pair");
+    for rival in rivals {
+        let name = rival.name();
+        let own = &samples[name];
+        let rate = median(own.iter().map(|sample| sample.rate));
+        let micros = 1e6 * tasks as f64 / rate;
+        // A pair takes as much longer as there are fewer of them.
+        let time_to_fred = median_ratio(&samples[RAW_FRED], own);
+        let rate_to_rslock = median_ratio(own, &samples[RSLOCK]);
+        let cpu = median(own.iter().map(|sample| sample.cpu_micros));
+        println!(
+            "  {name:<16} | {rate:>8.0} | {micros:>7.1} | {time_to_fred:>15.2} | {rate_to_rslock:>16.2} | {cpu:>18.1}"
+        );
     }
+}
+
+/// Of the rates of two rivals, round by round.
+fn median_ratio(of: &[Sample], to: &[Sample]) -> f64 {
+    median(of.iter().zip(to).map(|(of, to)| of.rate / to.rate))
+}
+
+fn median(figures: impl Iterator<Item = f64>) -> f64 {
+    let mut figures: Vec<f64> = figures.collect();
+    let middle = figures.len() / 2;
+    *figures.select_nth_unstable_by(middle, f64::total_cmp).1
 }
