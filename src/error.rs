@@ -153,6 +153,16 @@ impl Error {
         self.code().is_some() && !timed_out
     }
 
+    /// The same, for another operation of a call that failed as a whole.
+    pub(crate) fn again(&self) -> Self {
+        match self {
+            Self::Redis(error) => Self::Redis(error.clone()),
+            Self::CrossSlot => Self::CrossSlot,
+            // A call fails in no other way.
+            _ => Self::timeout(),
+        }
+    }
+
     pub(crate) fn timeout() -> Self {
         Self::Redis(fred::error::Error::new(ErrorKind::Timeout, "the server did not answer in time"))
     }

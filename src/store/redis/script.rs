@@ -26,6 +26,7 @@ pub(super) struct Scripts {
     pub(super) release: Script,
     pub(super) remaining: Script,
     pub(super) inspect: Script,
+    pub(super) many: Script,
 }
 
 impl Scripts {
@@ -36,6 +37,7 @@ impl Scripts {
             release: Script::new(include_str!("scripts/release.lua")),
             remaining: Script::new(include_str!("scripts/remaining.lua")),
             inspect: Script::new(include_str!("scripts/inspect.lua")),
+            many: Script::new(include_str!("scripts/many.lua")),
         }
     }
 }
@@ -52,7 +54,7 @@ impl Script {
     ///
     /// By its hash; where the server has forgotten it (a restart, a failover, SCRIPT FLUSH) whole, which makes the
     /// server remember it again. NOSCRIPT means that nothing was run, so this is still one run.
-    pub(super) async fn run(&self, client: &Client, call: Call, timeout: Duration) -> Result<Value, Error> {
+    pub(super) async fn run(&self, client: &Client, call: &Call, timeout: Duration) -> Result<Value, Error> {
         let until = Instant::now() + timeout;
         match call.send(client, EVALSHA, &self.hash, timeout).await {
             Err(error) if error.details().starts_with("NOSCRIPT") => {
