@@ -12,6 +12,7 @@ use fred::bytes::Bytes;
 use fred::clients::Client;
 use fred::types::Value;
 use fred::util::redis_keyslot;
+use tokio::time::Instant;
 
 use self::combiner::{Carrier, Combiner};
 use self::connection::Connection;
@@ -88,7 +89,7 @@ impl RedisStore {
             names.extend(fences);
         }
         let count = i64::try_from(keys.len()).unwrap_or(i64::MAX);
-        let args = [Value::from(token.as_str()), value, ttl.into(), count.into(), fence_ttl.into()];
+        let args = [token.as_str().into(), value, ttl.into(), count.into(), fence_ttl.into()];
         let call = Call::new(names.into_iter().map(Value::Bytes), args);
         let answer = self.server().run(&self.server().scripts.acquire, &call, timeout).await?;
         match integers(&answer)?[..] {
@@ -212,7 +213,10 @@ impl Server {
     }
 
     async fn run(&self, script: &Script, call: &Call, timeout: Duration) -> Result<Value, Error> {
-        self.connection.watch(script.run(self.client(), call, timeout)).await
+        let sent = Instant::now();
+        // fred's futures are several kilobytes large, and those around them would be as large, on every path.
+        let answer = Box::pin(script.run(self.client(), call, timeout)).await;
+        self.connection.heard(sent, answer)
     }
 }
 
@@ -224,11 +228,24 @@ impl Carrier for Server {
         let script = match operation.what {
             What::Release => &self.scripts.release,
             What::Renew { .. } => &self.scripts.renew,
-            What::Acquire { .. } => &self.scripts.acquire,
+            What::Acquire { .. } => &self.scripts.acquire_one,
         };
-        match self.run(script, &operation.alone(), timeout).await {
+        let until = Instant::now() + timeout;
+        let answer = match self.run(script, &operation.alone(), timeout).await {
             Ok(answer) => operation.read(&answer),
-            Err(error) => operation.read_error(error),
+            Err(error) => Some(operation.read_error(error)),
+        };
+        match answer {
+            Some(answer) => answer,
+            None => {
+                let left = until.saturating_duration_since(Instant::now());
+                let answer = self.run(&self.scripts.acquire, &operation.again(), left).await?;
+                match integers(&answer)?[..] {
+                    [1, fence] => Ok(Decision::Granted(fence)),
+                    [0, ttl, _] => Ok(Decision::Held(ttl)),
+                    _ => Err(unexpected()),
+                }
+            }
         }
     }
 

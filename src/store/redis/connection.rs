@@ -60,11 +60,11 @@ impl Connection {
         &self.client
     }
 
-    /// Passes a call's answer on, and opens a new connection when the line has gone silent. A client that is not ours is
-    /// left alone.
-    pub(super) async fn watch<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        let sent = Instant::now();
-        let answer = call.await;
+    /// Passes on the answer to a call that was sent then, and opens a new connection when the line has gone silent. A
+    /// client that is not ours is left alone.
+    ///
+    /// It takes the answer and not the call, whose future is several kilobytes large and would be kept twice.
+    pub(super) fn heard<T>(&self, sent: Instant, answer: Result<T, Error>) -> Result<T, Error> {
         let unanswered = matches!(&answer, Err(Error::Redis(error)) if *error.kind() == ErrorKind::Timeout);
         if !unanswered {
             self.line().heard();

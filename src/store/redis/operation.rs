@@ -43,34 +43,31 @@ pub(super) enum Decision {
 }
 
 impl Operation {
-    /// For `release.lua`, `renew.lua` or `acquire.lua`.
+    /// For `release.lua`, `renew.lua` or `acquire_one.lua`.
     pub(super) fn alone(&self) -> Call {
         let key = Value::Bytes(self.name.clone());
-        let token = Value::from(self.token.as_str());
+        let token = || Value::from(self.token.as_str());
         match &self.what {
-            What::Release => Call::new([key].into_iter(), [token]),
-            What::Renew { ttl, exact } => Call::new([key].into_iter(), [token, (*ttl).into(), flag(*exact)]),
-            What::Acquire { value, ttl, fence } => {
-                let args =
-                    |fence_ttl| [token, value.clone(), (*ttl).into(), Value::Integer(1), Value::Integer(fence_ttl)];
-                match fence {
-                    None => Call::new([key].into_iter(), args(0)),
-                    Some((fence, fence_ttl)) => Call::new([key, fence.clone().into()].into_iter(), args(*fence_ttl)),
-                }
+            What::Release => Call::new([key].into_iter(), [token()]),
+            What::Renew { ttl, exact } => Call::new([key].into_iter(), [token(), (*ttl).into(), flag(*exact)]),
+            What::Acquire { value, ttl, fence: None } => Call::new([key].into_iter(), [value.clone(), (*ttl).into()]),
+            What::Acquire { value, ttl, fence: Some((fence, fence_ttl)) } => {
+                let keys = [key, fence.clone().into()];
+                Call::new(keys.into_iter(), [value.clone(), (*ttl).into(), (*fence_ttl).into()])
             }
         }
     }
 
-    /// What the script of this one operation has answered.
-    pub(super) fn read(&self, answer: &Value) -> Result<Decision, Error> {
-        match (&self.what, answer) {
-            (What::Acquire { .. }, Value::Array(parts)) => match &parts[..] {
-                [Value::Integer(1), Value::Integer(fence)] => Ok(Decision::Granted(*fence)),
-                [Value::Integer(0), Value::Integer(ttl), _] => Ok(Decision::Held(*ttl)),
-                _ => Err(unexpected()),
-            },
-            (What::Release | What::Renew { .. }, Value::Integer(verdict)) => Ok(Decision::Owned(owned(*verdict))),
-            _ => Err(unexpected()),
+    /// For `acquire.lua`: an acquire that `acquire_one.lua` is not for.
+    pub(super) fn again(&self) -> Call {
+        let key = Value::Bytes(self.name.clone());
+        let What::Acquire { value, ttl, fence } = &self.what else { return self.alone() };
+        let args = |fence_ttl: i64| {
+            [self.token.as_str().into(), value.clone(), (*ttl).into(), Value::Integer(1), fence_ttl.into()]
+        };
+        match fence {
+            None => Call::new([key].into_iter(), args(0)),
+            Some((fence, fence_ttl)) => Call::new([key, fence.clone().into()].into_iter(), args(*fence_ttl)),
         }
     }
 
@@ -93,22 +90,21 @@ impl Operation {
         }
     }
 
-    /// What `many.lua` has answered for this one; `None` where the operation must go alone.
-    fn read_one_of_many(&self, answer: &Value) -> Option<Result<Decision, Error>> {
+    /// What a script has answered for this operation, among others or alone; `None` where it says that the operation is
+    /// not for it.
+    pub(super) fn read(&self, answer: &Value) -> Option<Result<Decision, Error>> {
         match (&self.what, answer) {
-            (What::Acquire { .. }, Value::Integer(number @ 0..)) => Some(Ok(Decision::Granted(*number))),
+            (What::Acquire { .. }, Value::Integer(fence @ 0..)) => Some(Ok(Decision::Granted(*fence))),
             (What::Acquire { .. }, Value::Integer(-1)) => Some(Ok(Decision::Held(-1))),
             (What::Acquire { .. }, Value::Integer(number)) => Some(Ok(Decision::Held(-2 - number))),
             (_, Value::Integer(verdict)) => Some(Ok(Decision::Owned(owned(*verdict)))),
             (_, Value::String(said)) if **said == *"ALONE" => None,
-            (_, Value::String(said)) => Some(self.refused(said)),
+            (_, Value::String(said)) => {
+                let said = said.trim_start_matches('-').to_owned();
+                Some(self.read_error(fred::error::Error::new(ErrorKind::Unknown, said).into()))
+            }
             _ => Some(Err(unexpected())),
         }
-    }
-
-    fn refused(&self, said: &str) -> Result<Decision, Error> {
-        let error = fred::error::Error::new(ErrorKind::Unknown, said.trim_start_matches('-').to_owned());
-        self.read_error(error.into())
     }
 
     /// A refusal that is a verdict.
@@ -154,7 +150,7 @@ pub(super) fn read_together(
 ) -> Result<Vec<Option<Result<Decision, Error>>>, Error> {
     match answer {
         Value::Array(parts) if parts.len() == operations.len() => {
-            Ok(operations.iter().zip(parts).map(|(operation, part)| operation.read_one_of_many(part)).collect())
+            Ok(operations.iter().zip(parts).map(|(operation, part)| operation.read(part)).collect())
         }
         _ => Err(unexpected()),
     }

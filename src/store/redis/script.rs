@@ -22,6 +22,7 @@ pub(super) struct Script {
 #[derive(Debug)]
 pub(super) struct Scripts {
     pub(super) acquire: Script,
+    pub(super) acquire_one: Script,
     pub(super) renew: Script,
     pub(super) release: Script,
     pub(super) remaining: Script,
@@ -33,6 +34,7 @@ impl Scripts {
     pub(super) fn new() -> Self {
         Self {
             acquire: Script::new(include_str!("scripts/acquire.lua")),
+            acquire_one: Script::new(include_str!("scripts/acquire_one.lua")),
             renew: Script::new(include_str!("scripts/renew.lua")),
             release: Script::new(include_str!("scripts/release.lua")),
             remaining: Script::new(include_str!("scripts/remaining.lua")),
