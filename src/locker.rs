@@ -258,8 +258,13 @@ impl Locker {
     /// # }
     /// ```
     pub async fn adopt(&self, lease: Lease) -> Result<LockGuard, Error> {
-        let Settings { drift, renewal, .. } = *self.settings();
-        let ttl = self.validate(&lease, lease.ttl())?;
+        self.adopt_and_renew(&lease, self.settings().renewal).await
+    }
+
+    /// As [`adopt`](Locker::adopt), with a renewal of its own.
+    pub(crate) async fn adopt_and_renew(&self, lease: &Lease, renewal: Renewal) -> Result<LockGuard, Error> {
+        let drift = self.settings().drift;
+        let ttl = self.validate(lease, lease.ttl())?;
         renewal.validate(ttl, drift)?;
         let upkeep = self.upkeep();
         let runtime = upkeep.runtime()?;
