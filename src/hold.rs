@@ -379,7 +379,7 @@ mod tests {
     #[tokio::test]
     async fn the_reason_is_there_when_the_token_fires() {
         pause();
-        let hold = std::sync::Arc::new(hold());
+        let hold = Arc::new(hold());
         let waiter = tokio::spawn({
             let hold = hold.clone();
             async move {

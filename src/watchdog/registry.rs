@@ -152,9 +152,8 @@ impl Registry {
     pub(super) async fn release_all(self: &Arc<Self>) -> Vec<(Key, Error)> {
         let all = self.ids();
         let mut failed = Vec::new();
-        let runtime = match self.locker.upkeep().runtime() {
-            Ok(runtime) => runtime,
-            Err(_) => return all.into_iter().map(|(_, key)| (key, Error::NoRuntime)).collect(),
+        let Ok(runtime) = self.locker.upkeep().runtime() else {
+            return all.into_iter().map(|(_, key)| (key, Error::NoRuntime)).collect();
         };
         let mut releases = JoinSet::new();
         for (id, key) in all {
