@@ -375,7 +375,7 @@ impl Locker {
     /// flight: those of guards that were dropped, and of attempts that were given up.
     ///
     /// For the end of a program: what the runtime's shutdown would cut off is done then. Guards that are still held stay
-    /// held and are renewed on. Where the server answers no more, this takes until the ttls have done the same: put it
+    /// held and are renewed on, those of a [`WatchDog`](crate::WatchDog) too. Where the server answers no more, this takes until the ttls have done the same: put it
     /// under a timeout where that is too long.
     ///
     /// # Cancel safety

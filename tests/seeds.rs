@@ -260,7 +260,7 @@ mod redislock_attempt_lock {
     #[tokio::test]
     async fn row_21_one_runner_of_migrations() {
         let (_server, locker) = locker().await;
-        let applied = std::sync::Mutex::new(Vec::new());
+        let applied = Mutex::new(Vec::new());
         let run = |name| {
             let (locker, applied) = (locker.clone(), &applied);
             async move {

@@ -152,7 +152,7 @@ async fn ten_thousand_locks_are_renewed_for_seconds_without_a_loss_and_then_rele
             let (renewals, others) = (renewals.clone(), others.clone());
             move |event| match event {
                 WatchEvent::Renewed { key, count, .. } => {
-                    *renewals.lock().unwrap().entry(key.clone()).or_default() += count
+                    *renewals.lock().unwrap().entry(key.clone()).or_default() += count;
                 }
                 other => others.0.lock().unwrap().push(other.clone()),
             }
