@@ -94,7 +94,7 @@ pub enum Error {
 
     /// [`Locker::close`](crate::Locker::close) or [`WatchDog::shutdown`](crate::WatchDog::shutdown) was called before or
     /// meanwhile.
-    #[error("it is closed")]
+    #[error("the locker, or the watchdog, is closed")]
     Closed,
 
     /// The future was polled outside a tokio runtime.

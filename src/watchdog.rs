@@ -1,11 +1,14 @@
 //! Many locks kept in one place, by key, and what becomes of them reported.
 
+mod entries;
 mod events;
+mod obtaining;
 mod outbox;
 mod registry;
 mod request;
 #[cfg(test)]
 mod tests;
+mod watcher;
 
 use std::fmt;
 use std::sync::{Arc, Weak};
@@ -383,13 +386,13 @@ pub struct WatchDogBuilder {
 impl WatchDogBuilder {
     /// Called with every event, one at a time, those of one key in order. Set twice, the latter counts.
     ///
-    /// It may block, panic, and call the watchdog: it runs on a thread for blocking work (`tokio::task::spawn_blocking`), and
-    /// no renewal waits for it. While it is busy, the renewals of a lock and its failures are each merged into one event,
+    /// It may block, panic, and call the watchdog: it runs on a thread for blocking work (`tokio::task::spawn_blocking`) of the
+    /// runtime that the watchdog was last given a lock on, and no renewal waits for it. While it is busy, the renewals of a lock and its failures are each merged into one event,
     /// which says how many it stands for; all other events are told one by one. A panic is logged, and the next event is
     /// told.
     ///
-    /// As with all blocking work, a runtime that is dropped waits for the callback to return. Where events come after that,
-    /// it runs on a thread of its own.
+    /// As with all blocking work, a runtime that is dropped waits for the callback to return. Where there is no runtime, or
+    /// none any more, it runs on a thread of its own.
     ///
     /// ```
     /// # let locker = tenure::Locker::in_memory();
@@ -418,7 +421,9 @@ impl WatchDogBuilder {
     /// let dog = tenure::WatchDog::builder(&locker).build();
     /// ```
     pub fn build(self) -> WatchDog {
-        let registry = Arc::new(Registry::new(self.locker, self.renewal, Outbox::new(self.callback)));
+        let outbox = Outbox::new(self.callback);
+        outbox.call_back_here();
+        let registry = Arc::new(Registry::new(self.locker, self.renewal, outbox));
         WatchDog { owner: Arc::new(Owner { registry }) }
     }
 }

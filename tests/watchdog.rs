@@ -3,11 +3,11 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tenure::{Error, Lease, Locker, Loss, Token, WatchDog, WatchEvent};
+use tenure::{Error, Key, Lease, Locker, Loss, Token, WatchDog, WatchEvent};
 use tenure_test_support::{Server, eventually, soon};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
@@ -145,16 +145,21 @@ async fn ten_thousand_locks_are_renewed_for_seconds_without_a_loss_and_then_rele
     const LOCKS: usize = 10_000;
     let server = Server::start();
     let locker = Locker::connect(&server.url()).await.unwrap();
-    let renewals: Arc<Mutex<HashMap<tenure::Key, u64>>> = Arc::default();
-    let others = Log::default();
+    let renewals: Arc<Mutex<HashMap<Key, u64>>> = Arc::default();
+    let (others, late) = (Log::default(), Arc::new(Mutex::new(0)));
     let dog = WatchDog::builder(&locker)
         .on_event({
             let (renewals, others) = (renewals.clone(), others.clone());
+            let (late, ended) = (late.clone(), Mutex::new(HashSet::new()));
             move |event| match event {
                 WatchEvent::Renewed { key, count, .. } => {
+                    *late.lock().unwrap() += u32::from(ended.lock().unwrap().contains(key));
                     *renewals.lock().unwrap().entry(key.clone()).or_default() += count;
                 }
-                other => others.0.lock().unwrap().push(other.clone()),
+                other => {
+                    ended.lock().unwrap().insert(other.key().clone());
+                    others.0.lock().unwrap().push(other.clone());
+                }
             }
         })
         .build();
@@ -185,5 +190,8 @@ async fn ten_thousand_locks_are_renewed_for_seconds_without_a_loss_and_then_rele
     println!("released in {:?}", started.elapsed());
     soon(dog.delivered()).await;
     assert_eq!(others.count(|event| matches!(event, WatchEvent::Released { .. })), LOCKS);
+    // Nothing was told after the end of any.
+    assert_eq!(others.count(|_| true), LOCKS);
+    assert_eq!(*late.lock().unwrap(), 0);
     assert_eq!(server.cli(&["EVAL", "return #redis.call('KEYS', 'k:*')", "0"]), "0");
 }

@@ -46,6 +46,9 @@ struct Queue {
     taken: u64,
     /// A job calls the callback, or is about to.
     delivering: bool,
+    /// Where the watchdog was last used from. Not where renewals run, if that is a runtime of their own: what the callback
+    /// spawns would run there too.
+    runtime: Option<Handle>,
 }
 
 impl Outbox {
@@ -58,11 +61,20 @@ impl Outbox {
         self.subscribers.get_or_init(|| broadcast::Sender::new(SUBSCRIBERS_MAY_LAG)).subscribe()
     }
 
+    /// The callback shall run on the runtime of who calls this, if there is one.
+    pub(super) fn call_back_here(&self) {
+        if let (Some(_), Ok(runtime)) = (&self.callback, Handle::try_current()) {
+            let before = self.queue().runtime.replace(runtime);
+            drop(before);
+        }
+    }
+
     /// Puts an event where it will be told from. The caller sees to the order, and calls [`deliver`](Outbox::deliver) when it
     /// holds no lock any more.
     pub(super) fn put(&self, id: Id, event: WatchEvent) {
         if let Some(subscribers) = self.subscribers.get() {
-            // Without any subscriber left it comes back, and is not needed.
+            // Under the caller's mutex, as the order would be lost otherwise; the wakers of tasks only schedule them. Without
+            // any subscriber left it comes back, and is not needed.
             drop(subscribers.send(event.clone()));
         }
         if self.callback.is_none() {
@@ -80,15 +92,16 @@ impl Outbox {
 
     /// Sees to it that a job tells what is there to tell.
     pub(super) fn deliver(self: &Arc<Self>) {
-        {
+        let runtime = {
             let mut queue = self.queue();
             if queue.delivering || queue.turns.is_empty() {
                 return;
             }
             queue.delivering = true;
-        }
+            queue.runtime.clone()
+        };
         let delivery = Delivery { outbox: self.clone(), place: Place::Pool };
-        let Ok(runtime) = Handle::try_current() else { return delivery.run_on_a_thread() };
+        let Some(runtime) = runtime else { return delivery.run_on_a_thread() };
         // Tokio panics where the system has no thread for its pool. The caller, who renews, must not.
         let started = catch_unwind(AssertUnwindSafe(|| drop(runtime.spawn_blocking(|| delivery.run()))));
         if started.is_err() {
@@ -224,6 +237,7 @@ mod tests {
         drop(runtime.spawn_blocking(move || blocked.recv()));
         {
             let _context = runtime.enter();
+            outbox.call_back_here();
             outbox.put(1, lost("k"));
             outbox.deliver();
         }

@@ -60,7 +60,11 @@ fn short(event: &WatchEvent) -> String {
         WatchEvent::RenewFailed { count, .. } => format!("failed {count}"),
         WatchEvent::Lost { loss, .. } => format!("lost {loss:?}"),
         WatchEvent::Released { .. } => "released".to_owned(),
-        WatchEvent::Stopped { reason: Some(reason), .. } => format!("stopped: {reason}"),
+        WatchEvent::Stopped { reason: Some(reason), .. } => match &**reason {
+            Error::Closed => "stopped: closed".to_owned(),
+            Error::NoRuntime => "stopped: no runtime".to_owned(),
+            reason => format!("stopped: {reason}"),
+        },
         WatchEvent::Stopped { reason: None, .. } => "stopped".to_owned(),
     };
     format!("{} {what}", event.key())
@@ -411,7 +415,7 @@ async fn waiting_ends_with_its_reason_and_leaves_no_task() {
     dog.delivered().await;
     let mut told = log.all();
     told.sort();
-    assert_eq!(told, ["a stopped", "b released", "c stopped: it is closed", "d stopped: it is closed"]);
+    assert_eq!(told, ["a stopped", "b released", "c stopped: closed", "d stopped: closed"]);
     held.release().await.unwrap();
     closing.await.unwrap();
     drop(dog);
@@ -571,8 +575,96 @@ fn a_runtime_that_is_gone_is_a_loss_that_is_told() {
     }
     let mut told = log.all();
     told.sort();
-    let [held, k] = &told[..] else { panic!("{told:?}") };
-    assert!(held.starts_with("held stopped: there is no tokio runtime"), "{held}");
-    assert_eq!(k, "k lost Expired");
+    assert_eq!(told, ["held stopped: no runtime", "k lost Expired"]);
     assert!(dog.is_empty());
+}
+
+#[tokio::test]
+async fn the_callback_runs_beside_who_uses_the_watchdog_and_not_where_renewals_do() {
+    let locker = Locker::builder().isolated(true).in_memory();
+    let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
+    let dog = WatchDog::builder(&locker)
+        .on_event(move |event| {
+            let sender = sender.clone();
+            if let WatchEvent::Renewed { .. } = event {
+                tokio::spawn(async move { sender.send(std::thread::current().id()) });
+            }
+        })
+        .build();
+    dog.watch(locker.lock("k").renew_every(ms(1)).await.unwrap()).unwrap();
+    assert_eq!(receiver.recv().await.unwrap(), std::thread::current().id());
+}
+
+/// Whatever is done to a watchdog, at whatever moment, and whatever the store does: each time that a lock is watched, what is
+/// told is a beginning, a middle and one end.
+async fn random_life(seed: u64) {
+    let rng = Mutex::new(fastrand::Rng::with_seed(seed));
+    let locker = locker(move |_| {
+        let mut rng = rng.lock().unwrap();
+        match rng.u8(..20) {
+            0..3 => Fault::Refused,
+            3 => Fault::Hung,
+            4 => Fault::AnswerLost,
+            5 => Fault::AnsweredAfter(ms(rng.u64(..600))),
+            6 => Fault::Forgotten,
+            _ => Fault::None,
+        }
+    });
+    let log = Log::default();
+    let dog = log.watchdog(&locker);
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let (mut tasks, mut leases) = (tokio::task::JoinSet::new(), Vec::new());
+    for _ in 0..40 {
+        let key = *rng.choice(["a", "b", "c"]).as_ref().unwrap();
+        let (dog, locker, patience) = (dog.clone(), locker.clone(), ms(rng.u64(..900)));
+        match rng.u8(..8) {
+            0 | 1 => drop(tasks.spawn(async move {
+                if let Ok(guard) = locker.try_lock(key).await {
+                    dog.watch(guard).ok();
+                }
+            })),
+            2 | 3 => {
+                let (lease, wait) = (leases.pop().unwrap_or_else(|| lease(key)), rng.bool());
+                tasks.spawn(async move {
+                    let watching = dog.watch_lease(lease).obtain_when_free(wait).into_future();
+                    tokio::time::timeout(patience, watching).await.ok();
+                });
+            }
+            4 | 5 => drop(tasks.spawn(async move { drop(tokio::time::timeout(patience, dog.release(key)).await) })),
+            6 => leases.extend(dog.unwatch(key)),
+            _ => sleep(ms(rng.u64(..4_000))).await,
+        }
+        if rng.u8(..4) == 0 {
+            sleep(ms(rng.u64(..50))).await;
+        }
+    }
+    tasks.join_all().await;
+    assert_eq!(dog.len(), ["a", "b", "c"].iter().filter(|&&key| dog.contains(key)).count(), "seed {seed}");
+    let outbox = dog.registry().outbox.clone();
+    match rng.u8(..3) {
+        0 => drop(dog),
+        1 => drop(dog.release_all().await),
+        _ => drop(dog.shutdown().await),
+    }
+    outbox.delivered().await;
+    for key in ["a ", "b ", "c "] {
+        let told: Vec<_> = log.all().into_iter().filter(|event| event.starts_with(key)).collect();
+        let mut begun = false;
+        for event in &told {
+            let what = &event[2..];
+            let ends = ["lost", "released", "stopped"].iter().any(|end| what.starts_with(end));
+            assert!(!(begun && what == "obtained"), "seed {seed}: {told:?}");
+            begun = !ends;
+        }
+        assert!(!begun, "seed {seed}: {told:?}");
+    }
+}
+
+#[test]
+fn whatever_is_done_each_lock_is_told_of_in_order_and_to_its_end() {
+    for seed in 0..500 {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+        fastrand::seed(seed);
+        runtime.block_on(random_life(seed));
+    }
 }
