@@ -110,7 +110,7 @@ impl Reservation {
         });
         match taken {
             Ok(before) => {
-                before.map(detach);
+                detach(before);
                 Ok(())
             }
             Err((error, guard)) => {
@@ -124,7 +124,7 @@ impl Reservation {
     fn give_up(&self, reason: Error) {
         // Whoever no longer wants the lock has taken the task out.
         let task = self.registry.take_out_if(self.id, |keeping| matches!(keeping, Keeping::Obtaining(_)));
-        if let Some(task) = task {
+        if task.is_some() {
             detach(task);
             self.registry.finish(self.id, End::Stopped(Some(Arc::new(reason))));
         }
@@ -144,8 +144,8 @@ impl Drop for Reservation {
 }
 
 /// The task is the one that calls this, and ends by itself.
-fn detach(keeping: Keeping) {
-    if let Keeping::Obtaining(Some(task)) = keeping {
+fn detach(keeping: Option<Keeping>) {
+    if let Some(Keeping::Obtaining(Some(task))) = keeping {
         drop(task.detach());
     }
 }
