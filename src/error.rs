@@ -85,8 +85,16 @@ pub enum Error {
     #[error("invalid lease: {0}")]
     InvalidLease(&'static str),
 
-    /// [`Locker::close`](crate::Locker::close) was called before or meanwhile.
-    #[error("the locker is closed")]
+    /// The [`WatchDog`](crate::WatchDog) watches a lock of this key already.
+    #[error("`{key}` is watched already; unwatch or release it first")]
+    AlreadyWatched {
+        /// The key in question; of several, the first that is watched.
+        key: Key,
+    },
+
+    /// [`Locker::close`](crate::Locker::close) or [`WatchDog::shutdown`](crate::WatchDog::shutdown) was called before or
+    /// meanwhile.
+    #[error("the locker, or the watchdog, is closed")]
     Closed,
 
     /// The future was polled outside a tokio runtime.
