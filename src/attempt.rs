@@ -94,7 +94,7 @@ impl Attempt {
     pub(crate) fn succeed(mut self, grant: &Grant, drift: Drift, renewal: Renewal) -> LockGuard {
         let Wanted { owned, metadata, .. } = &*self.wanted;
         let hold = Hold::new(owned.clone(), metadata.clone(), grant, drift, renewal);
-        let guard = LockGuard::start(hold, &self.upkeep, drift, &self.runtime);
+        let guard = LockGuard::start(hold, &self.upkeep, &self.runtime);
         self.unsettled = None;
         guard
     }

@@ -8,6 +8,7 @@ use tokio_util::task::TaskTracker;
 use crate::isolated::Isolated;
 use crate::keeper::Upkeep;
 use crate::locker::Settings;
+use crate::roster::Rosters;
 use crate::schedule::{Drift, Renewal};
 use crate::store::Store;
 use crate::store::memory::MemoryStore;
@@ -209,6 +210,9 @@ impl LockerBuilder {
 
     pub(crate) fn build(self, store: Box<dyn Store>, isolated: Option<Isolated>) -> Locker {
         let releases = TaskTracker::new();
-        Locker::from_parts(Upkeep { store, command_timeout: self.command_timeout, releases, isolated }, self.settings)
+        Locker::from_parts(
+            Upkeep { store, command_timeout: self.command_timeout, releases, rosters: Rosters::new(), isolated },
+            self.settings,
+        )
     }
 }

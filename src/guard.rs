@@ -11,9 +11,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::hold::{Cleanup, Hold};
-use crate::keeper::Upkeep;
+use crate::keeper::{Keeper, Upkeep};
 use crate::lost::{Lost, Protected};
-use crate::schedule::Drift;
+use crate::roster::Place;
 use crate::store::Released;
 use crate::{Error, Key, Lease, Loss, Token};
 
@@ -59,15 +59,16 @@ use crate::{Error, Key, Lease, Loss, Token};
 pub struct LockGuard {
     hold: Arc<Hold>,
     upkeep: Arc<Upkeep>,
-    drift: Drift,
+    /// Where the keeper stands until it has something to do.
+    place: Place<Keeper>,
 }
 
 impl LockGuard {
     /// A lock that was just obtained or adopted: from here on its keeper sees to it.
-    pub(crate) fn start(hold: Hold, upkeep: &Arc<Upkeep>, drift: Drift, runtime: &Handle) -> Self {
-        let guard = Self { hold: Arc::new(hold), upkeep: upkeep.clone(), drift };
-        upkeep.keep(guard.hold.clone(), runtime);
-        guard
+    pub(crate) fn start(hold: Hold, upkeep: &Arc<Upkeep>, runtime: &Handle) -> Self {
+        let hold = Arc::new(hold);
+        let place = upkeep.keep(hold.clone(), runtime);
+        Self { hold, upkeep: upkeep.clone(), place }
     }
 
     /// The key that is locked; of several, the first.
@@ -355,7 +356,7 @@ impl LockGuard {
     /// # }
     /// ```
     pub async fn refresh_for(&self, ttl: Duration) -> Result<(), Error> {
-        let ttl = self.drift.validate(ttl)?;
+        let ttl = self.hold.drift().validate(ttl)?;
         self.renew(Some(ttl), true).await
     }
 
@@ -383,7 +384,7 @@ impl LockGuard {
     /// # }
     /// ```
     pub async fn ensure(&self, at_least: Duration) -> Result<(), Error> {
-        let at_least = self.drift.validate(at_least)?;
+        let at_least = self.hold.drift().validate(at_least)?;
         self.renew(Some(at_least), false).await
     }
 
@@ -493,6 +494,10 @@ impl LockGuard {
 
     async fn renew(&self, ttl: Option<Duration>, exact: bool) -> Result<(), Error> {
         self.check().map_err(|loss| self.not_held(loss))?;
+        if exact {
+            // What is due, and when, may become sooner than it was.
+            self.place.call();
+        }
         self.upkeep.renew(&self.hold, ttl, exact).await?.map_err(|loss| self.not_held(loss))
     }
 
@@ -505,7 +510,10 @@ impl Drop for LockGuard {
     /// Only tells the keeper, which runs already: nothing here spawns, blocks or panics.
     fn drop(&mut self) {
         self.hold.end(Loss::Released);
-        self.hold.settle(Cleanup::Release(self.upkeep.releases.token()));
+        match self.hold.settle(Cleanup::Release(self.upkeep.releases.token())) {
+            true => self.place.call(),
+            false => self.place.leave(),
+        }
     }
 }
 

@@ -136,6 +136,10 @@ impl Hold {
         }
     }
 
+    pub(crate) fn drift(&self) -> Drift {
+        self.drift
+    }
+
     pub(crate) fn deadline(&self) -> Instant {
         self.state().deadline
     }
@@ -231,8 +235,8 @@ impl Hold {
         loss
     }
 
-    /// Tells the keeper what is left to do, once.
-    pub(crate) fn settle(&self, cleanup: Cleanup) {
+    /// Tells the keeper what is left to do. Once: answers whether this is it.
+    pub(crate) fn settle(&self, cleanup: Cleanup) -> bool {
         let refused = {
             let mut state = self.state();
             match state.cleanup {
@@ -243,9 +247,9 @@ impl Hold {
                 Some(_) => Some(cleanup),
             }
         };
-        // A tracker's token wakes others when it is dropped: not under the mutex.
-        drop(refused);
         self.changed.notify_one();
+        // A tracker's token, which wakes others when it is dropped: not under the mutex.
+        refused.is_none()
     }
 
     /// What [`settle`](Hold::settle) said, once it has.

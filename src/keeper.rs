@@ -1,9 +1,10 @@
 //! What keeps a held lock alive, and releases it in the end: one task per lock.
 //!
-//! The keeper is spawned when the lock is obtained. It renews until the lock is held no more, says why, does what is left
-//! to do at the server, and ends. Dropping a guard only wakes it: so a guard may be dropped on any thread, in a panic,
-//! or while the runtime shuts down.
+//! The keeper is there from the moment the lock is obtained, and runs once there is something to do for it (`roster.rs`). It
+//! renews until the lock is held no more, says why, does what is left to do at the server, and ends. Dropping a guard only
+//! wakes it: so a guard may be dropped on any thread, in a panic, or while the runtime shuts down.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use tracing::{Instrument, debug, info, info_span, warn};
 
 use crate::hold::{Cleanup, Hold, Owned};
 use crate::isolated::Isolated;
+use crate::roster::{Place, Rosters, Work};
 use crate::store::{Released, Renewed, Store};
 use crate::{Error, Loss, schedule};
 
@@ -25,6 +27,8 @@ pub(crate) struct Upkeep {
     pub(crate) command_timeout: Duration,
     /// Every release that is still owed holds a token of it, so that closing can wait for them.
     pub(crate) releases: TaskTracker,
+    /// Keepers that have nothing to do yet.
+    pub(crate) rosters: Rosters<Keeper>,
     /// The runtime of their own that keepers run on, where the user wants one.
     pub(crate) isolated: Option<Isolated>,
 }
@@ -38,11 +42,11 @@ impl Upkeep {
         }
     }
 
-    /// Starts the task that keeps the lock.
-    pub(crate) fn keep(self: &Arc<Self>, hold: Arc<Hold>, runtime: &Handle) {
-        let span = info_span!(parent: None, "tenure.keep", key = %hold.owned.key());
-        let keeper = Keeper { hold, upkeep: self.clone() };
-        runtime.spawn(keeper.run().instrument(span));
+    /// Sees to it that the lock is kept.
+    pub(crate) fn keep(self: &Arc<Self>, hold: Arc<Hold>, runtime: &Handle) -> Place<Keeper> {
+        let deadline = hold.deadline();
+        let due = hold.next_renewal().map_or(deadline, |due| due.min(deadline));
+        self.rosters.enter(Keeper { hold, upkeep: self.clone() }, due, runtime)
     }
 
     /// Renews once. A definite answer is passed on to the hold.
@@ -130,13 +134,20 @@ impl Upkeep {
 const SETTLING: Duration = Duration::from_millis(100);
 
 /// Keeps one lock.
-struct Keeper {
+pub(crate) struct Keeper {
     hold: Arc<Hold>,
     upkeep: Arc<Upkeep>,
 }
 
+impl Work for Keeper {
+    fn run(self) -> impl Future<Output = ()> + Send + 'static {
+        let span = info_span!(parent: None, "tenure.keep", key = %self.hold.owned.key());
+        self.keep().instrument(span)
+    }
+}
+
 impl Keeper {
-    async fn run(self) {
+    async fn keep(self) {
         match self.renew_until_over().await {
             Loss::Released => {}
             loss => {

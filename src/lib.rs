@@ -80,6 +80,7 @@ mod hold;
 mod isolated;
 mod keeper;
 mod lease;
+mod roster;
 mod schedule;
 
 mod store;

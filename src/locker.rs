@@ -275,7 +275,7 @@ impl Locker {
         }
         let grant = Grant { sent, ttl, fencing_token: lease.fencing_token() };
         let hold = Hold::new(lease.owned().clone(), Box::default(), &grant, drift, renewal);
-        Ok(LockGuard::start(hold, upkeep, drift, &runtime))
+        Ok(LockGuard::start(hold, upkeep, &runtime))
     }
 
     /// Makes sure that the server keeps a lease's lock for at least this long from now; never makes it shorter.

@@ -419,7 +419,7 @@ async fn waiting_ends_with_its_reason_and_leaves_no_task() {
     held.release().await.unwrap();
     closing.await.unwrap();
     drop(dog);
-    sleep(ms(1)).await;
+    sleep(ms(500)).await;
     assert_eq!(Handle::current().metrics().num_alive_tasks(), before);
 }
 

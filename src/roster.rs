@@ -1,0 +1,323 @@
+//! Keepers that have nothing to do yet.
+//!
+//! Most locks are released long before their first renewal. A task for each of them, woken when it starts and again when
+//! it ends, would cost more than all else that the client does. So a keeper starts when there is something to do for it:
+//! the first renewal or the deadline is due, or the guard was dropped. Until then it stands in the roster of its runtime,
+//! whose one task sleeps until the first of them is due.
+//!
+//! 1. A keeper stands in the roster, or runs, or is gone. Whoever takes it out decides which.
+//! 2. A roster ends when nobody stands in it, and with its runtime. What stands in it then is dropped, as a task is whose
+//!    runtime ends.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::future::Future;
+use std::mem;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::runtime::{self, Handle};
+use tokio::select;
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
+
+/// What can stand in a roster.
+pub(crate) trait Work: Send + 'static {
+    fn run(self) -> impl Future<Output = ()> + Send + 'static;
+}
+
+/// The rosters of one locker: one for each runtime that it is used on.
+pub(crate) struct Rosters<W: Work>(Mutex<HashMap<runtime::Id, Arc<Roster<W>>>>);
+
+struct Roster<W> {
+    state: Mutex<State<W>>,
+    /// Tells the task to look at the state again.
+    changed: Notify,
+}
+
+struct State<W> {
+    /// By the time when each has something to do.
+    waiting: BTreeMap<Due, W>,
+    /// Those that have something to do now.
+    called: Vec<W>,
+    /// Tells apart what is due at the same time.
+    count: u64,
+    /// When the task wakes up by itself.
+    wakes: Option<Instant>,
+    over: bool,
+}
+
+type Due = (Instant, u64);
+
+/// How long the task stays when nothing stands in the roster any more: who obtains lock after lock would start one after
+/// the other.
+const LINGER: Duration = Duration::from_millis(500);
+
+/// Where one stands.
+pub(crate) struct Place<W: Work> {
+    roster: Arc<Roster<W>>,
+    due: Due,
+}
+
+impl<W: Work> Rosters<W> {
+    pub(crate) fn new() -> Self {
+        Self(Mutex::new(HashMap::new()))
+    }
+
+    /// Enters what has nothing to do until then. Where the runtime has ended it is dropped.
+    pub(crate) fn enter(&self, work: W, due: Instant, runtime: &Handle) -> Place<W> {
+        // A roster may end just when it is found; a second one that does has no runtime.
+        let found = self.roster(runtime);
+        match found.enter(work, due) {
+            Ok(due) => Place { roster: found, due },
+            Err(work) => {
+                let roster = self.roster(runtime);
+                let due = roster.enter(work, due).unwrap_or_else(|work| {
+                    drop(work);
+                    (due, 0)
+                });
+                Place { roster, due }
+            }
+        }
+    }
+
+    fn roster(&self, runtime: &Handle) -> Arc<Roster<W>> {
+        let mut rosters = self.rosters();
+        match rosters.get(&runtime.id()) {
+            // The id of a runtime that is gone may be given again.
+            Some(roster) if !roster.state().over => roster.clone(),
+            _ => {
+                let roster = Arc::new(Roster::new());
+                rosters.retain(|_, roster| !roster.state().over);
+                rosters.insert(runtime.id(), roster.clone());
+                drop(rosters);
+                runtime.spawn(Roster::run(Running(roster.clone())));
+                roster
+            }
+        }
+    }
+
+    fn rosters(&self) -> MutexGuard<'_, HashMap<runtime::Id, Arc<Roster<W>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<W: Work> Drop for Rosters<W> {
+    fn drop(&mut self) {
+        for roster in self.rosters().values() {
+            roster.state().over = true;
+            roster.changed.notify_one();
+        }
+    }
+}
+
+impl<W: Work> Place<W> {
+    /// There is something to do now. Nothing happens to what runs already. Works on any thread.
+    pub(crate) fn call(&self) {
+        let mut state = self.roster.state();
+        let Some(work) = state.waiting.remove(&self.due) else { return };
+        state.called.push(work);
+        drop(state);
+        self.roster.changed.notify_one();
+    }
+
+    /// There will be nothing to do. Nothing happens to what runs already.
+    pub(crate) fn leave(&self) {
+        let work = self.roster.state().waiting.remove(&self.due);
+        // Its drop may wake others: not under the mutex.
+        drop(work);
+    }
+}
+
+impl<W: Work> Roster<W> {
+    fn new() -> Self {
+        let state = State { waiting: BTreeMap::new(), called: Vec::new(), count: 0, wakes: None, over: false };
+        Self { state: Mutex::new(state), changed: Notify::new() }
+    }
+
+    /// Unless it is over: without its task nobody would ever look at what stands in it.
+    fn enter(&self, work: W, due: Instant) -> Result<Due, W> {
+        let mut state = self.state();
+        if state.over {
+            return Err(work);
+        }
+        state.count += 1;
+        let due = (due, state.count);
+        state.waiting.insert(due, work);
+        let sooner = state.wakes.is_none_or(|wakes| due.0 < wakes);
+        drop(state);
+        if sooner {
+            self.changed.notify_one();
+        }
+        Ok(due)
+    }
+
+    async fn run(running: Running<W>) {
+        let roster = &running.0;
+        let mut called = true;
+        loop {
+            let (due, wakes) = {
+                let mut state = roster.state();
+                let mut due = mem::take(&mut state.called);
+                let now = Instant::now();
+                let later = state.waiting.split_off(&(now, u64::MAX));
+                due.extend(mem::replace(&mut state.waiting, later).into_values());
+                if state.waiting.is_empty() && due.is_empty() && (state.over || !called) {
+                    state.over = true;
+                    return;
+                }
+                let next = state.waiting.keys().next().map(|due| due.0);
+                let wakes = next.map_or(now + LINGER, |next| next.min(now + LINGER));
+                state.wakes = Some(wakes);
+                (due, wakes)
+            };
+            for work in due {
+                tokio::spawn(work.run());
+            }
+            select! {
+                () = roster.changed.notified() => called = true,
+                () = sleep_until(wakes) => called = false,
+            }
+        }
+    }
+
+    /// No code panics while it holds this mutex, so a poisoned one would be as good as any.
+    fn state(&self) -> MutexGuard<'_, State<W>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The roster's task, as long as it runs.
+struct Running<W: Work>(Arc<Roster<W>>);
+
+impl<W: Work> Drop for Running<W> {
+    fn drop(&mut self) {
+        let (waiting, called) = {
+            let mut state = self.0.state();
+            state.over = true;
+            (mem::take(&mut state.waiting), mem::take(&mut state.called))
+        };
+        // Ends what they keep: not under the mutex, as that wakes others.
+        drop((waiting, called));
+    }
+}
+
+impl<W: Work> fmt::Debug for Rosters<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rosters").field("runtimes", &self.rosters().len()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::runtime::Builder;
+    use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, error::TryRecvError, unbounded_channel};
+    use tokio::time::{advance, sleep};
+
+    use super::*;
+
+    const fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    /// Tells that it runs, and when it is dropped without.
+    struct Named(&'static str, UnboundedSender<String>);
+
+    impl Work for Named {
+        async fn run(mut self) {
+            self.1.send(format!("{} runs", self.0)).unwrap();
+            self.0 = "";
+        }
+    }
+
+    impl Drop for Named {
+        fn drop(&mut self) {
+            if !self.0.is_empty() {
+                self.1.send(format!("{} dropped", self.0)).unwrap();
+            }
+        }
+    }
+
+    fn rosters() -> (Rosters<Named>, UnboundedSender<String>, UnboundedReceiver<String>) {
+        let (sender, receiver) = unbounded_channel();
+        (Rosters::new(), sender, receiver)
+    }
+
+    fn tasks() -> usize {
+        Handle::current().metrics().num_alive_tasks()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_runs_when_it_is_due_also_when_it_came_later_than_others() {
+        let (rosters, sender, mut told) = rosters();
+        let start = Instant::now();
+        let runtime = Handle::current();
+        let _late = rosters.enter(Named("late", sender.clone()), start + ms(900), &runtime);
+        sleep(ms(100)).await;
+        let _soon = rosters.enter(Named("soon", sender.clone()), start + ms(300), &runtime);
+        assert_eq!(told.recv().await.unwrap(), "soon runs");
+        assert_eq!(start.elapsed(), ms(300));
+        assert_eq!(told.recv().await.unwrap(), "late runs");
+        assert_eq!(start.elapsed(), ms(900));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_called_runs_at_once_and_who_leaves_never() {
+        let (rosters, sender, mut told) = rosters();
+        let (due, runtime) = (Instant::now() + ms(900), Handle::current());
+        let [a, b] = ["a", "b"].map(|name| rosters.enter(Named(name, sender.clone()), due, &runtime));
+        sleep(ms(1)).await;
+        b.call();
+        b.call();
+        assert_eq!(told.recv().await.unwrap(), "b runs");
+        assert_eq!(Instant::now() + ms(899), due);
+        b.leave();
+        a.leave();
+        a.call();
+        assert_eq!(told.recv().await.unwrap(), "a dropped");
+        sleep(ms(2_000)).await;
+        assert_eq!(told.try_recv(), Err(TryRecvError::Empty));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_task_ends_soon_after_the_last_has_left_and_another_begins_with_the_next() {
+        let (rosters, sender, mut told) = rosters();
+        let runtime = Handle::current();
+        for _ in 0..3 {
+            let place = rosters.enter(Named("a", sender.clone()), Instant::now() + ms(60_000), &runtime);
+            sleep(ms(5_000)).await;
+            assert_eq!(tasks(), 1);
+            place.leave();
+            assert_eq!(told.recv().await.unwrap(), "a dropped");
+            sleep(LINGER).await;
+            assert_eq!(tasks(), 0);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_task_ends_with_the_locker() {
+        let (rosters, sender, _told) = rosters();
+        let place = rosters.enter(Named("a", sender), Instant::now() + ms(60_000), &Handle::current());
+        place.leave();
+        drop(rosters);
+        advance(ms(1)).await;
+        assert_eq!(tasks(), 0);
+    }
+
+    #[test]
+    fn a_runtime_that_ends_drops_what_stands_there_and_refuses_more() {
+        let (rosters, sender, mut told) = rosters();
+        let runtime = Builder::new_current_thread().enable_time().build().unwrap();
+        let handle = runtime.handle().clone();
+        let due = Instant::now() + ms(60_000);
+        let before = rosters.enter(Named("before", sender.clone()), due, &handle);
+        drop(runtime);
+        assert_eq!(told.blocking_recv().unwrap(), "before dropped");
+        let after = rosters.enter(Named("after", sender), due, &handle);
+        assert_eq!(told.blocking_recv().unwrap(), "after dropped");
+        for place in [before, after] {
+            place.call();
+            place.leave();
+        }
+    }
+}
