@@ -93,7 +93,7 @@ mod simulation;
 pub use fred;
 
 pub use self::builder::LockerBuilder;
-pub use self::error::Error;
+pub use self::error::{Error, NodeError};
 pub use self::guard::LockGuard;
 pub use self::key::Key;
 pub use self::lease::Lease;

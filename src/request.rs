@@ -253,8 +253,8 @@ impl LockRequest {
         };
         let own_token = self.token.is_none();
         let owned = Owned { keys: self.keys.into(), token: self.token.unwrap_or_else(Token::random) };
-        let wanted = Wanted { owned, metadata: self.metadata.into(), ttl, fenced: self.fenced };
-        let mut attempt = Attempt::new(wanted, own_token, locker.upkeep().clone(), runtime);
+        let wanted = Wanted { owned, metadata: self.metadata.into(), ttl, fenced: self.fenced, own_token };
+        let mut attempt = Attempt::new(wanted, locker.upkeep().clone(), runtime);
         let (mut attempts, mut late, mut held) = (0, 0, attempt.key());
         loop {
             attempts += 1;

@@ -101,7 +101,7 @@ impl FaultyStore {
 
 impl Store for FaultyStore {
     fn acquire<'a>(&'a self, wanted: &'a Wanted, timeout: Duration) -> Answer<'a, Acquired> {
-        let wanted = Wanted { owned: wanted.owned.clone(), metadata: wanted.metadata.clone(), ..*wanted };
+        let wanted = wanted.clone();
         Box::pin(self.call(Operation::Acquire, timeout, move |store| store.acquire_now(&wanted)))
     }
 

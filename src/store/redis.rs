@@ -3,6 +3,7 @@
 mod connection;
 mod names;
 mod script;
+mod vote;
 
 use std::time::Duration;
 
@@ -64,15 +65,11 @@ impl RedisStore {
             let fences: Vec<Bytes> = names.iter().map(names::fence_of).collect();
             names.extend(fences);
         }
-        let value = match &*wanted.metadata {
-            [] => Value::from(token.as_str()),
-            metadata => Value::Bytes([token.as_str().as_bytes(), b"\n", metadata].concat().into()),
-        };
         let call = Call::new(
             names.into_iter().map(Value::Bytes),
             [
                 Value::from(token.as_str()),
-                value,
+                value_of(wanted),
                 millis(wanted.ttl),
                 Value::Integer(i64::try_from(keys.len()).unwrap_or(i64::MAX)),
                 millis(FENCE_TTL.max(wanted.ttl.saturating_mul(2))),
@@ -152,6 +149,15 @@ impl RedisStore {
             true => Err(Error::CrossSlot),
             false => Ok(()),
         }
+    }
+}
+
+/// What a lock key holds.
+fn value_of(wanted: &Wanted) -> Value {
+    let token = wanted.owned.token.as_str();
+    match &*wanted.metadata {
+        [] => Value::from(token),
+        metadata => Value::Bytes([token.as_bytes(), b"\n", metadata].concat().into()),
     }
 }
 

@@ -26,6 +26,8 @@ pub(super) struct Scripts {
     pub(super) release: Script,
     pub(super) remaining: Script,
     pub(super) inspect: Script,
+    pub(super) vote: Script,
+    pub(super) withdraw: Script,
 }
 
 impl Scripts {
@@ -36,6 +38,8 @@ impl Scripts {
             release: Script::new(include_str!("scripts/release.lua")),
             remaining: Script::new(include_str!("scripts/remaining.lua")),
             inspect: Script::new(include_str!("scripts/inspect.lua")),
+            vote: Script::new(include_str!("scripts/vote.lua")),
+            withdraw: Script::new(include_str!("scripts/withdraw.lua")),
         }
     }
 }

@@ -1,0 +1,477 @@
+//! Locks on a majority of independent servers: Redlock, fenced by ballots.
+//!
+//! The algorithm is that of <https://redis.io/docs/latest/develop/clients/patterns/distributed-locks/>: every node is asked
+//! at once, a lock is held when a majority has granted it, and what a failed attempt got is given back. Two majorities share
+//! a node, so there is one holder at a time, for as long as the nodes remember and their clocks run at about the same
+//! speed. The critique at <https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html> is that it mints no
+//! fencing tokens, without which no lock protects a store from a holder who woke too late. Here it does.
+//!
+//! # Fencing by ballots
+//!
+//! The client proposes one number P to all nodes, a little ahead of the clocks that it knows ([`clocks`]). A node grants
+//! when the keys are free or ours, P is greater than the last number that it has granted for them, and P is not further
+//! ahead of its own clock than the restart window. It then remembers P, for longer than the window. A node that remembers
+//! no last number takes its own clock for it. The fencing token is a P that a majority has granted.
+//!
+//! Why tokens grow: the majority that grants a later P' shares a node with the one that granted P. Either that node
+//! remembers P; then P' > P. Or it has forgotten P, in one of two ways. It was restarted: then it votes again only after a
+//! window. Or the number's own ttl has passed, which is longer than the window. When it granted P, P was at most one window
+//! ahead of its clock, so by now the clock has passed P, and P' is greater than the clock.
+//!
+//! Assumed: the clock of a node that has forgotten has not been set back by more than the time that it was away; and a
+//! node's memory of numbers goes only in a restart or with their ttl, not by a flush or an eviction within a window. The
+//! clocks of clients, and differences between the nodes' below the window, cost another round, never the order.
+//!
+//! A node that has been up for less than the window does not vote at all, since it may have forgotten locks as well. That
+//! is enough as long as no ttl is longer than the window: then what it has forgotten has expired. For the same reason a
+//! renewal never brings a key back where it is gone: such a node counts as "not ours".
+//!
+//! # What is left behind
+//!
+//! 1. Every call to a node ends within its own timeout, listened to or not, and is never dropped: fred would run it later.
+//! 2. An attempt that is not granted, or whose asker has gone, is taken back on every node that granted it or may have,
+//!    as soon as all its calls to that node have ended ([`round`]).
+//! 3. No token is used for two attempts, so whatever comes late of one can't touch the next. Where the user has chosen the
+//!    token, attempts have names instead, and a node takes back only what the attempt of this name alone has set.
+
+mod catch_up;
+mod clocks;
+mod nodes;
+mod round;
+#[cfg(test)]
+mod simulated;
+mod tally;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::timeout;
+use tokio_util::task::TaskTracker;
+
+use self::clocks::Clocks;
+pub(crate) use self::nodes::connect;
+use self::round::Round;
+use self::tally::{Tally, Verdict};
+use super::{Acquired, Answer, Holder, Released, Renewed, Store, Wanted};
+use crate::hold::Owned;
+use crate::{Error, Key, Loss, NodeError, Token};
+
+/// What a store must be able to do to be one of a quorum.
+pub(crate) trait Node: Store {
+    /// Takes all keys for the token by this ballot, or none.
+    fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, Reply>;
+
+    /// Deletes those of the keys that the named attempt has set, and that no other attempt relies on.
+    fn withdraw<'a>(&'a self, owned: &'a Owned, attempt: &'a Token, timeout: Duration) -> Answer<'a, ()>;
+}
+
+/// What all nodes are asked to agree on.
+#[derive(Clone, Debug)]
+pub(crate) struct Ballot {
+    /// The proposed fencing token, where one is wanted.
+    pub(crate) number: Option<u64>,
+    /// Whether the number shall replace an earlier one by which the keys are ours.
+    pub(crate) exactly: bool,
+    /// For how long a node that was restarted doesn't vote; whole seconds.
+    pub(crate) window: Duration,
+    /// How far ahead of a node's clock the number may be.
+    pub(crate) ahead: Duration,
+    /// The name of the attempt, where its token doesn't name it.
+    pub(crate) attempt: Option<Token>,
+}
+
+/// What a node has decided, and what could be seen of its memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Reply {
+    pub(crate) vote: Vote,
+    pub(crate) seen: Seen,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Vote {
+    /// With the ballot's number, or an earlier one where the keys were ours.
+    Granted { number: Option<u64> },
+    /// One of the keys, told by its place, by another.
+    Held { place: usize, remaining: Option<Duration> },
+    /// The number must be greater.
+    Behind,
+    /// The number must be smaller.
+    Ahead,
+    /// Restarted lately; votes again in so long.
+    Silent { remaining: Duration },
+}
+
+/// In microseconds since 1970.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Seen {
+    /// The node's clock.
+    pub(crate) now: u64,
+    /// The highest number that it knows for the keys, or what it takes for it; 0 where none was looked for.
+    pub(crate) last: u64,
+}
+
+/// How far ahead numbers may be where there is no restart window: less than nodes remember them for.
+const AHEAD: Duration = Duration::from_secs(60);
+
+/// By how much a node may overrun its timeout before its call is given up on from outside.
+const GRACE: Duration = Duration::from_millis(5);
+
+/// So many calls may be on their way to one node. One that hangs fails all further ones at once.
+const CALLS: usize = 4_096;
+
+/// A lock store over an odd number of independent nodes.
+pub(crate) struct QuorumStore {
+    quorum: Arc<Quorum>,
+}
+
+/// What the background tasks share with the store.
+struct Quorum {
+    members: Vec<Member>,
+    needed: usize,
+    window: Duration,
+    clocks: Clocks,
+    /// The calls on their way; each ends by its own timeout.
+    calls: TaskTracker,
+    /// What closing waits for: everything that may still have to be taken back.
+    releases: TaskTracker,
+    /// How many nodes may be caught up with at a time.
+    catching_up: Arc<Semaphore>,
+    /// The attempts whose calls have not all ended, by their token.
+    rounds: Mutex<HashMap<Token, Open>>,
+}
+
+struct Member {
+    address: String,
+    node: Arc<dyn Node>,
+    calls: Arc<Semaphore>,
+}
+
+#[derive(Default)]
+struct Open {
+    rounds: u32,
+    /// The lock was released meanwhile: what is granted late must be taken back.
+    released: bool,
+}
+
+impl QuorumStore {
+    /// The window is rounded up to whole seconds, which is how servers tell their age.
+    pub(crate) fn new(nodes: Vec<(String, Arc<dyn Node>)>, window: Duration, releases: TaskTracker) -> Self {
+        Self::with_clock(nodes, window, releases, clocks::since_1970)
+    }
+
+    fn with_clock(
+        nodes: Vec<(String, Arc<dyn Node>)>,
+        window: Duration,
+        releases: TaskTracker,
+        clock: impl Fn() -> u64 + Send + Sync + 'static,
+    ) -> Self {
+        let needed = nodes.len() / 2 + 1;
+        let clocks = Clocks::new(clock, nodes.len(), needed);
+        let members = nodes
+            .into_iter()
+            .map(|(address, node)| Member { address, node, calls: Arc::new(Semaphore::new(CALLS)) })
+            .collect();
+        let window = Duration::from_secs(window.as_secs() + u64::from(window.subsec_nanos() > 0));
+        Self {
+            quorum: Arc::new(Quorum {
+                members,
+                needed,
+                window,
+                clocks,
+                calls: TaskTracker::new(),
+                releases,
+                catching_up: Arc::new(Semaphore::new(catch_up::NODES)),
+                rounds: Mutex::default(),
+            }),
+        }
+    }
+
+    async fn acquire(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
+        let quorum = &self.quorum;
+        quorum.check_ttl(wanted.ttl)?;
+        let runtime = Handle::try_current().map_err(|_| Error::NoRuntime)?;
+        let (reply, answer) = oneshot::channel();
+        let round = Round::new(quorum.clone(), wanted.clone(), timeout);
+        // It lives on when this future is dropped, and takes back what it was granted.
+        quorum.releases.spawn_on(round.run(reply), &runtime);
+        answer.await.unwrap_or(Err(Error::NoRuntime))
+    }
+
+    async fn renew(&self, owned: &Owned, ttl: Duration, exact: bool, timeout: Duration) -> Result<Renewed, Error> {
+        let quorum = &self.quorum;
+        quorum.check_ttl(ttl)?;
+        let timeout = node_timeout(ttl, timeout);
+        let mut answers = quorum.ask(timeout, |node| {
+            let owned = owned.clone();
+            Box::pin(async move { node.renew(&owned, ttl, exact, timeout).await })
+        })?;
+        let mut tally = Tally::new(quorum);
+        let mut not_ours = Loss::Missing;
+        while let Some((place, answer)) = answers.recv().await {
+            match answer {
+                Ok(Renewed::Extended) => tally.yes(),
+                Ok(Renewed::NotOurs(loss)) => {
+                    not_ours = worse(not_ours, loss);
+                    tally.no();
+                }
+                Err(error) => tally.failed(place, error),
+            }
+            match tally.verdict() {
+                Some(Verdict::Yes) => return Ok(Renewed::Extended),
+                Some(Verdict::No) => return Ok(Renewed::NotOurs(not_ours)),
+                Some(Verdict::Unknown) => break,
+                None => {}
+            }
+        }
+        Err(tally.into_error())
+    }
+
+    async fn release(&self, owned: &Owned, timeout: Duration) -> Result<Released, Error> {
+        let quorum = &self.quorum;
+        quorum.mark_released(&owned.token);
+        let mut answers = quorum.ask(timeout, |node| {
+            let owned = owned.clone();
+            Box::pin(async move { node.release(&owned, timeout).await })
+        })?;
+        let mut tally = Tally::new(quorum);
+        let mut not_ours = Loss::Missing;
+        let mut behind = Vec::new();
+        while let Some((place, answer)) = answers.recv().await {
+            match answer {
+                Ok(Released::Freed) => tally.yes(),
+                Ok(Released::NotOurs(loss)) => {
+                    not_ours = worse(not_ours, loss);
+                    tally.no();
+                }
+                Err(error) => {
+                    behind.push(place);
+                    tally.failed(place, error);
+                }
+            }
+            let released = match tally.verdict() {
+                Some(Verdict::Yes) => Released::Freed,
+                Some(Verdict::No) => Released::NotOurs(not_ours),
+                // Whoever asked tries again, and on all nodes.
+                Some(Verdict::Unknown) => break,
+                None => continue,
+            };
+            quorum.release_the_rest(owned, timeout, behind, answers);
+            return Ok(released);
+        }
+        Err(tally.into_error())
+    }
+
+    async fn remaining(&self, owned: &Owned, timeout: Duration) -> Result<Option<Duration>, Error> {
+        let quorum = &self.quorum;
+        let mut answers = quorum.ask(timeout, |node| {
+            let owned = owned.clone();
+            Box::pin(async move { node.remaining(&owned, timeout).await })
+        })?;
+        let mut tally = Tally::new(quorum);
+        let mut shortest = Duration::MAX;
+        while let Some((place, answer)) = answers.recv().await {
+            match answer {
+                Ok(Some(remaining)) => {
+                    shortest = shortest.min(remaining);
+                    tally.yes();
+                }
+                Ok(None) => tally.no(),
+                Err(error) => tally.failed(place, error),
+            }
+            match tally.verdict() {
+                Some(Verdict::Yes) => return Ok(Some(shortest)),
+                Some(Verdict::No) => return Ok(None),
+                Some(Verdict::Unknown) => break,
+                None => {}
+            }
+        }
+        Err(tally.into_error())
+    }
+
+    /// Whoever holds the key on a majority; nobody, when nobody can.
+    async fn inspect(&self, key: &Key, timeout: Duration) -> Result<Option<Holder>, Error> {
+        let quorum = &self.quorum;
+        let mut answers = quorum.ask(timeout, |node| {
+            let key = key.clone();
+            Box::pin(async move { node.inspect(&key, timeout).await })
+        })?;
+        let mut tally = Tally::new(quorum);
+        let mut holders: HashMap<Token, Vec<Holder>> = HashMap::new();
+        while let Some((place, answer)) = answers.recv().await {
+            match answer {
+                Ok(Some(holder)) => {
+                    tally.no();
+                    let same = holders.entry(holder.token.clone()).or_default();
+                    same.push(holder);
+                    if same.len() >= quorum.needed {
+                        return Ok(summary(same));
+                    }
+                }
+                Ok(None) => tally.no(),
+                Err(error) => tally.failed(place, error),
+            }
+            let most = holders.values().map(Vec::len).max().unwrap_or_default();
+            if most + tally.unanswered() + tally.failures() < quorum.needed {
+                return Ok(None);
+            }
+        }
+        Err(tally.into_error())
+    }
+}
+
+/// What a majority says of one holder. It has the lock until the first of them lets go.
+fn summary(same: &[Holder]) -> Option<Holder> {
+    let remaining = same.iter().filter_map(|holder| holder.remaining).min();
+    let fence = same.iter().map(|holder| holder.fencing_token).max_by_key(|fence| {
+        // The token is the number that most of them know; a straggler may know an earlier or a later one.
+        (same.iter().filter(|other| other.fencing_token == *fence).count(), *fence)
+    });
+    let holder = same.first()?.clone();
+    Some(Holder { remaining, fencing_token: fence.flatten(), ..holder })
+}
+
+/// Where any node knows another holder, the lock was taken: a successor's majority and the one that answers share a node.
+fn worse(one: Loss, other: Loss) -> Loss {
+    if one == Loss::Taken { one } else { other }
+}
+
+/// How long to wait for a node: a small part of the ttl, as what is waited for eats it up.
+fn node_timeout(ttl: Duration, timeout: Duration) -> Duration {
+    const ENOUGH: Duration = Duration::from_millis(200);
+    timeout.min((ttl / 50).max(ENOUGH.min(ttl / 4))).max(Duration::from_millis(1))
+}
+
+impl Quorum {
+    /// Asks all nodes at once. Answers come as they do; the calls end by themselves, also when nobody listens any more.
+    fn ask<T: Send + 'static>(
+        &self,
+        timeout: Duration,
+        call: impl Fn(Arc<dyn Node>) -> Answer<'static, T>,
+    ) -> Result<mpsc::Receiver<(usize, Result<T, Error>)>, Error> {
+        let runtime = Handle::try_current().map_err(|_| Error::NoRuntime)?;
+        let (tell, answers) = mpsc::channel(self.members.len().max(1));
+        for (place, member) in self.members.iter().enumerate() {
+            let tell = tell.clone();
+            // There is room for one answer of each; an error means that nobody listens any more.
+            let tell = move |answer| drop(tell.try_send((place, answer)));
+            self.call(&runtime, member, timeout, call(member.node.clone()), tell);
+        }
+        Ok(answers)
+    }
+
+    /// Calls one node. The call is on its way when this returns, ahead of all later ones to the same node.
+    fn call<T: Send + 'static>(
+        &self,
+        runtime: &Handle,
+        member: &Member,
+        within: Duration,
+        mut call: Answer<'static, T>,
+        tell: impl FnOnce(Result<T, Error>) + Send + 'static,
+    ) {
+        let Ok(permit) = member.calls.clone().try_acquire_owned() else {
+            return tell(Err(too_many_calls()));
+        };
+        // Sent by its first poll: were that left to the task, a later call could overtake it.
+        if let Poll::Ready(answer) = call.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            return tell(answer);
+        }
+        let call = async move {
+            tell(timeout(within + GRACE, call).await.unwrap_or_else(|_| Err(Error::timeout())));
+            drop(permit);
+        };
+        self.calls.spawn_on(call, runtime);
+    }
+
+    /// The nodes would forget the lock in a restart, and vote again before it has expired.
+    fn check_ttl(&self, ttl: Duration) -> Result<(), Error> {
+        if self.window.is_zero() || ttl <= self.window {
+            return Ok(());
+        }
+        Err(Error::InvalidTtl("it is longer than the quorum's restart window; use a shorter one, or a longer window"))
+    }
+
+    /// How far ahead of a node's clock a number may be.
+    fn ahead(&self) -> Duration {
+        if self.window.is_zero() { AHEAD } else { self.window }
+    }
+
+    fn open_round(&self, token: &Token) {
+        let mut rounds = self.rounds();
+        let open = rounds.entry(token.clone()).or_default();
+        open.rounds += 1;
+        open.released = false;
+    }
+
+    fn mark_released(&self, token: &Token) {
+        if let Some(open) = self.rounds().get_mut(token) {
+            open.released = true;
+        }
+    }
+
+    /// All calls of a round have ended. Answers whether the lock was released meanwhile.
+    fn close_round(&self, token: &Token) -> bool {
+        let mut rounds = self.rounds();
+        let Some(open) = rounds.get_mut(token) else { return false };
+        open.rounds -= 1;
+        let released = open.released;
+        if open.rounds == 0 {
+            rounds.remove(token);
+        }
+        released
+    }
+
+    fn rounds(&self) -> MutexGuard<'_, HashMap<Token, Open>> {
+        self.rounds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn node_error(&self, place: usize, error: Error) -> NodeError {
+        let address = self.members.get(place).map(|member| member.address.clone()).unwrap_or_default();
+        NodeError { address, error }
+    }
+}
+
+fn too_many_calls() -> Error {
+    let details = "too many calls are waiting for this node already";
+    fred::error::Error::new(fred::error::ErrorKind::Backpressure, details).into()
+}
+
+impl Store for QuorumStore {
+    fn acquire<'a>(&'a self, wanted: &'a Wanted, timeout: Duration) -> Answer<'a, Acquired> {
+        Box::pin(self.acquire(wanted, timeout))
+    }
+
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, exact: bool, timeout: Duration) -> Answer<'a, Renewed> {
+        Box::pin(self.renew(owned, ttl, exact, timeout))
+    }
+
+    fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released> {
+        Box::pin(self.release(owned, timeout))
+    }
+
+    fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
+        Box::pin(self.remaining(owned, timeout))
+    }
+
+    fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {
+        Box::pin(self.inspect(key, timeout))
+    }
+
+    fn settles(&self) -> bool {
+        true
+    }
+}
+
+impl fmt::Debug for QuorumStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let addresses: Vec<_> = self.quorum.members.iter().map(|member| &member.address).collect();
+        f.debug_struct("QuorumStore")
+            .field("nodes", &addresses)
+            .field("restart_window", &self.quorum.window)
+            .finish_non_exhaustive()
+    }
+}
