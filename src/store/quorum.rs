@@ -139,8 +139,6 @@ struct Quorum {
     calls: TaskTracker,
     /// What closing waits for: everything that may still have to be taken back.
     releases: TaskTracker,
-    /// How many nodes may be caught up with at a time.
-    catching_up: Arc<Semaphore>,
     /// The attempts whose calls have not all ended, by their token.
     rounds: Mutex<HashMap<Token, Open>>,
 }
@@ -149,6 +147,8 @@ struct Member {
     address: String,
     node: Arc<dyn Node>,
     calls: Arc<Semaphore>,
+    /// How many locks it may be behind with at a time. Its own affair: a node that is gone takes nothing from the others.
+    arrears: Arc<Semaphore>,
 }
 
 #[derive(Default)]
@@ -174,7 +174,12 @@ impl QuorumStore {
         let clocks = Clocks::new(clock, nodes.len(), needed);
         let members = nodes
             .into_iter()
-            .map(|(address, node)| Member { address, node, calls: Arc::new(Semaphore::new(CALLS)) })
+            .map(|(address, node)| Member {
+                address,
+                node,
+                calls: Arc::new(Semaphore::new(CALLS)),
+                arrears: Arc::new(Semaphore::new(catch_up::LOCKS)),
+            })
             .collect();
         let window = Duration::from_secs(window.as_secs() + u64::from(window.subsec_nanos() > 0));
         Self {
@@ -185,7 +190,6 @@ impl QuorumStore {
                 clocks,
                 calls: TaskTracker::new(),
                 releases,
-                catching_up: Arc::new(Semaphore::new(catch_up::NODES)),
                 rounds: Mutex::default(),
             }),
         }

@@ -7,18 +7,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::debug;
 
-use super::{GRACE, Node, Quorum};
+use super::{GRACE, Quorum};
 use crate::hold::Owned;
 use crate::store::{Answer, Released};
 use crate::{Error, Token, schedule};
 
-/// So many nodes' arrears are worked on at a time, one per lock and node.
-pub(super) const NODES: usize = 1_024;
+/// With so many locks a node may be behind at a time. Of any more, it is told once.
+pub(super) const LOCKS: usize = 1_024;
 
 /// For how long a node that is away is tried again.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -40,31 +40,31 @@ pub(super) struct Undo {
 }
 
 impl Quorum {
-    /// Takes an attempt back on one node, in the background; not at all, when there is too much of that already.
+    /// Takes an attempt back on one node, in the background.
     pub(super) fn undo(&self, place: usize, undo: Undo) -> Option<JoinHandle<()>> {
         let member = self.members.get(place)?;
-        let permit = self.catching_up.clone().try_acquire_owned().ok()?;
         let runtime = Handle::try_current().ok()?;
-        let node = member.node.clone();
+        let (node, arrears) = (member.node.clone(), member.arrears.clone());
         let task = async move {
             let Undo { owned, name, doubtful, ttl } = undo;
             let until = Instant::now() + ttl.min(PATIENCE);
             let done = match name {
-                Some(name) => retry(until, |timeout| node.withdraw(&owned, &name, timeout)).await.map(|()| true),
+                Some(name) => {
+                    retry(&arrears, until, |timeout| node.withdraw(&owned, &name, timeout)).await.map(|()| true)
+                }
                 None => {
-                    let released = retry(until, |timeout| node.release(&owned, timeout)).await;
+                    let released = retry(&arrears, until, |timeout| node.release(&owned, timeout)).await;
                     released.map(|released| released == Released::Freed)
                 }
             };
             // On one connection the vote came first. But that one may have broken in between, with the vote on its way.
             if doubtful && matches!(done, Ok(false)) {
                 sleep(SETTLING).await;
-                drop(retry(until, |timeout| node.release(&owned, timeout)).await);
+                drop(retry(&arrears, until, |timeout| node.release(&owned, timeout)).await);
             }
             if let Err(error) = done {
                 debug!(name: "tenure.undo_failed", key = %owned.key(), %error, "a node keeps a vote until its ttl ends");
             }
-            drop(permit);
         };
         Some(self.releases.spawn_on(task, &runtime))
     }
@@ -86,15 +86,13 @@ impl Quorum {
                 }
             }
             for member in behind.into_iter().filter_map(|place| quorum.members.get(place)) {
-                let Ok(permit) = quorum.catching_up.clone().try_acquire_owned() else { return };
-                let (node, owned): (Arc<dyn Node>, _) = (member.node.clone(), owned.clone());
+                let (node, arrears, owned) = (member.node.clone(), member.arrears.clone(), owned.clone());
                 let until = Instant::now() + PATIENCE.max(timeout);
                 quorum.releases.spawn(async move {
-                    let released = retry(until, |timeout| node.release(&owned, timeout)).await;
+                    let released = retry(&arrears, until, |timeout| node.release(&owned, timeout)).await;
                     if let Err(error) = released {
                         debug!(name: "tenure.release_failed", key = %owned.key(), %error, "a node keeps the key until its ttl");
                     }
-                    drop(permit);
                 });
             }
         };
@@ -103,8 +101,12 @@ impl Quorum {
 }
 
 /// Calls a node until it answers, refuses for good, or it is that late.
-async fn retry<'a, T>(until: Instant, call: impl Fn(Duration) -> Answer<'a, T>) -> Result<T, Error> {
-    let mut failures = 0;
+async fn retry<'a, T>(
+    arrears: &Semaphore,
+    until: Instant,
+    call: impl Fn(Duration) -> Answer<'a, T>,
+) -> Result<T, Error> {
+    let (mut failures, mut permit) = (0, None);
     loop {
         let within = schedule::call_timeout(TRY, Instant::now(), until);
         let error = match timeout(within + GRACE, call(within)).await {
@@ -116,6 +118,12 @@ async fn retry<'a, T>(until: Instant, call: impl Fn(Duration) -> Answer<'a, T>) 
         let remaining = until.saturating_duration_since(Instant::now());
         let pause = schedule::pause_after(failures, TRY, remaining, fastrand::f64());
         if !error.is_transient() || pause >= remaining {
+            return Err(error);
+        }
+        if permit.is_none() {
+            permit = arrears.try_acquire().ok();
+        }
+        if permit.is_none() {
             return Err(error);
         }
         sleep(pause).await;
