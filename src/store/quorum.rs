@@ -209,7 +209,7 @@ impl QuorumStore {
     async fn renew(&self, owned: &Owned, ttl: Duration, exact: bool, timeout: Duration) -> Result<Renewed, Error> {
         let quorum = &self.quorum;
         quorum.check_ttl(ttl)?;
-        let timeout = node_timeout(ttl, timeout);
+        let timeout = node_timeout(ttl, first(timeout));
         let mut answers = quorum.ask(timeout, |node| {
             let owned = owned.clone();
             Box::pin(async move { node.renew(&owned, ttl, exact, timeout).await })
@@ -236,7 +236,7 @@ impl QuorumStore {
     }
 
     async fn release(&self, owned: &Owned, timeout: Duration) -> Result<Released, Error> {
-        let quorum = &self.quorum;
+        let (quorum, timeout) = (&self.quorum, first(timeout));
         quorum.mark_released(&owned.token);
         let mut answers = quorum.ask(timeout, |node| {
             let owned = owned.clone();
@@ -267,11 +267,11 @@ impl QuorumStore {
             quorum.release_the_rest(owned, timeout, behind, answers);
             return Ok(released);
         }
-        Err(tally.into_error())
+        Err(tally.into_error_of_release())
     }
 
     async fn remaining(&self, owned: &Owned, timeout: Duration) -> Result<Option<Duration>, Error> {
-        let quorum = &self.quorum;
+        let (quorum, timeout) = (&self.quorum, first(timeout));
         let mut answers = quorum.ask(timeout, |node| {
             let owned = owned.clone();
             Box::pin(async move { node.remaining(&owned, timeout).await })
@@ -299,7 +299,7 @@ impl QuorumStore {
 
     /// Whoever holds the key on a majority; nobody, when nobody can.
     async fn inspect(&self, key: &Key, timeout: Duration) -> Result<Option<Holder>, Error> {
-        let quorum = &self.quorum;
+        let (quorum, timeout) = (&self.quorum, first(timeout));
         let mut answers = quorum.ask(timeout, |node| {
             let key = key.clone();
             Box::pin(async move { node.inspect(&key, timeout).await })
@@ -342,6 +342,11 @@ fn summary(same: &[Holder]) -> Option<Holder> {
 /// Where any node knows another holder, the lock was taken: a successor's majority and the one that answers share a node.
 fn worse(one: Loss, other: Loss) -> Loss {
     if one == Loss::Taken { one } else { other }
+}
+
+/// Less than we are given, so that it is we who say which nodes have not answered.
+fn first(timeout: Duration) -> Duration {
+    timeout.mul_f64(0.9)
 }
 
 /// How long to wait for a node: a small part of the ttl, as what is waited for eats it up.

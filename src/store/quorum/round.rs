@@ -12,7 +12,7 @@ use tracing::debug;
 
 use super::catch_up::Undo;
 use super::tally::{Decision, decide};
-use super::{Ballot, Quorum, Reply, Vote, node_timeout};
+use super::{Ballot, Quorum, Reply, Vote, first, node_timeout};
 use crate::store::{Acquired, Wanted};
 use crate::{Error, Token};
 
@@ -47,8 +47,7 @@ impl Round {
         let members = quorum.members.iter().map(|_| Standing::default()).collect();
         let name = (!wanted.own_token).then(Token::random);
         quorum.open_round(&wanted.owned.token);
-        // Less than we are given, so that it is we who say which nodes have not answered.
-        let until = Instant::now() + timeout.mul_f64(0.9);
+        let until = Instant::now() + first(timeout);
         Self { quorum, wanted: Arc::new(wanted), name, until, members }
     }
 

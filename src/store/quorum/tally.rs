@@ -62,6 +62,11 @@ impl<'a> Tally<'a> {
         }
     }
 
+    /// Where the lock was gone already, there is nothing left to do either.
+    pub(super) fn into_error_of_release(self) -> Error {
+        Error::Quorum { needed: self.quorum.needed, granted: self.yes + self.no, nodes: self.failed }
+    }
+
     pub(super) fn into_error(self) -> Error {
         Error::Quorum { needed: self.quorum.needed, granted: self.yes, nodes: self.failed }
     }
