@@ -266,6 +266,29 @@ mod tests {
         assert!(Error::timeout().is_transient());
     }
 
+    fn quorum(errors: Vec<Error>) -> Error {
+        let nodes = errors.into_iter().zip(1..).map(|(error, n)| NodeError { address: format!("node:{n}"), error });
+        Error::Quorum { needed: 2, granted: 1, nodes: nodes.collect() }
+    }
+
+    #[test]
+    fn a_quorum_says_who_failed_and_how() {
+        let failed = quorum(vec![Error::timeout(), server_said("WRONGTYPE Operation")]);
+        let said = "2 of 3 nodes needed, 1 granted: node:1: redis: Timeout Error: the server did not answer in time; \
+                    node:2: redis: Unknown Error: WRONGTYPE Operation";
+        assert_eq!(failed.to_string(), said);
+    }
+
+    #[test]
+    fn a_quorum_may_recover_while_a_majority_may() {
+        let for_good = || server_said("WRONGTYPE Operation");
+        let resting = || Error::NotVoting { remaining: Duration::from_secs(9) };
+        assert!(quorum(vec![Error::timeout(), for_good()]).is_transient());
+        assert!(quorum(vec![resting(), resting(), resting()]).is_transient());
+        assert!(!quorum(vec![for_good(), for_good()]).is_transient());
+        assert!(!quorum(vec![for_good()]).is_refusal());
+    }
+
     #[test]
     fn a_refusal_is_not_transient_and_has_a_name() {
         for (said, code) in [("NOPERM this user", "NOPERM"), ("WRONGTYPE Operation", "WRONGTYPE"), ("ERR no", "ERR")] {

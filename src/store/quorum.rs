@@ -34,6 +34,8 @@
 //! 3. No token is used for two attempts, so whatever comes late of one can't touch the next. Where the user has chosen the
 //!    token, attempts have names instead, and a node takes back only what the attempt of this name alone has set.
 
+mod ballot;
+mod calls;
 mod catch_up;
 mod clocks;
 mod nodes;
@@ -45,14 +47,13 @@ mod tally;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, mpsc, oneshot};
-use tokio::time::timeout;
+use tokio::sync::{Semaphore, oneshot};
 use tokio_util::task::TaskTracker;
 
+pub(crate) use self::ballot::{Ballot, Node, Reply, Seen, Vote};
 use self::clocks::Clocks;
 pub(crate) use self::nodes::connect;
 use self::round::Round;
@@ -61,65 +62,8 @@ use super::{Acquired, Answer, Holder, Released, Renewed, Store, Wanted};
 use crate::hold::Owned;
 use crate::{Error, Key, Loss, NodeError, Token};
 
-/// What a store must be able to do to be one of a quorum.
-pub(crate) trait Node: Store {
-    /// Takes all keys for the token by this ballot, or none.
-    fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, Reply>;
-
-    /// Deletes those of the keys that the named attempt has set, and that no other attempt relies on.
-    fn withdraw<'a>(&'a self, owned: &'a Owned, attempt: &'a Token, timeout: Duration) -> Answer<'a, ()>;
-}
-
-/// What all nodes are asked to agree on.
-#[derive(Clone, Debug)]
-pub(crate) struct Ballot {
-    /// The proposed fencing token, where one is wanted.
-    pub(crate) number: Option<u64>,
-    /// Whether the number shall replace an earlier one by which the keys are ours.
-    pub(crate) exactly: bool,
-    /// For how long a node that was restarted doesn't vote; whole seconds.
-    pub(crate) window: Duration,
-    /// How far ahead of a node's clock the number may be.
-    pub(crate) ahead: Duration,
-    /// The name of the attempt, where its token doesn't name it.
-    pub(crate) attempt: Option<Token>,
-}
-
-/// What a node has decided, and what could be seen of its memory.
-#[derive(Clone, Debug)]
-pub(crate) struct Reply {
-    pub(crate) vote: Vote,
-    pub(crate) seen: Seen,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Vote {
-    /// With the ballot's number, or an earlier one where the keys were ours.
-    Granted { number: Option<u64> },
-    /// One of the keys, told by its place, by another.
-    Held { place: usize, remaining: Option<Duration> },
-    /// The number must be greater.
-    Behind,
-    /// The number must be smaller.
-    Ahead,
-    /// Restarted lately; votes again in so long.
-    Silent { remaining: Duration },
-}
-
-/// In microseconds since 1970.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Seen {
-    /// The node's clock.
-    pub(crate) now: u64,
-    /// The highest number that it knows for the keys, or what it takes for it; 0 where none was looked for.
-    pub(crate) last: u64,
-}
-
 /// How far ahead numbers may be where there is no restart window: less than nodes remember them for.
 const AHEAD: Duration = Duration::from_secs(60);
-
-/// By how much a node may overrun its timeout before its call is given up on from outside.
-const GRACE: Duration = Duration::from_millis(5);
 
 /// So many calls may be on their way to one node. One that hangs fails all further ones at once.
 const CALLS: usize = 4_096;
@@ -356,46 +300,6 @@ fn node_timeout(ttl: Duration, timeout: Duration) -> Duration {
 }
 
 impl Quorum {
-    /// Asks all nodes at once. Answers come as they do; the calls end by themselves, also when nobody listens any more.
-    fn ask<T: Send + 'static>(
-        &self,
-        timeout: Duration,
-        call: impl Fn(Arc<dyn Node>) -> Answer<'static, T>,
-    ) -> Result<mpsc::Receiver<(usize, Result<T, Error>)>, Error> {
-        let runtime = Handle::try_current().map_err(|_| Error::NoRuntime)?;
-        let (tell, answers) = mpsc::channel(self.members.len().max(1));
-        for (place, member) in self.members.iter().enumerate() {
-            let tell = tell.clone();
-            // There is room for one answer of each; an error means that nobody listens any more.
-            let tell = move |answer| drop(tell.try_send((place, answer)));
-            self.call(&runtime, member, timeout, call(member.node.clone()), tell);
-        }
-        Ok(answers)
-    }
-
-    /// Calls one node. The call is on its way when this returns, ahead of all later ones to the same node.
-    fn call<T: Send + 'static>(
-        &self,
-        runtime: &Handle,
-        member: &Member,
-        within: Duration,
-        mut call: Answer<'static, T>,
-        tell: impl FnOnce(Result<T, Error>) + Send + 'static,
-    ) {
-        let Ok(permit) = member.calls.clone().try_acquire_owned() else {
-            return tell(Err(too_many_calls()));
-        };
-        // Sent by its first poll: were that left to the task, a later call could overtake it.
-        if let Poll::Ready(answer) = call.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-            return tell(answer);
-        }
-        let call = async move {
-            tell(timeout(within + GRACE, call).await.unwrap_or_else(|_| Err(Error::timeout())));
-            drop(permit);
-        };
-        self.calls.spawn_on(call, runtime);
-    }
-
     /// The nodes would forget the lock in a restart, and vote again before it has expired.
     fn check_ttl(&self, ttl: Duration) -> Result<(), Error> {
         if self.window.is_zero() || ttl <= self.window {
@@ -442,11 +346,6 @@ impl Quorum {
         let address = self.members.get(place).map(|member| member.address.clone()).unwrap_or_default();
         NodeError { address, error }
     }
-}
-
-fn too_many_calls() -> Error {
-    let details = "too many calls are waiting for this node already";
-    fred::error::Error::new(fred::error::ErrorKind::Backpressure, details).into()
 }
 
 impl Store for QuorumStore {

@@ -1,7 +1,8 @@
 //! What every public type promises to the compiler.
 
 use tenure::{
-    Error, Holder, Key, LockGuard, LockRequest, Locker, LockerBuilder, Loss, Lost, Obtaining, Protected, Retry, Token,
+    Error, Holder, Key, LockGuard, LockRequest, Locker, LockerBuilder, Loss, Lost, NodeError, Obtaining, Protected,
+    Retry, Token,
 };
 
 fn anywhere<T: Send + Sync + 'static>() {}
@@ -21,6 +22,7 @@ fn public_types_may_cross_threads() {
     anywhere::<Token>();
     anywhere::<Retry>();
     anywhere::<Error>();
+    anywhere::<NodeError>();
     anywhere::<Loss>();
     movable::<LockGuard>();
     movable::<Obtaining>();

@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::debug;
 
-use super::{GRACE, Quorum};
+use super::Quorum;
+use super::calls::{Answers, GRACE};
 use crate::hold::Owned;
 use crate::store::{Answer, Released};
 use crate::{Error, Token, schedule};
@@ -75,7 +76,7 @@ impl Quorum {
         owned: &Owned,
         timeout: Duration,
         mut behind: Vec<usize>,
-        mut answers: mpsc::Receiver<(usize, Result<Released, Error>)>,
+        mut answers: Answers<Released>,
     ) {
         let Ok(runtime) = Handle::try_current() else { return };
         let (quorum, owned) = (self.clone(), owned.clone());

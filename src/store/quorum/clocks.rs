@@ -92,7 +92,7 @@ impl fmt::Debug for Clocks {
 fn reach(values: impl Iterator<Item = u64>, needed: usize) -> Option<u64> {
     let mut values: Vec<u64> = values.collect();
     values.sort_unstable();
-    let majority = *values.get(needed - 1).or(values.last())?;
+    let majority = *values.get(needed - 1).or_else(|| values.last())?;
     values.into_iter().rev().find(|&value| value <= majority.saturating_add(TOGETHER))
 }
 
