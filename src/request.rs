@@ -34,7 +34,8 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 /// # Errors
 ///
 /// - [`Error::NotObtained`]: another holds it, and the request's patience is at an end.
-/// - [`Error::Redis`]: the server refused for good, or nothing better than failures came of the last attempt.
+/// - [`Error::Redis`]: the server refused for good, or nothing better than failures came of the last attempt;
+///   [`Error::Quorum`] where that is true of so many nodes that no majority was left.
 /// - [`Error::ValidityExpired`]: the answer came so late that too little of the ttl was left, several times in a row
 ///   where the request waits.
 /// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`]: no such lock can work; nothing was sent.

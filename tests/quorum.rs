@@ -373,3 +373,65 @@ async fn a_node_that_refuses_for_good_is_told_and_done_without() {
     is_on(&servers[2..], "k", 0).await;
     assert_eq!(servers[0].cli(&["LLEN", "k"]), "2");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lock_that_is_released_at_once_is_freed_by_that_release() {
+    let servers = start::<3>();
+    let locker = locker(&servers).await;
+    for _ in 0..500 {
+        locker.lock("k").await.unwrap().release().await.unwrap();
+    }
+    soon(locker.close()).await;
+    is_on(&servers, "k", 0).await;
+}
+
+#[tokio::test]
+async fn the_documented_permissions_suffice() {
+    let servers = start::<3>();
+    let rules = "on >secret resetchannels ~app:* ~{app:* +eval +evalsha +get +set +del +pexpire +pttl +time +info";
+    for server in &servers {
+        let command: Vec<&str> = ["ACL", "SETUSER", "worker"].into_iter().chain(rules.split(' ')).collect();
+        assert_eq!(server.cli(&command), "OK");
+    }
+    let urls = servers.iter().map(|server| format!("redis://worker:secret@127.0.0.1:{}", server.port()));
+    let builder = Locker::builder().prefix("app:").ttl(ms(1_000)).restart_window(ms(1_000));
+    let locker = builder.quorum(urls).await.unwrap();
+    for request in [locker.lock("k"), locker.lock("k").token("mine".parse().unwrap())] {
+        let guard = soon(request).await.unwrap();
+        guard.refresh().await.unwrap();
+        assert!(locker.inspect("k").await.unwrap().is_some());
+        guard.release().await.unwrap();
+    }
+    // Taking a vote back needs no more.
+    servers[0].cli(&["SET", "app:k", "another"]);
+    servers[1].cli(&["SET", "app:k", "another"]);
+    assert!(matches!(locker.try_lock("k").token("mine".parse().unwrap()).await, Err(Error::NotObtained { .. })));
+    eventually("it is taken back", async || (servers[2].cli(&["EXISTS", "app:k"]) == "0").then_some(())).await;
+}
+
+#[tokio::test]
+async fn a_fence_key_that_holds_nonsense_is_that_keys_trouble_alone() {
+    let servers = start::<3>();
+    let locker = locker(&servers).await;
+    for server in &servers {
+        server.cli(&["SET", "{ahead}:fence", "9000000000000000"]);
+        server.cli(&["SET", "{text}:fence", "nonsense"]);
+    }
+    let refused = locker.try_lock("ahead").await.unwrap_err();
+    assert!(refused.to_string().contains("fencing token"), "{refused}");
+    let refused = locker.try_lock("text").await.unwrap_err();
+    assert!(!refused.is_transient() && refused.to_string().contains("holds no fencing token"), "{refused}");
+    lock(&locker, "healthy").await.release().await.unwrap();
+    soon(locker.lock("ahead").fenced(false)).await.unwrap().release().await.unwrap();
+    is_on(&servers, "ahead", 0).await;
+    is_on(&servers, "text", 0).await;
+}
+
+#[tokio::test]
+async fn a_url_of_a_password_shows_it_in_no_error() {
+    let servers = start::<3>();
+    let urls = servers.iter().map(|server| format!("redis://:secret@127.0.0.1:{}", server.port()));
+    let locker = Locker::builder().command_timeout(ms(500)).quorum(urls).await;
+    let shown = format!("{locker:?} {}", locker.as_ref().err().map(ToString::to_string).unwrap_or_default());
+    assert!(!shown.contains("secret"), "{shown}");
+}

@@ -66,7 +66,13 @@ impl Round {
         }
         // Whoever has gone can't say that it wants the lock.
         let taken = reply.send(outcome).is_ok() && granted;
-        if granted && !taken {
+        if taken {
+            // A release comes after these nodes' votes in any case.
+            self.members
+                .iter_mut()
+                .filter(|standing| standing.calls == 0)
+                .for_each(|standing| standing.touched = false);
+        } else if granted {
             drop(self.undo_settled());
         }
         while let Some((_, place, answer)) = told.recv().await {
@@ -76,7 +82,7 @@ impl Round {
             }
         }
         // Released before its last vote had come: what that one took is taken back.
-        if self.quorum.close_round(&self.wanted.owned.token) && taken {
+        if taken && self.quorum.was_released(&self.wanted.owned.token) {
             drop(self.undo_settled());
         }
     }
@@ -217,5 +223,11 @@ impl Round {
             nodes.push(self.quorum.node_error(place, error));
         }
         Error::Quorum { needed: self.quorum.needed, granted, nodes }
+    }
+}
+
+impl Drop for Round {
+    fn drop(&mut self) {
+        self.quorum.close_round(&self.wanted.owned.token);
     }
 }
