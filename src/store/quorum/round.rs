@@ -26,6 +26,8 @@ pub(super) struct Round {
     name: Option<Token>,
     until: Instant,
     members: Vec<Standing>,
+    /// How long the round of votes took in which nobody need have got a majority.
+    split: Option<Duration>,
 }
 
 /// How one node stands to this attempt.
@@ -48,7 +50,7 @@ impl Round {
         let name = (!wanted.own_token).then(Token::random);
         quorum.open_round(&wanted.owned.token);
         let until = Instant::now() + first(timeout);
-        Self { quorum, wanted: Arc::new(wanted), name, until, members }
+        Self { quorum, wanted: Arc::new(wanted), name, until, members, split: None }
     }
 
     pub(super) async fn run(mut self, reply: oneshot::Sender<Result<Acquired, Error>>) {
@@ -63,6 +65,10 @@ impl Round {
             for undone in undone {
                 drop(timeout_at(self.until, undone).await);
             }
+        }
+        if let Some(round) = self.split {
+            // Who collided shall not come back together.
+            self.pause(round).await;
         }
         // Whoever has gone can't say that it wants the lock.
         let taken = reply.send(outcome).is_ok() && granted;
@@ -123,10 +129,7 @@ impl Round {
             match decision {
                 Decision::Granted { number } => return Ok(Acquired::Granted { fencing_token: number }),
                 Decision::Held { place, remaining, split } => {
-                    if split {
-                        // Who collided shall not come back together.
-                        self.pause(started.elapsed()).await;
-                    }
+                    self.split = split.then(|| started.elapsed());
                     return Ok(Acquired::Held { place, remaining });
                 }
                 Decision::Again => {
