@@ -14,6 +14,8 @@ use tenure::{Locker, Token};
 /// The names that ratios are taken to.
 pub(crate) const RAW_FRED: &str = "raw fred";
 pub(crate) const RSLOCK: &str = "rslock";
+/// The same as raw fred, once more: how far its ratio is from 1 is how far the others can be trusted.
+const CONTROL: &str = "raw fred, again";
 
 const TTL: Duration = Duration::from_secs(30);
 const TTL_MILLIS: &str = "30000";
@@ -30,6 +32,7 @@ pub(crate) enum Rival {
     },
     /// What tenure is built on: its ratio to this one is the price of the guard.
     Fred {
+        name: &'static str,
         client: Client,
         /// The hash by which the server knows the script.
         release: String,
@@ -43,11 +46,12 @@ pub(crate) enum Rival {
 
 impl Rival {
     /// Every one with a connection of its own.
-    pub(crate) async fn all(url: &str) -> [Self; 5] {
+    pub(crate) async fn all(url: &str) -> [Self; 6] {
         [
             Self::tenure(url, true).await,
             Self::tenure(url, false).await,
-            Self::fred(url).await,
+            Self::fred(RAW_FRED, url).await,
+            Self::fred(CONTROL, url).await,
             Self::redis(url).await,
             Self::Rslock(LockManager::new(vec![url])),
         ]
@@ -57,14 +61,14 @@ impl Rival {
         Self::Tenure { locker: Locker::connect(url).await.expect("a connection"), fenced }
     }
 
-    async fn fred(url: &str) -> Self {
+    async fn fred(name: &'static str, url: &str) -> Self {
         let client = Builder::from_config(Config::from_url(url).expect("a URL"))
             .set_policy(ReconnectPolicy::new_constant(0, 100))
             .build()
             .expect("a client");
         client.init().await.expect("a connection");
         let release = client.custom(fred_command("SCRIPT"), vec!["LOAD", COMPARE_AND_DELETE]).await.expect("its hash");
-        Self::Fred { client, release }
+        Self::Fred { name, client, release }
     }
 
     async fn redis(url: &str) -> Self {
@@ -78,7 +82,7 @@ impl Rival {
         match self {
             Self::Tenure { fenced: true, .. } => "tenure",
             Self::Tenure { fenced: false, .. } => "tenure, unfenced",
-            Self::Fred { .. } => RAW_FRED,
+            Self::Fred { name, .. } => name,
             Self::Redis { .. } => "raw redis",
             Self::Rslock(_) => RSLOCK,
         }
@@ -93,7 +97,7 @@ impl Rival {
     pub(crate) async fn obtain_and_release(&self, key: &str) {
         match self {
             Self::Tenure { locker, fenced } => with_tenure(locker, *fenced, key).await,
-            Self::Fred { client, release } => with_fred(client, release, key).await,
+            Self::Fred { client, release, .. } => with_fred(client, release, key).await,
             Self::Redis { connection, release } => with_redis(connection.clone(), release, key).await,
             Self::Rslock(manager) => with_rslock(manager, key).await,
         }

@@ -1,6 +1,6 @@
 //! What a lock costs: obtain + release pairs on keys of their own, beside the raw clients and the nearest rival.
 //!
-//! One server, one process, one run: each rival in turn, in rounds, so that a noisy machine is noisy for all of them.
+//! One server, one process, one run: each rival in turn, in rounds and in random order, so that a noisy machine is noisy for all of them.
 //! What is printed are medians over the rounds; ratios are taken within a round. `-- --quick` runs one short round.
 
 #![expect(clippy::expect_used, reason = "a benchmark that can't measure has nothing else to say")]
@@ -50,11 +50,13 @@ struct Plan {
     rounds: usize,
     /// Of one measurement: each round has one of every rival.
     length: Duration,
+    /// Of the order within each round.
+    seed: u64,
 }
 
 impl Plan {
-    const FULL: Self = Self { rounds: 7, length: Duration::from_millis(400) };
-    const QUICK: Self = Self { rounds: 1, length: Duration::from_millis(100) };
+    const FULL: Self = Self { rounds: 15, length: Duration::from_millis(300), seed: 1 };
+    const QUICK: Self = Self { rounds: 1, length: Duration::from_millis(100), seed: 1 };
 
     fn from_args(args: impl Iterator<Item = String>) -> Result<Self, String> {
         let mut plan = Self::FULL;
@@ -113,9 +115,12 @@ async fn measure_in_turn(rivals: &[Rival], tasks: usize, plan: Plan) -> Samples 
         measure(rival, tasks, plan.length / 4).await;
     }
     let mut samples = Samples::new();
-    for round in 0..plan.rounds {
-        // Another one begins each time.
-        for rival in rivals.iter().cycle().skip(round).take(rivals.len()) {
+    let mut random = fastrand::Rng::with_seed(plan.seed);
+    for _ in 0..plan.rounds {
+        // In another order each time: whoever comes before leaves its mark on a small machine.
+        let mut order: Vec<&Rival> = rivals.iter().collect();
+        random.shuffle(&mut order);
+        for rival in order {
             let sample = measure(rival, tasks, plan.length).await;
             samples.entry(rival.name()).or_default().push(sample);
         }
@@ -151,7 +156,7 @@ async fn repeat_pairs(rival: Rival, key: String, over: Arc<AtomicBool>) -> u32 {
 }
 
 fn print_header(plan: Plan, version: &str) {
-    let Plan { rounds, length } = plan;
+    let Plan { rounds, length, .. } = plan;
     let cores = thread::available_parallelism().map_or(1, usize::from);
     println!("Obtain + release pairs on distinct keys, one connection each, TCP on loopback.");
     println!("{cores} cores, shared with the server: redis-server {version}.");

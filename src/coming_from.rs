@@ -50,6 +50,35 @@
 //! | `Options.FenceKey`, `FenceToken()` | [`fencing_token`](crate::LockGuard::fencing_token), on by default |
 //! | `ErrNotObtained`, `ErrLockNotHeld` | [`NotObtained`](crate::Error::NotObtained), [`NotHeld`](crate::Error::NotHeld) |
 //!
+//! # amyangfei/redlock-go, on one server
+//!
+//! ```text
+//! lockMgr, err := redlock.NewRedLock(ctx, []string{"tcp://127.0.0.1:6379"})
+//! expirity, err := lockMgr.Lock(ctx, "resource_name", 200*time.Millisecond)
+//! err = lockMgr.UnLock(ctx, "resource_name")
+//! ```
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), tenure::Error> {
+//! # use std::time::Duration;
+//! use tenure::WatchDog;
+//! # use tenure::Locker;
+//!
+//! # let locker = Locker::in_memory();
+//! let held = WatchDog::builder(&locker).build();
+//! let guard = locker.lock("resource_name").ttl(Duration::from_millis(200)).await?;
+//! let validity = guard.remaining();
+//! held.watch(guard)?;
+//! // elsewhere
+//! held.release("resource_name").await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A manager that remembers by name what it holds is a [`WatchDog`](crate::WatchDog). It needs no cache to be chosen, sized or
+//! swept: a lock that is lost leaves it at once, and its name then releases no successor's.
+//!
 //! # redislock (AttemptLock)
 //!
 //! ```text
@@ -102,6 +131,45 @@
 //! # }
 //! ```
 //!
+//! Its watchdog is for locks that are known by key and token, and here also for guards:
+//!
+//! ```text
+//! wd := redlock.NewWatchDog(locker,
+//!     redlock.WithCallbacks(cbCtx, func(ctx context.Context, item *redlock.WatchItem, err error) {
+//!         if err == context.Canceled { log.Printf("stopped for key %s", item.Key); return }
+//!         log.Printf("error for key %s: %v", item.Key, err)
+//!     }),
+//!     redlock.WithItem("resource-1", "token-1", 10*time.Second, 2*time.Second),
+//! )
+//! go wd.Run(ctx)
+//! ```
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), tenure::Error> {
+//! # use std::time::Duration;
+//! # use tenure::{Lease, Locker};
+//! use tenure::{WatchDog, WatchEvent};
+//!
+//! # let locker = Locker::in_memory();
+//! let dog = WatchDog::builder(&locker)
+//!     .on_event(|event| match event {
+//!         WatchEvent::Stopped { key, .. } => println!("stopped for key {key}"),
+//!         WatchEvent::RenewFailed { key, error, .. } => println!("error for key {key}: {error}"),
+//!         WatchEvent::Lost { key, loss } => println!("key {key} is lost: {loss}"),
+//!         _ => {}
+//!     })
+//!     .build();
+//! let lease = Lease::new("resource-1", "token-1".parse()?, Duration::from_secs(10));
+//! dog.watch_lease(lease).renew_every(Duration::from_secs(2)).obtain_when_free(true).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! There it may start before the lock is obtained, and in return never ends by itself. Here
+//! [`obtain_when_free`](crate::WatchRequest::obtain_when_free) says so, failures that pass are survived until the deadline, and
+//! a lock that is lost is told once and watched no more.
+//!
 //! What it calls fencing is the owner's [`token`](crate::LockGuard::token), random and good for nothing but ownership. A
 //! [`fencing_token`](crate::LockGuard::fencing_token) is a number that grows.
 //!
@@ -110,6 +178,8 @@
 //! | `Acquire`, `TryAcquire` | [`lock`](crate::Locker::lock), [`try_lock`](crate::Locker::try_lock) |
 //! | `AcquireWithFencing`, `AcquireOrExtend` | [`obtain`](crate::Locker::obtain) with [`token`](crate::LockRequest::token) |
 //! | `Watch`, `WatchWithInterval` | every guard; [`renew_every`](crate::LockRequest::renew_every) |
+//! | `NewWatchDog`, `WithItem` | [`WatchDog`](crate::WatchDog), [`watch_lease`](crate::WatchDog::watch_lease) |
+//! | `WithErrorCallbacks`, `WithExtensionCallbacks` | [`WatchEvent`](crate::WatchEvent): `RenewFailed`, `Renewed` |
 //! | `ErrMaxRetryExceeded` | [`NotObtained`](crate::Error::NotObtained), which says how many attempts |
 //!
 //! # trviph/redlock, on several servers

@@ -113,8 +113,16 @@ pub enum Error {
     #[error("invalid lease: {0}")]
     InvalidLease(&'static str),
 
-    /// [`Locker::close`](crate::Locker::close) was called before or meanwhile.
-    #[error("the locker is closed")]
+    /// The [`WatchDog`](crate::WatchDog) watches a lock of this key already.
+    #[error("`{key}` is watched already; unwatch or release it first")]
+    AlreadyWatched {
+        /// The key in question; of several, the first that is watched.
+        key: Key,
+    },
+
+    /// [`Locker::close`](crate::Locker::close) or [`WatchDog::shutdown`](crate::WatchDog::shutdown) was called before or
+    /// meanwhile.
+    #[error("the locker, or the watchdog, is closed")]
     Closed,
 
     /// The future was polled outside a tokio runtime.
@@ -188,6 +196,16 @@ impl Error {
     pub(crate) fn is_refusal(&self) -> bool {
         let timed_out = matches!(self, Self::Redis(error) if *error.kind() == ErrorKind::Timeout);
         self.code().is_some() && !timed_out
+    }
+
+    /// The same, for another operation of a call that failed as a whole.
+    pub(crate) fn again(&self) -> Self {
+        match self {
+            Self::Redis(error) => Self::Redis(error.clone()),
+            Self::CrossSlot => Self::CrossSlot,
+            // A call fails in no other way.
+            _ => Self::timeout(),
+        }
     }
 
     pub(crate) fn timeout() -> Self {

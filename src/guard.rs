@@ -476,7 +476,17 @@ impl LockGuard {
         Lease::from_parts(self.hold.owned.clone(), self.ttl(), self.fencing_token())
     }
 
-    #[cfg(test)]
+    /// As [`into_lease`](LockGuard::into_lease), for a lock that is held until then; a lost one is cleaned up after.
+    pub(crate) fn into_held_lease(self) -> Result<Lease, Loss> {
+        self.check()?;
+        // As there: settled first.
+        self.hold.settle(Cleanup::Nothing);
+        match self.hold.end(Loss::Released) {
+            Loss::Released => Ok(Lease::from_parts(self.hold.owned.clone(), self.ttl(), self.fencing_token())),
+            loss => Err(loss),
+        }
+    }
+
     pub(crate) fn hold(&self) -> Arc<Hold> {
         self.hold.clone()
     }

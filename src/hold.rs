@@ -11,7 +11,7 @@
 //!    nothing.
 
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::schedule::{Drift, Renewal};
-use crate::{Key, Loss, Token};
+use crate::{Error, Key, Loss, Token};
 
 /// What identifies a held lock at the server: its keys, and the token that they hold.
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -66,6 +66,21 @@ struct State {
     epoch: u32,
     loss: Option<Loss>,
     cleanup: Option<Cleanup>,
+    observer: Option<Arc<dyn Observer>>,
+}
+
+/// Learns from the keeper what becomes of the lock, in this order: any number of renewals and failures, then the end.
+///
+/// Called on the keeper's task, which has renewals to see to: nothing here may wait for anybody.
+pub(crate) trait Observer: Send + Sync {
+    /// A renewal was confirmed, and the lock is held until then.
+    fn renewed(&self, deadline: Instant);
+
+    /// A renewal failed and will be tried again, as long as something remains.
+    fn renewal_failed(&self, error: Error, remaining: Duration);
+
+    /// The lock is lost. May be said twice. What was released is not lost, and nothing is said then.
+    fn lost(&self, loss: Loss);
 }
 
 /// What the keeper still has to do once the lock is held no more.
@@ -101,6 +116,7 @@ impl Hold {
                 epoch: 0,
                 loss: None,
                 cleanup: None,
+                observer: None,
             }),
             over: CancellationToken::new(),
             changed: Notify::new(),
@@ -147,6 +163,19 @@ impl Hold {
     /// Waits until the state has changed since the last call returned. For the keeper alone.
     pub(crate) async fn changed(&self) {
         self.changed.notified().await;
+    }
+
+    /// Has the observer told of all that becomes of the lock from now on, its loss above all. Refused when the lock is
+    /// held no more: either its end is told, or there is none to tell.
+    pub(crate) fn observe(&self, observer: Arc<dyn Observer>) -> Result<(), Loss> {
+        let mut state = self.state();
+        state.verdict(Instant::now())?;
+        state.observer = Some(observer);
+        Ok(())
+    }
+
+    pub(crate) fn observer(&self) -> Option<Arc<dyn Observer>> {
+        self.state().observer.clone()
     }
 
     /// A renewal is about to be sent, for the ttl as it is or for at least `ttl`.
@@ -350,7 +379,7 @@ mod tests {
     #[tokio::test]
     async fn the_reason_is_there_when_the_token_fires() {
         pause();
-        let hold = std::sync::Arc::new(hold());
+        let hold = Arc::new(hold());
         let waiter = tokio::spawn({
             let hold = hold.clone();
             async move {

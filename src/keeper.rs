@@ -147,6 +147,10 @@ impl Keeper {
                 } else {
                     self.hold.settle(Cleanup::Nothing);
                 }
+                // Settled before it is told: whoever hears of it may drop the guard, and need not have it released again.
+                if let Some(observer) = self.hold.observer() {
+                    observer.lost(loss);
+                }
             }
         }
         self.clean_up().await;
@@ -193,12 +197,18 @@ impl Keeper {
                     due = hold.next_renewal();
                     let remaining = remaining(hold);
                     debug!(name: "tenure.renewed", ?remaining, took = ?sent.elapsed(), "renewed");
+                    if let Some(observer) = hold.observer() {
+                        observer.renewed(hold.deadline());
+                    }
                 }
                 // Learned at the top of the loop.
                 Ok(Err(_)) => {}
                 Err(error) => {
                     failures += 1;
                     due = Some(self.retry_at(failures, &error));
+                    if let Some(observer) = hold.observer() {
+                        observer.renewal_failed(error, remaining(hold));
+                    }
                 }
             }
         }
@@ -243,9 +253,12 @@ impl Drop for Keeper {
     /// A keeper that ends while the lock is held, because its runtime shuts down, leaves a lock that nobody renews and
     /// whose deadline nobody announces: said at once, since too early is safe and too late is not.
     fn drop(&mut self) {
-        self.hold.end(Loss::Expired);
+        let loss = self.hold.end(Loss::Expired);
         // Nobody is left to release it either: let no one wait for that.
         self.hold.settle(Cleanup::Nothing);
         drop(self.hold.take_cleanup());
+        if let (true, Some(observer)) = (loss != Loss::Released, self.hold.observer()) {
+            observer.lost(loss);
+        }
     }
 }

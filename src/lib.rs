@@ -44,6 +44,7 @@
 //! | stop work when the lock is lost | [`LockGuard::protect`], [`LockGuard::lost`], [`LockGuard::cancellation_token`] |
 //! | hold several locks, all or none | [`Locker::lock_all`], [`Locker::obtain_all`] |
 //! | hand a lock to another process | [`LockGuard::into_lease`], [`Locker::adopt`] |
+//! | keep many locks at once, and be told what becomes of them | [`WatchDog`] |
 //! | protect a store from a late writer | [`LockGuard::fencing_token`] |
 //! | survive the loss of a server and its memory | [`Locker::quorum`] |
 //!
@@ -59,8 +60,9 @@
 //!
 //! Through [`tracing`](https://docs.rs/tracing): a span `tenure.obtain` per request (`key`, `ttl`) and `tenure.keep` per
 //! held lock (`key`), with the events `tenure.obtained`, `tenure.held`, `tenure.attempt_failed`, `tenure.renewed`,
-//! `tenure.renew_failed`, `tenure.lost`, `tenure.released`, `tenure.release_failed`, `tenure.undone`; and of a quorum,
-//! `tenure.ballot`, `tenure.node_away`. No token is ever shown.
+//! `tenure.renew_failed`, `tenure.lost`, `tenure.released`, `tenure.release_failed`, `tenure.undone`,
+//! `tenure.undo_failed`, `tenure.callback_panicked`, `tenure.callback_delayed`; and of a quorum, `tenure.ballot`,
+//! `tenure.node_away`. No token is ever shown.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -74,6 +76,7 @@ mod request;
 
 mod guard;
 mod lost;
+mod watchdog;
 
 mod hold;
 mod isolated;
@@ -104,3 +107,4 @@ pub use self::request::{LockRequest, Obtaining};
 pub use self::retry::{IntoPauses, Pauses, Retry};
 pub use self::store::Holder;
 pub use self::token::Token;
+pub use self::watchdog::{WatchDog, WatchDogBuilder, WatchEvent, WatchRequest, WatchStatus, Watching, WeakWatchDog};

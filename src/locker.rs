@@ -313,8 +313,13 @@ impl Locker {
     /// # }
     /// ```
     pub async fn adopt(&self, lease: Lease) -> Result<LockGuard, Error> {
-        let Settings { drift, renewal, .. } = *self.settings();
-        let ttl = self.validate(&lease, lease.ttl())?;
+        self.adopt_and_renew(&lease, self.settings().renewal).await
+    }
+
+    /// As [`adopt`](Locker::adopt), with a renewal of its own.
+    pub(crate) async fn adopt_and_renew(&self, lease: &Lease, renewal: Renewal) -> Result<LockGuard, Error> {
+        let drift = self.settings().drift;
+        let ttl = self.validate(lease, lease.ttl())?;
         renewal.validate(ttl, drift)?;
         let upkeep = self.upkeep();
         let runtime = upkeep.runtime()?;
@@ -425,7 +430,7 @@ impl Locker {
     /// flight: those of guards that were dropped, and of attempts that were given up.
     ///
     /// For the end of a program: what the runtime's shutdown would cut off is done then. Guards that are still held stay
-    /// held and are renewed on. Where the server answers no more, this takes until the ttls have done the same: put it
+    /// held and are renewed on, those of a [`WatchDog`](crate::WatchDog) too. Where the server answers no more, this takes until the ttls have done the same: put it
     /// under a timeout where that is too long.
     ///
     /// # Cancel safety

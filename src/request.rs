@@ -238,6 +238,10 @@ impl LockRequest {
         Self { fenced, ..self }
     }
 
+    pub(crate) fn renewal(self, renewal: Renewal) -> Self {
+        Self { renewal, ..self }
+    }
+
     async fn obtain(self) -> Result<LockGuard, Error> {
         let started = Instant::now();
         let locker = self.locker.clone();

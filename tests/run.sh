@@ -60,7 +60,7 @@ for _ in {1..100}; do
     redis-cli -s "$scratch/socket" ping >/dev/null 2>&1 && break
     sleep 0.1
 done
-for example in quickstart lost_in_select scope hand_over; do
+for example in quickstart lost_in_select scope hand_over watchdog; do
     heading "example $example"
     env -u REDIS_URL cargo run --quiet --example "$example"
     heading "example $example, on a server"

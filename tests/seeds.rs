@@ -3,10 +3,11 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "these are tests")]
 
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use tenure::{Error, Lease, Locker, Loss, Retry, Token};
-use tenure_test_support::{Server, soon};
+use tenure::{Error, Lease, Locker, Loss, Retry, Token, WatchDog, WatchEvent};
+use tenure_test_support::{Server, eventually, soon};
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -20,6 +21,13 @@ async fn locker() -> (Server, Locker) {
 
 fn token(text: &str) -> Token {
     text.parse().unwrap()
+}
+
+/// A watchdog, and all that its callback is told.
+fn watchdog(locker: &Locker) -> (WatchDog, Arc<Mutex<Vec<WatchEvent>>>) {
+    let told: Arc<Mutex<Vec<WatchEvent>>> = Arc::default();
+    let log = told.clone();
+    (WatchDog::builder(locker).on_event(move |event| log.lock().unwrap().push(event.clone())).build(), told)
 }
 
 mod bsm_redislock {
@@ -203,6 +211,22 @@ mod amyangfei_redlock_go {
     }
 
     #[tokio::test]
+    async fn row_16_release_by_name() {
+        let (server, locker) = locker().await;
+        let (dog, _) = watchdog(&locker);
+        dog.watch(locker.lock("resource").ttl(ms(5_000)).await.unwrap()).unwrap();
+        dog.release("resource").await.unwrap();
+        assert_eq!(server.cli(&["EXISTS", "resource"]), "0");
+        // What is lost is forgotten, and the name then frees no successor's lock in the same process.
+        dog.watch(locker.lock("resource").renew_every(ms(50)).await.unwrap()).unwrap();
+        server.cli(&["DEL", "resource"]);
+        eventually("it is forgotten", async || (!dog.contains("resource")).then_some(())).await;
+        let successor = locker.lock("resource").await.unwrap();
+        assert!(matches!(dog.release("resource").await, Err(Error::NotHeld { .. })));
+        assert!(successor.server_ttl().await.unwrap().is_some());
+    }
+
+    #[tokio::test]
     async fn row_17_retry_count_delay_and_drift() {
         let server = Server::start();
         let builder = Locker::builder().retry(Retry::linear(ms(10)).limit(10)).drift(0.1, ms(100));
@@ -254,7 +278,7 @@ mod redislock_attempt_lock {
     #[tokio::test]
     async fn row_21_one_runner_of_migrations() {
         let (_server, locker) = locker().await;
-        let applied = std::sync::Mutex::new(Vec::new());
+        let applied = Mutex::new(Vec::new());
         let run = |name| {
             let (locker, applied) = (locker.clone(), &applied);
             async move {
@@ -390,6 +414,121 @@ mod trviph_redlock {
         servers[1].kill();
         let failed = soon(guard.release()).await.unwrap_err();
         assert!(matches!(failed, Error::Quorum { needed: 2, granted: 0..=1, .. }), "{failed}");
+    }
+
+    #[tokio::test]
+    async fn row_30_watch_a_key_and_token_at_an_interval() {
+        let (server, locker) = locker().await;
+        let (dog, _) = watchdog(&locker);
+        server.cli(&["SET", "k", "me", "PX", "600"]);
+        dog.watch_lease(Lease::new("k", token("me"), ms(600))).renew_every(ms(100)).await.unwrap();
+        eventually("ten renewals", async || dog.status("k").is_some_and(|it| it.renewals >= 10).then_some(())).await;
+        assert_eq!(server.cli(&["GET", "k"]), "me");
+        // Stopped, and let be.
+        assert_eq!(dog.unwatch("k").map(|lease| lease.ttl()), Some(ms(600)));
+        assert_eq!(server.cli(&["EXISTS", "k"]), "1");
+    }
+
+    #[tokio::test]
+    async fn row_31_a_watchdog_of_many_items_with_a_callback() {
+        let (_server, locker) = locker().await;
+        let (dog, told) = watchdog(&locker);
+        for (key, interval) in [("a", 50), ("b", 100)] {
+            let lease = Lease::new(key, token("me"), ms(2_000));
+            dog.watch_lease(lease).renew_every(ms(interval)).obtain_when_free(true).await.unwrap();
+        }
+        let renewals = |of: &'static str| dog.status(of).map_or(0, |status| status.renewals);
+        eventually("renewals of both", async || (renewals("a") > 3 && renewals("b") > 3).then_some(())).await;
+        assert_eq!(dog.shutdown().await.len(), 2);
+        eventually("the end of both is told", async || {
+            let stopped = |event: &&WatchEvent| matches!(event, WatchEvent::Stopped { reason: None, .. });
+            (told.lock().unwrap().iter().filter(stopped).count() == 2).then_some(())
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn row_32_the_callback_is_told_every_error_and_last_of_all_the_end() {
+        let mut server = Server::start();
+        let locker = Locker::builder().command_timeout(ms(100)).connect(&server.url()).await.unwrap();
+        let (dog, told) = watchdog(&locker);
+        dog.watch(locker.lock("lost").ttl(ms(900)).await.unwrap()).unwrap();
+        dog.watch(locker.lock("stopped").ttl(ms(60_000)).renew_every(ms(100)).await.unwrap()).unwrap();
+        server.kill();
+        eventually("the one is lost", async || (!dog.contains("lost")).then_some(())).await;
+        assert!(dog.unwatch("stopped").is_some());
+        soon(dog.delivered()).await;
+        let told = told.lock().unwrap();
+        let of = |key: &str| told.iter().filter(|event| *event.key() == key.into()).collect::<Vec<_>>();
+        let failed = |event: &&&WatchEvent| matches!(event, WatchEvent::RenewFailed { .. });
+        for key in ["lost", "stopped"] {
+            assert!(of(key).iter().filter(failed).count() >= 1, "{told:?}");
+        }
+        assert!(matches!(of("lost").last(), Some(WatchEvent::Lost { loss: Loss::Expired, .. })), "{told:?}");
+        assert!(matches!(of("stopped").last(), Some(WatchEvent::Stopped { reason: None, .. })), "{told:?}");
+    }
+
+    #[tokio::test]
+    async fn row_33_watched_before_it_is_obtained_and_through_failures() {
+        let mut server = Server::start_with(&["--appendonly", "yes", "--appendfsync", "always"]);
+        let locker = Locker::builder().command_timeout(ms(200)).connect(&server.url()).await.unwrap();
+        let (dog, told) = watchdog(&locker);
+        let lease = Lease::new("k", token("me"), ms(5_000));
+        let other = locker.lock("k").await.unwrap();
+        dog.watch_lease(lease).renew_every(ms(100)).obtain_when_free(true).await.unwrap();
+        assert!(dog.status("k").is_some_and(|status| !status.held));
+        other.release().await.unwrap();
+        eventually("it is obtained", async || dog.status("k").is_some_and(|status| status.held).then_some(())).await;
+        server.kill();
+        let failing = async || dog.status("k").is_some_and(|status| status.last_error.is_some()).then_some(());
+        eventually("a renewal fails", failing).await;
+        server.restart();
+        let recovered = async || dog.status("k").is_some_and(|status| status.last_error.is_none()).then_some(());
+        eventually("a renewal succeeds", recovered).await;
+        soon(dog.delivered()).await;
+        let told = told.lock().unwrap();
+        assert!(matches!(told.first(), Some(WatchEvent::Obtained { fencing_token: Some(_), .. })), "{told:?}");
+        assert!(matches!(told.last(), Some(WatchEvent::Renewed { .. })), "{told:?}");
+    }
+
+    #[tokio::test]
+    async fn row_34_a_lost_lock_leaves_with_one_event() {
+        let (server, locker) = locker().await;
+        let (dog, told) = watchdog(&locker);
+        dog.watch(locker.lock("k").renew_every(ms(50)).await.unwrap()).unwrap();
+        server.cli(&["SET", "k", "another", "PX", "60000"]);
+        eventually("it leaves", async || dog.is_empty().then_some(())).await;
+        drop(dog);
+        locker.close().await;
+        let losses = || {
+            let told = told.lock().unwrap();
+            let taken = |event: &&WatchEvent| matches!(event, WatchEvent::Lost { loss: Loss::Taken, .. });
+            (told.iter().filter(taken).count(), told.last().is_some_and(|last| taken(&last)))
+        };
+        eventually("the loss is told", async || (losses() == (1, true)).then_some(())).await;
+        assert_eq!(server.cli(&["GET", "k"]), "another");
+    }
+
+    #[tokio::test]
+    async fn row_43_callbacks_for_errors_and_for_extensions() {
+        let mut server = Server::start();
+        let locker = Locker::builder().command_timeout(ms(100)).connect(&server.url()).await.unwrap();
+        let (errors, extensions) = (Arc::new(Mutex::new(0)), Arc::new(Mutex::new(0)));
+        let dog = WatchDog::builder(&locker)
+            .on_event({
+                let (errors, extensions) = (errors.clone(), extensions.clone());
+                move |event| match event {
+                    WatchEvent::RenewFailed { count, .. } => *errors.lock().unwrap() += count,
+                    WatchEvent::Renewed { count, .. } => *extensions.lock().unwrap() += count,
+                    _ => {}
+                }
+            })
+            .build();
+        dog.watch(locker.lock("k").renew_every(ms(50)).await.unwrap()).unwrap();
+        eventually("extensions", async || (*extensions.lock().unwrap() >= 3).then_some(())).await;
+        server.kill();
+        eventually("errors", async || (*errors.lock().unwrap() >= 2).then_some(())).await;
+        assert!(dog.status("k").is_some_and(|status| status.held));
     }
 
     #[tokio::test]

@@ -1,7 +1,9 @@
 //! Locks on one Redis or Valkey server, one that Sentinels watch over, or a cluster, through fred.
 
+mod combiner;
 mod connection;
 mod names;
+mod operation;
 mod script;
 mod vote;
 
@@ -9,11 +11,14 @@ use std::time::Duration;
 
 use fred::bytes::Bytes;
 use fred::clients::Client;
-use fred::error::ErrorKind;
 use fred::types::Value;
+use fred::util::redis_keyslot;
+use tokio::time::Instant;
 
+use self::combiner::{Carrier, Combiner};
 use self::connection::Connection;
-use self::script::{Call, Scripts};
+use self::operation::{Decision, Operation, What, unexpected};
+use self::script::{Call, Script, Scripts};
 use super::{Acquired, Answer, Holder, Released, Renewed, Store, Wanted};
 use crate::hold::Owned;
 use crate::{Error, Key, Loss, Token};
@@ -24,25 +29,29 @@ const FENCE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
 #[derive(Debug)]
 pub(crate) struct RedisStore {
-    connection: Connection,
     prefix: String,
-    scripts: Scripts,
+    /// Operations on one key share calls. The rest goes by itself.
+    combiner: Combiner<Server>,
 }
 
 impl RedisStore {
     /// Connects to the URL with a client of our own, whose settings suit locks.
     pub(crate) async fn connect(url: &str, prefix: String, timeout: Duration) -> Result<Self, Error> {
-        let connection = Connection::open(url, timeout).await?;
-        Ok(Self { connection, prefix, scripts: Scripts::new() })
+        Ok(Self::on(Connection::open(url, timeout).await?, prefix))
     }
 
     /// Uses the caller's client. Nothing is assumed of its settings: each call brings its own.
     pub(crate) fn with_client(client: Client, prefix: String) -> Self {
-        Self { connection: Connection::borrowed(client), prefix, scripts: Scripts::new() }
+        Self::on(Connection::borrowed(client), prefix)
     }
 
-    fn client(&self) -> &Client {
-        self.connection.client()
+    fn on(connection: Connection, prefix: String) -> Self {
+        let scripts = Scripts::new();
+        Self { prefix, combiner: Combiner::new(Server { connection, scripts }) }
+    }
+
+    fn server(&self) -> &Server {
+        self.combiner.carrier()
     }
 
     /// The key as the server knows it.
@@ -59,26 +68,30 @@ impl RedisStore {
 
     async fn acquire(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
         let Owned { keys, token } = &wanted.owned;
+        let value = value_of(wanted);
+        let (ttl, fence_ttl) = (millis(wanted.ttl), millis(FENCE_TTL.max(wanted.ttl.saturating_mul(2))));
+        if let [key] = &**keys {
+            let name = self.name(key);
+            let fence = wanted.fenced.then(|| (names::fence_of(&name), fence_ttl));
+            let what = What::Acquire { value, ttl, fence };
+            return match self.run(Operation { name, token: token.clone(), what }, timeout).await? {
+                Decision::Granted(fence) => Ok(granted(fence)),
+                Decision::Held(ttl) => Ok(Acquired::Held { place: 0, remaining: from_millis(ttl) }),
+                Decision::Owned(_) => Err(unexpected()),
+            };
+        }
         let mut names: Vec<Bytes> = keys.iter().map(|key| self.name(key)).collect();
         self.check_slots(&names)?;
         if wanted.fenced {
             let fences: Vec<Bytes> = names.iter().map(names::fence_of).collect();
             names.extend(fences);
         }
-        let call = Call::new(
-            names.into_iter().map(Value::Bytes),
-            [
-                Value::from(token.as_str()),
-                value_of(wanted),
-                millis(wanted.ttl),
-                Value::Integer(i64::try_from(keys.len()).unwrap_or(i64::MAX)),
-                millis(FENCE_TTL.max(wanted.ttl.saturating_mul(2))),
-            ],
-        );
-        let answer = self.connection.watch(self.scripts.acquire.run(self.client(), call, timeout)).await?;
+        let count = i64::try_from(keys.len()).unwrap_or(i64::MAX);
+        let args = [token.as_str().into(), value, ttl.into(), count.into(), fence_ttl.into()];
+        let call = Call::new(names.into_iter().map(Value::Bytes), args);
+        let answer = self.server().run(&self.server().scripts.acquire, &call, timeout).await?;
         match integers(&answer)?[..] {
-            [1, 0] => Ok(Acquired::Granted { fencing_token: None }),
-            [1, fence] => Ok(Acquired::Granted { fencing_token: u64::try_from(fence).ok() }),
+            [1, fence] => Ok(granted(fence)),
             [0, ttl, place] => {
                 let place = usize::try_from(place - 1).unwrap_or_default();
                 Ok(Acquired::Held { place, remaining: from_millis(ttl) })
@@ -88,27 +101,61 @@ impl RedisStore {
     }
 
     async fn renew(&self, owned: &Owned, ttl: Duration, exact: bool, timeout: Duration) -> Result<Renewed, Error> {
-        let args = [owned.token.as_str().into(), millis(ttl), Value::Integer(exact.into())];
-        let call = Call::new(self.names(owned), args);
-        let answer = self.connection.watch(self.scripts.renew.run(self.client(), call, timeout)).await;
-        Ok(match verdict(answer)? {
+        let ttl = millis(ttl);
+        let verdict = match &*owned.keys {
+            [key] => self.run_owned(key, &owned.token, What::Renew { ttl, exact }, timeout).await,
+            _ => {
+                let args = [owned.token.as_str().into(), ttl.into(), Value::Integer(exact.into())];
+                let call = Call::new(self.names(owned), args);
+                verdict(self.server().run(&self.server().scripts.renew, &call, timeout).await)
+            }
+        };
+        Ok(match verdict? {
             Ok(()) => Renewed::Extended,
             Err(loss) => Renewed::NotOurs(loss),
         })
     }
 
     async fn release(&self, owned: &Owned, timeout: Duration) -> Result<Released, Error> {
-        let call = Call::new(self.names(owned), [owned.token.as_str().into()]);
-        let answer = self.connection.watch(self.scripts.release.run(self.client(), call, timeout)).await;
-        Ok(match verdict(answer)? {
+        let verdict = match &*owned.keys {
+            [key] => self.run_owned(key, &owned.token, What::Release, timeout).await,
+            _ => {
+                let call = Call::new(self.names(owned), [owned.token.as_str().into()]);
+                verdict(self.server().run(&self.server().scripts.release, &call, timeout).await)
+            }
+        };
+        Ok(match verdict? {
             Ok(()) => Released::Freed,
             Err(loss) => Released::NotOurs(loss),
         })
     }
 
+    async fn run_owned(
+        &self,
+        key: &Key,
+        token: &Token,
+        what: What,
+        timeout: Duration,
+    ) -> Result<Result<(), Loss>, Error> {
+        match self.run(Operation { name: self.name(key), token: token.clone(), what }, timeout).await? {
+            Decision::Owned(verdict) => Ok(verdict),
+            Decision::Granted(_) | Decision::Held(_) => Err(unexpected()),
+        }
+    }
+
+    async fn run(&self, operation: Operation, timeout: Duration) -> Result<Decision, Error> {
+        use fred::interfaces::ClientLike;
+        // What one call may touch: on a cluster, the keys of one slot.
+        let line = match self.server().client().is_clustered() {
+            true => redis_keyslot(&operation.name),
+            false => 0,
+        };
+        self.combiner.run(line, operation, timeout).await
+    }
+
     async fn remaining(&self, owned: &Owned, timeout: Duration) -> Result<Option<Duration>, Error> {
         let call = Call::new(self.names(owned), [owned.token.as_str().into()]);
-        let answer = self.connection.watch(self.scripts.remaining.run(self.client(), call, timeout)).await?;
+        let answer = self.server().run(&self.server().scripts.remaining, &call, timeout).await?;
         Ok(match integer(&answer)? {
             -2 => None,
             // Somebody has taken the ttl away; the next renewal gives it back.
@@ -121,7 +168,7 @@ impl RedisStore {
         let name = self.name(key);
         let fence = names::fence_of(&name);
         let call = Call::new([name, fence].map(Value::Bytes).into_iter(), []);
-        let answer = self.connection.watch(self.scripts.inspect.run(self.client(), call, timeout)).await?;
+        let answer = self.server().run(&self.server().scripts.inspect, &call, timeout).await?;
         if answer.is_null() {
             return Ok(None);
         }
@@ -142,10 +189,9 @@ impl RedisStore {
     /// On a cluster one script can only touch one slot: said before anything is sent.
     fn check_slots(&self, names: &[Bytes]) -> Result<(), Error> {
         use fred::interfaces::ClientLike;
-        use fred::util::redis_keyslot;
         let in_one_slot =
             || names.windows(2).all(|pair| matches!(pair, [a, b] if redis_keyslot(a) == redis_keyslot(b)));
-        match names.len() > 1 && self.client().is_clustered() && !in_one_slot() {
+        match names.len() > 1 && self.server().client().is_clustered() && !in_one_slot() {
             true => Err(Error::CrossSlot),
             false => Ok(()),
         }
@@ -161,18 +207,85 @@ fn value_of(wanted: &Wanted) -> Value {
     }
 }
 
+/// The server at the other end of a connection, and what it is asked to run.
+#[derive(Debug)]
+struct Server {
+    connection: Connection,
+    scripts: Scripts,
+}
+
+impl Server {
+    fn client(&self) -> &Client {
+        self.connection.client()
+    }
+
+    async fn run(&self, script: &Script, call: &Call, timeout: Duration) -> Result<Value, Error> {
+        self.connection.check()?;
+        let sent = Instant::now();
+        // fred's futures are several kilobytes large, and those around them would be as large, on every path.
+        let answer = Box::pin(script.run(self.client(), call, timeout)).await;
+        self.connection.heard(sent, answer)
+    }
+}
+
+impl Carrier for Server {
+    type Operation = Operation;
+    type Answer = Decision;
+
+    async fn one(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
+        let script = match operation.what {
+            What::Release => &self.scripts.release,
+            What::Renew { .. } => &self.scripts.renew,
+            What::Acquire { .. } => &self.scripts.acquire_one,
+        };
+        let until = Instant::now() + timeout;
+        let answer = match self.run(script, &operation.alone(), timeout).await {
+            Ok(answer) => operation.read(&answer),
+            Err(error) => Some(operation.read_error(error)),
+        };
+        match answer {
+            Some(answer) => answer,
+            None => {
+                let left = until.saturating_duration_since(Instant::now());
+                let answer = self.run(&self.scripts.acquire, &operation.again(), left).await?;
+                match integers(&answer)?[..] {
+                    [1, fence] => Ok(Decision::Granted(fence)),
+                    [0, ttl, _] => Ok(Decision::Held(ttl)),
+                    _ => Err(unexpected()),
+                }
+            }
+        }
+    }
+
+    async fn many(&self, operations: &[Operation], timeout: Duration) -> Vec<Option<Result<Decision, Error>>> {
+        let answer = self.run(&self.scripts.many, &operation::together(operations), timeout).await;
+        match answer.and_then(|answer| operation::read_together(operations, &answer)) {
+            Ok(answers) => answers,
+            // The call as such, because of one of its keys (NOPERM), or because the server takes keys one by one
+            // (CROSSSLOT, from a proxy before a cluster). Nothing was run: then one by one.
+            Err(Error::CrossSlot) => operations.iter().map(|_| None).collect(),
+            Err(error) if error.is_refusal() && !error.is_transient() => operations.iter().map(|_| None).collect(),
+            Err(error) => operations.iter().map(|_| Some(Err(error.again()))).collect(),
+        }
+    }
+
+    fn rank(operation: &Operation) -> usize {
+        operation.rank()
+    }
+}
+
 /// The answer to a renewal or a release: whether the keys held our token.
 fn verdict(answer: Result<Value, Error>) -> Result<Result<(), Loss>, Error> {
     match answer {
         // Not a string: surely not our lock.
         Err(error) if error.code() == Some("WRONGTYPE") => Ok(Err(Loss::Taken)),
         Err(error) => Err(error),
-        Ok(answer) => match integer(&answer)? {
-            1 => Ok(Ok(())),
-            0 => Ok(Err(Loss::Missing)),
-            _ => Ok(Err(Loss::Taken)),
-        },
+        Ok(answer) => Ok(operation::owned(integer(&answer)?)),
     }
+}
+
+fn granted(fence: i64) -> Acquired {
+    Acquired::Granted { fencing_token: u64::try_from(fence).ok().filter(|fence| *fence > 0) }
 }
 
 fn integer(answer: &Value) -> Result<i64, Error> {
@@ -186,12 +299,8 @@ fn integers(answer: &Value) -> Result<Vec<i64>, Error> {
     }
 }
 
-fn unexpected() -> Error {
-    fred::error::Error::new(ErrorKind::Protocol, "the script answered what it never answers").into()
-}
-
-fn millis(duration: Duration) -> Value {
-    Value::Integer(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// A ttl as the server tells it; below zero it has none.

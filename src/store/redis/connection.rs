@@ -84,16 +84,20 @@ impl Connection {
         &self.client
     }
 
-    /// Passes a call's answer on, and opens a new connection when the line has gone silent. A client that is not ours is
-    /// left alone.
-    pub(super) async fn watch<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        if !self.waits && !self.client.is_connected() {
-            let reason = self.why_not_connected();
-            let unknown = || fred::error::Error::new(ErrorKind::IO, "there is no connection to the server");
-            return Err(reason.unwrap_or_else(unknown).into());
+    /// Refuses a call that would have to wait for a connection, where none is to.
+    pub(super) fn check(&self) -> Result<(), Error> {
+        if self.waits || self.client.is_connected() {
+            return Ok(());
         }
-        let sent = Instant::now();
-        let answer = call.await;
+        let unknown = || fred::error::Error::new(ErrorKind::IO, "there is no connection to the server");
+        Err(self.why_not_connected().unwrap_or_else(unknown).into())
+    }
+
+    /// Passes on the answer to a call that was sent then, and opens a new connection when the line has gone silent. A
+    /// client that is not ours is left alone.
+    ///
+    /// It takes the answer and not the call, whose future is several kilobytes large and would be kept twice.
+    pub(super) fn heard<T>(&self, sent: Instant, answer: Result<T, Error>) -> Result<T, Error> {
         let unanswered = matches!(&answer, Err(Error::Redis(error)) if *error.kind() == ErrorKind::Timeout);
         if !unanswered {
             self.line().heard();

@@ -22,10 +22,12 @@ pub(super) struct Script {
 #[derive(Debug)]
 pub(super) struct Scripts {
     pub(super) acquire: Script,
+    pub(super) acquire_one: Script,
     pub(super) renew: Script,
     pub(super) release: Script,
     pub(super) remaining: Script,
     pub(super) inspect: Script,
+    pub(super) many: Script,
     pub(super) vote: Script,
     pub(super) withdraw: Script,
 }
@@ -34,10 +36,12 @@ impl Scripts {
     pub(super) fn new() -> Self {
         Self {
             acquire: Script::new(include_str!("scripts/acquire.lua")),
+            acquire_one: Script::new(include_str!("scripts/acquire_one.lua")),
             renew: Script::new(include_str!("scripts/renew.lua")),
             release: Script::new(include_str!("scripts/release.lua")),
             remaining: Script::new(include_str!("scripts/remaining.lua")),
             inspect: Script::new(include_str!("scripts/inspect.lua")),
+            many: Script::new(include_str!("scripts/many.lua")),
             vote: Script::new(include_str!("scripts/vote.lua")),
             withdraw: Script::new(include_str!("scripts/withdraw.lua")),
         }
@@ -56,7 +60,7 @@ impl Script {
     ///
     /// By its hash; where the server has forgotten it (a restart, a failover, SCRIPT FLUSH) whole, which makes the
     /// server remember it again. NOSCRIPT means that nothing was run, so this is still one run.
-    pub(super) async fn run(&self, client: &Client, call: Call, timeout: Duration) -> Result<Value, Error> {
+    pub(super) async fn run(&self, client: &Client, call: &Call, timeout: Duration) -> Result<Value, Error> {
         let until = Instant::now() + timeout;
         match call.send(client, EVALSHA, &self.hash, timeout).await {
             Err(error) if error.details().starts_with("NOSCRIPT") => {

@@ -7,7 +7,7 @@ use fred::types::Value;
 use fred::types::config::Config;
 
 use super::connection::{Connection, check_tls};
-use super::script::{Call, Scripts};
+use super::script::Call;
 use super::{FENCE_TTL, RedisStore, from_millis, integers, millis, names, unexpected, value_of};
 use crate::hold::Owned;
 use crate::store::quorum::{Ballot, Node, Reply, Seen, Vote};
@@ -24,7 +24,7 @@ impl RedisStore {
     ) -> Result<Self, Error> {
         check_tls(url)?;
         let connection = Connection::open_lazily(config, command_timeout)?;
-        Ok(Self { connection, prefix, scripts: Scripts::new() })
+        Ok(Self::on(connection, prefix))
     }
 
     /// Waits until it is connected.
@@ -33,7 +33,7 @@ impl RedisStore {
     ///
     /// What has kept it from being so within `timeout`.
     pub(crate) async fn ready(&self, timeout: Duration) -> Result<(), Error> {
-        self.connection.ready(timeout).await
+        self.server().connection.ready(timeout).await
     }
 
     async fn vote(&self, wanted: &Wanted, ballot: &Ballot, timeout: Duration) -> Result<Reply, Error> {
@@ -53,9 +53,9 @@ impl RedisStore {
             [
                 Value::from(token.as_str()),
                 value_of(wanted),
-                millis(wanted.ttl),
+                millis(wanted.ttl).into(),
                 Value::Integer(i64::try_from(keys.len()).unwrap_or(i64::MAX)),
-                millis(fence_ttl),
+                millis(fence_ttl).into(),
                 Value::Integer(i64::try_from(ballot.window.as_secs()).unwrap_or(i64::MAX)),
                 Value::Integer(i64::try_from(ballot.ahead.as_micros()).unwrap_or(i64::MAX)),
                 Value::Integer(number),
@@ -63,7 +63,7 @@ impl RedisStore {
                 ballot.attempt.as_ref().map_or("", Token::as_str).into(),
             ],
         );
-        let answer = self.connection.watch(self.scripts.vote.run(self.client(), call, timeout)).await?;
+        let answer = self.server().run(&self.server().scripts.vote, &call, timeout).await?;
         let integers = integers(&answer)?;
         let [kind, now, last, rest @ ..] = &integers[..] else { return Err(unexpected()) };
         let number = |integer: i64| u64::try_from(integer).map_err(|_| unexpected());
@@ -87,7 +87,7 @@ impl RedisStore {
         names.extend(votes);
         let args = [owned.token.as_str().into(), attempt.as_str().into()];
         let call = Call::new(names.into_iter().map(Value::Bytes), args);
-        self.connection.watch(self.scripts.withdraw.run(self.client(), call, timeout)).await?;
+        self.server().run(&self.server().scripts.withdraw, &call, timeout).await?;
         Ok(())
     }
 }

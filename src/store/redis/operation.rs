@@ -1,0 +1,173 @@
+//! What is done to one key, written for its own script or for the one that does many; and how the answers read.
+
+use fred::bytes::Bytes;
+use fred::error::ErrorKind;
+use fred::types::Value;
+
+use super::script::Call;
+use crate::{Error, Loss, Token};
+
+/// An operation on one key, as the server knows it.
+#[derive(Clone)]
+pub(super) struct Operation {
+    pub(super) name: Bytes,
+    pub(super) token: Token,
+    pub(super) what: What,
+}
+
+#[derive(Clone)]
+pub(super) enum What {
+    Release,
+    Renew {
+        ttl: i64,
+        exact: bool,
+    },
+    Acquire {
+        /// What the key shall hold.
+        value: Value,
+        ttl: i64,
+        /// Where a fencing token is wanted: the name of the fence key, and for how long it lives.
+        fence: Option<(Bytes, i64)>,
+    },
+}
+
+/// What the server has decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Decision {
+    /// The key held our token, and is released or renewed; or it didn't.
+    Owned(Result<(), Loss>),
+    /// The fencing token, or 0.
+    Granted(i64),
+    /// By another, for so many milliseconds; below zero for ever.
+    Held(i64),
+}
+
+impl Operation {
+    /// For `release.lua`, `renew.lua` or `acquire_one.lua`.
+    pub(super) fn alone(&self) -> Call {
+        let key = Value::Bytes(self.name.clone());
+        let token = || Value::from(self.token.as_str());
+        match &self.what {
+            What::Release => Call::new([key].into_iter(), [token()]),
+            What::Renew { ttl, exact } => Call::new([key].into_iter(), [token(), (*ttl).into(), flag(*exact)]),
+            What::Acquire { value, ttl, fence: None } => Call::new([key].into_iter(), [value.clone(), (*ttl).into()]),
+            What::Acquire { value, ttl, fence: Some((fence, fence_ttl)) } => {
+                let keys = [key, fence.clone().into()];
+                Call::new(keys.into_iter(), [value.clone(), (*ttl).into(), (*fence_ttl).into()])
+            }
+        }
+    }
+
+    /// For `acquire.lua`: an acquire that `acquire_one.lua` is not for.
+    pub(super) fn again(&self) -> Call {
+        let key = Value::Bytes(self.name.clone());
+        let What::Acquire { value, ttl, fence } = &self.what else { return self.alone() };
+        let args = |fence_ttl: i64| {
+            [self.token.as_str().into(), value.clone(), (*ttl).into(), Value::Integer(1), fence_ttl.into()]
+        };
+        match fence {
+            None => Call::new([key].into_iter(), args(0)),
+            Some((fence, fence_ttl)) => Call::new([key, fence.clone().into()].into_iter(), args(*fence_ttl)),
+        }
+    }
+
+    /// Its place in a call with others.
+    pub(super) fn rank(&self) -> usize {
+        match &self.what {
+            What::Release => 0,
+            What::Renew { .. } => 1,
+            What::Acquire { fence: Some(_), .. } => 2,
+            What::Acquire { fence: None, .. } => 3,
+        }
+    }
+
+    fn push_args(&self, args: &mut Vec<Value>) {
+        let token = || Value::from(self.token.as_str());
+        match &self.what {
+            What::Release => args.push(token()),
+            What::Renew { ttl, exact } => args.extend([token(), (*ttl).into(), flag(*exact)]),
+            What::Acquire { value, ttl, .. } => args.extend([value.clone(), (*ttl).into()]),
+        }
+    }
+
+    /// What a script has answered for this operation, among others or alone; `None` where it says that the operation is
+    /// not for it.
+    pub(super) fn read(&self, answer: &Value) -> Option<Result<Decision, Error>> {
+        match (&self.what, answer) {
+            (What::Acquire { .. }, Value::Integer(fence @ 0..)) => Some(Ok(Decision::Granted(*fence))),
+            (What::Acquire { .. }, Value::Integer(-1)) => Some(Ok(Decision::Held(-1))),
+            (What::Acquire { .. }, Value::Integer(number)) => Some(Ok(Decision::Held(-2 - number))),
+            (_, Value::Integer(verdict)) => Some(Ok(Decision::Owned(owned(*verdict)))),
+            (_, Value::String(said)) if **said == *"ALONE" => None,
+            (_, Value::String(said)) => {
+                let said = said.trim_start_matches('-').to_owned();
+                Some(self.read_error(fred::error::Error::new(ErrorKind::Unknown, said).into()))
+            }
+            _ => Some(Err(unexpected())),
+        }
+    }
+
+    /// A refusal that is a verdict.
+    pub(super) fn read_error(&self, error: Error) -> Result<Decision, Error> {
+        match &self.what {
+            // Not a string: surely not our lock.
+            What::Release | What::Renew { .. } if error.code() == Some("WRONGTYPE") => {
+                Ok(Decision::Owned(Err(Loss::Taken)))
+            }
+            _ => Err(error),
+        }
+    }
+}
+
+/// For `many.lua`, which wants them in the order of their ranks.
+pub(super) fn together(operations: &[Operation]) -> Call {
+    let mut counts = [0_i64; 4];
+    let mut longest = 0;
+    let (mut names, mut fences) = (Vec::with_capacity(operations.len() * 2), Vec::new());
+    let mut args = vec![Value::Null; 5];
+    args.reserve(operations.len() * 2);
+    for operation in operations {
+        if let Some(count) = counts.get_mut(operation.rank()) {
+            *count += 1;
+        }
+        names.push(operation.name.clone().into());
+        if let What::Acquire { fence: Some((fence, ttl)), .. } = &operation.what {
+            fences.push(fence.clone().into());
+            longest = longest.max(*ttl);
+        }
+        operation.push_args(&mut args);
+    }
+    names.append(&mut fences);
+    let head = counts.into_iter().chain([longest]);
+    args.iter_mut().zip(head).for_each(|(arg, number)| *arg = number.into());
+    Call::new(names.into_iter(), args)
+}
+
+/// What `many.lua` has answered; `None` for an operation that must go alone.
+pub(super) fn read_together(
+    operations: &[Operation],
+    answer: &Value,
+) -> Result<Vec<Option<Result<Decision, Error>>>, Error> {
+    match answer {
+        Value::Array(parts) if parts.len() == operations.len() => {
+            Ok(operations.iter().zip(parts).map(|(operation, part)| operation.read(part)).collect())
+        }
+        _ => Err(unexpected()),
+    }
+}
+
+pub(super) fn owned(verdict: i64) -> Result<(), Loss> {
+    match verdict {
+        1 => Ok(()),
+        0 => Err(Loss::Missing),
+        _ => Err(Loss::Taken),
+    }
+}
+
+pub(super) fn unexpected() -> Error {
+    fred::error::Error::new(ErrorKind::Protocol, "the script answered what it never answers").into()
+}
+
+fn flag(on: bool) -> Value {
+    Value::Integer(on.into())
+}

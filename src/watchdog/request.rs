@@ -1,0 +1,158 @@
+//! Asking for a lease to be watched: options, and `.await` at the end.
+
+use std::fmt;
+use std::future::{Future, IntoFuture};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use crate::schedule::Renewal;
+use crate::{Error, Lease, WatchDog};
+
+/// A lease that shall be watched: set what you need, then `.await` it.
+///
+/// Made by [`WatchDog::watch_lease`]. Nothing happens before it is awaited. The lock is renewed at once then, as
+/// [`Locker::adopt`](crate::Locker::adopt) does, and watched when that was confirmed.
+///
+/// # Errors
+///
+/// - [`Error::NotHeld`]: the lock is the lease's no more.
+/// - [`Error::AlreadyWatched`]: the watchdog has one of its keys; nothing was sent.
+/// - [`Error::Redis`]: the server refused, or could not be asked.
+/// - [`Error::ValidityExpired`]: the answer came so late that too little of the ttl was left.
+/// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`]: the lease can't work; nothing was sent.
+/// - [`Error::CrossSlot`]: its keys lie in different slots of a cluster.
+/// - [`Error::Closed`]: the watchdog or the locker was closed.
+///
+/// # Cancel safety
+///
+/// Dropping the future leaves the lock as it is, and unwatched; it may have been renewed once.
+///
+/// # Examples
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), tenure::Error> {
+/// use std::time::Duration;
+/// use tenure::{Lease, Locker, WatchDog};
+///
+/// let locker = Locker::in_memory();
+/// let dog = WatchDog::builder(&locker).build();
+/// let lease = Lease::new("shard:7", "worker-3".parse()?, Duration::from_secs(10));
+/// dog.watch_lease(lease).renew_every(Duration::from_secs(2)).obtain_when_free(true).await?;
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "a request does nothing until it is awaited"]
+#[derive(Clone, Debug)]
+pub struct WatchRequest {
+    dog: WatchDog,
+    lease: Lease,
+    renewal: Renewal,
+    obtain_when_free: bool,
+}
+
+impl WatchRequest {
+    pub(super) fn new(dog: WatchDog, lease: Lease, renewal: Renewal) -> Self {
+        Self { dog, lease, renewal, obtain_when_free: false }
+    }
+
+    /// The time between renewals: at least 1 ms, and shorter than the lease's ttl less drift. Default: the watchdog's, or
+    /// else the locker's, or a third of the ttl.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let locker = tenure::Locker::in_memory();
+    /// let dog = tenure::WatchDog::builder(&locker).build();
+    /// let lease = locker.lock("k").await?.into_lease();
+    /// dog.watch_lease(lease).renew_every(Duration::from_secs(5)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn renew_every(self, interval: Duration) -> Self {
+        Self { renewal: Renewal::Every(interval), ..self }
+    }
+
+    /// Where the lock isn't held by the lease's token: watches the lease all the same, and obtains the lock in its name as
+    /// soon as it is to be had, however long that takes, through whatever failures of the server.
+    ///
+    /// Awaiting the request waits for the first try alone. That the lock is held is told by
+    /// [`WatchEvent::Obtained`](crate::WatchEvent::Obtained), or by [`status`](WatchDog::status). Errors that no waiting
+    /// helps against are answered if the first try finds them; later ones end it with
+    /// [`WatchEvent::Stopped`](crate::WatchEvent::Stopped), which has the reason. Default: false.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    /// use tenure::{Lease, Locker, WatchDog};
+    ///
+    /// let locker = Locker::in_memory();
+    /// let dog = WatchDog::builder(&locker).build();
+    /// let other = locker.lock("k").await?;
+    /// let lease = Lease::new("k", "worker-3".parse()?, Duration::from_secs(10));
+    /// dog.watch_lease(lease).obtain_when_free(true).await?;
+    /// assert!(dog.status("k").is_some_and(|status| !status.held));
+    /// other.release().await?;
+    /// while !dog.status("k").is_some_and(|status| status.held) {
+    ///     tokio::time::sleep(Duration::from_millis(5)).await;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn obtain_when_free(self, obtain_when_free: bool) -> Self {
+        Self { obtain_when_free, ..self }
+    }
+}
+
+impl IntoFuture for WatchRequest {
+    type Output = Result<(), Error>;
+    type IntoFuture = Watching;
+
+    fn into_future(self) -> Watching {
+        let Self { dog, lease, renewal, obtain_when_free } = self;
+        // The handle goes along: what is asked for is wanted until the answer is there.
+        let watching = async move { dog.registry().watch_lease(lease, renewal, obtain_when_free).await };
+        Watching(Box::pin(watching))
+    }
+}
+
+/// Takes a lease up to be watched: the future of a [`WatchRequest`], made by awaiting it.
+///
+/// # Cancel safety
+///
+/// May be dropped at any time, see [`WatchRequest`].
+///
+/// # Examples
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::future::IntoFuture;
+///
+/// let locker = tenure::Locker::in_memory();
+/// let dog = tenure::WatchDog::builder(&locker).build();
+/// let lease = locker.lock("k").await?.into_lease();
+/// tokio::spawn(dog.watch_lease(lease).into_future()).await??;
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "futures do nothing unless polled"]
+pub struct Watching(Pin<Box<dyn Future<Output = Result<(), Error>> + Send>>);
+
+impl Future for Watching {
+    type Output = Result<(), Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.as_mut().poll(cx)
+    }
+}
+
+impl fmt::Debug for Watching {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watching").finish_non_exhaustive()
+    }
+}
