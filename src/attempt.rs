@@ -9,11 +9,11 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-use crate::hold::{Grant, Hold};
+use crate::hold::{Grant, Hold, Owned};
 use crate::keeper::Upkeep;
 use crate::schedule::{Drift, Renewal};
 use crate::store::{Acquired, Wanted};
-use crate::{Error, Key, LockGuard};
+use crate::{Error, Key, LockGuard, Token};
 
 /// Even a request that may not wait at all gives its first attempt this long. Less than the tolerance of
 /// [`LockRequest::wait_at_most`].
@@ -28,12 +28,12 @@ const GRACE: Duration = Duration::from_millis(10);
 /// until its answer says what became of it, and one that is dropped unsettled is undone.
 pub(crate) struct Attempt {
     wanted: Arc<Wanted>,
-    /// The token is known to nobody else: what it holds was granted to this request.
-    own_token: bool,
     upkeep: Arc<Upkeep>,
     runtime: Handle,
     /// There while unsettled. The token makes [`Locker::close`](crate::Locker::close) wait until that is over.
     unsettled: Option<TaskTrackerToken>,
+    /// The token has been used.
+    made: bool,
 }
 
 /// What the server has decided.
@@ -47,8 +47,8 @@ pub(crate) enum Outcome {
 }
 
 impl Attempt {
-    pub(crate) fn new(wanted: Wanted, own_token: bool, upkeep: Arc<Upkeep>, runtime: Handle) -> Self {
-        Self { wanted: Arc::new(wanted), own_token, upkeep, runtime, unsettled: None }
+    pub(crate) fn new(wanted: Wanted, upkeep: Arc<Upkeep>, runtime: Handle) -> Self {
+        Self { wanted: Arc::new(wanted), upkeep, runtime, unsettled: None, made: false }
     }
 
     pub(crate) fn key(&self) -> Key {
@@ -57,6 +57,9 @@ impl Attempt {
 
     /// Asks the server once.
     pub(crate) async fn make(&mut self, limit: Option<Instant>, closed: &CancellationToken) -> Result<Outcome, Error> {
+        if std::mem::replace(&mut self.made, true) {
+            self.renew_token();
+        }
         let sent = Instant::now();
         let patience = limit.map_or(Duration::MAX, |limit| limit.saturating_duration_since(sent));
         let timeout = self.upkeep.command_timeout.min(patience.max(FIRST_ATTEMPT));
@@ -65,15 +68,18 @@ impl Attempt {
             self.unsettled = Some(self.upkeep.releases.token());
         }
         let call = self.upkeep.store.acquire(&self.wanted, timeout);
-        let answer = select! {
+        let (answer, settles) = select! {
             biased;
             () = closed.cancelled() => return Err(Error::Closed),
-            answer = timeout_at(sent + timeout + GRACE, call) => answer.unwrap_or_else(|_| Err(Error::timeout())),
+            answer = timeout_at(sent + timeout + GRACE, call) => match answer {
+                Ok(answer) => (answer, self.upkeep.store.settles()),
+                Err(_) => (Err(Error::timeout()), false),
+            },
         };
         let refused = match &answer {
             Ok(Acquired::Held { .. }) => true,
             Ok(Acquired::Granted { .. }) => false,
-            Err(error) => error.is_refusal(),
+            Err(error) => settles || error.is_refusal(),
         };
         // After an earlier attempt of unknown outcome, this answer doesn't speak for that one.
         if refused && !doubtful {
@@ -90,6 +96,32 @@ impl Attempt {
         })
     }
 
+    /// Another attempt is about to be made. A store that takes attempts back by itself may still do so with the last one,
+    /// and must not take this one for it.
+    fn renew_token(&mut self) {
+        if !self.wanted.own_token || !self.upkeep.store.settles() {
+            return;
+        }
+        self.undo();
+        let owned = Owned { keys: self.wanted.owned.keys.clone(), token: Token::random() };
+        self.wanted = Arc::new(Wanted { owned, ..Wanted::clone(&self.wanted) });
+    }
+
+    /// Undoes what is unsettled, in the background.
+    fn undo(&mut self) {
+        let Some(unsettled) = self.unsettled.take() else { return };
+        // By a token from elsewhere another guard may hold the lock, and would lose it.
+        if !self.wanted.own_token {
+            return;
+        }
+        let (wanted, upkeep) = (self.wanted.clone(), self.upkeep.clone());
+        // Where the runtime is gone, this does nothing, and the ttl frees the lock.
+        self.runtime.spawn(async move {
+            upkeep.undo(&wanted.owned, wanted.ttl).await;
+            drop(unsettled);
+        });
+    }
+
     /// The lock is ours: from here on its guard and its keeper see to it.
     pub(crate) fn succeed(mut self, grant: &Grant, drift: Drift, renewal: Renewal) -> LockGuard {
         let Wanted { owned, metadata, .. } = &*self.wanted;
@@ -102,16 +134,6 @@ impl Attempt {
 
 impl Drop for Attempt {
     fn drop(&mut self) {
-        let Some(unsettled) = self.unsettled.take() else { return };
-        // By a token from elsewhere another guard may hold the lock, and would lose it.
-        if !self.own_token {
-            return;
-        }
-        let (wanted, upkeep) = (self.wanted.clone(), self.upkeep.clone());
-        // Where the runtime is gone, this does nothing, and the ttl frees the lock.
-        self.runtime.spawn(async move {
-            upkeep.undo(&wanted.owned, wanted.ttl).await;
-            drop(unsettled);
-        });
+        self.undo();
     }
 }

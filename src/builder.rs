@@ -12,6 +12,7 @@ use crate::roster::Rosters;
 use crate::schedule::{Drift, Renewal};
 use crate::store::Store;
 use crate::store::memory::MemoryStore;
+use crate::store::quorum::{self, QuorumStore};
 use crate::store::redis::RedisStore;
 use crate::{Error, Locker, Retry};
 
@@ -38,6 +39,7 @@ pub struct LockerBuilder {
     command_timeout: Duration,
     prefix: String,
     isolated: bool,
+    restart_window: Duration,
 }
 
 impl Default for LockerBuilder {
@@ -53,6 +55,7 @@ impl Default for LockerBuilder {
             command_timeout: Duration::from_secs(2),
             prefix: String::new(),
             isolated: false,
+            restart_window: Duration::from_secs(60),
         }
     }
 }
@@ -149,6 +152,26 @@ impl LockerBuilder {
         self
     }
 
+    /// For how long a quorum's node doesn't vote after a restart, in which it may have forgotten what it had granted.
+    /// Rounded up to whole seconds; default: 60 s.
+    ///
+    /// No ttl may be longer, or what a node has forgotten could be held still when it votes again. Zero is for nodes that
+    /// write every change to disk before they answer (`appendfsync always`), and for tests: nodes vote at once then, and
+    /// any ttl will do.
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # async fn example() -> Result<(), tenure::Error> {
+    /// let nodes = ["redis://10.0.0.1", "redis://10.0.0.2", "redis://10.0.0.3"];
+    /// let locker = tenure::Locker::builder().restart_window(Duration::from_secs(120)).quorum(nodes).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn restart_window(mut self, window: Duration) -> Self {
+        self.restart_window = window;
+        self
+    }
+
     /// Connects to the server at the URL; see [`Locker::connect`].
     ///
     /// # Errors
@@ -167,15 +190,54 @@ impl LockerBuilder {
     /// ```
     pub async fn connect(self, url: &str) -> Result<Locker, Error> {
         let isolated = self.isolated.then(Isolated::start).transpose()?;
-        let (url, prefix) = (url.to_owned(), self.prefix.clone());
-        // A connection must not take so long that a lock could be lost by it.
-        let timeout = self.command_timeout.min(self.settings.ttl / 3).max(Duration::from_millis(1));
+        let (url, prefix, timeout) = (url.to_owned(), self.prefix.clone(), self.connection_timeout());
         let connecting = async move { RedisStore::connect(&url, prefix, timeout).await };
         let store = match &isolated {
             Some(isolated) => isolated.handle().spawn(connecting).await.unwrap_or(Err(Error::NoRuntime))?,
             None => connecting.await?,
         };
         Ok(self.build(Box::new(store), isolated))
+    }
+
+    /// Connects to a majority of independent servers; see [`Locker::quorum`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Locker::quorum`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`Locker::quorum`].
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # async fn example() -> Result<(), tenure::Error> {
+    /// let nodes = ["redis://10.0.0.1", "redis://10.0.0.2", "redis://10.0.0.3"];
+    /// let locker = tenure::Locker::builder().ttl(Duration::from_secs(10)).quorum(nodes).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn quorum<I: IntoIterator<Item: AsRef<str>>>(self, urls: I) -> Result<Locker, Error> {
+        let urls: Vec<String> = urls.into_iter().map(|url| url.as_ref().to_owned()).collect();
+        self.connect_quorum(urls).await
+    }
+
+    async fn connect_quorum(self, urls: Vec<String>) -> Result<Locker, Error> {
+        let isolated = self.isolated.then(Isolated::start).transpose()?;
+        let (prefix, timeout) = (self.prefix.clone(), self.connection_timeout());
+        let connecting = async move { quorum::connect(&urls, &prefix, timeout).await };
+        let nodes = match &isolated {
+            Some(isolated) => isolated.handle().spawn(connecting).await.unwrap_or(Err(Error::NoRuntime))?,
+            None => connecting.await?,
+        };
+        let releases = TaskTracker::new();
+        let store = QuorumStore::new(nodes, self.restart_window, releases.clone());
+        Ok(self.build_with(Box::new(store), isolated, releases))
+    }
+
+    /// A connection must not take so long that a lock could be lost by it.
+    fn connection_timeout(&self) -> Duration {
+        self.command_timeout.min(self.settings.ttl / 3).max(Duration::from_millis(1))
     }
 
     /// Uses a client of your own; see [`Locker::new`].
@@ -209,10 +271,11 @@ impl LockerBuilder {
     }
 
     pub(crate) fn build(self, store: Box<dyn Store>, isolated: Option<Isolated>) -> Locker {
-        let releases = TaskTracker::new();
-        Locker::from_parts(
-            Upkeep { store, command_timeout: self.command_timeout, releases, rosters: Rosters::new(), isolated },
-            self.settings,
-        )
+        self.build_with(store, isolated, TaskTracker::new())
+    }
+
+    pub(crate) fn build_with(self, store: Box<dyn Store>, isolated: Option<Isolated>, releases: TaskTracker) -> Locker {
+        let (command_timeout, rosters) = (self.command_timeout, Rosters::new());
+        Locker::from_parts(Upkeep { store, command_timeout, releases, rosters, isolated }, self.settings)
     }
 }

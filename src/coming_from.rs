@@ -182,6 +182,76 @@
 //! | `WithErrorCallbacks`, `WithExtensionCallbacks` | [`WatchEvent`](crate::WatchEvent): `RenewFailed`, `Renewed` |
 //! | `ErrMaxRetryExceeded` | [`NotObtained`](crate::Error::NotObtained), which says how many attempts |
 //!
+//! # trviph/redlock, on several servers
+//!
+//! ```text
+//! dl := redlock.NewDistributedLock([]*redlock.Lock{redlock.NewLock(redis1), redlock.NewLock(redis2), redlock.NewLock(redis3)},
+//!     redlock.WithClockDriftFactor(0.01), redlock.WithClockDriftBuffer(2*time.Millisecond),
+//!     redlock.WithReleaseTimeout(5*time.Second))
+//! fencing, err := dl.Acquire(ctx, "my-resource", 30*time.Second)
+//! defer dl.Release(ctx, "my-resource", fencing)
+//! ```
+//!
+//! ```no_run
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), tenure::Error> {
+//! # use std::time::Duration;
+//! use tenure::{Error, Locker};
+//!
+//! let locker = Locker::builder()
+//!     .drift(0.01, Duration::from_millis(2))
+//!     .command_timeout(Duration::from_secs(5))
+//!     .quorum(["redis://redis1", "redis://redis2", "redis://redis3"])
+//!     .await?;
+//! let guard = locker.lock("my-resource").ttl(Duration::from_secs(30)).await?; // the same guard as ever
+//! match guard.release().await {
+//!     Err(Error::Quorum { needed, granted, nodes }) => {
+//!         // Too few nodes could be asked; it goes on in the background.
+//!         eprintln!("{granted} of {needed} nodes have released it");
+//!         for node in nodes {
+//!             eprintln!("{}: {}", node.address, node.error);
+//!         }
+//!     }
+//!     released => released?,
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! | there | here |
+//! | --- | --- |
+//! | `Lock` and `DistributedLock`, with like methods | one [`Locker`](crate::Locker), one [`LockGuard`](crate::LockGuard) |
+//! | `WithDistMaxRetry`, `WithDistMaxJitterDuration` | [`Retry`](crate::Retry); split votes are jittered anyway |
+//! | joined errors, to be unwrapped | [`Error::Quorum`](crate::Error::Quorum), with an error and an address per node |
+//! | `ReleaseWithCount` | `Ok`: a majority; otherwise `needed` and `granted` of [`Error::Quorum`](crate::Error::Quorum) |
+//! | fencing tokens of your own making | [`fencing_token`](crate::LockGuard::fencing_token), agreed on by the nodes |
+//!
+//! # amyangfei/redlock-go
+//!
+//! ```text
+//! lockMgr, err := redlock.NewRedLock(ctx, []string{"tcp://127.0.0.1:6379", "tcp://127.0.0.1:6380", "tcp://127.0.0.1:6381"})
+//! expiry, err := lockMgr.Lock(ctx, "resource_name", 200*time.Millisecond)
+//! err = lockMgr.UnLock(ctx, "resource_name")
+//! ```
+//!
+//! ```no_run
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), tenure::Error> {
+//! # use std::time::Duration;
+//! use tenure::Locker;
+//!
+//! let nodes = ["redis://127.0.0.1:6379", "redis://127.0.0.1:6380", "redis://127.0.0.1:6381"];
+//! let locker = Locker::quorum(nodes).await?;
+//! let guard = locker.lock("resource_name").ttl(Duration::from_millis(200)).await?;
+//! let expiry = guard.remaining();
+//! guard.release().await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! As there, an even number of servers is refused. A server that was restarted does not vote for a minute
+//! ([`restart_window`](crate::LockerBuilder::restart_window)), as it may have forgotten what it granted.
+//!
 //! # distlock
 //!
 //! ```text

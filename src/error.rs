@@ -1,5 +1,6 @@
 //! What can go wrong, and what a caller can do about it.
 
+use std::fmt;
 use std::time::Duration;
 
 use fred::error::ErrorKind;
@@ -57,6 +58,33 @@ pub enum Error {
     #[error("the lock was lost: {0}")]
     Lost(#[from] Loss),
 
+    /// No majority of a quorum's nodes has done what it was asked for: too many could not be asked, refused, or have been
+    /// up for too short a time to vote. That others hold the lock is [`NotObtained`](Error::NotObtained), as ever.
+    #[error("{needed} of {} nodes needed, {granted} granted: {}", 2 * needed - 1, Nodes(nodes))]
+    Quorum {
+        /// How many nodes make a majority.
+        needed: usize,
+        /// How many did what they were asked for.
+        granted: usize,
+        /// What kept the others from it, as far as they had any say in the matter.
+        nodes: Vec<NodeError>,
+    },
+
+    /// A node of a quorum was restarted less than the [restart window](crate::LockerBuilder::restart_window) ago.
+    #[error("restarted lately, it votes again in {remaining:?}")]
+    NotVoting {
+        /// Until it votes again.
+        remaining: Duration,
+    },
+
+    /// A node of a quorum has not accepted the number that was proposed as the fencing token.
+    #[error("it refused the proposed fencing token: {0}")]
+    Outbid(&'static str),
+
+    /// No quorum can be made of these nodes. Nothing was sent.
+    #[error("invalid nodes: {0}")]
+    InvalidNodes(&'static str),
+
     /// The server granted the lock so late that too little of its ttl was left, so it was released again.
     #[error("the server's answer took so long that too little of the ttl was left; use a longer ttl")]
     ValidityExpired,
@@ -110,7 +138,8 @@ impl Error {
     /// Whether the same call may succeed a little later without anybody changing anything but the server's state.
     ///
     /// True of timeouts, lost connections and servers that are loading, read-only, busy, out of memory or electing.
-    /// While it waits, [`Locker::lock`](crate::Locker::lock) goes on through all of these by itself.
+    /// While it waits, [`Locker::lock`](crate::Locker::lock) goes on through all of these by itself. A quorum's failure is
+    /// transient when a majority could be had without the nodes whose own errors are not.
     ///
     /// ```
     /// use tenure::fred::error::{Error, ErrorKind};
@@ -120,7 +149,15 @@ impl Error {
     /// assert!(!tenure::Error::Closed.is_transient());
     /// ```
     pub fn is_transient(&self) -> bool {
-        let Self::Redis(error) = self else { return false };
+        let error = match self {
+            Self::Redis(error) => error,
+            Self::NotVoting { .. } | Self::Outbid(_) => return true,
+            Self::Quorum { needed, nodes, .. } => {
+                // Of 2 * needed - 1 nodes, needed are left.
+                return nodes.iter().filter(|node| !node.error.is_transient()).count() < *needed;
+            }
+            _ => return false,
+        };
         match self.code() {
             Some(code) => TRANSIENT_CODES.contains(&code),
             None => match error.kind() {
@@ -176,6 +213,41 @@ impl Error {
     }
 }
 
+/// What went wrong at one node of a quorum.
+///
+/// ```
+/// # fn example(failed: tenure::Error) {
+/// if let tenure::Error::Quorum { nodes, .. } = failed {
+///     for node in nodes {
+///         eprintln!("{}: {}", node.address, node.error);
+///     }
+/// }
+/// # }
+/// ```
+#[derive(Debug, thiserror::Error)]
+#[error("{address}: {error}")]
+#[non_exhaustive]
+pub struct NodeError {
+    /// Where the node is: `host:port`, or the path of its socket.
+    pub address: String,
+    /// What it said, or what kept it from being asked.
+    #[source]
+    pub error: Error,
+}
+
+/// The nodes' errors, one after the other.
+struct Nodes<'a>(&'a [NodeError]);
+
+impl fmt::Display for Nodes<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("nobody can tell why");
+        }
+        let mut separator = "";
+        self.0.iter().try_for_each(|node| write!(f, "{}{node}", std::mem::replace(&mut separator, "; ")))
+    }
+}
+
 /// What a server answers that will do its work again some time later.
 const TRANSIENT_CODES: [&str; 13] = [
     "ASK",
@@ -210,6 +282,29 @@ mod tests {
             assert!(server_said(said).is_transient(), "{said}");
         }
         assert!(Error::timeout().is_transient());
+    }
+
+    fn quorum(errors: Vec<Error>) -> Error {
+        let nodes = errors.into_iter().zip(1..).map(|(error, n)| NodeError { address: format!("node:{n}"), error });
+        Error::Quorum { needed: 2, granted: 1, nodes: nodes.collect() }
+    }
+
+    #[test]
+    fn a_quorum_says_who_failed_and_how() {
+        let failed = quorum(vec![Error::timeout(), server_said("WRONGTYPE Operation")]);
+        let said = "2 of 3 nodes needed, 1 granted: node:1: redis: Timeout Error: the server did not answer in time; \
+                    node:2: redis: Unknown Error: WRONGTYPE Operation";
+        assert_eq!(failed.to_string(), said);
+    }
+
+    #[test]
+    fn a_quorum_may_recover_while_a_majority_may() {
+        let for_good = || server_said("WRONGTYPE Operation");
+        let resting = || Error::NotVoting { remaining: Duration::from_secs(9) };
+        assert!(quorum(vec![Error::timeout(), for_good()]).is_transient());
+        assert!(quorum(vec![resting(), resting(), resting()]).is_transient());
+        assert!(!quorum(vec![for_good(), for_good()]).is_transient());
+        assert!(!quorum(vec![for_good()]).is_refusal());
     }
 
     #[test]

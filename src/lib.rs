@@ -46,13 +46,14 @@
 //! | hand a lock to another process | [`LockGuard::into_lease`], [`Locker::adopt`] |
 //! | keep many locks at once, and be told what becomes of them | [`WatchDog`] |
 //! | protect a store from a late writer | [`LockGuard::fencing_token`] |
+//! | survive the loss of a server and its memory | [`Locker::quorum`] |
 //!
 //! # What it rests on
 //!
 //! - The server's clock and ours run at about the same speed: [`LockerBuilder::drift`].
 //! - The server doesn't forget. One that loses its memory (restarted without persistence, failed over to a replica that
 //!   was behind, told to evict or flush) may let a second holder in before the first has noticed at its next renewal.
-//!   Fencing tokens grow all the same.
+//!   Fencing tokens grow all the same. [`Locker::quorum`] survives it, as long as it happens to fewer than half of the nodes.
 //! - The machine is not suspended: the monotonic clock stands still then, and the deadline with it.
 //!
 //! # Observing
@@ -60,7 +61,8 @@
 //! Through [`tracing`](https://docs.rs/tracing): a span `tenure.obtain` per request (`key`, `ttl`) and `tenure.keep` per
 //! held lock (`key`), with the events `tenure.obtained`, `tenure.held`, `tenure.attempt_failed`, `tenure.renewed`,
 //! `tenure.renew_failed`, `tenure.lost`, `tenure.released`, `tenure.release_failed`, `tenure.undone`,
-//! `tenure.undo_failed`, `tenure.callback_panicked`, `tenure.callback_delayed`. No token is ever shown.
+//! `tenure.undo_failed`, `tenure.callback_panicked`, `tenure.callback_delayed`; and of a quorum, `tenure.ballot`,
+//! `tenure.node_away`. No token is ever shown.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -96,7 +98,7 @@ mod simulation;
 pub use fred;
 
 pub use self::builder::LockerBuilder;
-pub use self::error::Error;
+pub use self::error::{Error, NodeError};
 pub use self::guard::LockGuard;
 pub use self::key::Key;
 pub use self::lease::Lease;

@@ -15,7 +15,7 @@ use crate::schedule::{Drift, Renewal};
 use crate::store::Holder;
 use crate::{Error, Key, Lease, LockGuard, LockRequest, LockerBuilder, Retry};
 
-/// Obtains locks on one server, one that Sentinels watch over, a cluster, or the embedded store.
+/// Obtains locks on one server, one that Sentinels watch over, a cluster, a quorum, or the embedded store.
 ///
 /// Cheap to clone: make one at start-up and hand out clones. Its connection is closed when the last clone and the last
 /// guard are gone; [`close`](Locker::close) makes sure that nothing is left half done.
@@ -124,8 +124,63 @@ impl Locker {
         Self::builder().in_memory()
     }
 
+    /// Locks on a majority of independent servers, with the default settings: for locks that must outlive the loss of a
+    /// server and its memory.
+    ///
+    /// One server, or one under Sentinels, does for most: a lock is lost now and then, and its guard says so. A quorum costs
+    /// as many servers as it has nodes, and every lock, renewal and release a call to each; in return a lock stays held,
+    /// and stays exclusive, while fewer than half of the nodes are away or have lost their memory. The guard is the same:
+    /// renewed by a majority, lost by its own deadline at the latest.
+    ///
+    /// The URLs are those of plain servers ([`connect`](Locker::connect)): no replicas of each other, no cluster, not under
+    /// Sentinels. Their number is odd: 3 or 5, or 1 where there will be more one day. The nodes that are away when this is
+    /// called join when they come, as long as a majority is there.
+    ///
+    /// # How it works, and what it rests on
+    ///
+    /// It is [Redlock](https://redis.io/docs/latest/develop/clients/patterns/distributed-locks/): a lock is held when more
+    /// than half of the nodes have granted it, within a time that is small against the ttl. On top of it:
+    ///
+    /// - **Restart window.** A node that has been up for less than the
+    ///   [restart window](LockerBuilder::restart_window) (60 s) may have forgotten what it granted, and doesn't vote:
+    ///   [`Error::NotVoting`]. No [ttl](LockRequest::ttl) can be longer. So a new quorum grants its first lock when its
+    ///   nodes have been up for a window.
+    /// - **Fencing tokens** ([what for](https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html)) are
+    ///   agreed on by ballot: the client proposes one number to all nodes, and each grants only what is greater than the
+    ///   last that it knows, or than its own clock where it knows none, and no further ahead than the restart window. Two
+    ///   majorities share a node. Either it remembers the earlier number, and has granted a greater one; or it has
+    ///   forgotten, and its clock has passed the earlier number before it voted again. So tokens grow from holder to holder.
+    ///   It rests on this: the clock of a node is not set back by more than the time it was away, nor put forward right after
+    ///   a restart; and a node forgets only in a restart, not by a flush or an eviction. Clients' clocks may be wrong by hours: that costs their first request another round trip.
+    ///
+    /// As with any lock, nodes' clocks must run at about the same speed as ours ([`drift`](LockerBuilder::drift)).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidNodes`] for no nodes, an even number of them (it tolerates no more failures than one node less), one
+    /// node twice (the same address and database), a cluster or Sentinels. [`Error::Redis`] for a URL that makes no sense.
+    /// [`Error::Quorum`] when no majority could be reached within the [command
+    /// timeout](LockerBuilder::command_timeout), with each node's own error. Later, wherever [`Error::Redis`] is documented,
+    /// it is [`Error::Quorum`] that tells of failed nodes.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it closes what it has opened.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), tenure::Error> {
+    /// let nodes = ["redis://10.0.0.1", "redis://10.0.0.2", "redis://10.0.0.3"];
+    /// let locker = tenure::Locker::quorum(nodes).await?;
+    /// let guard = locker.lock("k").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn quorum<I: IntoIterator<Item: AsRef<str>>>(urls: I) -> Result<Self, Error> {
+        Self::builder().quorum(urls).await
+    }
+
     /// Starts from the default settings; ends in one of [`connect`](LockerBuilder::connect),
-    /// [`client`](LockerBuilder::client) and [`in_memory`](LockerBuilder::in_memory).
+    /// [`quorum`](LockerBuilder::quorum), [`client`](LockerBuilder::client) and [`in_memory`](LockerBuilder::in_memory).
     ///
     /// ```
     /// use std::time::Duration;

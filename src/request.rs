@@ -34,7 +34,8 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 /// # Errors
 ///
 /// - [`Error::NotObtained`]: another holds it, and the request's patience is at an end.
-/// - [`Error::Redis`]: the server refused for good, or nothing better than failures came of the last attempt.
+/// - [`Error::Redis`]: the server refused for good, or nothing better than failures came of the last attempt;
+///   [`Error::Quorum`] where that is true of so many nodes that no majority was left.
 /// - [`Error::ValidityExpired`]: the answer came so late that too little of the ttl was left, several times in a row
 ///   where the request waits.
 /// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`]: no such lock can work; nothing was sent.
@@ -257,8 +258,8 @@ impl LockRequest {
         };
         let own_token = self.token.is_none();
         let owned = Owned { keys: self.keys.into(), token: self.token.unwrap_or_else(Token::random) };
-        let wanted = Wanted { owned, metadata: self.metadata.into(), ttl, fenced: self.fenced };
-        let mut attempt = Attempt::new(wanted, own_token, locker.upkeep().clone(), runtime);
+        let wanted = Wanted { owned, metadata: self.metadata.into(), ttl, fenced: self.fenced, own_token };
+        let mut attempt = Attempt::new(wanted, locker.upkeep().clone(), runtime);
         let (mut attempts, mut late, mut held) = (0, 0, attempt.key());
         loop {
             attempts += 1;

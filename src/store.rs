@@ -9,6 +9,7 @@
 #[cfg(test)]
 pub(crate) mod faulty;
 pub(crate) mod memory;
+pub(crate) mod quorum;
 pub(crate) mod redis;
 
 use std::fmt;
@@ -38,14 +39,23 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
 
     /// Who holds the key.
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>>;
+
+    /// Whether an acquire that is not granted leaves nothing that others have to undo, whatever became of it. Each attempt
+    /// must have a token of its own then: what is taken back may be so after the answer.
+    fn settles(&self) -> bool {
+        false
+    }
 }
 
 /// What a request wants of the server.
+#[derive(Clone)]
 pub(crate) struct Wanted {
     pub(crate) owned: Owned,
     pub(crate) metadata: Box<[u8]>,
     pub(crate) ttl: Duration,
     pub(crate) fenced: bool,
+    /// The token is known to nobody else: what it holds was granted to this request.
+    pub(crate) own_token: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,7 +1,7 @@
 //! What the Go libraries that tenure learned from let a user do, one test per thing. How each of them reads there and here is
 //! shown in `tenure::coming_from`.
 
-#![allow(clippy::unwrap_used, reason = "these are tests")]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "these are tests")]
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -181,8 +181,26 @@ mod bsm_redislock {
     }
 }
 
+async fn quorum() -> ([Server; 3], Locker) {
+    let servers = [(); 3].map(|()| Server::start());
+    // They have only just been started, and shall vote all the same.
+    let builder = Locker::builder().restart_window(Duration::ZERO);
+    let locker = builder.quorum(servers.iter().map(Server::url)).await.unwrap();
+    (servers, locker)
+}
+
 mod amyangfei_redlock_go {
     use super::*;
+
+    #[tokio::test]
+    async fn row_14_several_servers_by_url() {
+        let (mut servers, locker) = quorum().await;
+        let guard = locker.lock("resource_name").ttl(ms(2_000)).await.unwrap();
+        assert!(locker.try_lock("resource_name").await.is_err());
+        guard.release().await.unwrap();
+        servers[0].kill();
+        locker.lock("resource_name").await.unwrap().release().await.unwrap();
+    }
 
     #[tokio::test]
     async fn row_15_the_remaining_validity() {
@@ -335,6 +353,67 @@ mod trviph_redlock {
         let guard = locker.obtain("k").token(token("me")).await.unwrap();
         guard.release().await.unwrap();
         locker.try_lock("k").await.unwrap().release().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn row_28_drift_timeout_and_retry_on_several_servers() {
+        let servers = [(); 3].map(|()| Server::start());
+        let locker = Locker::builder()
+            .drift(0.1, ms(100))
+            .command_timeout(ms(500))
+            .retry(Retry::linear(ms(5)).limit(4).jitter(ms(5)))
+            .restart_window(Duration::ZERO)
+            .quorum(servers.iter().map(Server::url))
+            .await
+            .unwrap();
+        let guard = locker.obtain("k").ttl(ms(10_000)).await.unwrap();
+        assert!(guard.remaining() <= ms(10_000 - 1_000 - 100));
+        assert!(matches!(locker.obtain("k").await, Err(Error::NotObtained { attempts: 5, .. })));
+        guard.release().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn row_29_one_server_and_several_are_used_alike() {
+        async fn work(locker: &Locker) -> Option<u64> {
+            let guard = locker.lock("k").metadata("host-3").await.unwrap();
+            guard.refresh().await.unwrap();
+            assert_eq!(locker.inspect("k").await.unwrap().unwrap().metadata, b"host-3");
+            let fence = guard.fencing_token();
+            locker.adopt(guard.into_lease()).await.unwrap().release().await.unwrap();
+            fence
+        }
+        let (_server, one) = locker().await;
+        let (_servers, several) = quorum().await;
+        for locker in [one, several] {
+            assert!(work(&locker).await < work(&locker).await);
+        }
+    }
+
+    #[tokio::test]
+    async fn row_36_the_errors_of_each_server() {
+        let (mut servers, locker) = quorum().await;
+        servers[0].kill();
+        servers[1].kill();
+        let refused = soon(locker.try_lock("k")).await.unwrap_err();
+        let Error::Quorum { needed: 2, nodes, .. } = refused else { unreachable!("{refused}") };
+        for (node, server) in nodes.iter().zip(&servers) {
+            assert_eq!(node.address, format!("127.0.0.1:{}", server.port()));
+            assert!(matches!(node.error, Error::Redis(_)) && node.error.is_transient(), "{node}");
+        }
+        assert_eq!(nodes.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn row_43_how_many_have_released() {
+        let (mut servers, locker) = quorum().await;
+        let guard = locker.lock("k").await.unwrap();
+        servers[0].kill();
+        // Two of three are enough.
+        guard.release().await.unwrap();
+        let guard = soon(locker.lock("k")).await.unwrap();
+        servers[1].kill();
+        let failed = soon(guard.release()).await.unwrap_err();
+        assert!(matches!(failed, Error::Quorum { needed: 2, granted: 0..=1, .. }), "{failed}");
     }
 
     #[tokio::test]

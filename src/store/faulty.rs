@@ -56,52 +56,60 @@ impl FaultyStore {
         timeout: Duration,
         run: impl Fn(&MemoryStore) -> T + Send + 'static,
     ) -> Result<T, Error> {
-        let store = self.store.clone();
-        match (self.plan)(operation) {
-            Fault::None => Ok(run(&store)),
-            Fault::Refused => Err(Error::timeout()),
-            Fault::AnswerLost => {
-                run(&store);
-                Err(Error::timeout())
-            }
-            Fault::Hung => std::future::pending().await,
-            Fault::AnsweredAfter(delay) => {
-                let answer = run(&store);
-                self.answer_after(delay, timeout).await.map(|()| answer)
-            }
-            Fault::RunAfter(delay) => {
-                let later = tokio::spawn(async move {
-                    sleep(delay).await;
-                    run(&store)
-                });
-                tokio::time::timeout(timeout, later)
-                    .await
-                    .map_err(|_| Error::timeout())
-                    .map(|answer| answer.expect("it doesn't panic"))
-            }
-            Fault::Doubled(delay) => {
-                let answer = run(&store);
-                tokio::spawn(async move {
-                    sleep(delay).await;
-                    run(&store);
-                });
-                Ok(answer)
-            }
-            Fault::Forgotten => {
-                store.forget();
-                Ok(run(&store))
-            }
-        }
+        call((self.plan)(operation), &self.store, timeout, run, MemoryStore::forget).await
     }
+}
 
-    async fn answer_after(&self, delay: Duration, timeout: Duration) -> Result<(), Error> {
-        tokio::time::timeout(timeout, sleep(delay)).await.map_err(|_| Error::timeout())
+/// One call to a store, of whatever kind, that goes wrong as told.
+pub(super) async fn call<S: Send + Sync + 'static, T: Send + 'static>(
+    fault: Fault,
+    store: &Arc<S>,
+    timeout: Duration,
+    run: impl Fn(&S) -> T + Send + 'static,
+    forget: impl Fn(&S),
+) -> Result<T, Error> {
+    let store = store.clone();
+    match fault {
+        Fault::None => Ok(run(&store)),
+        Fault::Refused => Err(Error::timeout()),
+        Fault::AnswerLost => {
+            run(&store);
+            Err(Error::timeout())
+        }
+        Fault::Hung => std::future::pending().await,
+        Fault::AnsweredAfter(delay) => {
+            let answer = run(&store);
+            tokio::time::timeout(timeout, sleep(delay)).await.map_err(|_| Error::timeout())?;
+            Ok(answer)
+        }
+        Fault::RunAfter(delay) => {
+            let later = tokio::spawn(async move {
+                sleep(delay).await;
+                run(&store)
+            });
+            tokio::time::timeout(timeout, later)
+                .await
+                .map_err(|_| Error::timeout())
+                .map(|answer| answer.expect("it doesn't panic"))
+        }
+        Fault::Doubled(delay) => {
+            let answer = run(&store);
+            tokio::spawn(async move {
+                sleep(delay).await;
+                run(&store);
+            });
+            Ok(answer)
+        }
+        Fault::Forgotten => {
+            forget(&store);
+            Ok(run(&store))
+        }
     }
 }
 
 impl Store for FaultyStore {
     fn acquire<'a>(&'a self, wanted: &'a Wanted, timeout: Duration) -> Answer<'a, Acquired> {
-        let wanted = Wanted { owned: wanted.owned.clone(), metadata: wanted.metadata.clone(), ..*wanted };
+        let wanted = wanted.clone();
         Box::pin(self.call(Operation::Acquire, timeout, move |store| store.acquire_now(&wanted)))
     }
 

@@ -5,6 +5,7 @@ mod connection;
 mod names;
 mod operation;
 mod script;
+mod vote;
 
 use std::time::Duration;
 
@@ -67,10 +68,7 @@ impl RedisStore {
 
     async fn acquire(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
         let Owned { keys, token } = &wanted.owned;
-        let value = match &*wanted.metadata {
-            [] => Value::from(token.as_str()),
-            metadata => Value::Bytes([token.as_str().as_bytes(), b"\n", metadata].concat().into()),
-        };
+        let value = value_of(wanted);
         let (ttl, fence_ttl) = (millis(wanted.ttl), millis(FENCE_TTL.max(wanted.ttl.saturating_mul(2))));
         if let [key] = &**keys {
             let name = self.name(key);
@@ -200,6 +198,15 @@ impl RedisStore {
     }
 }
 
+/// What a lock key holds.
+fn value_of(wanted: &Wanted) -> Value {
+    let token = wanted.owned.token.as_str();
+    match &*wanted.metadata {
+        [] => Value::from(token),
+        metadata => Value::Bytes([token.as_bytes(), b"\n", metadata].concat().into()),
+    }
+}
+
 /// The server at the other end of a connection, and what it is asked to run.
 #[derive(Debug)]
 struct Server {
@@ -213,6 +220,7 @@ impl Server {
     }
 
     async fn run(&self, script: &Script, call: &Call, timeout: Duration) -> Result<Value, Error> {
+        self.connection.check()?;
         let sent = Instant::now();
         // fred's futures are several kilobytes large, and those around them would be as large, on every path.
         let answer = Box::pin(script.run(self.client(), call, timeout)).await;

@@ -1,8 +1,8 @@
 //! What every public type promises to the compiler.
 
 use tenure::{
-    Error, Holder, Key, LockGuard, LockRequest, Locker, LockerBuilder, Loss, Lost, Obtaining, Protected, Retry, Token,
-    WatchDog, WatchDogBuilder, WatchEvent, WatchRequest, WatchStatus, Watching, WeakWatchDog,
+    Error, Holder, Key, LockGuard, LockRequest, Locker, LockerBuilder, Loss, Lost, NodeError, Obtaining, Protected,
+    Retry, Token, WatchDog, WatchDogBuilder, WatchEvent, WatchRequest, WatchStatus, Watching, WeakWatchDog,
 };
 
 fn anywhere<T: Send + Sync + 'static>() {}
@@ -22,6 +22,7 @@ fn public_types_may_cross_threads() {
     anywhere::<Token>();
     anywhere::<Retry>();
     anywhere::<Error>();
+    anywhere::<NodeError>();
     anywhere::<Loss>();
     anywhere::<WatchDog>();
     anywhere::<WatchDogBuilder>();

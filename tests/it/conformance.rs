@@ -72,6 +72,31 @@ async fn a_server_under_sentinels_conforms() {
     all(&Locker::connect(&watched.url()).await.unwrap()).await;
 }
 
+/// Their servers are young, and forget nothing meanwhile.
+async fn quorum(servers: &[Server]) -> Locker {
+    Locker::builder().restart_window(Duration::ZERO).quorum(servers.iter().map(Server::url)).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_quorum_of_three_conforms() {
+    let servers = [(); 3].map(|()| Server::start());
+    all(&quorum(&servers).await).await;
+}
+
+#[tokio::test]
+async fn a_quorum_of_five_two_of_which_are_gone_conforms() {
+    let mut servers = [(); 5].map(|()| Server::start());
+    servers[1].kill();
+    let locker = quorum(&servers).await;
+    servers[4].kill();
+    all(&locker).await;
+}
+
+#[tokio::test]
+async fn a_quorum_of_one_conforms() {
+    all(&quorum(&[Server::start()]).await).await;
+}
+
 /// Every case, one after the other, each on keys of its own.
 async fn all(locker: &Locker) {
     macro_rules! run {

@@ -24,6 +24,8 @@ pub(super) struct Connection {
     failures: Mutex<Failures>,
     /// Drives the connection, where it is ours.
     driver: Option<AbortOnDropHandle<FredResult<()>>>,
+    /// Whether calls wait while there is no connection. Where others can stand in, they fail at once.
+    waits: bool,
     line: Mutex<Line>,
 }
 
@@ -38,26 +40,57 @@ impl Connection {
     /// Whatever keeps the first connection from being made: nothing is retried here.
     pub(super) async fn open(url: &str, timeout: Duration) -> Result<Self, Error> {
         check_tls(url)?;
-        let client = Builder::from_config(Config::from_url(url)?)
-            .with_connection_config(|config| configure(config, timeout))
-            // A second belt: every command brings its own timeout.
-            .with_performance_config(|config: &mut PerformanceConfig| config.default_command_timeout = timeout)
-            // Without a policy fred never connects again.
-            .set_policy(ReconnectPolicy::new_exponential(0, 50, 2_000, 2))
-            .build()?;
+        let client = build(Config::from_url(url)?, timeout)?;
         let driver = connect(&client).await?;
         let connection = Self::borrowed(client);
         connection.line().patience = timeout * 2;
         Ok(Self { driver: Some(driver), ..connection })
     }
 
+    /// Connects in the background, now or whenever the server comes. Until then, and whenever it is away, calls fail at
+    /// once: nothing piles up for it.
+    ///
+    /// # Errors
+    ///
+    /// None of the server's or the network's.
+    pub(super) fn open_lazily(config: Config, timeout: Duration) -> Result<Self, Error> {
+        let client = build(Config { fail_fast: false, ..config }, timeout)?;
+        // It listens for failures before there can be any.
+        let connection = Self::borrowed(client);
+        connection.line().patience = timeout * 2;
+        let driver = Some(AbortOnDropHandle::new(connection.client.connect()));
+        Ok(Self { driver, waits: false, ..connection })
+    }
+
+    /// Waits for the connection of one that was opened lazily.
+    ///
+    /// # Errors
+    ///
+    /// What has kept it from being made within `timeout`; it goes on trying.
+    pub(super) async fn ready(&self, timeout: Duration) -> Result<(), Error> {
+        match tokio::time::timeout(timeout, self.client.wait_for_connect()).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(self.why_not_connected().map_or_else(Error::timeout, Error::Redis)),
+        }
+    }
+
     pub(super) fn borrowed(client: Client) -> Self {
         let failures = Mutex::new(Failures { told: client.error_rx(), last: None });
-        Self { client, failures, driver: None, line: Mutex::default() }
+        Self { client, failures, driver: None, waits: true, line: Mutex::default() }
     }
 
     pub(super) fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// Refuses a call that would have to wait for a connection, where none is to.
+    pub(super) fn check(&self) -> Result<(), Error> {
+        if self.waits || self.client.is_connected() {
+            return Ok(());
+        }
+        let unknown = || fred::error::Error::new(ErrorKind::IO, "there is no connection to the server");
+        Err(self.why_not_connected().unwrap_or_else(unknown).into())
     }
 
     /// Passes on the answer to a call that was sent then, and opens a new connection when the line has gone silent. A
@@ -145,6 +178,17 @@ impl Line {
     }
 }
 
+fn build(config: Config, timeout: Duration) -> Result<Client, Error> {
+    let client = Builder::from_config(config)
+        .with_connection_config(|config| configure(config, timeout))
+        // A second belt: every command brings its own timeout.
+        .with_performance_config(|config: &mut PerformanceConfig| config.default_command_timeout = timeout)
+        // Without a policy fred never connects again.
+        .set_policy(ReconnectPolicy::new_exponential(0, 50, 2_000, 2))
+        .build()?;
+    Ok(client)
+}
+
 /// Connects, and owns the task that drives the connection from the first moment: who stops waiting for `init` leaves it
 /// running for ever.
 #[expect(clippy::async_yields_async, reason = "the handle is what is wanted; the task ends with the connection")]
@@ -160,7 +204,7 @@ async fn connect(client: &Client) -> Result<AbortOnDropHandle<FredResult<()>>, E
 }
 
 /// rediss:// without a TLS library would go out in the clear, or nowhere.
-fn check_tls(url: &str) -> Result<(), Error> {
+pub(super) fn check_tls(url: &str) -> Result<(), Error> {
     let wants_tls = url.starts_with("rediss") || url.starts_with("valkeys");
     if wants_tls && !cfg!(any(feature = "rustls", feature = "native-tls")) {
         let hint = "a TLS URL needs tenure's feature `rustls` or `native-tls`";

@@ -14,14 +14,23 @@ const SLOTS: usize = 16384;
 /// one, since it contains a closing brace (`a}b` in braces would have the tag `a`), lends its slot to a stand-in:
 /// `{tag}k:fence`.
 pub(super) fn fence_of(key: &Bytes) -> Bytes {
+    beside(key, b":fence")
+}
+
+/// The name of the key that says which attempt has set a lock key; made like that of the fence key.
+pub(super) fn vote_of(key: &Bytes) -> Bytes {
+    beside(key, b":vote")
+}
+
+fn beside(key: &Bytes, what: &[u8]) -> Bytes {
     if has_hash_tag(key) {
-        return [key, &b":fence"[..]].concat().into();
+        return [&key[..], what].concat().into();
     }
     if !key.contains(&b'}') {
-        return [b"{", &key[..], b"}:fence"].concat().into();
+        return [b"{", &key[..], b"}", what].concat().into();
     }
     let tag = TAGS.get(usize::from(redis_keyslot(key))).copied().unwrap_or_default();
-    [b"{", &tag[..], b"}", &key[..], b":fence"].concat().into()
+    [b"{", &tag[..], b"}", &key[..], what].concat().into()
 }
 
 /// Whether the cluster hashes a part of the key only: what stands between its first `{` and the first `}` after that, if

@@ -28,6 +28,8 @@ pub(super) struct Scripts {
     pub(super) remaining: Script,
     pub(super) inspect: Script,
     pub(super) many: Script,
+    pub(super) vote: Script,
+    pub(super) withdraw: Script,
 }
 
 impl Scripts {
@@ -40,6 +42,8 @@ impl Scripts {
             remaining: Script::new(include_str!("scripts/remaining.lua")),
             inspect: Script::new(include_str!("scripts/inspect.lua")),
             many: Script::new(include_str!("scripts/many.lua")),
+            vote: Script::new(include_str!("scripts/vote.lua")),
+            withdraw: Script::new(include_str!("scripts/withdraw.lua")),
         }
     }
 }

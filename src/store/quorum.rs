@@ -1,0 +1,389 @@
+//! Locks on a majority of independent servers: Redlock, fenced by ballots.
+//!
+//! The algorithm is that of <https://redis.io/docs/latest/develop/clients/patterns/distributed-locks/>: every node is asked
+//! at once, a lock is held when a majority has granted it, and what a failed attempt got is given back. Two majorities share
+//! a node, so there is one holder at a time, for as long as the nodes remember and their clocks run at about the same
+//! speed. The critique at <https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html> is that it mints no
+//! fencing tokens, without which no lock protects a store from a holder who woke too late. Here it does.
+//!
+//! # Fencing by ballots
+//!
+//! The client proposes one number P to all nodes, a little ahead of the clocks that it knows ([`clocks`]). A node grants
+//! when the keys are free or ours, P is greater than the last number that it has granted for them, and P is not further
+//! ahead of its own clock than the restart window. It then remembers P, for longer than the window. A node that remembers
+//! no last number takes its own clock for it. The fencing token is a P that a majority has granted.
+//!
+//! Why tokens grow: the majority that grants a later P' shares a node with the one that granted P. Either that node
+//! remembers P; then P' > P. Or it has forgotten P, in one of two ways. It was restarted: then it votes again only after a
+//! window. Or the number's own ttl has passed, which is longer than the window. When it granted P, P was at most one window
+//! ahead of its clock, so by now the clock has passed P, and P' is greater than the clock.
+//!
+//! Assumed: the clock of a node that has forgotten has not been set back by more than the time that it was away, nor put
+//! forward since, as it tells its age by it; and a node's memory goes only in a restart or with the ttls, not by a flush or
+//! an eviction. The clocks of clients, and differences between the nodes' below the window, cost another round, never the
+//! order. Another round was needed by none of a hundred locks in a row whose client's clock was right or wrong by 20 ms,
+//! and by the first alone where it was wrong by an hour: the client learns the nodes' clocks from their answers.
+//!
+//! A node that has been up for less than the window does not vote at all, since it may have forgotten locks as well. That
+//! is enough as long as no ttl is longer than the window: then what it has forgotten has expired. For the same reason a
+//! renewal never brings a key back where it is gone: such a node counts as "not ours".
+//!
+//! # What is left behind
+//!
+//! 1. Every call to a node ends within its own timeout, listened to or not, and is never dropped: fred would run it later.
+//! 2. An attempt that is not granted, or whose asker has gone, is taken back on every node that granted it or may have,
+//!    as soon as all its calls to that node have ended ([`round`]).
+//! 3. No token is used for two attempts, so whatever comes late of one can't touch the next. Where the user has chosen the
+//!    token, attempts have names instead, and a node takes back only what the attempt of this name alone has set.
+
+mod ballot;
+mod calls;
+mod catch_up;
+mod clocks;
+mod nodes;
+mod round;
+#[cfg(test)]
+mod simulated;
+mod tally;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, oneshot};
+use tokio_util::task::TaskTracker;
+
+pub(crate) use self::ballot::{Ballot, Node, Reply, Seen, Vote};
+use self::clocks::Clocks;
+pub(crate) use self::nodes::connect;
+use self::round::Round;
+use self::tally::{Tally, Verdict};
+use super::{Acquired, Answer, Holder, Released, Renewed, Store, Wanted};
+use crate::hold::Owned;
+use crate::{Error, Key, Loss, NodeError, Token};
+
+/// How far ahead numbers may be where there is no restart window: less than nodes remember them for.
+const AHEAD: Duration = Duration::from_secs(60);
+
+/// So many calls may be on their way to one node. One that hangs fails all further ones at once.
+const CALLS: usize = 4_096;
+
+/// A lock store over an odd number of independent nodes.
+pub(crate) struct QuorumStore {
+    quorum: Arc<Quorum>,
+}
+
+/// What the background tasks share with the store.
+struct Quorum {
+    members: Vec<Member>,
+    needed: usize,
+    window: Duration,
+    clocks: Clocks,
+    /// The calls on their way; each ends by its own timeout.
+    calls: TaskTracker,
+    /// What closing waits for: everything that may still have to be taken back.
+    releases: TaskTracker,
+    /// The attempts whose calls have not all ended, by their token.
+    rounds: Mutex<HashMap<Token, Open>>,
+}
+
+struct Member {
+    address: String,
+    node: Arc<dyn Node>,
+    calls: Arc<Semaphore>,
+    /// How many locks it may be behind with at a time. Its own affair: a node that is gone takes nothing from the others.
+    arrears: Arc<Semaphore>,
+}
+
+#[derive(Default)]
+struct Open {
+    rounds: u32,
+    /// The lock was released meanwhile: what is granted late must be taken back.
+    released: bool,
+}
+
+impl QuorumStore {
+    /// The window is rounded up to whole seconds, which is how servers tell their age.
+    pub(crate) fn new(nodes: Vec<(String, Arc<dyn Node>)>, window: Duration, releases: TaskTracker) -> Self {
+        Self::with_clock(nodes, window, releases, clocks::since_1970)
+    }
+
+    fn with_clock(
+        nodes: Vec<(String, Arc<dyn Node>)>,
+        window: Duration,
+        releases: TaskTracker,
+        clock: impl Fn() -> u64 + Send + Sync + 'static,
+    ) -> Self {
+        let needed = nodes.len() / 2 + 1;
+        let clocks = Clocks::new(clock, nodes.len(), needed);
+        let members = nodes
+            .into_iter()
+            .map(|(address, node)| Member {
+                address,
+                node,
+                calls: Arc::new(Semaphore::new(CALLS)),
+                arrears: Arc::new(Semaphore::new(catch_up::LOCKS)),
+            })
+            .collect();
+        let window = Duration::from_secs(window.as_secs() + u64::from(window.subsec_nanos() > 0));
+        Self {
+            quorum: Arc::new(Quorum {
+                members,
+                needed,
+                window,
+                clocks,
+                calls: TaskTracker::new(),
+                releases,
+                rounds: Mutex::default(),
+            }),
+        }
+    }
+
+    async fn acquire(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
+        let quorum = &self.quorum;
+        quorum.check_ttl(wanted.ttl)?;
+        let runtime = Handle::try_current().map_err(|_| Error::NoRuntime)?;
+        let (reply, answer) = oneshot::channel();
+        let round = Round::new(quorum.clone(), wanted.clone(), timeout);
+        // It lives on when this future is dropped, and takes back what it was granted.
+        quorum.releases.spawn_on(round.run(reply), &runtime);
+        answer.await.unwrap_or(Err(Error::NoRuntime))
+    }
+
+    async fn renew(&self, owned: &Owned, ttl: Duration, exact: bool, timeout: Duration) -> Result<Renewed, Error> {
+        let quorum = &self.quorum;
+        quorum.check_ttl(ttl)?;
+        let timeout = node_timeout(ttl, first(timeout));
+        let mut answers = quorum.ask(timeout, |node| {
+            let owned = owned.clone();
+            Box::pin(async move { node.renew(&owned, ttl, exact, timeout).await })
+        })?;
+        let mut tally = Tally::new(quorum);
+        let mut not_ours = Loss::Missing;
+        while let Some((place, answer)) = answers.recv().await {
+            match answer {
+                Ok(Renewed::Extended) => tally.yes(),
+                Ok(Renewed::NotOurs(loss)) => {
+                    not_ours = worse(not_ours, loss);
+                    tally.no();
+                }
+                Err(error) => tally.failed(place, error),
+            }
+            match tally.verdict() {
+                Some(Verdict::Yes) => return Ok(Renewed::Extended),
+                Some(Verdict::No) => return Ok(Renewed::NotOurs(not_ours)),
+                Some(Verdict::Unknown) => break,
+                None => {}
+            }
+        }
+        Err(tally.into_error())
+    }
+
+    async fn release(&self, owned: &Owned, timeout: Duration) -> Result<Released, Error> {
+        let (quorum, timeout) = (&self.quorum, first(timeout));
+        let mut answers = quorum.ask(timeout, |node| {
+            let owned = owned.clone();
+            Box::pin(async move { node.release(&owned, timeout).await })
+        })?;
+        // Only now: an open round that hears of it releases too, which must not be what frees the lock.
+        quorum.mark_released(&owned.token);
+        let mut tally = Tally::new(quorum);
+        let mut not_ours = Loss::Missing;
+        let mut behind = Vec::new();
+        while let Some((place, answer)) = answers.recv().await {
+            match answer {
+                Ok(Released::Freed) => tally.yes(),
+                Ok(Released::NotOurs(loss)) => {
+                    not_ours = worse(not_ours, loss);
+                    tally.no();
+                }
+                Err(error) => {
+                    behind.push(place);
+                    tally.failed(place, error);
+                }
+            }
+            let released = match tally.verdict() {
+                Some(Verdict::Yes) => Released::Freed,
+                Some(Verdict::No) => Released::NotOurs(not_ours),
+                // Whoever asked tries again, and on all nodes.
+                Some(Verdict::Unknown) => break,
+                None => continue,
+            };
+            quorum.release_the_rest(owned, timeout, behind, answers);
+            return Ok(released);
+        }
+        Err(tally.into_error_of_release())
+    }
+
+    async fn remaining(&self, owned: &Owned, timeout: Duration) -> Result<Option<Duration>, Error> {
+        let (quorum, timeout) = (&self.quorum, first(timeout));
+        let mut answers = quorum.ask(timeout, |node| {
+            let owned = owned.clone();
+            Box::pin(async move { node.remaining(&owned, timeout).await })
+        })?;
+        let mut tally = Tally::new(quorum);
+        let mut shortest = Duration::MAX;
+        while let Some((place, answer)) = answers.recv().await {
+            match answer {
+                Ok(Some(remaining)) => {
+                    shortest = shortest.min(remaining);
+                    tally.yes();
+                }
+                Ok(None) => tally.no(),
+                Err(error) => tally.failed(place, error),
+            }
+            match tally.verdict() {
+                Some(Verdict::Yes) => return Ok(Some(shortest)),
+                Some(Verdict::No) => return Ok(None),
+                Some(Verdict::Unknown) => break,
+                None => {}
+            }
+        }
+        Err(tally.into_error())
+    }
+
+    /// Whoever holds the key on a majority; nobody, when nobody can.
+    async fn inspect(&self, key: &Key, timeout: Duration) -> Result<Option<Holder>, Error> {
+        let (quorum, timeout) = (&self.quorum, first(timeout));
+        let mut answers = quorum.ask(timeout, |node| {
+            let key = key.clone();
+            Box::pin(async move { node.inspect(&key, timeout).await })
+        })?;
+        let mut tally = Tally::new(quorum);
+        let mut holders: HashMap<Token, Vec<Holder>> = HashMap::new();
+        while let Some((place, answer)) = answers.recv().await {
+            match answer {
+                Ok(Some(holder)) => {
+                    tally.no();
+                    let same = holders.entry(holder.token.clone()).or_default();
+                    same.push(holder);
+                    if same.len() >= quorum.needed {
+                        return Ok(summary(same));
+                    }
+                }
+                Ok(None) => tally.no(),
+                Err(error) => tally.failed(place, error),
+            }
+            let most = holders.values().map(Vec::len).max().unwrap_or_default();
+            if most + tally.unanswered() + tally.failures() < quorum.needed {
+                return Ok(None);
+            }
+        }
+        Err(tally.into_error())
+    }
+}
+
+/// What a majority says of one holder. It has the lock until the first of them lets go.
+fn summary(same: &[Holder]) -> Option<Holder> {
+    let remaining = same.iter().filter_map(|holder| holder.remaining).min();
+    let fence = same.iter().map(|holder| holder.fencing_token).max_by_key(|fence| {
+        // The token is the number that most of them know; a straggler may know an earlier or a later one.
+        (same.iter().filter(|other| other.fencing_token == *fence).count(), *fence)
+    });
+    let holder = same.first()?.clone();
+    Some(Holder { remaining, fencing_token: fence.flatten(), ..holder })
+}
+
+/// Where any node knows another holder, the lock was taken: a successor's majority and the one that answers share a node.
+fn worse(one: Loss, other: Loss) -> Loss {
+    if one == Loss::Taken { one } else { other }
+}
+
+/// Less than we are given, so that it is we who say which nodes have not answered.
+fn first(timeout: Duration) -> Duration {
+    timeout.mul_f64(0.9)
+}
+
+/// How long to wait for a node: a small part of the ttl, as what is waited for eats it up.
+fn node_timeout(ttl: Duration, timeout: Duration) -> Duration {
+    const ENOUGH: Duration = Duration::from_millis(200);
+    timeout.min((ttl / 50).max(ENOUGH.min(ttl / 4))).max(Duration::from_millis(1))
+}
+
+impl Quorum {
+    /// The nodes would forget the lock in a restart, and vote again before it has expired.
+    fn check_ttl(&self, ttl: Duration) -> Result<(), Error> {
+        if self.window.is_zero() || ttl <= self.window {
+            return Ok(());
+        }
+        Err(Error::InvalidTtl("it is longer than the quorum's restart window; use a shorter one, or a longer window"))
+    }
+
+    /// How far ahead of a node's clock a number may be.
+    fn ahead(&self) -> Duration {
+        if self.window.is_zero() { AHEAD } else { self.window }
+    }
+
+    fn open_round(&self, token: &Token) {
+        let mut rounds = self.rounds();
+        let open = rounds.entry(token.clone()).or_default();
+        open.rounds += 1;
+        open.released = false;
+    }
+
+    fn mark_released(&self, token: &Token) {
+        if let Some(open) = self.rounds().get_mut(token) {
+            open.released = true;
+        }
+    }
+
+    fn was_released(&self, token: &Token) -> bool {
+        self.rounds().get(token).is_some_and(|open| open.released)
+    }
+
+    fn close_round(&self, token: &Token) {
+        let mut rounds = self.rounds();
+        let Some(open) = rounds.get_mut(token) else { return };
+        open.rounds -= 1;
+        if open.rounds == 0 {
+            rounds.remove(token);
+        }
+    }
+
+    fn rounds(&self) -> MutexGuard<'_, HashMap<Token, Open>> {
+        self.rounds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn node_error(&self, place: usize, error: Error) -> NodeError {
+        let address = self.members.get(place).map(|member| member.address.clone()).unwrap_or_default();
+        NodeError { address, error }
+    }
+}
+
+impl Store for QuorumStore {
+    fn acquire<'a>(&'a self, wanted: &'a Wanted, timeout: Duration) -> Answer<'a, Acquired> {
+        Box::pin(self.acquire(wanted, timeout))
+    }
+
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, exact: bool, timeout: Duration) -> Answer<'a, Renewed> {
+        Box::pin(self.renew(owned, ttl, exact, timeout))
+    }
+
+    fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released> {
+        Box::pin(self.release(owned, timeout))
+    }
+
+    fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
+        Box::pin(self.remaining(owned, timeout))
+    }
+
+    fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {
+        Box::pin(self.inspect(key, timeout))
+    }
+
+    fn settles(&self) -> bool {
+        true
+    }
+}
+
+impl fmt::Debug for QuorumStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let addresses: Vec<_> = self.quorum.members.iter().map(|member| &member.address).collect();
+        f.debug_struct("QuorumStore")
+            .field("nodes", &addresses)
+            .field("restart_window", &self.quorum.window)
+            .finish_non_exhaustive()
+    }
+}

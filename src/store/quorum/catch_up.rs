@@ -1,0 +1,132 @@
+//! What nodes still owe when a majority has decided: releases that have not reached them, and attempts to take back.
+//!
+//! All of it is for promptness alone: where it comes to nothing, the ttl frees the key. So it is bounded, in time and in
+//! number, and nobody waits for it but [`Locker::close`](crate::Locker::close).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::debug;
+
+use super::Quorum;
+use super::calls::{Answers, GRACE};
+use crate::hold::Owned;
+use crate::store::{Answer, Released};
+use crate::{Error, Token, schedule};
+
+/// With so many locks a node may be behind at a time. Of any more, it is told once.
+pub(super) const LOCKS: usize = 1_024;
+
+/// For how long a node that is away is tried again.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// For how long one try waits for a node's answer.
+const TRY: Duration = Duration::from_secs(1);
+
+/// By how much a node may be behind in reading a connection that has broken.
+const SETTLING: Duration = Duration::from_millis(100);
+
+/// An attempt to take back on one node.
+pub(super) struct Undo {
+    pub(super) owned: Owned,
+    /// The attempt's name, where it has one; otherwise everything that the token holds is its own.
+    pub(super) name: Option<Token>,
+    /// A vote of it may not have been run yet.
+    pub(super) doubtful: bool,
+    pub(super) ttl: Duration,
+}
+
+impl Quorum {
+    /// Takes an attempt back on one node, in the background.
+    pub(super) fn undo(&self, place: usize, undo: Undo) -> Option<JoinHandle<()>> {
+        let member = self.members.get(place)?;
+        let runtime = Handle::try_current().ok()?;
+        let (node, arrears) = (member.node.clone(), member.arrears.clone());
+        let task = async move {
+            let Undo { owned, name, doubtful, ttl } = undo;
+            let until = Instant::now() + ttl.min(PATIENCE);
+            let done = match name {
+                Some(name) => {
+                    retry(&arrears, until, |timeout| node.withdraw(&owned, &name, timeout)).await.map(|()| true)
+                }
+                None => {
+                    let released = retry(&arrears, until, |timeout| node.release(&owned, timeout)).await;
+                    released.map(|released| released == Released::Freed)
+                }
+            };
+            // On one connection the vote came first. But that one may have broken in between, with the vote on its way.
+            if doubtful && matches!(done, Ok(false)) {
+                sleep(SETTLING).await;
+                drop(retry(&arrears, until, |timeout| node.release(&owned, timeout)).await);
+            }
+            if let Err(error) = done {
+                debug!(name: "tenure.undo_failed", key = %owned.key(), %error, "a node keeps a vote until its ttl ends");
+            }
+        };
+        Some(self.releases.spawn_on(task, &runtime))
+    }
+
+    /// A majority has answered a release: sees to the nodes that failed, or have yet to answer.
+    pub(super) fn release_the_rest(
+        self: &Arc<Self>,
+        owned: &Owned,
+        timeout: Duration,
+        mut behind: Vec<usize>,
+        mut answers: Answers<Released>,
+    ) {
+        let Ok(runtime) = Handle::try_current() else { return };
+        let (quorum, owned) = (self.clone(), owned.clone());
+        let rest = async move {
+            while let Some((place, answer)) = answers.recv().await {
+                if answer.is_err() {
+                    behind.push(place);
+                }
+            }
+            for member in behind.into_iter().filter_map(|place| quorum.members.get(place)) {
+                let (node, arrears, owned) = (member.node.clone(), member.arrears.clone(), owned.clone());
+                let until = Instant::now() + PATIENCE.max(timeout);
+                quorum.releases.spawn(async move {
+                    let released = retry(&arrears, until, |timeout| node.release(&owned, timeout)).await;
+                    if let Err(error) = released {
+                        debug!(name: "tenure.release_failed", key = %owned.key(), %error, "a node keeps the key until its ttl");
+                    }
+                });
+            }
+        };
+        self.releases.spawn_on(rest, &runtime);
+    }
+}
+
+/// Calls a node until it answers, refuses for good, or it is that late.
+async fn retry<'a, T>(
+    arrears: &Semaphore,
+    until: Instant,
+    call: impl Fn(Duration) -> Answer<'a, T>,
+) -> Result<T, Error> {
+    let (mut failures, mut permit) = (0, None);
+    loop {
+        let within = schedule::call_timeout(TRY, Instant::now(), until);
+        let error = match timeout(within + GRACE, call(within)).await {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(error)) => error,
+            Err(_) => Error::timeout(),
+        };
+        failures += 1;
+        let remaining = until.saturating_duration_since(Instant::now());
+        let pause = schedule::pause_after(failures, TRY, remaining, fastrand::f64());
+        if !error.is_transient() || pause >= remaining {
+            return Err(error);
+        }
+        if permit.is_none() {
+            permit = arrears.try_acquire().ok();
+        }
+        if permit.is_none() {
+            return Err(error);
+        }
+        sleep(pause).await;
+    }
+}

@@ -1,0 +1,129 @@
+//! Which number to propose: ahead of what the nodes will accept as their last, and of none by much.
+//!
+//! Nothing here is needed for the order of fencing tokens, which the nodes see to. A bad guess costs another round.
+
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::Seen;
+
+/// By how much a proposal is ahead of the clocks that it is made for, so that it still is when it arrives.
+const LEAD: u64 = 100_000;
+
+/// Nodes whose clocks differ by less are all written for; of those further ahead than a majority is, none.
+const TOGETHER: u64 = 1_000_000;
+
+/// Where Lua's numbers stop being exact.
+const HIGHEST: u64 = (1 << 53) - 2;
+
+/// In microseconds since 1970.
+pub(super) fn since_1970() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    u64::try_from(since.as_micros()).unwrap_or(HIGHEST)
+}
+
+/// Our clock, and what we know of the nodes'.
+pub(super) struct Clocks {
+    own: Box<dyn Fn() -> u64 + Send + Sync>,
+    needed: usize,
+    known: Mutex<Known>,
+}
+
+struct Known {
+    /// By how much each node's clock was ahead of ours, a call's way included.
+    ahead: Vec<Option<i64>>,
+    /// The highest number that was proposed or seen.
+    highest: u64,
+}
+
+impl Clocks {
+    pub(super) fn new(own: impl Fn() -> u64 + Send + Sync + 'static, nodes: usize, needed: usize) -> Self {
+        let known = Mutex::new(Known { ahead: vec![None; nodes], highest: 0 });
+        Self { own: Box::new(own), needed, known }
+    }
+
+    pub(super) fn now(&self) -> u64 {
+        (self.own)()
+    }
+
+    /// A number that a majority should grant, of whom these are the last ones known.
+    pub(super) fn propose(&self, last: impl Iterator<Item = u64>) -> u64 {
+        let now = self.now();
+        let mut known = self.known();
+        let clocks = known.ahead.iter().flatten().map(|&ahead| now.saturating_add_signed(ahead));
+        let mut number = reach(clocks, self.needed).unwrap_or(now).saturating_add(LEAD);
+        // Unless somebody has written nonsense into some fence key, which is that key's trouble alone.
+        if known.highest < number.saturating_add(TOGETHER) {
+            number = number.max(known.highest.saturating_add(1));
+        }
+        if let Some(last) = reach(last, self.needed) {
+            number = number.max(last.saturating_add(1));
+        }
+        let number = number.min(HIGHEST);
+        known.highest = number;
+        number
+    }
+
+    /// What a node has said, to a call that was sent when our clock said `sent`.
+    pub(super) fn learn(&self, place: usize, sent: u64, seen: Seen) {
+        let mut known = self.known();
+        if let Some(ahead) = known.ahead.get_mut(place) {
+            *ahead = i64::try_from(i128::from(seen.now) - i128::from(sent)).ok();
+        }
+        let near = seen.last < seen.now.saturating_add(TOGETHER);
+        if near {
+            known.highest = known.highest.max(seen.last);
+        }
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Clocks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Clocks").finish_non_exhaustive()
+    }
+}
+
+/// The highest of these that is not far above the majority's, so that no single node leads us astray.
+fn reach(values: impl Iterator<Item = u64>, needed: usize) -> Option<u64> {
+    let mut values: Vec<u64> = values.collect();
+    values.sort_unstable();
+    let majority = *values.get(needed - 1).or_else(|| values.last())?;
+    values.into_iter().rev().find(|&value| value <= majority.saturating_add(TOGETHER))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: u64 = 3_600_000_000;
+
+    #[test]
+    fn one_node_with_a_wrong_clock_leads_nobody_astray() {
+        assert_eq!(reach([5, 9, HOUR].into_iter(), 2), Some(9));
+        assert_eq!(reach([5, 9, 7].into_iter(), 2), Some(9));
+        assert_eq!(reach([HOUR, 2 * HOUR, 5].into_iter(), 2), Some(HOUR));
+        assert_eq!(reach([HOUR].into_iter(), 2), Some(HOUR));
+        assert_eq!(reach([].into_iter(), 2), None);
+    }
+
+    #[test]
+    fn a_client_learns_the_clock_of_the_nodes() {
+        let clocks = Clocks::new(|| 5 * HOUR, 3, 2);
+        assert_eq!(clocks.propose([].into_iter()), 5 * HOUR + LEAD);
+        for place in 0..3 {
+            clocks.learn(place, 5 * HOUR, Seen { now: 7 * HOUR, last: 0 });
+        }
+        assert_eq!(clocks.propose([].into_iter()), 7 * HOUR + LEAD);
+        assert_eq!(clocks.propose([].into_iter()), 7 * HOUR + LEAD + 1);
+        for place in 0..3 {
+            clocks.learn(place, 5 * HOUR, Seen { now: 4 * HOUR, last: 9 * HOUR });
+        }
+        assert_eq!(clocks.propose([].into_iter()), 4 * HOUR + LEAD);
+        assert_eq!(clocks.propose([9 * HOUR, 9 * HOUR + 5, 9 * HOUR].into_iter()), 9 * HOUR + 6);
+    }
+}

@@ -1,0 +1,132 @@
+//! Which nodes make a quorum, and how they are connected to.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use fred::types::config::{Config, ServerConfig};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout_at};
+use tracing::warn;
+
+use super::Node;
+use crate::store::redis::RedisStore;
+use crate::{Error, NodeError};
+
+/// For how long the others are waited for once a majority is connected.
+const GRACE: Duration = Duration::from_millis(250);
+
+/// Connects to a majority, at least, of the nodes at these URLs; to the others as they come.
+///
+/// # Errors
+///
+/// [`Error::InvalidNodes`] for a list that makes no quorum, [`Error::Redis`] for a URL that makes no sense, and
+/// [`Error::Quorum`] when no majority could be reached within `timeout`.
+pub(crate) async fn connect(
+    urls: &[String],
+    prefix: &str,
+    timeout: Duration,
+) -> Result<Vec<(String, Arc<dyn Node>)>, Error> {
+    let configs = check(urls)?;
+    let mut nodes: Vec<(String, Arc<RedisStore>)> = Vec::with_capacity(configs.len());
+    for (url, (address, config)) in urls.iter().zip(configs) {
+        let store = RedisStore::open_lazily(url, config, prefix.to_owned(), timeout)?;
+        nodes.push((address, Arc::new(store)));
+    }
+
+    let needed = nodes.len() / 2 + 1;
+    let mut connecting = JoinSet::new();
+    for (place, (_, node)) in nodes.iter().enumerate() {
+        let node = node.clone();
+        connecting.spawn(async move { (place, node.ready(timeout).await) });
+    }
+    let (mut connected, mut failed) = (0, Vec::new());
+    let mut until = Instant::now() + timeout * 2;
+    while let Ok(Some(ended)) = timeout_at(until, connecting.join_next()).await {
+        let Ok((place, ended)) = ended else { continue };
+        match ended {
+            Ok(()) => connected += 1,
+            Err(error) => {
+                let address = nodes.get(place).map(|(address, _)| address.clone()).unwrap_or_default();
+                warn!(name: "tenure.node_away", node = %address, %error, "not connected; goes on trying");
+                failed.push(NodeError { address, error });
+            }
+        }
+        if connected == needed {
+            until = until.min(Instant::now() + GRACE);
+        }
+        if failed.len() > nodes.len() - needed {
+            return Err(Error::Quorum { needed, granted: connected, nodes: failed });
+        }
+    }
+    if connected < needed {
+        return Err(Error::Quorum { needed, granted: connected, nodes: failed });
+    }
+    Ok(nodes.into_iter().map(|(address, node)| (address, node as Arc<dyn Node>)).collect())
+}
+
+/// Refuses lists that make no quorum. Answers the nodes' addresses, which never show a password.
+fn check(urls: &[String]) -> Result<Vec<(String, Config)>, Error> {
+    if urls.is_empty() {
+        return Err(Error::InvalidNodes("there are none; name an odd number of independent servers"));
+    }
+    if urls.len() % 2 == 0 {
+        return Err(Error::InvalidNodes(
+            "their number is even, which tolerates no more failures than one node less; use an odd number",
+        ));
+    }
+    let mut nodes: Vec<(String, Config)> = Vec::with_capacity(urls.len());
+    for url in urls {
+        let config = Config::from_url(url)?;
+        let address = match &config.server {
+            ServerConfig::Centralized { server } => format!("{}:{}", server.host, server.port),
+            ServerConfig::Unix { path } => path.display().to_string(),
+            ServerConfig::Clustered { .. } | ServerConfig::Sentinel { .. } => {
+                return Err(Error::InvalidNodes(
+                    "a cluster or a server under Sentinels is no node of a quorum: a failover forgets; use plain servers",
+                ));
+            }
+        };
+        let same = nodes.iter().find(|(other, _)| *other == address);
+        match same.map(|(_, other)| other.database.unwrap_or(0) == config.database.unwrap_or(0)) {
+            Some(true) => return Err(Error::InvalidNodes("one is named twice, and would have two votes")),
+            Some(false) => {
+                warn!(name: "tenure.same_node", node = %address, "two databases of one server are no independent nodes");
+            }
+            None => {}
+        }
+        nodes.push((address, config));
+    }
+    Ok(nodes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(urls: &[&str]) -> Result<Vec<String>, Error> {
+        let urls: Vec<String> = urls.iter().map(|&url| url.to_owned()).collect();
+        super::check(&urls).map(|nodes| nodes.into_iter().map(|(address, _)| address).collect())
+    }
+
+    #[test]
+    fn lists_that_make_no_quorum_are_refused() {
+        for urls in [
+            &[][..],
+            &["redis://a", "redis://b"],
+            &["redis://a", "redis://b", "redis://a:6379"],
+            &["redis://a", "redis://b", "redis://:password@b:6379/0"],
+            &["redis-cluster://a", "redis://b", "redis://c"],
+            &["redis-sentinel://a:26379?sentinelServiceName=x", "redis://b", "redis://c"],
+        ] {
+            assert!(matches!(check(urls), Err(Error::InvalidNodes(_))), "{urls:?}");
+        }
+        assert!(matches!(check(&["redis://a:port"]), Err(Error::Redis(_))));
+    }
+
+    #[test]
+    fn addresses_show_no_password() {
+        let urls = ["redis://user:secret@a:1/2", "redis+unix:///run/redis.sock", "redis://a:1/3"];
+        assert_eq!(check(&urls).unwrap(), ["a:1", "/run/redis.sock", "a:1"]);
+        assert_eq!(check(&["redis://alone"]).unwrap(), ["alone:6379"]);
+    }
+}

@@ -1,0 +1,515 @@
+//! Quorums of nodes that live on tokio's clock, with clocks of their own that are wrong as told, and lines that fail: what
+//! happens when, to the millisecond, and thousands of random histories.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::runtime::{Builder, Handle};
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::task::TaskTracker;
+
+use super::{Ballot, Node, QuorumStore, Reply, Seen, Vote};
+use crate::hold::{Hold, Owned};
+use crate::store::faulty::{Fault, call};
+use crate::store::{Acquired, Answer, Holder, Released, Renewed, Store, Wanted};
+use crate::{Error, Key, Locker, Loss, Token};
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// Some moment after 1970, in microseconds.
+const EPOCH: u64 = 1_700_000_000_000_000;
+const SECOND: i64 = 1_000_000;
+const HOUR: i64 = 3_600 * SECOND;
+
+/// What the scripts do, on one server.
+#[derive(Debug)]
+struct Server {
+    origin: Instant,
+    /// By how much its clock is wrong, in microseconds.
+    skew: i64,
+    state: Mutex<State>,
+    votes: AtomicU32,
+}
+
+#[derive(Debug)]
+struct State {
+    started: Instant,
+    locks: HashMap<Key, (Token, Instant)>,
+    fences: HashMap<Key, u64>,
+    names: HashMap<Key, Token>,
+}
+
+impl Server {
+    fn new(origin: Instant, skew: i64) -> Self {
+        let state = State { started: origin, locks: HashMap::new(), fences: HashMap::new(), names: HashMap::new() };
+        Self { origin, skew, state: Mutex::new(state), votes: AtomicU32::new(0) }
+    }
+
+    fn now(&self) -> u64 {
+        clock(self.origin, self.skew)
+    }
+
+    /// Restarted without its data.
+    fn forget(&self) {
+        let mut state = self.state.lock().unwrap();
+        *state =
+            State { started: Instant::now(), locks: HashMap::new(), fences: HashMap::new(), names: HashMap::new() };
+    }
+
+    fn vote(&self, wanted: &Wanted, ballot: &Ballot) -> Reply {
+        self.votes.fetch_add(1, Ordering::Relaxed);
+        let now = self.now();
+        let mut state = self.state.lock().unwrap();
+        let reply = |vote, last| Reply { vote, seen: Seen { now, last } };
+        let up = state.started.elapsed();
+        if up < ballot.window {
+            return reply(Vote::Silent { remaining: ballot.window - up }, 0);
+        }
+        let Owned { keys, token } = &wanted.owned;
+        let known: Vec<Option<u64>> = keys.iter().map(|key| state.fences.get(key).copied()).collect();
+        let last = known.iter().flatten().copied().max().unwrap_or(0);
+        let bar = known.iter().map(|fence| fence.unwrap_or(now)).max().unwrap_or(0);
+        let mut all_ours = true;
+        let mut expires = Instant::now() + wanted.ttl;
+        for (place, key) in keys.iter().enumerate() {
+            match state.live(key) {
+                Some((held, until)) if held == token => expires = expires.max(*until),
+                Some((_, until)) => {
+                    return reply(Vote::Held { place, remaining: Some(*until - Instant::now()) }, last);
+                }
+                None => all_ours = false,
+            }
+        }
+        let mut granted = ballot.number;
+        if let Some(number) = ballot.number {
+            let same = known.iter().all(|&fence| fence == Some(last));
+            if all_ours && same && (!ballot.exactly || last == number) {
+                granted = Some(last);
+            } else if number <= bar {
+                return reply(Vote::Behind, bar);
+            } else if number > now + u64::try_from(ballot.ahead.as_micros()).unwrap() {
+                return reply(Vote::Ahead, last);
+            }
+            for key in keys {
+                state.fences.extend(granted.map(|granted| (key.clone(), granted)));
+            }
+        }
+        for key in keys {
+            if state.live(key).is_none() {
+                state.names.remove(key);
+                state.names.extend(ballot.attempt.clone().map(|name| (key.clone(), name)));
+            } else if state.names.get(key) != ballot.attempt.as_ref() {
+                state.names.remove(key);
+            }
+            state.locks.insert(key.clone(), (token.clone(), expires));
+        }
+        reply(Vote::Granted { number: granted }, last.max(granted.unwrap_or(0)))
+    }
+
+    fn withdraw(&self, owned: &Owned, attempt: &Token) {
+        let mut state = self.state.lock().unwrap();
+        for key in &owned.keys {
+            if state.names.get(key) == Some(attempt) && state.live(key).is_some_and(|(held, _)| *held == owned.token) {
+                state.locks.remove(key);
+                state.names.remove(key);
+            }
+        }
+    }
+
+    fn renew(&self, owned: &Owned, ttl: Duration, exact: bool) -> Renewed {
+        let mut state = self.state.lock().unwrap();
+        if let Some(loss) = state.not_ours(owned) {
+            return Renewed::NotOurs(loss);
+        }
+        let until = Instant::now() + ttl;
+        for key in &owned.keys {
+            if let Some((_, expires)) = state.locks.get_mut(key) {
+                *expires = if exact { until } else { until.max(*expires) };
+            }
+        }
+        Renewed::Extended
+    }
+
+    fn release(&self, owned: &Owned) -> Released {
+        let mut state = self.state.lock().unwrap();
+        let loss = state.not_ours(owned);
+        for key in &owned.keys {
+            if state.live(key).is_some_and(|(held, _)| *held == owned.token) {
+                state.locks.remove(key);
+            }
+        }
+        loss.map_or(Released::Freed, Released::NotOurs)
+    }
+
+    fn remaining(&self, owned: &Owned) -> Option<Duration> {
+        let state = self.state.lock().unwrap();
+        if state.not_ours(owned).is_some() {
+            return None;
+        }
+        owned.keys.iter().filter_map(|key| state.live(key)).map(|(_, until)| *until - Instant::now()).min()
+    }
+
+    fn inspect(&self, key: &Key) -> Option<Holder> {
+        let state = self.state.lock().unwrap();
+        state.live(key).map(|(token, until)| Holder {
+            token: token.clone(),
+            metadata: Vec::new(),
+            remaining: Some(*until - Instant::now()),
+            fencing_token: state.fences.get(key).copied(),
+        })
+    }
+
+    fn is_free(&self, key: &str) -> bool {
+        self.state.lock().unwrap().live(&key.into()).is_none()
+    }
+}
+
+impl State {
+    fn live(&self, key: &Key) -> Option<&(Token, Instant)> {
+        self.locks.get(key).filter(|(_, expires)| Instant::now() < *expires)
+    }
+
+    fn not_ours(&self, owned: &Owned) -> Option<Loss> {
+        let mut loss = None;
+        for key in &owned.keys {
+            match self.live(key) {
+                Some((held, _)) if *held == owned.token => {}
+                Some(_) => return Some(Loss::Taken),
+                None => loss = Some(Loss::Missing),
+            }
+        }
+        loss
+    }
+}
+
+fn clock(origin: Instant, skew: i64) -> u64 {
+    let elapsed = u64::try_from(origin.elapsed().as_micros()).unwrap();
+    (EPOCH + elapsed).checked_add_signed(skew).unwrap()
+}
+
+type Plan = Arc<dyn Fn(usize) -> Fault + Send + Sync>;
+
+/// One client's line to one server.
+struct Line {
+    place: usize,
+    server: Arc<Server>,
+    plan: Plan,
+}
+
+impl Line {
+    async fn call<T: Send + 'static>(
+        &self,
+        timeout: Duration,
+        run: impl Fn(&Server) -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        call((self.plan)(self.place), &self.server, timeout, run, Server::forget).await
+    }
+}
+
+impl Node for Line {
+    fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, Reply> {
+        let (wanted, ballot) = (wanted.clone(), ballot.clone());
+        Box::pin(self.call(timeout, move |server| server.vote(&wanted, &ballot)))
+    }
+
+    fn withdraw<'a>(&'a self, owned: &'a Owned, attempt: &'a Token, timeout: Duration) -> Answer<'a, ()> {
+        let (owned, attempt) = (owned.clone(), attempt.clone());
+        Box::pin(self.call(timeout, move |server| server.withdraw(&owned, &attempt)))
+    }
+}
+
+impl Store for Line {
+    fn acquire<'a>(&'a self, _: &'a Wanted, _: Duration) -> Answer<'a, Acquired> {
+        unreachable!("nodes are asked for votes")
+    }
+
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, exact: bool, timeout: Duration) -> Answer<'a, Renewed> {
+        let owned = owned.clone();
+        Box::pin(self.call(timeout, move |server| server.renew(&owned, ttl, exact)))
+    }
+
+    fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released> {
+        let owned = owned.clone();
+        Box::pin(self.call(timeout, move |server| server.release(&owned)))
+    }
+
+    fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
+        let owned = owned.clone();
+        Box::pin(self.call(timeout, move |server| server.remaining(&owned)))
+    }
+
+    fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {
+        let key = key.clone();
+        Box::pin(self.call(timeout, move |server| server.inspect(&key)))
+    }
+}
+
+impl fmt::Debug for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Line").finish_non_exhaustive()
+    }
+}
+
+/// Servers that all clients share.
+struct World {
+    origin: Instant,
+    servers: Vec<Arc<Server>>,
+    window: Duration,
+}
+
+impl World {
+    fn new(skews: &[i64], window: Duration) -> Self {
+        let origin = Instant::now();
+        let servers = skews.iter().map(|&skew| Arc::new(Server::new(origin, skew))).collect();
+        Self { origin, servers, window }
+    }
+
+    /// A client whose clock is wrong by so much, and whose calls go as told, by the server's place.
+    fn client(&self, skew: i64, plan: impl Fn(usize) -> Fault + Send + Sync + 'static) -> Locker {
+        let plan: Plan = Arc::new(plan);
+        let nodes = self.servers.iter().enumerate().map(|(place, server)| {
+            let line = Line { place, server: server.clone(), plan: plan.clone() };
+            (format!("node-{place}"), Arc::new(line) as Arc<dyn Node>)
+        });
+        let (origin, releases) = (self.origin, TaskTracker::new());
+        let store =
+            QuorumStore::with_clock(nodes.collect(), self.window, releases.clone(), move || clock(origin, skew));
+        let builder = Locker::builder().ttl(ms(2_000)).command_timeout(ms(500));
+        builder.build_with(Box::new(store), None, releases)
+    }
+
+    fn votes(&self) -> u32 {
+        self.servers.iter().map(|server| server.votes.load(Ordering::Relaxed)).sum()
+    }
+
+    fn is_free(&self, key: &str) -> bool {
+        self.servers.iter().all(|server| server.is_free(key))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_majority_decides_and_slow_nodes_are_not_waited_for() {
+    let world = World::new(&[0; 5], Duration::ZERO);
+    let locker = world.client(0, |place| if place < 2 { Fault::Hung } else { Fault::None });
+    let start = Instant::now();
+    let guard = locker.lock("k").await.unwrap();
+    guard.refresh().await.unwrap();
+    assert!(locker.inspect("k").await.unwrap().is_some());
+    guard.release().await.unwrap();
+    assert_eq!(start.elapsed(), Duration::ZERO);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_is_given_a_small_part_of_the_ttl() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let locker = world.client(0, |place| if place < 2 { Fault::AnsweredAfter(ms(10_000)) } else { Fault::None });
+    let start = Instant::now();
+    let refused = locker.try_lock("k").await.unwrap_err();
+    assert_eq!(start.elapsed(), ms(200));
+    assert!(matches!(refused, Error::Quorum { needed: 2, granted: 1, ref nodes } if nodes.len() == 2), "{refused}");
+    locker.close().await;
+    assert!(world.is_free("k"));
+    assert!(start.elapsed() <= ms(2_300), "{:?}", start.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_majority_a_guard_is_lost_at_its_deadline_to_the_millisecond() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let cut = Arc::new(AtomicU32::new(0));
+    let locker = world.client(0, {
+        let cut = cut.clone();
+        move |place| {
+            if place < 2 && cut.load(Ordering::Relaxed) > 0 { Fault::Hung } else { Fault::None }
+        }
+    });
+    let start = Instant::now();
+    let guard = locker.lock("k").await.unwrap();
+    cut.store(1, Ordering::Relaxed);
+    assert_eq!(guard.lost().await, Loss::Expired);
+    // 2,000 less 1 % and 2 ms.
+    assert_eq!(start.elapsed(), ms(1_978));
+}
+
+#[tokio::test(start_paused = true)]
+async fn clocks_cost_a_second_ballot_at_the_first_lock_and_no_order() {
+    // What a hundred locks cost, in votes of three nodes each; by how wrong the client's clock is.
+    for (skew, ballots) in [(0, 100), (SECOND / 50, 100), (-HOUR, 101), (HOUR, 101)] {
+        let world = World::new(&[0, SECOND / 20, -SECOND / 20], ms(60_000));
+        sleep(ms(60_000)).await;
+        let locker = world.client(skew, |_| Fault::None);
+        let mut last = 0;
+        for _ in 0..100 {
+            let guard = locker.lock("k").await.unwrap();
+            let fence = guard.fencing_token().unwrap();
+            assert!(fence > last, "{fence} after {last}, skew {skew}");
+            last = fence;
+            guard.release().await.unwrap();
+            sleep(ms(3)).await;
+        }
+        assert_eq!(world.votes(), 3 * ballots, "skew {skew}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn clients_whose_clocks_are_hours_apart_take_turns() {
+    let world = World::new(&[0; 3], ms(60_000));
+    sleep(ms(60_000)).await;
+    let clients = [-2 * HOUR, 0, HOUR].map(|skew| world.client(skew, |_| Fault::None));
+    let mut last = 0;
+    for turn in 0..300 {
+        let guard = clients[turn % 3].lock("k").await.unwrap();
+        let fence = guard.fencing_token().unwrap();
+        assert!(fence > last, "{fence} after {last}");
+        last = fence;
+        guard.release().await.unwrap();
+    }
+    // In no time at all between them, the proposals collide as often as they can.
+    assert!(world.votes() <= 3 * 2 * 300, "{}", world.votes());
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_node_with_a_wild_clock_is_done_without() {
+    for wild in [-HOUR, HOUR] {
+        let world = World::new(&[0, wild, 0], ms(60_000));
+        sleep(ms(60_000)).await;
+        let locker = world.client(0, |_| Fault::None);
+        for _ in 0..10 {
+            locker.lock("k").await.unwrap().release().await.unwrap();
+        }
+    }
+    let world = World::new(&[0, HOUR, -HOUR], ms(60_000));
+    sleep(ms(60_000)).await;
+    let refused = world.client(0, |_| Fault::None).try_lock("k").await.unwrap_err();
+    assert!(matches!(refused, Error::Quorum { .. }) && refused.to_string().contains("fencing token"), "{refused}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_that_nobody_waits_for_is_taken_back_after_its_last_call() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    // The answers come, and the votes are given, when the request has long been dropped.
+    for fault in [Fault::RunAfter(ms(150)), Fault::AnsweredAfter(ms(150)), Fault::RunAfter(ms(400)), Fault::AnswerLost]
+    {
+        let tasks = Handle::current().metrics().num_alive_tasks();
+        let calls = Arc::new(AtomicU32::new(0));
+        // Only the votes: what takes them back comes through.
+        let locker =
+            world.client(0, move |_| if calls.fetch_add(1, Ordering::Relaxed) < 3 { fault } else { Fault::None });
+        drop(timeout(ms(10), locker.lock("k")).await);
+        locker.close().await;
+        sleep(ms(3_000)).await;
+        assert!(world.is_free("k"), "{fault:?}");
+        assert_eq!(Handle::current().metrics().num_alive_tasks(), tasks, "{fault:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vote_that_comes_after_the_release_is_taken_back() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let calls = Arc::new(AtomicU32::new(0));
+    let locker = world.client(0, move |place| {
+        let first = place == 2 && calls.fetch_add(1, Ordering::Relaxed) == 0;
+        if first { Fault::RunAfter(ms(100)) } else { Fault::None }
+    });
+    locker.lock("k").await.unwrap().release().await.unwrap();
+    sleep(ms(101)).await;
+    assert!(world.is_free("k"));
+}
+
+/// What networks do.
+const FAULTS: &[fn(&mut fastrand::Rng) -> Fault] = &[
+    |_| Fault::Refused,
+    |_| Fault::Hung,
+    |_| Fault::AnswerLost,
+    |rng| Fault::AnsweredAfter(ms(rng.u64(..300))),
+    |rng| Fault::RunAfter(ms(rng.u64(..300))),
+    |rng| Fault::RunAfter(ms(rng.u64(..5_000))),
+    |rng| Fault::Doubled(ms(rng.u64(..5_000))),
+];
+
+/// Three clients whose clocks are wrong by up to an hour, on three nodes that are restarted empty now and then. Answers
+/// how often one obtained the lock while another still believed to hold it or had a higher fencing token, and how often
+/// the lock was obtained.
+async fn history(seed: u64, window: Duration) -> (u32, u32) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let skews = [(); 3].map(|()| rng.i64(-SECOND / 2..SECOND / 2));
+    let world = World::new(&skews, window);
+    sleep(window).await;
+    let held: Arc<Mutex<Vec<Arc<Hold>>>> = Arc::default();
+    let (obtained, wrong, last) =
+        (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)), Arc::new(AtomicU64::new(0)));
+    let mut clients = tokio::task::JoinSet::new();
+    for client in 0..3 {
+        let lines = Mutex::new(fastrand::Rng::with_seed(seed * 3 + client));
+        let locker = world.client(rng.i64(-HOUR..HOUR), move |_| {
+            let mut rng = lines.lock().unwrap();
+            if rng.u8(..10) < 7 { Fault::None } else { rng.choice(FAULTS).unwrap()(&mut rng) }
+        });
+        let (held, obtained, wrong, last) = (held.clone(), obtained.clone(), wrong.clone(), last.clone());
+        let mut rng = fastrand::Rng::with_seed(seed * 7 + client);
+        clients.spawn(async move {
+            for _ in 0..6 {
+                let Ok(guard) = locker.lock("k").wait_at_most(ms(rng.u64(..8_000))).await else { continue };
+                if guard.is_held() {
+                    let mut held = held.lock().unwrap();
+                    let others = held.iter().filter(|other| other.check().is_ok()).count();
+                    let fence = guard.fencing_token().unwrap();
+                    let falls = fence <= last.fetch_max(fence, Ordering::Relaxed);
+                    wrong.fetch_add(u32::from(others > 0 || falls), Ordering::Relaxed);
+                    obtained.fetch_add(1, Ordering::Relaxed);
+                    held.push(guard.hold());
+                }
+                drop(timeout(ms(rng.u64(..6_000)), guard.lost()).await);
+                match rng.u8(..3) {
+                    0 => drop(guard),
+                    1 => drop(guard.release().await),
+                    _ => drop(timeout(ms(rng.u64(..300)), guard.release()).await),
+                }
+            }
+        });
+    }
+    let restarts = async {
+        loop {
+            sleep(ms(rng.u64(1_000..9_000))).await;
+            rng.choice(&world.servers).unwrap().forget();
+        }
+    };
+    tokio::select! {
+        _ = clients.join_all() => {}
+        () = restarts => {}
+    }
+    (wrong.load(Ordering::Relaxed), obtained.load(Ordering::Relaxed))
+}
+
+const SEEDS: u64 = 100;
+
+fn histories(window: Duration) -> (u32, u32) {
+    let mut sums = (0, 0);
+    for seed in 0..SEEDS {
+        let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+        fastrand::seed(seed);
+        let (wrong, obtained) = runtime.block_on(history(seed, window));
+        if wrong > 0 && !window.is_zero() {
+            panic!("two holders at once, or a fencing token that does not grow; seed {seed}");
+        }
+        sums = (sums.0 + wrong, sums.1 + obtained);
+    }
+    sums
+}
+
+#[test]
+fn no_history_has_two_holders_at_once_or_fencing_tokens_that_fall() {
+    let (_, obtained) = histories(ms(3_000));
+    // Or the histories have shown nothing.
+    assert!(obtained > 300, "only {obtained}");
+}
+
+#[test]
+fn without_the_restart_window_there_are_such_histories_or_they_are_toothless() {
+    let (wrong, _) = histories(Duration::ZERO);
+    assert!(wrong > 2, "only {wrong}");
+}

@@ -1,0 +1,217 @@
+//! Counting answers: what a majority says, as soon as the others can't change it any more. No I/O, no clock.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::{Quorum, Reply, Vote};
+use crate::{Error, NodeError};
+
+/// The answers to a question of yes or no.
+pub(super) struct Tally<'a> {
+    quorum: &'a Quorum,
+    yes: usize,
+    no: usize,
+    failed: Vec<NodeError>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// A majority says yes.
+    Yes,
+    /// So many say no that no majority can say yes.
+    No,
+    /// Neither, and the nodes that are left can't change that.
+    Unknown,
+}
+
+impl<'a> Tally<'a> {
+    pub(super) fn new(quorum: &'a Quorum) -> Self {
+        Self { quorum, yes: 0, no: 0, failed: Vec::new() }
+    }
+
+    pub(super) fn yes(&mut self) {
+        self.yes += 1;
+    }
+
+    pub(super) fn no(&mut self) {
+        self.no += 1;
+    }
+
+    pub(super) fn failed(&mut self, place: usize, error: Error) {
+        let error = self.quorum.node_error(place, error);
+        self.failed.push(error);
+    }
+
+    pub(super) fn failures(&self) -> usize {
+        self.failed.len()
+    }
+
+    pub(super) fn unanswered(&self) -> usize {
+        self.quorum.members.len() - self.yes - self.no - self.failed.len()
+    }
+
+    pub(super) fn verdict(&self) -> Option<Verdict> {
+        let needed = self.quorum.needed;
+        let enough_to_refuse = self.quorum.members.len() - needed + 1;
+        let open = self.unanswered();
+        match () {
+            () if self.yes >= needed => Some(Verdict::Yes),
+            () if self.no >= enough_to_refuse => Some(Verdict::No),
+            () if self.yes + open < needed && self.no + open < enough_to_refuse => Some(Verdict::Unknown),
+            () => None,
+        }
+    }
+
+    /// Where the lock was gone already, there is nothing left to do either.
+    pub(super) fn into_error_of_release(self) -> Error {
+        Error::Quorum { needed: self.quorum.needed, granted: self.yes + self.no, nodes: self.failed }
+    }
+
+    pub(super) fn into_error(self) -> Error {
+        Error::Quorum { needed: self.quorum.needed, granted: self.yes, nodes: self.failed }
+    }
+}
+
+/// What a round of votes has come to.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Decision {
+    /// By a majority, and with one number.
+    Granted { number: Option<u64> },
+    /// A majority would grant another number.
+    Again,
+    /// Others hold too many of the nodes. `split`: but none of them need have a majority.
+    Held { place: usize, remaining: Option<Duration>, split: bool },
+    /// Too many nodes could not be asked, or do not vote.
+    Failed,
+}
+
+/// Says what the votes of one round have come to, as soon as that is certain; one vote for each node, or none yet.
+pub(super) fn decide(votes: &[Option<Result<Reply, Error>>], needed: usize) -> Option<Decision> {
+    let mut numbers: BTreeMap<Option<u64>, usize> = BTreeMap::new();
+    let mut held = Vec::new();
+    let (mut open, mut willing, mut failed) = (0, 0, 0);
+    for vote in votes {
+        match vote.as_ref().map(|answer| answer.as_ref().map(|reply| reply.vote)) {
+            None => open += 1,
+            Some(Ok(Vote::Granted { number })) => {
+                *numbers.entry(number).or_default() += 1;
+                willing += 1;
+            }
+            Some(Ok(Vote::Behind | Vote::Ahead)) => willing += 1,
+            Some(Ok(Vote::Held { place, remaining })) => held.push((remaining.unwrap_or(Duration::MAX), place)),
+            Some(Ok(Vote::Silent { .. }) | Err(_)) => failed += 1,
+        }
+    }
+    let best = numbers.iter().max_by_key(|&(_, &count)| count);
+    let (number, granted) = best.map_or((None, 0), |(&number, &count)| (number, count));
+    if granted >= needed {
+        return Some(Decision::Granted { number });
+    }
+    if granted + open >= needed {
+        return None;
+    }
+    if willing >= needed {
+        return Some(Decision::Again);
+    }
+    if willing + open >= needed {
+        return None;
+    }
+    if willing + held.len() >= needed {
+        // So many of the others must let go, the earliest first.
+        held.sort_unstable();
+        let (remaining, place) = held.get(needed - willing - 1).copied().unwrap_or_default();
+        let remaining = Some(remaining).filter(|&remaining| remaining < Duration::MAX);
+        return Some(Decision::Held { place, remaining, split: held.len() < needed });
+    }
+    (failed > votes.len() - needed).then_some(Decision::Failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::Seen;
+    use super::*;
+
+    fn vote(vote: Vote) -> Option<Result<Reply, Error>> {
+        Some(Ok(Reply { vote, seen: Seen { now: 0, last: 0 } }))
+    }
+
+    fn granted(number: u64) -> Option<Result<Reply, Error>> {
+        vote(Vote::Granted { number: Some(number) })
+    }
+
+    fn held(ms: u64) -> Option<Result<Reply, Error>> {
+        vote(Vote::Held { place: 0, remaining: Some(Duration::from_millis(ms)) })
+    }
+
+    fn failed() -> Option<Result<Reply, Error>> {
+        Some(Err(Error::timeout()))
+    }
+
+    #[test]
+    fn a_majority_with_one_number_grants_without_the_others() {
+        assert_eq!(decide(&[granted(7), None, granted(7)], 2), Some(Decision::Granted { number: Some(7) }));
+        assert_eq!(decide(&[granted(7), None, failed()], 2), None);
+        let unfenced = || vote(Vote::Granted { number: None });
+        assert_eq!(decide(&[unfenced(), held(1), unfenced()], 2), Some(Decision::Granted { number: None }));
+    }
+
+    #[test]
+    fn a_majority_with_several_numbers_is_asked_again() {
+        assert_eq!(decide(&[granted(7), granted(8), failed()], 2), Some(Decision::Again));
+        assert_eq!(decide(&[vote(Vote::Behind), None, vote(Vote::Ahead)], 2), Some(Decision::Again));
+        assert_eq!(decide(&[vote(Vote::Behind), None, None], 2), None);
+    }
+
+    #[test]
+    fn a_waiter_comes_back_when_enough_nodes_may_be_free() {
+        let told = |votes: &[_], needed| match decide(votes, needed) {
+            Some(Decision::Held { remaining, split, .. }) => (remaining.map(|left| left.as_millis()), split),
+            other => panic!("{other:?}"),
+        };
+        // Two must let go where none is ours, one where one is.
+        assert_eq!(told(&[held(5), held(9), None], 2), (Some(9), false));
+        assert_eq!(told(&[held(5), held(9), granted(1)], 2), (Some(5), false));
+        assert_eq!(told(&[held(5), granted(1), failed()], 2), (Some(5), true));
+        let for_ever = || vote(Vote::Held { place: 0, remaining: None });
+        assert_eq!(told(&[for_ever(), held(9), for_ever()], 2), (None, false));
+    }
+
+    #[test]
+    fn too_many_nodes_that_cannot_be_asked_are_a_failure_and_no_refusal() {
+        assert_eq!(decide(&[failed(), failed(), None], 2), Some(Decision::Failed));
+        assert_eq!(decide(&[failed(), held(5), failed()], 2), Some(Decision::Failed));
+        let silent = || vote(Vote::Silent { remaining: Duration::from_secs(9) });
+        assert_eq!(decide(&[silent(), None, silent()], 2), Some(Decision::Failed));
+    }
+
+    proptest! {
+        /// What is decided early is what would have been decided with all answers in, but for grants that could be late:
+        /// those are never decided against.
+        #[test]
+        fn an_early_decision_never_refuses_what_the_others_could_still_grant(
+            kinds in prop::collection::vec(0_u8..6, 1..8),
+            known in prop::collection::vec(any::<bool>(), 8),
+        ) {
+            let votes = || kinds.iter().map(|kind| match kind {
+                0 | 1 => granted(7),
+                2 => held(9),
+                3 => vote(Vote::Behind),
+                4 => granted(8),
+                _ => failed(),
+            });
+            let needed = kinds.len() / 2 + 1;
+            let whole: Vec<_> = votes().collect();
+            let whole = decide(&whole, needed);
+            prop_assert!(whole.is_some(), "all votes are in");
+            let part: Vec<_> = votes().zip(&known).map(|(vote, &known)| vote.filter(|_| known)).collect();
+            if let Some(early) = decide(&part, needed) {
+                prop_assert_eq!(
+                    matches!(early, Decision::Granted { .. }),
+                    matches!(whole, Some(Decision::Granted { .. }))
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,108 @@
+-- One node's part in a quorum: takes all keys for one token, by ballot, or none.
+--
+-- KEYS  n lock keys; where a fencing token is wanted, their n fence keys; where the attempt has a name, their n vote keys.
+-- ARGV  token, value (the token; with metadata: token, newline, metadata), ttl in ms, n, ttl of the fence keys in ms,
+--       restart window in s (0: none), how far in us a number may be ahead, the number (0: no fencing token wanted),
+--       '1' to have this number and no earlier one, name of the attempt or ''.
+-- Reply {1, now, last, number}   granted, with this number or, where the keys hold the token already, an earlier one.
+--       {0, now, last, ttl, i}   the ith key is held by another, for so long in ms; -1: for ever.
+--       {2, now, last}           the number is behind: it must be greater than last.
+--       {3, now, last}           the number is ahead: it must not be greater than now and as much as is allowed.
+--       {4, now, 0, seconds}     restarted lately, and silent for so long: what it has granted may be forgotten.
+--
+-- now is this server's clock in us; last is the highest number that it remembers for the keys.
+--
+-- Idempotent: where all keys hold the token already, they are taken again, with the same number, and live for the ttl from
+-- now, or as long as they would have, whichever is longer.
+--
+-- Why numbers grow is argued in quorum.rs. Scripts do not roll back. So: look first, write the fences next, the locks last,
+-- and undo those where one fails.
+
+local token, value, ttl, n = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local window, ahead, number, name = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[10]
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+
+if window > 0 then
+    -- In whole seconds, so it may be one too many.
+    local up = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)'))
+    if not up then
+        return redis.error_reply('ERR the server does not say how long it has been up')
+    end
+    if up <= window then
+        return {4, now, 0, window - up + 1}
+    end
+end
+
+local last, lowest, bar = 0, nil, 0
+if number > 0 then
+    for i = n + 1, 2 * n do
+        local fence = redis.call('GET', KEYS[i])
+        if fence then
+            fence = tonumber(fence)
+            if not fence or fence >= 2 ^ 53 - 1 then
+                return redis.error_reply('ERR the fence key ' .. KEYS[i] .. ' holds no fencing token')
+            end
+            last = math.max(last, fence)
+            lowest = math.min(lowest or fence, fence)
+        else
+            -- Never known or forgotten: then the clock has passed whatever it was.
+            lowest = 0
+            bar = now
+        end
+    end
+    bar = math.max(bar, last)
+end
+
+local ours = {}
+local missing = 0
+for i = 1, n do
+    local held = redis.call('GET', KEYS[i])
+    if not held then
+        missing = missing + 1
+    elseif held == token or string.sub(held, 1, #token + 1) == token .. '\n' then
+        ours[i] = true
+        ttl = math.max(ttl, redis.call('PTTL', KEYS[i]))
+    else
+        return {0, now, last, redis.call('PTTL', KEYS[i]), i}
+    end
+end
+
+if number > 0 then
+    -- Ours already, by one number: that is answered again, unless it is known to be no use.
+    local again = missing == 0 and last > 0 and lowest == last and (ARGV[9] == '0' or last == number)
+    if again then
+        number = last
+    elseif number <= bar then
+        return {2, now, bar}
+    elseif number > now + ahead then
+        return {3, now, last}
+    end
+    local text = string.format('%.0f', number)
+    for i = n + 1, 2 * n do
+        redis.call('SET', KEYS[i], text, 'PX', ARGV[5])
+    end
+end
+
+local px = string.format('%.0f', ttl)
+local votes = #KEYS - n
+for i = 1, n do
+    if name ~= '' then
+        -- Says which attempt has set the lock, as long as no other relies on it.
+        if not ours[i] then
+            redis.call('SET', KEYS[votes + i], name, 'PX', px)
+        elseif redis.call('GET', KEYS[votes + i]) ~= name then
+            redis.call('DEL', KEYS[votes + i])
+        end
+    end
+    local done = redis.pcall('SET', KEYS[i], value, 'PX', px)
+    if done.err then
+        for j = 1, i - 1 do
+            if not ours[j] then
+                redis.call('DEL', KEYS[j])
+            end
+        end
+        return done
+    end
+end
+return {1, now, math.max(last, number), number}

@@ -1,0 +1,103 @@
+//! A server as one node of a quorum.
+
+use std::time::Duration;
+
+use fred::bytes::Bytes;
+use fred::types::Value;
+use fred::types::config::Config;
+
+use super::connection::{Connection, check_tls};
+use super::script::Call;
+use super::{FENCE_TTL, RedisStore, from_millis, integers, millis, names, unexpected, value_of};
+use crate::hold::Owned;
+use crate::store::quorum::{Ballot, Node, Reply, Seen, Vote};
+use crate::store::{Answer, Wanted};
+use crate::{Error, Token};
+
+impl RedisStore {
+    /// Connects in the background, now or whenever the server comes.
+    pub(crate) fn open_lazily(
+        url: &str,
+        config: Config,
+        prefix: String,
+        command_timeout: Duration,
+    ) -> Result<Self, Error> {
+        check_tls(url)?;
+        let connection = Connection::open_lazily(config, command_timeout)?;
+        Ok(Self::on(connection, prefix))
+    }
+
+    /// Waits until it is connected.
+    ///
+    /// # Errors
+    ///
+    /// What has kept it from being so within `timeout`.
+    pub(crate) async fn ready(&self, timeout: Duration) -> Result<(), Error> {
+        self.server().connection.ready(timeout).await
+    }
+
+    async fn vote(&self, wanted: &Wanted, ballot: &Ballot, timeout: Duration) -> Result<Reply, Error> {
+        let Owned { keys, token } = &wanted.owned;
+        let mut names: Vec<Bytes> = keys.iter().map(|key| self.name(key)).collect();
+        let locks = names.clone();
+        if ballot.number.is_some() {
+            names.extend(locks.iter().map(names::fence_of));
+        }
+        if ballot.attempt.is_some() {
+            names.extend(locks.iter().map(names::vote_of));
+        }
+        let number = ballot.number.map_or(0, |number| i64::try_from(number).unwrap_or(i64::MAX));
+        let fence_ttl = FENCE_TTL.max(wanted.ttl.saturating_mul(2)).max(ballot.window.saturating_mul(2));
+        let call = Call::new(
+            names.into_iter().map(Value::Bytes),
+            [
+                Value::from(token.as_str()),
+                value_of(wanted),
+                millis(wanted.ttl).into(),
+                Value::Integer(i64::try_from(keys.len()).unwrap_or(i64::MAX)),
+                millis(fence_ttl).into(),
+                Value::Integer(i64::try_from(ballot.window.as_secs()).unwrap_or(i64::MAX)),
+                Value::Integer(i64::try_from(ballot.ahead.as_micros()).unwrap_or(i64::MAX)),
+                Value::Integer(number),
+                Value::Integer(ballot.exactly.into()),
+                ballot.attempt.as_ref().map_or("", Token::as_str).into(),
+            ],
+        );
+        let answer = self.server().run(&self.server().scripts.vote, &call, timeout).await?;
+        let integers = integers(&answer)?;
+        let [kind, now, last, rest @ ..] = &integers[..] else { return Err(unexpected()) };
+        let number = |integer: i64| u64::try_from(integer).map_err(|_| unexpected());
+        let vote = match (kind, rest) {
+            (1, &[0]) => Vote::Granted { number: None },
+            (1, &[granted]) => Vote::Granted { number: Some(number(granted)?) },
+            (0, &[ttl, place]) => {
+                Vote::Held { place: usize::try_from(place - 1).unwrap_or_default(), remaining: from_millis(ttl) }
+            }
+            (2, []) => Vote::Behind,
+            (3, []) => Vote::Ahead,
+            (4, &[seconds]) => Vote::Silent { remaining: Duration::from_secs(number(seconds)?) },
+            _ => return Err(unexpected()),
+        };
+        Ok(Reply { vote, seen: Seen { now: number(*now)?, last: number(*last)? } })
+    }
+
+    async fn withdraw(&self, owned: &Owned, attempt: &Token, timeout: Duration) -> Result<(), Error> {
+        let mut names: Vec<Bytes> = owned.keys.iter().map(|key| self.name(key)).collect();
+        let votes: Vec<Bytes> = names.iter().map(names::vote_of).collect();
+        names.extend(votes);
+        let args = [owned.token.as_str().into(), attempt.as_str().into()];
+        let call = Call::new(names.into_iter().map(Value::Bytes), args);
+        self.server().run(&self.server().scripts.withdraw, &call, timeout).await?;
+        Ok(())
+    }
+}
+
+impl Node for RedisStore {
+    fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, Reply> {
+        Box::pin(self.vote(wanted, ballot, timeout))
+    }
+
+    fn withdraw<'a>(&'a self, owned: &'a Owned, attempt: &'a Token, timeout: Duration) -> Answer<'a, ()> {
+        Box::pin(self.withdraw(owned, attempt, timeout))
+    }
+}

@@ -1,0 +1,437 @@
+//! Locks on a majority of real servers, some of which freeze, die, forget, or were never there.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
+
+use std::time::Duration;
+
+use tenure::{Error, LockGuard, Locker, Loss, NodeError, Token};
+use tenure_test_support::{Server, eventually, soon};
+use tokio::time::Instant;
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+fn start<const N: usize>() -> [Server; N] {
+    [(); N].map(|()| Server::start())
+}
+
+/// Nodes vote at once, although they have only just been started.
+async fn locker(servers: &[Server]) -> Locker {
+    locker_with(servers, Duration::ZERO).await
+}
+
+async fn locker_with(servers: &[Server], window: Duration) -> Locker {
+    let builder = Locker::builder().ttl(ms(3_000)).restart_window(window);
+    builder.quorum(servers.iter().map(Server::url)).await.unwrap()
+}
+
+/// How many of the servers have the key.
+fn count(servers: &[Server], key: &str) -> usize {
+    servers.iter().filter(|server| server.cli(&["EXISTS", key]) == "1").count()
+}
+
+async fn is_on(servers: &[Server], key: &str, nodes: usize) {
+    eventually("the key is on so many nodes", async || (count(servers, key) == nodes).then_some(())).await;
+}
+
+fn node_errors(error: Error) -> Vec<NodeError> {
+    match error {
+        Error::Quorum { nodes, .. } => nodes,
+        other => panic!("no majority was expected to be reached: {other}"),
+    }
+}
+
+fn address(server: &Server) -> String {
+    format!("127.0.0.1:{}", server.port())
+}
+
+/// Tries until nodes that were away are back.
+async fn lock(locker: &Locker, key: &'static str) -> LockGuard {
+    soon(locker.lock(key)).await.unwrap()
+}
+
+#[tokio::test]
+async fn one_frozen_node_of_five_slows_nothing() {
+    let servers = start::<5>();
+    let locker = locker(&servers).await;
+    lock(&locker, "warm").await.release().await.unwrap();
+    servers[2].freeze();
+    let started = Instant::now();
+    let guard = lock(&locker, "k").await;
+    guard.refresh().await.unwrap();
+    assert!(guard.server_ttl().await.unwrap().is_some());
+    guard.release().await.unwrap();
+    // Each call to the frozen node takes more than this.
+    assert!(started.elapsed() < ms(200), "{:?}", started.elapsed());
+    servers[2].thaw();
+    // Its vote came to pass when nobody waited for it any more.
+    is_on(&servers, "k", 0).await;
+}
+
+#[tokio::test]
+async fn two_dead_nodes_of_five_are_done_without() {
+    let mut servers = start::<5>();
+    let locker = locker(&servers).await;
+    let before = lock(&locker, "k").await;
+    servers[0].kill();
+    servers[3].kill();
+    before.refresh().await.unwrap();
+    assert!(matches!(locker.try_lock("k").await, Err(Error::NotObtained { .. })));
+    let fence = before.fencing_token();
+    before.release().await.unwrap();
+    let after = lock(&locker, "k").await;
+    assert!(after.fencing_token() > fence);
+    after.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn without_a_majority_a_guard_is_lost_by_its_deadline_and_requests_name_the_nodes() {
+    let servers = start::<5>();
+    let locker = locker(&servers).await;
+    let guard = lock(&locker, "k").await;
+    for server in &servers[..3] {
+        server.freeze();
+    }
+    let started = Instant::now();
+    let refused = locker.obtain("other").await.unwrap_err();
+    assert!(started.elapsed() < ms(2_000), "{:?}", started.elapsed());
+    assert!(refused.is_transient() && refused.to_string().contains("3 of 5 nodes needed, 2 granted"), "{refused}");
+    let nodes = node_errors(refused);
+    let mut named: Vec<_> = nodes.into_iter().map(|node| node.address).collect();
+    let mut frozen: Vec<_> = servers[..3].iter().map(address).collect();
+    named.sort();
+    frozen.sort();
+    assert_eq!(named, frozen);
+
+    assert_eq!(soon(guard.lost()).await, Loss::Expired);
+    assert!(Instant::now() < started + ms(3_000), "before the servers let go");
+    for server in &servers[..3] {
+        server.thaw();
+    }
+    // What the minority granted is taken back, and what the frozen ones grant late.
+    is_on(&servers, "other", 0).await;
+    lock(&locker, "k").await.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn one_failed_renewal_is_no_loss() {
+    let servers = start::<3>();
+    let locker = locker(&servers).await;
+    let guard = lock(&locker, "k").await;
+    let deadline = guard.deadline();
+    servers[0].freeze();
+    servers[1].freeze();
+    let failed = guard.refresh().await.unwrap_err();
+    assert_eq!(node_errors(failed).len(), 2);
+    servers[0].thaw();
+    servers[1].thaw();
+    eventually("it is renewed", async || (guard.deadline() > deadline).then_some(())).await;
+    assert_eq!(guard.check(), Ok(()));
+    is_on(&servers, "k", 3).await;
+    guard.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_guard_outlives_the_memory_of_a_minority_and_not_that_of_a_majority() {
+    let mut servers = start::<3>();
+    let locker = locker(&servers).await;
+    let guard = lock(&locker, "k").await;
+    is_on(&servers, "k", 3).await;
+    servers[0].restart_empty();
+    guard.refresh().await.unwrap();
+    // Brought back there, it would tell of a vote that the node knows nothing of.
+    is_on(&servers, "k", 2).await;
+    servers[1].restart_empty();
+    eventually("both are connected to again", async || {
+        matches!(guard.refresh().await, Err(Error::NotHeld { loss: Loss::Missing, .. })).then_some(())
+    })
+    .await;
+    assert_eq!(guard.lost().await, Loss::Missing);
+}
+
+#[tokio::test]
+async fn split_votes_resolve() {
+    let servers = start::<3>();
+    let mut contenders = tokio::task::JoinSet::new();
+    for _ in 0..5 {
+        let locker = locker(&servers).await;
+        contenders.spawn(async move {
+            let mut fences = Vec::new();
+            for _ in 0..10 {
+                let guard = lock(&locker, "k").await;
+                fences.extend(guard.fencing_token());
+                guard.release().await.unwrap();
+            }
+            fences
+        });
+    }
+    let mut fences: Vec<u64> = contenders.join_all().await.concat();
+    fences.sort_unstable();
+    fences.dedup();
+    assert_eq!(fences.len(), 50, "no two holders had the same fencing token");
+    is_on(&servers, "k", 0).await;
+}
+
+#[tokio::test]
+async fn split_votes_resolve_where_the_contenders_have_tokens_of_their_users() {
+    let servers = start::<3>();
+    let mut contenders = tokio::task::JoinSet::new();
+    for contender in 0..3 {
+        let locker = locker(&servers).await;
+        contenders.spawn(async move {
+            for _ in 0..5 {
+                let token: Token = format!("contender-{contender}").parse().unwrap();
+                soon(locker.lock("k").token(token)).await.unwrap().release().await.unwrap();
+            }
+        });
+    }
+    contenders.join_all().await;
+    is_on(&servers, "k", 0).await;
+}
+
+#[tokio::test]
+async fn a_failed_attempt_leaves_nothing_on_the_minority() {
+    let servers = start::<3>();
+    let locker = locker(&servers).await;
+    // Two nodes are another's; of the third, the attempt gets its vote.
+    for server in &servers[..2] {
+        server.cli(&["SET", "k", "another", "PX", "60000"]);
+    }
+    for request in [locker.try_lock("k"), locker.try_lock("k").token("mine".parse().unwrap())] {
+        assert!(matches!(request.await, Err(Error::NotObtained { .. })));
+        eventually("the third is free", async || (servers[2].cli(&["EXISTS", "k"]) == "0").then_some(())).await;
+    }
+    assert_eq!(count(&servers[..2], "k"), 2);
+}
+
+#[tokio::test]
+async fn a_failed_attempt_does_not_take_from_a_twin_what_it_had() {
+    let servers = start::<3>();
+    let locker = locker(&servers).await;
+    let twin = || locker.try_lock("k").token("twin".parse().unwrap());
+    let guard = twin().await.unwrap();
+    is_on(&servers, "k", 3).await;
+    for server in &servers[..2] {
+        server.cli(&["SET", "k", "another", "PX", "60000"]);
+    }
+    assert!(matches!(twin().await, Err(Error::NotObtained { .. })));
+    locker.close().await;
+    assert_eq!(servers[2].cli(&["GET", "k"]), "twin");
+    drop(guard);
+}
+
+#[tokio::test]
+async fn dropped_attempts_leave_nothing_on_any_node() {
+    let servers = start::<3>();
+    let locker = locker(&servers).await;
+    servers[1].freeze();
+    servers[2].freeze();
+    let seed = fastrand::u64(..);
+    let mut rng = fastrand::Rng::with_seed(seed);
+    for _ in 0..100 {
+        drop(tokio::time::timeout(Duration::from_micros(rng.u64(..2_000)), locker.lock("k")).await);
+    }
+    servers[1].thaw();
+    servers[2].thaw();
+    for _ in 0..100 {
+        drop(tokio::time::timeout(Duration::from_micros(rng.u64(..2_000)), locker.lock("k")).await);
+    }
+    eprintln!("seed {seed}");
+    soon(locker.close()).await;
+    is_on(&servers, "k", 0).await;
+}
+
+#[tokio::test]
+async fn a_release_reaches_a_node_that_was_frozen_for_a_moment() {
+    let servers = start::<3>();
+    let locker = Locker::builder().restart_window(Duration::ZERO).command_timeout(ms(300));
+    let locker = locker.quorum(servers.iter().map(Server::url)).await.unwrap();
+    let guard = lock(&locker, "k").await;
+    is_on(&servers, "k", 3).await;
+    servers[0].freeze();
+    guard.release().await.unwrap();
+    let closing = tokio::spawn(async move { locker.close().await });
+    tokio::time::sleep(ms(500)).await;
+    assert!(!closing.is_finished(), "closing waits for the frozen node");
+    servers[0].thaw();
+    soon(closing).await.unwrap();
+    assert_eq!(count(&servers, "k"), 0);
+}
+
+#[tokio::test]
+async fn a_node_that_was_restarted_does_not_vote_and_says_until_when() {
+    const WINDOW: Duration = Duration::from_secs(3);
+    let mut servers = start::<3>();
+    let locker = locker_with(&servers, WINDOW).await;
+    // All of them are young.
+    let refused = locker.try_lock("k").await.unwrap_err();
+    assert!(refused.is_transient() && refused.to_string().contains("votes again in"), "{refused}");
+    let nodes = node_errors(refused);
+    assert!(nodes.len() >= 2);
+    for node in nodes {
+        assert!(matches!(node.error, Error::NotVoting { remaining } if remaining <= ms(4_000)), "{node}");
+    }
+    // A request that waits goes on through it.
+    let guard = lock(&locker, "k").await;
+    is_on(&servers, "k", 3).await;
+    // Two nodes forget, and a lock that is held on the third alone stays exclusive while they don't vote.
+    servers[0].restart_empty();
+    servers[1].restart_empty();
+    let restarted = Instant::now();
+    eventually("they are connected to again", async || {
+        let refused = locker.try_lock("k").await.unwrap_err();
+        let silent = |node: &NodeError| matches!(node.error, Error::NotVoting { .. });
+        (node_errors(refused).iter().filter(|node| silent(node)).count() == 2).then_some(())
+    })
+    .await;
+    let fence = guard.fencing_token();
+    let next = lock(&locker, "k").await;
+    assert!(restarted.elapsed() >= WINDOW, "{:?}", restarted.elapsed());
+    assert!(!guard.is_held() && next.fencing_token() > fence);
+}
+
+#[tokio::test]
+async fn a_ttl_longer_than_the_restart_window_is_refused() {
+    let servers = start::<3>();
+    let locker = locker_with(&servers, ms(3_500)).await;
+    // Rounded up to 4 s.
+    assert!(matches!(locker.lock("k").ttl(ms(4_001)).await, Err(Error::InvalidTtl(_))));
+    let guard = soon(locker.lock("k").ttl(ms(4_000))).await.unwrap();
+    assert!(matches!(guard.refresh_for(ms(4_001)).await, Err(Error::InvalidTtl(_))));
+    assert!(guard.is_held());
+    guard.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn fencing_tokens_grow_while_nodes_are_restarted_empty_one_after_the_other() {
+    let mut servers = start::<3>();
+    let builder = Locker::builder().ttl(ms(1_000)).restart_window(ms(1_000));
+    let locker = builder.quorum(servers.iter().map(Server::url)).await.unwrap();
+    let mut last = 0;
+    for round in 0..6 {
+        for _ in 0..3 {
+            let guard = lock(&locker, "k").await;
+            let fence = guard.fencing_token().unwrap();
+            assert!(fence > last, "{fence} after {last}");
+            last = fence;
+            guard.release().await.unwrap();
+        }
+        servers[round % 3].restart_empty();
+    }
+}
+
+#[tokio::test]
+async fn a_majority_is_enough_to_start_with_and_the_others_join() {
+    let mut servers = start::<3>();
+    servers[0].kill();
+    let locker = locker(&servers).await;
+    let guard = lock(&locker, "k").await;
+    servers[0].restart();
+    guard.release().await.unwrap();
+    eventually("the third is voting", async || {
+        let _guard = lock(&locker, "k").await;
+        (count(&servers, "k") == 3).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn without_a_majority_there_is_no_quorum() {
+    let mut servers = start::<3>();
+    servers[0].kill();
+    servers[2].freeze();
+    let builder = Locker::builder().command_timeout(ms(300));
+    let started = Instant::now();
+    let failed = builder.quorum(servers.iter().map(Server::url)).await.unwrap_err();
+    assert!(started.elapsed() < ms(1_500), "{:?}", started.elapsed());
+    assert!(failed.to_string().contains("2 of 3 nodes needed, 1 granted"), "{failed}");
+    let named: Vec<_> = node_errors(failed).into_iter().map(|node| node.address).collect();
+    assert!(named.contains(&address(&servers[0])) && named.contains(&address(&servers[2])), "{named:?}");
+}
+
+#[tokio::test]
+async fn nodes_that_make_no_quorum_are_refused() {
+    let servers = start::<2>();
+    let [one, two] = [servers[0].url(), servers[1].url()];
+    for urls in [vec![], vec![&one, &two], vec![&one, &two, &one]] {
+        assert!(matches!(Locker::quorum(urls).await, Err(Error::InvalidNodes(_))));
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_refuses_for_good_is_told_and_done_without() {
+    let servers = start::<3>();
+    let locker = locker(&servers).await;
+    servers[0].cli(&["LPUSH", "k", "no", "lock"]);
+    lock(&locker, "k").await.release().await.unwrap();
+    servers[1].cli(&["LPUSH", "k", "no", "lock"]);
+    let refused = soon(locker.lock("k")).await.unwrap_err();
+    assert!(!refused.is_transient(), "{refused}");
+    let nodes = node_errors(refused);
+    assert!(nodes.iter().all(|node| node.error.code() == Some("WRONGTYPE")) && nodes.len() == 2, "{nodes:?}");
+    is_on(&servers[2..], "k", 0).await;
+    assert_eq!(servers[0].cli(&["LLEN", "k"]), "2");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lock_that_is_released_at_once_is_freed_by_that_release() {
+    let servers = start::<3>();
+    let locker = locker(&servers).await;
+    for _ in 0..500 {
+        locker.lock("k").await.unwrap().release().await.unwrap();
+    }
+    soon(locker.close()).await;
+    is_on(&servers, "k", 0).await;
+}
+
+#[tokio::test]
+async fn the_documented_permissions_suffice() {
+    let servers = start::<3>();
+    let rules = "on >secret resetchannels ~app:* ~{app:* +eval +evalsha +get +set +del +pexpire +pttl +time +info";
+    for server in &servers {
+        let command: Vec<&str> = ["ACL", "SETUSER", "worker"].into_iter().chain(rules.split(' ')).collect();
+        assert_eq!(server.cli(&command), "OK");
+    }
+    let urls = servers.iter().map(|server| format!("redis://worker:secret@127.0.0.1:{}", server.port()));
+    let builder = Locker::builder().prefix("app:").ttl(ms(1_000)).restart_window(ms(1_000));
+    let locker = builder.quorum(urls).await.unwrap();
+    for request in [locker.lock("k"), locker.lock("k").token("mine".parse().unwrap())] {
+        let guard = soon(request).await.unwrap();
+        guard.refresh().await.unwrap();
+        assert!(locker.inspect("k").await.unwrap().is_some());
+        guard.release().await.unwrap();
+    }
+    // Taking a vote back needs no more.
+    servers[0].cli(&["SET", "app:k", "another"]);
+    servers[1].cli(&["SET", "app:k", "another"]);
+    assert!(matches!(locker.try_lock("k").token("mine".parse().unwrap()).await, Err(Error::NotObtained { .. })));
+    eventually("it is taken back", async || (servers[2].cli(&["EXISTS", "app:k"]) == "0").then_some(())).await;
+}
+
+#[tokio::test]
+async fn a_fence_key_that_holds_nonsense_is_that_keys_trouble_alone() {
+    let servers = start::<3>();
+    let locker = locker(&servers).await;
+    for server in &servers {
+        server.cli(&["SET", "{ahead}:fence", "9000000000000000"]);
+        server.cli(&["SET", "{text}:fence", "nonsense"]);
+    }
+    let refused = locker.try_lock("ahead").await.unwrap_err();
+    assert!(refused.to_string().contains("fencing token"), "{refused}");
+    let refused = locker.try_lock("text").await.unwrap_err();
+    assert!(!refused.is_transient() && refused.to_string().contains("holds no fencing token"), "{refused}");
+    lock(&locker, "healthy").await.release().await.unwrap();
+    soon(locker.lock("ahead").fenced(false)).await.unwrap().release().await.unwrap();
+    is_on(&servers, "ahead", 0).await;
+    is_on(&servers, "text", 0).await;
+}
+
+#[tokio::test]
+async fn a_url_of_a_password_shows_it_in_no_error() {
+    let servers = start::<3>();
+    let urls = servers.iter().map(|server| format!("redis://:secret@127.0.0.1:{}", server.port()));
+    let locker = Locker::builder().command_timeout(ms(500)).quorum(urls).await;
+    let shown = format!("{locker:?} {}", locker.as_ref().err().map(ToString::to_string).unwrap_or_default());
+    assert!(!shown.contains("secret"), "{shown}");
+}
