@@ -2,7 +2,7 @@
 //! promises, and of the safeguards that keep them.
 //!
 //! Each message may be lost, late, overtaken and doubled; each node may restart at any time and as often as it likes,
-//! with or without its memory; each client may fall silent or give up at any time. Time passes for all alike, in ticks.
+//! with all of its memory, with what it had saved, or with none; each client may fall silent or give up at any time. Time passes for all alike, in ticks.
 //!
 //! | in the model                       | in the crate                                                  |
 //! | ---------------------------------- | ------------------------------------------------------------- |
@@ -40,7 +40,8 @@ const UNFENCED: Protocol = Protocol {
     clients: 2,
     ttl: 2,
     window: 2,
-    memory: 0,
+    last_ttl: 0,
+    saves: false,
     uptime_error: 0,
     skew: 0,
     renewals: false,
@@ -53,12 +54,16 @@ const UNFENCED: Protocol = Protocol {
 /// Requests for a fencing token too: some proposals are behind every clock, some too far ahead.
 const FENCED: Protocol = Protocol {
     ttl: 1,
-    memory: 2,
+    last_ttl: 2,
     proposals: Some(0..=3),
     oldest: 3,
     promises: &[EXCLUSION, ORDER, OBTAINABLE, AFTER_SILENCE, AFTER_RELEASE],
     ..UNFENCED
 };
+
+/// And nodes that may come back with an old snapshot.
+const SAVED: Protocol =
+    Protocol { clients: 3, window: 1, last_ttl: 1, saves: true, proposals: Some(0..=1), oldest: 1, ..FENCED };
 
 /// Every promise holds in every state that can be reached, and there are more of those than `floor`.
 fn holds(model: Protocol, floor: usize) {
@@ -99,18 +104,24 @@ mod nothing_breaks {
 
     #[test]
     fn fencing_tokens_of_three_clients() {
-        holds(Protocol { clients: 3, window: 1, memory: 1, proposals: Some(0..=2), oldest: 2, ..FENCED }, 40_000);
+        holds(Protocol { clients: 3, window: 1, last_ttl: 1, proposals: Some(0..=2), oldest: 2, ..FENCED }, 40_000);
     }
 
     #[test]
     fn fencing_tokens_proposed_twice() {
-        let model = Protocol { second_round: true, window: 1, memory: 1, proposals: Some(0..=2), oldest: 2, ..FENCED };
+        let model =
+            Protocol { second_round: true, window: 1, last_ttl: 1, proposals: Some(0..=2), oldest: 2, ..FENCED };
         holds(model, 100_000);
     }
 
     #[test]
     fn fencing_tokens_where_a_clock_is_ahead() {
         holds(Protocol { skew: 1, ..FENCED }, 40_000);
+    }
+
+    #[test]
+    fn fencing_tokens_of_nodes_that_save() {
+        holds(SAVED, 10_000);
     }
 
     #[test]
@@ -183,7 +194,13 @@ mod each_bound_is_tight {
 
     #[test]
     fn the_last_ballot_known_for_less_than_a_window_is_forgotten_too_soon() {
-        falls(&[ORDER], Protocol { memory: 1, ..FENCED });
+        falls(&[ORDER], Protocol { last_ttl: 1, ..FENCED });
+    }
+
+    /// It hides that a later one was forgotten: without it, the clock would be asked.
+    #[test]
+    fn the_last_ballot_known_for_more_than_a_window_is_found_again_in_an_old_snapshot() {
+        falls(&[ORDER], Protocol { last_ttl: 3, ..SAVED });
     }
 
     /// `uptime_in_seconds` is the difference of two times in whole seconds: by up to a second too much.

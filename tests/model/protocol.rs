@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 
 use stateright::{Model, Property};
 
-use crate::state::{Client, MAJORITY, NODES, Phase, State};
+use crate::state::{Client, MAJORITY, Memory, NODES, Phase, State};
 
 pub(crate) const EXCLUSION: &str = "never two holders";
 pub(crate) const ORDER: &str = "fencing tokens grow";
@@ -57,7 +57,9 @@ pub(crate) struct Protocol {
     /// For how long a node doesn't vote after a restart, and by how much a proposal may be ahead of its clock.
     pub(crate) window: i8,
     /// For how long a node knows the last proposal that it granted.
-    pub(crate) memory: i8,
+    pub(crate) last_ttl: i8,
+    /// Whether nodes write to disk, now and then.
+    pub(crate) saves: bool,
     /// By how much the uptime that a node tells is too long.
     pub(crate) uptime_error: i8,
     /// By how much one node's clock is ahead.
@@ -116,9 +118,12 @@ pub(crate) enum Action {
         client: usize,
         node: usize,
     },
+    Save {
+        node: usize,
+    },
     Restart {
         node: usize,
-        remembers: bool,
+        memory: Memory,
     },
 }
 
@@ -133,8 +138,12 @@ impl Model for Protocol {
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
         actions.push(Action::Tick);
         for node in 0..NODES {
-            actions.push(Action::Restart { node, remembers: false });
-            actions.push(Action::Restart { node, remembers: true });
+            actions.push(Action::Restart { node, memory: Memory::Nothing });
+            actions.push(Action::Restart { node, memory: Memory::All });
+            if self.saves {
+                actions.push(Action::Save { node });
+                actions.push(Action::Restart { node, memory: Memory::Saved });
+            }
         }
         for (client, known) in state.clients.iter().enumerate().take(self.clients) {
             if self.may_ask(known) {
@@ -231,7 +240,8 @@ impl Model for Protocol {
                 (releasing.left, releasing.renewal, releasing.release_sent) = (0, 0, true);
             }
             Action::Release { client, node } => next.nodes[node].release(self, client as u8),
-            Action::Restart { node, remembers } => next.nodes[node].restart(self, remembers),
+            Action::Save { node } => next.nodes[node].saved = next.nodes[node].keys,
+            Action::Restart { node, memory } => next.nodes[node].restart(self, memory),
         }
         Some(next).filter(|next| next != state)
     }
@@ -310,7 +320,7 @@ impl Protocol {
         for node in &mut nodes {
             (0..self.ttl.max(self.window)).for_each(|_| node.tick(self));
         }
-        let highest = nodes.iter().map(|node| node.last.unwrap_or(node.clock)).max().unwrap_or(0);
+        let highest = nodes.iter().map(|node| node.keys.last.unwrap_or(node.clock)).max().unwrap_or(0);
         nodes.iter_mut().filter_map(|node| node.acquire(self, u8::MAX, highest + 1).then_some(())).count() >= MAJORITY
     }
 }

@@ -27,17 +27,33 @@ pub(crate) struct State {
 pub(crate) struct Node {
     /// Its own `TIME`, ahead of the others' by so much. Never changes.
     pub(crate) clock: i8,
-    /// The client whose token the key holds, and for how long.
-    pub(crate) holder: Option<u8>,
-    pub(crate) ttl: i8,
     /// The time until it votes.
     pub(crate) votes_in: i8,
-    /// The last proposal that it granted, and for how long it knows that.
-    pub(crate) last: Option<i8>,
-    pub(crate) memory: i8,
+    pub(crate) keys: Keys,
+    /// What it has on disk.
+    pub(crate) saved: Keys,
     /// The clients that it said yes to: to the latest acquire, and to the renewal under way.
     pub(crate) granted: u8,
     pub(crate) extended: u8,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Keys {
+    /// The client whose token the lock key holds, and for how long.
+    pub(crate) holder: Option<u8>,
+    pub(crate) ttl: i8,
+    /// The last proposal that was granted, and for how long that is known.
+    pub(crate) last: Option<i8>,
+    pub(crate) last_ttl: i8,
+}
+
+/// What a node knows after a restart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Memory {
+    All,
+    /// What it had on disk: a snapshot, or a log without its end.
+    Saved,
+    Nothing,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -107,35 +123,42 @@ impl Client {
     }
 }
 
-impl Node {
-    /// What time does to a node, up or down.
-    pub(crate) fn tick(&mut self, model: &Protocol) {
+impl Keys {
+    /// What time does to them, whether the node is up or down, and on its disk too.
+    fn tick(&mut self, model: &Protocol) {
         if model.safeguards.expiry && self.holder.is_some() {
             self.ttl -= 1;
             if self.ttl == 0 {
                 self.holder = None;
             }
         }
-        self.votes_in = (self.votes_in - 1).max(0);
         if let Some(last) = &mut self.last {
             *last -= 1;
-            self.memory -= 1;
-            if self.memory == 0 {
+            self.last_ttl -= 1;
+            if self.last_ttl == 0 {
                 self.last = None;
             }
         }
+    }
+}
+
+impl Node {
+    pub(crate) fn tick(&mut self, model: &Protocol) {
+        self.keys.tick(model);
+        self.saved.tick(model);
+        self.votes_in = (self.votes_in - 1).max(0);
     }
 
     /// `acquire.lua` on a node of a quorum. Says whether it grants.
     pub(crate) fn acquire(&mut self, model: &Protocol, token: u8, proposal: i8) -> bool {
         let on = model.safeguards;
-        let ours = self.holder == Some(token);
+        let ours = self.keys.holder == Some(token);
         // Where it looks first: at its uptime, and at who holds the key.
-        if self.votes_in > 0 || !(ours || self.holder.is_none()) {
+        if self.votes_in > 0 || !(ours || self.keys.holder.is_none()) {
             return false;
         }
         if model.proposals.is_some() {
-            let above = match self.last {
+            let above = match self.keys.last {
                 // A repeat, after a lost answer, of what it granted: granted.
                 Some(last) => proposal > last || (ours && proposal == last),
                 None => proposal > self.clock || !on.clock_for_last,
@@ -144,33 +167,35 @@ impl Node {
             if (on.ballots && !above) || (on.proposals_near_clock && ahead) {
                 return false;
             }
-            (self.last, self.memory) = (Some(proposal), model.memory);
+            (self.keys.last, self.keys.last_ttl) = (Some(proposal), model.last_ttl);
         }
-        (self.holder, self.ttl) = (Some(token), model.ttl);
+        (self.keys.holder, self.keys.ttl) = (Some(token), model.ttl);
         true
     }
 
     /// `renew.lua`: only what holds the token lives on. Says whether it did.
     pub(crate) fn renew(&mut self, model: &Protocol, token: u8) -> bool {
-        let ours = self.holder == Some(token);
+        let ours = self.keys.holder == Some(token);
         if ours {
-            self.ttl = model.ttl;
+            self.keys.ttl = model.ttl;
         }
         ours
     }
 
     /// `release.lua`: only what holds the token is deleted.
     pub(crate) fn release(&mut self, model: &Protocol, token: u8) {
-        if self.holder == Some(token) || !model.safeguards.compare_and_delete {
-            (self.holder, self.ttl) = (None, 0);
+        if self.keys.holder == Some(token) || !model.safeguards.compare_and_delete {
+            (self.keys.holder, self.keys.ttl) = (None, 0);
         }
     }
 
     /// The server is there again after a restart. How long it was away needs no word: until then, nothing arrived. What
     /// it answered before may still arrive.
-    pub(crate) fn restart(&mut self, model: &Protocol, remembers: bool) {
-        if !remembers {
-            (self.holder, self.ttl, self.last, self.memory) = (None, 0, None, 0);
+    pub(crate) fn restart(&mut self, model: &Protocol, memory: Memory) {
+        match memory {
+            Memory::All => {}
+            Memory::Saved => self.keys = self.saved,
+            Memory::Nothing => (self.keys, self.saved) = (Keys::default(), Keys::default()),
         }
         if model.safeguards.restart_window {
             self.votes_in = model.window - model.uptime_error;
@@ -190,8 +215,10 @@ impl Hash for State {
             names[client] = name;
         }
         let rename = |set: u8| names.iter().enumerate().map(|(client, name)| (set >> client & 1) << name).sum::<u8>();
+        let rename_holder = |keys: Keys| Keys { holder: keys.holder.map(|client| names[usize::from(client)]), ..keys };
         let mut nodes = self.nodes.map(|node| Node {
-            holder: node.holder.map(|client| names[usize::from(client)]),
+            keys: rename_holder(node.keys),
+            saved: rename_holder(node.saved),
             granted: rename(node.granted),
             extended: rename(node.extended),
             ..node
