@@ -6,8 +6,8 @@
 //!
 //! | in the model                       | in the crate                                                  |
 //! | ---------------------------------- | ------------------------------------------------------------- |
-//! | `Ask`, `Obtain`, `SendRelease`     | `src/store/quorum.rs`: a round, its majority, and its undoing |
-//! | `Node::acquire`, `renew`, `release`| `src/store/redis/scripts/*.lua`                               |
+//! | `Ask`, `Obtain`, `SendRelease`     | `src/store/quorum/round.rs`: ballots, a majority, its undoing |
+//! | `Node::vote`, `renew`, `release`   | `src/store/redis/scripts/*.lua`                               |
 //! | `Client::left`, `believes`         | `src/hold.rs`: the deadline, invariants 1 and 3               |
 //!
 //! What is left out, and why nothing is missed by that:
@@ -61,9 +61,9 @@ const FENCED: Protocol = Protocol {
     ..UNFENCED
 };
 
-/// And nodes that may come back with an old snapshot.
+/// And nodes that may come back with an old snapshot, in which numbers live longer than a window.
 const SAVED: Protocol =
-    Protocol { clients: 3, window: 1, last_ttl: 1, saves: true, proposals: Some(0..=1), oldest: 1, ..FENCED };
+    Protocol { clients: 3, window: 1, last_ttl: 3, saves: true, proposals: Some(0..=1), oldest: 1, ..FENCED };
 
 /// Every promise holds in every state that can be reached, and there are more of those than `floor`.
 fn holds(model: Protocol, floor: usize) {
@@ -99,7 +99,7 @@ mod nothing_breaks {
 
     #[test]
     fn fencing_tokens() {
-        holds(FENCED, 40_000);
+        holds(FENCED, 20_000);
     }
 
     #[test]
@@ -121,12 +121,12 @@ mod nothing_breaks {
 
     #[test]
     fn fencing_tokens_of_nodes_that_save() {
-        holds(SAVED, 10_000);
+        holds(SAVED, 150_000);
     }
 
     #[test]
     fn fencing_tokens_of_locks_that_last() {
-        holds(Protocol { ttl: 2, proposals: Some(1..=3), oldest: 2, ..FENCED }, 200_000);
+        holds(Protocol { ttl: 2, proposals: Some(1..=3), oldest: 2, ..FENCED }, 150_000);
     }
 }
 
@@ -148,6 +148,12 @@ mod each_safeguard_is_needed {
     #[test]
     fn a_node_that_forgot_the_last_ballot_and_asks_no_clock_grants_a_lower_one() {
         falls(&[ORDER], Protocol { safeguards: Safeguards { clock_for_last: false, ..ALL }, ..FENCED });
+    }
+
+    /// Older than the one that the node forgot, and known for long enough to be taken for the last.
+    #[test]
+    fn an_old_ballot_found_on_disk_hides_a_later_one() {
+        falls(&[ORDER], Protocol { safeguards: Safeguards { clock_after_restart: false, ..ALL }, ..SAVED });
     }
 
     #[test]
@@ -197,12 +203,6 @@ mod each_bound_is_tight {
         falls(&[ORDER], Protocol { last_ttl: 1, ..FENCED });
     }
 
-    /// It hides that a later one was forgotten: without it, the clock would be asked.
-    #[test]
-    fn the_last_ballot_known_for_more_than_a_window_is_found_again_in_an_old_snapshot() {
-        falls(&[ORDER], Protocol { last_ttl: 3, ..SAVED });
-    }
-
     /// `uptime_in_seconds` is the difference of two times in whole seconds: by up to a second too much.
     #[test]
     fn an_uptime_that_is_too_long_makes_a_node_vote_too_soon() {
@@ -223,12 +223,12 @@ mod larger {
     #[test]
     #[ignore = "takes minutes"]
     fn fencing_tokens_proposed_twice() {
-        holds(Protocol { second_round: true, ..FENCED }, 2_000_000);
+        holds(Protocol { second_round: true, ..FENCED }, 500_000);
     }
 
     #[test]
     #[ignore = "takes minutes"]
     fn fencing_tokens_of_locks_that_are_renewed() {
-        holds(Protocol { renewals: true, ttl: 2, proposals: Some(1..=3), oldest: 2, ..FENCED }, 1_000_000);
+        holds(Protocol { renewals: true, ttl: 2, proposals: Some(1..=3), oldest: 2, ..FENCED }, 500_000);
     }
 }

@@ -21,6 +21,8 @@ pub(crate) struct Safeguards {
     pub(crate) ballots: bool,
     /// A node that knows no last proposal takes its own clock for it.
     pub(crate) clock_for_last: bool,
+    /// And also where it knows one from before its restart, which need not have been the last.
+    pub(crate) clock_after_restart: bool,
     /// A node grants nothing that is more than a window ahead of its clock.
     pub(crate) proposals_near_clock: bool,
     /// A release deletes only what holds its token.
@@ -39,6 +41,7 @@ pub(crate) const ALL: Safeguards = Safeguards {
     restart_window: true,
     ballots: true,
     clock_for_last: true,
+    clock_after_restart: true,
     proposals_near_clock: true,
     compare_and_delete: true,
     deadline: true,
@@ -197,13 +200,13 @@ impl Model for Protocol {
             }
             Action::Acquire { client, node } => {
                 let Client { phase, proposal, .. } = next.clients[client];
-                if next.nodes[node].acquire(self, client as u8, proposal) && phase == Phase::Asking {
+                if next.nodes[node].vote(self, client as u8, proposal) && phase == Phase::Asking {
                     next.nodes[node].granted |= 1 << client;
                 }
             }
             Action::AcquireEarlier { client, node } => {
                 // Its answer is that to another round, which nobody waits for.
-                next.nodes[node].acquire(self, client as u8, next.clients[client].earlier?);
+                next.nodes[node].vote(self, client as u8, next.clients[client].earlier?);
             }
             Action::Obtain { client } => {
                 // `Hold::new`: the deadline counts from the send, as `left` does.
@@ -240,7 +243,7 @@ impl Model for Protocol {
                 (releasing.left, releasing.renewal, releasing.release_sent) = (0, 0, true);
             }
             Action::Release { client, node } => next.nodes[node].release(self, client as u8),
-            Action::Save { node } => next.nodes[node].saved = next.nodes[node].keys,
+            Action::Save { node } => next.nodes[node].save(self),
             Action::Restart { node, memory } => next.nodes[node].restart(self, memory),
         }
         Some(next).filter(|next| next != state)
@@ -321,6 +324,6 @@ impl Protocol {
             (0..self.ttl.max(self.window)).for_each(|_| node.tick(self));
         }
         let highest = nodes.iter().map(|node| node.keys.last.unwrap_or(node.clock)).max().unwrap_or(0);
-        nodes.iter_mut().filter_map(|node| node.acquire(self, u8::MAX, highest + 1).then_some(())).count() >= MAJORITY
+        nodes.iter_mut().filter_map(|node| node.vote(self, u8::MAX, highest + 1).then_some(())).count() >= MAJORITY
     }
 }

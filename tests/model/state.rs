@@ -149,8 +149,8 @@ impl Node {
         self.votes_in = (self.votes_in - 1).max(0);
     }
 
-    /// `acquire.lua` on a node of a quorum. Says whether it grants.
-    pub(crate) fn acquire(&mut self, model: &Protocol, token: u8, proposal: i8) -> bool {
+    /// `vote.lua`. Says whether it grants.
+    pub(crate) fn vote(&mut self, model: &Protocol, token: u8, proposal: i8) -> bool {
         let on = model.safeguards;
         let ours = self.keys.holder == Some(token);
         // Where it looks first: at its uptime, and at who holds the key.
@@ -159,12 +159,13 @@ impl Node {
         }
         if model.proposals.is_some() {
             let above = match self.keys.last {
-                // A repeat, after a lost answer, of what it granted: granted.
-                Some(last) => proposal > last || (ours && proposal == last),
+                Some(last) => proposal > last,
                 None => proposal > self.clock || !on.clock_for_last,
             };
             let ahead = proposal > self.clock + model.window;
-            if (on.ballots && !above) || (on.proposals_near_clock && ahead) {
+            // What it granted, it grants again: the answer may have been lost.
+            let again = ours && self.keys.last == Some(proposal);
+            if !again && ((on.ballots && !above) || (on.proposals_near_clock && ahead)) {
                 return false;
             }
             (self.keys.last, self.keys.last_ttl) = (Some(proposal), model.last_ttl);
@@ -199,6 +200,18 @@ impl Node {
         }
         if model.safeguards.restart_window {
             self.votes_in = model.window - model.uptime_error;
+        }
+        if model.safeguards.clock_after_restart {
+            // Not trusted is as good as not known: when it votes, its clock has passed all that it can have granted.
+            (self.keys.last, self.keys.last_ttl) = (None, 0);
+        }
+    }
+
+    /// What it would know after a restart is on disk from now on.
+    pub(crate) fn save(&mut self, model: &Protocol) {
+        self.saved = self.keys;
+        if model.safeguards.clock_after_restart {
+            (self.saved.last, self.saved.last_ttl) = (None, 0);
         }
     }
 }
