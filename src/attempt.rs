@@ -125,7 +125,7 @@ impl Attempt {
     /// The lock is ours: from here on its guard and its keeper see to it.
     pub(crate) fn succeed(mut self, grant: &Grant, drift: Drift, renewal: Renewal) -> LockGuard {
         let Wanted { owned, metadata, .. } = &*self.wanted;
-        let hold = Hold::new(owned.clone(), metadata.clone(), grant, drift, renewal);
+        let hold = Hold::new(owned.clone(), metadata.clone(), grant, drift, renewal, self.upkeep.origin);
         let guard = LockGuard::start(hold, &self.upkeep, &self.runtime);
         self.unsettled = None;
         guard

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use fred::clients::Client;
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use crate::isolated::Isolated;
@@ -275,7 +276,7 @@ impl LockerBuilder {
     }
 
     pub(crate) fn build_with(self, store: Box<dyn Store>, isolated: Option<Isolated>, releases: TaskTracker) -> Locker {
-        let (command_timeout, rosters) = (self.command_timeout, Rosters::new());
-        Locker::from_parts(Upkeep { store, command_timeout, releases, rosters, isolated }, self.settings)
+        let (command_timeout, rosters, origin) = (self.command_timeout, Rosters::new(), Instant::now());
+        Locker::from_parts(Upkeep { store, command_timeout, releases, origin, rosters, isolated }, self.settings)
     }
 }

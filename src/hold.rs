@@ -50,6 +50,8 @@ pub(crate) struct Hold {
     /// Fixed when the lock is obtained: read again after a loss, it would be the successor's.
     pub(crate) fencing_token: Option<u64>,
     drift: Drift,
+    /// Where the grid of renewals begins, for all locks of one locker.
+    origin: Instant,
     state: Mutex<State>,
     over: CancellationToken,
     /// Tells the keeper to look at the state again: the only one that waits for it.
@@ -102,12 +104,20 @@ pub(crate) struct Renewing {
 }
 
 impl Hold {
-    pub(crate) fn new(owned: Owned, metadata: Box<[u8]>, grant: &Grant, drift: Drift, renewal: Renewal) -> Self {
+    pub(crate) fn new(
+        owned: Owned,
+        metadata: Box<[u8]>,
+        grant: &Grant,
+        drift: Drift,
+        renewal: Renewal,
+        origin: Instant,
+    ) -> Self {
         Self {
             owned,
             metadata,
             fencing_token: grant.fencing_token,
             drift,
+            origin,
             state: Mutex::new(State {
                 ttl: grant.ttl,
                 renewal,
@@ -151,7 +161,7 @@ impl Hold {
     /// When the next renewal is due, if the lock is renewed at all.
     pub(crate) fn next_renewal(&self) -> Option<Instant> {
         let state = self.state();
-        state.interval().map(|interval| state.sent + interval)
+        state.renewal.due(state.sent, state.ttl, self.origin)
     }
 
     pub(crate) fn renewal_interval(&self) -> Option<Duration> {
@@ -300,7 +310,7 @@ mod tests {
         let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random() };
         let grant = Grant { sent: Instant::now(), ttl: ms(1_000), fencing_token: None };
         let drift = Drift { factor: 0.0, margin: Duration::ZERO };
-        Hold::new(owned, Box::default(), &grant, drift, Renewal::Third)
+        Hold::new(owned, Box::default(), &grant, drift, Renewal::Third, Instant::now())
     }
 
     #[tokio::test(start_paused = true)]

@@ -27,6 +27,8 @@ pub(crate) struct Upkeep {
     pub(crate) command_timeout: Duration,
     /// Every release that is still owed holds a token of it, so that closing can wait for them.
     pub(crate) releases: TaskTracker,
+    /// Where the grid of renewals begins.
+    pub(crate) origin: Instant,
     /// Keepers that have nothing to do yet.
     pub(crate) rosters: Rosters<Keeper>,
     /// The runtime of their own that keepers run on, where the user wants one.

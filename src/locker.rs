@@ -329,7 +329,7 @@ impl Locker {
             return Err(Error::ValidityExpired);
         }
         let grant = Grant { sent, ttl, fencing_token: lease.fencing_token() };
-        let hold = Hold::new(lease.owned().clone(), Box::default(), &grant, drift, renewal);
+        let hold = Hold::new(lease.owned().clone(), Box::default(), &grant, drift, renewal, upkeep.origin);
         Ok(LockGuard::start(hold, upkeep, &runtime))
     }
 
