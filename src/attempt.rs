@@ -11,8 +11,11 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::hold::{Grant, Hold, Owned};
 use crate::keeper::Upkeep;
+use crate::queue::{Place, Turn};
 use crate::schedule::{Drift, Renewal};
+use crate::store::listen::Listening;
 use crate::store::{Acquired, Wanted};
+use crate::wait::Woken;
 use crate::{Error, Key, LockGuard, Token};
 
 /// Even a request that may not wait at all gives its first attempt this long. Less than the tolerance of
@@ -34,6 +37,8 @@ pub(crate) struct Attempt {
     unsettled: Option<TaskTrackerToken>,
     /// The token has been used.
     made: bool,
+    /// Where it stands among those in this process who wait for the key.
+    place: Option<Place>,
 }
 
 /// What the server has decided.
@@ -48,7 +53,7 @@ pub(crate) enum Outcome {
 
 impl Attempt {
     pub(crate) fn new(wanted: Wanted, upkeep: Arc<Upkeep>, runtime: Handle) -> Self {
-        Self { wanted: Arc::new(wanted), upkeep, runtime, unsettled: None, made: false }
+        Self { wanted: Arc::new(wanted), upkeep, runtime, unsettled: None, made: false, place: None }
     }
 
     pub(crate) fn key(&self) -> Key {
@@ -64,9 +69,7 @@ impl Attempt {
         let patience = limit.map_or(Duration::MAX, |limit| limit.saturating_duration_since(sent));
         let timeout = self.upkeep.command_timeout.min(patience.max(FIRST_ATTEMPT));
         let doubtful = self.unsettled.is_some();
-        if !doubtful {
-            self.unsettled = Some(self.upkeep.releases.token());
-        }
+        self.unsettle();
         let call = self.upkeep.store.acquire(&self.wanted, timeout);
         let (answer, settles) = select! {
             biased;
@@ -94,6 +97,59 @@ impl Attempt {
                 Outcome::Held { key, remaining }
             }
         })
+    }
+
+    /// Whether others in this process wait for the key already.
+    pub(crate) fn others_wait(&self) -> bool {
+        self.only_key().is_some_and(|key| self.upkeep.queues.has(&key))
+    }
+
+    /// Takes the last place among those who wait for the key. Requests for several keys stand in no queue.
+    pub(crate) fn queue_up(&mut self) {
+        if let (None, Some(key)) = (&self.place, self.only_key()) {
+            self.place = Some(self.upkeep.queues.enter(key, self.wanted.clone()));
+        }
+    }
+
+    pub(crate) fn place(&self) -> Option<&Place> {
+        self.place.as_ref()
+    }
+
+    /// What a turn in the queue, other than to be the first, means for this one.
+    pub(crate) fn handed(&mut self, turn: Turn) -> Woken {
+        match turn {
+            Turn::Granted(grant) => {
+                // Until a guard has it.
+                self.unsettle();
+                Woken::Granted(grant)
+            }
+            Turn::AskAgain { settled: false } => {
+                self.unsettle();
+                Woken::Ask
+            }
+            Turn::AskAgain { settled: true } | Turn::First => Woken::Ask,
+        }
+    }
+
+    fn unsettle(&mut self) {
+        if self.unsettled.is_none() {
+            self.unsettled = Some(self.upkeep.releases.token());
+        }
+    }
+
+    pub(crate) fn only_key(&self) -> Option<Key> {
+        match &*self.wanted.owned.keys {
+            [key] => Some(key.clone()),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn listen(&self, key: &Key) -> Listening {
+        self.upkeep.store.listen(key)
+    }
+
+    pub(crate) fn command_timeout(&self) -> Duration {
+        self.upkeep.command_timeout
     }
 
     /// Another attempt is about to be made. A store that takes attempts back by itself may still do so with the last one,
@@ -128,12 +184,18 @@ impl Attempt {
         let hold = Hold::new(owned.clone(), metadata.clone(), grant, drift, renewal, self.upkeep.origin);
         let guard = LockGuard::start(hold, &self.upkeep, &self.runtime);
         self.unsettled = None;
+        if let Some(place) = self.place.take() {
+            place.leave();
+        }
         guard
     }
 }
 
 impl Drop for Attempt {
     fn drop(&mut self) {
+        if self.place.take().is_some_and(|place| place.leave()) {
+            self.unsettle();
+        }
         self.undo();
     }
 }

@@ -9,6 +9,7 @@ use tokio_util::task::TaskTracker;
 use crate::isolated::Isolated;
 use crate::keeper::Upkeep;
 use crate::locker::Settings;
+use crate::queue::Queues;
 use crate::roster::Rosters;
 use crate::schedule::{Drift, Renewal};
 use crate::store::Store;
@@ -52,6 +53,7 @@ impl Default for LockerBuilder {
                 retry: None,
                 drift: Drift::default(),
                 fenced: true,
+                poll_every: Duration::from_secs(1),
             },
             command_timeout: Duration::from_secs(2),
             prefix: String::new(),
@@ -92,6 +94,21 @@ impl LockerBuilder {
     /// ```
     pub fn retry(mut self, retry: Retry) -> Self {
         self.settings.retry = Some(retry);
+        self
+    }
+
+    /// How often who waits looks at the lock although nothing was heard of it: 1 s unless set, at least 10 ms.
+    ///
+    /// A lock that is released by tenure is heard of at once, and the end of a dead holder's ttl is known. This is for locks
+    /// that other libraries release, which send no message, and for servers whose messages can't be had.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// let locker = tenure::Locker::builder().poll_every(Duration::from_millis(200)).in_memory();
+    /// ```
+    pub fn poll_every(mut self, interval: Duration) -> Self {
+        self.settings.poll_every = interval.max(Duration::from_millis(10));
         self
     }
 
@@ -276,7 +293,11 @@ impl LockerBuilder {
     }
 
     pub(crate) fn build_with(self, store: Box<dyn Store>, isolated: Option<Isolated>, releases: TaskTracker) -> Locker {
-        let (command_timeout, rosters, origin) = (self.command_timeout, Rosters::new(), Instant::now());
-        Locker::from_parts(Upkeep { store, command_timeout, releases, origin, rosters, isolated }, self.settings)
+        let (command_timeout, origin) = (self.command_timeout, Instant::now());
+        let (queues, rosters) = (Queues::default(), Rosters::new());
+        Locker::from_parts(
+            Upkeep { store, command_timeout, releases, queues, origin, rosters, isolated },
+            self.settings,
+        )
     }
 }

@@ -14,10 +14,11 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, debug, info, info_span, warn};
 
-use crate::hold::{Cleanup, Hold, Owned};
+use crate::hold::{Cleanup, Grant, Hold, Owned};
 use crate::isolated::Isolated;
+use crate::queue::{HandOver, Queues};
 use crate::roster::{Place, Rosters, Work};
-use crate::store::{Released, Renewed, Store};
+use crate::store::{HandedOver, Released, Renewed, Store};
 use crate::{Error, Loss, schedule};
 
 /// What all keepers of one locker share.
@@ -27,6 +28,8 @@ pub(crate) struct Upkeep {
     pub(crate) command_timeout: Duration,
     /// Every release that is still owed holds a token of it, so that closing can wait for them.
     pub(crate) releases: TaskTracker,
+    /// Who waits for what in this process.
+    pub(crate) queues: Queues,
     /// Where the grid of renewals begins.
     pub(crate) origin: Instant,
     /// Keepers that have nothing to do yet.
@@ -85,8 +88,33 @@ impl Upkeep {
     /// After a try of unknown outcome the lock may be free by that very try, and whoever has it now got it rightly: then
     /// "not ours" is a success.
     pub(crate) async fn release(&self, owned: &Owned, until: Instant) -> Result<Released, Error> {
+        let mut handed_over = None;
+        if let Some(hand_over) = self.store.hands_over().then(|| self.queues.next(owned)).flatten() {
+            let patience = self.command_timeout.min(until.saturating_duration_since(Instant::now()));
+            handed_over = Some(self.hand_over(owned, hand_over, patience).await);
+        }
+        if let Some(Ok(released)) = handed_over {
+            return Ok(released);
+        }
         let (released, doubtful) = self.release_until(owned, until).await?;
-        Ok(if doubtful { Released::Freed } else { released })
+        Ok(if doubtful || handed_over.is_some() { Released::Freed } else { released })
+    }
+
+    /// Releases the lock and gives it to one who waits for it here, in one step.
+    async fn hand_over(&self, owned: &Owned, hand_over: HandOver, timeout: Duration) -> Result<Released, Error> {
+        let (sent, wanted) = (Instant::now(), hand_over.wanted().clone());
+        // Should it fail, or be dropped, the next one is told that nobody knows.
+        match self.store.hand_over(owned, &wanted, timeout).await? {
+            HandedOver::Done { fencing_token } => {
+                debug!(name: "tenure.handed_over", key = %owned.key(), "handed over");
+                hand_over.granted(Grant { sent, ttl: wanted.ttl, fencing_token });
+                Ok(Released::Freed)
+            }
+            HandedOver::NotOurs(loss) => {
+                hand_over.refused();
+                Ok(Released::NotOurs(loss))
+            }
+        }
     }
 
     /// Undoes an attempt whose outcome nobody has learned. It may still wait somewhere to be run, so this goes on until

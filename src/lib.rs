@@ -73,6 +73,7 @@ mod locker;
 
 mod attempt;
 mod request;
+mod wait;
 
 mod guard;
 mod lost;
@@ -82,6 +83,7 @@ mod hold;
 mod isolated;
 mod keeper;
 mod lease;
+mod queue;
 mod roster;
 mod schedule;
 

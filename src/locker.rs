@@ -56,6 +56,7 @@ pub(crate) struct Settings {
     pub(crate) retry: Option<Retry>,
     pub(crate) drift: Drift,
     pub(crate) fenced: bool,
+    pub(crate) poll_every: Duration,
 }
 
 impl Locker {

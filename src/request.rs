@@ -16,8 +16,9 @@ use crate::attempt::{Attempt, Outcome};
 use crate::hold::Owned;
 use crate::locker::Locker;
 use crate::retry::Pauses;
-use crate::schedule::{self, Renewal};
+use crate::schedule::Renewal;
 use crate::store::Wanted;
+use crate::wait::{Known, Waiting, Woken};
 use crate::{Error, Key, LockGuard, Retry, Token};
 
 /// A lock that is asked for: set what you need, then `.await` it for the [`LockGuard`].
@@ -251,25 +252,44 @@ impl LockRequest {
 
         // Too far for the clock: without a limit.
         let limit = self.wait_at_most.and_then(|limit| started.checked_add(limit));
-        let mut pauses = match self.patience {
-            Patience::Once => NextPause::Never,
-            Patience::Wait => NextPause::AsNeeded,
-            Patience::Retry(retry) => NextPause::Given(retry.pauses()),
-        };
         let own_token = self.token.is_none();
         let owned = Owned { keys: self.keys.into(), token: self.token.unwrap_or_else(Token::random) };
         let wanted = Wanted { owned, metadata: self.metadata.into(), ttl, fenced: self.fenced, own_token };
         let mut attempt = Attempt::new(wanted, locker.upkeep().clone(), runtime);
-        let (mut attempts, mut late, mut held) = (0, 0, attempt.key());
+        let mut waiting = Waiting::new(locker.settings().poll_every, limit, closed);
+        let mut between = match self.patience {
+            Patience::Once => Between::Nothing,
+            Patience::Wait => Between::News,
+            Patience::Retry(retry) => Between::Pauses(retry.pauses()),
+        };
+        let mut woken = match between {
+            Between::News => waiting.behind_others(&mut attempt).await,
+            Between::Nothing | Between::Pauses(_) => Woken::Ask,
+        };
+        let (mut attempts, mut late, mut failures) = (0, 0, 0);
+        let (mut held, mut failure) = (attempt.key(), None);
         loop {
-            attempts += 1;
-            let outcome = attempt.make(limit, closed).await;
+            let asked = Instant::now();
+            let outcome = match woken {
+                Woken::Ask => {
+                    attempts += 1;
+                    attempt.make(limit, closed).await
+                }
+                Woken::Granted(grant) => Ok(Outcome::Granted(grant)),
+                Woken::Closed => return Err(Error::Closed),
+                Woken::Late => {
+                    let waited = started.elapsed();
+                    return Err(failure.unwrap_or(Error::NotObtained { key: held, attempts, waited }));
+                }
+            };
             let waited = started.elapsed();
-            let (holder, failure) = match outcome {
+            let known;
+            (known, failure) = match outcome {
                 Ok(Outcome::Granted(grant)) => {
                     let remaining = drift.deadline(grant.sent, ttl).saturating_duration_since(Instant::now());
                     if drift.suffices(remaining, ttl) {
                         info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
+                        waiting.pass_on(&attempt, grant.sent + ttl);
                         return Ok(attempt.succeed(&grant, drift, self.renewal));
                     }
                     debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");
@@ -279,39 +299,31 @@ impl LockRequest {
                     if late == LATE_GRANTS {
                         return Err(Error::ValidityExpired);
                     }
-                    (None, Some(Error::ValidityExpired))
+                    (Known::Nothing { failures: late }, Some(Error::ValidityExpired))
                 }
                 Ok(Outcome::Held { key, remaining }) => {
-                    late = 0;
+                    (late, failures) = (0, 0);
                     debug!(name: "tenure.held", %key, attempts, ?waited, ?remaining, "held by another");
-                    held = key;
-                    (remaining, None)
+                    held = key.clone();
+                    (Known::Held { key, remaining }, None)
                 }
                 Err(error) if error.is_transient() => {
+                    failures += 1;
                     // Told once; a server that stays away is not news.
-                    if attempts == 1 {
+                    if failures == 1 {
                         warn!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server");
                     } else {
                         debug!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server");
                     }
-                    (None, Some(error))
+                    (Known::Nothing { failures }, Some(error))
                 }
                 Err(error) => return Err(error),
             };
-            let next = pauses.next(attempts, holder).and_then(|pause| Instant::now().checked_add(pause));
-            let next = match (next, limit) {
-                (Some(next), None) => next,
-                (Some(next), Some(limit)) if next < limit => next,
-                (next, limit) => {
-                    // A pause that the limit cuts short is waited for all the same: to give up earlier was not said.
-                    if let (Some(_), Some(limit)) = (next, limit) {
-                        pause_until(limit, closed).await?;
-                    }
-                    let (key, waited) = (held, started.elapsed());
-                    return Err(failure.unwrap_or(Error::NotObtained { key, attempts, waited }));
-                }
+            woken = match &mut between {
+                Between::Nothing => Woken::Late,
+                Between::News => waiting.wait(&mut attempt, known, asked.elapsed()).await,
+                Between::Pauses(pauses) => pause(pauses, limit, closed).await,
             };
-            pause_until(next, closed).await?;
         }
     }
 
@@ -331,29 +343,29 @@ impl LockRequest {
 /// So many grants in a row that came too late to be of use end a request that waits.
 const LATE_GRANTS: u32 = 3;
 
-/// Where the pauses between attempts come from.
-enum NextPause {
-    Never,
-    AsNeeded,
-    Given(Pauses),
+/// What there is between two attempts.
+enum Between {
+    /// There is only one.
+    Nothing,
+    /// Whatever makes another worth while.
+    News,
+    /// What the user has said.
+    Pauses(Pauses),
 }
 
-impl NextPause {
-    fn next(&mut self, attempts: u32, holder: Option<Duration>) -> Option<Duration> {
-        match self {
-            Self::Never => None,
-            Self::AsNeeded => Some(schedule::poll_after(attempts, holder, fastrand::f64())),
-            Self::Given(pauses) => pauses.next(),
-        }
-    }
-}
-
-/// Sleeps, unless the locker is closed.
-async fn pause_until(wake: Instant, closed: &CancellationToken) -> Result<(), Error> {
+async fn pause(pauses: &mut Pauses, limit: Option<Instant>, closed: &CancellationToken) -> Woken {
+    let Some(wake) = pauses.next().map(|pause| Instant::now().checked_add(pause)) else { return Woken::Late };
+    // One that the limit cuts short is waited for all the same: to give up earlier was not said.
+    let (wake, woken) = match (wake, limit) {
+        (Some(wake), Some(limit)) if wake >= limit => (limit, Woken::Late),
+        (None, Some(limit)) => (limit, Woken::Late),
+        (Some(wake), _) => (wake, Woken::Ask),
+        (None, None) => return Woken::Late,
+    };
     select! {
         biased;
-        () = closed.cancelled() => Err(Error::Closed),
-        () = sleep_until(wake) => Ok(()),
+        () = closed.cancelled() => Woken::Closed,
+        () = sleep_until(wake) => woken,
     }
 }
 

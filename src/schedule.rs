@@ -127,6 +127,14 @@ pub(crate) fn pause_after(failures: u32, interval: Duration, remaining: Duration
     pause.min(remaining / 2).max(FLOOR)
 }
 
+/// When to look at a lock again that is held for so long: when its ttl ends, or so often, whichever comes first. A lock that
+/// is released by who sends no messages is found by that alone. Those who wait on other machines shall not come at once.
+pub(crate) fn look_after(held: Option<Duration>, every: Duration, chance: f64) -> Duration {
+    const SPREAD: Duration = Duration::from_millis(9);
+    let poll = every.mul_f64(0.75 + chance / 2.0);
+    held.map_or(poll, |held| poll.min(held.saturating_add(Duration::from_millis(1) + SPREAD.mul_f64(chance))))
+}
+
 /// The pause before the `attempt`th look at a lock that another holds: growing with the attempts, and never past the
 /// moment at which the holder's ttl ends.
 pub(crate) fn poll_after(attempt: u32, holder: Option<Duration>, chance: f64) -> Duration {

@@ -8,6 +8,7 @@
 
 #[cfg(test)]
 pub(crate) mod faulty;
+pub(crate) mod listen;
 pub(crate) mod memory;
 pub(crate) mod quorum;
 pub(crate) mod redis;
@@ -17,6 +18,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
+use self::listen::Listening;
 use crate::hold::Owned;
 use crate::{Error, Key, Loss, Token};
 
@@ -33,6 +35,15 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
 
     /// Deletes those of the keys that hold the token.
     fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released>;
+
+    /// Whether a lock can be handed over.
+    fn hands_over(&self) -> bool;
+
+    /// Releases a lock of one key, and acquires it for another owner, in one step.
+    fn hand_over<'a>(&'a self, from: &'a Owned, to: &'a Wanted, timeout: Duration) -> Answer<'a, HandedOver>;
+
+    /// News of the key, from now on: that it may have become free.
+    fn listen(&self, key: &Key) -> Listening;
 
     /// How long the keys will live on, the shortest of them, if all hold the token.
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>>;
@@ -79,6 +90,12 @@ pub(crate) enum Renewed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Released {
     Freed,
+    NotOurs(Loss),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HandedOver {
+    Done { fencing_token: Option<u64> },
     NotOurs(Loss),
 }
 

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 
+use super::listen::Listening;
 use super::memory::MemoryStore;
-use super::{Acquired, Answer, Holder, Released, Renewed, Store, Wanted};
+use super::{Acquired, Answer, HandedOver, Holder, Released, Renewed, Store, Wanted};
 use crate::hold::Owned;
 use crate::{Error, Key};
 
@@ -121,6 +122,19 @@ impl Store for FaultyStore {
     fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released> {
         let owned = owned.clone();
         Box::pin(self.call(Operation::Release, timeout, move |store| store.release_now(&owned)))
+    }
+
+    fn hands_over(&self) -> bool {
+        true
+    }
+
+    fn hand_over<'a>(&'a self, from: &'a Owned, to: &'a Wanted, timeout: Duration) -> Answer<'a, HandedOver> {
+        let (from, to) = (from.clone(), to.clone());
+        Box::pin(self.call(Operation::Release, timeout, move |store| store.hand_over_now(&from, &to)))
+    }
+
+    fn listen(&self, key: &Key) -> Listening {
+        self.store.listen_now(key)
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {

@@ -6,7 +6,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::time::Instant;
 
-use super::{Acquired, Answer, Holder, Released, Renewed, Store, Wanted};
+use super::listen::{Line, Listeners, Listening};
+use super::{Acquired, Answer, HandedOver, Holder, Released, Renewed, Store, Wanted};
 use crate::hold::Owned;
 use crate::{Key, Loss, Token};
 
@@ -14,6 +15,7 @@ use crate::{Key, Loss, Token};
 #[derive(Debug)]
 pub(crate) struct MemoryStore {
     held: Mutex<Held>,
+    listeners: Listeners<Key>,
 }
 
 #[derive(Debug)]
@@ -39,7 +41,8 @@ impl MemoryStore {
     pub(crate) fn new() -> Self {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let epoch = (Instant::now(), since_1970);
-        Self { held: Mutex::new(Held { locks: HashMap::new(), last_fence: 0, sweep_at: 64, epoch }) }
+        let held = Mutex::new(Held { locks: HashMap::new(), last_fence: 0, sweep_at: 64, epoch });
+        Self { held, listeners: Listeners::new() }
     }
 
     pub(super) fn acquire_now(&self, wanted: &Wanted) -> Acquired {
@@ -51,7 +54,25 @@ impl MemoryStore {
     }
 
     pub(super) fn release_now(&self, owned: &Owned) -> Released {
-        self.held().release(owned)
+        let released = self.held().release(owned);
+        owned.keys.iter().for_each(|key| self.listeners.tell(key));
+        released
+    }
+
+    pub(super) fn hand_over_now(&self, from: &Owned, to: &Wanted) -> HandedOver {
+        let mut held = self.held();
+        if let Released::NotOurs(loss) = held.release(from) {
+            return HandedOver::NotOurs(loss);
+        }
+        match held.acquire(to) {
+            Acquired::Granted { fencing_token } => HandedOver::Done { fencing_token },
+            // Nobody can have come in between.
+            Acquired::Held { .. } => HandedOver::NotOurs(Loss::Taken),
+        }
+    }
+
+    pub(super) fn listen_now(&self, key: &Key) -> Listening {
+        self.listeners.listen(key.clone(), Line::Open).0
     }
 
     /// As a server does that is restarted without its data.
@@ -174,6 +195,18 @@ impl Store for MemoryStore {
 
     fn release<'a>(&'a self, owned: &'a Owned, _: Duration) -> Answer<'a, Released> {
         Box::pin(async { Ok(self.release_now(owned)) })
+    }
+
+    fn hands_over(&self) -> bool {
+        true
+    }
+
+    fn hand_over<'a>(&'a self, from: &'a Owned, to: &'a Wanted, _: Duration) -> Answer<'a, HandedOver> {
+        Box::pin(async { Ok(self.hand_over_now(from, to)) })
+    }
+
+    fn listen(&self, key: &Key) -> Listening {
+        self.listen_now(key)
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, _: Duration) -> Answer<'a, Option<Duration>> {

@@ -60,7 +60,8 @@ use self::clocks::Clocks;
 pub(crate) use self::nodes::connect;
 use self::round::Round;
 use self::tally::{Tally, Verdict};
-use super::{Acquired, Answer, Holder, Released, Renewed, Store, Wanted};
+use super::listen::Listening;
+use super::{Acquired, Answer, HandedOver, Holder, Released, Renewed, Store, Wanted};
 use crate::hold::Owned;
 use crate::{Error, Key, Loss, NodeError, Token};
 
@@ -363,6 +364,20 @@ impl Store for QuorumStore {
 
     fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released> {
         Box::pin(self.release(owned, timeout))
+    }
+
+    /// No: the votes for the next would have to come in while those of the last are taken back.
+    fn hands_over(&self) -> bool {
+        false
+    }
+
+    fn hand_over<'a>(&'a self, _: &'a Owned, _: &'a Wanted, _: Duration) -> Answer<'a, HandedOver> {
+        Box::pin(async { Ok(HandedOver::NotOurs(Loss::Missing)) })
+    }
+
+    /// A release on any node is news.
+    fn listen(&self, key: &Key) -> Listening {
+        Listening::join(self.quorum.members.iter().map(|member| member.node.listen(key)))
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {

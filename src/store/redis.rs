@@ -5,6 +5,7 @@ mod connection;
 mod names;
 mod operation;
 mod script;
+mod subscriber;
 mod vote;
 
 use std::time::Duration;
@@ -19,7 +20,9 @@ use self::combiner::{Carrier, Combiner};
 use self::connection::Connection;
 use self::operation::{Decision, Operation, What, unexpected};
 use self::script::{Call, Script, Scripts};
-use super::{Acquired, Answer, Holder, Released, Renewed, Store, Wanted};
+use self::subscriber::Subscriber;
+use super::listen::Listening;
+use super::{Acquired, Answer, HandedOver, Holder, Released, Renewed, Store, Wanted};
 use crate::hold::Owned;
 use crate::{Error, Key, Loss, Token};
 
@@ -32,6 +35,7 @@ pub(crate) struct RedisStore {
     prefix: String,
     /// Operations on one key share calls. The rest goes by itself.
     combiner: Combiner<Server>,
+    subscriber: Subscriber,
 }
 
 impl RedisStore {
@@ -46,8 +50,10 @@ impl RedisStore {
     }
 
     fn on(connection: Connection, prefix: String) -> Self {
+        use fred::interfaces::ClientLike;
+        let subscriber = Subscriber::new(connection.client().client_config());
         let scripts = Scripts::new();
-        Self { prefix, combiner: Combiner::new(Server { connection, scripts }) }
+        Self { prefix, combiner: Combiner::new(Server { connection, scripts }), subscriber }
     }
 
     fn server(&self) -> &Server {
@@ -69,7 +75,7 @@ impl RedisStore {
     async fn acquire(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
         let Owned { keys, token } = &wanted.owned;
         let value = value_of(wanted);
-        let (ttl, fence_ttl) = (millis(wanted.ttl), millis(FENCE_TTL.max(wanted.ttl.saturating_mul(2))));
+        let (ttl, fence_ttl) = (millis(wanted.ttl), fence_ttl(wanted.ttl));
         if let [key] = &**keys {
             let name = self.name(key);
             let fence = wanted.fenced.then(|| (names::fence_of(&name), fence_ttl));
@@ -118,15 +124,43 @@ impl RedisStore {
 
     async fn release(&self, owned: &Owned, timeout: Duration) -> Result<Released, Error> {
         let verdict = match &*owned.keys {
-            [key] => self.run_owned(key, &owned.token, What::Release, timeout).await,
+            [key] => self.run_owned(key, &owned.token, What::Release { publish: self.publish() }, timeout).await,
             _ => {
-                let call = Call::new(self.names(owned), [owned.token.as_str().into()]);
+                let call = Call::new(self.names(owned), [owned.token.as_str().into(), self.publish().into()]);
                 verdict(self.server().run(&self.server().scripts.release, &call, timeout).await)
             }
         };
         Ok(match verdict? {
             Ok(()) => Released::Freed,
             Err(loss) => Released::NotOurs(loss),
+        })
+    }
+
+    /// How those who wait are told of a release. On a cluster other messages go to every node.
+    fn publish(&self) -> &'static str {
+        use fred::interfaces::ClientLike;
+        match self.server().client().is_clustered() {
+            true => "SPUBLISH",
+            false => "PUBLISH",
+        }
+    }
+
+    async fn hand_over(&self, from: &Owned, to: &Wanted, timeout: Duration) -> Result<HandedOver, Error> {
+        let [key] = &*from.keys else { return Ok(HandedOver::NotOurs(Loss::Missing)) };
+        let name = self.name(key);
+        let fence = to.fenced.then(|| Value::Bytes(names::fence_of(&name)));
+        let keys: Vec<Value> = std::iter::once(name.into()).chain(fence).collect();
+        let args = [from.token.as_str().into(), value_of(to), millis(to.ttl).into(), fence_ttl(to.ttl).into()];
+        let call = Call::new(keys.into_iter(), args);
+        let answer = self.server().run(&self.server().scripts.hand_over, &call, timeout).await;
+        Ok(match answer {
+            Err(error) if error.code() == Some("WRONGTYPE") => HandedOver::NotOurs(Loss::Taken),
+            Err(error) => return Err(error),
+            Ok(answer) => match integer(&answer)? {
+                -1 => HandedOver::NotOurs(Loss::Missing),
+                -2 => HandedOver::NotOurs(Loss::Taken),
+                fence => HandedOver::Done { fencing_token: fencing_token(fence) },
+            },
         })
     }
 
@@ -234,7 +268,7 @@ impl Carrier for Server {
 
     async fn one(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
         let script = match operation.what {
-            What::Release => &self.scripts.release,
+            What::Release { .. } => &self.scripts.release,
             What::Renew { .. } => &self.scripts.renew,
             What::Acquire { .. } => &self.scripts.acquire_one,
         };
@@ -285,7 +319,17 @@ fn verdict(answer: Result<Value, Error>) -> Result<Result<(), Loss>, Error> {
 }
 
 fn granted(fence: i64) -> Acquired {
-    Acquired::Granted { fencing_token: u64::try_from(fence).ok().filter(|fence| *fence > 0) }
+    Acquired::Granted { fencing_token: fencing_token(fence) }
+}
+
+/// As scripts tell it: 0 for none.
+fn fencing_token(number: i64) -> Option<u64> {
+    u64::try_from(number).ok().filter(|number| *number > 0)
+}
+
+/// For how long the server shall remember the fencing token of a lock with this ttl.
+fn fence_ttl(ttl: Duration) -> i64 {
+    millis(FENCE_TTL.max(ttl.saturating_mul(2)))
 }
 
 fn integer(answer: &Value) -> Result<i64, Error> {
@@ -319,6 +363,18 @@ impl Store for RedisStore {
 
     fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released> {
         Box::pin(self.release(owned, timeout))
+    }
+
+    fn hands_over(&self) -> bool {
+        true
+    }
+
+    fn hand_over<'a>(&'a self, from: &'a Owned, to: &'a Wanted, timeout: Duration) -> Answer<'a, HandedOver> {
+        Box::pin(self.hand_over(from, to, timeout))
+    }
+
+    fn listen(&self, key: &Key) -> Listening {
+        self.subscriber.listen(self.name(key))
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {

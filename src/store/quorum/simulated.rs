@@ -14,7 +14,8 @@ use tokio_util::task::TaskTracker;
 use super::{Ballot, Node, QuorumStore, Reply, Seen, Vote};
 use crate::hold::{Hold, Owned};
 use crate::store::faulty::{Fault, call};
-use crate::store::{Acquired, Answer, Holder, Released, Renewed, Store, Wanted};
+use crate::store::listen::Listening;
+use crate::store::{Acquired, Answer, HandedOver, Holder, Released, Renewed, Store, Wanted};
 use crate::{Error, Key, Locker, Loss, Token};
 
 const fn ms(n: u64) -> Duration {
@@ -236,6 +237,19 @@ impl Store for Line {
     fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released> {
         let owned = owned.clone();
         Box::pin(self.call(timeout, move |server| server.release(&owned)))
+    }
+
+    fn hands_over(&self) -> bool {
+        false
+    }
+
+    fn hand_over<'a>(&'a self, _: &'a Owned, _: &'a Wanted, _: Duration) -> Answer<'a, HandedOver> {
+        unreachable!("a quorum doesn't")
+    }
+
+    /// Nothing is ever heard.
+    fn listen(&self, _: &Key) -> Listening {
+        Listening::join([])
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {

@@ -17,7 +17,10 @@ pub(super) struct Operation {
 
 #[derive(Clone)]
 pub(super) enum What {
-    Release,
+    Release {
+        /// How those who wait are told: `PUBLISH`, or on a cluster `SPUBLISH`.
+        publish: &'static str,
+    },
     Renew {
         ttl: i64,
         exact: bool,
@@ -48,7 +51,7 @@ impl Operation {
         let key = Value::Bytes(self.name.clone());
         let token = || Value::from(self.token.as_str());
         match &self.what {
-            What::Release => Call::new([key].into_iter(), [token()]),
+            What::Release { publish } => Call::new([key].into_iter(), [token(), (*publish).into()]),
             What::Renew { ttl, exact } => Call::new([key].into_iter(), [token(), (*ttl).into(), flag(*exact)]),
             What::Acquire { value, ttl, fence: None } => Call::new([key].into_iter(), [value.clone(), (*ttl).into()]),
             What::Acquire { value, ttl, fence: Some((fence, fence_ttl)) } => {
@@ -74,7 +77,7 @@ impl Operation {
     /// Its place in a call with others.
     pub(super) fn rank(&self) -> usize {
         match &self.what {
-            What::Release => 0,
+            What::Release { .. } => 0,
             What::Renew { .. } => 1,
             What::Acquire { fence: Some(_), .. } => 2,
             What::Acquire { fence: None, .. } => 3,
@@ -84,7 +87,7 @@ impl Operation {
     fn push_args(&self, args: &mut Vec<Value>) {
         let token = || Value::from(self.token.as_str());
         match &self.what {
-            What::Release => args.push(token()),
+            What::Release { .. } => args.push(token()),
             What::Renew { ttl, exact } => args.extend([token(), (*ttl).into(), flag(*exact)]),
             What::Acquire { value, ttl, .. } => args.extend([value.clone(), (*ttl).into()]),
         }
@@ -111,7 +114,7 @@ impl Operation {
     pub(super) fn read_error(&self, error: Error) -> Result<Decision, Error> {
         match &self.what {
             // Not a string: surely not our lock.
-            What::Release | What::Renew { .. } if error.code() == Some("WRONGTYPE") => {
+            What::Release { .. } | What::Renew { .. } if error.code() == Some("WRONGTYPE") => {
                 Ok(Decision::Owned(Err(Loss::Taken)))
             }
             _ => Err(error),
@@ -124,22 +127,27 @@ pub(super) fn together(operations: &[Operation]) -> Call {
     let mut counts = [0_i64; 4];
     let mut longest = 0;
     let (mut names, mut fences) = (Vec::with_capacity(operations.len() * 2), Vec::new());
-    let mut args = vec![Value::Null; 5];
+    let mut args = vec![Value::Null; 6];
+    let mut how = "PUBLISH";
     args.reserve(operations.len() * 2);
     for operation in operations {
         if let Some(count) = counts.get_mut(operation.rank()) {
             *count += 1;
         }
         names.push(operation.name.clone().into());
-        if let What::Acquire { fence: Some((fence, ttl)), .. } = &operation.what {
-            fences.push(fence.clone().into());
-            longest = longest.max(*ttl);
+        match &operation.what {
+            What::Acquire { fence: Some((fence, ttl)), .. } => {
+                fences.push(fence.clone().into());
+                longest = longest.max(*ttl);
+            }
+            What::Release { publish } => how = publish,
+            What::Acquire { fence: None, .. } | What::Renew { .. } => {}
         }
         operation.push_args(&mut args);
     }
     names.append(&mut fences);
-    let head = counts.into_iter().chain([longest]);
-    args.iter_mut().zip(head).for_each(|(arg, number)| *arg = number.into());
+    let head = counts.into_iter().chain([longest]).map(Value::Integer).chain([how.into()]);
+    args.iter_mut().zip(head).for_each(|(arg, value)| *arg = value);
     Call::new(names.into_iter(), args)
 }
 

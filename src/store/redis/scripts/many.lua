@@ -2,7 +2,8 @@
 --
 -- KEYS  the lock keys: of the releases, the renewals, the acquires with a fencing token, the acquires without; then the
 --       fence keys of the acquires with one.
--- ARGV  how many of each kind, in this order; the ttl of fence keys in ms; then for each
+-- ARGV  how many of each kind, in this order; the ttl of fence keys in ms; 'PUBLISH' or 'SPUBLISH', as release.lua; then for
+--       each
 --       release: token.  renewal: token, ttl in ms, '1' for exactly this ttl or '0' for at least.
 --       acquire: value (the token; with metadata: token, newline, metadata), ttl in ms.
 -- Reply for each, in this order: a number, or a string that says why it could not be done.
@@ -15,7 +16,8 @@
 
 local n_release, n_renew, n_fenced, n_plain = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local fence_ttl = ARGV[5]
-local at = 6
+local publish = ARGV[6]
+local at = 7
 local reply = {}
 
 -- What the keys hold. Kept up to date below, as a key may be in here twice. Nil also for what is no string.
@@ -55,9 +57,11 @@ for i = 1, n_release do
 end
 if #freed > 0 then
     local err = refused(redis.pcall('DEL', unpack(freed)))
-    if err then
-        for n, i in ipairs(freed_at) do
+    for n, i in ipairs(freed_at) do
+        if err then
             reply[i] = err
+        else
+            redis.pcall(publish, freed[n], '')
         end
     end
 end

@@ -1,0 +1,256 @@
+//! Who waits for a key in this process: first in, first out, and only the first talks to the server.
+//!
+//! A lock that is released while somebody here waits for it is handed over: the release and the first waiter's acquire are
+//! one step at the server. After [`IN_A_ROW`] of those it is released for all, so that other processes get their turn.
+//!
+//! 1. A place is first, or behind another that will tell it when it is.
+//! 2. A lock is handed over to a place that is in the queue at that moment, and is the first. Who leaves after that, and
+//!    hasn't learned how it went, takes it that its token may hold the lock.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::Key;
+use crate::hold::{Grant, Owned};
+use crate::store::Wanted;
+use crate::store::listen::Listening;
+
+/// So many hand-overs, then the lock is offered to other processes. More would be faster, and less fair.
+const IN_A_ROW: u32 = 16;
+
+/// The queues of one locker.
+#[derive(Default)]
+pub(crate) struct Queues(Arc<Mutex<HashMap<Key, Queue>>>);
+
+#[derive(Default)]
+struct Queue {
+    /// In the order in which they came.
+    places: BTreeMap<u64, Arc<Waiter>>,
+    count: u64,
+    in_a_row: u32,
+    /// It is the others' turn.
+    offered: bool,
+    /// Kept from one first to the next, so that the next has nothing to ask before it listens.
+    listening: Option<Listening>,
+    /// What the last that was first has learned of the lock: it is held until then, unless renewed or released.
+    held_until: Option<Instant>,
+}
+
+struct Waiter {
+    wanted: Arc<Wanted>,
+    state: Mutex<Handing>,
+    /// It is the first now, or the lock was handed over to it.
+    changed: Notify,
+}
+
+#[derive(Default)]
+enum Handing {
+    #[default]
+    No,
+    /// The server is being asked.
+    Asked,
+    Done(Grant),
+    /// It was not to be handed over, or nobody knows.
+    Failed {
+        settled: bool,
+    },
+}
+
+/// A place in the queue for a key.
+pub(crate) struct Place {
+    queues: Arc<Mutex<HashMap<Key, Queue>>>,
+    key: Key,
+    number: u64,
+    waiter: Arc<Waiter>,
+}
+
+/// What a place learns.
+pub(crate) enum Turn {
+    /// It is the first.
+    First,
+    /// The lock was handed over.
+    Granted(Grant),
+    /// A hand-over has failed. The lock may be free, or, where that is not settled, this one's already.
+    AskAgain { settled: bool },
+}
+
+/// A lock on its way to the first in the queue. Dropped, it has gone wrong in a way that nobody knows.
+pub(crate) struct HandOver {
+    waiter: Arc<Waiter>,
+    over: bool,
+}
+
+impl Queues {
+    /// Whether somebody waits for the key already.
+    pub(crate) fn has(&self, key: &Key) -> bool {
+        lock(&self.0).contains_key(key)
+    }
+
+    /// Takes the last place.
+    pub(crate) fn enter(&self, key: Key, wanted: Arc<Wanted>) -> Place {
+        let waiter = Arc::new(Waiter { wanted, state: Mutex::default(), changed: Notify::new() });
+        let mut queues = lock(&self.0);
+        let queue = queues.entry(key.clone()).or_default();
+        queue.count += 1;
+        let number = queue.count;
+        queue.places.insert(number, waiter.clone());
+        drop(queues);
+        Place { queues: self.0.clone(), key, number, waiter }
+    }
+
+    /// Whom the lock is to be handed over to, if anybody here waits for it, and it is not the others' turn.
+    pub(crate) fn next(&self, owned: &Owned) -> Option<HandOver> {
+        let [key] = &*owned.keys else { return None };
+        let mut queues = lock(&self.0);
+        let queue = queues.get_mut(key)?;
+        let waiter = queue.places.first_key_value()?.1.clone();
+        // A token from elsewhere may hold another lock of this key: what it got by a hand-over couldn't be undone.
+        if queue.in_a_row >= IN_A_ROW || !waiter.wanted.own_token {
+            queue.in_a_row = 0;
+            queue.offered = true;
+            return None;
+        }
+        let mut state = lock(&waiter.state);
+        if !matches!(*state, Handing::No | Handing::Failed { .. }) {
+            return None;
+        }
+        queue.in_a_row += 1;
+        *state = Handing::Asked;
+        drop(state);
+        Some(HandOver { waiter, over: false })
+    }
+}
+
+impl Place {
+    pub(crate) fn is_first(&self) -> bool {
+        let queues = lock(&self.queues);
+        let first = queues.get(&self.key).and_then(|queue| queue.places.first_key_value());
+        first.is_some_and(|(number, _)| *number == self.number)
+    }
+
+    /// Whether the lock was left to other processes since this was last asked.
+    pub(crate) fn was_offered(&self) -> bool {
+        let mut queues = lock(&self.queues);
+        queues.get_mut(&self.key).is_some_and(|queue| std::mem::take(&mut queue.offered))
+    }
+
+    /// Waits until it is the first, or has got the lock already.
+    pub(crate) async fn turn(&self) -> Turn {
+        loop {
+            match self.handed() {
+                Some(turn) => return turn,
+                None if self.is_first() => return Turn::First,
+                None => self.waiter.changed.notified().await,
+            }
+        }
+    }
+
+    /// For the first: waits until the lock is handed over to it.
+    pub(crate) async fn granted(&self) -> Turn {
+        loop {
+            match self.handed() {
+                Some(turn) => return turn,
+                None => self.waiter.changed.notified().await,
+            }
+        }
+    }
+
+    /// How a hand-over went, once.
+    pub(crate) fn handed(&self) -> Option<Turn> {
+        let mut state = lock(&self.waiter.state);
+        match std::mem::take(&mut *state) {
+            Handing::No => None,
+            Handing::Asked => {
+                *state = Handing::Asked;
+                None
+            }
+            Handing::Done(grant) => Some(Turn::Granted(grant)),
+            Handing::Failed { settled } => Some(Turn::AskAgain { settled }),
+        }
+    }
+
+    /// What the one before has listened with, if it has, and until when it knew the lock held.
+    pub(crate) fn take_over(&self) -> (Option<Listening>, Option<Instant>) {
+        let mut queues = lock(&self.queues);
+        queues.get_mut(&self.key).map(|queue| (queue.listening.take(), queue.held_until.take())).unwrap_or_default()
+    }
+
+    /// Leaves what the next one can use.
+    pub(crate) fn pass_on(&self, listening: Option<Listening>, held_until: Option<Instant>) {
+        if let Some(queue) = lock(&self.queues).get_mut(&self.key) {
+            queue.listening = listening;
+            queue.held_until = held_until;
+        }
+    }
+
+    /// Leaves the queue, and tells whether its token may have got the lock by a hand-over that it hasn't heard of.
+    pub(crate) fn leave(&self) -> bool {
+        let next = {
+            let mut queues = lock(&self.queues);
+            let Some(queue) = queues.get_mut(&self.key) else { return false };
+            let first = queue.places.first_key_value().map(|(number, _)| *number);
+            queue.places.remove(&self.number);
+            let next = queue.places.first_key_value().filter(|_| first == Some(self.number));
+            let next = next.map(|(_, waiter)| waiter.clone());
+            if queue.places.is_empty() {
+                queues.remove(&self.key);
+            }
+            next
+        };
+        if let Some(next) = next {
+            next.changed.notify_one();
+        }
+        !matches!(&*lock(&self.waiter.state), Handing::No | Handing::Failed { settled: true })
+    }
+}
+
+impl HandOver {
+    pub(crate) fn wanted(&self) -> &Arc<Wanted> {
+        &self.waiter.wanted
+    }
+
+    pub(crate) fn granted(self, grant: Grant) {
+        self.tell(Handing::Done(grant));
+    }
+
+    /// The lock was not ours to hand over.
+    pub(crate) fn refused(self) {
+        self.tell(Handing::Failed { settled: true });
+    }
+
+    fn tell(mut self, state: Handing) {
+        self.over = true;
+        *lock(&self.waiter.state) = state;
+        self.waiter.changed.notify_one();
+    }
+}
+
+impl Drop for HandOver {
+    fn drop(&mut self) {
+        if !self.over {
+            *lock(&self.waiter.state) = Handing::Failed { settled: false };
+            self.waiter.changed.notify_one();
+        }
+    }
+}
+
+/// No code panics while it holds one of these, so a poisoned one would be as good as any.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl fmt::Debug for Queues {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Queues").field("keys", &lock(&self.0).len()).finish()
+    }
+}
+
+impl fmt::Debug for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Place").field("key", &self.key).field("first", &self.is_first()).finish()
+    }
+}

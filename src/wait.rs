@@ -1,0 +1,207 @@
+//! Waiting for a lock that another holds: for its turn in this process, then for news of the lock, or for its time.
+
+use std::time::Duration;
+
+use tokio::select;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use crate::attempt::Attempt;
+use crate::hold::Grant;
+use crate::queue::{Place, Turn};
+use crate::store::listen::Listening;
+use crate::{Key, schedule};
+
+/// The waiting of one request.
+pub(crate) struct Waiting<'a> {
+    /// Also without any news the lock is looked at, this often.
+    poll_every: Duration,
+    limit: Option<Instant>,
+    closed: &'a CancellationToken,
+    /// To the news of a key.
+    listening: Option<(Key, Listening)>,
+    first: bool,
+    /// How long the server took to answer.
+    took: Duration,
+}
+
+/// Why it ended.
+pub(crate) enum Woken {
+    /// The lock may be free.
+    Ask,
+    /// It was handed over.
+    Granted(Grant),
+    /// The limit has passed.
+    Late,
+    Closed,
+}
+
+/// What is known of the lock.
+pub(crate) enum Known {
+    /// Held by another, for so long unless renewed.
+    Held { key: Key, remaining: Option<Duration> },
+    /// So many attempts in a row have failed.
+    Nothing { failures: u32 },
+}
+
+impl<'a> Waiting<'a> {
+    pub(crate) fn new(poll_every: Duration, limit: Option<Instant>, closed: &'a CancellationToken) -> Self {
+        Self { poll_every, limit, closed, listening: None, first: false, took: Duration::ZERO }
+    }
+
+    /// Waits behind those who came before, if there are any in this process.
+    pub(crate) async fn behind_others(&mut self, attempt: &mut Attempt) -> Woken {
+        if !attempt.others_wait() {
+            return Woken::Ask;
+        }
+        attempt.queue_up();
+        self.wait_as_next(attempt, None).await
+    }
+
+    /// Waits until it makes sense to ask again.
+    pub(crate) async fn wait(&mut self, attempt: &mut Attempt, known: Known, took: Duration) -> Woken {
+        self.took = took;
+        attempt.queue_up();
+        match known {
+            Known::Held { key, remaining } => {
+                let key = attempt.only_key().unwrap_or(key);
+                let held_until = remaining.map(|remaining| Instant::now() + remaining);
+                self.wait_as_next(attempt, Some((key, held_until))).await
+            }
+            Known::Nothing { failures } => {
+                let pause = schedule::poll_after(failures, None, fastrand::f64());
+                self.until(attempt, Instant::now() + pause, true).await
+            }
+        }
+    }
+
+    async fn wait_as_next(&mut self, attempt: &mut Attempt, known: Option<(Key, Option<Instant>)>) -> Woken {
+        let mut known = known;
+        if !self.first && attempt.place().is_some() {
+            match self.turn(attempt).await {
+                Ok(()) => {}
+                Err(woken) => return woken,
+            }
+            let (listening, held_until) = attempt.place().map(Place::take_over).unwrap_or_default();
+            if let (Some(listening), Some(key)) = (listening, attempt.only_key()) {
+                // The one before has got the lock, and left what it knew.
+                known = Some((key.clone(), held_until));
+                self.listening = Some((key, listening));
+            }
+        }
+        // Without having asked, nothing is known but that it is the first.
+        let Some((key, held_until)) = known.or_else(|| attempt.only_key().map(|key| (key, None))) else {
+            return Woken::Ask;
+        };
+        if self.listening.as_ref().is_none_or(|(to, _)| *to != key) {
+            let mut listening = attempt.listen(&key);
+            let opened = self.open(attempt, &mut listening).await;
+            listening.mark();
+            let is_open = listening.is_open();
+            self.listening = Some((key, listening));
+            match opened {
+                // What was released before is found by asking.
+                None if is_open => return Woken::Ask,
+                None => {}
+                Some(woken) => return woken,
+            }
+        }
+        let wake = schedule::look_after(
+            held_until.map(|until| until.saturating_duration_since(Instant::now())),
+            self.poll_every,
+            fastrand::f64(),
+        );
+        self.until(attempt, Instant::now() + wake, false).await
+    }
+
+    /// Waits to be the first, and nothing more.
+    async fn turn(&mut self, attempt: &mut Attempt) -> Result<(), Woken> {
+        let limit = self.limit;
+        let Some(place) = attempt.place() else { return Ok(()) };
+        let turn = select! {
+            biased;
+            () = self.closed.cancelled() => return Err(Woken::Closed),
+            turn = place.turn() => turn,
+            () = at(limit) => return Err(Woken::Late),
+        };
+        match turn {
+            Turn::First => {
+                self.first = true;
+                Ok(())
+            }
+            other => Err(attempt.handed(other)),
+        }
+    }
+
+    /// Waits for the line to open, if it can be had.
+    async fn open(&self, attempt: &mut Attempt, listening: &mut Listening) -> Option<Woken> {
+        let patience = Instant::now() + attempt.command_timeout();
+        let turn = select! {
+            biased;
+            () = self.closed.cancelled() => return Some(Woken::Closed),
+            turn = granted(attempt.place()) => turn,
+            () = at(self.limit) => return Some(Woken::Late),
+            () = listening.opened() => return None,
+            () = sleep_until(patience) => return None,
+        };
+        Some(attempt.handed(turn))
+    }
+
+    async fn until(&mut self, attempt: &mut Attempt, wake: Instant, failed: bool) -> Woken {
+        let limit = self.limit;
+        let turn = select! {
+            biased;
+            () = self.closed.cancelled() => return Woken::Closed,
+            turn = granted(attempt.place()) => turn,
+            () = at(limit) => return Woken::Late,
+            // After a failure news are no reason to hurry.
+            () = news(&mut self.listening), if !failed => {
+                self.let_others_go_first(attempt).await;
+                return Woken::Ask;
+            }
+            () = sleep_until(wake) => return Woken::Ask,
+        };
+        attempt.handed(turn)
+    }
+
+    /// After many hand-overs in this process, other processes that wait for the lock shall get it: they learn of it when
+    /// we do, and need a moment more.
+    async fn let_others_go_first(&self, attempt: &Attempt) {
+        const LONGEST: Duration = Duration::from_millis(5);
+        if attempt.place().is_some_and(Place::was_offered) {
+            let moment = (self.took * 2).min(LONGEST);
+            select! {
+                () = self.closed.cancelled() => {}
+                () = sleep_until(Instant::now() + moment) => {}
+            }
+        }
+    }
+
+    /// The lock is held from now on, for so long at least: who comes next needs to know no more.
+    pub(crate) fn pass_on(self, attempt: &Attempt, held_until: Instant) {
+        if let (Some(place), Some((_, listening))) = (attempt.place(), self.listening) {
+            place.pass_on(Some(listening), Some(held_until));
+        }
+    }
+}
+
+async fn granted(place: Option<&Place>) -> Turn {
+    match place {
+        Some(place) => place.granted().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn news(listening: &mut Option<(Key, Listening)>) {
+    match listening {
+        Some((_, listening)) => listening.news().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn at(limit: Option<Instant>) {
+    match limit {
+        Some(limit) => sleep_until(limit).await,
+        None => std::future::pending().await,
+    }
+}
