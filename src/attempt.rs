@@ -99,11 +99,6 @@ impl Attempt {
         })
     }
 
-    /// Whether others in this process wait for the key already.
-    pub(crate) fn others_wait(&self) -> bool {
-        self.only_key().is_some_and(|key| self.upkeep.queues.has(&key))
-    }
-
     /// Takes the last place among those who wait for the key. Requests for several keys stand in no queue.
     pub(crate) fn queue_up(&mut self) {
         if let (None, Some(key)) = (&self.place, self.only_key()) {

@@ -85,11 +85,6 @@ pub(crate) struct HandOver {
 }
 
 impl Queues {
-    /// Whether somebody waits for the key already.
-    pub(crate) fn has(&self, key: &Key) -> bool {
-        lock(&self.0).contains_key(key)
-    }
-
     /// Takes the last place.
     pub(crate) fn enter(&self, key: Key, wanted: Arc<Wanted>) -> Place {
         let waiter = Arc::new(Waiter { wanted, state: Mutex::default(), changed: Notify::new() });

@@ -49,19 +49,19 @@ impl<'a> Waiting<'a> {
         Self { poll_every, limit, closed, listening: None, first: false, took: Duration::ZERO }
     }
 
-    /// Waits behind those who came before, if there are any in this process.
+    /// Takes its place in this process, and waits behind those who came before.
     pub(crate) async fn behind_others(&mut self, attempt: &mut Attempt) -> Woken {
-        if !attempt.others_wait() {
+        attempt.queue_up();
+        if attempt.place().is_none_or(Place::is_first) {
+            self.first = true;
             return Woken::Ask;
         }
-        attempt.queue_up();
         self.wait_as_next(attempt, None).await
     }
 
     /// Waits until it makes sense to ask again.
     pub(crate) async fn wait(&mut self, attempt: &mut Attempt, known: Known, took: Duration) -> Woken {
         self.took = took;
-        attempt.queue_up();
         match known {
             Known::Held { key, remaining } => {
                 let key = attempt.only_key().unwrap_or(key);

@@ -1,10 +1,18 @@
 //! Waiting for a lock.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use tenure::Locker;
-use tenure_test_support::{Server, soon};
-use tokio::time::{Instant, timeout};
+use tenure::fred::prelude::{Builder, ClientLike, Config, Value};
+use tenure::fred::types::CustomCommand;
+use tenure_test_support::{Cluster, Server, eventually, soon};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc::unbounded_channel;
+use tokio::task::{JoinSet, yield_now};
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -41,15 +49,15 @@ async fn a_waiter_survives_the_death_of_its_server() {
 async fn many_waiters_are_all_served_one_at_a_time() {
     let server = Server::start();
     let locker = Locker::connect(&server.url()).await.unwrap();
-    let inside = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(0));
+    let inside = Arc::new(AtomicU32::new(0));
     let waiters: Vec<_> = (0..50)
         .map(|_| {
             let (locker, inside) = (locker.clone(), inside.clone());
             tokio::spawn(async move {
                 let guard = locker.lock("k").await.unwrap();
-                assert_eq!(inside.fetch_add(1, std::sync::atomic::Ordering::SeqCst), 0);
-                tokio::task::yield_now().await;
-                assert_eq!(inside.fetch_sub(1, std::sync::atomic::Ordering::SeqCst), 1);
+                assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
+                yield_now().await;
+                assert_eq!(inside.fetch_sub(1, Ordering::SeqCst), 1);
                 guard.release().await.unwrap();
             })
         })
@@ -57,4 +65,227 @@ async fn many_waiters_are_all_served_one_at_a_time() {
     for waiter in waiters {
         soon(waiter).await.unwrap();
     }
+}
+
+/// A locker that looks at a lock only when it has heard of it, or when the holder's ttl ends.
+async fn patient(url: &str) -> Locker {
+    Locker::builder().ttl(ms(60_000)).poll_every(ms(60_000)).connect(url).await.unwrap()
+}
+
+/// How often the server has run a script, by its hash or whole.
+fn scripts_run(server: &Server) -> u64 {
+    let stats = server.cli(&["INFO", "commandstats"]);
+    let calls = |command: &str| {
+        let line = stats.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{command}:calls=")))?;
+        line.split(',').next()?.parse::<u64>().ok()
+    };
+    calls("evalsha").unwrap_or_default() + calls("eval").unwrap_or_default()
+}
+
+#[tokio::test]
+async fn a_release_wakes_a_waiter_of_another_process() {
+    let server = Server::start();
+    let (here, there) = (patient(&server.url()).await, patient(&server.url()).await);
+    let mut guard = here.lock("k").await.unwrap();
+    for _ in 0..20 {
+        let waiter = tokio::spawn(there.lock("k").into_future());
+        // Whether it has asked by now or not, it hears of it.
+        yield_now().await;
+        guard.release().await.unwrap();
+        guard = soon(waiter).await.unwrap().unwrap();
+        // Dropped, too.
+        let waiter = tokio::spawn(here.lock("k").into_future());
+        drop(guard);
+        guard = soon(waiter).await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn no_release_is_missed_while_the_line_for_messages_is_cut_again_and_again() {
+    let server = Server::start();
+    let (here, there) = (patient(&server.url()).await, patient(&server.url()).await);
+    let over = CancellationToken::new();
+    let cutting = tokio::spawn({
+        let (over, socket) = (over.clone(), server.url());
+        async move {
+            let client = Config::from_url(&socket).unwrap();
+            let client = Builder::from_config(client).build().unwrap();
+            client.init().await.unwrap();
+            while !over.is_cancelled() {
+                let kill = CustomCommand::new_static("CLIENT", None, false);
+                let _: Value = client.custom(kill, vec!["KILL", "TYPE", "pubsub"]).await.unwrap();
+                sleep(ms(15)).await;
+            }
+        }
+    });
+    let turns = |locker: Locker| async move {
+        for _ in 0..100 {
+            let guard = locker.lock("k").await.unwrap();
+            sleep(ms(1)).await;
+            guard.release().await.unwrap();
+        }
+    };
+    let both = [tokio::spawn(turns(here)), tokio::spawn(turns(there))];
+    for turns in both {
+        soon(turns).await.unwrap();
+    }
+    over.cancel();
+    cutting.await.unwrap();
+}
+
+#[tokio::test]
+async fn without_messages_waiting_goes_by_time() {
+    let server = Server::start();
+    server.cli(&["ACL", "SETUSER", "mute", "on", ">pw", "resetchannels", "~*", "+@all"]);
+    let locker = Locker::builder()
+        .poll_every(ms(100))
+        .connect(&server.url().replace("redis://", "redis://mute:pw@"))
+        .await
+        .unwrap();
+    let other = Locker::connect(&server.url().replace("redis://", "redis://mute:pw@")).await.unwrap();
+    // A release is found by a look, the death of a holder by its ttl.
+    let guard = other.lock("k").await.unwrap();
+    let waiter = tokio::spawn(locker.lock("k").into_future());
+    guard.release().await.unwrap();
+    soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+    let started = Instant::now();
+    other.lock("k").ttl(ms(1_000)).no_renewal().await.unwrap().into_lease();
+    let patient = Locker::builder()
+        .poll_every(ms(60_000))
+        .connect(&server.url().replace("redis://", "redis://mute:pw@"))
+        .await
+        .unwrap();
+    soon(patient.lock("k")).await.unwrap().release().await.unwrap();
+    assert!(started.elapsed() < ms(1_000 + 50 + 50), "after {:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn what_another_library_releases_is_found_by_a_slow_look() {
+    let server = Server::start();
+    let locker = Locker::builder().poll_every(ms(100)).connect(&server.url()).await.unwrap();
+    server.cli(&["SET", "k", "another"]);
+    let mut waiter = tokio::spawn(locker.lock("k").into_future());
+    assert!(timeout(ms(300), &mut waiter).await.is_err());
+    server.cli(&["DEL", "k"]);
+    soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hand_over_costs_the_server_one_command_whatever_the_number_of_waiters() {
+    let server = Server::start();
+    let locker = patient(&server.url()).await;
+    let guard = locker.lock("k").await.unwrap();
+    let waiters: Vec<_> = (0..500)
+        .map(|_| {
+            let locker = locker.clone();
+            tokio::spawn(async move { locker.lock("k").await.unwrap().release().await.unwrap() })
+        })
+        .collect();
+    eventually("the first has asked twice", async || (scripts_run(&server) >= 3).then_some(())).await;
+    let before = scripts_run(&server);
+    guard.release().await.unwrap();
+    for waiter in waiters {
+        soon(waiter).await.unwrap();
+    }
+    // One in seventeen is offered to other processes, and costs two or three.
+    let commands = scripts_run(&server) - before;
+    assert!((500..=600).contains(&commands), "{commands} for 500 hand-overs");
+}
+
+#[tokio::test]
+async fn who_waits_in_one_process_is_served_in_order() {
+    let server = Server::start();
+    for locker in [Locker::in_memory(), patient(&server.url()).await] {
+        let guard = locker.lock("k").await.unwrap();
+        let (sender, mut order) = unbounded_channel();
+        for n in 0..100 {
+            let (locker, sender) = (locker.clone(), sender.clone());
+            tokio::spawn(async move {
+                let guard = locker.lock("k").await.unwrap();
+                sender.send((n, guard.fencing_token().unwrap())).unwrap();
+            });
+            yield_now().await;
+        }
+        guard.release().await.unwrap();
+        let mut last = 0;
+        for n in 0..100 {
+            let (served, fence) = soon(order.recv()).await.unwrap();
+            assert_eq!(served, n);
+            assert!(fence > last);
+            last = fence;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_with_many_waiters_leaves_the_lock_to_others() {
+    let server = Server::start();
+    let mut counts = Vec::new();
+    let over = CancellationToken::new();
+    let mut tasks = Vec::new();
+    for waiters in [8, 1] {
+        let locker = patient(&server.url()).await;
+        let count = Arc::new(AtomicU32::new(0));
+        counts.push(count.clone());
+        for _ in 0..waiters {
+            let (locker, count, over) = (locker.clone(), count.clone(), over.clone());
+            tasks.push(tokio::spawn(async move {
+                while !over.is_cancelled() {
+                    let guard = locker.lock("k").await.unwrap();
+                    count.fetch_add(1, Ordering::Relaxed);
+                    guard.release().await.unwrap();
+                }
+            }));
+        }
+    }
+    let counts = || counts.iter().map(|count| count.load(Ordering::Relaxed)).collect::<Vec<_>>();
+    eventually("twenty turns of the single one", async || (counts()[1] >= 20).then_some(())).await;
+    over.cancel();
+    for task in tasks {
+        soon(task).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_waiter_on_a_cluster_hears_of_a_release() {
+    let cluster = Cluster::start();
+    let (here, there) = (patient(&cluster.url()).await, patient(&cluster.url()).await);
+    for key in ["a", "b", "c", "{tag}:d", "e}f"] {
+        let guard = here.lock(key).await.unwrap();
+        let waiter = tokio::spawn(there.lock(key).into_future());
+        sleep(ms(20)).await;
+        guard.release().await.unwrap();
+        soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_thousand_waiters_come_and_go() {
+    let server = Server::start();
+    let tasks = || Handle::current().metrics().num_alive_tasks();
+    let before = tasks();
+    let locker = patient(&server.url()).await;
+    let connected = tasks();
+    let guard = locker.lock("k").await.unwrap();
+    let mut waiters = JoinSet::new();
+    for n in 0..100_000 {
+        // On one key that is held, and on a thousand keys besides, most of them.
+        let key = if n % 4 == 0 { "k".to_owned() } else { format!("k:{}", n % 1_000) };
+        let request = locker.lock(key).fenced(false);
+        let patience = Duration::from_micros(fastrand::u64(..200_000));
+        waiters.spawn(async move { timeout(patience, request).await.is_ok() });
+    }
+    let served = waiters.join_all().await.into_iter().filter(|served| *served).count();
+    assert!(served > 0);
+    guard.release().await.unwrap();
+    eventually("no key is left", async || {
+        let left = server.cli(&["EVAL", "return #redis.call('KEYS', 'k*')", "0"]);
+        (left == "0").then_some(())
+    })
+    .await;
+    eventually("no subscription is left", async || (server.cli(&["PUBSUB", "CHANNELS"]).is_empty()).then_some(()))
+        .await;
+    eventually("no task is left", async || (tasks() <= connected).then_some(())).await;
+    drop(locker);
+    eventually("no task at all is left", async || (tasks() == before).then_some(())).await;
 }
