@@ -8,13 +8,14 @@ use tokio::select;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::TaskTrackerToken;
+use tracing::debug;
 
 use crate::hold::{Grant, Hold, Owned};
 use crate::keeper::Upkeep;
 use crate::queue::{Place, Turn};
 use crate::schedule::{Drift, Renewal};
 use crate::store::listen::Listening;
-use crate::store::{Acquired, Wanted};
+use crate::store::{Acquired, Queueing, Wanted};
 use crate::wait::Woken;
 use crate::{Error, Key, LockGuard, Token};
 
@@ -39,6 +40,8 @@ pub(crate) struct Attempt {
     made: bool,
     /// Where it stands among those in this process who wait for the key.
     place: Option<Place>,
+    /// It may stand in the line of all processes.
+    in_line: bool,
 }
 
 /// What the server has decided.
@@ -53,7 +56,7 @@ pub(crate) enum Outcome {
 
 impl Attempt {
     pub(crate) fn new(wanted: Wanted, upkeep: Arc<Upkeep>, runtime: Handle) -> Self {
-        Self { wanted: Arc::new(wanted), upkeep, runtime, unsettled: None, made: false, place: None }
+        Self { wanted: Arc::new(wanted), upkeep, runtime, unsettled: None, made: false, place: None, in_line: false }
     }
 
     pub(crate) fn key(&self) -> Key {
@@ -102,6 +105,7 @@ impl Attempt {
     /// Takes the last place among those who wait for the key. Requests for several keys stand in no queue.
     pub(crate) fn queue_up(&mut self) {
         if let (None, Some(key)) = (&self.place, self.only_key()) {
+            self.in_line = true;
             self.place = Some(self.upkeep.queues.enter(key, self.wanted.clone()));
         }
     }
@@ -130,6 +134,42 @@ impl Attempt {
         if self.unsettled.is_none() {
             self.unsettled = Some(self.upkeep.releases.token());
         }
+    }
+
+    /// Gives signs of life of all in this process who stand in line with others.
+    pub(crate) async fn attend(&self) {
+        let (Some(key), Some(place)) = (self.only_key(), &self.place) else { return };
+        let queued = place.queued();
+        for some in queued.chunks(128) {
+            if let Err(error) = self.upkeep.store.attend(&key, some, self.upkeep.command_timeout).await {
+                debug!(name: "tenure.attend_failed", %key, %error, "no sign of life; the place in the queue may be lost");
+                return;
+            }
+        }
+    }
+
+    /// Stands in line with those of other processes, also while others of this one come first.
+    pub(crate) async fn stand_in_line(&self) {
+        if let (Queueing::Queued, Some(key)) = (self.wanted.queueing, self.only_key()) {
+            let token = std::slice::from_ref(&self.wanted.owned.token);
+            if let Err(error) = self.upkeep.store.attend(&key, token, self.upkeep.command_timeout).await {
+                debug!(name: "tenure.attend_failed", %key, %error, "not in the queue yet");
+            }
+        }
+    }
+
+    /// Leaves nothing in the line, in the background. Where that fails, the others need a moment to skip it.
+    fn leave_line(&self) {
+        if self.wanted.queueing != Queueing::Queued || !self.in_line {
+            return;
+        }
+        let (wanted, upkeep, owed) = (self.wanted.clone(), self.upkeep.clone(), self.upkeep.releases.token());
+        self.runtime.spawn(async move {
+            if let Err(error) = upkeep.store.leave(&wanted.owned, upkeep.command_timeout).await {
+                debug!(name: "tenure.leave_failed", key = %wanted.owned.key(), %error, "the place in the queue ends by its time");
+            }
+            drop(owed);
+        });
     }
 
     pub(crate) fn only_key(&self) -> Option<Key> {
@@ -168,7 +208,7 @@ impl Attempt {
         let (wanted, upkeep) = (self.wanted.clone(), self.upkeep.clone());
         // Where the runtime is gone, this does nothing, and the ttl frees the lock.
         self.runtime.spawn(async move {
-            upkeep.undo(&wanted.owned, wanted.ttl).await;
+            upkeep.undo(&wanted).await;
             drop(unsettled);
         });
     }
@@ -179,6 +219,7 @@ impl Attempt {
         let hold = Hold::new(owned.clone(), metadata.clone(), grant, drift, renewal, self.upkeep.origin);
         let guard = LockGuard::start(hold, &self.upkeep, &self.runtime);
         self.unsettled = None;
+        self.in_line = false;
         if let Some(place) = self.place.take() {
             place.leave();
         }
@@ -191,6 +232,7 @@ impl Drop for Attempt {
         if self.place.take().is_some_and(|place| place.leave()) {
             self.unsettle();
         }
+        self.leave_line();
         self.undo();
     }
 }

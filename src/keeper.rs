@@ -18,7 +18,7 @@ use crate::hold::{Cleanup, Grant, Hold, Owned};
 use crate::isolated::Isolated;
 use crate::queue::{HandOver, Queues};
 use crate::roster::{Place, Rosters, Work};
-use crate::store::{HandedOver, Released, Renewed, Store};
+use crate::store::{HandedOver, Released, Renewed, Store, Wanted};
 use crate::{Error, Loss, schedule};
 
 /// What all keepers of one locker share.
@@ -93,33 +93,43 @@ impl Upkeep {
             let patience = self.command_timeout.min(until.saturating_duration_since(Instant::now()));
             handed_over = Some(self.hand_over(owned, hand_over, patience).await);
         }
-        if let Some(Ok(released)) = handed_over {
+        if let Some(Ok(Some(released))) = handed_over {
             return Ok(released);
         }
         let (released, doubtful) = self.release_until(owned, until).await?;
-        Ok(if doubtful || handed_over.is_some() { Released::Freed } else { released })
+        Ok(if doubtful || matches!(handed_over, Some(Err(_))) { Released::Freed } else { released })
     }
 
-    /// Releases the lock and gives it to one who waits for it here, in one step.
-    async fn hand_over(&self, owned: &Owned, hand_over: HandOver, timeout: Duration) -> Result<Released, Error> {
+    /// Releases the lock and gives it to one who waits for it here, in one step, unless one of another process is next.
+    async fn hand_over(
+        &self,
+        owned: &Owned,
+        hand_over: HandOver,
+        timeout: Duration,
+    ) -> Result<Option<Released>, Error> {
         let (sent, wanted) = (Instant::now(), hand_over.wanted().clone());
         // Should it fail, or be dropped, the next one is told that nobody knows.
         match self.store.hand_over(owned, &wanted, timeout).await? {
             HandedOver::Done { fencing_token } => {
                 debug!(name: "tenure.handed_over", key = %owned.key(), "handed over");
                 hand_over.granted(Grant { sent, ttl: wanted.ttl, fencing_token });
-                Ok(Released::Freed)
+                Ok(Some(Released::Freed))
             }
             HandedOver::NotOurs(loss) => {
                 hand_over.refused();
-                Ok(Released::NotOurs(loss))
+                Ok(Some(Released::NotOurs(loss)))
+            }
+            HandedOver::NotNext => {
+                hand_over.not_next();
+                Ok(None)
             }
         }
     }
 
     /// Undoes an attempt whose outcome nobody has learned. It may still wait somewhere to be run, so this goes on until
     /// the server answers, or until the ttl would have done the same.
-    pub(crate) async fn undo(&self, owned: &Owned, ttl: Duration) {
+    pub(crate) async fn undo(&self, wanted: &Wanted) {
+        let (owned, ttl) = (&wanted.owned, wanted.ttl);
         let until = Instant::now() + self.command_timeout + ttl;
         let mut outcome = self.release_until(owned, until).await;
         if matches!(outcome, Ok((Released::NotOurs(_), _))) {

@@ -14,10 +14,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::Key;
 use crate::hold::{Grant, Owned};
-use crate::store::Wanted;
 use crate::store::listen::Listening;
+use crate::store::{Queueing, Wanted};
+use crate::{Key, Token};
 
 /// So many hand-overs, then the lock is offered to other processes. More would be faster, and less fair.
 const IN_A_ROW: u32 = 16;
@@ -104,7 +104,7 @@ impl Queues {
         let queue = queues.get_mut(key)?;
         let waiter = queue.places.first_key_value()?.1.clone();
         // A token from elsewhere may hold another lock of this key: what it got by a hand-over couldn't be undone.
-        if queue.in_a_row >= IN_A_ROW || !waiter.wanted.own_token {
+        if queue.in_a_row >= IN_A_ROW && waiter.wanted.queueing == Queueing::None || !waiter.wanted.own_token {
             queue.in_a_row = 0;
             queue.offered = true;
             return None;
@@ -168,6 +168,21 @@ impl Place {
         }
     }
 
+    /// Whether anybody here stands in line with others.
+    pub(crate) fn stands_in_line(&self) -> bool {
+        let queues = lock(&self.queues);
+        let mut waiters = queues.get(&self.key).into_iter().flat_map(|queue| queue.places.values());
+        waiters.any(|waiter| waiter.wanted.queueing == Queueing::Queued)
+    }
+
+    /// Those here who stand in line with others, and have to give signs of life.
+    pub(crate) fn queued(&self) -> Vec<Token> {
+        let queues = lock(&self.queues);
+        let waiters = queues.get(&self.key).into_iter().flat_map(|queue| queue.places.values());
+        let queued = waiters.filter(|waiter| waiter.wanted.queueing == Queueing::Queued);
+        queued.map(|waiter| waiter.wanted.owned.token.clone()).collect()
+    }
+
     /// What the one before has listened with, if it has, and until when it knew the lock held.
     pub(crate) fn take_over(&self) -> (Option<Listening>, Option<Instant>) {
         let mut queues = lock(&self.queues);
@@ -215,6 +230,12 @@ impl HandOver {
     /// The lock was not ours to hand over.
     pub(crate) fn refused(self) {
         self.tell(Handing::Failed { settled: true });
+    }
+
+    /// Another is next, and nothing has happened.
+    pub(crate) fn not_next(mut self) {
+        self.over = true;
+        *lock(&self.waiter.state) = Handing::No;
     }
 
     fn tell(mut self, state: Handing) {

@@ -42,6 +42,17 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     /// Releases a lock of one key, and acquires it for another owner, in one step.
     fn hand_over<'a>(&'a self, from: &'a Owned, to: &'a Wanted, timeout: Duration) -> Answer<'a, HandedOver>;
 
+    /// Those who queue for the key give a sign of life, and take the last places if they have none. For stores that know who
+    /// queues in other processes.
+    fn attend<'a>(&'a self, _key: &'a Key, _tokens: &'a [Token], _timeout: Duration) -> Answer<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
+    /// Leaves the queue for the key.
+    fn leave<'a>(&'a self, _owned: &'a Owned, _timeout: Duration) -> Answer<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
     /// News of the key, from now on: that it may have become free.
     fn listen(&self, key: &Key) -> Listening;
 
@@ -65,6 +76,8 @@ pub(crate) struct Wanted {
     pub(crate) metadata: Box<[u8]>,
     pub(crate) ttl: Duration,
     pub(crate) fenced: bool,
+    /// How to stand in line with those of other processes.
+    pub(crate) queueing: Queueing,
     /// The token is known to nobody else: what it holds was granted to this request.
     pub(crate) own_token: bool,
 }
@@ -93,10 +106,25 @@ pub(crate) enum Released {
     NotOurs(Loss),
 }
 
+/// How a request stands in line with those of other processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Queueing {
+    /// Not at all: whoever comes at the right time gets the lock.
+    None,
+    /// It doesn't overtake those who queue.
+    Behind,
+    /// It queues.
+    Queued,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum HandedOver {
-    Done { fencing_token: Option<u64> },
+    Done {
+        fencing_token: Option<u64>,
+    },
     NotOurs(Loss),
+    /// It is the turn of another, and nothing has been changed.
+    NotNext,
 }
 
 /// Who holds a lock; answered by [`Locker::inspect`](crate::Locker::inspect).

@@ -12,6 +12,9 @@ use crate::queue::{Place, Turn};
 use crate::store::listen::Listening;
 use crate::{Key, schedule};
 
+/// How often those who queue across processes say that they are alive: thrice as often as they have to.
+const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
+
 /// The waiting of one request.
 pub(crate) struct Waiting<'a> {
     /// Also without any news the lock is looked at, this often.
@@ -55,6 +58,11 @@ impl<'a> Waiting<'a> {
         if attempt.place().is_none_or(Place::is_first) {
             self.first = true;
             return Woken::Ask;
+        }
+        select! {
+            biased;
+            () = self.closed.cancelled() => return Woken::Closed,
+            () = attempt.stand_in_line() => {}
         }
         self.wait_as_next(attempt, None).await
     }
@@ -149,19 +157,29 @@ impl<'a> Waiting<'a> {
 
     async fn until(&mut self, attempt: &mut Attempt, wake: Instant, failed: bool) -> Woken {
         let limit = self.limit;
-        let turn = select! {
-            biased;
-            () = self.closed.cancelled() => return Woken::Closed,
-            turn = granted(attempt.place()) => turn,
-            () = at(limit) => return Woken::Late,
-            // After a failure news are no reason to hurry.
-            () = news(&mut self.listening), if !failed => {
-                self.let_others_go_first(attempt).await;
-                return Woken::Ask;
-            }
-            () = sleep_until(wake) => return Woken::Ask,
-        };
-        attempt.handed(turn)
+        loop {
+            // What has just been asked was a sign of life.
+            let sign_of_life = Instant::now() + SIGN_OF_LIFE;
+            let turn = select! {
+                biased;
+                () = self.closed.cancelled() => return Woken::Closed,
+                turn = granted(attempt.place()) => turn,
+                () = at(limit) => return Woken::Late,
+                // After a failure news are no reason to hurry.
+                () = news(&mut self.listening), if !failed => {
+                    self.let_others_go_first(attempt).await;
+                    return Woken::Ask;
+                }
+                () = sleep_until(wake) => return Woken::Ask,
+                () = sleep_until(sign_of_life), if attempt.place().is_some_and(Place::stands_in_line) => {
+                    select! {
+                        () = self.closed.cancelled() => return Woken::Closed,
+                        () = attempt.attend() => continue,
+                    }
+                }
+            };
+            return attempt.handed(turn);
+        }
     }
 
     /// After many hand-overs in this process, other processes that wait for the lock shall get it: they learn of it when

@@ -2,6 +2,7 @@
 
 mod combiner;
 mod connection;
+mod fair;
 mod names;
 mod operation;
 mod script;
@@ -22,7 +23,7 @@ use self::operation::{Decision, Operation, What, unexpected};
 use self::script::{Call, Script, Scripts};
 use self::subscriber::Subscriber;
 use super::listen::Listening;
-use super::{Acquired, Answer, HandedOver, Holder, Released, Renewed, Store, Wanted};
+use super::{Acquired, Answer, HandedOver, Holder, Queueing, Released, Renewed, Store, Wanted};
 use crate::hold::Owned;
 use crate::{Error, Key, Loss, Token};
 
@@ -77,14 +78,13 @@ impl RedisStore {
         let value = value_of(wanted);
         let (ttl, fence_ttl) = (millis(wanted.ttl), fence_ttl(wanted.ttl));
         if let [key] = &**keys {
+            if wanted.queueing != Queueing::None {
+                return self.acquire_in_line(wanted, key, timeout).await;
+            }
             let name = self.name(key);
             let fence = wanted.fenced.then(|| (names::fence_of(&name), fence_ttl));
             let what = What::Acquire { value, ttl, fence };
-            return match self.run(Operation { name, token: token.clone(), what }, timeout).await? {
-                Decision::Granted(fence) => Ok(granted(fence)),
-                Decision::Held(ttl) => Ok(Acquired::Held { place: 0, remaining: from_millis(ttl) }),
-                Decision::Owned(_) => Err(unexpected()),
-            };
+            return acquired(self.run(Operation { name, token: token.clone(), what }, timeout).await?);
         }
         let mut names: Vec<Bytes> = keys.iter().map(|key| self.name(key)).collect();
         self.check_slots(&names)?;
@@ -149,8 +149,16 @@ impl RedisStore {
         let [key] = &*from.keys else { return Ok(HandedOver::NotOurs(Loss::Missing)) };
         let name = self.name(key);
         let fence = to.fenced.then(|| Value::Bytes(names::fence_of(&name)));
-        let keys: Vec<Value> = std::iter::once(name.into()).chain(fence).collect();
-        let args = [from.token.as_str().into(), value_of(to), millis(to.ttl).into(), fence_ttl(to.ttl).into()];
+        let queued = to.queueing != Queueing::None;
+        let mut keys = vec![Value::Bytes(name.clone())];
+        if queued {
+            let [_, queue, alive] = fair::lock_and_queue(&name);
+            keys.extend([queue, alive].map(Value::Bytes));
+        }
+        keys.extend(fence);
+        let (queued, fenced) = (Value::Integer(queued.into()), Value::Integer(to.fenced.into()));
+        let (ttl, fence_ttl) = (millis(to.ttl).into(), fence_ttl(to.ttl).into());
+        let args = [from.token.as_str().into(), value_of(to), ttl, fence_ttl, queued, fenced];
         let call = Call::new(keys.into_iter(), args);
         let answer = self.server().run(&self.server().scripts.hand_over, &call, timeout).await;
         Ok(match answer {
@@ -159,6 +167,7 @@ impl RedisStore {
             Ok(answer) => match integer(&answer)? {
                 -1 => HandedOver::NotOurs(Loss::Missing),
                 -2 => HandedOver::NotOurs(Loss::Taken),
+                -3 => HandedOver::NotNext,
                 fence => HandedOver::Done { fencing_token: fencing_token(fence) },
             },
         })
@@ -318,6 +327,15 @@ fn verdict(answer: Result<Value, Error>) -> Result<Result<(), Loss>, Error> {
     }
 }
 
+/// Of one key.
+fn acquired(decision: Decision) -> Result<Acquired, Error> {
+    match decision {
+        Decision::Granted(fence) => Ok(granted(fence)),
+        Decision::Held(ttl) => Ok(Acquired::Held { place: 0, remaining: from_millis(ttl) }),
+        Decision::Owned(_) => Err(unexpected()),
+    }
+}
+
 fn granted(fence: i64) -> Acquired {
     Acquired::Granted { fencing_token: fencing_token(fence) }
 }
@@ -371,6 +389,14 @@ impl Store for RedisStore {
 
     fn hand_over<'a>(&'a self, from: &'a Owned, to: &'a Wanted, timeout: Duration) -> Answer<'a, HandedOver> {
         Box::pin(self.hand_over(from, to, timeout))
+    }
+
+    fn attend<'a>(&'a self, key: &'a Key, tokens: &'a [Token], timeout: Duration) -> Answer<'a, ()> {
+        Box::pin(self.attend(key, tokens, timeout))
+    }
+
+    fn leave<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, ()> {
+        Box::pin(self.leave(owned, timeout))
     }
 
     fn listen(&self, key: &Key) -> Listening {

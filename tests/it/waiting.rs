@@ -289,3 +289,78 @@ async fn a_hundred_thousand_waiters_come_and_go() {
     drop(locker);
     eventually("no task at all is left", async || (tasks() == before).then_some(())).await;
 }
+
+#[tokio::test]
+async fn fair_requests_are_served_in_the_order_of_their_arrival_in_whatever_process() {
+    let server = Server::start();
+    let mut lockers = Vec::new();
+    for _ in 0..4 {
+        lockers.push(patient(&server.url()).await);
+    }
+    let guard = lockers[0].lock("k").fair(true).await.unwrap();
+    let (sender, mut order) = unbounded_channel();
+    for n in 0..40_usize {
+        let (locker, sender) = (lockers[n * 7 % 4].clone(), sender.clone());
+        tokio::spawn(async move {
+            let guard = locker.lock("k").fair(true).await.unwrap();
+            sender.send(n).unwrap();
+            guard.release().await.unwrap();
+        });
+        let queued = (n + 1).to_string();
+        eventually("it queues", async || (server.cli(&["ZCARD", "{k}:queue"]) == queued).then_some(())).await;
+    }
+    // Who doesn't wait doesn't overtake.
+    assert!(matches!(lockers[1].try_lock("k").fair(true).await, Err(tenure::Error::NotObtained { .. })));
+    guard.release().await.unwrap();
+    for n in 0..40 {
+        assert_eq!(soon(order.recv()).await.unwrap(), n);
+    }
+    eventually("nothing is left", async || (server.cli(&["KEYS", "*"]) == "{k}:fence").then_some(())).await;
+}
+
+#[tokio::test]
+async fn a_dead_fair_waiter_is_skipped_and_a_dropped_one_leaves_nothing() {
+    let server = Server::start();
+    let locker = patient(&server.url()).await;
+    let guard = locker.lock("k").fair(true).await.unwrap();
+    // A process that has died while it waited.
+    server.cli(&["ZADD", "{k}:queue", "1", "dead"]);
+    let alive = "local t = redis.call('TIME') return redis.call('HSET', KEYS[1], 'dead', t[1] * 1000 + 1500)";
+    server.cli(&["EVAL", alive, "1", "{k}:alive"]);
+    let dropped = tokio::spawn(patient(&server.url()).await.lock("k").fair(true).into_future());
+    eventually("it queues", async || (server.cli(&["ZCARD", "{k}:queue"]) == "2").then_some(())).await;
+    let other = patient(&server.url()).await;
+    let waiter = tokio::spawn(other.lock("k").fair(true).into_future());
+    eventually("it queues", async || (server.cli(&["ZCARD", "{k}:queue"]) == "3").then_some(())).await;
+    dropped.abort();
+    let started = Instant::now();
+    guard.release().await.unwrap();
+    let guard = soon(waiter).await.unwrap().unwrap();
+    assert!(started.elapsed() < ms(1_500 + 200), "after {:?}", started.elapsed());
+    guard.release().await.unwrap();
+    eventually("nothing is left", async || (server.cli(&["KEYS", "*"]) == "{k}:fence").then_some(())).await;
+}
+
+#[tokio::test]
+async fn fair_waiters_keep_their_places_for_as_long_as_they_wait() {
+    let server = Server::start();
+    let (here, there) = (patient(&server.url()).await, patient(&server.url()).await);
+    let guard = here.lock("k").fair(true).await.unwrap();
+    let (sender, mut order) = unbounded_channel();
+    for (n, locker) in [&there, &there, &here].into_iter().enumerate() {
+        let (request, sender) = (locker.lock("k").fair(true), sender.clone());
+        tokio::spawn(async move {
+            let guard = request.await.unwrap();
+            sender.send(n).unwrap();
+            guard.release().await.unwrap();
+        });
+        let queued = (n + 1).to_string();
+        eventually("it queues", async || (server.cli(&["ZCARD", "{k}:queue"]) == queued).then_some(())).await;
+    }
+    // Twice as long as one without a sign of life has its place.
+    sleep(ms(3_000)).await;
+    guard.release().await.unwrap();
+    for n in 0..3 {
+        assert_eq!(soon(order.recv()).await.unwrap(), n);
+    }
+}

@@ -22,6 +22,16 @@ pub(super) fn vote_of(key: &Bytes) -> Bytes {
     beside(key, b":vote")
 }
 
+/// The name of the queue for a lock key; made like that of the fence key.
+pub(super) fn queue_of(key: &Bytes) -> Bytes {
+    beside(key, b":queue")
+}
+
+/// The name of the key that says who of that queue is alive.
+pub(super) fn alive_of(key: &Bytes) -> Bytes {
+    beside(key, b":alive")
+}
+
 fn beside(key: &Bytes, what: &[u8]) -> Bytes {
     if has_hash_tag(key) {
         return [&key[..], what].concat().into();

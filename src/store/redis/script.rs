@@ -23,6 +23,9 @@ pub(super) struct Script {
 pub(super) struct Scripts {
     pub(super) acquire: Script,
     pub(super) acquire_one: Script,
+    pub(super) acquire_fair: Script,
+    pub(super) attend: Script,
+    pub(super) leave: Script,
     pub(super) renew: Script,
     pub(super) release: Script,
     pub(super) hand_over: Script,
@@ -38,6 +41,9 @@ impl Scripts {
         Self {
             acquire: Script::new(include_str!("scripts/acquire.lua")),
             acquire_one: Script::new(include_str!("scripts/acquire_one.lua")),
+            acquire_fair: Script::new(include_str!("scripts/acquire_fair.lua")),
+            attend: Script::new(include_str!("scripts/attend.lua")),
+            leave: Script::new(include_str!("scripts/leave.lua")),
             renew: Script::new(include_str!("scripts/renew.lua")),
             release: Script::new(include_str!("scripts/release.lua")),
             hand_over: Script::new(include_str!("scripts/hand_over.lua")),

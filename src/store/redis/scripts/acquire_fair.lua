@@ -1,0 +1,72 @@
+-- Takes one key if it is free and nobody else's turn; otherwise queues up for it.
+--
+-- KEYS  the lock key, its queue (a sorted set: token, arrival), its signs of life (a hash: token, until when), then, where a
+--       fencing token is wanted, its fence key.
+-- ARGV  value (the token; with metadata: token, newline, metadata), ttl in ms, ttl of the fence key in ms, for how long in ms
+--       who queues counts as alive, '1' to queue up or '0' not to.
+-- Reply a number. Granted: the fencing token, or 0. Not yet: -1 held for ever; -2 - ms held for so long, or another's turn,
+--       who has so long to take it.
+--       'ALONE': the key holds this token already. It is in the queue no more: acquire.lua knows the rest.
+--
+-- Idempotent: who is in the queue keeps its place. As in acquire_one.lua the fence is looked at first.
+
+local token = string.match(ARGV[1], '^[^\n]*')
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+local now_ms = math.floor(now / 1000)
+
+local last = KEYS[4] and redis.call('GET', KEYS[4])
+local known = last and tonumber(last)
+if last and (not known or known >= 2 ^ 53 - 1) then
+    return redis.error_reply('ERR the fence key ' .. KEYS[4] .. ' holds no fencing token')
+end
+
+local function leave(who)
+    redis.call('ZREM', KEYS[2], who)
+    redis.call('HDEL', KEYS[3], who)
+end
+
+-- Those at the head who give no sign of life any more are skipped. Few at a time: others want the server, too.
+local head, head_until
+for _ = 1, 64 do
+    head = redis.call('ZRANGE', KEYS[2], 0, 0)[1]
+    if not head then
+        break
+    end
+    head_until = tonumber(redis.call('HGET', KEYS[3], head) or 0)
+    if head == token or head_until > now_ms then
+        break
+    end
+    leave(head)
+end
+
+local held = redis.call('GET', KEYS[1])
+if held and (held == token or string.sub(held, 1, #token + 1) == token .. '\n') then
+    leave(token)
+    return 'ALONE'
+end
+if held or head and head ~= token then
+    if ARGV[5] == '1' then
+        redis.call('ZADD', KEYS[2], 'NX', string.format('%.0f', now), token)
+        redis.call('HSET', KEYS[3], token, string.format('%.0f', now_ms + ARGV[4]))
+        redis.call('PEXPIRE', KEYS[2], 10 * ARGV[4])
+        redis.call('PEXPIRE', KEYS[3], 10 * ARGV[4])
+    end
+    if not held then
+        return -2 - math.max(0, head_until - now_ms)
+    end
+    local left = redis.call('PTTL', KEYS[1])
+    return left < 0 and -1 or -2 - left
+end
+
+local fence = 0
+if KEYS[4] then
+    fence = now
+    if known and known >= fence then
+        fence = known + 1
+    end
+    redis.call('SET', KEYS[4], string.format('%.0f', fence), 'PX', ARGV[3])
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+leave(token)
+return fence
