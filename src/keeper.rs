@@ -132,9 +132,10 @@ impl Upkeep {
         let (owned, ttl) = (&wanted.owned, wanted.ttl);
         let until = Instant::now() + self.command_timeout + ttl;
         let mut outcome = self.release_until(owned, until).await;
-        if matches!(outcome, Ok((Released::NotOurs(_), _))) {
+        if outcome.is_ok() {
             // On one connection the attempt was before us, and has been run. But that one may have broken in between, with
-            // the attempt on its way to the server, who reads what two connections have for it in any order.
+            // the attempt on its way to the server, who reads what two connections have for it in any order. Or it takes a
+            // second call, that others make who share its way, and was between the two.
             sleep(SETTLING).await;
             outcome = self.release_until(owned, until).await;
         }

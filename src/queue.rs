@@ -110,7 +110,8 @@ impl Queues {
             return None;
         }
         let mut state = lock(&waiter.state);
-        if !matches!(*state, Handing::No | Handing::Failed { .. }) {
+        // What it has not heard of yet may be that its token has got the lock already.
+        if !matches!(*state, Handing::No | Handing::Failed { settled: true }) {
             return None;
         }
         queue.in_a_row += 1;
