@@ -109,7 +109,8 @@ impl Upkeep {
     ) -> Result<Option<Released>, Error> {
         let (sent, wanted) = (Instant::now(), hand_over.wanted().clone());
         // Should it fail, or be dropped, the next one is told that nobody knows.
-        match self.store.hand_over(owned, &wanted, timeout).await? {
+        let call = self.store.hand_over(owned, &wanted, timeout);
+        match timeout_at(sent + timeout, call).await.unwrap_or_else(|_| Err(Error::timeout()))? {
             HandedOver::Done { fencing_token } => {
                 debug!(name: "tenure.handed_over", key = %owned.key(), "handed over");
                 hand_over.granted(Grant { sent, ttl: wanted.ttl, fencing_token });
