@@ -45,6 +45,8 @@ mod calls;
 mod catch_up;
 mod clocks;
 mod nodes;
+#[cfg(test)]
+mod restarted;
 mod round;
 #[cfg(test)]
 mod simulated;

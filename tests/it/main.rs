@@ -11,4 +11,5 @@ mod errors;
 mod failover;
 mod interop;
 mod loss;
+mod replicas;
 mod waiting;

@@ -26,7 +26,7 @@ impl Sentinel {
     pub fn start() -> Self {
         let primary = Server::start();
         let port = primary.port().to_string();
-        let replica = Server::start_with(&["--replicaof", "127.0.0.1", &port]);
+        let replica = primary.start_replica();
         let dir = tempfile::tempdir().expect("a temporary directory");
         let file = dir.path().join("sentinel.conf");
         let settings = format!(

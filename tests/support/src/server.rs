@@ -81,6 +81,24 @@ impl Server {
         String::from_utf8_lossy(&output.stdout).trim_end_matches('\n').to_owned()
     }
 
+    /// Starts an empty server that follows this one, and waits until it has caught up.
+    ///
+    /// # Panics
+    ///
+    /// When that takes more than 20 seconds.
+    pub fn start_replica(&self) -> Self {
+        // At once, and not in five seconds together with others that may come.
+        self.cli(&["CONFIG", "SET", "repl-diskless-sync-delay", "0"]);
+        let port = self.port.to_string();
+        let replica = Self::start_with(&["--replicaof", "127.0.0.1", &port]);
+        let patience = Instant::now() + Duration::from_secs(20);
+        while !self.cli(&["INFO", "replication"]).contains(&format!("port={},state=online", replica.port)) {
+            assert!(Instant::now() < patience, "the replica never caught up: {}", replica.log());
+            sleep(Duration::from_millis(10));
+        }
+        replica
+    }
+
     /// Stops the process where it stands: it accepts connections and answers nothing.
     pub fn freeze(&self) {
         self.signal(Signal::SIGSTOP);
