@@ -91,11 +91,18 @@ impl Server {
         self.cli(&["CONFIG", "SET", "repl-diskless-sync-delay", "0"]);
         let port = self.port.to_string();
         let replica = Self::start_with(&["--replicaof", "127.0.0.1", &port]);
+        // It is called online up to a second before it is sent anything. So: until it has what was written after that.
         let patience = Instant::now() + Duration::from_secs(20);
-        while !self.cli(&["INFO", "replication"]).contains(&format!("port={},state=online", replica.port)) {
-            assert!(Instant::now() < patience, "the replica never caught up: {}", replica.log());
-            sleep(Duration::from_millis(10));
-        }
+        let wait_until = |caught_up: &dyn Fn() -> bool| {
+            while !caught_up() {
+                assert!(Instant::now() < patience, "the replica never caught up: {}", replica.log());
+                sleep(Duration::from_millis(10));
+            }
+        };
+        wait_until(&|| self.cli(&["INFO", "replication"]).contains(&format!("port={},state=online", replica.port)));
+        self.cli(&["SET", "caught-up", "1"]);
+        wait_until(&|| replica.cli(&["EXISTS", "caught-up"]) == "1");
+        self.cli(&["DEL", "caught-up"]);
         replica
     }
 
