@@ -57,14 +57,12 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 pub(crate) use self::ballot::{Ballot, Node, Reply, Seen, Vote};
 use self::clocks::Clocks;
 pub(crate) use self::nodes::connect;
-use self::round::Round;
 use self::tally::{Tally, Verdict};
 use super::{Acquired, Answer, Holder, Released, Renewed, Store, Wanted};
 use crate::hold::Owned;
@@ -148,14 +146,8 @@ impl QuorumStore {
     }
 
     async fn acquire(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
-        let quorum = &self.quorum;
-        quorum.check_ttl(wanted.ttl)?;
-        let runtime = Handle::try_current().map_err(|_| Error::NoRuntime)?;
-        let (reply, answer) = oneshot::channel();
-        let round = Round::new(quorum.clone(), wanted.clone(), timeout);
-        // It lives on when this future is dropped, and takes back what it was granted.
-        quorum.releases.spawn_on(round.run(reply), &runtime);
-        answer.await.unwrap_or(Err(Error::NoRuntime))
+        self.quorum.check_ttl(wanted.ttl)?;
+        round::attempt(&self.quorum, wanted, timeout).await
     }
 
     async fn renew(&self, owned: &Owned, ttl: Duration, exact: bool, timeout: Duration) -> Result<Renewed, Error> {
@@ -168,7 +160,7 @@ impl QuorumStore {
         })?;
         let mut tally = Tally::new(quorum);
         let mut not_ours = Loss::Missing;
-        while let Some((place, answer)) = answers.recv().await {
+        while let Some((place, answer)) = answers.next().await {
             match answer {
                 Ok(Renewed::Extended) => tally.yes(),
                 Ok(Renewed::NotOurs(loss)) => {
@@ -198,7 +190,7 @@ impl QuorumStore {
         let mut tally = Tally::new(quorum);
         let mut not_ours = Loss::Missing;
         let mut behind = Vec::new();
-        while let Some((place, answer)) = answers.recv().await {
+        while let Some((place, answer)) = answers.next().await {
             match answer {
                 Ok(Released::Freed) => tally.yes(),
                 Ok(Released::NotOurs(loss)) => {
@@ -231,7 +223,7 @@ impl QuorumStore {
         })?;
         let mut tally = Tally::new(quorum);
         let mut shortest = Duration::MAX;
-        while let Some((place, answer)) = answers.recv().await {
+        while let Some((place, answer)) = answers.next().await {
             match answer {
                 Ok(Some(remaining)) => {
                     shortest = shortest.min(remaining);
@@ -259,7 +251,7 @@ impl QuorumStore {
         })?;
         let mut tally = Tally::new(quorum);
         let mut holders: HashMap<Token, Vec<Holder>> = HashMap::new();
-        while let Some((place, answer)) = answers.recv().await {
+        while let Some((place, answer)) = answers.next().await {
             match answer {
                 Ok(Some(holder)) => {
                     tally.no();
