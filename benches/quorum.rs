@@ -1,8 +1,9 @@
 //! What a lock on a quorum costs: obtaining alone, and obtain + release pairs, by one task on three and on five nodes, beside
 //! one server.
 //!
-//! All on one machine, which has to do the work of all nodes: on machines of their own they would do it at the same time. As
-//! in `versus.rs`, whoever is measured takes turns with the others, in rounds and in random order; what is printed are
+//! All on one machine, which has to do the work of all nodes one after the other: on machines of their own they would do it at
+//! the same time. So it is measured a second time with every answer kept back for a while, as by a network: what counts
+//! then is how often, and not for how many, a lock has to wait. As in `versus.rs`, whoever is measured takes turns with the others, in rounds and in random order; what is printed are
 //! medians over the rounds, and ratios are taken within a round. `-- --quick` runs one short round.
 
 #![expect(clippy::expect_used, reason = "a benchmark that can't measure has nothing else to say")]
@@ -14,7 +15,7 @@ use std::{env, thread};
 
 use cpu_time::ProcessTime;
 use tenure::{LockGuard, Locker};
-use tenure_test_support::Server;
+use tenure_test_support::{Mode, Proxy, Server};
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 
@@ -27,6 +28,9 @@ const CONTROL: &str = "one server, again";
 /// More nodes than this times a lock on one server are too dear.
 const TARGET: f64 = 1.5;
 
+/// How long a network keeps an answer.
+const AWAY: Duration = Duration::from_millis(1);
+
 fn main() -> ExitCode {
     let (rounds, length) = match env::args().skip(1).find(|arg| arg != "--bench").as_deref() {
         None => (15, Duration::from_millis(400)),
@@ -36,19 +40,39 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    Runtime::new().expect("a runtime").block_on(compare(rounds, length));
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    println!(
+        "Obtain, and obtain + release, by one task on one key; TCP on loopback; {cores} cores, shared with all nodes."
+    );
+    println!("{rounds} round(s) of {length:?} for each, in turn. Medians over the rounds; ratios within a round.");
+    let runtime = Runtime::new().expect("a runtime");
+    runtime.block_on(compare(rounds, length, None));
+    runtime.block_on(compare(rounds, length, Some(AWAY)));
+    println!("\nTarget: obtaining on five nodes takes at most {TARGET} times as long as on one server.");
     ExitCode::SUCCESS
 }
 
-async fn compare(rounds: usize, length: Duration) {
+async fn compare(rounds: usize, length: Duration, away: Option<Duration>) {
     let servers = [(); 5].map(|()| Server::start());
+    let mut proxies = Vec::new();
+    if let Some(away) = away {
+        for server in &servers {
+            let proxy = Proxy::start(server.port()).await;
+            proxy.set(Mode::Delay(away));
+            proxies.push(proxy);
+        }
+    }
+    let urls: Vec<String> = match away {
+        None => servers.iter().map(Server::url).collect(),
+        Some(_) => proxies.iter().map(Proxy::url).collect(),
+    };
     let mut rivals = Vec::new();
     for name in [SINGLE, CONTROL] {
-        rivals.push(Rival { name: name.to_owned(), nodes: 1, locker: single(&servers[..1]).await });
+        rivals.push(Rival { name: name.to_owned(), nodes: 1, locker: single(&urls[0]).await });
     }
     for nodes in NODES {
         let name = format!("quorum of {nodes}");
-        let locker = quorum(&servers[..nodes]).await;
+        let locker = quorum(&urls[..nodes]).await;
         rivals.push(Rival { name, nodes, locker });
     }
     for rival in &rivals {
@@ -64,18 +88,17 @@ async fn compare(rounds: usize, length: Duration) {
             samples.entry(&rival.name).or_default().push(sample);
         }
     }
-    print_table(&rivals, &samples, rounds, length);
+    print_table(&rivals, &samples, away);
 }
 
-async fn single(servers: &[Server]) -> Locker {
-    let url = servers.first().map(Server::url).unwrap_or_default();
-    Locker::connect(&url).await.expect("a connection")
+async fn single(url: &str) -> Locker {
+    Locker::connect(url).await.expect("a connection")
 }
 
 /// The servers have only just been started, and vote all the same.
-async fn quorum(servers: &[Server]) -> Locker {
+async fn quorum(urls: &[String]) -> Locker {
     let builder = Locker::builder().restart_window(Duration::ZERO);
-    builder.quorum(servers.iter().map(Server::url)).await.expect("a majority")
+    builder.quorum(urls).await.expect("a majority")
 }
 
 struct Rival {
@@ -91,8 +114,8 @@ struct Sample {
     pair: f64,
     /// Of this process, for one pair. The servers' is not in it.
     cpu: f64,
-    /// Ballots for each lock.
-    ballots: f64,
+    /// Calls to each node for each lock, but for its release: 1 where one ballot suffices and nothing is taken back.
+    calls: f64,
 }
 
 impl Rival {
@@ -102,9 +125,9 @@ impl Rival {
         let mut running = JoinSet::new();
         running.spawn(pairs(self.locker.clone(), length));
         let (obtain, pair, cpu, locks) = running.join_next().await.expect("one task").expect("no panic");
-        // Of each node: one call for each release, and all others for ballots.
+        // Of each node: one call for the release, which is no part of it.
         let calls = (scripts_run(servers.iter().take(self.nodes)) - scripts) / self.nodes as f64;
-        Sample { obtain, pair, cpu, ballots: calls / locks - 1.0 }
+        Sample { obtain, pair, cpu, calls: calls / locks - 1.0 }
     }
 }
 
@@ -132,14 +155,13 @@ fn scripts_run<'a>(servers: impl Iterator<Item = &'a Server>) -> f64 {
     servers.map(of_one).sum()
 }
 
-fn print_table(rivals: &[Rival], samples: &HashMap<&str, Vec<Sample>>, rounds: usize, length: Duration) {
-    let cores = thread::available_parallelism().map_or(1, usize::from);
+fn print_table(rivals: &[Rival], samples: &HashMap<&str, Vec<Sample>>, away: Option<Duration>) {
+    match away {
+        None => println!("\nThe servers at hand"),
+        Some(away) => println!("\nEvery answer {away:?} away, and a little more, as timers go"),
+    }
     println!(
-        "Obtain, and obtain + release, by one task on one key, TCP on loopback; {cores} cores, shared with all nodes."
-    );
-    println!("{rounds} round(s) of {length:?} for each, in turn. Medians over the rounds; ratios within a round.\n");
-    println!(
-        "                    | obtain us | / one server | pair us | / one server | client CPU us/pair | ballots/lock"
+        "                    | obtain us | / one server | pair us | / one server | client CPU us/pair | calls/obtain"
     );
     let Some(single) = samples.get(SINGLE) else { return };
     for Rival { name, .. } in rivals {
@@ -153,10 +175,9 @@ fn print_table(rivals: &[Rival], samples: &HashMap<&str, Vec<Sample>>, rounds: u
             column(|sample| sample.pair),
             ratio(|sample| sample.pair),
             column(|sample| sample.cpu),
-            column(|sample| sample.ballots),
+            column(|sample| sample.calls),
         );
     }
-    println!("\nTarget: obtaining on five nodes takes at most {TARGET} times as long as on one server.");
 }
 
 fn median(figures: impl Iterator<Item = f64>) -> f64 {
