@@ -68,11 +68,11 @@ async fn compare(rounds: usize, length: Duration, away: Option<Duration>) {
     };
     let mut rivals = Vec::new();
     for name in [SINGLE, CONTROL] {
-        rivals.push(Rival { name: name.to_owned(), nodes: 1, locker: single(&urls[0]).await });
+        rivals.push(Rival { name: name.to_owned(), nodes: 1, locker: single(&urls).await });
     }
     for nodes in NODES {
         let name = format!("quorum of {nodes}");
-        let locker = quorum(&urls[..nodes]).await;
+        let locker = quorum(urls.iter().take(nodes)).await;
         rivals.push(Rival { name, nodes, locker });
     }
     for rival in &rivals {
@@ -91,12 +91,13 @@ async fn compare(rounds: usize, length: Duration, away: Option<Duration>) {
     print_table(&rivals, &samples, away);
 }
 
-async fn single(url: &str) -> Locker {
+async fn single(urls: &[String]) -> Locker {
+    let url = urls.first().expect("a server");
     Locker::connect(url).await.expect("a connection")
 }
 
 /// The servers have only just been started, and vote all the same.
-async fn quorum(urls: &[String]) -> Locker {
+async fn quorum(urls: impl Iterator<Item = &String>) -> Locker {
     let builder = Locker::builder().restart_window(Duration::ZERO);
     builder.quorum(urls).await.expect("a majority")
 }

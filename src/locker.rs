@@ -66,6 +66,11 @@ impl Locker {
     /// (more with `&node=host:port`), `redis-cluster://host:port?node=host:port`. Credentials and database as usual:
     /// `redis://user:password@host:6379/1`.
     ///
+    /// Behind Sentinels and in a cluster, a server that dies takes locks with it that none of its replicas has yet:
+    /// [`min_replicas`](LockerBuilder::min_replicas), [`quorum`](Locker::quorum). While a dead node is still in a cluster's
+    /// map, nothing gets through to the other nodes either, where the client has lost a connection: so give locks a ttl
+    /// that is longer than a failover takes.
+    ///
     /// # Errors
     ///
     /// [`Error::Redis`] when the URL makes no sense, the server can't be reached within the

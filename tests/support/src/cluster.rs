@@ -43,6 +43,29 @@ impl Cluster {
         format!("redis-cluster://127.0.0.1:{port}")
     }
 
+    /// Starts a node that follows the one at this place, and waits until it has caught up.
+    ///
+    /// # Panics
+    ///
+    /// When that takes more than 20 seconds.
+    pub fn start_replica(&self, place: usize) -> Server {
+        let primary = self.nodes.get(place).expect("a node");
+        primary.cli(&["CONFIG", "SET", "repl-diskless-sync-delay", "0"]);
+        let (replica, bus) = start_node();
+        assert_eq!(primary.cli(&["CLUSTER", "MEET", "127.0.0.1", &replica.port().to_string(), &bus]), "OK");
+        let id = primary.cli(&["CLUSTER", "MYID"]);
+        let patience = Instant::now() + Duration::from_secs(20);
+        // It has to be told of the primary first, by gossip.
+        while replica.cli(&["CLUSTER", "REPLICATE", &id]) != "OK"
+            || !replica.cli(&["INFO", "replication"]).contains("master_link_status:up")
+            || !self.nodes.iter().all(|node| node.cli(&["CLUSTER", "REPLICAS", &id]).contains("connected"))
+        {
+            assert!(Instant::now() < patience, "the replica never caught up");
+            sleep(Duration::from_millis(50));
+        }
+        replica
+    }
+
     /// The place of the node that has the key.
     ///
     /// # Panics
@@ -54,8 +77,8 @@ impl Cluster {
     }
 
     /// Goes on with the slots that are left when a node is gone, and notices that within a second.
-    pub fn tolerate_loss(&self) {
-        for node in &self.nodes {
+    pub fn tolerate_loss(&self, replica: &Server) {
+        for node in self.nodes.iter().chain([replica]) {
             node.cli(&["CONFIG", "SET", "cluster-require-full-coverage", "no"]);
             node.cli(&["CONFIG", "SET", "cluster-node-timeout", "1000"]);
         }
