@@ -42,6 +42,7 @@ pub struct LockerBuilder {
     prefix: String,
     isolated: bool,
     restart_window: Duration,
+    min_replicas: usize,
 }
 
 impl Default for LockerBuilder {
@@ -59,6 +60,7 @@ impl Default for LockerBuilder {
             prefix: String::new(),
             isolated: false,
             restart_window: Duration::from_secs(60),
+            min_replicas: 0,
         }
     }
 }
@@ -170,6 +172,38 @@ impl LockerBuilder {
         self
     }
 
+    /// How many replicas of the server must have acknowledged a lock before it is held, and each of its renewals before it
+    /// counts. Default: 0.
+    ///
+    /// Too few, and a request fails with [`Error::NotReplicated`] (one that waits goes on), having released what it got;
+    /// a renewal is tried again, and the guard is lost by its deadline as if the server were away. So a failover to any of
+    /// those replicas finds the lock, and a primary that is cut off from all of them keeps nobody's lock alive.
+    ///
+    /// It is no consensus: where there are more replicas than these, it may be another one that is promoted, and it knows
+    /// nothing of the lock. What a failover forgets is told by the guard at its next renewal, and kept from doing harm by
+    /// [fencing tokens](crate::LockGuard::fencing_token). With as many as there are replicas nothing is forgotten, and
+    /// nothing can be locked while one of them is away.
+    ///
+    /// Each request and renewal asks the server to `WAIT`: another round trip, and, while replicas are behind, a wait for
+    /// them for most of the [command timeout](LockerBuilder::command_timeout), or of the ttl where that is shorter. All that
+    /// this locker sends meanwhile waits behind it, on the same connection; also what others send by a
+    /// [client](LockerBuilder::client) of your own, so give it one for itself.
+    ///
+    /// It is for one server, with Sentinels or without. A cluster, and a [quorum](Locker::quorum), whose nodes have no
+    /// replicas, refuse it: [`Error::Unsupported`]. The embedded store has none either, and ignores it.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), tenure::Error> {
+    /// let sentinels = "redis-sentinel://10.0.0.1:26379?sentinelServiceName=locks";
+    /// let locker = tenure::Locker::builder().min_replicas(1).connect(sentinels).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn min_replicas(mut self, replicas: usize) -> Self {
+        self.min_replicas = replicas;
+        self
+    }
+
     /// For how long a quorum's node doesn't vote after a restart, in which it may have forgotten what it had granted.
     /// Rounded up to whole seconds; default: 60 s.
     ///
@@ -209,7 +243,8 @@ impl LockerBuilder {
     pub async fn connect(self, url: &str) -> Result<Locker, Error> {
         let isolated = self.isolated.then(Isolated::start).transpose()?;
         let (url, prefix, timeout) = (url.to_owned(), self.prefix.clone(), self.connection_timeout());
-        let connecting = async move { RedisStore::connect(&url, prefix, timeout).await };
+        let replicas = self.min_replicas;
+        let connecting = async move { RedisStore::connect(&url, prefix, timeout, replicas).await };
         let store = match &isolated {
             Some(isolated) => isolated.handle().spawn(connecting).await.unwrap_or(Err(Error::NoRuntime))?,
             None => connecting.await?,
@@ -241,6 +276,9 @@ impl LockerBuilder {
     }
 
     async fn connect_quorum(self, urls: Vec<String>) -> Result<Locker, Error> {
+        if self.min_replicas > 0 {
+            return Err(Error::Unsupported("the nodes of a quorum have no replicas: more nodes do what those would"));
+        }
         let isolated = self.isolated.then(Isolated::start).transpose()?;
         let (prefix, timeout) = (self.prefix.clone(), self.connection_timeout());
         let connecting = async move { quorum::connect(&urls, &prefix, timeout).await };
@@ -269,7 +307,7 @@ impl LockerBuilder {
     /// # }
     /// ```
     pub fn client(self, client: Client) -> Locker {
-        let store = RedisStore::with_client(client, self.prefix.clone());
+        let store = RedisStore::with_client(client, self.prefix.clone(), self.min_replicas);
         self.on_own_thread_if_wanted(Box::new(store))
     }
 

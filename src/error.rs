@@ -89,6 +89,20 @@ pub enum Error {
     #[error("the server's answer took so long that too little of the ttl was left; use a longer ttl")]
     ValidityExpired,
 
+    /// Fewer replicas than [wanted](crate::LockerBuilder::min_replicas) acknowledged the lock, or its renewal, in time. A lock
+    /// that was to be obtained has been released again; one that is held stays so until its deadline.
+    #[error("{acknowledged} of {needed} replicas acknowledged it in time; see to the others, or ask for fewer")]
+    NotReplicated {
+        /// How many must.
+        needed: usize,
+        /// How many are known to have.
+        acknowledged: usize,
+    },
+
+    /// What was asked for can't be had of this kind of server.
+    #[error("not supported here: {0}")]
+    Unsupported(&'static str),
+
     /// Keys of one request lie in different slots of the cluster.
     #[error("the keys lie in different slots of the cluster; give them one hash tag, as in `{{invoices}}:1`")]
     CrossSlot,
@@ -137,7 +151,8 @@ pub enum Error {
 impl Error {
     /// Whether the same call may succeed a little later without anybody changing anything but the server's state.
     ///
-    /// True of timeouts, lost connections and servers that are loading, read-only, busy, out of memory or electing.
+    /// True of timeouts, lost connections, servers that are loading, read-only, busy, out of memory or electing, and of
+    /// replicas that are behind.
     /// While it waits, [`Locker::lock`](crate::Locker::lock) goes on through all of these by itself. A quorum's failure is
     /// transient when a majority could be had without the nodes whose own errors are not.
     ///
@@ -151,7 +166,7 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         let error = match self {
             Self::Redis(error) => error,
-            Self::NotVoting { .. } | Self::Outbid(_) => return true,
+            Self::NotVoting { .. } | Self::Outbid(_) | Self::NotReplicated { .. } => return true,
             Self::Quorum { needed, nodes, .. } => {
                 // Of 2 * needed - 1 nodes, needed are left.
                 return nodes.iter().filter(|node| !node.error.is_transient()).count() < *needed;
@@ -203,6 +218,7 @@ impl Error {
         match self {
             Self::Redis(error) => Self::Redis(error.clone()),
             Self::CrossSlot => Self::CrossSlot,
+            &Self::NotReplicated { needed, acknowledged } => Self::NotReplicated { needed, acknowledged },
             // A call fails in no other way.
             _ => Self::timeout(),
         }

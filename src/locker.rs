@@ -67,6 +67,11 @@ impl Locker {
     /// (more with `&node=host:port`), `redis-cluster://host:port?node=host:port`. Credentials and database as usual:
     /// `redis://user:password@host:6379/1`.
     ///
+    /// Behind Sentinels and in a cluster, a server that dies takes locks with it that none of its replicas has yet:
+    /// [`min_replicas`](LockerBuilder::min_replicas), [`quorum`](Locker::quorum). While a dead node is still in a cluster's
+    /// map, nothing gets through to the other nodes either, where the client has lost a connection: so give locks a ttl
+    /// that is longer than a failover takes.
+    ///
     /// # Errors
     ///
     /// [`Error::Redis`] when the URL makes no sense, the server can't be reached within the
@@ -151,8 +156,11 @@ impl Locker {
     ///   last that it knows, or than its own clock where it knows none, and no further ahead than the restart window. Two
     ///   majorities share a node. Either it remembers the earlier number, and has granted a greater one; or it has
     ///   forgotten, and its clock has passed the earlier number before it voted again. So tokens grow from holder to holder.
-    ///   It rests on this: the clock of a node is not set back by more than the time it was away, nor put forward right after
-    ///   a restart; and a node forgets only in a restart, not by a flush or an eviction. Clients' clocks may be wrong by hours: that costs their first request another round trip.
+    ///   A number that a node may have from before a restart, from an old dump or a file that was cut off, counts for no
+    ///   more than its clock.
+    ///   It rests on this: the clock of a node is not set back by more than the time it was away, nor put forward right
+    ///   after a restart; a node forgets only in a restart, not by a flush or an eviction; and all who share locks have
+    ///   set the same window. Clients' clocks may be wrong by hours: that costs their first request another round trip.
     ///
     /// As with any lock, nodes' clocks must run at about the same speed as ours ([`drift`](LockerBuilder::drift)).
     ///

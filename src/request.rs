@@ -228,6 +228,10 @@ impl LockRequest {
 
     /// Whether the guard shall have a [fencing token](LockGuard::fencing_token). Default: the locker's, true.
     ///
+    /// A lock that was obtained without one, and is obtained again with one by its guard's random
+    /// [token](LockGuard::token), has that of the holder before. By a token that was [chosen](LockRequest::token) each
+    /// time, it has its own.
+    ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() -> Result<(), tenure::Error> {
@@ -284,7 +288,10 @@ impl LockRequest {
             Patience::Once | Patience::Retry(_) => Queueing::Behind,
         };
         let owned = Owned { keys: self.keys.into(), token: self.token.unwrap_or_else(Token::random) };
-        let wanted = Wanted { owned, metadata: self.metadata.into(), ttl, fenced: self.fenced, queueing, own_token };
+        // Who comes back by the same token, and wants a fencing token then, must not be told that of the holder before: so
+        // what is held by a token that can come back has one of its own, wanted or not.
+        let fenced = self.fenced || !own_token;
+        let wanted = Wanted { owned, metadata: self.metadata.into(), ttl, fenced, queueing, own_token };
         let mut attempt = Attempt::new(wanted, locker.upkeep().clone(), runtime);
         let mut waiting = Waiting::new(locker.settings().poll_every, limit, closed);
         let mut between = match self.patience {
@@ -315,7 +322,8 @@ impl LockRequest {
             let waited = started.elapsed();
             let known;
             (known, failure) = match outcome {
-                Ok(Outcome::Granted(grant)) => {
+                Ok(Outcome::Granted(mut grant)) => {
+                    grant.fencing_token = grant.fencing_token.filter(|_| self.fenced);
                     let remaining = drift.deadline(grant.sent, ttl).saturating_duration_since(Instant::now());
                     if drift.suffices(remaining, ttl) {
                         info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");

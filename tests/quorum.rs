@@ -119,6 +119,8 @@ async fn one_failed_renewal_is_no_loss() {
     let servers = start::<3>();
     let locker = locker(&servers).await;
     let guard = lock(&locker, "k").await;
+    // Frozen before its vote, one would not be renewed.
+    is_on(&servers, "k", 3).await;
     let deadline = guard.deadline();
     servers[0].freeze();
     servers[1].freeze();

@@ -47,7 +47,10 @@ heading "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --package tenure --no-deps --all-features
 
 heading "tests, no features"
-cargo test --package tenure --no-default-features
+# All but the soak and the model, which take a minute each, and which no feature concerns.
+cargo test --package tenure --no-default-features -- \
+    --skip no_two_hold_a_lock_while_nodes_freeze_die_and_forget \
+    --skip nothing_breaks:: --skip each_safeguard_is_needed:: --skip each_bound_is_tight::
 
 heading "tests, all features"
 cargo test --package tenure --all-features

@@ -11,18 +11,22 @@
 //! The client proposes one number P to all nodes, a little ahead of the clocks that it knows ([`clocks`]). A node grants
 //! when the keys are free or ours, P is greater than the last number that it has granted for them, and P is not further
 //! ahead of its own clock than the restart window. It then remembers P, for longer than the window. A node that remembers
-//! no last number takes its own clock for it. The fencing token is a P that a majority has granted.
+//! no last number takes its own clock for it; so does one whose last number may be from before it was last started, which
+//! is any that is no further ahead of that moment than a window. The fencing token is a P that a majority has granted.
 //!
 //! Why tokens grow: the majority that grants a later P' shares a node with the one that granted P. Either that node
-//! remembers P; then P' > P. Or it has forgotten P, in one of two ways. It was restarted: then it votes again only after a
-//! window. Or the number's own ttl has passed, which is longer than the window. When it granted P, P was at most one window
-//! ahead of its clock, so by now the clock has passed P, and P' is greater than the clock.
+//! remembers P; then P' > P. Or it has forgotten P, in one of two ways. It was restarted, without its data or with older
+//! data: then it votes again only after a window. Or the number's own ttl has passed, which is longer than the window.
+//! When it granted P, P was at most one window ahead of its clock, so by now the clock has passed P, and P' is greater
+//! than the clock: also where it has found an older number on its disk.
 //!
 //! Assumed: the clock of a node that has forgotten has not been set back by more than the time that it was away, nor put
-//! forward since, as it tells its age by it; and a node's memory goes only in a restart or with the ttls, not by a flush or
-//! an eviction. The clocks of clients, and differences between the nodes' below the window, cost another round, never the
-//! order. Another round was needed by none of a hundred locks in a row whose client's clock was right or wrong by 20 ms,
-//! and by the first alone where it was wrong by an hour: the client learns the nodes' clocks from their answers.
+//! forward since, as it tells its age by it; a node's memory goes only in a restart or with the ttls, not by a flush or an
+//! eviction; and all who share locks have set the same window. The clocks of clients, and differences between the nodes'
+//! below the window, cost another round, never the order. Another round was needed by none of a hundred locks in a row
+//! whose client's clock was right or wrong by 20 ms, and by the first alone where it was wrong by an hour: the client
+//! learns the nodes' clocks from their answers. After a restart of a majority, a client whose clock is behind needs one
+//! for each key that was locked before.
 //!
 //! A node that has been up for less than the window does not vote at all, since it may have forgotten locks as well. That
 //! is enough as long as no ttl is longer than the window: then what it has forgotten has expired. For the same reason a
@@ -41,6 +45,8 @@ mod calls;
 mod catch_up;
 mod clocks;
 mod nodes;
+#[cfg(test)]
+mod restarted;
 mod round;
 #[cfg(test)]
 mod simulated;
@@ -51,14 +57,12 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 pub(crate) use self::ballot::{Ballot, Node, Reply, Seen, Vote};
 use self::clocks::Clocks;
 pub(crate) use self::nodes::connect;
-use self::round::Round;
 use self::tally::{Tally, Verdict};
 use super::listen::Listening;
 use super::{Acquired, Answer, HandedOver, Holder, Released, Renewed, Store, Wanted};
@@ -143,14 +147,8 @@ impl QuorumStore {
     }
 
     async fn acquire(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
-        let quorum = &self.quorum;
-        quorum.check_ttl(wanted.ttl)?;
-        let runtime = Handle::try_current().map_err(|_| Error::NoRuntime)?;
-        let (reply, answer) = oneshot::channel();
-        let round = Round::new(quorum.clone(), wanted.clone(), timeout);
-        // It lives on when this future is dropped, and takes back what it was granted.
-        quorum.releases.spawn_on(round.run(reply), &runtime);
-        answer.await.unwrap_or(Err(Error::NoRuntime))
+        self.quorum.check_ttl(wanted.ttl)?;
+        round::attempt(&self.quorum, wanted, timeout).await
     }
 
     async fn renew(&self, owned: &Owned, ttl: Duration, exact: bool, timeout: Duration) -> Result<Renewed, Error> {
@@ -163,7 +161,7 @@ impl QuorumStore {
         })?;
         let mut tally = Tally::new(quorum);
         let mut not_ours = Loss::Missing;
-        while let Some((place, answer)) = answers.recv().await {
+        while let Some((place, answer)) = answers.next().await {
             match answer {
                 Ok(Renewed::Extended) => tally.yes(),
                 Ok(Renewed::NotOurs(loss)) => {
@@ -193,7 +191,7 @@ impl QuorumStore {
         let mut tally = Tally::new(quorum);
         let mut not_ours = Loss::Missing;
         let mut behind = Vec::new();
-        while let Some((place, answer)) = answers.recv().await {
+        while let Some((place, answer)) = answers.next().await {
             match answer {
                 Ok(Released::Freed) => tally.yes(),
                 Ok(Released::NotOurs(loss)) => {
@@ -226,7 +224,7 @@ impl QuorumStore {
         })?;
         let mut tally = Tally::new(quorum);
         let mut shortest = Duration::MAX;
-        while let Some((place, answer)) = answers.recv().await {
+        while let Some((place, answer)) = answers.next().await {
             match answer {
                 Ok(Some(remaining)) => {
                     shortest = shortest.min(remaining);
@@ -254,7 +252,7 @@ impl QuorumStore {
         })?;
         let mut tally = Tally::new(quorum);
         let mut holders: HashMap<Token, Vec<Holder>> = HashMap::new();
-        while let Some((place, answer)) = answers.recv().await {
+        while let Some((place, answer)) = answers.next().await {
             match answer {
                 Ok(Some(holder)) => {
                     tally.no();

@@ -5,6 +5,7 @@ mod connection;
 mod fair;
 mod names;
 mod operation;
+mod replicas;
 mod script;
 mod subscriber;
 mod vote;
@@ -20,6 +21,7 @@ use tokio::time::Instant;
 use self::combiner::{Carrier, Combiner};
 use self::connection::Connection;
 use self::operation::{Decision, Operation, What, unexpected};
+use self::replicas::{Writing, within};
 use self::script::{Call, Script, Scripts};
 use self::subscriber::Subscriber;
 use super::listen::Listening;
@@ -41,20 +43,27 @@ pub(crate) struct RedisStore {
 
 impl RedisStore {
     /// Connects to the URL with a client of our own, whose settings suit locks.
-    pub(crate) async fn connect(url: &str, prefix: String, timeout: Duration) -> Result<Self, Error> {
-        Ok(Self::on(Connection::open(url, timeout).await?, prefix))
+    pub(crate) async fn connect(
+        url: &str,
+        prefix: String,
+        timeout: Duration,
+        min_replicas: usize,
+    ) -> Result<Self, Error> {
+        let store = Self::on(Connection::open(url, timeout).await?, prefix, min_replicas);
+        store.check_replicas()?;
+        Ok(store)
     }
 
     /// Uses the caller's client. Nothing is assumed of its settings: each call brings its own.
-    pub(crate) fn with_client(client: Client, prefix: String) -> Self {
-        Self::on(Connection::borrowed(client), prefix)
+    pub(crate) fn with_client(client: Client, prefix: String, min_replicas: usize) -> Self {
+        Self::on(Connection::borrowed(client), prefix, min_replicas)
     }
 
-    fn on(connection: Connection, prefix: String) -> Self {
+    fn on(connection: Connection, prefix: String, min_replicas: usize) -> Self {
         use fred::interfaces::ClientLike;
         let subscriber = Subscriber::new(connection.client().client_config());
         let scripts = Scripts::new();
-        Self { prefix, combiner: Combiner::new(Server { connection, scripts }), subscriber }
+        Self { prefix, combiner: Combiner::new(Server { connection, scripts, min_replicas }), subscriber }
     }
 
     fn server(&self) -> &Server {
@@ -74,6 +83,19 @@ impl RedisStore {
     }
 
     async fn acquire(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
+        self.check_replicas()?;
+        let timeout = within(timeout, wanted.ttl, self.server().min_replicas);
+        let until = Instant::now() + timeout;
+        let answer = self.take(wanted, timeout).await;
+        if matches!(answer, Err(Error::NotReplicated { .. })) && wanted.own_token {
+            // Given back before it is told. Should that fail, it is the caller's to do, as ever when an attempt fails.
+            let left = until.saturating_duration_since(Instant::now());
+            drop(self.release(&wanted.owned, left).await);
+        }
+        answer
+    }
+
+    async fn take(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
         let Owned { keys, token } = &wanted.owned;
         let value = value_of(wanted);
         let (ttl, fence_ttl) = (millis(wanted.ttl), fence_ttl(wanted.ttl));
@@ -95,9 +117,13 @@ impl RedisStore {
         let count = i64::try_from(keys.len()).unwrap_or(i64::MAX);
         let args = [token.as_str().into(), value, ttl.into(), count.into(), fence_ttl.into()];
         let call = Call::new(names.into_iter().map(Value::Bytes), args);
+        let (until, writing) = self.server().writing(timeout);
         let answer = self.server().run(&self.server().scripts.acquire, &call, timeout).await?;
         match integers(&answer)?[..] {
-            [1, fence] => Ok(granted(fence)),
+            [1, fence] => {
+                self.server().replicated(writing, until).await?;
+                Ok(granted(fence))
+            }
             [0, ttl, place] => {
                 let place = usize::try_from(place - 1).unwrap_or_default();
                 Ok(Acquired::Held { place, remaining: from_millis(ttl) })
@@ -107,13 +133,19 @@ impl RedisStore {
     }
 
     async fn renew(&self, owned: &Owned, ttl: Duration, exact: bool, timeout: Duration) -> Result<Renewed, Error> {
+        let timeout = within(timeout, ttl, self.server().min_replicas);
         let ttl = millis(ttl);
         let verdict = match &*owned.keys {
             [key] => self.run_owned(key, &owned.token, What::Renew { ttl, exact }, timeout).await,
             _ => {
                 let args = [owned.token.as_str().into(), ttl.into(), Value::Integer(exact.into())];
                 let call = Call::new(self.names(owned), args);
-                verdict(self.server().run(&self.server().scripts.renew, &call, timeout).await)
+                let (until, writing) = self.server().writing(timeout);
+                let verdict = verdict(self.server().run(&self.server().scripts.renew, &call, timeout).await);
+                if matches!(verdict, Ok(Ok(()))) {
+                    self.server().replicated(writing, until).await?;
+                }
+                verdict
             }
         };
         Ok(match verdict? {
@@ -239,6 +271,15 @@ impl RedisStore {
             false => Ok(()),
         }
     }
+
+    /// In a cluster `WAIT` would have to follow its write to the same node, through every migration of its slot.
+    fn check_replicas(&self) -> Result<(), Error> {
+        use fred::interfaces::ClientLike;
+        match self.server().min_replicas > 0 && self.server().client().is_clustered() {
+            true => Err(Error::Unsupported("a cluster can't be asked how many replicas have acknowledged one write")),
+            false => Ok(()),
+        }
+    }
 }
 
 /// What a lock key holds.
@@ -255,6 +296,8 @@ fn value_of(wanted: &Wanted) -> Value {
 struct Server {
     connection: Connection,
     scripts: Scripts,
+    /// So many must have acknowledged what is granted and renewed, or it is not.
+    min_replicas: usize,
 }
 
 impl Server {
@@ -269,13 +312,20 @@ impl Server {
         let answer = Box::pin(script.run(self.client(), call, timeout)).await;
         self.connection.heard(sent, answer)
     }
-}
 
-impl Carrier for Server {
-    type Operation = Operation;
-    type Answer = Decision;
+    /// To be asked for before something is sent that replicas shall have by then.
+    fn writing(&self, timeout: Duration) -> (Instant, Option<Writing>) {
+        (Instant::now() + timeout, Writing::on(self.client(), self.min_replicas))
+    }
 
-    async fn one(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
+    async fn replicated(&self, writing: Option<Writing>, until: Instant) -> Result<(), Error> {
+        let Some(writing) = writing else { return Ok(()) };
+        let sent = Instant::now();
+        let answer = Box::pin(writing.acknowledged(self.client(), until)).await;
+        self.connection.heard(sent, answer)
+    }
+
+    async fn decide(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
         let script = match operation.what {
             What::Release { .. } => &self.scripts.release,
             What::Renew { .. } => &self.scripts.renew,
@@ -299,10 +349,39 @@ impl Carrier for Server {
             }
         }
     }
+}
+
+impl Carrier for Server {
+    type Operation = Operation;
+    type Answer = Decision;
+
+    async fn one(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
+        let (until, writing) = self.writing(timeout);
+        let decision = self.decide(operation, timeout).await?;
+        if operation.is_for_replicas(&decision) {
+            self.replicated(writing, until).await?;
+        }
+        Ok(decision)
+    }
 
     async fn many(&self, operations: &[Operation], timeout: Duration) -> Vec<Option<Result<Decision, Error>>> {
+        let (until, writing) = self.writing(timeout);
         let answer = self.run(&self.scripts.many, &operation::together(operations), timeout).await;
         match answer.and_then(|answer| operation::read_together(operations, &answer)) {
+            Ok(mut answers) if self.min_replicas > 0 => {
+                let granted = |(operation, answer): (&Operation, &Option<Result<Decision, Error>>)| matches!(answer, Some(Ok(decision)) if operation.is_for_replicas(decision));
+                // One answer serves all.
+                if operations.iter().zip(&answers).any(granted) {
+                    if let Err(error) = self.replicated(writing, until).await {
+                        for (operation, answer) in operations.iter().zip(&mut answers) {
+                            if granted((operation, answer)) {
+                                *answer = Some(Err(error.again()));
+                            }
+                        }
+                    }
+                }
+                answers
+            }
             Ok(answers) => answers,
             // The call as such, because of one of its keys (NOPERM), or because the server takes keys one by one
             // (CROSSSLOT, from a proxy before a cluster). Nothing was run: then one by one.
@@ -383,8 +462,9 @@ impl Store for RedisStore {
         Box::pin(self.release(owned, timeout))
     }
 
+    /// Not where replicas have to acknowledge what the next one gets: its release must not wait for that.
     fn hands_over(&self) -> bool {
-        true
+        self.server().min_replicas == 0
     }
 
     fn hand_over<'a>(&'a self, from: &'a Owned, to: &'a Wanted, timeout: Duration) -> Answer<'a, HandedOver> {

@@ -113,6 +113,7 @@ async fn all(locker: &Locker) {
         a_token_is_compared_whole,
         fencing_tokens_grow_from_holder_to_holder,
         an_unfenced_lock_has_no_fencing_token,
+        a_token_that_wants_a_fencing_token_later_has_its_own,
         the_holder_can_be_inspected,
         keys_and_metadata_may_be_any_bytes,
         a_ttl_can_be_shortened_and_lengthened,
@@ -183,6 +184,17 @@ async fn an_unfenced_lock_has_no_fencing_token(locker: &Locker) {
     let guard = locker.lock("unfenced").fenced(false).await.unwrap();
     assert_eq!(guard.fencing_token(), None);
     guard.release().await.unwrap();
+}
+
+async fn a_token_that_wants_a_fencing_token_later_has_its_own(locker: &Locker) {
+    let guard = locker.lock("later").await.unwrap();
+    let before = guard.fencing_token();
+    guard.release().await.unwrap();
+    let without = locker.obtain("later").token(token("me")).fenced(false).await.unwrap();
+    assert_eq!(without.fencing_token(), None);
+    let with = locker.obtain("later").token(token("me")).await.unwrap();
+    assert!(with.fencing_token() > before);
+    with.release().await.unwrap();
 }
 
 async fn the_holder_can_be_inspected(locker: &Locker) {

@@ -11,4 +11,6 @@ mod errors;
 mod failover;
 mod interop;
 mod loss;
+mod replicas;
+mod topologies;
 mod waiting;

@@ -1,13 +1,21 @@
 //! Calls to nodes: sent in order, bounded in time and number, and seen to their end whether anybody listens or not.
+//!
+//! Whoever asks drives the calls by itself: with a task for each, every answer would have to wake one thread more. Those
+//! that are left when it has heard enough, or is dropped, are seen to their end by a task.
 
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::mem;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use fred::error::ErrorKind;
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, Sleep, sleep_until};
+use tokio_util::task::TaskTracker;
 
 use super::{Member, Node, Quorum};
 use crate::Error;
@@ -16,48 +24,112 @@ use crate::store::Answer;
 /// By how much a node may overrun its timeout before its call is given up on from outside.
 pub(super) const GRACE: Duration = Duration::from_millis(5);
 
-/// The nodes' answers as they come, by the node's place.
-pub(super) type Answers<T> = mpsc::Receiver<(usize, Result<T, Error>)>;
+/// Calls on their way, and what their asker knows each of them by.
+pub(super) struct Calls<K: Send + 'static, T: Send + 'static> {
+    under_way: UnderWay<K, T>,
+    /// Answered by the time they were sent.
+    answered: VecDeque<(K, Result<T, Error>)>,
+    runtime: Handle,
+    tracker: TaskTracker,
+}
+
+struct UnderWay<K, T> {
+    calls: Vec<Call<K, T>>,
+    /// There once it was needed, and set to the moment when the first of the calls is overdue.
+    overdue: Option<Pin<Box<Sleep>>>,
+}
+
+struct Call<K, T> {
+    of: K,
+    answer: Answer<'static, T>,
+    until: Instant,
+    _permit: OwnedSemaphorePermit,
+}
 
 impl Quorum {
-    /// Asks all nodes at once. Answers come as they do; the calls end by themselves, also when nobody listens any more.
+    /// Asks all nodes at once; answers come by the node's place.
     pub(super) fn ask<T: Send + 'static>(
         &self,
         timeout: Duration,
         call: impl Fn(Arc<dyn Node>) -> Answer<'static, T>,
-    ) -> Result<Answers<T>, Error> {
-        let runtime = Handle::try_current().map_err(|_| Error::NoRuntime)?;
-        let (tell, answers) = mpsc::channel(self.members.len().max(1));
+    ) -> Result<Calls<usize, T>, Error> {
+        let mut calls = Calls::new(self)?;
         for (place, member) in self.members.iter().enumerate() {
-            let tell = tell.clone();
-            // There is room for one answer of each; an error means that nobody listens any more.
-            let tell = move |answer| drop(tell.try_send((place, answer)));
-            self.call(&runtime, member, timeout, call(member.node.clone()), tell);
+            calls.send(place, member, timeout, call(member.node.clone()));
         }
-        Ok(answers)
+        Ok(calls)
+    }
+}
+
+impl<K: Send + 'static, T: Send + 'static> Calls<K, T> {
+    pub(super) fn new(quorum: &Quorum) -> Result<Self, Error> {
+        let runtime = Handle::try_current().map_err(|_| Error::NoRuntime)?;
+        let under_way = UnderWay { calls: Vec::new(), overdue: None };
+        Ok(Self { under_way, answered: VecDeque::new(), runtime, tracker: quorum.calls.clone() })
     }
 
     /// Calls one node. The call is on its way when this returns, ahead of all later ones to the same node.
-    pub(super) fn call<T: Send + 'static>(
-        &self,
-        runtime: &Handle,
-        member: &Member,
-        within: Duration,
-        mut call: Answer<'static, T>,
-        tell: impl FnOnce(Result<T, Error>) + Send + 'static,
-    ) {
+    pub(super) fn send(&mut self, of: K, member: &Member, within: Duration, mut call: Answer<'static, T>) {
         let Ok(permit) = member.calls.clone().try_acquire_owned() else {
-            return tell(Err(too_many_calls()));
+            return self.answered.push_back((of, Err(too_many_calls())));
         };
-        // Sent by its first poll: were that left to the task, a later call could overtake it.
+        // Sent by its first poll: were that left for later, a later call could overtake it.
         if let Poll::Ready(answer) = call.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-            return tell(answer);
+            return self.answered.push_back((of, answer));
         }
-        let call = async move {
-            tell(timeout(within + GRACE, call).await.unwrap_or_else(|_| Err(Error::timeout())));
-            drop(permit);
-        };
-        self.calls.spawn_on(call, runtime);
+        let until = Instant::now() + within + GRACE;
+        self.under_way.calls.push(Call { of, answer: call, until, _permit: permit });
+    }
+
+    /// The next answer; `None` when all calls have ended. Nothing is lost by dropping this future.
+    pub(super) async fn next(&mut self) -> Option<(K, Result<T, Error>)> {
+        if let Some(answered) = self.answered.pop_front() {
+            return Some(answered);
+        }
+        poll_fn(|context| self.under_way.poll_next(context)).await
+    }
+
+    pub(super) fn have_ended(&self) -> bool {
+        self.under_way.calls.is_empty() && self.answered.is_empty()
+    }
+
+    pub(super) fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+}
+
+impl<K, T> UnderWay<K, T> {
+    fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<(K, Result<T, Error>)>> {
+        // They are few: to poll them all costs less than to find out which of them has woken us.
+        let mut first_overdue: Option<(usize, Instant)> = None;
+        for (index, call) in self.calls.iter_mut().enumerate() {
+            if let Poll::Ready(answer) = call.answer.as_mut().poll(context) {
+                return Poll::Ready(Some((self.calls.swap_remove(index).of, answer)));
+            }
+            if first_overdue.is_none_or(|(_, first)| call.until < first) {
+                first_overdue = Some((index, call.until));
+            }
+        }
+        let Some((index, until)) = first_overdue else { return Poll::Ready(None) };
+        let overdue = self.overdue.get_or_insert_with(|| Box::pin(sleep_until(until)));
+        if overdue.deadline() != until {
+            overdue.as_mut().reset(until);
+        }
+        ready!(overdue.as_mut().poll(context));
+        Poll::Ready(Some((self.calls.swap_remove(index).of, Err(Error::timeout()))))
+    }
+}
+
+impl<K: Send + 'static, T: Send + 'static> Drop for Calls<K, T> {
+    /// None is dropped on its way: fred would run it later, at any time.
+    fn drop(&mut self) {
+        if self.under_way.calls.is_empty() {
+            return;
+        }
+        let (calls, overdue) = (mem::take(&mut self.under_way.calls), self.under_way.overdue.take());
+        let mut rest = UnderWay { calls, overdue };
+        let rest = async move { while poll_fn(|context| rest.poll_next(context)).await.is_some() {} };
+        self.tracker.spawn_on(rest, &self.runtime);
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::debug;
 
 use super::Quorum;
-use super::calls::{Answers, GRACE};
+use super::calls::{Calls, GRACE};
 use crate::hold::Owned;
 use crate::store::{Answer, Released};
 use crate::{Error, Token, schedule};
@@ -76,12 +76,15 @@ impl Quorum {
         owned: &Owned,
         timeout: Duration,
         mut behind: Vec<usize>,
-        mut answers: Answers<Released>,
+        mut answers: Calls<usize, Released>,
     ) {
-        let Ok(runtime) = Handle::try_current() else { return };
+        if behind.is_empty() && answers.have_ended() {
+            return;
+        }
+        let runtime = answers.runtime().clone();
         let (quorum, owned) = (self.clone(), owned.clone());
         let rest = async move {
-            while let Some((place, answer)) = answers.recv().await {
+            while let Some((place, answer)) = answers.next().await {
                 if answer.is_err() {
                     behind.push(place);
                 }

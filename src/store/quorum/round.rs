@@ -1,15 +1,14 @@
 //! One attempt to obtain a lock from a majority: as many ballots as it takes, and then the cleaning up.
 //!
-//! It runs in a task of its own, so that it sees to its end what its asker may stop listening to.
+//! Its asker drives it. What is left when that has its answer, or stops waiting for one, is seen to its end by a task.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::runtime::Handle;
-use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::debug;
 
+use super::calls::Calls;
 use super::catch_up::Undo;
 use super::tally::{Decision, decide};
 use super::{Ballot, Quorum, Reply, Vote, first, node_timeout};
@@ -19,13 +18,42 @@ use crate::{Error, Token};
 /// So many ballots are held at most. The second suffices unless others vote for the same keys in between.
 const BALLOTS: usize = 4;
 
-pub(super) struct Round {
+/// Asks once for what is wanted.
+pub(super) async fn attempt(quorum: &Arc<Quorum>, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
+    let mut asking = Asking(Some(Round::new(quorum.clone(), wanted.clone(), timeout)?));
+    let Some(round) = &mut asking.0 else { return Err(Error::NoRuntime) };
+    let outcome = round.ballots().await;
+    let granted = matches!(outcome, Ok(Acquired::Granted { .. }));
+    if !granted {
+        round.give_back().await;
+    }
+    if let Some(round) = asking.0.take() {
+        round.leave(granted);
+    }
+    outcome
+}
+
+/// Somebody waits for the round's outcome, until this is dropped.
+struct Asking(Option<Round>);
+
+impl Drop for Asking {
+    /// Whoever has gone can't say that it wants the lock.
+    fn drop(&mut self) {
+        if let Some(round) = self.0.take() {
+            round.leave(false);
+        }
+    }
+}
+
+struct Round {
     quorum: Arc<Quorum>,
     wanted: Arc<Wanted>,
     /// The attempt's name, where its token may be used by others too.
     name: Option<Token>,
     until: Instant,
     members: Vec<Standing>,
+    /// The votes on their way, by ballot and node.
+    calls: Calls<(usize, usize), Reply>,
     /// How long the round of votes took in which nobody need have got a majority.
     split: Option<Duration>,
 }
@@ -41,77 +69,27 @@ struct Standing {
     doubtful: bool,
 }
 
-/// A vote, and the ballot that it was given in.
-type Told = (usize, usize, Result<Reply, Error>);
-
 impl Round {
-    pub(super) fn new(quorum: Arc<Quorum>, wanted: Wanted, timeout: Duration) -> Self {
+    fn new(quorum: Arc<Quorum>, wanted: Wanted, timeout: Duration) -> Result<Self, Error> {
+        let calls = Calls::new(&quorum)?;
         let members = quorum.members.iter().map(|_| Standing::default()).collect();
         let name = (!wanted.own_token).then(Token::random);
         quorum.open_round(&wanted.owned.token);
         let until = Instant::now() + first(timeout);
-        Self { quorum, wanted: Arc::new(wanted), name, until, members, split: None }
+        Ok(Self { quorum, wanted: Arc::new(wanted), name, until, members, calls, split: None })
     }
 
-    pub(super) async fn run(mut self, reply: oneshot::Sender<Result<Acquired, Error>>) {
-        let (tell, mut told) = mpsc::channel((self.members.len() * BALLOTS).max(1));
-        let outcome = self.ballots(&tell, &mut told, &reply).await;
-        // When the last call has ended, that is the end of what can be told.
-        drop(tell);
-        let granted = matches!(outcome, Ok(Acquired::Granted { .. }));
-        let undone = if granted { Vec::new() } else { self.undo_settled() };
-        if self.name.is_some() {
-            // The next attempt comes in the same token's name: it shall find this one gone.
-            for undone in undone {
-                drop(timeout_at(self.until, undone).await);
-            }
-        }
-        if let Some(round) = self.split {
-            // Who collided shall not come back together.
-            self.pause(round).await;
-        }
-        // Whoever has gone can't say that it wants the lock.
-        let taken = reply.send(outcome).is_ok() && granted;
-        if taken {
-            // A release comes after these nodes' votes in any case.
-            self.members
-                .iter_mut()
-                .filter(|standing| standing.calls == 0)
-                .for_each(|standing| standing.touched = false);
-        } else if granted {
-            drop(self.undo_settled());
-        }
-        while let Some((_, place, answer)) = told.recv().await {
-            self.settle(place, &answer);
-            if !taken {
-                drop(self.undo_settled());
-            }
-        }
-        // Released before its last vote had come: what that one took is taken back.
-        if taken && self.quorum.was_released(&self.wanted.owned.token) {
-            drop(self.undo_settled());
-        }
-    }
-
-    async fn ballots(
-        &mut self,
-        tell: &mpsc::Sender<Told>,
-        told: &mut mpsc::Receiver<Told>,
-        reply: &oneshot::Sender<Result<Acquired, Error>>,
-    ) -> Result<Acquired, Error> {
+    async fn ballots(&mut self) -> Result<Acquired, Error> {
         let mut votes: Vec<Option<Result<Reply, Error>>> = Vec::new();
         for ballot in 0..BALLOTS {
-            if reply.is_closed() {
-                return Err(Error::timeout());
-            }
             let started = Instant::now();
             let asked = self.quorum.clocks.now();
             let last = votes.iter().flatten().flatten().map(|reply| reply.seen.last);
             let number = self.wanted.fenced.then(|| self.quorum.clocks.propose(last));
-            self.ask(ballot, number, tell)?;
+            self.ask(ballot, number);
             votes = self.members.iter().map(|_| None).collect();
             let decision = loop {
-                let Some((of, place, answer)) = told.recv().await else { break Decision::Failed };
+                let Some(((of, place), answer)) = self.calls.next().await else { break Decision::Failed };
                 self.settle(place, &answer);
                 if let Ok(reply) = &answer {
                     self.quorum.clocks.learn(place, asked, reply.seen);
@@ -145,8 +123,7 @@ impl Round {
     }
 
     /// Asks all nodes for their vote.
-    fn ask(&mut self, ballot: usize, number: Option<u64>, tell: &mpsc::Sender<Told>) -> Result<(), Error> {
-        let runtime = Handle::try_current().map_err(|_| Error::NoRuntime)?;
+    fn ask(&mut self, ballot: usize, number: Option<u64>) {
         let left = self.until.saturating_duration_since(Instant::now());
         let timeout = node_timeout(self.wanted.ttl, left);
         let wish = Ballot {
@@ -158,13 +135,10 @@ impl Round {
         };
         for (place, (member, standing)) in self.quorum.members.iter().zip(&mut self.members).enumerate() {
             standing.calls += 1;
-            let (node, wanted, wish, tell) = (member.node.clone(), self.wanted.clone(), wish.clone(), tell.clone());
+            let (node, wanted, wish) = (member.node.clone(), self.wanted.clone(), wish.clone());
             let call = Box::pin(async move { node.vote(&wanted, &wish, timeout).await });
-            // There is room for every answer; an error means that the runtime shuts down.
-            let tell = move |answer| drop(tell.try_send((ballot, place, answer)));
-            self.quorum.call(&runtime, member, timeout, call, tell);
+            self.calls.send((ballot, place), member, timeout, call);
         }
-        Ok(())
     }
 
     fn settle(&mut self, place: usize, answer: &Result<Reply, Error>) {
@@ -198,10 +172,53 @@ impl Round {
         undone
     }
 
-    async fn pause(&self, round: Duration) {
-        let longest = (round * 4).clamp(Duration::from_millis(1), Duration::from_millis(50));
-        let left = self.until.saturating_duration_since(Instant::now());
-        sleep(longest.mul_f64(fastrand::f64()).min(left)).await;
+    /// Takes back what it was granted, before it is said that there is no lock.
+    async fn give_back(&mut self) {
+        let undone = self.undo_settled();
+        if self.name.is_some() {
+            // The next attempt comes in the same token's name: it shall find this one gone.
+            for undone in undone {
+                drop(timeout_at(self.until, undone).await);
+            }
+        }
+        if let Some(round) = self.split {
+            // Who collided shall not come back together.
+            let longest = (round * 4).clamp(Duration::from_millis(1), Duration::from_millis(50));
+            let left = self.until.saturating_duration_since(Instant::now());
+            sleep(longest.mul_f64(fastrand::f64()).min(left)).await;
+        }
+    }
+
+    /// Nobody waits for the outcome any more. `taken`: it was the lock, and it has been told.
+    fn leave(mut self, taken: bool) {
+        if taken {
+            // A release comes after these nodes' votes in any case.
+            self.members
+                .iter_mut()
+                .filter(|standing| standing.calls == 0)
+                .for_each(|standing| standing.touched = false);
+        }
+        if self.calls.have_ended() && !self.members.iter().any(|standing| standing.touched) {
+            return;
+        }
+        let (releases, runtime) = (self.quorum.releases.clone(), self.calls.runtime().clone());
+        releases.spawn_on(self.finish(taken), &runtime);
+    }
+
+    async fn finish(mut self, taken: bool) {
+        if !taken {
+            drop(self.undo_settled());
+        }
+        while let Some(((_, place), answer)) = self.calls.next().await {
+            self.settle(place, &answer);
+            if !taken {
+                drop(self.undo_settled());
+            }
+        }
+        // Released before its last vote had come: what that one took is taken back.
+        if taken && self.quorum.was_released(&self.wanted.owned.token) {
+            drop(self.undo_settled());
+        }
     }
 
     /// Why there is no majority, node by node.

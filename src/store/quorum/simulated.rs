@@ -43,12 +43,13 @@ struct State {
     locks: HashMap<Key, (Token, Instant)>,
     fences: HashMap<Key, u64>,
     names: HashMap<Key, Token>,
+    /// The fences as they were when they were last written to disk.
+    saved: HashMap<Key, u64>,
 }
 
 impl Server {
     fn new(origin: Instant, skew: i64) -> Self {
-        let state = State { started: origin, locks: HashMap::new(), fences: HashMap::new(), names: HashMap::new() };
-        Self { origin, skew, state: Mutex::new(state), votes: AtomicU32::new(0) }
+        Self { origin, skew, state: Mutex::new(State::started_at(origin)), votes: AtomicU32::new(0) }
     }
 
     fn now(&self) -> u64 {
@@ -57,9 +58,19 @@ impl Server {
 
     /// Restarted without its data.
     fn forget(&self) {
+        *self.state.lock().unwrap() = State::started_at(Instant::now());
+    }
+
+    fn save(&self) {
         let mut state = self.state.lock().unwrap();
-        *state =
-            State { started: Instant::now(), locks: HashMap::new(), fences: HashMap::new(), names: HashMap::new() };
+        state.saved = state.fences.clone();
+    }
+
+    /// Restarted with what was saved of its fences. The locks of that time have expired when it votes again.
+    fn reload(&self) {
+        let mut state = self.state.lock().unwrap();
+        let saved = std::mem::take(&mut state.saved);
+        *state = State { fences: saved.clone(), saved, ..State::started_at(Instant::now()) };
     }
 
     fn vote(&self, wanted: &Wanted, ballot: &Ballot) -> Reply {
@@ -74,7 +85,10 @@ impl Server {
         let Owned { keys, token } = &wanted.owned;
         let known: Vec<Option<u64>> = keys.iter().map(|key| state.fences.get(key).copied()).collect();
         let last = known.iter().flatten().copied().max().unwrap_or(0);
-        let bar = known.iter().map(|fence| fence.unwrap_or(now)).max().unwrap_or(0);
+        let ahead = u64::try_from(ballot.ahead.as_micros()).unwrap();
+        let before = if ballot.window.is_zero() { 0 } else { now - u64::try_from(up.as_micros()).unwrap() + ahead };
+        let doubtful = known.iter().any(|fence| fence.is_none_or(|fence| fence <= before));
+        let bar = last.max(if doubtful { now } else { 0 });
         let mut all_ours = true;
         let mut expires = Instant::now() + wanted.ttl;
         for (place, key) in keys.iter().enumerate() {
@@ -93,7 +107,7 @@ impl Server {
                 granted = Some(last);
             } else if number <= bar {
                 return reply(Vote::Behind, bar);
-            } else if number > now + u64::try_from(ballot.ahead.as_micros()).unwrap() {
+            } else if number > now + ahead {
                 return reply(Vote::Ahead, last);
             }
             for key in keys {
@@ -171,6 +185,11 @@ impl Server {
 }
 
 impl State {
+    fn started_at(started: Instant) -> Self {
+        let (locks, fences) = (HashMap::new(), HashMap::new());
+        Self { started, locks, fences, names: HashMap::new(), saved: HashMap::new() }
+    }
+
     fn live(&self, key: &Key) -> Option<&(Token, Instant)> {
         self.locks.get(key).filter(|(_, expires)| Instant::now() < *expires)
     }
@@ -370,6 +389,23 @@ async fn clocks_cost_a_second_ballot_at_the_first_lock_and_no_order() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_number_found_on_disk_hides_no_later_one() {
+    let world = World::new(&[0; 3], ms(3_000));
+    sleep(ms(3_000)).await;
+    world.client(0, |_| Fault::None).lock("k").await.unwrap().release().await.unwrap();
+    world.servers.iter().for_each(|server| server.save());
+    let before = world.client(2 * SECOND, |_| Fault::None).lock("k").await.unwrap();
+    world.servers.iter().for_each(|server| server.reload());
+    sleep(ms(3_500)).await;
+    // Above what the nodes have found, below what they have forgotten.
+    let locker = world.client(-2 * SECOND, |_| Fault::None);
+    let votes = world.votes();
+    let after = locker.lock("k").await.unwrap();
+    assert!(after.fencing_token() > before.fencing_token());
+    assert_eq!(world.votes() - votes, 2 * 3, "at the price of another ballot");
+}
+
+#[tokio::test(start_paused = true)]
 async fn clients_whose_clocks_are_hours_apart_take_turns() {
     let world = World::new(&[0; 3], ms(60_000));
     sleep(ms(60_000)).await;
@@ -445,8 +481,8 @@ const FAULTS: &[fn(&mut fastrand::Rng) -> Fault] = &[
     |rng| Fault::Doubled(ms(rng.u64(..5_000))),
 ];
 
-/// Three clients whose clocks are wrong by up to an hour, on three nodes that are restarted empty now and then. Answers
-/// how often one obtained the lock while another still believed to hold it or had a higher fencing token, and how often
+/// Three clients whose clocks are wrong by up to an hour, on three nodes that are restarted now and then, empty or with what
+/// they had saved some time ago. Answers how often one obtained the lock while another still believed to hold it or had a higher fencing token, and how often
 /// the lock was obtained.
 async fn history(seed: u64, window: Duration) -> (u32, u32) {
     let mut rng = fastrand::Rng::with_seed(seed);
@@ -488,8 +524,13 @@ async fn history(seed: u64, window: Duration) -> (u32, u32) {
     }
     let restarts = async {
         loop {
-            sleep(ms(rng.u64(1_000..9_000))).await;
-            rng.choice(&world.servers).unwrap().forget();
+            sleep(ms(rng.u64(500..4_500))).await;
+            let server = rng.choice(&world.servers).unwrap();
+            match rng.u8(..4) {
+                0 => server.forget(),
+                1 => server.reload(),
+                _ => server.save(),
+            }
         }
     };
     tokio::select! {

@@ -11,6 +11,7 @@ use fred::interfaces::{ClientLike, EventInterface, FredResult};
 use fred::types::Builder;
 use fred::types::config::{Config, ConnectionConfig, PerformanceConfig, ReconnectError, ReconnectPolicy, Server};
 use tokio::join;
+use tokio::runtime::Handle;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::TryRecvError;
 use tokio::time::Instant;
@@ -23,10 +24,32 @@ pub(super) struct Connection {
     /// What fred says of failed connections: the reason why a call had to wait in vain.
     failures: Mutex<Failures>,
     /// Drives the connection, where it is ours.
-    driver: Option<AbortOnDropHandle<FredResult<()>>>,
+    driver: Option<Driver>,
     /// Whether calls wait while there is no connection. Where others can stand in, they fail at once.
     waits: bool,
     line: Mutex<Line>,
+}
+
+struct Driver {
+    task: Mutex<AbortOnDropHandle<FredResult<()>>>,
+    runtime: Handle,
+}
+
+impl Driver {
+    fn new(task: AbortOnDropHandle<FredResult<()>>) -> Result<Self, Error> {
+        let runtime = Handle::try_current().map_err(|_| Error::NoRuntime)?;
+        Ok(Self { task: Mutex::new(task), runtime })
+    }
+
+    /// After some errors fred ends it, and then answers nothing any more. It is told to begin again.
+    fn go_on(&self, client: &Client) {
+        let mut task = self.task.lock().unwrap_or_else(PoisonError::into_inner);
+        if task.is_finished() {
+            tracing::warn!(name: "tenure.revive", "the client had given up its connection for good");
+            let _entered = self.runtime.enter();
+            *task = AbortOnDropHandle::new(client.connect());
+        }
+    }
 }
 
 struct Failures {
@@ -44,7 +67,7 @@ impl Connection {
         let driver = connect(&client).await?;
         let connection = Self::borrowed(client);
         connection.line().patience = timeout * 2;
-        Ok(Self { driver: Some(driver), ..connection })
+        Ok(Self { driver: Some(Driver::new(driver)?), ..connection })
     }
 
     /// Connects in the background, now or whenever the server comes. Until then, and whenever it is away, calls fail at
@@ -58,8 +81,8 @@ impl Connection {
         // It listens for failures before there can be any.
         let connection = Self::borrowed(client);
         connection.line().patience = timeout * 2;
-        let driver = Some(AbortOnDropHandle::new(connection.client.connect()));
-        Ok(Self { driver, waits: false, ..connection })
+        let driver = Driver::new(AbortOnDropHandle::new(connection.client.connect()))?;
+        Ok(Self { driver: Some(driver), waits: false, ..connection })
     }
 
     /// Waits for the connection of one that was opened lazily.
@@ -89,6 +112,9 @@ impl Connection {
         if self.waits || self.client.is_connected() {
             return Ok(());
         }
+        if let Some(driver) = &self.driver {
+            driver.go_on(&self.client);
+        }
         let unknown = || fred::error::Error::new(ErrorKind::IO, "there is no connection to the server");
         Err(self.why_not_connected().unwrap_or_else(unknown).into())
     }
@@ -102,6 +128,9 @@ impl Connection {
         if !unanswered {
             self.line().heard();
             return answer;
+        }
+        if let Some(driver) = &self.driver {
+            driver.go_on(&self.client);
         }
         if let Some(mut reason) = self.why_not_connected() {
             // Still a timeout: the call may have been sent before the connection broke.
@@ -218,6 +247,8 @@ fn configure(config: &mut ConnectionConfig, timeout: Duration) {
     config.internal_command_timeout = timeout;
     // A command whose reply was lost must not run again behind our back.
     config.max_command_attempts = 1;
+    // Nor one that follows to another node of a cluster: unless it says so, once it was sent there.
+    config.max_redirections = 0;
     // A primary that became a replica: look for the new one. Other refusals pass without a new connection.
     config.reconnect_errors = vec![ReconnectError::ClusterDown, ReconnectError::ReadOnly];
 }

@@ -33,6 +33,7 @@ impl RedisStore {
         let queues = Value::Integer((wanted.queueing == Queueing::Queued).into());
         let args = [value.clone(), ttl.into(), fence_ttl.into(), millis(ALIVE).into(), queues];
         let call = Call::new(keys.into_iter(), args);
+        let (until, writing) = self.server().writing(timeout);
         let answer = self.server().run(&self.server().scripts.acquire_fair, &call, timeout).await?;
         let what = What::Acquire { value, ttl, fence: fence.map(|fence| (fence, fence_ttl)) };
         let operation = Operation { name, token: wanted.owned.token.clone(), what };
@@ -47,6 +48,9 @@ impl RedisStore {
                 }
             }
         };
+        if let Decision::Granted(_) = decision {
+            self.server().replicated(writing, until).await?;
+        }
         acquired(decision)
     }
 

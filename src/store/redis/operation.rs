@@ -84,6 +84,15 @@ impl Operation {
         }
     }
 
+    /// Whether something was decided that a failover must not forget.
+    pub(super) fn is_for_replicas(&self, decision: &Decision) -> bool {
+        match (&self.what, decision) {
+            (What::Release { .. }, _) => false,
+            (_, Decision::Granted(_) | Decision::Owned(Ok(()))) => true,
+            (_, Decision::Held(_) | Decision::Owned(Err(_))) => false,
+        }
+    }
+
     fn push_args(&self, args: &mut Vec<Value>) {
         let token = || Value::from(self.token.as_str());
         match &self.what {

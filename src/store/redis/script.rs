@@ -56,8 +56,12 @@ impl Scripts {
     }
 }
 
-/// How often a command is sent again after the cluster has sent it elsewhere.
-const REDIRECTIONS: usize = 3;
+/// How often a command follows where the cluster has sent it.
+const REDIRECTIONS: u32 = 3;
+
+/// One more for the first time it is sent, and some for connections that break meanwhile. When they run out while fred asks
+/// a node that a slot is moving to, it gives up more than the command: its whole client is dead from then on.
+const ATTEMPTS: u32 = REDIRECTIONS + 8;
 
 impl Script {
     fn new(source: &'static str) -> Self {
@@ -98,6 +102,10 @@ impl Call {
     /// Sends one command. fred's own options see to it that it is written at most once and ends in time: a command
     /// whose reply was lost is repeated by us or by nobody, and one that still waits for a connection when its time is
     /// up is not sent any more, as it would be if we only stopped waiting for it.
+    ///
+    /// In a cluster a command that was sent elsewhere (MOVED, ASK), and so not run, is sent once more, and then it follows.
+    /// It may be written again while it does, should a connection break: scripts bear that. A client of the user's own
+    /// follows from the start.
     async fn send(
         &self,
         client: &Client,
@@ -106,7 +114,7 @@ impl Call {
         timeout: Duration,
     ) -> Result<Value, fred::error::Error> {
         let until = Instant::now() + timeout;
-        let mut redirections = REDIRECTIONS;
+        let mut follows = client.is_clustered() && client.connection_config().max_redirections > 0;
         loop {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -114,7 +122,8 @@ impl Call {
                 return Err(fred::error::Error::new(ErrorKind::Timeout, "no time left to ask the server"));
             }
             let options = Options {
-                max_attempts: Some(1),
+                max_attempts: Some(if follows { ATTEMPTS } else { 1 }),
+                max_redirections: follows.then_some(REDIRECTIONS),
                 timeout: Some(left),
                 // The third argument, after the script and the number of keys, is the first key. It is said here, as
                 // fred goes by the hash policy of a custom command only where that is a slot.
@@ -127,18 +136,15 @@ impl Call {
             args.extend_from_slice(&self.args);
             let answer = client.with_options(&options).custom(command, args).await;
             match answer {
-                // MOVED or ASK: not run, and counted by fred as the one attempt. It has learned where to go meanwhile.
-                Err(error) if redirections > 0 && client.is_clustered() && error.details() == REDIRECTED => {
-                    redirections -= 1;
-                }
+                Err(error) if !follows && client.is_clustered() && error.details() == REDIRECTED => follows = true,
                 answer => return answer,
             }
         }
     }
 }
 
-/// What fred says of a command that it may not write once more.
-const REDIRECTED: &str = "Too many failed write attempts.";
+/// What fred says of a command that may not follow.
+const REDIRECTED: &str = "Too many redirections.";
 
 fn into_ours(error: fred::error::Error) -> Error {
     match error.details() {

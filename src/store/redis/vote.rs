@@ -24,7 +24,7 @@ impl RedisStore {
     ) -> Result<Self, Error> {
         check_tls(url)?;
         let connection = Connection::open_lazily(config, command_timeout)?;
-        Ok(Self::on(connection, prefix))
+        Ok(Self::on(connection, prefix, 0))
     }
 
     /// Waits until it is connected.

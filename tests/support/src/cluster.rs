@@ -43,6 +43,77 @@ impl Cluster {
         format!("redis-cluster://127.0.0.1:{port}")
     }
 
+    /// Starts a node that follows the one at this place, and waits until it has caught up.
+    ///
+    /// # Panics
+    ///
+    /// When that takes more than 20 seconds.
+    pub fn start_replica(&self, place: usize) -> Server {
+        let primary = self.nodes.get(place).expect("a node");
+        primary.cli(&["CONFIG", "SET", "repl-diskless-sync-delay", "0"]);
+        let (replica, bus) = start_node();
+        assert_eq!(primary.cli(&["CLUSTER", "MEET", "127.0.0.1", &replica.port().to_string(), &bus]), "OK");
+        let id = primary.cli(&["CLUSTER", "MYID"]);
+        let patience = Instant::now() + Duration::from_secs(20);
+        // It has to be told of the primary first, by gossip.
+        while replica.cli(&["CLUSTER", "REPLICATE", &id]) != "OK"
+            || !replica.cli(&["INFO", "replication"]).contains("master_link_status:up")
+            || !self.nodes.iter().all(|node| node.cli(&["CLUSTER", "REPLICAS", &id]).contains("connected"))
+        {
+            assert!(Instant::now() < patience, "the replica never caught up");
+            sleep(Duration::from_millis(50));
+        }
+        replica
+    }
+
+    /// The place of the node that has the key.
+    ///
+    /// # Panics
+    ///
+    /// When no node has.
+    pub fn place_of(&self, key: &str) -> usize {
+        let slot = self.slot(key).parse().unwrap_or(0);
+        [5460, 10922, 16383].iter().position(|last| slot <= *last).expect("a node for every slot")
+    }
+
+    /// Goes on with the slots that are left when a node is gone, and notices that within a second.
+    pub fn tolerate_loss(&self, replica: &Server) {
+        for node in self.nodes.iter().chain([replica]) {
+            node.cli(&["CONFIG", "SET", "cluster-require-full-coverage", "no"]);
+            node.cli(&["CONFIG", "SET", "cluster-node-timeout", "1000"]);
+        }
+    }
+
+    /// Moves the slot of a key, with all that is in it, to another node, as `redis-cli --cluster reshard` does. Calls
+    /// `midway` when the keys have moved and the slot has not.
+    ///
+    /// # Panics
+    ///
+    /// When a node refuses.
+    pub fn migrate(&self, key: &str, from: usize, to: usize, midway: impl FnOnce()) {
+        let (slot, Some((source, target))) = (self.slot(key), self.nodes.get(from).zip(self.nodes.get(to))) else {
+            panic!("there are nodes {from} and {to}");
+        };
+        let (source_id, target_id) = (source.cli(&["CLUSTER", "MYID"]), target.cli(&["CLUSTER", "MYID"]));
+        assert_eq!(target.cli(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &source_id]), "OK");
+        assert_eq!(source.cli(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &target_id]), "OK");
+        let port = target.port().to_string();
+        for key in source.cli(&["CLUSTER", "GETKEYSINSLOT", &slot, "1000"]).lines() {
+            let moved = source.cli(&["MIGRATE", "127.0.0.1", &port, key, "0", "5000"]);
+            assert!(moved == "OK" || moved == "NOKEY", "{moved}");
+            // One by one, with time in between to meet some here and some there.
+            sleep(Duration::from_millis(100));
+        }
+        midway();
+        for node in [target, source].into_iter().chain(&self.nodes) {
+            assert_eq!(node.cli(&["CLUSTER", "SETSLOT", &slot, "NODE", &target_id]), "OK");
+        }
+    }
+
+    fn slot(&self, key: &str) -> String {
+        self.nodes.first().map(|node| node.cli(&["CLUSTER", "KEYSLOT", key])).unwrap_or_default()
+    }
+
     fn is_formed(&self) -> bool {
         self.nodes.iter().all(|node| {
             let info = node.cli(&["CLUSTER", "INFO"]);

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 pub use self::cluster::Cluster;
 pub use self::proxy::{Mode, Proxy};
-pub use self::sentinel::Sentinel;
+pub use self::sentinel::{Sentinel, Sentinels};
 pub use self::server::Server;
 
 /// Waits until `look` finds something, looking every few milliseconds. Generous: only a test that fails waits so long.

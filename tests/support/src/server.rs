@@ -81,6 +81,31 @@ impl Server {
         String::from_utf8_lossy(&output.stdout).trim_end_matches('\n').to_owned()
     }
 
+    /// Starts an empty server that follows this one, and waits until it has caught up.
+    ///
+    /// # Panics
+    ///
+    /// When that takes more than 20 seconds.
+    pub fn start_replica(&self) -> Self {
+        // At once, and not in five seconds together with others that may come.
+        self.cli(&["CONFIG", "SET", "repl-diskless-sync-delay", "0"]);
+        let port = self.port.to_string();
+        let replica = Self::start_with(&["--replicaof", "127.0.0.1", &port]);
+        // It is called online up to a second before it is sent anything. So: until it has what was written after that.
+        let patience = Instant::now() + Duration::from_secs(20);
+        let wait_until = |caught_up: &dyn Fn() -> bool| {
+            while !caught_up() {
+                assert!(Instant::now() < patience, "the replica never caught up: {}", replica.log());
+                sleep(Duration::from_millis(10));
+            }
+        };
+        wait_until(&|| self.cli(&["INFO", "replication"]).contains(&format!("port={},state=online", replica.port)));
+        self.cli(&["SET", "caught-up", "1"]);
+        wait_until(&|| replica.cli(&["EXISTS", "caught-up"]) == "1");
+        self.cli(&["DEL", "caught-up"]);
+        replica
+    }
+
     /// Stops the process where it stands: it accepts connections and answers nothing.
     pub fn freeze(&self) {
         self.signal(Signal::SIGSTOP);

@@ -23,8 +23,11 @@ local window, ahead, number, name = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumb
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 
+-- What this server granted before it was last started was no greater than this: as far ahead of its clock as is allowed.
+-- A number that it still knows from then, from an old dump or a file that was cut off, need not be the last of them.
+local before = 0
 if window > 0 then
-    -- In whole seconds, so it may be one too many.
+    -- The difference of two times in whole seconds, so it may be almost one too many.
     local up = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)'))
     if not up then
         return redis.error_reply('ERR the server does not say how long it has been up')
@@ -32,6 +35,7 @@ if window > 0 then
     if up <= window then
         return {4, now, 0, window - up + 1}
     end
+    before = now - (up - 1) * 1000000 + ahead
 end
 
 local last, lowest, bar = 0, nil, 0
@@ -46,8 +50,10 @@ if number > 0 then
             last = math.max(last, fence)
             lowest = math.min(lowest or fence, fence)
         else
-            -- Never known or forgotten: then the clock has passed whatever it was.
             lowest = 0
+        end
+        if not fence or fence <= before then
+            -- Never known, forgotten, or followed by others that are: the clock has passed whatever they were.
             bar = now
         end
     end

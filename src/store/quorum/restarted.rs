@@ -1,0 +1,58 @@
+//! Real servers that come back with less than they knew, and clients whose clocks are wrong.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use fred::types::config::Config;
+use tenure_test_support::{Server, eventually, soon};
+use tokio_util::task::TaskTracker;
+
+use super::clocks::since_1970;
+use super::{Node, QuorumStore};
+use crate::Locker;
+use crate::store::redis::RedisStore;
+
+const WINDOW: Duration = Duration::from_secs(3);
+
+/// A client whose clock is wrong by so many microseconds.
+async fn client(servers: &[Server], skew: i64) -> Locker {
+    let mut nodes = Vec::new();
+    for server in servers {
+        let config = Config::from_url(&server.url()).unwrap();
+        let node = RedisStore::open_lazily(&server.url(), config, String::new(), Duration::from_secs(1)).unwrap();
+        node.ready(Duration::from_secs(20)).await.unwrap();
+        nodes.push((server.url(), Arc::new(node) as Arc<dyn Node>));
+    }
+    let releases = TaskTracker::new();
+    let clock = move || since_1970().saturating_add_signed(skew);
+    let store = QuorumStore::with_clock(nodes, WINDOW, releases.clone(), clock);
+    Locker::builder().ttl(Duration::from_secs(2)).build_with(Box::new(store), None, releases)
+}
+
+#[tokio::test]
+async fn fencing_tokens_grow_where_a_majority_comes_back_with_an_old_dump() {
+    let mut servers = [(); 3].map(|()| Server::start());
+    let first = soon(client(&servers, 0).await.lock("k")).await.unwrap();
+    let first_fence = first.fencing_token().unwrap();
+    first.release().await.unwrap();
+    let fence = Some(first_fence.to_string());
+    for server in &servers {
+        // Also the one that was not waited for.
+        let look = async || (Some(server.cli(&["GET", "{k}:fence"])) == fence).then_some(());
+        eventually("all have granted it", look).await;
+        assert_eq!(server.cli(&["SAVE"]), "OK");
+    }
+    let ahead = client(&servers, 2_500_000).await;
+    let before = soon(ahead.lock("k")).await.unwrap();
+    assert!(before.fencing_token() > Some(first_fence + 2_000_000));
+    for server in &mut servers {
+        server.kill();
+        server.restart();
+        assert_eq!(Some(server.cli(&["GET", "{k}:fence"])), fence, "it has found its dump");
+    }
+    drop(eventually("they vote again", async || ahead.lock("other").await.ok()).await);
+    // Its proposal is above what they have found, below what they have forgotten.
+    let behind = client(&servers, -3_000_000).await;
+    let after = soon(behind.lock("k")).await.unwrap();
+    assert!(after.fencing_token() > before.fencing_token(), "{:?}", after.fencing_token());
+}

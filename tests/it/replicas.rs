@@ -1,0 +1,158 @@
+//! Locks that count only when replicas have them.
+
+use std::time::Duration;
+
+use tenure::{Error, Locker, LockerBuilder, Loss};
+use tenure_test_support::{Cluster, Server, eventually, soon};
+use tokio::time::Instant;
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+fn start() -> (Server, Server) {
+    let primary = Server::start();
+    let replica = primary.start_replica();
+    (primary, replica)
+}
+
+fn builder() -> LockerBuilder {
+    Locker::builder().min_replicas(1).ttl(ms(2_000)).command_timeout(ms(500))
+}
+
+#[tokio::test]
+async fn what_is_held_is_on_the_replica() {
+    let (primary, replica) = start();
+    let locker = builder().connect(&primary.url()).await.unwrap();
+    let requests = [locker.lock("k"), locker.lock("k").token("mine".parse().unwrap()), locker.lock_all(["k", "l"])];
+    for request in requests {
+        let guard = soon(request).await.unwrap();
+        let fence = guard.fencing_token().unwrap().to_string();
+        assert_eq!(replica.cli(&["MGET", "k", "{k}:fence"]), format!("{}\n{fence}", guard.token().as_str()));
+        guard.refresh_for(ms(60_000)).await.unwrap();
+        assert!(replica.cli(&["PTTL", "k"]).parse::<u64>().unwrap() > 50_000);
+        guard.release().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_is_obtained_and_renewed_in_one_call_is_on_the_replica() {
+    let (primary, replica) = start();
+    let locker = builder().connect(&primary.url()).await.unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0..100 {
+        let request = locker.lock(format!("k:{task}"));
+        tasks.spawn(async move {
+            let guard = request.await.unwrap();
+            guard.refresh_for(ms(60_000)).await.unwrap();
+            guard
+        });
+    }
+    let guards = soon(tasks.join_all()).await;
+    for guard in &guards {
+        assert!(replica.cli(&["PTTL", &guard.key().to_string()]).parse::<u64>().unwrap() > 20_000);
+    }
+}
+
+#[tokio::test]
+async fn without_the_replica_a_request_says_how_many_acknowledged_and_leaves_nothing() {
+    let (primary, replica) = start();
+    let locker = builder().connect(&primary.url()).await.unwrap();
+    replica.freeze();
+    for keys in [&["k"][..], &["k", "l"]] {
+        let started = Instant::now();
+        let refused = locker.obtain_all(keys.iter().copied()).await.unwrap_err();
+        assert!(matches!(refused, Error::NotReplicated { needed: 1, acknowledged: 0 }), "{refused}");
+        assert!(refused.is_transient() && started.elapsed() < ms(1_500), "{:?}", started.elapsed());
+        assert_eq!(primary.cli(&["EXISTS", "k", "l"]), "0");
+    }
+    // One that waits goes on until the replica is back.
+    let waiting = tokio::spawn(locker.lock("k").into_future());
+    tokio::time::sleep(ms(600)).await;
+    assert!(!waiting.is_finished());
+    replica.thaw();
+    soon(waiting).await.unwrap().unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn one_replica_of_two_is_enough_for_one_and_not_for_two() {
+    let (primary, frozen) = start();
+    let _other = primary.start_replica();
+    frozen.freeze();
+    builder().connect(&primary.url()).await.unwrap().try_lock("k").await.unwrap().release().await.unwrap();
+    let both = builder().min_replicas(2).connect(&primary.url()).await.unwrap();
+    let refused = both.try_lock("k").await.unwrap_err();
+    assert!(matches!(refused, Error::NotReplicated { needed: 2, acknowledged: 1 }), "{refused}");
+}
+
+#[tokio::test]
+async fn a_guard_whose_replica_is_cut_off_is_lost_by_its_deadline_and_not_before() {
+    let (primary, replica) = start();
+    let locker = builder().connect(&primary.url()).await.unwrap();
+    let guard = locker.lock("k").await.unwrap();
+    replica.freeze();
+    let frozen = Instant::now();
+    eventually("a renewal fails", async || {
+        match guard.refresh().await {
+            Ok(()) => panic!("renewed without the replica"),
+            Err(Error::NotReplicated { needed: 1, acknowledged: 0 }) => Some(()),
+            // Behind the renewals of the keeper.
+            Err(error) => error.is_transient().then_some(()),
+        }
+    })
+    .await;
+    let deadline = guard.deadline();
+    assert_eq!(guard.check(), Ok(()), "not before");
+    assert_eq!(soon(guard.lost()).await, Loss::Expired);
+    assert_eq!(guard.deadline(), deadline, "no renewal counted");
+    assert!(Instant::now() >= deadline && frozen.elapsed() < ms(2_500), "{:?}", frozen.elapsed());
+    replica.thaw();
+    soon(locker.lock("k")).await.unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn replicas_are_waited_for_no_longer_than_a_lock_would_be_of_use() {
+    let (primary, replica) = start();
+    let locker = builder().command_timeout(ms(10_000)).connect(&primary.url()).await.unwrap();
+    replica.freeze();
+    let started = Instant::now();
+    let refused = locker.try_lock("k").ttl(ms(400)).await.unwrap_err();
+    assert!(matches!(refused, Error::NotReplicated { .. }), "{refused}");
+    assert!(started.elapsed() < ms(1_000), "{:?}", started.elapsed());
+    // What the connection was blocked with is over as well.
+    assert!(soon(locker.inspect("k")).await.unwrap().is_none());
+    assert!(started.elapsed() < ms(1_000), "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn a_lock_of_another_is_refused_without_waiting_for_replicas() {
+    let (primary, replica) = start();
+    let locker = builder().connect(&primary.url()).await.unwrap();
+    primary.cli(&["SET", "k", "another", "PX", "60000"]);
+    replica.freeze();
+    let started = Instant::now();
+    assert!(matches!(locker.try_lock("k").await, Err(Error::NotObtained { .. })));
+    assert!(started.elapsed() < ms(300), "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn where_replicas_cannot_be_counted_they_cannot_be_asked_for() {
+    let cluster = Cluster::start();
+    let refused = builder().connect(&cluster.url()).await.unwrap_err();
+    assert!(matches!(refused, Error::Unsupported(_)) && !refused.is_transient(), "{refused}");
+    let nodes = ["redis://127.0.0.1:1"; 1];
+    assert!(matches!(builder().quorum(nodes).await, Err(Error::Unsupported(_))));
+    builder().in_memory().lock("k").await.unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_documented_permission_suffices() {
+    let (primary, _replica) = start();
+    let rules = "on >secret resetchannels ~app:* ~{app:* +eval +evalsha +get +set +del +pexpire +pttl +time +wait";
+    let command: Vec<&str> = ["ACL", "SETUSER", "worker"].into_iter().chain(rules.split(' ')).collect();
+    assert_eq!(primary.cli(&command), "OK");
+    let url = format!("redis://worker:secret@127.0.0.1:{}", primary.port());
+    let guard = builder().prefix("app:").connect(&url).await.unwrap().try_lock("k").await.unwrap();
+    guard.refresh().await.unwrap();
+    guard.release().await.unwrap();
+}

@@ -1,0 +1,213 @@
+//! Sentinels and clusters in which servers change their parts, move their slots and die, while locks are held and contended.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tenure::fred::prelude::{Builder, ClientLike, Config, ReconnectPolicy};
+use tenure::{LockGuard, Locker, LockerBuilder, Loss};
+use tenure_test_support::{Cluster, Sentinels, eventually, soon};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+const TTL: Duration = ms(3_000);
+
+fn builder() -> LockerBuilder {
+    Locker::builder().ttl(TTL).command_timeout(ms(500))
+}
+
+/// Who has held what. All contenders are in this process, and so is their clock.
+#[derive(Default)]
+struct Witness {
+    /// By key: until when its last holder believed to have it, and the fencing token.
+    last: Mutex<HashMap<String, (Instant, u64)>>,
+    turns: AtomicU64,
+}
+
+impl Witness {
+    /// Holds the lock for a moment. Nobody may have believed to hold it any more, nor have had a greater number.
+    async fn hold(&self, key: &str, guard: LockGuard) {
+        let fence = guard.fencing_token().unwrap();
+        let began = Instant::now();
+        if guard.is_held() {
+            let mut last = self.last.lock().unwrap();
+            if let Some((until, earlier)) = last.insert(key.to_owned(), (guard.deadline(), fence)) {
+                assert!(until <= began, "{key} is held twice: {:?} too early", until - began);
+                assert!(earlier < fence, "{key}: {fence} after {earlier}");
+            }
+        }
+        let kept = guard.protect(sleep(ms(3))).await;
+        // Held no longer than until here, or its deadline.
+        if let Some((until, by)) = self.last.lock().unwrap().get_mut(key) {
+            if *by == fence {
+                *until = if kept.is_ok() { Instant::now() } else { *until };
+            }
+        }
+        drop(guard.release().await);
+        self.turns.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn turns(&self) -> u64 {
+        self.turns.load(Ordering::Relaxed)
+    }
+
+    /// Some more have held something since. Answers how many did at all.
+    async fn goes_on(&self, turns: u64) -> u64 {
+        let since = self.turns();
+        eventually("locks change hands", async || (self.turns() > since + turns).then_some(())).await;
+        self.turns()
+    }
+}
+
+/// Contenders for each of the keys, each with a connection of its own, until they are dropped.
+async fn contend(url: &str, builder: LockerBuilder, keys: &[&str]) -> (Arc<Witness>, JoinSet<()>) {
+    let (witness, mut contenders) = (Arc::new(Witness::default()), JoinSet::new());
+    for key in keys {
+        for _ in 0..2 {
+            let locker = builder.clone().connect(url).await.unwrap();
+            let (witness, key) = (witness.clone(), (*key).to_owned());
+            contenders.spawn(async move {
+                loop {
+                    if let Ok(guard) = locker.lock(key.as_str()).await {
+                        witness.hold(&key, guard).await;
+                    }
+                }
+            });
+        }
+    }
+    (witness, contenders)
+}
+
+/// Those that have failed, panic here; the others end.
+async fn end(mut contenders: JoinSet<()>) {
+    contenders.abort_all();
+    while let Some(ended) = contenders.join_next().await {
+        if let Err(error) = ended {
+            assert!(error.is_cancelled(), "{error}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn locks_that_a_replica_has_stay_exclusive_through_the_death_of_their_primary() {
+    let mut watched = Sentinels::start();
+    let builder = builder().min_replicas(1);
+    let (witness, contenders) = contend(&watched.url(), builder.clone(), &["a", "b", "c"]).await;
+    let locker = builder.connect(&watched.url()).await.unwrap();
+    let long = soon(locker.lock("long").ttl(ms(20_000)).renew_every(ms(300))).await.unwrap();
+    let short = soon(locker.lock("short").ttl(ms(600))).await.unwrap();
+    witness.goes_on(20).await;
+    watched.primary.kill();
+    let killed = Instant::now();
+    assert_eq!(soon(short.lost()).await, Loss::Expired);
+    assert!(killed.elapsed() < ms(1_000), "{:?}", killed.elapsed());
+    eventually("one is promoted", async || watched.promoted().map(|_| ())).await;
+    witness.goes_on(20).await;
+    // It had been acknowledged by a replica, and the one that has the most is promoted.
+    let deadline = long.deadline();
+    eventually("renewed there", async || (long.deadline() > deadline).then_some(())).await;
+    assert_eq!(long.check(), Ok(()));
+    assert!(locker.try_lock("long").await.is_err());
+    long.release().await.unwrap();
+    end(contenders).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_forced_failover_ends_guards_by_their_deadlines_or_is_survived_and_hangs_nothing() {
+    let watched = Sentinels::start();
+    let locker = builder().connect(&watched.url()).await.unwrap();
+    let held = soon(locker.lock("held").ttl(ms(20_000)).renew_every(ms(300))).await.unwrap();
+    let waiter = tokio::spawn(locker.lock("held").into_future());
+    for replica in &watched.replicas {
+        eventually("replicated", async || (replica.cli(&["EXISTS", "held"]) == "1").then_some(())).await;
+    }
+    assert_eq!(watched.sentinels[0].cli(&["SENTINEL", "FAILOVER", "locks"]), "OK");
+    let promoted = eventually("one is promoted", async || watched.promoted()).await;
+    // The old primary still takes writes, until the Sentinels make it a replica.
+    eventually("the other is demoted", async || watched.primary.cli(&["ROLE"]).starts_with("slave").then_some(()))
+        .await;
+    let deadline = held.deadline();
+    eventually("renewed", async || (held.deadline() > deadline).then_some(())).await;
+    assert!(promoted.cli(&["PTTL", "held"]).parse::<u64>().unwrap() > 19_000, "on the new primary");
+    assert!(!waiter.is_finished());
+    let fence = held.fencing_token();
+    held.release().await.unwrap();
+    let next = soon(waiter).await.unwrap().unwrap();
+    assert!(next.fencing_token() > fence);
+    assert_eq!(promoted.cli(&["EXISTS", "held"]), "1");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn locks_in_a_slot_that_migrates_stay_held_and_exclusive() {
+    let cluster = Cluster::start();
+    let (witness, contenders) = contend(&cluster.url(), builder(), &["{moves}:a", "{moves}:b", "stays"]).await;
+    let locker = builder().connect(&cluster.url()).await.unwrap();
+    let guard = soon(locker.lock("{moves}:held").renew_every(ms(200))).await.unwrap();
+    let client = Builder::from_config(Config::from_url(&cluster.url()).unwrap())
+        .set_policy(ReconnectPolicy::new_constant(0, 50))
+        .build()
+        .unwrap();
+    client.init().await.unwrap();
+    let theirs = soon(builder().client(client).lock("{moves}:theirs").renew_every(ms(200))).await.unwrap();
+    witness.goes_on(20).await;
+    let from = cluster.place_of("{moves}:held");
+    let to = (from + 1) % 3;
+    let moved = tokio::task::spawn_blocking(move || {
+        cluster.migrate("{moves}:held", from, to, || std::thread::sleep(ms(300)));
+        cluster
+    });
+    let cluster = soon(moved).await.unwrap();
+    witness.goes_on(50).await;
+    assert_eq!(cluster.nodes[to].cli(&["EXISTS", "{moves}:held"]), "1");
+    for guard in [&guard, &theirs] {
+        let deadline = guard.deadline();
+        eventually("renewed there", async || (guard.deadline() > deadline).then_some(())).await;
+    }
+    let fence = guard.fencing_token();
+    guard.release().await.unwrap();
+    assert!(soon(locker.lock("{moves}:held")).await.unwrap().fencing_token() > fence);
+    end(contenders).await;
+}
+
+/// The client can't reach the others either while a dead node is still in the cluster's map: so guards need a ttl that is
+/// longer than the failover.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn when_a_primary_of_a_cluster_dies_locks_on_the_others_are_kept_and_its_own_are_lost_or_kept_by_its_replica() {
+    let mut cluster = Cluster::start();
+    let replica = cluster.start_replica(1);
+    cluster.tolerate_loss(&replica);
+    let key_on =
+        |place| ["a", "b", "c", "d", "e", "f", "g", "h"].into_iter().find(|key| cluster.place_of(key) == place);
+    let keys = [0, 1, 2].map(|place| key_on(place).unwrap());
+    let (witness, contenders) = contend(&cluster.url(), builder(), &[keys[0], keys[2]]).await;
+    let locker = builder().connect(&cluster.url()).await.unwrap();
+    let mut guards = Vec::new();
+    for key in keys {
+        let key = format!("{{{key}}}:held");
+        guards.push(soon(locker.lock(key).ttl(ms(12_000)).renew_every(ms(200))).await.unwrap());
+    }
+    let short = soon(locker.lock(format!("{{{}}}:short", keys[1])).ttl(ms(500))).await.unwrap();
+    eventually("replicated", async || (replica.cli(&["DBSIZE"]) == "4").then_some(())).await;
+    witness.goes_on(20).await;
+    cluster.nodes[1].kill();
+    let killed = Instant::now();
+    assert_eq!(soon(short.lost()).await, Loss::Expired);
+    assert!(killed.elapsed() < ms(1_000), "{:?}", killed.elapsed());
+    eventually("promoted", async || replica.cli(&["ROLE"]).starts_with("master").then_some(())).await;
+    for guard in &guards {
+        let deadline = guard.deadline();
+        eventually("renewed", async || (guard.deadline() > deadline).then_some(())).await;
+        assert_eq!(guard.check(), Ok(()));
+    }
+    witness.goes_on(20).await;
+    let fence = guards[1].fencing_token();
+    guards.remove(1).release().await.unwrap();
+    let again = soon(locker.lock(format!("{{{}}}:held", keys[1]))).await.unwrap();
+    assert!(again.fencing_token() > fence);
+    end(contenders).await;
+}
