@@ -2,6 +2,8 @@
 
 mod combiner;
 mod connection;
+#[cfg(test)]
+mod differential;
 mod fair;
 mod names;
 mod operation;
@@ -10,15 +12,17 @@ mod script;
 mod subscriber;
 mod vote;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fred::bytes::Bytes;
 use fred::clients::Client;
 use fred::types::Value;
 use fred::util::redis_keyslot;
+use tokio::runtime::Handle;
 use tokio::time::Instant;
 
-use self::combiner::{Carrier, Combiner};
+use self::combiner::{Answers, Carrier, Combiner, Refused};
 use self::connection::Connection;
 use self::operation::{Decision, Operation, What, unexpected};
 use self::replicas::{Writing, within};
@@ -49,21 +53,23 @@ impl RedisStore {
         timeout: Duration,
         min_replicas: usize,
     ) -> Result<Self, Error> {
-        let store = Self::on(Connection::open(url, timeout).await?, prefix, min_replicas);
+        // The connection lives on the runtime that it was opened on.
+        let store = Self::on(Connection::open(url, timeout).await?, Handle::try_current().ok(), prefix, min_replicas);
         store.check_replicas()?;
         Ok(store)
     }
 
     /// Uses the caller's client. Nothing is assumed of its settings: each call brings its own.
     pub(crate) fn with_client(client: Client, prefix: String, min_replicas: usize) -> Self {
-        Self::on(Connection::borrowed(client), prefix, min_replicas)
+        Self::on(Connection::borrowed(client), None, prefix, min_replicas)
     }
 
-    fn on(connection: Connection, prefix: String, min_replicas: usize) -> Self {
+    fn on(connection: Connection, home: Option<Handle>, prefix: String, min_replicas: usize) -> Self {
         use fred::interfaces::ClientLike;
         let subscriber = Subscriber::new(connection.client().client_config());
-        let scripts = Scripts::new();
-        Self { prefix, combiner: Combiner::new(Server { connection, scripts, min_replicas }), subscriber }
+        let (scripts, takes_one_slot) = (Scripts::new(), AtomicBool::new(false));
+        let server = Server { connection, scripts, min_replicas, takes_one_slot };
+        Self { prefix, combiner: Combiner::new(server, home), subscriber }
     }
 
     fn server(&self) -> &Server {
@@ -219,9 +225,8 @@ impl RedisStore {
     }
 
     async fn run(&self, operation: Operation, timeout: Duration) -> Result<Decision, Error> {
-        use fred::interfaces::ClientLike;
         // What one call may touch: on a cluster, the keys of one slot.
-        let line = match self.server().client().is_clustered() {
+        let line = match self.server().takes_one_slot() {
             true => redis_keyslot(&operation.name),
             false => 0,
         };
@@ -298,11 +303,19 @@ struct Server {
     scripts: Scripts,
     /// So many must have acknowledged what is granted and renewed, or it is not.
     min_replicas: usize,
+    /// It has said so, although it is no cluster to the client: behind a proxy, it may be one.
+    takes_one_slot: AtomicBool,
 }
 
 impl Server {
     fn client(&self) -> &Client {
         self.connection.client()
+    }
+
+    /// Whether the keys of a call must be of one slot.
+    fn takes_one_slot(&self) -> bool {
+        use fred::interfaces::ClientLike;
+        self.client().is_clustered() || self.takes_one_slot.load(Ordering::Relaxed)
     }
 
     async fn run(&self, script: &Script, call: &Call, timeout: Duration) -> Result<Value, Error> {
@@ -323,6 +336,28 @@ impl Server {
         let sent = Instant::now();
         let answer = Box::pin(writing.acknowledged(self.client(), until)).await;
         self.connection.heard(sent, answer)
+    }
+
+    /// One acknowledgement serves all that were granted or renewed by one call.
+    async fn all_replicated(
+        &self,
+        operations: &[Operation],
+        mut answers: Answers<Decision>,
+        writing: Option<Writing>,
+        until: Instant,
+    ) -> Answers<Decision> {
+        let for_replicas = |(operation, answer): (&Operation, &Option<Result<Decision, Error>>)| matches!(answer, Some(Ok(decision)) if operation.is_for_replicas(decision));
+        if self.min_replicas == 0 || !operations.iter().zip(&answers).any(for_replicas) {
+            return answers;
+        }
+        if let Err(error) = self.replicated(writing, until).await {
+            for (operation, answer) in operations.iter().zip(&mut answers) {
+                if for_replicas((operation, answer)) {
+                    *answer = Some(Err(error.again()));
+                }
+            }
+        }
+        answers
     }
 
     async fn decide(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
@@ -364,30 +399,19 @@ impl Carrier for Server {
         Ok(decision)
     }
 
-    async fn many(&self, operations: &[Operation], timeout: Duration) -> Vec<Option<Result<Decision, Error>>> {
+    async fn many(&self, operations: &[Operation], timeout: Duration) -> Result<Answers<Decision>, Refused> {
         let (until, writing) = self.writing(timeout);
         let answer = self.run(&self.scripts.many, &operation::together(operations), timeout).await;
         match answer.and_then(|answer| operation::read_together(operations, &answer)) {
-            Ok(mut answers) if self.min_replicas > 0 => {
-                let granted = |(operation, answer): (&Operation, &Option<Result<Decision, Error>>)| matches!(answer, Some(Ok(decision)) if operation.is_for_replicas(decision));
-                // One answer serves all.
-                if operations.iter().zip(&answers).any(granted) {
-                    if let Err(error) = self.replicated(writing, until).await {
-                        for (operation, answer) in operations.iter().zip(&mut answers) {
-                            if granted((operation, answer)) {
-                                *answer = Some(Err(error.again()));
-                            }
-                        }
-                    }
-                }
-                answers
+            Ok(answers) => Ok(self.all_replicated(operations, answers, writing, until).await),
+            // From a proxy before a cluster. Nothing was run. What comes from now on travels by slots.
+            Err(Error::CrossSlot) => {
+                self.takes_one_slot.store(true, Ordering::Relaxed);
+                Err(Refused)
             }
-            Ok(answers) => answers,
-            // The call as such, because of one of its keys (NOPERM), or because the server takes keys one by one
-            // (CROSSSLOT, from a proxy before a cluster). Nothing was run: then one by one.
-            Err(Error::CrossSlot) => operations.iter().map(|_| None).collect(),
-            Err(error) if error.is_refusal() && !error.is_transient() => operations.iter().map(|_| None).collect(),
-            Err(error) => operations.iter().map(|_| Some(Err(error.again()))).collect(),
+            // The call as such, because of one of its keys (NOPERM). Nothing was run.
+            Err(error) if error.is_refusal() && !error.is_transient() => Err(Refused),
+            Err(error) => Ok(operations.iter().map(|_| Some(Err(error.again()))).collect()),
         }
     }
 

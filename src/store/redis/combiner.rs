@@ -1,25 +1,31 @@
 //! Many operations, one round trip.
 //!
-//! A client pays for each command it sends, and a server for each script it runs. So an operation that finds nothing on
-//! its way is sent at once, by its own caller; what arrives meanwhile waits, and goes together in the next call.
+//! A client pays for each command it sends, and a server for each script it runs. So an operation that finds few calls on
+//! their way is sent at once, by its own caller; what arrives meanwhile waits, and goes together in the next call.
 //!
 //! 1. No more than [`CALLS`] are on their way on one line, and no more than [`OPERATIONS`] in each.
 //! 2. While operations wait, a call is on its way: its end starts the next one.
-//! 3. Each operation ends within its own timeout. One whose caller is gone before it was sent is not sent.
-//! 4. Those that run out of time first go first.
+//! 3. That end must be noticed. A call counts for [`TRUSTED`] at most while it depends on a task that may not be polled: its
+//!    caller's, or that of a driver which has not begun. And none counts for longer than its operations have time.
+//! 4. Each operation ends within its own timeout. One whose caller is gone before it was sent is not sent.
+//! 5. Those that run out of time first go first.
+//! 6. A failure is told to the operation that it is about. A call that is refused as such is halved until that is clear.
+//! 7. A runtime that ends takes along what was on it, and no more.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+mod lines;
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::future::Future;
-use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::runtime::Handle;
+use tokio::runtime::{self, Handle};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
 
+use self::lines::{Caller, Lines, Waiting};
 use crate::Error;
 
 /// On their way at a time. With one, client and server would wait for each other in turns; with more, the calls get
@@ -27,6 +33,9 @@ use crate::Error;
 const CALLS: usize = 2;
 /// In one call. Larger ones gain nothing more, and keep the server from its other clients for longer.
 const OPERATIONS: usize = 128;
+/// A future that was polled once and is put aside holds its call for ever; a worker thread that blocks holds the driver
+/// that it was about to poll. Others wait for them no longer than this: more than most calls take, little for a timeout.
+const TRUSTED: Duration = Duration::from_millis(50);
 
 /// What brings operations to the server.
 pub(super) trait Carrier: fmt::Debug + Send + Sync + 'static {
@@ -46,11 +55,17 @@ pub(super) trait Carrier: fmt::Debug + Send + Sync + 'static {
         &self,
         operations: &[Self::Operation],
         timeout: Duration,
-    ) -> impl Future<Output = Vec<Option<Result<Self::Answer, Error>>>> + Send;
+    ) -> impl Future<Output = Result<Answers<Self::Answer>, Refused>> + Send;
 
     /// The operations of a call are brought in the order of their ranks.
     fn rank(operation: &Self::Operation) -> usize;
 }
+
+pub(super) type Answers<A> = Vec<Option<Result<A, Error>>>;
+
+/// A call was refused as such, and nothing was done, because of some of its operations.
+#[derive(Debug)]
+pub(super) struct Refused;
 
 #[derive(Debug)]
 pub(super) struct Combiner<C: Carrier> {
@@ -60,34 +75,16 @@ pub(super) struct Combiner<C: Carrier> {
 #[derive(Debug)]
 struct Shared<C: Carrier> {
     carrier: C,
-    /// By what operations must have in common to travel together. Lines that nothing is on are not kept.
+    /// Where the connection is driven, if that is known. Drivers run there: with it gone there is nothing to drive.
+    home: Option<Handle>,
     lines: Mutex<Lines<C>>,
 }
 
-struct Lines<C: Carrier>(HashMap<u16, Line<C>>);
-
-struct Line<C: Carrier> {
-    calls: usize,
-    waiting: BinaryHeap<Reverse<Waiting<C>>>,
-}
-
-/// An operation that waits for the next call.
-struct Waiting<C: Carrier> {
-    operation: C::Operation,
-    caller: Caller<C::Answer>,
-}
-
-/// Who waits for an answer.
-struct Caller<A> {
-    until: Instant,
-    answer: oneshot::Sender<Result<A, Error>>,
-    /// Where it lives, and so where it can be served.
-    runtime: Handle,
-}
-
 impl<C: Carrier> Combiner<C> {
-    pub(super) fn new(carrier: C) -> Self {
-        Self { shared: Arc::new(Shared { carrier, lines: Mutex::new(Lines(HashMap::new())) }) }
+    /// `home` is the runtime without which the carrier can bring nothing; where there is none, drivers run on those of
+    /// the operations that wait.
+    pub(super) fn new(carrier: C, home: Option<Handle>) -> Self {
+        Self { shared: Arc::new(Shared { carrier, home, lines: Mutex::default() }) }
     }
 
     pub(super) fn carrier(&self) -> &C {
@@ -95,37 +92,78 @@ impl<C: Carrier> Combiner<C> {
     }
 
     /// Brings the operation to the server, alone or with others of its line.
+    ///
+    /// Dropped while it waits, it is not sent; later, its call goes on without it.
     pub(super) async fn run(&self, line: u16, operation: C::Operation, timeout: Duration) -> Result<C::Answer, Error> {
-        let until = Instant::now() + timeout;
-        let answer = match self.shared.enter(line, operation, until)? {
+        let now = Instant::now();
+        let until = now + timeout;
+        let (mut answer, mut relief) = match self.shared.enter(line, operation, now, until)? {
             Entered::First(operation, _call) => return self.shared.carrier.one(&operation, timeout).await,
-            Entered::Waits(answer) => answer,
+            Entered::Waits { answer, relief } => (answer, relief),
         };
-        match timeout_at(until, answer).await {
-            Ok(Ok(answer)) => answer,
-            // Nobody knows how far it came: the runtime that had it has ended.
-            Ok(Err(_)) | Err(_) => Err(Error::timeout()),
+        // Nobody knows how far those came that are not answered: out of time, or their driver has come to its end.
+        let unknown = |_| Error::timeout();
+        while let Some(at) = relief.filter(|at| *at < until) {
+            match timeout_at(at, &mut answer).await {
+                Ok(answer) => return answer.map_err(unknown)?,
+                Err(_) => relief = self.shared.relieve(line),
+            }
         }
+        timeout_at(until, answer).await.map_err(|_| Error::timeout())?.map_err(unknown)?
     }
 }
 
-enum Entered<C: Carrier> {
-    First(C::Operation, Call<C>),
-    Waits(oneshot::Receiver<Result<C::Answer, Error>>),
+enum Entered<'a, C: Carrier> {
+    First(C::Operation, Call<'a, C>),
+    Waits {
+        answer: oneshot::Receiver<Result<C::Answer, Error>>,
+        /// When to look after the calls that are on their way, should they not have gone on by then (invariant 3).
+        relief: Option<Instant>,
+    },
 }
 
 impl<C: Carrier> Shared<C> {
-    fn enter(self: &Arc<Self>, line: u16, operation: C::Operation, until: Instant) -> Result<Entered<C>, Error> {
+    fn enter(
+        self: &Arc<Self>,
+        line: u16,
+        operation: C::Operation,
+        now: Instant,
+        until: Instant,
+    ) -> Result<Entered<'_, C>, Error> {
         let mut lines = self.lines();
-        let entry = lines.line(line);
-        if entry.calls < CALLS {
-            entry.calls += 1;
-            return Ok(Entered::First(operation, Call { shared: self.clone(), line }));
+        lines.forget_stalled(line, now);
+        if lines.is_nothing_waiting(line) {
+            if let Some(number) = lines.begin(line, now + TRUSTED) {
+                return Ok(Entered::First(operation, Call { shared: self, line, number }));
+            }
         }
         let runtime = Handle::try_current().map_err(|_| Error::NoRuntime)?;
+        let runtime = self.home.clone().unwrap_or(runtime);
         let (answer, receiver) = oneshot::channel();
-        entry.waiting.push(Reverse(Waiting { operation, caller: Caller { until, answer, runtime } }));
-        Ok(Entered::Waits(receiver))
+        lines.wait(line, Waiting { operation, caller: Caller { until, answer, runtime } });
+        let relief = self.drive(lines, line, now);
+        Ok(Entered::Waits { answer: receiver, relief })
+    }
+
+    /// Replaces calls that are not trusted any more. Answers when to look again.
+    fn relieve(self: &Arc<Self>, line: u16) -> Option<Instant> {
+        let (now, mut lines) = (Instant::now(), self.lines());
+        lines.forget_stalled(line, now);
+        self.drive(lines, line, now)
+    }
+
+    /// Starts a call for what waits, if there is room for one (invariant 2). Answers how long those are trusted that are
+    /// on their way then: when to look again.
+    fn drive(self: &Arc<Self>, mut lines: MutexGuard<'_, Lines<C>>, line: u16, now: Instant) -> Option<Instant> {
+        let Some(runtime) = lines.runtime_of_next(line) else { return lines.relief(line) };
+        let Some(number) = lines.begin(line, now + TRUSTED) else { return lines.relief(line) };
+        let relief = lines.relief(line);
+        // On a runtime that has ended, the driver is dropped at once, and needs the mutex.
+        drop(lines);
+        let shared = self.clone();
+        let driver = Driver { shared, line, number, runtime: runtime.id(), has_begun: false, is_done: false };
+        runtime.spawn(driver.run());
+        relief
     }
 
     /// No code panics while it holds this mutex, so a poisoned one would be as good as any.
@@ -134,24 +172,18 @@ impl<C: Carrier> Shared<C> {
     }
 }
 
-/// The call of an operation that goes alone. Its end, also by being dropped, starts the next call (invariant 2).
-struct Call<C: Carrier> {
-    shared: Arc<Shared<C>>,
+/// The call of an operation that goes alone. Its end, also by being dropped, starts the next call.
+struct Call<'a, C: Carrier> {
+    shared: &'a Arc<Shared<C>>,
     line: u16,
+    number: u64,
 }
 
-impl<C: Carrier> Drop for Call<C> {
+impl<C: Carrier> Drop for Call<'_, C> {
     fn drop(&mut self) {
         let mut lines = self.shared.lines();
-        match lines.line(self.line).waiting.peek() {
-            Some(Reverse(next)) => {
-                // Not ours: it may be what ends, or none at all.
-                let runtime = next.caller.runtime.clone();
-                drop(lines);
-                runtime.spawn(Driver { shared: self.shared.clone(), line: self.line, done: false }.run());
-            }
-            None => lines.end_call(self.line),
-        }
+        lines.end(self.line, self.number);
+        self.shared.drive(lines, self.line, Instant::now());
     }
 }
 
@@ -159,148 +191,89 @@ impl<C: Carrier> Drop for Call<C> {
 struct Driver<C: Carrier> {
     shared: Arc<Shared<C>>,
     line: u16,
-    done: bool,
+    number: u64,
+    /// Where it was spawned.
+    runtime: runtime::Id,
+    has_begun: bool,
+    is_done: bool,
 }
 
 impl<C: Carrier> Driver<C> {
     async fn run(mut self) {
         while let Some(batch) = self.next() {
-            match batch.waiting.len() {
-                1 => self.bring_alone(batch.waiting).await,
-                _ => self.bring_together(batch).await,
-            }
-        }
-    }
-
-    async fn bring_together(&self, mut batch: Batch<C>) {
-        batch.waiting.sort_by_key(|waiting| C::rank(&waiting.operation));
-        let (operations, callers): (Vec<_>, Vec<_>) = batch.waiting.into_iter().map(Waiting::split).unzip();
-        let answers = self.shared.carrier.many(&operations, batch.patience).await;
-        let mut left_over = Vec::new();
-        for ((operation, caller), answer) in operations.into_iter().zip(callers).zip(answers) {
-            match answer {
-                Some(answer) => caller.tell(answer),
-                None => left_over.push(Waiting { operation, caller }),
-            }
-        }
-        self.bring_alone(left_over).await;
-    }
-
-    async fn bring_alone(&self, operations: Vec<Waiting<C>>) {
-        for Waiting { operation, caller } in operations {
-            if let Some(left) = caller.patience(Instant::now()) {
-                caller.tell(self.shared.carrier.one(&operation, left).await);
-            }
+            self.bring(batch).await;
         }
     }
 
     /// The next to be sent. When there are none, the call is over: said under the same mutex, so that who comes a moment
     /// later sends by itself.
-    fn next(&mut self) -> Option<Batch<C>> {
-        let now = Instant::now();
-        let mut lines = self.shared.lines();
-        let line = lines.line(self.line);
-        let mut batch =
-            Batch { waiting: Vec::with_capacity(line.waiting.len().min(OPERATIONS)), patience: Duration::ZERO };
-        while batch.waiting.len() < OPERATIONS {
-            let Some(Reverse(next)) = line.waiting.pop() else { break };
-            if let Some(patience) = next.caller.patience(now) {
-                batch.patience = batch.patience.max(patience);
-                batch.waiting.push(next);
+    fn next(&mut self) -> Option<Vec<Waiting<C>>> {
+        self.has_begun = true;
+        let mut given_up = Vec::new();
+        let batch = self.shared.lines().take(self.line, self.number, Instant::now(), &mut given_up);
+        self.is_done = batch.is_none();
+        batch
+    }
+
+    async fn bring(&self, mut batch: Vec<Waiting<C>>) {
+        batch.sort_by_key(|waiting| C::rank(&waiting.operation));
+        let mut parts = vec![batch];
+        while let Some(mut part) = parts.pop() {
+            let now = Instant::now();
+            part.retain(|waiting| waiting.caller.patience(now).is_some());
+            // As long as the most patient of them wants: the others stop waiting by themselves.
+            let Some(patience) = part.iter().filter_map(|waiting| waiting.caller.patience(now)).max() else { continue };
+            if part.len() == 1 {
+                self.bring_alone(part).await;
+                continue;
+            }
+            let (operations, callers): (Vec<_>, Vec<_>) = part.into_iter().map(|w| (w.operation, w.caller)).unzip();
+            let answers = self.shared.carrier.many(&operations, patience).await;
+            let asked = operations.into_iter().zip(callers).map(|(operation, caller)| Waiting { operation, caller });
+            match answers {
+                Ok(answers) => {
+                    let mut left_over = Vec::new();
+                    for (waiting, answer) in asked.zip(answers) {
+                        match answer {
+                            Some(answer) => waiting.caller.tell(answer),
+                            None => left_over.push(waiting),
+                        }
+                    }
+                    self.bring_alone(left_over).await;
+                }
+                Err(Refused) => {
+                    let mut first: Vec<_> = asked.collect();
+                    let second = first.split_off(first.len() / 2);
+                    parts.extend([second, first]);
+                }
             }
         }
-        if batch.waiting.is_empty() {
-            self.done = true;
-            lines.end_call(self.line);
-            return None;
-        }
-        Some(batch)
     }
-}
 
-/// What goes together.
-struct Batch<C: Carrier> {
-    waiting: Vec<Waiting<C>>,
-    /// The time that the most patient of them has.
-    patience: Duration,
+    async fn bring_alone(&self, operations: Vec<Waiting<C>>) {
+        for Waiting { operation, caller } in operations {
+            if let Some(patience) = caller.patience(Instant::now()) {
+                caller.tell(self.shared.carrier.one(&operation, patience).await);
+            }
+        }
+    }
 }
 
 impl<C: Carrier> Drop for Driver<C> {
-    /// Its runtime has ended under it. What waits learns that, unless another call will take it along.
+    /// Its runtime has ended under it, or before it. What waits goes on elsewhere, if it can (invariant 7).
     fn drop(&mut self) {
-        if self.done {
+        if self.is_done {
             return;
         }
         let mut lines = self.shared.lines();
-        let line = lines.line(self.line);
-        line.calls = line.calls.saturating_sub(1);
-        let abandoned = if line.calls == 0 { mem::take(&mut line.waiting) } else { BinaryHeap::new() };
-        if line.calls == 0 {
-            lines.0.remove(&self.line);
-        }
+        lines.end(self.line, self.number);
+        // Not begun: nothing can be done there any more. This ends, as every driver takes something out.
+        let abandoned = match self.has_begun {
+            true => Vec::new(),
+            false => lines.take_all_of(self.line, self.runtime),
+        };
+        self.shared.drive(lines, self.line, Instant::now());
         // This wakes the callers: not under the mutex.
-        drop(lines);
         drop(abandoned);
-    }
-}
-
-impl<C: Carrier> Lines<C> {
-    fn line(&mut self, line: u16) -> &mut Line<C> {
-        self.0.entry(line).or_insert_with(|| Line { calls: 0, waiting: BinaryHeap::new() })
-    }
-
-    fn end_call(&mut self, line: u16) {
-        let Some(ended) = self.0.get_mut(&line) else { return };
-        ended.calls = ended.calls.saturating_sub(1);
-        if ended.calls == 0 && ended.waiting.is_empty() {
-            self.0.remove(&line);
-        }
-    }
-}
-
-impl<C: Carrier> fmt::Debug for Lines<C> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let waiting: usize = self.0.values().map(|line| line.waiting.len()).sum();
-        f.debug_struct("Lines").field("busy", &self.0.len()).field("waiting", &waiting).finish()
-    }
-}
-
-impl<C: Carrier> Waiting<C> {
-    fn split(self) -> (C::Operation, Caller<C::Answer>) {
-        (self.operation, self.caller)
-    }
-}
-
-impl<A> Caller<A> {
-    /// For how long it still wants an answer, if it does.
-    fn patience(&self, now: Instant) -> Option<Duration> {
-        let left = self.until.saturating_duration_since(now);
-        (!left.is_zero() && !self.answer.is_closed()).then_some(left)
-    }
-
-    fn tell(self, answer: Result<A, Error>) {
-        // Who has stopped waiting takes it for unknown, and cleans up.
-        drop(self.answer.send(answer));
-    }
-}
-
-// By the time that is left, for the heap alone.
-impl<C: Carrier> PartialEq for Waiting<C> {
-    fn eq(&self, other: &Self) -> bool {
-        self.caller.until == other.caller.until
-    }
-}
-
-impl<C: Carrier> Eq for Waiting<C> {}
-
-impl<C: Carrier> PartialOrd for Waiting<C> {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl<C: Carrier> Ord for Waiting<C> {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.caller.until.cmp(&other.caller.until)
     }
 }

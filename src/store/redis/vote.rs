@@ -5,6 +5,7 @@ use std::time::Duration;
 use fred::bytes::Bytes;
 use fred::types::Value;
 use fred::types::config::Config;
+use tokio::runtime::Handle;
 
 use super::connection::{Connection, check_tls};
 use super::script::Call;
@@ -24,7 +25,7 @@ impl RedisStore {
     ) -> Result<Self, Error> {
         check_tls(url)?;
         let connection = Connection::open_lazily(config, command_timeout)?;
-        Ok(Self::on(connection, prefix, 0))
+        Ok(Self::on(connection, Handle::try_current().ok(), prefix, 0))
     }
 
     /// Waits until it is connected.

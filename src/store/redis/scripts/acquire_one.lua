@@ -8,14 +8,22 @@
 -- Idempotent: a repeat finds its own token, says so, and touches nothing. Scripts do not roll back: so the fence is looked
 -- at first, and should it not take the number after all, the lock is given back.
 
-local last = KEYS[2] and redis.call('GET', KEYS[2])
-local known = last and tonumber(last)
-if last and (not known or known >= 2 ^ 53 - 1) then
-    return redis.error_reply('ERR the fence key ' .. KEYS[2] .. ' holds no fencing token')
+local last = KEYS[2] and redis.pcall('GET', KEYS[2])
+local known = last and not last.err and tonumber(last)
+local refusal
+if last and last.err then
+    refusal = last
+elseif last and (not known or known >= 2 ^ 53 - 1) then
+    refusal = redis.error_reply('ERR the fence key ' .. KEYS[2] .. ' holds no fencing token')
 end
 
-if not redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then
+local taken = not refusal and redis.pcall('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2])
+if not taken or taken.err then
+    -- Who holds the lock matters more than what would have kept it from being taken.
     local holder = redis.call('GET', KEYS[1])
+    if not holder then
+        return refusal or taken
+    end
     local token = string.match(ARGV[1], '^[^\n]*')
     if holder == token or string.sub(holder, 1, #token + 1) == token .. '\n' then
         return 'ALONE'
@@ -28,12 +36,14 @@ if not KEYS[2] then
 end
 
 -- As in acquire.lua: greater than the last, and no smaller than the clock.
-local time = redis.call('TIME')
-local fence = time[1] * 1000000 + time[2]
-if known and known >= fence then
-    fence = known + 1
+local done, fence = redis.pcall('TIME'), nil
+if not done.err then
+    fence = done[1] * 1000000 + done[2]
+    if known and known >= fence then
+        fence = known + 1
+    end
+    done = redis.pcall('SET', KEYS[2], string.format('%.0f', fence), 'PX', ARGV[3])
 end
-local done = redis.pcall('SET', KEYS[2], string.format('%.0f', fence), 'PX', ARGV[3])
 if done.err then
     redis.call('DEL', KEYS[1])
     return done

@@ -9,10 +9,10 @@
 -- Reply for each, in this order: a number, or a string that says why it could not be done.
 --       release, renewal: 1 done, 0 the key is gone, -1 it holds something else.
 --       acquire: granted: the fencing token, or 0. Held by another: -1 for ever, -2 - ttl for so many ms.
---       'ALONE': an acquire that meets its own token, or what is no lock. Nothing was done: acquire.lua knows how.
+--       'ALONE': an acquire that meets what is no lock, or no fencing token. Nothing was done: acquire.lua says why.
 --
--- Idempotent, as each operation is. One that fails fails alone: whatever may be refused is called by pcall. Releases come
--- first, so that who waits in the same call finds the key free.
+-- Idempotent, as each operation is. One that fails fails alone: whatever may be refused is called by pcall, so the script never
+-- ends in an error after it has begun to write. Releases come first, so that who waits in the same call finds the key free.
 
 local n_release, n_renew, n_fenced, n_plain = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local fence_ttl = ARGV[5]
@@ -20,14 +20,20 @@ local publish = ARGV[6]
 local at = 7
 local reply = {}
 
--- What the keys hold. Kept up to date below, as a key may be in here twice. Nil also for what is no string.
-local held = {}
-for i, value in ipairs(redis.call('MGET', unpack(KEYS))) do
-    held[KEYS[i]] = value
-end
-
 local function refused(answer)
     return type(answer) == 'table' and answer.err
+end
+
+-- What the keys hold. Kept up to date below, as a key may be in here twice. False also for what is no string. MGET is cheaper
+-- than GET for each, but who may use the other scripts may not be allowed to call it.
+local held = {}
+local values = redis.pcall('MGET', unpack(KEYS))
+for i, key in ipairs(KEYS) do
+    local value = values[i]
+    if values.err then
+        value = redis.pcall('GET', key)
+    end
+    held[key] = not refused(value) and value
 end
 
 local function is_owner(token, value)
@@ -39,17 +45,17 @@ local function absent(key)
     return refused(redis.pcall('GET', key)) or 0
 end
 
-local freed, freed_at = {}, {}
+local freed, was = {}, {}
 for i = 1, n_release do
     local key, token = KEYS[i], ARGV[at]
     at = at + 1
     local value = held[key]
     if not value then
-        reply[i] = absent(key)
+        reply[i] = was[key] and 0 or absent(key)
     elseif is_owner(token, value) then
         held[key] = false
+        was[key] = value
         freed[#freed + 1] = key
-        freed_at[#freed] = i
         reply[i] = 1
     else
         reply[i] = -1
@@ -57,13 +63,26 @@ for i = 1, n_release do
 end
 if #freed > 0 then
     local err = refused(redis.pcall('DEL', unpack(freed)))
-    for n, i in ipairs(freed_at) do
-        if err then
-            reply[i] = err
-        else
-            redis.pcall(publish, freed[n], '')
+    if err then
+        for i = 1, n_release do
+            local value = was[KEYS[i]]
+            if value then
+                held[KEYS[i]] = value
+                reply[i] = is_owner(ARGV[6 + i], value) and err or -1
+            end
+        end
+    else
+        for _, key in ipairs(freed) do
+            redis.pcall(publish, key, '')
         end
     end
+end
+
+-- For how long a key will live on; -1: for ever. Or what kept the server from saying so.
+local function left_of(key)
+    local left = redis.pcall('PTTL', key)
+    local err = refused(left)
+    return not err and left, err
 end
 
 for i = n_release + 1, n_release + n_renew do
@@ -75,10 +94,14 @@ for i = n_release + 1, n_release + n_renew do
     elseif not is_owner(token, value) then
         reply[i] = -1
     else
-        reply[i] = 1
-        if exact == '1' or redis.call('PTTL', key) < tonumber(ttl) then
-            reply[i] = refused(redis.pcall('PEXPIRE', key, ttl)) or 1
+        local left, err = -1, nil
+        if exact ~= '1' then
+            left, err = left_of(key)
         end
+        if not err and left < tonumber(ttl) then
+            err = refused(redis.pcall('PEXPIRE', key, ttl))
+        end
+        reply[i] = err or 1
     end
 end
 
@@ -86,11 +109,15 @@ local n_others = n_release + n_renew
 local n_locks = n_others + n_fenced + n_plain
 local now, now_text
 if n_fenced > 0 then
-    local time = redis.call('TIME')
-    now = time[1] * 1000000 + time[2]
-    now_text = string.format('%.0f', now)
+    local time = redis.pcall('TIME')
+    -- Without a clock there is no fencing token: the other script says why.
+    if not time.err then
+        now = time[1] * 1000000 + time[2]
+        now_text = string.format('%.0f', now)
+    end
 end
 
+-- Takes a key that is free. Answers why not, if not.
 local function take(key, value, ttl)
     local done = redis.pcall('SET', key, value, 'PX', ttl, 'NX')
     if done and not done.err then
@@ -100,51 +127,72 @@ local function take(key, value, ttl)
     return done and done.err or 'ALONE'
 end
 
+-- Answers why not, if not.
+local function write_fence(fence_key, fence)
+    local done
+    local text = fence == now and now_text or string.format('%.0f', fence)
+    if held[fence_key] then
+        done = redis.pcall('SET', fence_key, text, 'PX', fence_ttl)
+    else
+        -- NX: what is no string only looks as if it weren't there.
+        done = redis.pcall('SET', fence_key, text, 'PX', fence_ttl, 'NX')
+    end
+    if done and not done.err then
+        held[fence_key] = text
+        return
+    end
+    return done and done.err or 'ALONE'
+end
+
+-- As in acquire.lua: greater than the last, and no smaller than the clock; for who has the lock already, the last.
+local function next_fence(fence_key, is_ours)
+    local last = held[fence_key]
+    local known = last and tonumber(last)
+    if not now or last and (not known or known >= 2 ^ 53 - 1) then
+        return nil
+    elseif is_ours then
+        return known and known > 0 and known or now
+    end
+    return known and known >= now and known + 1 or now
+end
+
 for i = n_others + 1, n_locks do
     local key, value, ttl = KEYS[i], ARGV[at], ARGV[at + 1]
     at = at + 2
     local holder = held[key]
-    if holder then
-        if is_owner(string.match(value, '^[^\n]*'), holder) then
-            reply[i] = 'ALONE'
-        else
-            local left = redis.call('PTTL', key)
-            reply[i] = left < 0 and -1 or -2 - left
+    local is_ours = holder and is_owner(string.match(value, '^[^\n]*'), holder)
+    local fence_key = i <= n_others + n_fenced and KEYS[n_locks + i - n_others]
+    local fence = fence_key and next_fence(fence_key, is_ours) or 0
+    local err
+    if holder and not is_ours then
+        local left
+        left, err = left_of(key)
+        reply[i] = err or (left < 0 and -1 or -2 - left)
+    elseif fence_key and fence == 0 then
+        reply[i] = 'ALONE'
+    elseif is_ours then
+        -- As in acquire.lua: it lives for the ttl from now, or as long as it would have, whichever is longer.
+        local left
+        left, err = left_of(key)
+        err = err or fence_key and write_fence(fence_key, fence)
+        if not err then
+            local px = string.format('%.0f', math.max(tonumber(ttl), left))
+            err = refused(redis.pcall('SET', key, value, 'PX', px))
         end
-    elseif i > n_others + n_fenced then
-        reply[i] = take(key, value, ttl) or 0
+        if not err then
+            held[key] = value
+        end
+        reply[i] = err or fence
     else
-        -- As in acquire.lua: greater than the last, and no smaller than the clock.
-        local fence_key = KEYS[n_locks + i - n_others]
-        local last = held[fence_key]
-        local fence, text = now, now_text
-        local known = not last or tonumber(last)
-        if last and known and known >= now then
-            fence = known + 1
-            text = string.format('%.0f', fence)
-        end
-        if not known or fence >= 2 ^ 53 then
-            reply[i] = 'ALONE'
-        else
-            local done
-            if last then
-                done = redis.pcall('SET', fence_key, text, 'PX', fence_ttl)
-            else
-                -- NX: what is no string only looks as if it weren't there.
-                done = redis.pcall('SET', fence_key, text, 'PX', fence_ttl, 'NX')
-            end
-            if not done or done.err then
-                reply[i] = done and done.err or 'ALONE'
-            else
-                local err = take(key, value, ttl)
-                if not err then
-                    held[fence_key] = text
-                elseif not last then
-                    redis.pcall('DEL', fence_key)
-                end
-                reply[i] = err or fence
+        err = take(key, value, ttl)
+        if not err and fence_key then
+            err = write_fence(fence_key, fence)
+            if err then
+                redis.pcall('DEL', key)
+                held[key] = false
             end
         end
+        reply[i] = err or fence
     end
 end
 return reply

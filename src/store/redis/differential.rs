@@ -1,0 +1,245 @@
+//! Many operations in one call do what the scripts for one do: random batches run once through `many.lua`, and on a second
+//! server one by one, in the order that `many.lua` documents.
+
+use std::collections::BTreeMap;
+
+use fred::interfaces::ClientLike;
+use fred::types::{ClusterHash, CustomCommand};
+use tenure_test_support::Server as Process;
+
+use super::*;
+
+/// More than the two servers are apart in what they do, on a busy machine.
+const TOLERANCE: i64 = 5_000;
+/// Beyond every clock: from here on, fencing tokens are counted.
+const COUNTED: i64 = 4_000_000_000_000_000;
+
+const LOCKS: [&str; 3] = ["a", "b", "{t}c"];
+/// One is the beginning of another.
+const TOKENS: [&str; 3] = ["job-1", "job-10", "x"];
+const TTLS: [i64; 4] = [20_000, 60_000, 60_001, 200_000];
+
+/// A key's type, what it holds, and its ttl.
+type Entry = (String, String, i64);
+
+struct Side {
+    process: Process,
+    store: RedisStore,
+}
+
+impl Side {
+    /// For a user who may do anything but these commands.
+    async fn start(forbidden: &[&str]) -> Self {
+        let process = Process::start();
+        let user = ["ACL", "SETUSER", "app", "on", ">secret", "resetchannels", "~*", "+@all"];
+        assert_eq!(process.cli(&[&user[..], forbidden].concat()), "OK");
+        let url = format!("redis://app:secret@127.0.0.1:{}", process.port());
+        let store = RedisStore::connect(&url, String::new(), Duration::from_secs(20), 0).await.unwrap();
+        Self { process, store }
+    }
+
+    fn server(&self) -> &Server {
+        self.store.server()
+    }
+
+    async fn command(&self, name: &'static str, args: &[&str]) -> Value {
+        let args: Vec<Value> = args.iter().map(|&arg| arg.into()).collect();
+        let command = CustomCommand::new_static(name, ClusterHash::FirstKey, false);
+        // Refused on both sides, or on neither.
+        self.server().client().custom(command, args).await.unwrap_or(Value::Null)
+    }
+
+    async fn keyspace(&self) -> BTreeMap<String, Entry> {
+        const LOOK: &str = "local all = {} \
+            for _, key in ipairs(redis.call('KEYS', '*')) do \
+                local kind = redis.call('TYPE', key).ok \
+                local held = kind == 'string' and redis.call('GET', key) or '' \
+                all[#all + 1] = {key, kind, held, tostring(redis.call('PTTL', key))} \
+            end return all";
+        let Value::Array(rows) = self.look(LOOK).await else { return BTreeMap::new() };
+        let text = |part: Value| String::from_utf8_lossy(&part.into_owned_bytes().unwrap()).into_owned();
+        let row = |row: Value| {
+            let [key, kind, held, ttl] = <[Value; 4]>::try_from(row.into_array()).unwrap().map(text);
+            (key, (kind, held, ttl.parse().unwrap()))
+        };
+        rows.into_iter().map(row).collect()
+    }
+
+    /// By one who may do anything.
+    async fn look(&self, script: &str) -> Value {
+        self.command("AUTH", &["default", ""]).await;
+        let seen = self.command("EVAL", &[script, "0"]).await;
+        self.command("AUTH", &["app", "secret"]).await;
+        seen
+    }
+}
+
+/// What others do to the keys between batches.
+async fn interfere(rng: &mut fastrand::Rng, sides: &[Side; 2], forbidden: &[&str]) {
+    let lock = *rng.choice(&LOCKS).unwrap();
+    let fence = String::from_utf8(names::fence_of(&Bytes::from(lock)).to_vec()).unwrap();
+    let token = *rng.choice(&TOKENS).unwrap();
+    let held = [token.to_owned(), format!("{token}\nmeta"), format!("{token}\n"), String::new()];
+    let held = rng.choice(&held).unwrap().as_str();
+    let poison = [
+        "9007199254740992",
+        "9007199254740991",
+        "9007199254740990",
+        "9007199254740989",
+        "8000000000000000",
+        "1",
+        "-5",
+        "0",
+        "nonsense",
+        "1e300",
+        "inf",
+        "nan",
+        "",
+    ];
+    let poison = *rng.choice(&poison).unwrap();
+    let px = rng.choice(TTLS).unwrap().to_string();
+    let mut expires = false;
+    let command: (&'static str, Vec<&str>) = match rng.u8(..12) {
+        0..3 => ("DEL", vec![lock]),
+        3 => ("SET", vec![lock, held]),
+        4 => ("SET", vec![lock, held, "PX", &px]),
+        5 => {
+            expires = true;
+            ("SET", vec![if rng.bool() { lock } else { &fence }, held, "PX", "1"])
+        }
+        6 => ("LPUSH", vec![lock, "item"]),
+        // Who may not delete can't give back a lock for which there was no fencing token after all.
+        7 if forbidden != ["-del"] => ("LPUSH", vec![&fence, "item"]),
+        7 | 8 => ("SET", vec![&fence, poison]),
+        9 | 10 => ("DEL", vec![&fence]),
+        _ => ("PERSIST", vec![lock]),
+    };
+    for side in sides {
+        side.command(command.0, &command.1).await;
+    }
+    if expires {
+        tokio::time::sleep(Duration::from_millis(3)).await;
+    }
+}
+
+fn operation(rng: &mut fastrand::Rng) -> Operation {
+    let name = Bytes::from(*rng.choice(&LOCKS).unwrap());
+    let token: Token = rng.choice(&TOKENS).unwrap().parse().unwrap();
+    let ttl = rng.choice(TTLS).unwrap();
+    let what = match rng.u8(..10) {
+        0..3 => What::Release { publish: "PUBLISH" },
+        3..6 => What::Renew { ttl, exact: rng.bool() },
+        _ => {
+            let value = match rng.u8(..3) {
+                0 => Value::Bytes([token.as_str().as_bytes(), b"\nmeta\n\xff\0"].concat().into()),
+                _ => token.as_str().into(),
+            };
+            let fence = rng.bool().then(|| (names::fence_of(&name), 1_000_000));
+            What::Acquire { value, ttl, fence }
+        }
+    };
+    Operation { name, token, what }
+}
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The same batch on both sides. Answers how many of it had to go alone.
+async fn compare(batch: &[Operation], sides: &[Side; 2]) -> usize {
+    let [together, one_by_one] = sides;
+    let answers = together.server().many(batch, PATIENCE).await.expect("nothing refuses a call as such");
+    let mut order: Vec<usize> = (0..batch.len()).collect();
+    order.sort_by_key(|&i| answers[i].is_none());
+    let alone = answers.iter().filter(|answer| answer.is_none()).count();
+    let mut got: Vec<_> = answers.into_iter().collect();
+    for i in order {
+        if got[i].is_none() {
+            got[i] = Some(together.server().one(&batch[i], PATIENCE).await);
+        }
+        let expected = one_by_one.server().one(&batch[i], PATIENCE).await;
+        let (got, expected) = (got[i].take().unwrap(), expected);
+        let same = match (&got, &expected) {
+            (Ok(Decision::Granted(a)), Ok(Decision::Granted(b))) => same_fence(*a, *b),
+            (Ok(Decision::Held(a)), Ok(Decision::Held(b))) => same_ttl(*a, *b),
+            (Ok(a), Ok(b)) => a == b,
+            (Err(a), Err(b)) => a.code().is_some() && a.code() == b.code(),
+            _ => false,
+        };
+        assert!(same, "operation {i}: {got:?} in a batch, {expected:?} by itself");
+    }
+    let (a, b) = (together.keyspace().await, one_by_one.keyspace().await);
+    assert!(a.keys().eq(b.keys()), "{a:?} and {b:?}");
+    for ((key, a), b) in a.iter().zip(b.values()) {
+        let same_value = a.1 == b.1 || matches!((a.1.parse(), b.1.parse()), (Ok(a), Ok(b)) if same_fence(a, b));
+        assert!(a.0 == b.0 && same_value && same_ttl(a.2, b.2), "{key:?}: {a:?} and {b:?}");
+    }
+    alone
+}
+
+fn same_ttl(a: i64, b: i64) -> bool {
+    a == b || (a >= 0 && b >= 0 && (a - b).abs() < TOLERANCE)
+}
+
+/// Counted where one is counted; else both are the servers' clocks.
+fn same_fence(a: i64, b: i64) -> bool {
+    a == b || (a.min(b) > 0 && a.max(b) < COUNTED && (a - b).abs() < TOLERANCE * 1_000)
+}
+
+/// That fencing tokens grow on either side, in the order that they were granted.
+async fn batches(seed: u64, count: usize, forbidden: &[&str]) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let sides = [Side::start(forbidden).await, Side::start(forbidden).await];
+    let (mut operations, mut alone) = (0, 0);
+    for n in 0..count {
+        for _ in 0..rng.u8(0..3) {
+            interfere(&mut rng, &sides, forbidden).await;
+        }
+        let most = if n % 50 == 0 { 128 } else { 10 };
+        let mut batch: Vec<Operation> = (0..rng.usize(1..=most)).map(|_| operation(&mut rng)).collect();
+        batch.sort_by_key(Operation::rank);
+        operations += batch.len();
+        alone += compare(&batch, &sides).await;
+    }
+    // Or there was nothing to compare.
+    assert!(alone * 2 < operations, "{alone} of {operations} went alone");
+    drop(sides.map(|side| side.process));
+}
+
+async fn many_batches(count: usize, forbidden: &'static [&'static str]) {
+    let seed = fastrand::u64(..);
+    let played = tokio::spawn(batches(seed, count, forbidden)).await;
+    assert!(played.is_ok(), "seed {seed}");
+}
+
+#[tokio::test]
+async fn a_batch_decides_and_leaves_what_its_operations_would_one_by_one() {
+    many_batches(2_000, &[]).await;
+}
+
+#[tokio::test]
+async fn a_server_out_of_memory_refuses_each_acquire_by_name_and_still_renews_and_releases() {
+    let side = Side::start(&[]).await;
+    let acquire = |name: &'static str, fenced: bool| {
+        let fence = fenced.then(|| (names::fence_of(&Bytes::from(name)), 1_000_000));
+        let what = What::Acquire { value: "x".into(), ttl: 60_000, fence };
+        Operation { name: name.into(), token: "x".parse().unwrap(), what }
+    };
+    let answers = side.server().many(&[acquire("a", true), acquire("b", true)], PATIENCE).await.unwrap();
+    assert!(answers.iter().all(|answer| matches!(answer, Some(Ok(Decision::Granted(1..))))), "{answers:?}");
+    side.command("CONFIG", &["SET", "maxmemory", "1"]).await;
+    let answers = side.server().many(&[acquire("c", true), acquire("d", false)], PATIENCE).await.unwrap();
+    for answer in answers {
+        assert_eq!(answer.unwrap().unwrap_err().code(), Some("OOM"));
+    }
+    assert_eq!(side.process.cli(&["DBSIZE"]), "4");
+    let (renew, release) = (What::Renew { ttl: 90_000, exact: false }, What::Release { publish: "PUBLISH" });
+    let owned = [Operation { what: release, ..acquire("a", true) }, Operation { what: renew, ..acquire("b", true) }];
+    let answers = side.server().many(&owned, PATIENCE).await.unwrap();
+    assert!(answers.iter().all(|answer| matches!(answer, Some(Ok(Decision::Owned(Ok(())))))), "{answers:?}");
+}
+
+#[tokio::test]
+async fn a_batch_needs_no_right_that_its_operations_do_not_need() {
+    for forbidden in [&["-mget"], &["-del"], &["-pttl"], &["-pexpire"], &["-time"]] {
+        many_batches(100, forbidden).await;
+    }
+}

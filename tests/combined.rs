@@ -1,0 +1,244 @@
+//! Many operations that share calls, on real servers: none pays for another, whatever goes wrong. A program of its own, as it
+//! needs the machine for itself.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
+
+use std::future::{Future, IntoFuture};
+use std::task::{Context, Waker};
+use std::time::Duration;
+
+use tenure::fred::util::redis_keyslot;
+use tenure::{Error, LockGuard, Locker};
+use tenure_test_support::{Cluster, Mode, Proxy, Server, eventually, soon};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// The scripts that the server has run.
+fn script_calls(server: &Server) -> u64 {
+    let info = server.cli(&["INFO", "commandstats"]);
+    let calls = |name: &str| {
+        let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":calls="));
+        line.and_then(|line| line.split(',').next()?.parse::<u64>().ok()).unwrap_or_default()
+    };
+    calls("cmdstat_evalsha") + calls("cmdstat_eval")
+}
+
+/// Asks for all of them at once. Answers in the order of the keys.
+async fn try_all(locker: &Locker, keys: impl IntoIterator<Item = String>) -> Vec<(String, Result<LockGuard, Error>)> {
+    let mut requests = JoinSet::new();
+    for (n, key) in keys.into_iter().enumerate() {
+        let request = locker.try_lock(key.clone());
+        requests.spawn(async move { (n, key, request.await) });
+    }
+    let mut answers = requests.join_all().await;
+    answers.sort_by_key(|(n, ..)| *n);
+    answers.into_iter().map(|(_, key, answer)| (key, answer)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_thousand_locks_are_obtained_and_released_by_far_fewer_calls() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let mut owners = JoinSet::new();
+    for n in 0..2_000 {
+        let request = locker.try_lock(format!("k:{n}"));
+        owners.spawn(async move { request.await?.release().await });
+    }
+    for released in soon(owners.join_all()).await {
+        released.unwrap();
+    }
+    let calls = script_calls(&server);
+    assert!(calls < 1_000, "{calls} calls for 4,000 operations");
+    assert_eq!(server.cli(&["EVAL", "return #redis.call('KEYS', 'k:*')", "0"]), "0");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_of_another_type_fails_alone() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    server.cli(&["LPUSH", "k:77", "item"]);
+    server.cli(&["LPUSH", "{k:99}:fence", "item"]);
+    for (key, answer) in soon(try_all(&locker, (0..300).map(|n| format!("k:{n}")))).await {
+        match key.as_str() {
+            "k:77" | "k:99" => assert_eq!(answer.unwrap_err().code(), Some("WRONGTYPE"), "{key}"),
+            _ => answer.unwrap().release().await.unwrap(),
+        }
+    }
+    assert_eq!(server.cli(&["EXISTS", "k:99"]), "0");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_that_the_user_may_not_touch_fails_alone_and_costs_the_others_little() {
+    let server = Server::start();
+    server.cli(&["ACL", "SETUSER", "app", "on", ">secret", "resetchannels", "~app:*", "~{app:*", "+@all"]);
+    let url = format!("redis://app:secret@127.0.0.1:{}", server.port());
+    let locker = Locker::connect(&url).await.unwrap();
+    let keys = (0..500).map(|n| if n == 250 { "other".to_owned() } else { format!("app:{n}") });
+    let answers = soon(try_all(&locker, keys)).await;
+    let calls = script_calls(&server);
+    for (key, answer) in answers {
+        match key.as_str() {
+            "other" => assert_eq!(answer.unwrap_err().code(), Some("NOPERM")),
+            _ => answer.unwrap().release().await.unwrap(),
+        }
+    }
+    assert!(calls < 250, "{calls} calls for 500 operations");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hung_server_fails_each_by_its_own_timeout_and_works_again_afterwards() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    drop(locker.lock("warm").await.unwrap());
+    server.freeze();
+    let mut requests = JoinSet::new();
+    for n in 0..400 {
+        let limit = ms(100 + n * 2);
+        let request = locker.lock(format!("k:{n}")).ttl(ms(60_000)).wait_at_most(limit);
+        requests.spawn(async move {
+            let start = Instant::now();
+            (request.await, start.elapsed(), limit)
+        });
+    }
+    for (answer, waited, limit) in soon(requests.join_all()).await {
+        assert!(matches!(answer.unwrap_err(), Error::Redis(_)));
+        assert!(waited >= limit && waited <= limit + ms(200), "{waited:?} of {limit:?}");
+    }
+    server.thaw();
+    for (_, answer) in soon(try_all(&locker, (0..400).map(|n| format!("again:{n}")))).await {
+        answer.unwrap().release().await.unwrap();
+    }
+    soon(locker.close()).await;
+    assert_eq!(server.cli(&["EVAL", "return #redis.call('KEYS', 'k:*') + #redis.call('KEYS', 'again:*')", "0"]), "0");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_forgets_its_scripts_all_the_time_serves_everyone() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    for round in 0..20 {
+        let requests = try_all(&locker, (0..300).map(|n| format!("k:{round}:{n}")));
+        let flushing = async {
+            sleep(Duration::from_micros(fastrand::u64(..3_000))).await;
+            assert_eq!(server.cli(&["SCRIPT", "FLUSH"]), "OK");
+        };
+        let (answers, ()) = soon(async { tokio::join!(requests, flushing) }).await;
+        for (_, answer) in answers {
+            drop(answer.unwrap());
+        }
+    }
+    soon(locker.close()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_restarts_meanwhile_serves_everyone_in_the_end() {
+    let mut server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let mut owners = JoinSet::new();
+    for n in 0..200 {
+        let locker = locker.clone();
+        owners.spawn(async move {
+            for round in 0..50 {
+                let guard = locker.lock(format!("k:{n}:{round}")).await.unwrap();
+                // What the restart has forgotten is not held; what it has answered nothing to may be either.
+                match guard.release().await {
+                    Ok(()) | Err(Error::NotHeld { .. }) => {}
+                    Err(error) => assert!(error.is_transient(), "{error}"),
+                }
+            }
+        });
+    }
+    sleep(ms(50)).await;
+    server.restart_empty();
+    soon(owners.join_all()).await;
+    soon(locker.close()).await;
+    assert_eq!(server.cli(&["EVAL", "return #redis.call('KEYS', 'k:*')", "0"]), "0");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_serves_operations_on_all_slots() {
+    let cluster = Cluster::start();
+    let locker = Locker::connect(&cluster.url()).await.unwrap();
+    // Many slots, and many keys of some.
+    let keys = (0..1_000).map(|n| if n % 2 == 0 { format!("k:{n}") } else { format!("{{tag:{}}}:{n}", n % 7) });
+    for (key, answer) in soon(try_all(&locker, keys)).await {
+        answer.unwrap_or_else(|error| panic!("{key}: {error}")).release().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_takes_one_slot_at_a_time_serves_everyone_although_it_is_no_cluster_to_the_client() {
+    let cluster = Cluster::start();
+    let node = cluster.nodes.first().unwrap();
+    let locker = Locker::connect(&node.url()).await.unwrap();
+    for round in 0..3 {
+        let keys = (0..2_000).map(|n| format!("k:{round}:{n}")).filter(|key| redis_keyslot(key.as_bytes()) <= 5460);
+        for (key, answer) in soon(try_all(&locker, keys)).await {
+            answer.unwrap_or_else(|error| panic!("{key}: {error}")).release().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_thousand_guards_on_a_slow_line_are_all_kept() {
+    let server = Server::start();
+    let proxy = Proxy::start(server.port()).await;
+    let locker = Locker::builder().ttl(ms(10_000)).connect(&proxy.url()).await.unwrap();
+    proxy.set(Mode::Delay(ms(20)));
+    let mut requests = JoinSet::new();
+    for n in 0..10_000 {
+        requests.spawn(locker.lock(format!("k:{n}")).fenced(false).into_future());
+    }
+    let guards: Vec<LockGuard> = soon(requests.join_all()).await.into_iter().map(Result::unwrap).collect();
+    // Renewed three times at least.
+    let until = Instant::now() + ms(11_000);
+    while Instant::now() < until {
+        let lost = guards.iter().filter(|guard| !guard.is_held()).count();
+        assert_eq!(lost, 0);
+        sleep(ms(100)).await;
+    }
+    drop(guards);
+    soon(locker.close()).await;
+    assert_eq!(server.cli(&["DBSIZE"]), "0");
+}
+
+#[tokio::test]
+async fn requests_that_were_begun_and_put_aside_hold_up_no_other() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let mut aside: Vec<_> = (0..2).map(|n| Box::pin(locker.try_lock(format!("aside:{n}")).into_future())).collect();
+    for request in &mut aside {
+        assert!(request.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    }
+    let start = Instant::now();
+    soon(locker.try_lock("k")).await.unwrap().release().await.unwrap();
+    assert!(start.elapsed() < ms(1_000), "{:?}", start.elapsed());
+    for request in aside {
+        soon(request).await.unwrap().release().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn an_isolated_locker_renews_while_the_callers_of_its_calls_are_blocked() {
+    let server = Server::start();
+    let locker = Locker::builder().isolated(true).connect(&server.url()).await.unwrap();
+    let guard = locker.lock("kept").ttl(ms(1_000)).await.unwrap();
+    // More than the calls that may be on their way at a time, so that some are with drivers.
+    let mut aside: Vec<_> = (0..5).map(|n| Box::pin(locker.try_lock(format!("aside:{n}")).into_future())).collect();
+    for request in &mut aside {
+        assert!(request.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    }
+    std::thread::sleep(ms(3_000));
+    assert!(guard.is_held());
+    guard.release().await.unwrap();
+    drop(aside);
+    soon(locker.close()).await;
+    eventually("nothing is left", async || {
+        (server.cli(&["EXISTS", "kept", "aside:0", "aside:4"]) == "0").then_some(())
+    })
+    .await;
+}
