@@ -66,7 +66,7 @@ pub(crate) struct Sample {
     /// No number where nothing was handed over.
     pub(crate) p50_micros: f64,
     pub(crate) p99_micros: f64,
-    ping_micros: f64,
+    pub(crate) ping_micros: f64,
     pub(crate) calls_a_turn: f64,
     pub(crate) commands_a_turn: f64,
     /// Of the waiters. Infinite where one had none.
@@ -170,7 +170,7 @@ fn evaluate(contender: &Contender, logs: &[Log], before: Look, after: Look, ping
     }
     turns.sort_unstable_by_key(|(_, turn)| turn.obtained);
 
-    let mut hand_offs = Histogram::<u64>::new(3).expect("three digits");
+    let mut hand_offs = histogram();
     for pair in turns.windows(2) {
         let [(last, released), (next, obtained)] = pair else { continue };
         let pause = obtained.obtained.checked_sub(released.released);
@@ -206,6 +206,11 @@ fn evaluate(contender: &Contender, logs: &[Log], before: Look, after: Look, ping
         longest_wait_millis: longest_wait as f64 / 1e6,
         server_micros_a_turn: 1e6 * (after.cpu_seconds() - before.cpu_seconds()) / count,
     }
+}
+
+/// For nanoseconds, up to a minute, to three digits.
+pub(crate) fn histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, nanos(Duration::from_secs(60)), 3).expect("sound bounds")
 }
 
 fn micros_at(times: &Histogram<u64>, quantile: f64) -> f64 {

@@ -4,7 +4,6 @@ use std::future::Future;
 use std::io::{self, BufRead, Write};
 use std::time::Duration;
 
-use hdrhistogram::Histogram;
 use redis::aio::MultiplexedConnection;
 use rslock::LockManager;
 use serde::Serialize;
@@ -15,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use crate::raw_fred::RawFred;
-use crate::turns::{Log, Nanos, Ready, Span, Turn, now};
+use crate::turns::{Log, Nanos, Ready, Span, Turn, histogram, now};
 
 const TTL: Duration = Duration::from_secs(30);
 
@@ -95,7 +94,7 @@ async fn ping_with_redis(mut connection: MultiplexedConnection) -> redis::RedisR
 }
 
 async fn median_of<F: Future<Output = Result<String, impl std::fmt::Debug>>>(mut call: impl FnMut() -> F) -> Nanos {
-    let mut calls = Histogram::<u64>::new(3).expect("three digits");
+    let mut calls = histogram();
     for _ in 0..2_000 {
         let sent = now();
         call().await.expect("an answer");
