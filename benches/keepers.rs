@@ -190,11 +190,13 @@ async fn tick(raw: Raw, tally: Arc<Tally>, key: String, token: Token) {
     ticker.set_missed_tick_behavior(MissedTickBehavior::Skip);
     loop {
         let due = ticker.tick().await;
-        if !raw.renew(&key, token.as_str()).await {
+        let renewed = raw.renew(&key, token.as_str()).await;
+        if renewed == Some(false) {
             tally.lost.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        if due.elapsed() > TOLERANCE {
+        // One that has failed is tried again at the next tick, which is late.
+        if renewed.is_none() || due.elapsed() > TOLERANCE {
             tally.late.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -214,10 +216,11 @@ impl Raw {
         }
     }
 
-    async fn renew(&self, key: &str, token: &str) -> bool {
+    /// `None` where the server could not be asked.
+    async fn renew(&self, key: &str, token: &str) -> Option<bool> {
         match self {
-            Self::Fred(raw) => raw.run_script(key, token).await,
-            Self::Redis(raw) => raw.run_script(key, token).await,
+            Self::Fred(raw) => raw.run_script(key, token).await.ok(),
+            Self::Redis(raw) => raw.run_script(key, token).await.ok(),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! A lock by hand on a plain fred client: what tenure is built on.
 
 use tenure::fred::clients::Client;
-use tenure::fred::prelude::{Builder, ClientLike, Config, ReconnectPolicy, Value};
+use tenure::fred::prelude::{Builder, ClientLike, Config, FredResult, ReconnectPolicy, Value};
 use tenure::fred::types::{ClusterHash, CustomCommand};
 
 /// The same for everybody in every benchmark.
@@ -34,10 +34,10 @@ impl RawFred {
     }
 
     /// Whether the key held the token, and the script has done its work: `ARGV` is the token and the ttl in ms.
-    pub(crate) async fn run_script(&self, key: &str, token: &str) -> bool {
+    pub(crate) async fn run_script(&self, key: &str, token: &str) -> FredResult<bool> {
         let evalsha = vec![self.script.as_str(), "1", key, token, TTL_MILLIS];
-        let done: i64 = self.client.custom(command("EVALSHA"), evalsha).await.expect("an answer");
-        done == 1
+        let done: i64 = self.client.custom(command("EVALSHA"), evalsha).await?;
+        Ok(done == 1)
     }
 }
 

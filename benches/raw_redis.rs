@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use redis::Script;
 use redis::aio::MultiplexedConnection;
+use redis::{RedisResult, Script};
 
 use crate::raw_fred::TTL_MILLIS;
 
@@ -31,10 +31,10 @@ impl RawRedis {
     }
 
     /// Whether the key held the token, and the script has done its work: `ARGV` is the token and the ttl in ms.
-    pub(crate) async fn run_script(&self, key: &str, token: &str) -> bool {
+    pub(crate) async fn run_script(&self, key: &str, token: &str) -> RedisResult<bool> {
         let mut call = self.script.key(key);
         call.arg(token).arg(TTL_MILLIS);
-        let done: i64 = call.invoke_async(&mut self.connection.clone()).await.expect("an answer");
-        done == 1
+        let done: i64 = call.invoke_async(&mut self.connection.clone()).await?;
+        Ok(done == 1)
     }
 }

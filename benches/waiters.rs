@@ -135,7 +135,7 @@ impl Waiter {
         match (self, held) {
             (_, Held::Tenure(guard)) => guard.release().await.expect("held"),
             (Self::Polling(raw, _), Held::Polling(token)) => {
-                assert!(raw.run_script(key, token.as_str()).await, "held");
+                assert!(raw.run_script(key, token.as_str()).await.expect("an answer"), "held");
             }
             // It doesn't say.
             (_, Held::Rslock(lock)) => lock.release().await,

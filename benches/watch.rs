@@ -49,7 +49,8 @@ fn main() -> ExitCode {
 /// What to hold, and for how long.
 struct Plan {
     locks: &'static [u32],
-    /// A multiple of the interval: so each lock is renewed as often as any other.
+    /// A multiple of the interval, which starts and ends between the renewals: so each lock is renewed as often as any
+    /// other.
     seconds: u64,
 }
 
@@ -89,7 +90,11 @@ fn measure_alone(contender: Contender, locks: u32, seconds: u64) -> Result<Figur
 fn print_header(plan: &Plan, machine: &str) {
     println!("Locks held, ttl {TTL:?}, each renewed every {INTERVAL:?}, one connection each, TCP on loopback.");
     println!("{machine}");
-    println!("Held for {} s by each in turn, in a process of its own and on a fresh server.", plan.seconds);
+    println!(
+        "Measured for {} s with each in turn, in a process of its own and on a fresh server, from {:?} after the last lock.",
+        plan.seconds,
+        INTERVAL / 2
+    );
     println!();
     println!("Obtained {} at a time, as fast as that goes: so their renewals come in bursts,", keepers::AT_A_TIME);
     println!("as they do for whoever takes up all work at the start. Tickers are the pattern in the READMEs of Go's");
@@ -101,12 +106,14 @@ fn print_header(plan: &Plan, machine: &str) {
     println!("  bytes/lock  VmRSS of /proc/self/status at the end, less the one before the first lock, divided by");
     println!("              the number of locks; less the key's own bytes.");
     println!(
-        "  late        renewals by more than {TOLERANCE:?}. Of guards, seen once a second by their deadlines, which tell"
+        "  late        renewals by more than {TOLERANCE:?}. Of guards and leases, seen once a second by their deadlines, which tell"
     );
     println!(
         "              when each renewal was sent, and at a look, whether one is overdue. Of tickers, by their own"
     );
-    println!("              clock when the answer is there.");
+    println!(
+        "              clock when the answer is there; or in place of it, an error (the redis crate's: no answer in 500 ms)."
+    );
     println!("  lost        locks that are held no more at the end.");
 }
 

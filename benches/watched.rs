@@ -8,6 +8,7 @@ use cpu_time::{ProcessTime, ThreadTime};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 
+use crate::INTERVAL;
 use crate::counters::Observer;
 use crate::keepers::{Contender, Looks, key};
 
@@ -17,7 +18,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// The scripts that clients send.
 const CALLS: [&str; 2] = ["evalsha", "eval"];
 
-/// What one contender did, from the last lock that it obtained to the end.
+/// What one contender did, from a while after the last lock that it obtained to the end.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Figures {
     pub(crate) locks: u32,
@@ -80,6 +81,8 @@ fn hold(contender: Contender, locks: u32, length: Duration, url: &str) -> Figure
     let obtaining = Instant::now();
     runtime.block_on(keeper.obtain(locks));
     let obtaining_seconds = obtaining.elapsed().as_secs_f64();
+
+    thread::sleep(INTERVAL / 2);
 
     // From here on the work is done on the runtime's threads, and this one only looks on: its time is taken off.
     let before = observer.look();
