@@ -5,15 +5,18 @@
 
 #![expect(clippy::expect_used, reason = "a benchmark that can't measure has nothing else to say")]
 
+mod machine;
+mod raw_fred;
+mod raw_redis;
 mod rivals;
+mod statistics;
 
 use std::collections::HashMap;
-use std::io::ErrorKind;
-use std::process::{Command, ExitCode};
+use std::env;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use std::{env, thread};
 
 use cpu_time::ProcessTime;
 use tenure_test_support::Server;
@@ -22,6 +25,7 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use self::rivals::{RAW_FRED, RSLOCK, Rival};
+use self::statistics::median;
 
 /// How many at a time obtain and release.
 const TASKS: [usize; 4] = [1, 16, 64, 256];
@@ -37,9 +41,9 @@ fn main() -> ExitCode {
 }
 
 fn benchmark() -> Result<(), String> {
-    let plan = Plan::from_args(env::args().skip(1))?;
-    let version = server_version()?;
-    Runtime::new().expect("a runtime").block_on(compare(plan, &version));
+    let plan = if machine::is_quick(env::args().skip(1))? { Plan::QUICK } else { Plan::FULL };
+    let machine = machine::describe()?;
+    Runtime::new().expect("a runtime").block_on(compare(plan, &machine));
     Ok(())
 }
 
@@ -57,40 +61,13 @@ struct Plan {
 impl Plan {
     const FULL: Self = Self { rounds: 15, length: Duration::from_millis(300), seed: 1 };
     const QUICK: Self = Self { rounds: 1, length: Duration::from_millis(100), seed: 1 };
-
-    fn from_args(args: impl Iterator<Item = String>) -> Result<Self, String> {
-        let mut plan = Self::FULL;
-        for arg in args {
-            match arg.as_str() {
-                // Cargo's own.
-                "--bench" => {}
-                "--quick" => plan = Self::QUICK,
-                unknown => return Err(format!("unknown argument `{unknown}`: there is only `--quick`")),
-            }
-        }
-        Ok(plan)
-    }
-}
-
-/// What the server's binary says of itself, as `7.0.15`. Asked before anything is started: without a server there is
-/// nothing to measure.
-fn server_version() -> Result<String, String> {
-    let output = match Command::new("redis-server").arg("--version").output() {
-        Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
-        Err(error) if error.kind() == ErrorKind::NotFound => {
-            return Err("there is no redis-server to measure on: `bash tests/run.sh` installs it".to_owned());
-        }
-        Err(error) => return Err(format!("redis-server can't be run: {error}")),
-    };
-    let version = output.split_whitespace().find_map(|word| word.strip_prefix("v="));
-    Ok(version.unwrap_or("of an unknown version").to_owned())
 }
 
 /// Measures all rivals, and prints a table for each number of tasks.
-async fn compare(plan: Plan, version: &str) {
+async fn compare(plan: Plan, machine: &str) {
     let server = Server::start();
     let rivals = Rival::all(&server.url()).await;
-    print_header(plan, version);
+    print_header(plan, machine);
     for tasks in TASKS {
         let samples = measure_in_turn(&rivals, tasks, plan).await;
         print_table(&rivals, tasks, &samples);
@@ -155,11 +132,10 @@ async fn repeat_pairs(rival: Rival, key: String, over: Arc<AtomicBool>) -> u32 {
     pairs
 }
 
-fn print_header(plan: Plan, version: &str) {
+fn print_header(plan: Plan, machine: &str) {
     let Plan { rounds, length, .. } = plan;
-    let cores = thread::available_parallelism().map_or(1, usize::from);
     println!("Obtain + release pairs on distinct keys, one connection each, TCP on loopback.");
-    println!("{cores} cores, shared with the server: redis-server {version}.");
+    println!("{machine}");
     println!(
         "{rounds} round(s) of {length:?} for each rival, in turn. Medians over the rounds; ratios within a round."
     );
@@ -186,10 +162,4 @@ fn print_table(rivals: &[Rival], tasks: usize, samples: &Samples) {
 /// Of the rates of two rivals, round by round.
 fn median_ratio(of: &[Sample], to: &[Sample]) -> f64 {
     median(of.iter().zip(to).map(|(of, to)| of.rate / to.rate))
-}
-
-fn median(figures: impl Iterator<Item = f64>) -> f64 {
-    let mut figures: Vec<f64> = figures.collect();
-    let middle = figures.len() / 2;
-    *figures.select_nth_unstable_by(middle, f64::total_cmp).1
 }

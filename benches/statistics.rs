@@ -1,0 +1,8 @@
+//! What becomes of the figures of several rounds.
+
+/// The middle one; of an even number, the upper of the two.
+pub(crate) fn median(figures: impl Iterator<Item = f64>) -> f64 {
+    let mut figures: Vec<f64> = figures.collect();
+    let middle = figures.len() / 2;
+    *figures.select_nth_unstable_by(middle, f64::total_cmp).1
+}
