@@ -209,7 +209,7 @@ impl LockerBuilder {
     ///
     /// No ttl may be longer, or what a node has forgotten could be held still when it votes again. Zero is for nodes that
     /// write every change to disk before they answer (`appendfsync always`), and for tests: nodes vote at once then, and
-    /// any ttl will do.
+    /// any ttl will do. All who share locks must set the same.
     ///
     /// ```no_run
     /// # use std::time::Duration;

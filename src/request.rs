@@ -37,9 +37,12 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 /// - [`Error::NotObtained`]: another holds it, and the request's patience is at an end.
 /// - [`Error::Redis`]: the server refused for good, or nothing better than failures came of the last attempt;
 ///   [`Error::Quorum`] where that is true of so many nodes that no majority was left.
+/// - [`Error::NotReplicated`]: too few [replicas](crate::LockerBuilder::min_replicas) acknowledged it in time, and it was
+///   released again (but see [`token`](LockRequest::token)).
 /// - [`Error::ValidityExpired`]: the answer came so late that too little of the ttl was left, several times in a row
 ///   where the request waits.
 /// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`]: no such lock can work; nothing was sent.
+/// - [`Error::Unsupported`]: replicas are asked for where there can be none; nothing was sent.
 /// - [`Error::CrossSlot`]: several keys that lie in different slots of a cluster; nothing was sent.
 /// - [`Error::Closed`]: the locker was closed before or meanwhile.
 ///

@@ -1,5 +1,5 @@
-//! Contenders on a quorum whose nodes are frozen, killed and restarted empty at random never hold one lock together, and
-//! their fencing tokens grow.
+//! Contenders on a quorum whose nodes are frozen, killed and restarted, empty or with old data, at random never hold one
+//! lock together, and their fencing tokens grow.
 //!
 //! The witness is a server apart from the quorum, with the mark and the ledger of `exclusion.rs`. For a minute; longer, to
 //! look for what is rare, with
@@ -69,10 +69,10 @@ async fn no_two_hold_a_lock_while_nodes_freeze_die_and_forget() {
     }
 
     let mut rng = fastrand::Rng::with_seed(seed);
-    let mut faults = [0; 3];
+    let mut faults = [0; 4];
     while Instant::now() < end {
         sleep(Duration::from_millis(rng.u64(100..1_200))).await;
-        let fault = rng.usize(..3);
+        let fault = rng.usize(..4);
         faults[fault] += 1;
         let place = rng.usize(..NODES);
         match fault {
@@ -85,6 +85,10 @@ async fn no_two_hold_a_lock_while_nodes_freeze_die_and_forget() {
                 servers[place].kill();
                 sleep(Duration::from_millis(rng.u64(50..1_000))).await;
                 tokio::task::block_in_place(|| servers[place].restart());
+            }
+            2 => {
+                // It will come back with this, once it is killed, and not empty.
+                tokio::task::block_in_place(|| servers[place].cli(&["SAVE"]));
             }
             _ => {
                 // A majority stands still, and thaws with everything still to do that was sent to it.
@@ -108,8 +112,8 @@ async fn no_two_hold_a_lock_while_nodes_freeze_die_and_forget() {
         eprintln!("{key}: {} holders, one after the other", fences.len());
     }
     eprintln!(
-        "{held} held, {lost} of them lost; frozen {}, restarted empty {}, majority frozen {}",
-        faults[0], faults[1], faults[2]
+        "{held} held, {lost} of them lost; frozen {}, restarted empty or with old data {}, saved {}, majority frozen {}",
+        faults[0], faults[1], faults[2], faults[3]
     );
     // Or nothing was shown.
     assert!(u64::from(held) > seconds(), "only {held} holders");

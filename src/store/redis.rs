@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use fred::bytes::Bytes;
 use fred::clients::Client;
+use fred::error::ErrorKind;
 use fred::types::Value;
 use fred::util::redis_keyslot;
 use tokio::runtime::Handle;
@@ -335,7 +336,13 @@ impl Server {
         let Some(writing) = writing else { return Ok(()) };
         let sent = Instant::now();
         let answer = Box::pin(writing.acknowledged(self.client(), until)).await;
-        self.connection.heard(sent, answer)
+        match self.connection.heard(sent, answer) {
+            // The write was answered: what nobody knows is who has it.
+            Err(Error::Redis(error)) if *error.kind() == ErrorKind::Timeout => {
+                Err(Error::NotReplicated { needed: self.min_replicas, acknowledged: 0 })
+            }
+            answer => answer,
+        }
     }
 
     /// One acknowledgement serves all that were granted or renewed by one call.

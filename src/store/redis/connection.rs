@@ -262,6 +262,8 @@ impl fmt::Debug for Connection {
 
 #[cfg(test)]
 mod tests {
+    use fred::types::{ClusterHash, CustomCommand, Value};
+    use tenure_test_support::{Server, eventually, soon};
     use tokio::time::advance;
 
     use super::*;
@@ -303,5 +305,21 @@ mod tests {
         advance(ms(400)).await;
         let opened = (0..1_000).filter(|_| line.is_silent(sent)).count();
         assert_eq!(opened, 1);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_has_given_up_begins_again() {
+        let server = Server::start();
+        let connection = Connection::open(&server.url(), ms(500)).await.unwrap();
+        soon(connection.client().quit()).await.unwrap();
+        eventually("it answers", async || {
+            let sent = Instant::now();
+            let options = fred::types::config::Options { timeout: Some(ms(100)), ..Default::default() };
+            let command = CustomCommand::new_static("PING", ClusterHash::FirstKey, false);
+            let answer: FredResult<Value> =
+                connection.client().with_options(&options).custom(command, Vec::<Value>::new()).await;
+            connection.heard(sent, answer.map_err(Error::from)).ok()
+        })
+        .await;
     }
 }
