@@ -22,7 +22,7 @@ async fn ten_thousand_guards_leave_no_task() {
     let before = tasks();
     let mut guards = Vec::new();
     for n in 0..10_000 {
-        let request = locker.try_lock(format!("k:{n}")).fenced(false);
+        let request = locker.try_lock(format!("k:{n}")).ttl(ms(600_000)).fenced(false);
         // One in ten is renewed at once.
         let request = if n % 10 == 0 { request.renew_every(ms(50)) } else { request };
         guards.push(request.await.unwrap());

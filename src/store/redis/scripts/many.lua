@@ -28,12 +28,15 @@ end
 -- than GET for each, but who may use the other scripts may not be allowed to call it.
 local held = {}
 local values = redis.pcall('MGET', unpack(KEYS))
-for i, key in ipairs(KEYS) do
-    local value = values[i]
-    if values.err then
-        value = redis.pcall('GET', key)
+if values.err then
+    values = {}
+    for i, key in ipairs(KEYS) do
+        local value = redis.pcall('GET', key)
+        values[i] = not refused(value) and value
     end
-    held[key] = not refused(value) and value
+end
+for i, key in ipairs(KEYS) do
+    held[key] = values[i]
 end
 
 local function is_owner(token, value)
