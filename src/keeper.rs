@@ -242,7 +242,8 @@ impl Keeper {
                     due = hold.next_renewal();
                     continue;
                 }
-                renewal = self.upkeep.renew(hold, None, false) => renewal,
+                // Boxed, as a keeper rests most of its life, and is the smaller for it.
+                renewal = Box::pin(self.upkeep.renew(hold, None, false)) => renewal,
             };
             match renewal {
                 Ok(Ok(())) => {
@@ -291,7 +292,7 @@ impl Keeper {
         let Cleanup::Release(_owed) = cleanup else { return };
         // Until the ttl has done the same; for one call, at least.
         let until = self.hold.deadline().max(Instant::now() + self.upkeep.command_timeout);
-        match self.upkeep.release(&self.hold.owned, until).await {
+        match Box::pin(self.upkeep.release(&self.hold.owned, until)).await {
             Ok(outcome) => info!(name: "tenure.released", ?outcome, "released in the background"),
             Err(error) => warn!(name: "tenure.release_failed", %error, "could not release; the ttl will free the lock"),
         }
