@@ -50,6 +50,12 @@ impl Contender {
             most_to_fewest: Some(3.0),
             way: Way::Tenure(|locker, key| locker.lock(key).ttl(TTL)),
         },
+        Self {
+            name: "tenure, fair",
+            sends: TENURE_SENDS,
+            most_to_fewest: Some(1.2),
+            way: Way::Tenure(|locker, key| locker.lock(key).ttl(TTL).fair(true)),
+        },
         Self { name: "rslock", sends: OTHERS_SEND, most_to_fewest: None, way: Way::Rslock },
         Self {
             name: "raw fred, 100 ms",

@@ -40,6 +40,7 @@
 //! | wait for a lock | [`Locker::lock`] |
 //! | have it now or not at all | [`Locker::try_lock`] |
 //! | try for a while, by a strategy | [`Locker::obtain`] with a [`Retry`] |
+//! | wait in the order of arrival, in whatever process | [`LockRequest::fair`] |
 //! | run a block of code under a lock | [`Locker::scope`] |
 //! | stop work when the lock is lost | [`LockGuard::protect`], [`LockGuard::lost`], [`LockGuard::cancellation_token`] |
 //! | hold several locks, all or none | [`Locker::lock_all`], [`Locker::obtain_all`] |
@@ -60,8 +61,8 @@
 //!
 //! Through [`tracing`](https://docs.rs/tracing): a span `tenure.obtain` per request (`key`, `ttl`) and `tenure.keep` per
 //! held lock (`key`), with the events `tenure.obtained`, `tenure.held`, `tenure.attempt_failed`, `tenure.renewed`,
-//! `tenure.renew_failed`, `tenure.lost`, `tenure.released`, `tenure.release_failed`, `tenure.undone`,
-//! `tenure.undo_failed`, `tenure.callback_panicked`, `tenure.callback_delayed`; and of a quorum, `tenure.ballot`,
+//! `tenure.renew_failed`, `tenure.lost`, `tenure.released`, `tenure.release_failed`, `tenure.handed_over`,
+//! `tenure.undone`, `tenure.undo_failed`, `tenure.no_news` where releases can't be heard of, `tenure.callback_panicked`, `tenure.callback_delayed`; and of a quorum, `tenure.ballot`,
 //! `tenure.node_away`. No token is ever shown.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]

@@ -202,6 +202,11 @@ impl Locker {
 
     /// Asks for a lock and waits for it, without limit unless one is [set](LockRequest::wait_at_most).
     ///
+    /// It doesn't poll: a release is told by a message, and the end of a dead holder's ttl is known
+    /// ([`poll_every`](LockerBuilder::poll_every) is for what neither tells of). In this process those who wait for the key
+    /// are served in the order of their arrival, and only the first talks to the server; see
+    /// [`fair`](LockRequest::fair) for others.
+    ///
     /// While it waits it goes on through whatever may pass: lost connections, failovers, servers that are loading. See
     /// [`LockRequest`] for options, errors and cancel safety.
     ///
