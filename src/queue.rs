@@ -271,3 +271,105 @@ impl fmt::Debug for Place {
         f.debug_struct("Place").field("key", &self.key).field("first", &self.is_first()).finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn wanted(queueing: Queueing) -> Arc<Wanted> {
+        let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random() };
+        let ttl = Duration::from_secs(1);
+        Arc::new(Wanted { owned, metadata: Box::default(), ttl, fenced: false, queueing, own_token: true })
+    }
+
+    fn grant() -> Grant {
+        Grant { sent: Instant::now(), ttl: Duration::from_secs(1), fencing_token: None }
+    }
+
+    fn enter(queues: &Queues, queueing: Queueing) -> Place {
+        queues.enter(Key::from("k"), wanted(queueing))
+    }
+
+    #[test]
+    fn the_first_to_come_is_the_first_and_the_next_when_it_leaves() {
+        let queues = Queues::default();
+        let [a, b, c] = [0; 3].map(|_| enter(&queues, Queueing::None));
+        assert!(a.is_first() && !b.is_first());
+        assert!(!b.leave() && !a.leave());
+        assert!(c.is_first());
+        assert!(!c.leave());
+        assert!(lock(&queues.0).is_empty());
+    }
+
+    #[test]
+    fn a_hand_over_is_for_the_first_and_one_at_a_time() {
+        let queues = Queues::default();
+        let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::None));
+        let from = wanted(Queueing::None).owned.clone();
+        let hand_over = queues.next(&from).unwrap();
+        assert_eq!(hand_over.wanted().owned.token, a.waiter.wanted.owned.token);
+        assert!(queues.next(&from).is_none(), "nobody knows yet how the first one goes");
+        hand_over.granted(grant());
+        assert!(queues.next(&from).is_none(), "it has not heard of it yet");
+        assert!(matches!(a.handed(), Some(Turn::Granted(_))));
+        assert!(!a.leave());
+        assert!(b.is_first() && queues.next(&from).is_some());
+    }
+
+    #[test]
+    fn who_leaves_while_the_lock_is_on_its_way_may_have_got_it() {
+        let from = wanted(Queueing::None).owned.clone();
+        let (asked, given, lost, refused) = (0, 1, 2, 3);
+        for what in [asked, given, lost, refused] {
+            let queues = Queues::default();
+            let place = enter(&queues, Queueing::None);
+            let hand_over = queues.next(&from).unwrap();
+            let mut pending = None;
+            match what {
+                0 => pending = Some(hand_over),
+                1 => hand_over.granted(grant()),
+                2 => drop(hand_over),
+                _ => hand_over.refused(),
+            }
+            assert_eq!(place.leave(), what != refused, "{what}");
+            drop(pending);
+        }
+    }
+
+    #[test]
+    fn a_hand_over_that_went_wrong_unheard_is_not_forgotten_for_the_next() {
+        let queues = Queues::default();
+        let place = enter(&queues, Queueing::None);
+        let from = wanted(Queueing::None).owned.clone();
+        drop(queues.next(&from));
+        assert!(queues.next(&from).is_none());
+        assert!(matches!(place.handed(), Some(Turn::AskAgain { settled: false })));
+        assert!(queues.next(&from).is_some());
+    }
+
+    #[test]
+    fn after_many_in_a_row_it_is_the_turn_of_others_unless_all_stand_in_one_line() {
+        for (queueing, offered) in [(Queueing::None, true), (Queueing::Queued, false)] {
+            let queues = Queues::default();
+            let place = enter(&queues, queueing);
+            let from = wanted(Queueing::None).owned.clone();
+            for _ in 0..IN_A_ROW {
+                queues.next(&from).unwrap().granted(grant());
+                assert!(matches!(place.handed(), Some(Turn::Granted(_))));
+            }
+            assert_eq!(queues.next(&from).is_none(), offered);
+            assert_eq!(place.was_offered(), offered);
+            assert!(!place.was_offered());
+        }
+    }
+
+    #[test]
+    fn a_token_from_elsewhere_is_handed_nothing() {
+        let queues = Queues::default();
+        let wanted = Wanted { own_token: false, ..Wanted::clone(&wanted(Queueing::None)) };
+        let _place = queues.enter(Key::from("k"), Arc::new(wanted));
+        assert!(queues.next(&Owned { keys: Box::new([Key::from("k")]), token: Token::random() }).is_none());
+    }
+}

@@ -213,6 +213,52 @@ async fn work_that_becomes_ready_with_the_loss_has_lost() {
     assert_eq!(late.await, Err(Loss::Expired));
 }
 
+#[tokio::test(start_paused = true)]
+async fn waiting_ends_at_its_limit_to_the_millisecond() {
+    let locker = locker(|_| Fault::None);
+    let _held = locker.lock("k").await.unwrap();
+    // The second behind the first, who is in its way no longer than that.
+    let start = Instant::now();
+    let first = tokio::spawn(locker.lock("k").wait_at_most(ms(300)).into_future());
+    let second = tokio::spawn(locker.lock("k").wait_at_most(ms(500)).into_future());
+    assert!(matches!(first.await.unwrap(), Err(Error::NotObtained { .. })));
+    assert_eq!(start.elapsed(), ms(300));
+    assert!(matches!(second.await.unwrap(), Err(Error::NotObtained { .. })));
+    assert_eq!(start.elapsed(), ms(500));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dead_holder_is_followed_when_its_ttl_ends() {
+    let locker = locker(|_| Fault::None);
+    let start = Instant::now();
+    locker.lock("k").ttl(ms(60_000)).await.unwrap().into_lease();
+    let guard = locker.lock("k").await.unwrap();
+    let late = start.elapsed() - ms(60_000);
+    assert!(late <= ms(10), "{late:?}");
+    drop(guard);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hand_over_that_fails_leaves_the_lock_to_who_waits() {
+    for fault in [Fault::Hung, Fault::Refused, Fault::AnswerLost, Fault::RunAfter(ms(700))] {
+        let calls = AtomicU32::new(0);
+        let locker = locker(move |operation| match operation {
+            // The hand-over, which is the first release of all.
+            Operation::Release if calls.fetch_add(1, Ordering::Relaxed) == 0 => fault,
+            _ => Fault::None,
+        });
+        let guard = locker.lock("k").await.unwrap();
+        let waiter = tokio::spawn(locker.lock("k").into_future());
+        sleep(ms(10)).await;
+        let first = guard.fencing_token();
+        guard.release().await.unwrap();
+        let guard = waiter.await.unwrap().unwrap();
+        assert!(guard.fencing_token() > first, "{fault:?}");
+        guard.release().await.unwrap();
+        assert_eq!(locker.inspect("k").await.unwrap(), None, "{fault:?}");
+    }
+}
+
 /// Three clients on one lock, each behind a line of its own that loses, delays and doubles what it carries, with one to
 /// three tasks that hand the lock over to each other. Answers how often one obtained the lock while another still believed
 /// to hold it, and how often the lock was obtained.

@@ -304,7 +304,8 @@ async fn waiting_ends_when_it_is_said_to(locker: &Locker) {
         let refused = request.wait_at_most(ms(300)).await.unwrap_err();
         let waited = started.elapsed();
         assert!(matches!(refused, Error::NotObtained { attempts: 2.., .. }), "{refused}");
-        assert!(waited >= ms(300) && waited < ms(350), "{waited:?}");
+        // To the millisecond in the simulation; here the machine may be busy.
+        assert!(waited >= ms(300) && waited < ms(2_000), "{waited:?}");
     }
     guard.release().await.unwrap();
     // Far beyond what the clock can count to: without a limit.
