@@ -11,7 +11,7 @@ use crate::keeper::Upkeep;
 use crate::locker::Settings;
 use crate::queue::Queues;
 use crate::roster::Rosters;
-use crate::schedule::{Drift, Renewal};
+use crate::schedule::{Drift, MAX_TTL, Renewal};
 use crate::store::Store;
 use crate::store::memory::MemoryStore;
 use crate::store::quorum::{self, QuorumStore};
@@ -147,7 +147,7 @@ impl LockerBuilder {
     /// let locker = tenure::Locker::builder().command_timeout(Duration::from_millis(500)).in_memory();
     /// ```
     pub fn command_timeout(mut self, timeout: Duration) -> Self {
-        self.command_timeout = timeout.max(Duration::from_millis(1));
+        self.command_timeout = timeout.clamp(Duration::from_millis(1), MAX_TTL);
         self
     }
 

@@ -215,14 +215,25 @@ async fn a_batch_decides_and_leaves_what_its_operations_would_one_by_one() {
     many_batches(2_000, &[]).await;
 }
 
+fn acquire(name: &'static str, fenced: bool) -> Operation {
+    let fence = fenced.then(|| (names::fence_of(&Bytes::from(name)), 1_000_000));
+    let what = What::Acquire { value: "x".into(), ttl: 60_000, fence };
+    Operation { name: name.into(), token: "x".parse().unwrap(), what }
+}
+
+#[tokio::test]
+async fn a_lock_for_which_there_is_no_fencing_token_is_not_taken() {
+    let side = Side::start(&["-time"]).await;
+    let refused = side.server().one(&acquire("a", true), PATIENCE).await.unwrap_err();
+    assert!(refused.code().is_some(), "{refused}");
+    let answers = side.server().many(&[acquire("a", true), acquire("b", true)], PATIENCE).await.unwrap();
+    assert!(answers.iter().all(Option::is_none), "{answers:?}");
+    assert_eq!(side.process.cli(&["DBSIZE"]), "0");
+}
+
 #[tokio::test]
 async fn a_server_out_of_memory_refuses_each_acquire_by_name_and_still_renews_and_releases() {
     let side = Side::start(&[]).await;
-    let acquire = |name: &'static str, fenced: bool| {
-        let fence = fenced.then(|| (names::fence_of(&Bytes::from(name)), 1_000_000));
-        let what = What::Acquire { value: "x".into(), ttl: 60_000, fence };
-        Operation { name: name.into(), token: "x".parse().unwrap(), what }
-    };
     let answers = side.server().many(&[acquire("a", true), acquire("b", true)], PATIENCE).await.unwrap();
     assert!(answers.iter().all(|answer| matches!(answer, Some(Ok(Decision::Granted(1..))))), "{answers:?}");
     side.command("CONFIG", &["SET", "maxmemory", "1"]).await;

@@ -182,9 +182,6 @@ for i = n_others + 1, n_locks do
             local px = string.format('%.0f', math.max(tonumber(ttl), left))
             err = refused(redis.pcall('SET', key, value, 'PX', px))
         end
-        if not err then
-            held[key] = value
-        end
         reply[i] = err or fence
     else
         err = take(key, value, ttl)
