@@ -183,6 +183,11 @@ impl Attempt {
         self.upkeep.store.listen(key)
     }
 
+    /// Several servers decide, each by itself.
+    pub(crate) fn is_voted_on(&self) -> bool {
+        self.upkeep.store.settles()
+    }
+
     pub(crate) fn command_timeout(&self) -> Duration {
         self.upkeep.command_timeout
     }

@@ -183,15 +183,17 @@ impl<'a> Waiting<'a> {
     }
 
     /// After many hand-overs in this process, other processes that wait for the lock shall get it: they learn of it when
-    /// we do, and need a moment more.
+    /// we do, and need a moment more. And where votes can be split, those who come at once split them again and again.
     async fn let_others_go_first(&self, attempt: &Attempt) {
         const LONGEST: Duration = Duration::from_millis(5);
-        if attempt.place().is_some_and(Place::was_offered) {
-            let moment = (self.took * 2).min(LONGEST);
-            select! {
-                () = self.closed.cancelled() => {}
-                () = sleep_until(Instant::now() + moment) => {}
-            }
+        let moment = match attempt.place() {
+            _ if attempt.is_voted_on() => self.took.mul_f64(2.0 * fastrand::f64()),
+            Some(place) if place.was_offered() => self.took * 2,
+            _ => return,
+        };
+        select! {
+            () = self.closed.cancelled() => {}
+            () = sleep_until(Instant::now() + moment.min(LONGEST)) => {}
         }
     }
 
