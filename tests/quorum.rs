@@ -153,6 +153,30 @@ async fn a_guard_outlives_the_memory_of_a_minority_and_not_that_of_a_majority() 
 }
 
 #[tokio::test]
+async fn a_release_wakes_who_waits_for_a_quorum_also_with_a_node_frozen() {
+    let servers = start::<3>();
+    let patient = async || {
+        let builder = Locker::builder().ttl(ms(30_000)).restart_window(Duration::ZERO).poll_every(ms(60_000));
+        builder.quorum(servers.iter().map(Server::url)).await.unwrap()
+    };
+    let (here, there) = (patient().await, patient().await);
+    let mut guard = lock(&here, "k").await;
+    for round in 0..20 {
+        if round == 10 {
+            servers[1].freeze();
+        }
+        let (next, waits) = if round % 2 == 0 { (&there, "there") } else { (&here, "here") };
+        let waiter = tokio::spawn(next.lock("k").into_future());
+        // Before it has asked, while it subscribes, or when it hears.
+        tokio::time::sleep(ms(fastrand::u64(..30))).await;
+        guard.release().await.unwrap();
+        guard = soon(waiter).await.unwrap().unwrap_or_else(|error| panic!("{waits}, round {round}: {error}"));
+    }
+    servers[1].thaw();
+    guard.release().await.unwrap();
+}
+
+#[tokio::test]
 async fn split_votes_resolve() {
     let servers = start::<3>();
     let mut contenders = tokio::task::JoinSet::new();
