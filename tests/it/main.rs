@@ -12,5 +12,4 @@ mod failover;
 mod interop;
 mod loss;
 mod replicas;
-mod topologies;
 mod waiting;
