@@ -83,7 +83,7 @@ impl Attempt {
             },
         };
         let refused = match &answer {
-            Ok(Acquired::Held { .. }) => true,
+            Ok(Acquired::Held { .. } | Acquired::NotNext { .. }) => true,
             Ok(Acquired::Granted { .. }) => false,
             Err(error) => settles || error.is_refusal(),
         };
@@ -98,6 +98,13 @@ impl Attempt {
             Acquired::Held { place, remaining } => {
                 let key = self.wanted.owned.keys.get(place).cloned().unwrap_or_else(|| self.key());
                 Outcome::Held { key, remaining }
+            }
+            Acquired::NotNext { next, remaining } => {
+                // It may be one of ours, who came later here and was faster there.
+                if let Some(place) = &self.place {
+                    place.let_pass(&next);
+                }
+                Outcome::Held { key: self.key(), remaining: Some(remaining) }
             }
         })
     }

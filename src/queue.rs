@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
@@ -29,8 +30,8 @@ pub(crate) struct Queues(Arc<Mutex<HashMap<Key, Queue>>>);
 #[derive(Default)]
 struct Queue {
     /// In the order in which they came.
-    places: BTreeMap<u64, Arc<Waiter>>,
-    count: u64,
+    places: BTreeMap<i64, Arc<Waiter>>,
+    count: i64,
     in_a_row: u32,
     /// It is the others' turn.
     offered: bool,
@@ -42,6 +43,8 @@ struct Queue {
 
 struct Waiter {
     wanted: Arc<Wanted>,
+    /// Where it stands in the queue. Changes under the queue's mutex alone.
+    number: AtomicI64,
     state: Mutex<Handing>,
     /// It is the first now, or the lock was handed over to it.
     changed: Notify,
@@ -64,7 +67,6 @@ enum Handing {
 pub(crate) struct Place {
     queues: Arc<Mutex<HashMap<Key, Queue>>>,
     key: Key,
-    number: u64,
     waiter: Arc<Waiter>,
 }
 
@@ -87,14 +89,14 @@ pub(crate) struct HandOver {
 impl Queues {
     /// Takes the last place.
     pub(crate) fn enter(&self, key: Key, wanted: Arc<Wanted>) -> Place {
-        let waiter = Arc::new(Waiter { wanted, state: Mutex::default(), changed: Notify::new() });
         let mut queues = lock(&self.0);
         let queue = queues.entry(key.clone()).or_default();
         queue.count += 1;
-        let number = queue.count;
-        queue.places.insert(number, waiter.clone());
+        let number = AtomicI64::new(queue.count);
+        let waiter = Arc::new(Waiter { wanted, number, state: Mutex::default(), changed: Notify::new() });
+        queue.places.insert(queue.count, waiter.clone());
         drop(queues);
-        Place { queues: self.0.clone(), key, number, waiter }
+        Place { queues: self.0.clone(), key, waiter }
     }
 
     /// Whom the lock is to be handed over to, if anybody here waits for it, and it is not the others' turn.
@@ -125,7 +127,7 @@ impl Place {
     pub(crate) fn is_first(&self) -> bool {
         let queues = lock(&self.queues);
         let first = queues.get(&self.key).and_then(|queue| queue.places.first_key_value());
-        first.is_some_and(|(number, _)| *number == self.number)
+        first.is_some_and(|(number, _)| *number == self.waiter.number())
     }
 
     /// Whether the lock was left to other processes since this was last asked.
@@ -198,14 +200,29 @@ impl Place {
         }
     }
 
+    /// Lets the one with this token go first, if it stands in this queue: in the line of all processes it does.
+    pub(crate) fn let_pass(&self, token: &Token) {
+        let mut queues = lock(&self.queues);
+        let Some(queue) = queues.get_mut(&self.key) else { return };
+        let found = queue.places.values().find(|waiter| waiter.wanted.owned.token == *token).cloned();
+        let first = queue.places.first_key_value().map(|(number, _)| *number);
+        let (Some(waiter), Some(first)) = (found, first) else { return };
+        if let Some(waiter) = queue.places.remove(&waiter.number()) {
+            waiter.number.store(first - 1, Ordering::Relaxed);
+            queue.places.insert(first - 1, waiter);
+        }
+        drop(queues);
+        waiter.changed.notify_one();
+    }
+
     /// Leaves the queue, and tells whether its token may have got the lock by a hand-over that it hasn't heard of.
     pub(crate) fn leave(&self) -> bool {
         let next = {
             let mut queues = lock(&self.queues);
             let Some(queue) = queues.get_mut(&self.key) else { return false };
             let first = queue.places.first_key_value().map(|(number, _)| *number);
-            queue.places.remove(&self.number);
-            let next = queue.places.first_key_value().filter(|_| first == Some(self.number));
+            queue.places.remove(&self.waiter.number());
+            let next = queue.places.first_key_value().filter(|_| first == Some(self.waiter.number()));
             let next = next.map(|(_, waiter)| waiter.clone());
             if queue.places.is_empty() {
                 queues.remove(&self.key);
@@ -216,6 +233,12 @@ impl Place {
             next.changed.notify_one();
         }
         !matches!(&*lock(&self.waiter.state), Handing::No | Handing::Failed { settled: true })
+    }
+}
+
+impl Waiter {
+    fn number(&self) -> i64 {
+        self.number.load(Ordering::Relaxed)
     }
 }
 
@@ -371,5 +394,16 @@ mod tests {
         let wanted = Wanted { own_token: false, ..Wanted::clone(&wanted(Queueing::None)) };
         let _place = queues.enter(Key::from("k"), Arc::new(wanted));
         assert!(queues.next(&Owned { keys: Box::new([Key::from("k")]), token: Token::random() }).is_none());
+    }
+
+    #[test]
+    fn who_is_first_in_the_line_of_all_is_let_pass() {
+        let queues = Queues::default();
+        let [a, b, c] = [0; 3].map(|_| enter(&queues, Queueing::Queued));
+        a.let_pass(&c.waiter.wanted.owned.token);
+        assert!(c.is_first() && !a.is_first());
+        a.let_pass(&Token::random());
+        assert!(!c.leave());
+        assert!(a.is_first() && !b.is_first());
     }
 }

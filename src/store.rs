@@ -82,7 +82,7 @@ pub(crate) struct Wanted {
     pub(crate) own_token: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Acquired {
     Granted {
         fencing_token: Option<u64>,
@@ -91,6 +91,11 @@ pub(crate) enum Acquired {
     Held {
         place: usize,
         remaining: Option<Duration>,
+    },
+    /// It is free, and the turn of this one, who has so long to take it.
+    NotNext {
+        next: Token,
+        remaining: Duration,
     },
 }
 

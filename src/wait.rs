@@ -70,6 +70,7 @@ impl<'a> Waiting<'a> {
     /// Waits until it makes sense to ask again.
     pub(crate) async fn wait(&mut self, attempt: &mut Attempt, known: Known, took: Duration) -> Woken {
         self.took = took;
+        self.first &= attempt.place().is_some_and(Place::is_first);
         match known {
             Known::Held { key, remaining } => {
                 let key = attempt.only_key().unwrap_or(key);

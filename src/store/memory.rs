@@ -67,7 +67,7 @@ impl MemoryStore {
         match held.acquire(to) {
             Acquired::Granted { fencing_token } => HandedOver::Done { fencing_token },
             // Nobody can have come in between.
-            Acquired::Held { .. } => HandedOver::NotOurs(Loss::Taken),
+            Acquired::Held { .. } | Acquired::NotNext { .. } => HandedOver::NotOurs(Loss::Taken),
         }
     }
 

@@ -364,3 +364,20 @@ async fn fair_waiters_keep_their_places_for_as_long_as_they_wait() {
         assert_eq!(soon(order.recv()).await.unwrap(), n);
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fair_waiters_who_come_at_once_are_all_served_whoever_of_them_is_faster_at_the_server() {
+    let server = Server::start();
+    let lockers = [patient(&server.url()).await, patient(&server.url()).await];
+    for round in 0..20 {
+        let mut waiters = JoinSet::new();
+        for n in 0..64 {
+            let request = lockers[n % 2].lock(format!("k:{round}")).fair(true);
+            waiters.spawn(async move { request.await.unwrap().release().await.unwrap() });
+        }
+        let started = Instant::now();
+        soon(waiters.join_all()).await;
+        // Nobody had to be taken for dead, which takes 1.5 s.
+        assert!(started.elapsed() < ms(1_400), "round {round}: {:?}", started.elapsed());
+    }
+}

@@ -11,7 +11,7 @@ use fred::types::Value;
 
 use super::operation::{Decision, Operation, What};
 use super::script::Call;
-use super::{RedisStore, acquired, fence_ttl, integers, millis, names, unexpected, value_of};
+use super::{RedisStore, acquired, fence_ttl, from_millis, integers, millis, names, unexpected, value_of};
 use crate::hold::Owned;
 use crate::store::{Acquired, Queueing, Wanted};
 use crate::{Error, Key, Token};
@@ -35,6 +35,15 @@ impl RedisStore {
         let call = Call::new(keys.into_iter(), args);
         let (until, writing) = self.server().writing(timeout);
         let answer = self.server().run(&self.server().scripts.acquire_fair, &call, timeout).await?;
+        if let Value::Array(parts) = &answer {
+            return match &parts[..] {
+                [Value::String(next), Value::Integer(remaining)] => Ok(Acquired::NotNext {
+                    next: Token::from_server(next.as_bytes()),
+                    remaining: from_millis(*remaining).unwrap_or_default(),
+                }),
+                _ => Err(unexpected()),
+            };
+        }
         let what = What::Acquire { value, ttl, fence: fence.map(|fence| (fence, fence_ttl)) };
         let operation = Operation { name, token: wanted.owned.token.clone(), what };
         let decision = match operation.read(&answer) {

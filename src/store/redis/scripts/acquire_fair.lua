@@ -4,8 +4,8 @@
 --       fencing token is wanted, its fence key.
 -- ARGV  value (the token; with metadata: token, newline, metadata), ttl in ms, ttl of the fence key in ms, for how long in ms
 --       who queues counts as alive, '1' to queue up or '0' not to.
--- Reply a number. Granted: the fencing token, or 0. Not yet: -1 held for ever; -2 - ms held for so long, or another's turn,
---       who has so long to take it.
+-- Reply a number. Granted: the fencing token, or 0. Held by another: -1 for ever, -2 - ttl for so many ms.
+--       {token, ms}: it is free, and the turn of this one, who has so long to take it.
 --       'ALONE': the key holds this token already. It is in the queue no more: acquire.lua knows the rest.
 --
 -- Idempotent: who is in the queue keeps its place. As in acquire_one.lua the fence is looked at first.
@@ -53,7 +53,7 @@ if held or head and head ~= token then
         redis.call('PEXPIRE', KEYS[3], 10 * ARGV[4])
     end
     if not held then
-        return -2 - math.max(0, head_until - now_ms)
+        return {head, math.max(0, head_until - now_ms)}
     end
     local left = redis.call('PTTL', KEYS[1])
     return left < 0 and -1 or -2 - left
