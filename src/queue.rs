@@ -33,8 +33,8 @@ struct Queue {
     places: BTreeMap<i64, Arc<Waiter>>,
     count: i64,
     in_a_row: u32,
-    /// It is the others' turn.
-    offered: bool,
+    /// How often the lock was released for all since one of these had it, if one had.
+    missed: Option<u32>,
     /// Kept from one first to the next, so that the next has nothing to ask before it listens.
     listening: Option<Listening>,
     /// What the last that was first has learned of the lock: it is held until then, unless renewed or released.
@@ -108,7 +108,6 @@ impl Queues {
         // A token from elsewhere may hold another lock of this key: what it got by a hand-over couldn't be undone.
         if queue.in_a_row >= IN_A_ROW && waiter.wanted.queueing == Queueing::None || !waiter.wanted.own_token {
             queue.in_a_row = 0;
-            queue.offered = true;
             return None;
         }
         let mut state = lock(&waiter.state);
@@ -130,10 +129,12 @@ impl Place {
         first.is_some_and(|(number, _)| *number == self.waiter.number())
     }
 
-    /// Whether the lock was left to other processes since this was last asked.
-    pub(crate) fn was_offered(&self) -> bool {
+    /// The lock was released for all. Answers how often that has been since one of this queue had it, if one had.
+    pub(crate) fn released_for_all(&self) -> Option<u32> {
         let mut queues = lock(&self.queues);
-        queues.get_mut(&self.key).is_some_and(|queue| std::mem::take(&mut queue.offered))
+        let missed = queues.get_mut(&self.key)?.missed.as_mut()?;
+        *missed = missed.saturating_add(1);
+        Some(*missed)
     }
 
     /// Waits until it is the first, or has got the lock already.
@@ -192,12 +193,16 @@ impl Place {
         queues.get_mut(&self.key).map(|queue| (queue.listening.take(), queue.held_until.take())).unwrap_or_default()
     }
 
-    /// Leaves what the next one can use.
-    pub(crate) fn pass_on(&self, listening: Option<Listening>, held_until: Option<Instant>) {
-        if let Some(queue) = lock(&self.queues).get_mut(&self.key) {
-            queue.listening = listening;
-            queue.held_until = held_until;
-        }
+    /// It has got the lock. Leaves what the next one can use.
+    pub(crate) fn pass_on(&self, listening: Option<Listening>, held_until: Instant) {
+        let before = {
+            let mut queues = lock(&self.queues);
+            let Some(queue) = queues.get_mut(&self.key) else { return };
+            queue.missed = Some(0);
+            queue.held_until = listening.is_some().then_some(held_until);
+            std::mem::replace(&mut queue.listening, listening)
+        };
+        drop(before);
     }
 
     /// Lets the one with this token go first, if it stands in this queue: in the line of all processes it does.
@@ -374,7 +379,7 @@ mod tests {
 
     #[test]
     fn after_many_in_a_row_it_is_the_turn_of_others_unless_all_stand_in_one_line() {
-        for (queueing, offered) in [(Queueing::None, true), (Queueing::Queued, false)] {
+        for (queueing, others) in [(Queueing::None, true), (Queueing::Queued, false)] {
             let queues = Queues::default();
             let place = enter(&queues, queueing);
             let from = wanted(Queueing::None).owned.clone();
@@ -382,10 +387,21 @@ mod tests {
                 queues.next(&from).unwrap().granted(grant());
                 assert!(matches!(place.handed(), Some(Turn::Granted(_))));
             }
-            assert_eq!(queues.next(&from).is_none(), offered);
-            assert_eq!(place.was_offered(), offered);
-            assert!(!place.was_offered());
+            assert_eq!(queues.next(&from).is_none(), others);
         }
+    }
+
+    #[test]
+    fn it_is_counted_how_often_others_could_have_had_the_lock() {
+        let queues = Queues::default();
+        let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::None));
+        assert_eq!(a.released_for_all(), None);
+        a.pass_on(None, Instant::now());
+        assert!(!a.leave());
+        assert_eq!(b.released_for_all(), Some(1));
+        assert_eq!(b.released_for_all(), Some(2));
+        b.pass_on(None, Instant::now());
+        assert_eq!(b.released_for_all(), Some(1));
     }
 
     #[test]

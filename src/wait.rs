@@ -183,13 +183,19 @@ impl<'a> Waiting<'a> {
         }
     }
 
-    /// After many hand-overs in this process, other processes that wait for the lock shall get it: they learn of it when
-    /// we do, and need a moment more. And where votes can be split, those who come at once split them again and again.
+    /// Who has had the lock last comes a moment later than others do, who hear of the release at the same time; who had it
+    /// not long before, by chance: or those whom the server tells first would have it in turns, and others never. And where
+    /// votes can be split, those who come at once split them again and again.
     async fn let_others_go_first(&self, attempt: &Attempt) {
         const LONGEST: Duration = Duration::from_millis(5);
         let moment = match attempt.place() {
             _ if attempt.is_voted_on() => self.took.mul_f64(2.0 * fastrand::f64()),
-            Some(place) if place.was_offered() => self.took * 2,
+            // The line has its own order.
+            Some(place) if !place.stands_in_line() => match place.released_for_all() {
+                Some(1) => self.took * 2,
+                Some(2..=4) if fastrand::bool() => self.took * 2,
+                _ => return,
+            },
             _ => return,
         };
         select! {
@@ -200,8 +206,8 @@ impl<'a> Waiting<'a> {
 
     /// The lock is held from now on, for so long at least: who comes next needs to know no more.
     pub(crate) fn pass_on(self, attempt: &Attempt, held_until: Instant) {
-        if let (Some(place), Some((_, listening))) = (attempt.place(), self.listening) {
-            place.pass_on(Some(listening), Some(held_until));
+        if let Some(place) = attempt.place() {
+            place.pass_on(self.listening.map(|(_, listening)| listening), held_until);
         }
     }
 }
