@@ -32,6 +32,9 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 /// The future may be dropped at any time. What an attempt may have left at the server is then released in the
 /// background, on the runtime that polled it (but see [`token`](LockRequest::token)); nothing else is left behind.
 ///
+/// While it is neither polled nor dropped, it keeps its place: those who wait for the key behind it in this process wait
+/// for it, as they do with tokio's `Mutex`.
+///
 /// # Errors
 ///
 /// - [`Error::NotObtained`]: another holds it, and the request's patience is at an end.

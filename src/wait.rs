@@ -63,6 +63,7 @@ impl<'a> Waiting<'a> {
             biased;
             () = self.closed.cancelled() => return Woken::Closed,
             () = attempt.stand_in_line() => {}
+            () = at(self.limit) => return Woken::Late,
         }
         self.wait_as_next(attempt, None).await
     }
@@ -176,6 +177,7 @@ impl<'a> Waiting<'a> {
                     select! {
                         () = self.closed.cancelled() => return Woken::Closed,
                         () = attempt.attend() => continue,
+                        () = at(limit) => return Woken::Late,
                     }
                 }
             };

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::future::{Future, poll_fn};
 use std::hash::Hash;
-use std::pin::pin;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 
@@ -54,26 +53,29 @@ impl Listening {
     /// Waits until it is open, or can't be.
     pub(crate) async fn opened(&mut self) {
         loop {
-            let opening = self.0.iter().filter(|news| news.borrow().line == Line::Opening).count();
-            if self.is_open() || opening == 0 {
+            // Marked before the look: what changes after it is news.
+            self.mark();
+            if self.is_open() || self.0.iter().all(|news| news.borrow().line != Line::Opening) {
                 return;
             }
-            self.mark();
-            // Between the look and the mark something may have changed.
-            let opening_still = self.0.iter().filter(|news| news.borrow().line == Line::Opening).count();
-            if opening_still == opening && !self.is_open() {
-                self.news().await;
-            }
+            self.news().await;
         }
     }
 
     /// Waits for news since the last [`mark`](Listening::mark), or news that came.
     pub(crate) async fn news(&mut self) {
         let mut sources: Vec<_> = self.0.iter_mut().map(|news| Box::pin(news.changed())).collect();
-        let mut sources = pin!(sources.iter_mut().collect::<Vec<_>>());
         poll_fn(|context| {
-            // A source that has gone is silent for ever.
-            let heard = sources.iter_mut().any(|news| matches!(news.as_mut().poll(context), Poll::Ready(Ok(()))));
+            let mut heard = false;
+            sources.retain_mut(|news| match news.as_mut().poll(context) {
+                Poll::Ready(Ok(())) => {
+                    heard = true;
+                    false
+                }
+                // A source that has gone is silent for ever.
+                Poll::Ready(Err(_)) => false,
+                Poll::Pending => true,
+            });
             if heard { Poll::Ready(()) } else { Poll::Pending }
         })
         .await;
