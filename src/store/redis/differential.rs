@@ -18,6 +18,9 @@ const LOCKS: [&str; 3] = ["a", "b", "{t}c"];
 /// One is the beginning of another.
 const TOKENS: [&str; 3] = ["job-1", "job-10", "x"];
 const TTLS: [i64; 4] = [20_000, 60_000, 60_001, 200_000];
+/// Far from any of these, so that whether a renewal has anything to do does not hang on the milliseconds between the two
+/// sides: where it may not do it, that decides between an error and none.
+const RENEWED_TTLS: [i64; 4] = [10_000, 40_000, 100_000, 300_000];
 
 /// A key's type, what it holds, and its ttl.
 type Entry = (String, String, i64);
@@ -128,7 +131,7 @@ fn operation(rng: &mut fastrand::Rng) -> Operation {
     let ttl = rng.choice(TTLS).unwrap();
     let what = match rng.u8(..10) {
         0..3 => What::Release { publish: "PUBLISH" },
-        3..6 => What::Renew { ttl, exact: rng.bool() },
+        3..6 => What::Renew { ttl: rng.choice(RENEWED_TTLS).unwrap(), exact: rng.bool() },
         _ => {
             let value = match rng.u8(..3) {
                 0 => Value::Bytes([token.as_str().as_bytes(), b"\nmeta\n\xff\0"].concat().into()),
