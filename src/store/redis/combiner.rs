@@ -1,7 +1,8 @@
 //! Many operations, one round trip.
 //!
 //! A client pays for each command it sends, and a server for each script it runs. So an operation that finds few calls on
-//! their way is sent at once, by its own caller; what arrives meanwhile waits, and goes together in the next call.
+//! their way is sent at once, by its own caller; what arrives meanwhile waits, and goes together in the next call. Tasks that
+//! do one operation after the other fall into step by that: answered together, they ask for the next together.
 //!
 //! 1. No more than [`CALLS`] are on their way on one line, and no more than [`OPERATIONS`] in each.
 //! 2. While operations wait, a call is on its way: its end starts the next one.
@@ -23,6 +24,7 @@ use std::time::Duration;
 
 use tokio::runtime::{self, Handle};
 use tokio::sync::oneshot;
+use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
 use self::lines::{Caller, Lines, Waiting};
@@ -31,8 +33,11 @@ use crate::Error;
 /// On their way at a time. With one, client and server would wait for each other in turns; with more, the calls get
 /// smaller and dearer.
 const CALLS: usize = 2;
-/// In one call. Larger ones gain nothing more, and keep the server from its other clients for longer.
-const OPERATIONS: usize = 128;
+/// In one call. Larger ones gain nothing more: what is waited for comes later, and all at once, so that server and client
+/// work less at the same time. And they keep the server from its other clients for longer.
+pub(super) const OPERATIONS: usize = 96;
+/// With fewer than these a call is worth a moment's wait for more.
+const ENOUGH: usize = OPERATIONS / 2;
 /// A future that was polled once and is put aside holds its call for ever; a worker thread that blocks holds the driver
 /// that it was about to poll. Others wait for them no longer than this: more than most calls take, little for a timeout.
 const TRUSTED: Duration = Duration::from_millis(50);
@@ -132,7 +137,7 @@ impl<C: Carrier> Shared<C> {
     ) -> Result<Entered<'_, C>, Error> {
         let mut lines = self.lines();
         lines.forget_stalled(line, now);
-        if lines.is_nothing_waiting(line) {
+        if lines.waiting(line) == 0 {
             if let Some(number) = lines.begin(line, now + TRUSTED) {
                 return Ok(Entered::First(operation, Call { shared: self, line, number }));
             }
@@ -200,7 +205,12 @@ struct Driver<C: Carrier> {
 
 impl<C: Carrier> Driver<C> {
     async fn run(mut self) {
-        while let Some(batch) = self.next() {
+        loop {
+            // Those that were just answered are about to ask for more: a turn of the scheduler, and they come along.
+            if self.shared.lines().waiting(self.line) < ENOUGH {
+                yield_now().await;
+            }
+            let Some(batch) = self.next() else { break };
             self.bring(batch).await;
         }
     }

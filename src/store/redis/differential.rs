@@ -196,7 +196,7 @@ async fn batches(seed: u64, count: usize, forbidden: &[&str]) {
         for _ in 0..rng.u8(0..3) {
             interfere(&mut rng, &sides, forbidden).await;
         }
-        let most = if n % 50 == 0 { 128 } else { 10 };
+        let most = if n % 50 == 0 { combiner::OPERATIONS } else { 10 };
         let mut batch: Vec<Operation> = (0..rng.usize(1..=most)).map(|_| operation(&mut rng)).collect();
         batch.sort_by_key(Operation::rank);
         operations += batch.len();

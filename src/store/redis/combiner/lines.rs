@@ -47,8 +47,9 @@ pub(super) struct Caller<A> {
 }
 
 impl<C: Carrier> Lines<C> {
-    pub(super) fn is_nothing_waiting(&self, line: u16) -> bool {
-        self.busy.get(&line).is_none_or(|line| line.waiting.is_empty())
+    /// How many.
+    pub(super) fn waiting(&self, line: u16) -> usize {
+        self.busy.get(&line).map_or(0, |line| line.waiting.len())
     }
 
     pub(super) fn wait(&mut self, line: u16, waiting: Waiting<C>) {
