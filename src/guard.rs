@@ -59,7 +59,7 @@ use crate::{Error, Key, Lease, Loss, Token};
 pub struct LockGuard {
     hold: Arc<Hold>,
     upkeep: Arc<Upkeep>,
-    /// Where the keeper stands until it has something to do.
+    /// Where the keeper stands when it has nothing to do.
     place: Place<Keeper>,
 }
 
@@ -494,11 +494,20 @@ impl LockGuard {
 
     async fn renew(&self, ttl: Option<Duration>, exact: bool) -> Result<(), Error> {
         self.check().map_err(|loss| self.not_held(loss))?;
-        if exact {
-            // What is due, and when, may become sooner than it was.
+        let renewing = match ttl {
+            Some(ttl) if exact => {
+                let renewing = self.hold.setting_ttl(ttl);
+                // What is due may be due sooner now.
+                self.place.call();
+                renewing
+            }
+            ttl => self.hold.renewing(ttl),
+        };
+        self.upkeep.renew(&self.hold, renewing).await?.map_err(|loss| {
+            // It sees to the rest.
             self.place.call();
-        }
-        self.upkeep.renew(&self.hold, ttl, exact).await?.map_err(|loss| self.not_held(loss))
+            self.not_held(loss)
+        })
     }
 
     fn not_held(&self, loss: Loss) -> Error {
@@ -507,7 +516,7 @@ impl LockGuard {
 }
 
 impl Drop for LockGuard {
-    /// Only tells the keeper, which runs already: nothing here spawns, blocks or panics.
+    /// Only calls the keeper: nothing here spawns, blocks or panics.
     fn drop(&mut self) {
         self.hold.end(Loss::Released);
         match self.hold.settle(Cleanup::Release(self.upkeep.releases.token())) {

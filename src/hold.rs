@@ -158,10 +158,11 @@ impl Hold {
         self.state().ttl
     }
 
-    /// When the next renewal is due, if the lock is renewed at all.
-    pub(crate) fn next_renewal(&self) -> Option<Instant> {
+    /// When there is something to do for the lock: the next renewal, if it is renewed at all, or else its deadline.
+    pub(crate) fn next_duty(&self) -> Instant {
         let state = self.state();
-        state.renewal.due(state.sent, state.ttl, self.origin)
+        let renewal = state.renewal.due(state.sent, state.ttl, self.origin);
+        renewal.map_or(state.deadline, |due| due.min(state.deadline))
     }
 
     pub(crate) fn renewal_interval(&self) -> Option<Duration> {

@@ -1,8 +1,8 @@
-//! What keeps a held lock alive, and releases it in the end: one task per lock.
+//! What keeps a held lock alive, and releases it in the end: one keeper per lock.
 //!
-//! The keeper is there from the moment the lock is obtained, and runs once there is something to do for it (`roster.rs`). It
-//! renews until the lock is held no more, says why, does what is left to do at the server, and ends. Dropping a guard only
-//! wakes it: so a guard may be dropped on any thread, in a panic, or while the runtime shuts down.
+//! The keeper is there from the moment the lock is obtained, and runs as a task while there is something to do for it
+//! (`roster.rs`). It renews until the lock is held no more, says why, does what is left to do at the server, and ends.
+//! Dropping a guard only calls it: so a guard may be dropped on any thread, in a panic, or while the runtime shuts down.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, debug, info, info_span, warn};
 
-use crate::hold::{Cleanup, Grant, Hold, Owned};
+use crate::hold::{Cleanup, Grant, Hold, Owned, Renewing};
 use crate::isolated::Isolated;
 use crate::queue::{HandOver, Queues};
 use crate::roster::{Place, Rosters, Work};
@@ -32,7 +32,7 @@ pub(crate) struct Upkeep {
     pub(crate) queues: Queues,
     /// Where the grid of renewals begins.
     pub(crate) origin: Instant,
-    /// Keepers that have nothing to do yet.
+    /// Keepers that have nothing to do for now.
     pub(crate) rosters: Rosters<Keeper>,
     /// The runtime of their own that keepers run on, where the user wants one.
     pub(crate) isolated: Option<Isolated>,
@@ -49,22 +49,12 @@ impl Upkeep {
 
     /// Sees to it that the lock is kept.
     pub(crate) fn keep(self: &Arc<Self>, hold: Arc<Hold>, runtime: &Handle) -> Place<Keeper> {
-        let deadline = hold.deadline();
-        let due = hold.next_renewal().map_or(deadline, |due| due.min(deadline));
+        let due = hold.next_duty();
         self.rosters.enter(Keeper { hold, upkeep: self.clone() }, due, runtime)
     }
 
-    /// Renews once. A definite answer is passed on to the hold.
-    pub(crate) async fn renew(
-        &self,
-        hold: &Hold,
-        ttl: Option<Duration>,
-        exact: bool,
-    ) -> Result<Result<(), Loss>, Error> {
-        let renewing = match ttl {
-            Some(ttl) if exact => hold.setting_ttl(ttl),
-            ttl => hold.renewing(ttl),
-        };
+    /// Sends a renewal. A definite answer is passed on to the hold.
+    pub(crate) async fn renew(&self, hold: &Hold, renewing: Renewing) -> Result<Result<(), Loss>, Error> {
         let deadline = hold.deadline();
         let timeout = schedule::call_timeout(self.command_timeout, renewing.sent, deadline);
         let call = self.store.renew(&hold.owned, renewing.ttl, renewing.exact, timeout);
@@ -182,17 +172,26 @@ pub(crate) struct Keeper {
 }
 
 impl Work for Keeper {
-    fn run(self) -> impl Future<Output = ()> + Send + 'static {
+    fn run(self) -> impl Future<Output = Option<(Self, Instant)>> + Send + 'static {
         let span = info_span!(parent: None, "tenure.keep", key = %self.hold.owned.key());
         self.keep().instrument(span)
     }
 }
 
+/// What is next for a lock.
+enum Next {
+    /// Nothing until then.
+    Rest(Instant),
+    /// Its end.
+    Over(Loss),
+}
+
 impl Keeper {
-    async fn keep(self) {
-        match self.renew_until_over().await {
-            Loss::Released => {}
-            loss => {
+    async fn keep(self) -> Option<(Self, Instant)> {
+        match self.renew_when_due().await {
+            Next::Rest(until) => return Some((self, until)),
+            Next::Over(Loss::Released) => {}
+            Next::Over(loss) => {
                 warn!(name: "tenure.lost", key = %self.hold.owned.key(), %loss, "lost");
                 if loss == Loss::Expired {
                     // A renewal that nobody heard of may still come to pass, and would hold the key for a whole ttl.
@@ -207,50 +206,48 @@ impl Keeper {
             }
         }
         self.clean_up().await;
+        None
     }
 
-    /// The renewal loop. Ends when the lock is held no more, for whatever reason, and answers that.
-    async fn renew_until_over(&self) -> Loss {
+    /// The renewal loop. Ends when the lock is held no more, for whatever reason, and when nothing is due.
+    async fn renew_when_due(&self) -> Next {
         let hold = &*self.hold;
-        let mut failures = 0;
-        let mut due = hold.next_renewal();
+        let (mut failures, mut retry_at) = (0, None);
         loop {
             if let Err(loss) = hold.check() {
                 // Also when the clock alone says so: now everybody learns it.
-                return hold.end(loss);
+                return Next::Over(hold.end(loss));
             }
-            let deadline = hold.deadline();
-            let wake = due.map_or(deadline, |due| due.min(deadline));
-            select! {
-                // In this order: after a release nothing is renewed any more, even when a renewal is due as well.
-                biased;
-                () = hold.changed() => {
-                    // Released, or another ttl.
-                    due = hold.next_renewal();
-                    continue;
+            match retry_at.take() {
+                None => {
+                    let due = hold.next_duty();
+                    if Instant::now() < due {
+                        return Next::Rest(due);
+                    }
                 }
-                () = sleep_until(wake) => {}
+                Some(at) => select! {
+                    // In this order: after a release nothing is renewed any more, even when a renewal is due as well.
+                    biased;
+                    // Released, or another ttl.
+                    () = hold.changed() => continue,
+                    () = sleep_until(hold.deadline().min(at)) => {}
+                },
             }
             if Instant::now() >= hold.deadline() {
                 continue;
             }
-            let sent = Instant::now();
+            let renewing = hold.renewing(None);
             let renewal = select! {
                 biased;
                 // Given up on: should it still be run, it finds the lock released, or extends it once more.
-                () = hold.changed() => {
-                    due = hold.next_renewal();
-                    continue;
-                }
-                // Boxed, as a keeper rests most of its life, and is the smaller for it.
-                renewal = Box::pin(self.upkeep.renew(hold, None, false)) => renewal,
+                () = hold.changed() => continue,
+                renewal = self.upkeep.renew(hold, renewing) => renewal,
             };
             match renewal {
                 Ok(Ok(())) => {
                     failures = 0;
-                    due = hold.next_renewal();
-                    let remaining = remaining(hold);
-                    debug!(name: "tenure.renewed", ?remaining, took = ?sent.elapsed(), "renewed");
+                    let (remaining, took) = (remaining(hold), renewing.sent.elapsed());
+                    debug!(name: "tenure.renewed", ?remaining, ?took, "renewed");
                     if let Some(observer) = hold.observer() {
                         observer.renewed(hold.deadline());
                     }
@@ -259,7 +256,7 @@ impl Keeper {
                 Ok(Err(_)) => {}
                 Err(error) => {
                     failures += 1;
-                    due = Some(self.retry_at(failures, &error));
+                    retry_at = Some(self.retry_at(failures, &error));
                     if let Some(observer) = hold.observer() {
                         observer.renewal_failed(error, remaining(hold));
                     }
@@ -292,7 +289,7 @@ impl Keeper {
         let Cleanup::Release(_owed) = cleanup else { return };
         // Until the ttl has done the same; for one call, at least.
         let until = self.hold.deadline().max(Instant::now() + self.upkeep.command_timeout);
-        match Box::pin(self.upkeep.release(&self.hold.owned, until)).await {
+        match self.upkeep.release(&self.hold.owned, until).await {
             Ok(outcome) => info!(name: "tenure.released", ?outcome, "released in the background"),
             Err(error) => warn!(name: "tenure.release_failed", %error, "could not release; the ttl will free the lock"),
         }

@@ -1,13 +1,14 @@
-//! Keepers that have nothing to do yet.
+//! Keepers that have nothing to do for now.
 //!
-//! Most locks are released long before their first renewal. A task for each of them, woken when it starts and again when
-//! it ends, would cost more than all else that the client does. So a keeper starts when there is something to do for it:
-//! the first renewal or the deadline is due, or the guard was dropped. Until then it stands in the roster of its runtime,
-//! whose one task sleeps until the first of them is due.
+//! Most locks are released long before their first renewal, and the others rest from one renewal to the next. A task for
+//! each of them, with a timer of its own, would cost more than all else that the client does for it. So a keeper runs while
+//! there is something to do: a renewal or the deadline is due, or the guard was dropped. Otherwise it stands in the roster
+//! of its runtime, whose one task sleeps until the first of them is due.
 //!
 //! 1. A keeper stands in the roster, or runs, or is gone. Whoever takes it out decides which.
-//! 2. A roster ends when nobody stands in it, and with its runtime. What stands in it then is dropped, as a task is whose
-//!    runtime ends.
+//! 2. One that was called while it ran does not rest before it has looked again.
+//! 3. A roster ends when nobody stands in it nor may come back, and with its runtime. What stands in it then is dropped, as
+//!    a task is whose runtime ends.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -22,8 +23,9 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 /// What can stand in a roster.
-pub(crate) trait Work: Send + 'static {
-    fn run(self) -> impl Future<Output = ()> + Send + 'static;
+pub(crate) trait Work: Sized + Send + 'static {
+    /// Does what there is to do. Answers itself, and when there is more, or nothing if there never will be.
+    fn run(self) -> impl Future<Output = Option<(Self, Instant)>> + Send + 'static;
 }
 
 /// The rosters of one locker: one for each runtime that it is used on.
@@ -39,24 +41,32 @@ struct State<W> {
     /// By the time when each has something to do.
     waiting: BTreeMap<Due, W>,
     /// Those that have something to do now.
-    called: Vec<W>,
-    /// Tells apart what is due at the same time.
-    count: u64,
+    called: Vec<(u64, W)>,
+    /// Those that have run before: they don't stand where they were entered any more.
+    started: HashMap<u64, Started>,
+    /// The number of the last that was entered.
+    last: u64,
     /// When the task wakes up by itself.
     wakes: Option<Instant>,
     over: bool,
 }
 
+/// When it is due, and its number.
 type Due = (Instant, u64);
+
+enum Started {
+    Runs { called: bool },
+    Rests { until: Instant },
+}
 
 /// How long the task stays when nothing stands in the roster any more: who obtains lock after lock would start one after
 /// the other.
 const LINGER: Duration = Duration::from_millis(500);
 
-/// Where one stands.
+/// Where one was entered.
 pub(crate) struct Place<W: Work> {
     roster: Arc<Roster<W>>,
-    due: Due,
+    entered: Due,
 }
 
 impl<W: Work> Rosters<W> {
@@ -69,14 +79,14 @@ impl<W: Work> Rosters<W> {
         // A roster may end just when it is found; a second one that does has no runtime.
         let found = self.roster(runtime);
         match found.enter(work, due) {
-            Ok(due) => Place { roster: found, due },
+            Ok(entered) => Place { roster: found, entered },
             Err(work) => {
                 let roster = self.roster(runtime);
-                let due = roster.enter(work, due).unwrap_or_else(|work| {
+                let entered = roster.enter(work, due).unwrap_or_else(|work| {
                     drop(work);
                     (due, 0)
                 });
-                Place { roster, due }
+                Place { roster, entered }
             }
         }
     }
@@ -112,26 +122,59 @@ impl<W: Work> Drop for Rosters<W> {
 }
 
 impl<W: Work> Place<W> {
-    /// There is something to do now. Nothing happens to what runs already. Works on any thread.
+    /// There is something to do now. Works on any thread.
     pub(crate) fn call(&self) {
-        let mut state = self.roster.state();
-        let Some(work) = state.waiting.remove(&self.due) else { return };
-        state.called.push(work);
+        let (mut state, number) = (self.roster.state(), self.entered.1);
+        let Some(work) = state.take(self.entered) else { return };
+        state.started.insert(number, Started::Runs { called: false });
+        state.called.push((number, work));
         drop(state);
         self.roster.changed.notify_one();
     }
 
-    /// There will be nothing to do. Nothing happens to what runs already.
+    /// There will be nothing to do. What runs looks once more, and finds that.
     pub(crate) fn leave(&self) {
-        let work = self.roster.state().waiting.remove(&self.due);
+        let work = self.roster.state().take(self.entered);
         // Its drop may wake others: not under the mutex.
         drop(work);
     }
 }
 
+impl<W> State<W> {
+    /// Takes out who stands there; who runs is called (invariant 2).
+    fn take(&mut self, entered: Due) -> Option<W> {
+        let due = match self.started.get_mut(&entered.1) {
+            None => entered,
+            Some(Started::Rests { until }) => (*until, entered.1),
+            Some(Started::Runs { called }) => {
+                *called = true;
+                return None;
+            }
+        };
+        self.started.remove(&due.1);
+        self.waiting.remove(&due)
+    }
+
+    /// Takes out all that have something to do.
+    fn take_due(&mut self, now: Instant) -> Vec<(u64, W)> {
+        let later = self.waiting.split_off(&(now, u64::MAX));
+        let due = mem::replace(&mut self.waiting, later);
+        self.started.extend(due.keys().map(|due| (due.1, Started::Runs { called: false })));
+        let mut all = mem::take(&mut self.called);
+        all.extend(due.into_iter().map(|((_, number), work)| (number, work)));
+        all
+    }
+
+    /// Nobody stands there, nor may come back.
+    fn is_empty(&self) -> bool {
+        self.waiting.is_empty() && self.called.is_empty() && self.started.is_empty()
+    }
+}
+
 impl<W: Work> Roster<W> {
     fn new() -> Self {
-        let state = State { waiting: BTreeMap::new(), called: Vec::new(), count: 0, wakes: None, over: false };
+        let (waiting, called, started) = (BTreeMap::new(), Vec::new(), HashMap::new());
+        let state = State { waiting, called, started, last: 0, wakes: None, over: false };
         Self { state: Mutex::new(state), changed: Notify::new() }
     }
 
@@ -141,15 +184,19 @@ impl<W: Work> Roster<W> {
         if state.over {
             return Err(work);
         }
-        state.count += 1;
-        let due = (due, state.count);
+        state.last += 1;
+        let due = (due, state.last);
+        self.insert(state, due, work);
+        Ok(due)
+    }
+
+    fn insert(&self, mut state: MutexGuard<'_, State<W>>, due: Due, work: W) {
         state.waiting.insert(due, work);
         let sooner = state.wakes.is_none_or(|wakes| due.0 < wakes);
         drop(state);
         if sooner {
             self.changed.notify_one();
         }
-        Ok(due)
     }
 
     async fn run(running: Running<W>) {
@@ -157,12 +204,9 @@ impl<W: Work> Roster<W> {
         let mut called = true;
         loop {
             let (due, wakes) = {
-                let mut state = roster.state();
-                let mut due = mem::take(&mut state.called);
-                let now = Instant::now();
-                let later = state.waiting.split_off(&(now, u64::MAX));
-                due.extend(mem::replace(&mut state.waiting, later).into_values());
-                if state.waiting.is_empty() && due.is_empty() && (state.over || !called) {
+                let (mut state, now) = (roster.state(), Instant::now());
+                let due = state.take_due(now);
+                if state.is_empty() && (state.over || !called) {
                     state.over = true;
                     return;
                 }
@@ -171,8 +215,8 @@ impl<W: Work> Roster<W> {
                 state.wakes = Some(wakes);
                 (due, wakes)
             };
-            for work in due {
-                tokio::spawn(work.run());
+            for (number, work) in due {
+                tokio::spawn(Shift { roster: roster.clone(), number, rests: false }.run(work));
             }
             select! {
                 () = roster.changed.notified() => called = true,
@@ -184,6 +228,51 @@ impl<W: Work> Roster<W> {
     /// No code panics while it holds this mutex, so a poisoned one would be as good as any.
     fn state(&self) -> MutexGuard<'_, State<W>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The task of one that runs, until it rests again or is gone.
+struct Shift<W: Work> {
+    roster: Arc<Roster<W>>,
+    number: u64,
+    rests: bool,
+}
+
+impl<W: Work> Shift<W> {
+    async fn run(mut self, mut work: W) {
+        while let Some((more, due)) = work.run().await {
+            match self.rest(more, due) {
+                Some(called) => work = called,
+                None => return,
+            }
+        }
+    }
+
+    /// Answers what may not rest, as it was called meanwhile.
+    fn rest(&mut self, work: W, due: Instant) -> Option<W> {
+        let mut state = self.roster.state();
+        if state.over {
+            // With the runtime. To drop it wakes others: not under the mutex.
+            drop(state);
+            drop(work);
+            return None;
+        }
+        let before = state.started.insert(self.number, Started::Rests { until: due });
+        if let Some(Started::Runs { called: true }) = before {
+            state.started.insert(self.number, Started::Runs { called: false });
+            return Some(work);
+        }
+        self.rests = true;
+        self.roster.insert(state, (due, self.number), work);
+        None
+    }
+}
+
+impl<W: Work> Drop for Shift<W> {
+    fn drop(&mut self) {
+        if !self.rests {
+            self.roster.state().started.remove(&self.number);
+        }
     }
 }
 
@@ -224,9 +313,10 @@ mod tests {
     struct Named(&'static str, UnboundedSender<String>);
 
     impl Work for Named {
-        async fn run(mut self) {
+        async fn run(mut self) -> Option<(Self, Instant)> {
             self.1.send(format!("{} runs", self.0)).unwrap();
             self.0 = "";
+            None
         }
     }
 
@@ -235,6 +325,21 @@ mod tests {
             if !self.0.is_empty() {
                 self.1.send(format!("{} dropped", self.0)).unwrap();
             }
+        }
+    }
+
+    /// Tells that it runs, for a while, and rests until each of these, the last first.
+    struct Resting {
+        rests: Vec<Instant>,
+        lasts: Duration,
+        sender: UnboundedSender<()>,
+    }
+
+    impl Work for Resting {
+        async fn run(mut self) -> Option<(Self, Instant)> {
+            self.sender.send(()).unwrap();
+            sleep(self.lasts).await;
+            self.rests.pop().map(|until| (self, until))
         }
     }
 
@@ -258,6 +363,61 @@ mod tests {
         assert_eq!(told.recv().await.unwrap(), "soon runs");
         assert_eq!(start.elapsed(), ms(300));
         assert_eq!(told.recv().await.unwrap(), "late runs");
+        assert_eq!(start.elapsed(), ms(900));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_rests_stands_there_again() {
+        let (rosters, start) = (Rosters::new(), Instant::now());
+        let (sender, mut told) = unbounded_channel();
+        let rests = Resting { rests: vec![start + ms(500), start + ms(300)], lasts: ms(10), sender };
+        let place = rosters.enter(rests, start + ms(100), &Handle::current());
+        for expected in [100, 300, 500] {
+            told.recv().await.unwrap();
+            assert_eq!(start.elapsed(), ms(expected));
+            assert_eq!(tasks(), 2, "the roster's, and its own");
+            sleep(ms(50)).await;
+            assert_eq!(tasks(), 1);
+        }
+        assert_eq!(told.recv().await, None, "gone");
+        place.call();
+        place.leave();
+        sleep(LINGER).await;
+        assert_eq!(tasks(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_rests_can_be_called_and_can_leave() {
+        for (called, expected) in [(true, Some(())), (false, None)] {
+            let (rosters, start) = (Rosters::new(), Instant::now());
+            let (sender, mut told) = unbounded_channel();
+            let rests = Resting { rests: vec![start + ms(60_000)], lasts: ms(10), sender };
+            let place = rosters.enter(rests, start + ms(100), &Handle::current());
+            told.recv().await.unwrap();
+            sleep(ms(50)).await;
+            if called {
+                place.call();
+            } else {
+                place.leave();
+            }
+            assert_eq!(told.recv().await, expected);
+            assert_eq!(start.elapsed(), ms(150));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_was_called_while_it_ran_looks_again_before_it_rests() {
+        let (rosters, start) = (Rosters::new(), Instant::now());
+        let (sender, mut told) = unbounded_channel();
+        let rests = Resting { rests: vec![start + ms(900), start + ms(800)], lasts: ms(100), sender };
+        let place = rosters.enter(rests, start, &Handle::current());
+        told.recv().await.unwrap();
+        sleep(ms(50)).await;
+        place.call();
+        place.call();
+        told.recv().await.unwrap();
+        assert_eq!(start.elapsed(), ms(100));
+        told.recv().await.unwrap();
         assert_eq!(start.elapsed(), ms(900));
     }
 
@@ -311,7 +471,17 @@ mod tests {
         let handle = runtime.handle().clone();
         let due = Instant::now() + ms(60_000);
         let before = rosters.enter(Named("before", sender.clone()), due, &handle);
+        let resting_rosters = Rosters::new();
+        let (resting_sender, mut resting_told) = unbounded_channel();
+        let resting = Resting { rests: vec![due], lasts: Duration::ZERO, sender: resting_sender };
+        let resting = resting_rosters.enter(resting, Instant::now(), &handle);
+        runtime.block_on(async {
+            resting_told.recv().await.unwrap();
+            sleep(ms(20)).await;
+        });
         drop(runtime);
+        assert_eq!(resting_told.blocking_recv(), None);
+        resting.call();
         assert_eq!(told.blocking_recv().unwrap(), "before dropped");
         let after = rosters.enter(Named("after", sender), due, &handle);
         assert_eq!(told.blocking_recv().unwrap(), "after dropped");

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tenure::{Error, Locker, Loss};
+use tenure::{Error, LockGuard, Locker, Loss};
 use tenure_test_support::{Mode, Proxy, Server, eventually, soon};
 use tokio::runtime::Handle;
 use tokio::time::timeout;
@@ -24,11 +24,14 @@ async fn ten_thousand_guards_leave_no_task() {
     for n in 0..10_000 {
         let request = locker.try_lock(format!("k:{n}")).ttl(ms(600_000)).fenced(false);
         // One in ten is renewed at once.
-        let request = if n % 10 == 0 { request.renew_every(ms(50)) } else { request };
+        let request = if n % 10 == 0 { request.renew_every(ms(500)) } else { request };
         guards.push(request.await.unwrap());
     }
-    // And one for all others.
-    eventually("a task each for those that are renewed", async || (tasks() == before + 1_001).then_some(())).await;
+    let deadlines: Vec<_> = guards.iter().step_by(10).map(LockGuard::deadline).collect();
+    let renewed = || guards.iter().step_by(10).zip(&deadlines).all(|(guard, before)| guard.deadline() > *before);
+    eventually("renewals", async || renewed().then_some(())).await;
+    // From one renewal to the next, too.
+    eventually("one task for all", async || (tasks() == before + 1).then_some(())).await;
     for (n, guard) in guards.into_iter().enumerate() {
         if n % 2 == 0 {
             guard.release().await.unwrap();
