@@ -20,7 +20,7 @@ use std::time::Duration;
 use tokio::runtime::{self, Handle};
 use tokio::select;
 use tokio::sync::Notify;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 /// What can stand in a roster.
 pub(crate) trait Work: Sized + Send + 'static {
@@ -62,6 +62,12 @@ enum Started {
 /// How long the task stays when nothing stands in the roster any more: who obtains lock after lock would start one after
 /// the other.
 const LINGER: Duration = Duration::from_millis(500);
+
+/// So many are started at a time, and then others after [`PAUSE`]. Locks that were obtained together are due together: were
+/// they all started at once, the memory that they take while they run would be many times what they take while they rest.
+const AT_A_TIME: usize = 256;
+/// Less than so many calls take, so that this delays nothing that would not have to wait for its turn anyway.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// Where one was entered.
 pub(crate) struct Place<W: Work> {
@@ -155,14 +161,16 @@ impl<W> State<W> {
         self.waiting.remove(&due)
     }
 
-    /// Takes out all that have something to do.
+    /// Takes out some that have something to do.
     fn take_due(&mut self, now: Instant) -> Vec<(u64, W)> {
-        let later = self.waiting.split_off(&(now, u64::MAX));
-        let due = mem::replace(&mut self.waiting, later);
-        self.started.extend(due.keys().map(|due| (due.1, Started::Runs { called: false })));
-        let mut all = mem::take(&mut self.called);
-        all.extend(due.into_iter().map(|((_, number), work)| (number, work)));
-        all
+        let mut due: Vec<_> = self.called.drain(..self.called.len().min(AT_A_TIME)).collect();
+        while due.len() < AT_A_TIME {
+            let Some(first) = self.waiting.first_entry().filter(|first| first.key().0 <= now) else { break };
+            let ((_, number), work) = first.remove_entry();
+            self.started.insert(number, Started::Runs { called: false });
+            due.push((number, work));
+        }
+        due
     }
 
     /// Nobody stands there, nor may come back.
@@ -210,17 +218,21 @@ impl<W: Work> Roster<W> {
                     state.over = true;
                     return;
                 }
-                let next = state.waiting.keys().next().map(|due| due.0);
-                let wakes = next.map_or(now + LINGER, |next| next.min(now + LINGER));
+                let wakes = state.waiting.keys().next().map_or(now + LINGER, |next| next.0.min(now + LINGER));
                 state.wakes = Some(wakes);
                 (due, wakes)
             };
+            let are_all = due.len() < AT_A_TIME;
             for (number, work) in due {
                 tokio::spawn(Shift { roster: roster.clone(), number, rests: false }.run(work));
             }
-            select! {
-                () = roster.changed.notified() => called = true,
-                () = sleep_until(wakes) => called = false,
+            if are_all {
+                select! {
+                    () = roster.changed.notified() => called = true,
+                    () = sleep_until(wakes) => called = false,
+                }
+            } else {
+                sleep(PAUSE).await;
             }
         }
     }
@@ -301,7 +313,7 @@ impl<W: Work> fmt::Debug for Rosters<W> {
 mod tests {
     use tokio::runtime::Builder;
     use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, error::TryRecvError, unbounded_channel};
-    use tokio::time::{advance, sleep};
+    use tokio::time::advance;
 
     use super::*;
 
@@ -384,6 +396,26 @@ mod tests {
         place.leave();
         sleep(LINGER).await;
         assert_eq!(tasks(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_many_that_are_due_together_not_all_start_at_once() {
+        let (rosters, start) = (Rosters::new(), Instant::now());
+        let (sender, mut told) = unbounded_channel();
+        let places: Vec<_> = (0..2 * AT_A_TIME + 1)
+            .map(|_| Resting { rests: Vec::new(), lasts: Duration::ZERO, sender: sender.clone() })
+            .map(|rests| rosters.enter(rests, start + ms(100), &Handle::current()))
+            .collect();
+        drop(sender);
+        let mut started = Vec::new();
+        while let Some(()) = told.recv().await {
+            started.push(start.elapsed());
+        }
+        let (first, others) = started.split_at(AT_A_TIME);
+        let (second, last) = others.split_at(AT_A_TIME);
+        assert!(first.iter().all(|at| *at == ms(100)) && second.iter().all(|at| *at == ms(101)));
+        assert_eq!(last, [ms(102)]);
+        drop(places);
     }
 
     #[tokio::test(start_paused = true)]
