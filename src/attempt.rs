@@ -202,11 +202,11 @@ impl Attempt {
     /// Another attempt is about to be made. A store that takes attempts back by itself may still do so with the last one,
     /// and must not take this one for it.
     fn renew_token(&mut self) {
-        if !self.wanted.own_token || !self.upkeep.store.settles() {
+        if !self.wanted.owned.own_token || !self.upkeep.store.settles() {
             return;
         }
         self.undo();
-        let owned = Owned { keys: self.wanted.owned.keys.clone(), token: Token::random() };
+        let owned = Owned { token: Token::random(), ..self.wanted.owned.clone() };
         self.wanted = Arc::new(Wanted { owned, ..Wanted::clone(&self.wanted) });
     }
 
@@ -214,7 +214,7 @@ impl Attempt {
     fn undo(&mut self) {
         let Some(unsettled) = self.unsettled.take() else { return };
         // By a token from elsewhere another guard may hold the lock, and would lose it.
-        if !self.wanted.own_token {
+        if !self.wanted.owned.own_token {
             return;
         }
         let (wanted, upkeep) = (self.wanted.clone(), self.upkeep.clone());

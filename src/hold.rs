@@ -27,6 +27,9 @@ use crate::{Error, Key, Loss, Token};
 pub(crate) struct Owned {
     pub(crate) keys: Box<[Key]>,
     pub(crate) token: Token,
+    /// The token was made for one request and is known to nobody else: what it holds was granted to that request, and
+    /// once it is released, nothing will be held by it again.
+    pub(crate) own_token: bool,
 }
 
 impl Owned {
@@ -308,7 +311,7 @@ mod tests {
 
     /// Held for 1,000 ms from now, as its drift is none.
     fn hold() -> Hold {
-        let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random() };
+        let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true };
         let grant = Grant { sent: Instant::now(), ttl: ms(1_000), fencing_token: None };
         let drift = Drift { factor: 0.0, margin: Duration::ZERO };
         Hold::new(owned, Box::default(), &grant, drift, Renewal::Third, Instant::now())

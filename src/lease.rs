@@ -58,10 +58,12 @@ impl Lease {
     /// assert_eq!(lease.fencing_token(), None);
     /// ```
     pub fn new(key: impl Into<Key>, token: Token, ttl: Duration) -> Self {
-        Self::from_parts(Owned { keys: Box::new([key.into()]), token }, ttl, None)
+        Self::from_parts(Owned { keys: Box::new([key.into()]), token, own_token: false }, ttl, None)
     }
 
-    pub(crate) fn from_parts(owned: Owned, ttl: Duration, fencing_token: Option<u64>) -> Self {
+    pub(crate) fn from_parts(mut owned: Owned, ttl: Duration, fencing_token: Option<u64>) -> Self {
+        // It can be read from the lease.
+        owned.own_token = false;
         // In the unit of the server and of the text, so that it stays the same on its way through either.
         let millis = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
         Self { owned, ttl: Duration::from_millis(millis), fencing_token }
@@ -143,7 +145,7 @@ impl FromStr for Lease {
         let token = token.parse().map_err(|_| Error::InvalidLease("its token is none"))?;
         let keys: Box<[Key]> = parts.map(|key| percent_decode_str(key).collect::<Vec<u8>>().into()).collect();
         Key::validate_all(&keys).map_err(|_| Error::InvalidLease("it has no key, an empty one, or one twice"))?;
-        Ok(Self::from_parts(Owned { keys, token }, ttl, fencing_token))
+        Ok(Self::from_parts(Owned { keys, token, own_token: false }, ttl, fencing_token))
     }
 }
 

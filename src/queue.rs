@@ -106,7 +106,7 @@ impl Queues {
         let queue = queues.get_mut(key)?;
         let waiter = queue.places.first_key_value()?.1.clone();
         // A token from elsewhere may hold another lock of this key: what it got by a hand-over couldn't be undone.
-        if queue.in_a_row >= IN_A_ROW && waiter.wanted.queueing == Queueing::None || !waiter.wanted.own_token {
+        if queue.in_a_row >= IN_A_ROW && waiter.wanted.queueing == Queueing::None || !waiter.wanted.owned.own_token {
             queue.in_a_row = 0;
             return None;
         }
@@ -307,9 +307,9 @@ mod tests {
     use super::*;
 
     fn wanted(queueing: Queueing) -> Arc<Wanted> {
-        let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random() };
+        let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true };
         let ttl = Duration::from_secs(1);
-        Arc::new(Wanted { owned, metadata: Box::default(), ttl, fenced: false, queueing, own_token: true })
+        Arc::new(Wanted { owned, metadata: Box::default(), ttl, fenced: false, queueing })
     }
 
     fn grant() -> Grant {
@@ -407,9 +407,10 @@ mod tests {
     #[test]
     fn a_token_from_elsewhere_is_handed_nothing() {
         let queues = Queues::default();
-        let wanted = Wanted { own_token: false, ..Wanted::clone(&wanted(Queueing::None)) };
-        let _place = queues.enter(Key::from("k"), Arc::new(wanted));
-        assert!(queues.next(&Owned { keys: Box::new([Key::from("k")]), token: Token::random() }).is_none());
+        let mut wanted = Wanted::clone(&wanted(Queueing::None));
+        wanted.owned.own_token = false;
+        let _place = queues.enter(Key::from("k"), Arc::new(wanted.clone()));
+        assert!(queues.next(&wanted.owned).is_none());
     }
 
     #[test]

@@ -293,11 +293,12 @@ impl LockRequest {
             Patience::Wait => Queueing::Queued,
             Patience::Once | Patience::Retry(_) => Queueing::Behind,
         };
-        let owned = Owned { keys: self.keys.into(), token: self.token.unwrap_or_else(Token::random) };
+        let token = self.token.unwrap_or_else(Token::random);
+        let owned = Owned { keys: self.keys.into(), token, own_token };
         // Who comes back by the same token, and wants a fencing token then, must not be told that of the holder before: so
         // what is held by a token that can come back has one of its own, wanted or not.
         let fenced = self.fenced || !own_token;
-        let wanted = Wanted { owned, metadata: self.metadata.into(), ttl, fenced, queueing, own_token };
+        let wanted = Wanted { owned, metadata: self.metadata.into(), ttl, fenced, queueing };
         let mut attempt = Attempt::new(wanted, locker.upkeep().clone(), runtime);
         let mut waiting = Waiting::new(locker.settings().poll_every, limit, closed);
         let mut between = match self.patience {

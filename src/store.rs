@@ -78,8 +78,6 @@ pub(crate) struct Wanted {
     pub(crate) fenced: bool,
     /// How to stand in line with those of other processes.
     pub(crate) queueing: Queueing,
-    /// The token is known to nobody else: what it holds was granted to this request.
-    pub(crate) own_token: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -106,7 +106,7 @@ impl Held {
 
     fn acquire(&mut self, wanted: &Wanted) -> Acquired {
         let now = Instant::now();
-        let Owned { keys, token } = &wanted.owned;
+        let Owned { keys, token, .. } = &wanted.owned;
         // Never shorter than it is: another of the same token may rely on it.
         let mut expires = now + wanted.ttl;
         let mut repeated = None;

@@ -38,7 +38,8 @@
 //! 2. An attempt that is not granted, or whose asker has gone, is taken back on every node that granted it or may have,
 //!    as soon as all its calls to that node have ended ([`round`]).
 //! 3. No token is used for two attempts, so whatever comes late of one can't touch the next. Where the user has chosen the
-//!    token, attempts have names instead, and a node takes back only what the attempt of this name alone has set.
+//!    token, attempts have names instead, and a node takes back only what the attempt of this name alone has set; and a
+//!    node that missed a release is not told again.
 
 mod ballot;
 mod calls;

@@ -94,7 +94,7 @@ impl RedisStore {
         let timeout = within(timeout, wanted.ttl, self.server().min_replicas);
         let until = Instant::now() + timeout;
         let answer = self.take(wanted, timeout).await;
-        if matches!(answer, Err(Error::NotReplicated { .. })) && wanted.own_token {
+        if matches!(answer, Err(Error::NotReplicated { .. })) && wanted.owned.own_token {
             // Given back before it is told. Should that fail, it is the caller's to do, as ever when an attempt fails.
             let left = until.saturating_duration_since(Instant::now());
             drop(self.release(&wanted.owned, left).await);
@@ -103,7 +103,7 @@ impl RedisStore {
     }
 
     async fn take(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
-        let Owned { keys, token } = &wanted.owned;
+        let Owned { keys, token, .. } = &wanted.owned;
         let value = value_of(wanted);
         let (ttl, fence_ttl) = (millis(wanted.ttl), fence_ttl(wanted.ttl));
         if let [key] = &**keys {

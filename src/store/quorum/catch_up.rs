@@ -71,6 +71,8 @@ impl Quorum {
     }
 
     /// A majority has answered a release: sees to the nodes that failed, or have yet to answer.
+    ///
+    /// Not again where the token may be used again: by then a lock may be held by it that nobody wants released.
     pub(super) fn release_the_rest(
         self: &Arc<Self>,
         owned: &Owned,
@@ -88,6 +90,9 @@ impl Quorum {
                 if answer.is_err() {
                     behind.push(place);
                 }
+            }
+            if !owned.own_token {
+                return;
             }
             for member in behind.into_iter().filter_map(|place| quorum.members.get(place)) {
                 let (node, arrears, owned) = (member.node.clone(), member.arrears.clone(), owned.clone());

@@ -73,7 +73,7 @@ impl Round {
     fn new(quorum: Arc<Quorum>, wanted: Wanted, timeout: Duration) -> Result<Self, Error> {
         let calls = Calls::new(&quorum)?;
         let members = quorum.members.iter().map(|_| Standing::default()).collect();
-        let name = (!wanted.own_token).then(Token::random);
+        let name = (!wanted.owned.own_token).then(Token::random);
         quorum.open_round(&wanted.owned.token);
         let until = Instant::now() + first(timeout);
         Ok(Self { quorum, wanted: Arc::new(wanted), name, until, members, calls, split: None })

@@ -82,7 +82,7 @@ impl Server {
         if up < ballot.window {
             return reply(Vote::Silent { remaining: ballot.window - up }, 0);
         }
-        let Owned { keys, token } = &wanted.owned;
+        let Owned { keys, token, .. } = &wanted.owned;
         let known: Vec<Option<u64>> = keys.iter().map(|key| state.fences.get(key).copied()).collect();
         let last = known.iter().flatten().copied().max().unwrap_or(0);
         let ahead = u64::try_from(ballot.ahead.as_micros()).unwrap();
@@ -468,6 +468,28 @@ async fn a_vote_that_comes_after_the_release_is_taken_back() {
     locker.lock("k").await.unwrap().release().await.unwrap();
     sleep(ms(101)).await;
     assert!(world.is_free("k"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_node_missed_of_a_release_takes_nothing_from_who_comes_back_by_the_same_token() {
+    for (token, is_freed) in [(Some("worker-7"), false), (None, true)] {
+        let world = World::new(&[0; 3], Duration::ZERO);
+        let calls = Arc::new(AtomicU32::new(0));
+        let locker = world.client(0, move |place| {
+            let missed = place == 2 && calls.fetch_add(1, Ordering::Relaxed) == 1;
+            if missed { Fault::Refused } else { Fault::None }
+        });
+        let lock = || match token {
+            Some(token) => locker.lock("k").no_renewal().token(token.parse().unwrap()),
+            None => locker.lock("k").no_renewal(),
+        };
+        lock().await.unwrap().release().await.unwrap();
+        if token.is_some() {
+            lock().await.unwrap().into_lease();
+        }
+        sleep(ms(900)).await;
+        assert_eq!(world.servers[2].is_free("k"), is_freed, "{token:?}");
+    }
 }
 
 /// What networks do.

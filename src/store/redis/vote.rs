@@ -38,7 +38,7 @@ impl RedisStore {
     }
 
     async fn vote(&self, wanted: &Wanted, ballot: &Ballot, timeout: Duration) -> Result<Reply, Error> {
-        let Owned { keys, token } = &wanted.owned;
+        let Owned { keys, token, .. } = &wanted.owned;
         let mut names: Vec<Bytes> = keys.iter().map(|key| self.name(key)).collect();
         let locks = names.clone();
         if ballot.number.is_some() {

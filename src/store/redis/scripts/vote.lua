@@ -15,8 +15,8 @@
 -- Idempotent: where all keys hold the token already, they are taken again, with the same number, and live for the ttl from
 -- now, or as long as they would have, whichever is longer.
 --
--- Why numbers grow is argued in quorum.rs. Scripts do not roll back. So: look first, write the fences next, the locks last,
--- and undo those where one fails.
+-- Why numbers grow is argued in quorum.rs. Scripts do not roll back. So: look first, write the fences and votes next, the
+-- locks last, and undo those where one fails.
 
 local token, value, ttl, n = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local window, ahead, number, name = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[10]
@@ -91,16 +91,18 @@ if number > 0 then
 end
 
 local px = string.format('%.0f', ttl)
-local votes = #KEYS - n
-for i = 1, n do
-    if name ~= '' then
-        -- Says which attempt has set the lock, as long as no other relies on it.
+if name ~= '' then
+    -- Says which attempt has set the lock, as long as no other relies on it.
+    local votes = #KEYS - n
+    for i = 1, n do
         if not ours[i] then
             redis.call('SET', KEYS[votes + i], name, 'PX', px)
         elseif redis.call('GET', KEYS[votes + i]) ~= name then
             redis.call('DEL', KEYS[votes + i])
         end
     end
+end
+for i = 1, n do
     local done = redis.pcall('SET', KEYS[i], value, 'PX', px)
     if done.err then
         for j = 1, i - 1 do
