@@ -1,23 +1,29 @@
 //! What a lock on a quorum costs: obtaining alone, and obtain + release pairs, by one task on three and on five nodes, beside
 //! one server.
 //!
-//! All on one machine, which has to do the work of all nodes one after the other: on machines of their own they would do it at
-//! the same time. So it is measured a second time with every answer kept back for a while, as by a network: what counts
-//! then is how often, and not for how many, a lock has to wait. As in `versus.rs`, whoever is measured takes turns with the others, in rounds and in random order; what is printed are
-//! medians over the rounds, and ratios are taken within a round. `-- --quick` runs one short round.
+//! All on one machine, which has to do the work of all nodes one after the other: on machines of their own they would do it
+//! at the same time. So it is measured a second time with every answer kept back for a while, as by a network: what counts
+//! then is how often, and not for how many, a lock has to wait. As in `versus.rs`, whoever is measured takes turns with the
+//! others, in rounds and in random order; what is printed are medians over the rounds, and ratios are taken within a round.
+//! `-- --quick` runs one short round.
 
 #![expect(clippy::expect_used, reason = "a benchmark that can't measure has nothing else to say")]
 
+mod machine;
+mod statistics;
+
 use std::collections::HashMap;
+use std::env;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use std::{env, thread};
 
 use cpu_time::ProcessTime;
 use tenure::{LockGuard, Locker};
 use tenure_test_support::{Mode, Proxy, Server};
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
+
+use self::statistics::median;
 
 /// A quorum of one is what the protocol costs before there are others to wait for.
 const NODES: [usize; 3] = [1, 3, 5];
@@ -32,24 +38,28 @@ const TARGET: f64 = 1.5;
 const AWAY: Duration = Duration::from_millis(1);
 
 fn main() -> ExitCode {
-    let (rounds, length) = match env::args().skip(1).find(|arg| arg != "--bench").as_deref() {
-        None => (15, Duration::from_millis(400)),
-        Some("--quick") => (1, Duration::from_millis(100)),
-        Some(unknown) => {
-            eprintln!("unknown argument `{unknown}`: there is only `--quick`");
-            return ExitCode::FAILURE;
+    match benchmark() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(refusal) => {
+            eprintln!("{refusal}");
+            ExitCode::FAILURE
         }
+    }
+}
+
+fn benchmark() -> Result<(), String> {
+    let (rounds, length) = match machine::is_quick(env::args().skip(1))? {
+        true => (1, Duration::from_millis(100)),
+        false => (15, Duration::from_millis(400)),
     };
-    let cores = thread::available_parallelism().map_or(1, usize::from);
-    println!(
-        "Obtain, and obtain + release, by one task on one key; TCP on loopback; {cores} cores, shared with all nodes."
-    );
+    println!("Obtain, and obtain + release, by one task on one key; TCP on loopback.");
+    println!("{}", machine::describe()?);
     println!("{rounds} round(s) of {length:?} for each, in turn. Medians over the rounds; ratios within a round.");
-    let runtime = Runtime::new().expect("a runtime");
+    let runtime = Runtime::new().map_err(|error| error.to_string())?;
     runtime.block_on(compare(rounds, length, None));
     runtime.block_on(compare(rounds, length, Some(AWAY)));
     println!("\nTarget: obtaining on five nodes takes at most {TARGET} times as long as on one server.");
-    ExitCode::SUCCESS
+    Ok(())
 }
 
 async fn compare(rounds: usize, length: Duration, away: Option<Duration>) {
@@ -179,10 +189,4 @@ fn print_table(rivals: &[Rival], samples: &HashMap<&str, Vec<Sample>>, away: Opt
             column(|sample| sample.calls),
         );
     }
-}
-
-fn median(figures: impl Iterator<Item = f64>) -> f64 {
-    let mut figures: Vec<f64> = figures.collect();
-    let middle = figures.len() / 2;
-    *figures.select_nth_unstable_by(middle, f64::total_cmp).1
 }

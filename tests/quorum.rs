@@ -22,7 +22,11 @@ async fn locker(servers: &[Server]) -> Locker {
 }
 
 async fn locker_with(servers: &[Server], window: Duration) -> Locker {
-    let builder = Locker::builder().ttl(ms(3_000)).restart_window(window);
+    locker_for(servers, ms(3_000), window).await
+}
+
+async fn locker_for(servers: &[Server], ttl: Duration, window: Duration) -> Locker {
+    let builder = Locker::builder().ttl(ttl).restart_window(window);
     builder.quorum(servers.iter().map(Server::url)).await.unwrap()
 }
 
@@ -54,7 +58,7 @@ async fn lock(locker: &Locker, key: &'static str) -> LockGuard {
 #[tokio::test]
 async fn one_frozen_node_of_five_slows_nothing() {
     let servers = start::<5>();
-    let locker = locker(&servers).await;
+    let locker = locker_for(&servers, ms(30_000), Duration::ZERO).await;
     lock(&locker, "warm").await.release().await.unwrap();
     servers[2].freeze();
     let started = Instant::now();
@@ -63,7 +67,7 @@ async fn one_frozen_node_of_five_slows_nothing() {
     assert!(guard.server_ttl().await.unwrap().is_some());
     guard.release().await.unwrap();
     // Each call to the frozen node takes more than this.
-    assert!(started.elapsed() < ms(200), "{:?}", started.elapsed());
+    assert!(started.elapsed() < ms(500), "{:?}", started.elapsed());
     servers[2].thaw();
     // Its vote came to pass when nobody waited for it any more.
     is_on(&servers, "k", 0).await;
@@ -117,7 +121,7 @@ async fn without_a_majority_a_guard_is_lost_by_its_deadline_and_requests_name_th
 #[tokio::test]
 async fn one_failed_renewal_is_no_loss() {
     let servers = start::<3>();
-    let locker = locker(&servers).await;
+    let locker = locker_for(&servers, ms(10_000), Duration::ZERO).await;
     let guard = lock(&locker, "k").await;
     // Frozen before its vote, one would not be renewed.
     is_on(&servers, "k", 3).await;

@@ -61,7 +61,7 @@ mod bsm_redislock {
         let started = Instant::now();
         let refused = locker.obtain("k").retry(Retry::linear(ms(50))).wait_at_most(ms(300)).await.unwrap_err();
         assert!(matches!(refused, Error::NotObtained { attempts: 4.., .. }), "{refused}");
-        assert!(started.elapsed() >= ms(300) && started.elapsed() <= ms(350));
+        assert!(started.elapsed() >= ms(300) && started.elapsed() < ms(2_000));
         let waiting = locker.obtain("k").retry(Retry::linear(ms(10)));
         let (obtained, released) = tokio::join!(waiting, guard.release());
         released.unwrap();

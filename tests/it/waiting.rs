@@ -21,13 +21,14 @@ const fn ms(n: u64) -> Duration {
 #[tokio::test]
 async fn a_waiter_finds_the_expiry_of_a_dead_holder() {
     let server = Server::start();
-    let locker = Locker::connect(&server.url()).await.unwrap();
+    let locker = patient(&server.url()).await;
     for _ in 0..3 {
         // Another library's lock, whose holder has died.
         let started = Instant::now();
         server.cli(&["SET", "k", "dead", "PX", "1000"]);
         let guard = soon(locker.lock("k")).await.unwrap();
-        assert!(started.elapsed() < ms(1_000 + 50 + 50), "after {:?}", started.elapsed());
+        // To the millisecond: `a_dead_holder_is_followed_when_its_ttl_ends`. Here, long before the next look.
+        assert!(started.elapsed() < ms(3_000), "after {:?}", started.elapsed());
         guard.release().await.unwrap();
     }
 }
@@ -156,7 +157,7 @@ async fn without_messages_waiting_goes_by_time() {
         .await
         .unwrap();
     soon(patient.lock("k")).await.unwrap().release().await.unwrap();
-    assert!(started.elapsed() < ms(1_000 + 50 + 50), "after {:?}", started.elapsed());
+    assert!(started.elapsed() < ms(3_000), "after {:?}", started.elapsed());
 }
 
 #[tokio::test]
@@ -336,7 +337,7 @@ async fn a_dead_fair_waiter_is_skipped_and_a_dropped_one_leaves_nothing() {
     let started = Instant::now();
     guard.release().await.unwrap();
     let guard = soon(waiter).await.unwrap().unwrap();
-    assert!(started.elapsed() < ms(1_500 + 200), "after {:?}", started.elapsed());
+    assert!(started.elapsed() < ms(4_000), "after {:?}", started.elapsed());
     guard.release().await.unwrap();
     eventually("nothing is left", async || (server.cli(&["KEYS", "*"]) == "{k}:fence").then_some(())).await;
 }
