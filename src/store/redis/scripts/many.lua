@@ -24,9 +24,8 @@ local function refused(answer)
     return type(answer) == 'table' and answer.err
 end
 
--- What the keys hold. Kept up to date below, as a key may be in here twice. False also for what is no string. MGET is cheaper
--- than GET for each, but who may use the other scripts may not be allowed to call it.
-local held = {}
+-- What the keys hold; false also for what is no string. MGET is cheaper than GET for each, but who may use the other scripts
+-- may not be allowed to call it.
 local values = redis.pcall('MGET', unpack(KEYS))
 if values.err then
     values = {}
@@ -35,8 +34,14 @@ if values.err then
         values[i] = not refused(value) and value
     end
 end
-for i, key in ipairs(KEYS) do
-    held[key] = values[i]
+
+-- The same by key, kept up to date below, as a key may be in here twice. Renewals need it only where a release came before.
+local held = {}
+for i = 1, n_release do
+    held[KEYS[i]] = values[i]
+end
+for i = n_release + n_renew + 1, #KEYS do
+    held[KEYS[i]] = values[i]
 end
 
 local function is_owner(token, value)
@@ -91,7 +96,10 @@ end
 for i = n_release + 1, n_release + n_renew do
     local key, token, ttl, exact = KEYS[i], ARGV[at], ARGV[at + 1], ARGV[at + 2]
     at = at + 3
-    local value = held[key]
+    local value = values[i]
+    if was[key] then
+        value = held[key]
+    end
     if not value then
         reply[i] = absent(key)
     elseif not is_owner(token, value) then
