@@ -161,15 +161,16 @@ impl<W> State<W> {
         self.waiting.remove(&due)
     }
 
-    /// Takes out some that have something to do.
+    /// Takes out some that have something to do: what is due before what was called, as renewals can come too late.
     fn take_due(&mut self, now: Instant) -> Vec<(u64, W)> {
-        let mut due: Vec<_> = self.called.drain(..self.called.len().min(AT_A_TIME)).collect();
+        let mut due = Vec::new();
         while due.len() < AT_A_TIME {
             let Some(first) = self.waiting.first_entry().filter(|first| first.key().0 <= now) else { break };
             let ((_, number), work) = first.remove_entry();
             self.started.insert(number, Started::Runs { called: false });
             due.push((number, work));
         }
+        due.extend(self.called.drain(..self.called.len().min(AT_A_TIME - due.len())));
         due
     }
 
