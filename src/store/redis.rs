@@ -125,7 +125,7 @@ impl RedisStore {
         let args = [token.as_str().into(), value, ttl.into(), count.into(), fence_ttl.into()];
         let call = Call::new(names.into_iter().map(Value::Bytes), args);
         let (until, writing) = self.server().writing(timeout);
-        let answer = self.server().run(&self.server().scripts.acquire, &call, timeout).await?;
+        let answer = self.server().run(&self.server().scripts.acquire, || call.clone(), timeout).await?;
         match integers(&answer)?[..] {
             [1, fence] => {
                 self.server().replicated(writing, until).await?;
@@ -148,7 +148,7 @@ impl RedisStore {
                 let args = [owned.token.as_str().into(), ttl.into(), Value::Integer(exact.into())];
                 let call = Call::new(self.names(owned), args);
                 let (until, writing) = self.server().writing(timeout);
-                let verdict = verdict(self.server().run(&self.server().scripts.renew, &call, timeout).await);
+                let verdict = verdict(self.server().run(&self.server().scripts.renew, || call.clone(), timeout).await);
                 if matches!(verdict, Ok(Ok(()))) {
                     self.server().replicated(writing, until).await?;
                 }
@@ -166,7 +166,7 @@ impl RedisStore {
             [key] => self.run_owned(key, &owned.token, What::Release { publish: self.publish() }, timeout).await,
             _ => {
                 let call = Call::new(self.names(owned), [owned.token.as_str().into(), self.publish().into()]);
-                verdict(self.server().run(&self.server().scripts.release, &call, timeout).await)
+                verdict(self.server().run(&self.server().scripts.release, || call.clone(), timeout).await)
             }
         };
         Ok(match verdict? {
@@ -199,7 +199,7 @@ impl RedisStore {
         let (ttl, fence_ttl) = (millis(to.ttl).into(), fence_ttl(to.ttl).into());
         let args = [from.token.as_str().into(), value_of(to), ttl, fence_ttl, queued, fenced];
         let call = Call::new(keys.into_iter(), args);
-        let answer = self.server().run(&self.server().scripts.hand_over, &call, timeout).await;
+        let answer = self.server().run(&self.server().scripts.hand_over, || call.clone(), timeout).await;
         Ok(match answer {
             Err(error) if error.code() == Some("WRONGTYPE") => HandedOver::NotOurs(Loss::Taken),
             Err(error) => return Err(error),
@@ -236,7 +236,7 @@ impl RedisStore {
 
     async fn remaining(&self, owned: &Owned, timeout: Duration) -> Result<Option<Duration>, Error> {
         let call = Call::new(self.names(owned), [owned.token.as_str().into()]);
-        let answer = self.server().run(&self.server().scripts.remaining, &call, timeout).await?;
+        let answer = self.server().run(&self.server().scripts.remaining, || call.clone(), timeout).await?;
         Ok(match integer(&answer)? {
             -2 => None,
             // Somebody has taken the ttl away; the next renewal gives it back.
@@ -249,7 +249,7 @@ impl RedisStore {
         let name = self.name(key);
         let fence = names::fence_of(&name);
         let call = Call::new([name, fence].map(Value::Bytes).into_iter(), []);
-        let answer = self.server().run(&self.server().scripts.inspect, &call, timeout).await?;
+        let answer = self.server().run(&self.server().scripts.inspect, || call.clone(), timeout).await?;
         if answer.is_null() {
             return Ok(None);
         }
@@ -319,7 +319,7 @@ impl Server {
         self.client().is_clustered() || self.takes_one_slot.load(Ordering::Relaxed)
     }
 
-    async fn run(&self, script: &Script, call: &Call, timeout: Duration) -> Result<Value, Error> {
+    async fn run(&self, script: &Script, call: impl Fn() -> Call, timeout: Duration) -> Result<Value, Error> {
         self.connection.check()?;
         let sent = Instant::now();
         // fred's futures are several kilobytes large, and those around them would be as large, on every path.
@@ -374,7 +374,7 @@ impl Server {
             What::Acquire { .. } => &self.scripts.acquire_one,
         };
         let until = Instant::now() + timeout;
-        let answer = match self.run(script, &operation.alone(), timeout).await {
+        let answer = match self.run(script, || operation.alone(), timeout).await {
             Ok(answer) => operation.read(&answer),
             Err(error) => Some(operation.read_error(error)),
         };
@@ -382,7 +382,7 @@ impl Server {
             Some(answer) => answer,
             None => {
                 let left = until.saturating_duration_since(Instant::now());
-                let answer = self.run(&self.scripts.acquire, &operation.again(), left).await?;
+                let answer = self.run(&self.scripts.acquire, || operation.again(), left).await?;
                 match integers(&answer)?[..] {
                     [1, fence] => Ok(Decision::Granted(fence)),
                     [0, ttl, _] => Ok(Decision::Held(ttl)),
@@ -408,7 +408,7 @@ impl Carrier for Server {
 
     async fn many(&self, operations: &[Operation], timeout: Duration) -> Result<Answers<Decision>, Refused> {
         let (until, writing) = self.writing(timeout);
-        let answer = self.run(&self.scripts.many, &operation::together(operations), timeout).await;
+        let answer = self.run(&self.scripts.many, || operation::together(operations), timeout).await;
         match answer.and_then(|answer| operation::read_together(operations, &answer)) {
             Ok(answers) => Ok(self.all_replicated(operations, answers, writing, until).await),
             // From a proxy before a cluster. Nothing was run. What comes from now on travels by slots.

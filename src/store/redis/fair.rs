@@ -34,7 +34,7 @@ impl RedisStore {
         let args = [value.clone(), ttl.into(), fence_ttl.into(), millis(ALIVE).into(), queues];
         let call = Call::new(keys.into_iter(), args);
         let (until, writing) = self.server().writing(timeout);
-        let answer = self.server().run(&self.server().scripts.acquire_fair, &call, timeout).await?;
+        let answer = self.server().run(&self.server().scripts.acquire_fair, || call.clone(), timeout).await?;
         if let Value::Array(parts) = &answer {
             return match &parts[..] {
                 [Value::String(next), Value::Integer(remaining)] => Ok(Acquired::NotNext {
@@ -49,7 +49,7 @@ impl RedisStore {
         let decision = match operation.read(&answer) {
             Some(decision) => decision?,
             None => {
-                let answer = self.server().run(&self.server().scripts.acquire, &operation.again(), timeout).await?;
+                let answer = self.server().run(&self.server().scripts.acquire, || operation.again(), timeout).await?;
                 match integers(&answer)?[..] {
                     [1, fence] => Decision::Granted(fence),
                     [0, ttl, _] => Decision::Held(ttl),
@@ -68,14 +68,14 @@ impl RedisStore {
         let tokens = tokens.iter().map(|token| Value::from(token.as_str()));
         let args = std::iter::once(millis(ALIVE).into()).chain(tokens);
         let call = Call::new([queue, alive].map(Value::Bytes).into_iter(), args);
-        self.server().run(&self.server().scripts.attend, &call, timeout).await.map(drop)
+        self.server().run(&self.server().scripts.attend, || call.clone(), timeout).await.map(drop)
     }
 
     pub(super) async fn leave(&self, owned: &Owned, timeout: Duration) -> Result<(), Error> {
         let [key] = &*owned.keys else { return Ok(()) };
         let keys = lock_and_queue(&self.name(key)).map(Value::Bytes);
         let call = Call::new(keys.into_iter(), [owned.token.as_str().into(), self.publish().into()]);
-        self.server().run(&self.server().scripts.leave, &call, timeout).await.map(drop)
+        self.server().run(&self.server().scripts.leave, || call.clone(), timeout).await.map(drop)
     }
 }
 

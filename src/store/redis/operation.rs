@@ -93,12 +93,13 @@ impl Operation {
         }
     }
 
-    fn push_args(&self, args: &mut Vec<Value>) {
+    fn push_args(&self, call: &mut Call) {
         let token = || Value::from(self.token.as_str());
         match &self.what {
-            What::Release { .. } => args.push(token()),
-            What::Renew { ttl, exact } => args.extend([token(), (*ttl).into(), flag(*exact)]),
-            What::Acquire { value, ttl, .. } => args.extend([value.clone(), (*ttl).into()]),
+            What::Release { .. } => call.args([token()]),
+            What::Renew { ttl, exact: false } => call.args([token(), (*ttl).into()]),
+            What::Renew { ttl, exact: true } => call.args([token(), (-*ttl).into()]),
+            What::Acquire { value, ttl, .. } => call.args([value.clone(), (*ttl).into()]),
         }
     }
 
@@ -135,29 +136,30 @@ impl Operation {
 pub(super) fn together(operations: &[Operation]) -> Call {
     let mut counts = [0_i64; 4];
     let mut longest = 0;
-    let (mut names, mut fences) = (Vec::with_capacity(operations.len() * 2), Vec::new());
-    let mut args = vec![Value::Null; 6];
     let mut how = "PUBLISH";
-    args.reserve(operations.len() * 2);
     for operation in operations {
         if let Some(count) = counts.get_mut(operation.rank()) {
             *count += 1;
         }
-        names.push(operation.name.clone().into());
         match &operation.what {
-            What::Acquire { fence: Some((fence, ttl)), .. } => {
-                fences.push(fence.clone().into());
-                longest = longest.max(*ttl);
-            }
+            What::Acquire { fence: Some((_, ttl)), .. } => longest = longest.max(*ttl),
             What::Release { publish } => how = publish,
             What::Acquire { fence: None, .. } | What::Renew { .. } => {}
         }
-        operation.push_args(&mut args);
     }
-    names.append(&mut fences);
-    let head = counts.into_iter().chain([longest]).map(Value::Integer).chain([how.into()]);
-    args.iter_mut().zip(head).for_each(|(arg, value)| *arg = value);
-    Call::new(names.into_iter(), args)
+    let names = operations.iter().map(|operation| &operation.name);
+    let fences = operations.iter().filter_map(|operation| match &operation.what {
+        What::Acquire { fence: Some((fence, _)), .. } => Some(fence),
+        _ => None,
+    });
+    let mut call = Call::with_room_for(operations.len() * 4 + counts.len() + 2);
+    call.keys(names.chain(fences).map(|name| Value::Bytes(name.clone())));
+    call.args(counts.into_iter().chain([longest]).map(Value::Integer));
+    call.args([how.into()]);
+    for operation in operations {
+        operation.push_args(&mut call);
+    }
+    call
 }
 
 /// What `many.lua` has answered; `None` for an operation that must go alone.

@@ -68,16 +68,21 @@ impl Script {
         Self { source: Str::from_static(source), hash: fred::util::sha1_hash(source).into() }
     }
 
-    /// Runs the script once, within `timeout`.
+    /// Runs the script once, within `timeout`. `call` is made anew for each time that it is sent: it is almost always sent
+    /// once, and to copy it for that would cost more.
     ///
     /// By its hash; where the server has forgotten it (a restart, a failover, SCRIPT FLUSH) whole, which makes the
     /// server remember it again. NOSCRIPT means that nothing was run, so this is still one run.
-    pub(super) async fn run(&self, client: &Client, call: &Call, timeout: Duration) -> Result<Value, Error> {
+    pub(super) async fn run(
+        &self,
+        client: &Client,
+        call: impl Fn() -> Call,
+        timeout: Duration,
+    ) -> Result<Value, Error> {
         let until = Instant::now() + timeout;
-        match call.send(client, EVALSHA, &self.hash, timeout).await {
+        match send(client, EVALSHA, || call().of(&self.hash), until).await {
             Err(error) if error.details().starts_with("NOSCRIPT") => {
-                let left = until.saturating_duration_since(Instant::now());
-                call.send(client, EVAL, &self.source, left).await.map_err(into_ours)
+                send(client, EVAL, || call().of(&self.source), until).await.map_err(into_ours)
             }
             answer => answer.map_err(into_ours),
         }
@@ -88,57 +93,81 @@ const EVALSHA: &str = "EVALSHA";
 const EVAL: &str = "EVAL";
 
 /// What a script is run with.
+#[derive(Clone)]
 pub(super) struct Call {
-    /// The number of keys, the keys, the other arguments.
+    keys: usize,
+    /// Room for the script and the number of keys; the keys; the other arguments.
     args: Vec<Value>,
 }
 
 impl Call {
     pub(super) fn new(keys: impl ExactSizeIterator<Item = Value>, args: impl IntoIterator<Item = Value>) -> Self {
-        let count = i64::try_from(keys.len()).unwrap_or(i64::MAX);
-        Self { args: std::iter::once(Value::Integer(count)).chain(keys).chain(args).collect() }
+        let mut call = Self::with_room_for(keys.len() + 5);
+        call.keys(keys);
+        call.args(args);
+        call
     }
 
-    /// Sends one command. fred's own options see to it that it is written at most once and ends in time: a command
-    /// whose reply was lost is repeated by us or by nobody, and one that still waits for a connection when its time is
-    /// up is not sent any more, as it would be if we only stopped waiting for it.
-    ///
-    /// In a cluster a command that was sent elsewhere (MOVED, ASK), and so not run, is sent once more, and then it follows.
-    /// It may be written again while it does, should a connection break: scripts bear that. A client of the user's own
-    /// follows from the start.
-    async fn send(
-        &self,
-        client: &Client,
-        command: &'static str,
-        script: &Str,
-        timeout: Duration,
-    ) -> Result<Value, fred::error::Error> {
-        let until = Instant::now() + timeout;
-        let mut follows = client.is_clustered() && client.connection_config().max_redirections > 0;
-        loop {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                // Not passed on, as fred takes zero for "no timeout at all".
-                return Err(fred::error::Error::new(ErrorKind::Timeout, "no time left to ask the server"));
-            }
-            let options = Options {
-                max_attempts: Some(if follows { ATTEMPTS } else { 1 }),
-                max_redirections: follows.then_some(REDIRECTIONS),
-                timeout: Some(left),
-                // The third argument, after the script and the number of keys, is the first key. It is said here, as
-                // fred goes by the hash policy of a custom command only where that is a slot.
-                cluster_hash: Some(ClusterHash::Offset(2)),
-                ..Options::default()
-            };
-            let command = CustomCommand::new_static(command, ClusterHash::FirstKey, false);
-            let mut args = Vec::with_capacity(1 + self.args.len());
-            args.push(Value::String(script.clone()));
-            args.extend_from_slice(&self.args);
-            let answer = client.with_options(&options).custom(command, args).await;
-            match answer {
-                Err(error) if !follows && client.is_clustered() && error.details() == REDIRECTED => follows = true,
-                answer => return answer,
-            }
+    /// So many keys and arguments.
+    pub(super) fn with_room_for(parts: usize) -> Self {
+        let mut args = Vec::with_capacity(2 + parts);
+        args.extend([const { Value::Null }; 2]);
+        Self { keys: 0, args }
+    }
+
+    /// To be said before the other arguments.
+    pub(super) fn keys(&mut self, keys: impl Iterator<Item = Value>) {
+        let before = self.args.len();
+        self.args.extend(keys);
+        self.keys += self.args.len() - before;
+    }
+
+    pub(super) fn args(&mut self, args: impl IntoIterator<Item = Value>) {
+        self.args.extend(args);
+    }
+
+    fn of(mut self, script: &Str) -> Vec<Value> {
+        let count = i64::try_from(self.keys).unwrap_or(i64::MAX);
+        let head = [Value::String(script.clone()), Value::Integer(count)];
+        self.args.iter_mut().zip(head).for_each(|(place, value)| *place = value);
+        self.args
+    }
+}
+
+/// Sends one command. fred's own options see to it that it is written at most once and ends in time: a command whose reply
+/// was lost is repeated by us or by nobody, and one that still waits for a connection when its time is up is not sent any
+/// more, as it would be if we only stopped waiting for it.
+///
+/// In a cluster a command that was sent elsewhere (MOVED, ASK), and so not run, is sent once more, and then it follows. It
+/// may be written again while it does, should a connection break: scripts bear that. A client of the user's own follows from
+/// the start.
+async fn send(
+    client: &Client,
+    command: &'static str,
+    args: impl Fn() -> Vec<Value>,
+    until: Instant,
+) -> Result<Value, fred::error::Error> {
+    let mut follows = client.is_clustered() && client.connection_config().max_redirections > 0;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            // Not passed on, as fred takes zero for "no timeout at all".
+            return Err(fred::error::Error::new(ErrorKind::Timeout, "no time left to ask the server"));
+        }
+        let options = Options {
+            max_attempts: Some(if follows { ATTEMPTS } else { 1 }),
+            max_redirections: follows.then_some(REDIRECTIONS),
+            timeout: Some(left),
+            // The third argument, after the script and the number of keys, is the first key. It is said here, as fred goes
+            // by the hash policy of a custom command only where that is a slot.
+            cluster_hash: Some(ClusterHash::Offset(2)),
+            ..Options::default()
+        };
+        let command = CustomCommand::new_static(command, ClusterHash::FirstKey, false);
+        let answer = client.with_options(&options).custom(command, args()).await;
+        match answer {
+            Err(error) if !follows && client.is_clustered() && error.details() == REDIRECTED => follows = true,
+            answer => return answer,
         }
     }
 }

@@ -64,7 +64,7 @@ impl RedisStore {
                 ballot.attempt.as_ref().map_or("", Token::as_str).into(),
             ],
         );
-        let answer = self.server().run(&self.server().scripts.vote, &call, timeout).await?;
+        let answer = self.server().run(&self.server().scripts.vote, || call.clone(), timeout).await?;
         let integers = integers(&answer)?;
         let [kind, now, last, rest @ ..] = &integers[..] else { return Err(unexpected()) };
         let number = |integer: i64| u64::try_from(integer).map_err(|_| unexpected());
@@ -88,7 +88,7 @@ impl RedisStore {
         names.extend(votes);
         let args = [owned.token.as_str().into(), attempt.as_str().into()];
         let call = Call::new(names.into_iter().map(Value::Bytes), args);
-        self.server().run(&self.server().scripts.withdraw, &call, timeout).await?;
+        self.server().run(&self.server().scripts.withdraw, || call.clone(), timeout).await?;
         Ok(())
     }
 }

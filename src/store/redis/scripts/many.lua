@@ -4,7 +4,7 @@
 --       fence keys of the acquires with one.
 -- ARGV  how many of each kind, in this order; the ttl of fence keys in ms; 'PUBLISH' or 'SPUBLISH', as release.lua; then for
 --       each
---       release: token.  renewal: token, ttl in ms, '1' for exactly this ttl or '0' for at least.
+--       release: token.  renewal: token, ttl in ms: at least this; below zero: exactly so much.
 --       acquire: value (the token; with metadata: token, newline, metadata), ttl in ms.
 -- Reply for each, in this order: a number, or a string that says why it could not be done.
 --       release, renewal: 1 done, 0 the key is gone, -1 it holds something else.
@@ -93,9 +93,31 @@ local function left_of(key)
     return not err and left, err
 end
 
+-- GT, of Redis 7, says in one command what PTTL and PEXPIRE do in two, but for a key without a ttl. Older servers refuse it.
+local knows_gt = true
+
+-- Answers why not, if not.
+local function extend(key, ttl)
+    local px = tonumber(ttl)
+    if px < 0 then
+        return refused(redis.pcall('PEXPIRE', key, -px))
+    end
+    if knows_gt then
+        local done = redis.pcall('PEXPIRE', key, ttl, 'GT')
+        if done == 1 then
+            return
+        end
+        knows_gt = not refused(done)
+    end
+    local left, err = left_of(key)
+    if not err and left < px then
+        err = refused(redis.pcall('PEXPIRE', key, ttl))
+    end
+    return err
+end
+
 for i = n_release + 1, n_release + n_renew do
-    local key, token, ttl, exact = KEYS[i], ARGV[at], ARGV[at + 1], ARGV[at + 2]
-    at = at + 3
+    local key, token = KEYS[i], ARGV[at]
     local value = values[i]
     if was[key] then
         value = held[key]
@@ -105,15 +127,9 @@ for i = n_release + 1, n_release + n_renew do
     elseif not is_owner(token, value) then
         reply[i] = -1
     else
-        local left, err = -1, nil
-        if exact ~= '1' then
-            left, err = left_of(key)
-        end
-        if not err and left < tonumber(ttl) then
-            err = refused(redis.pcall('PEXPIRE', key, ttl))
-        end
-        reply[i] = err or 1
+        reply[i] = extend(key, ARGV[at + 1]) or 1
     end
+    at = at + 2
 end
 
 local n_others = n_release + n_renew

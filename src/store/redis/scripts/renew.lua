@@ -21,8 +21,20 @@ end
 if missing then
     return 0
 end
+-- GT, of Redis 7, says in one command what PTTL and PEXPIRE do in two, but for a key without a ttl. Older servers refuse it.
+local knows_gt = ARGV[3] ~= '1'
+
+local function is_extended(key)
+    if not knows_gt then
+        return false
+    end
+    local done = redis.pcall('PEXPIRE', key, ARGV[2], 'GT')
+    knows_gt = type(done) == 'number'
+    return done == 1
+end
+
 for i = 1, #KEYS do
-    if ARGV[3] == '1' or redis.call('PTTL', KEYS[i]) < ttl then
+    if not is_extended(KEYS[i]) and (ARGV[3] == '1' or redis.call('PTTL', KEYS[i]) < ttl) then
         redis.call('PEXPIRE', KEYS[i], ARGV[2])
     end
 end
