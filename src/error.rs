@@ -218,6 +218,7 @@ impl Error {
         match self {
             Self::Redis(error) => Self::Redis(error.clone()),
             Self::CrossSlot => Self::CrossSlot,
+            Self::NoRuntime => Self::NoRuntime,
             &Self::NotReplicated { needed, acknowledged } => Self::NotReplicated { needed, acknowledged },
             // A call fails in no other way.
             _ => Self::timeout(),

@@ -202,6 +202,20 @@ impl Hold {
         Renewing { sent: Instant::now(), ttl: ttl.unwrap_or(state.ttl), exact: false, epoch: state.epoch }
     }
 
+    /// The renewal that is due, if one is and it may take `time`: else the deadline comes first.
+    pub(crate) fn renewing_when_due(&self, time: Duration) -> Option<Renewing> {
+        let state = self.state();
+        let sent = Instant::now();
+        state.verdict(sent).ok()?;
+        let due = state.renewal.due(state.sent, state.ttl, self.origin)?;
+        (due <= sent && time <= state.deadline - sent).then_some(Renewing {
+            sent,
+            ttl: state.ttl,
+            exact: false,
+            epoch: state.epoch,
+        })
+    }
+
     /// A renewal is about to be sent that sets the ttl to exactly `ttl` (invariant 4).
     pub(crate) fn setting_ttl(&self, ttl: Duration) -> Renewing {
         let mut state = self.state();

@@ -12,7 +12,7 @@ use tokio::runtime::Handle;
 use tokio::select;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_util::task::TaskTracker;
-use tracing::{Instrument, debug, info, info_span, warn};
+use tracing::{Instrument, Span, debug, info, info_span, warn};
 
 use crate::hold::{Cleanup, Grant, Hold, Owned, Renewing};
 use crate::isolated::Isolated;
@@ -59,9 +59,22 @@ impl Upkeep {
         let timeout = schedule::call_timeout(self.command_timeout, renewing.sent, deadline);
         let call = self.store.renew(&hold.owned, renewing.ttl, renewing.exact, timeout);
         // The store keeps to its timeout; should it not, the deadline still holds.
-        match timeout_at(deadline, call).await.unwrap_or_else(|_| Err(Error::timeout()))? {
-            Renewed::Extended => Ok(hold.renewed(renewing)),
-            Renewed::NotOurs(loss) => Ok(Err(hold.end(loss))),
+        let answer = timeout_at(deadline, call).await.unwrap_or_else(|_| Err(Error::timeout()));
+        answer.map(|renewed| learn(hold, renewing, renewed))
+    }
+
+    /// Sends renewals that all have the whole of a call's time.
+    async fn renew_all(&self, errands: &[Errand]) -> Vec<Result<Renewed, Error>> {
+        let timed_out = || errands.iter().map(|_| Err(Error::timeout())).collect();
+        let Some(store) = self.store.together() else { return timed_out() };
+        let locks: Vec<_> = errands.iter().map(|errand| (&errand.hold.owned, errand.renewing.ttl)).collect();
+        // As above: the first of their deadlines.
+        match errands.iter().map(|errand| errand.hold.deadline()).min() {
+            None => Vec::new(),
+            Some(until) => match timeout_at(until, store.renew_all(&locks, self.command_timeout)).await {
+                Ok(answers) => answers,
+                Err(_) => timed_out(),
+            },
         }
     }
 
@@ -162,6 +175,14 @@ impl Upkeep {
     }
 }
 
+/// Passes on what the server has said to a renewal.
+fn learn(hold: &Hold, renewing: Renewing, renewed: Renewed) -> Result<(), Loss> {
+    match renewed {
+        Renewed::Extended => hold.renewed(renewing),
+        Renewed::NotOurs(loss) => Err(hold.end(loss)),
+    }
+}
+
 /// By how much the server may be behind in reading a connection that has broken.
 const SETTLING: Duration = Duration::from_millis(100);
 
@@ -171,10 +192,49 @@ pub(crate) struct Keeper {
     upkeep: Arc<Upkeep>,
 }
 
+/// A renewal that is due, to be sent along with those of others.
+pub(crate) struct Errand {
+    hold: Arc<Hold>,
+    upkeep: Arc<Upkeep>,
+    renewing: Renewing,
+}
+
 impl Work for Keeper {
-    fn run(self) -> impl Future<Output = Option<(Self, Instant)>> + Send + 'static {
-        let span = info_span!(parent: None, "tenure.keep", key = %self.hold.owned.key());
-        self.keep().instrument(span)
+    type Errand = Errand;
+    type Outcome = (Renewing, Result<Renewed, Error>);
+    type Failure = Error;
+
+    fn run(self, failure: Option<Error>) -> impl Future<Output = Option<(Self, Instant)>> + Send + 'static {
+        let span = self.span();
+        self.keep(failure).instrument(span)
+    }
+
+    /// Where the deadline comes before the call is given up on, that has to be watched as well: not along with others.
+    fn errand(&self) -> Option<Errand> {
+        let Self { hold, upkeep } = self;
+        if upkeep.store.together().is_none() || hold.owned.keys.len() != 1 {
+            return None;
+        }
+        let renewing = hold.renewing_when_due(upkeep.command_timeout)?;
+        Some(Errand { hold: hold.clone(), upkeep: upkeep.clone(), renewing })
+    }
+
+    async fn run_errands(errands: Vec<Errand>) -> Vec<Self::Outcome> {
+        let Some(upkeep) = errands.first().map(|errand| errand.upkeep.clone()) else { return Vec::new() };
+        let answers = upkeep.renew_all(&errands).await;
+        errands.iter().map(|errand| errand.renewing).zip(answers).collect()
+    }
+
+    fn conclude(&self, (renewing, answer): Self::Outcome) -> Result<Instant, Option<Error>> {
+        match answer.map(|renewed| learn(&self.hold, renewing, renewed)) {
+            Ok(Ok(())) => {
+                self.span().in_scope(|| self.tell_renewed(renewing));
+                Ok(self.hold.next_duty())
+            }
+            // The hold knows.
+            Ok(Err(_)) => Err(None),
+            Err(error) => Err(Some(error)),
+        }
     }
 }
 
@@ -187,8 +247,12 @@ enum Next {
 }
 
 impl Keeper {
-    async fn keep(self) -> Option<(Self, Instant)> {
-        match self.renew_when_due().await {
+    fn span(&self) -> Span {
+        info_span!(parent: None, "tenure.keep", key = %self.hold.owned.key())
+    }
+
+    async fn keep(self, failure: Option<Error>) -> Option<(Self, Instant)> {
+        match self.renew_when_due(failure).await {
             Next::Rest(until) => return Some((self, until)),
             Next::Over(Loss::Released) => {}
             Next::Over(loss) => {
@@ -210,13 +274,17 @@ impl Keeper {
     }
 
     /// The renewal loop. Ends when the lock is held no more, for whatever reason, and when nothing is due.
-    async fn renew_when_due(&self) -> Next {
+    async fn renew_when_due(&self, mut failure: Option<Error>) -> Next {
         let hold = &*self.hold;
         let (mut failures, mut retry_at) = (0, None);
         loop {
             if let Err(loss) = hold.check() {
                 // Also when the clock alone says so: now everybody learns it.
                 return Next::Over(hold.end(loss));
+            }
+            if let Some(error) = failure.take() {
+                failures += 1;
+                retry_at = Some(self.tell_failed(failures, error));
             }
             match retry_at.take() {
                 None => {
@@ -246,27 +314,25 @@ impl Keeper {
             match renewal {
                 Ok(Ok(())) => {
                     failures = 0;
-                    let (remaining, took) = (remaining(hold), renewing.sent.elapsed());
-                    debug!(name: "tenure.renewed", ?remaining, ?took, "renewed");
-                    if let Some(observer) = hold.observer() {
-                        observer.renewed(hold.deadline());
-                    }
+                    self.tell_renewed(renewing);
                 }
                 // Learned at the top of the loop.
                 Ok(Err(_)) => {}
-                Err(error) => {
-                    failures += 1;
-                    retry_at = Some(self.retry_at(failures, &error));
-                    if let Some(observer) = hold.observer() {
-                        observer.renewal_failed(error, remaining(hold));
-                    }
-                }
+                Err(error) => failure = Some(error),
             }
         }
     }
 
-    /// When to try again after a renewal that failed. Failures are told once, the others of the row more quietly.
-    fn retry_at(&self, failures: u32, error: &Error) -> Instant {
+    fn tell_renewed(&self, renewing: Renewing) {
+        let (remaining, took) = (remaining(&self.hold), renewing.sent.elapsed());
+        debug!(name: "tenure.renewed", ?remaining, ?took, "renewed");
+        if let Some(observer) = self.hold.observer() {
+            observer.renewed(self.hold.deadline());
+        }
+    }
+
+    /// Answers when to try again. The first failure of a row is told, the others more quietly.
+    fn tell_failed(&self, failures: u32, error: Error) -> Instant {
         let interval = self.hold.renewal_interval().unwrap_or_default();
         let remaining = remaining(&self.hold);
         let pause = schedule::pause_after(failures, interval, remaining, fastrand::f64());
@@ -275,7 +341,11 @@ impl Keeper {
         } else {
             debug!(name: "tenure.renew_failed", failures, ?remaining, ?pause, %error, "could not renew, will try again");
         }
-        Instant::now() + pause
+        let retry_at = Instant::now() + pause;
+        if let Some(observer) = self.hold.observer() {
+            observer.renewal_failed(error, remaining);
+        }
+        retry_at
     }
 
     /// Does what the end of the lock has left to do: known already, or as soon as an explicit release has said.

@@ -5,8 +5,11 @@
 //! there is something to do: a renewal or the deadline is due, or the guard was dropped. Otherwise it stands in the roster
 //! of its runtime, whose one task sleeps until the first of them is due.
 //!
-//! 1. A keeper stands in the roster, or runs, or is gone. Whoever takes it out decides which.
-//! 2. One that was called while it ran does not rest before it has looked again.
+//! What is due for several at a time is done for all of them at once, and none of them needs to run.
+//!
+//! 1. A keeper stands in the roster, or aside while its errand is run, or runs, or is gone. Whoever takes it out decides which.
+//! 2. One that was called while it ran does not rest before it has looked again. One that was called while it stood aside
+//!    runs at once, and its errand concerns it no more.
 //! 3. A roster ends when nobody stands in it nor may come back, and with its runtime. What stands in it then is dropped, as
 //!    a task is whose runtime ends.
 
@@ -24,8 +27,25 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 /// What can stand in a roster.
 pub(crate) trait Work: Sized + Send + 'static {
-    /// Does what there is to do. Answers itself, and when there is more, or nothing if there never will be.
-    fn run(self) -> impl Future<Output = Option<(Self, Instant)>> + Send + 'static;
+    /// What is due for one, where it can be done for many at once.
+    type Errand: Send + 'static;
+    /// What became of it.
+    type Outcome: Send + 'static;
+    /// Why it has to be done again.
+    type Failure: Send + 'static;
+
+    /// Does what there is to do; first of all about this failure of an errand. Answers itself, and when there is more, or
+    /// nothing if there never will be.
+    fn run(self, failure: Option<Self::Failure>) -> impl Future<Output = Option<(Self, Instant)>> + Send + 'static;
+
+    /// What can be done along with others', if that is all there is to do.
+    fn errand(&self) -> Option<Self::Errand>;
+
+    /// Does it for all of them. Answers in their order.
+    fn run_errands(errands: Vec<Self::Errand>) -> impl Future<Output = Vec<Self::Outcome>> + Send + 'static;
+
+    /// Answers when there is more to do. If that is now, it has to run.
+    fn conclude(&self, errand: Self::Outcome) -> Result<Instant, Option<Self::Failure>>;
 }
 
 /// The rosters of one locker: one for each runtime that it is used on.
@@ -43,7 +63,7 @@ struct State<W> {
     /// Those that have something to do now.
     called: Vec<(u64, W)>,
     /// Those that have run before: they don't stand where they were entered any more.
-    started: HashMap<u64, Started>,
+    started: HashMap<u64, Started<W>>,
     /// The number of the last that was entered.
     last: u64,
     /// When the task wakes up by itself.
@@ -54,8 +74,9 @@ struct State<W> {
 /// When it is due, and its number.
 type Due = (Instant, u64);
 
-enum Started {
+enum Started<W> {
     Runs { called: bool },
+    Aside(W),
     Rests { until: Instant },
 }
 
@@ -156,13 +177,27 @@ impl<W> State<W> {
                 *called = true;
                 return None;
             }
+            Some(Started::Aside(_)) => return self.take_aside(entered.1),
         };
         self.started.remove(&due.1);
         self.waiting.remove(&due)
     }
 
-    /// Takes out some that have something to do: what is due before what was called, as renewals can come too late.
-    fn take_due(&mut self, now: Instant) -> Vec<(u64, W)> {
+    /// Takes out who stands aside, if it still does.
+    fn take_aside(&mut self, number: u64) -> Option<W> {
+        match self.started.remove(&number) {
+            Some(Started::Aside(work)) => Some(work),
+            Some(other) => {
+                self.started.insert(number, other);
+                None
+            }
+            None => None,
+        }
+    }
+
+    /// Takes out some that have something to do: those for whom it is time, and those who were called. The first come first,
+    /// as renewals can come too late.
+    fn take_due(&mut self, now: Instant) -> [Vec<(u64, W)>; 2] {
         let mut due = Vec::new();
         while due.len() < AT_A_TIME {
             let Some(first) = self.waiting.first_entry().filter(|first| first.key().0 <= now) else { break };
@@ -170,8 +205,8 @@ impl<W> State<W> {
             self.started.insert(number, Started::Runs { called: false });
             due.push((number, work));
         }
-        due.extend(self.called.drain(..self.called.len().min(AT_A_TIME - due.len())));
-        due
+        let called = self.called.drain(..self.called.len().min(AT_A_TIME - due.len())).collect();
+        [due, called]
     }
 
     /// Nobody stands there, nor may come back.
@@ -201,7 +236,12 @@ impl<W: Work> Roster<W> {
 
     fn insert(&self, mut state: MutexGuard<'_, State<W>>, due: Due, work: W) {
         state.waiting.insert(due, work);
-        let sooner = state.wakes.is_none_or(|wakes| due.0 < wakes);
+        self.wake_by(state, due.0);
+    }
+
+    /// The task looks at the state at that time, or sooner.
+    fn wake_by(&self, state: MutexGuard<'_, State<W>>, due: Instant) {
+        let sooner = state.wakes.is_none_or(|wakes| due < wakes);
         drop(state);
         if sooner {
             self.changed.notify_one();
@@ -212,7 +252,7 @@ impl<W: Work> Roster<W> {
         let roster = &running.0;
         let mut called = true;
         loop {
-            let (due, wakes) = {
+            let ([due, called_ones], wakes) = {
                 let (mut state, now) = (roster.state(), Instant::now());
                 let due = state.take_due(now);
                 if state.is_empty() && (state.over || !called) {
@@ -223,9 +263,14 @@ impl<W: Work> Roster<W> {
                 state.wakes = Some(wakes);
                 (due, wakes)
             };
-            let are_all = due.len() < AT_A_TIME;
-            for (number, work) in due {
-                tokio::spawn(Shift { roster: roster.clone(), number, rests: false }.run(work));
+            let are_all = due.len() + called_ones.len() < AT_A_TIME;
+            for (number, work) in called_ones {
+                roster.start(number, work, None);
+            }
+            match due.len() {
+                0 => {}
+                1 => due.into_iter().for_each(|(number, work)| roster.start(number, work, None)),
+                _ => drop(tokio::spawn(Crew::of(roster.clone()).run(due))),
             }
             if are_all {
                 select! {
@@ -236,6 +281,11 @@ impl<W: Work> Roster<W> {
                 sleep(PAUSE).await;
             }
         }
+    }
+
+    /// Has it run in a task of its own.
+    fn start(self: &Arc<Self>, number: u64, work: W, failure: Option<W::Failure>) {
+        tokio::spawn(Shift { roster: self.clone(), number, rests: false }.run(work, failure));
     }
 
     /// No code panics while it holds this mutex, so a poisoned one would be as good as any.
@@ -252,8 +302,8 @@ struct Shift<W: Work> {
 }
 
 impl<W: Work> Shift<W> {
-    async fn run(mut self, mut work: W) {
-        while let Some((more, due)) = work.run().await {
+    async fn run(mut self, mut work: W, mut failure: Option<W::Failure>) {
+        while let Some((more, due)) = work.run(failure.take()).await {
             match self.rest(more, due) {
                 Some(called) => work = called,
                 None => return,
@@ -286,6 +336,105 @@ impl<W: Work> Drop for Shift<W> {
         if !self.rests {
             self.roster.state().started.remove(&self.number);
         }
+    }
+}
+
+/// The task of several whose errands are run together.
+struct Crew<W: Work> {
+    roster: Arc<Roster<W>>,
+    /// Who stands aside meanwhile, unless called.
+    members: Vec<u64>,
+}
+
+impl<W: Work> Crew<W> {
+    fn of(roster: Arc<Roster<W>>) -> Self {
+        Self { roster, members: Vec::new() }
+    }
+
+    async fn run(mut self, due: Vec<(u64, W)>) {
+        let errands = self.put_aside(due);
+        let outcomes = W::run_errands(errands).await;
+        let (mut rests, mut runs) = (Vec::with_capacity(self.members.len()), Vec::new());
+        for ((number, work), outcome) in self.take_back().into_iter().zip(outcomes) {
+            let Some(work) = work else { continue };
+            match work.conclude(outcome) {
+                Ok(until) => rests.push((number, work, until)),
+                Err(failure) => runs.push((number, work, failure)),
+            }
+        }
+        let called = self.have_rest(rests).into_iter().map(|(number, work)| (number, work, None));
+        runs.into_iter().chain(called).for_each(|(number, work, failure)| self.roster.start(number, work, failure));
+    }
+
+    /// Answers the errands of those who have one, and have not been called since they were due. The others run.
+    fn put_aside(&mut self, due: Vec<(u64, W)>) -> Vec<W::Errand> {
+        let due: Vec<_> = due.into_iter().map(|(number, work)| (number, work.errand(), work)).collect();
+        let (mut errands, mut runs) = (Vec::with_capacity(due.len()), Vec::new());
+        self.members.reserve(due.len());
+        let mut state = self.roster.state();
+        for (number, errand, work) in due {
+            match (errand, state.started.get_mut(&number)) {
+                (Some(errand), Some(runs @ Started::Runs { called: false })) => {
+                    *runs = Started::Aside(work);
+                    self.members.push(number);
+                    errands.push(errand);
+                }
+                _ => runs.push((number, work)),
+            }
+        }
+        drop(state);
+        runs.into_iter().for_each(|(number, work)| self.roster.start(number, work, None));
+        errands
+    }
+
+    /// Answers each of the members, unless it was called: it runs then, or is gone.
+    fn take_back(&self) -> Vec<(u64, Option<W>)> {
+        let mut state = self.roster.state();
+        let mut take = |&number: &u64| {
+            let work = state.take_aside(number);
+            if work.is_some() {
+                state.started.insert(number, Started::Runs { called: false });
+            }
+            (number, work)
+        };
+        self.members.iter().map(&mut take).collect()
+    }
+
+    /// Answers those who may not, as they were called meanwhile.
+    fn have_rest(&self, rests: Vec<(u64, W, Instant)>) -> Vec<(u64, W)> {
+        let mut state = self.roster.state();
+        if state.over {
+            // With the runtime. To drop them wakes others: not under the mutex.
+            drop(state);
+            drop(rests);
+            return Vec::new();
+        }
+        let (mut called, mut first) = (Vec::new(), None::<Instant>);
+        for (number, work, until) in rests {
+            if let Some(Started::Runs { called: true }) = state.started.get(&number) {
+                called.push((number, work));
+            } else {
+                state.started.insert(number, Started::Rests { until });
+                state.waiting.insert((until, number), work);
+                first = Some(first.map_or(until, |first| first.min(until)));
+            }
+        }
+        match first {
+            Some(first) => self.roster.wake_by(state, first),
+            None => drop(state),
+        }
+        called
+    }
+}
+
+impl<W: Work> Drop for Crew<W> {
+    /// Where it ends with its runtime, or by a panic, so do those who stand aside.
+    fn drop(&mut self) {
+        let mut state = self.roster.state();
+        let gone: Vec<_> = self.members.iter().filter_map(|&number| state.take_aside(number)).collect();
+        // To drop them wakes others: not under the mutex.
+        drop(state);
+        drop(gone);
     }
 }
 
@@ -322,11 +471,33 @@ mod tests {
         Duration::from_millis(n)
     }
 
+    macro_rules! runs_by_itself {
+        () => {
+            type Errand = ();
+            type Outcome = ();
+            type Failure = ();
+
+            fn errand(&self) -> Option<()> {
+                None
+            }
+
+            async fn run_errands(_: Vec<()>) -> Vec<()> {
+                Vec::new()
+            }
+
+            fn conclude(&self, (): ()) -> Result<Instant, Option<()>> {
+                Err(None)
+            }
+        };
+    }
+
     /// Tells that it runs, and when it is dropped without.
     struct Named(&'static str, UnboundedSender<String>);
 
     impl Work for Named {
-        async fn run(mut self) -> Option<(Self, Instant)> {
+        runs_by_itself!();
+
+        async fn run(mut self, _: Option<()>) -> Option<(Self, Instant)> {
             self.1.send(format!("{} runs", self.0)).unwrap();
             self.0 = "";
             None
@@ -349,10 +520,96 @@ mod tests {
     }
 
     impl Work for Resting {
-        async fn run(mut self) -> Option<(Self, Instant)> {
+        runs_by_itself!();
+
+        async fn run(mut self, _: Option<()>) -> Option<(Self, Instant)> {
             self.sender.send(()).unwrap();
             sleep(self.lasts).await;
             self.rests.pop().map(|until| (self, until))
+        }
+    }
+
+    /// Has an errand that takes 50 ms, which it tells along with the others', and then what is planned.
+    struct Along {
+        number: usize,
+        has_errand: bool,
+        then: Then,
+        told: UnboundedSender<Told>,
+    }
+
+    #[derive(Clone, Copy)]
+    enum Then {
+        Rests(Instant),
+        Runs(Option<&'static str>),
+    }
+
+    #[derive(Debug, PartialEq)]
+    enum Told {
+        Together(Vec<usize>),
+        Runs(usize, Option<&'static str>),
+        Dropped(usize),
+    }
+
+    impl Work for Along {
+        type Errand = (usize, UnboundedSender<Told>);
+        type Outcome = usize;
+        type Failure = &'static str;
+
+        async fn run(self, failure: Option<&'static str>) -> Option<(Self, Instant)> {
+            self.told.send(Told::Runs(self.number, failure)).unwrap();
+            None
+        }
+
+        fn errand(&self) -> Option<Self::Errand> {
+            self.has_errand.then(|| (self.number, self.told.clone()))
+        }
+
+        async fn run_errands(errands: Vec<Self::Errand>) -> Vec<usize> {
+            let numbers: Vec<_> = errands.iter().map(|errand| errand.0).collect();
+            errands[0].1.send(Told::Together(numbers.clone())).unwrap();
+            sleep(ms(50)).await;
+            numbers
+        }
+
+        fn conclude(&self, outcome: usize) -> Result<Instant, Option<&'static str>> {
+            assert_eq!(outcome, self.number, "another's");
+            match self.then {
+                Then::Rests(until) => Ok(until),
+                Then::Runs(failure) => Err(failure),
+            }
+        }
+    }
+
+    impl Drop for Along {
+        fn drop(&mut self) {
+            // The last that is heard of it.
+            drop(self.told.send(Told::Dropped(self.number)));
+        }
+    }
+
+    /// Some that are due together in 100 ms.
+    struct Together {
+        places: Vec<Place<Along>>,
+        told: UnboundedReceiver<Told>,
+        start: Instant,
+        _rosters: Rosters<Along>,
+    }
+
+    impl Together {
+        fn enter(then: impl IntoIterator<Item = Then>, has_errand: impl Fn(usize) -> bool) -> Self {
+            let (sender, told) = unbounded_channel();
+            let (rosters, start) = (Rosters::new(), Instant::now());
+            let enter = |(number, then)| {
+                let along = Along { number, has_errand: has_errand(number), then, told: sender.clone() };
+                rosters.enter(along, start + ms(100), &Handle::current())
+            };
+            let places = then.into_iter().enumerate().map(enter).collect();
+            Self { places, told, start, _rosters: rosters }
+        }
+
+        async fn next(&mut self) -> (Duration, Told) {
+            let told = self.told.recv().await.unwrap();
+            (self.start.elapsed(), told)
         }
     }
 
@@ -452,6 +709,74 @@ mod tests {
         assert_eq!(start.elapsed(), ms(100));
         told.recv().await.unwrap();
         assert_eq!(start.elapsed(), ms(900));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_due_for_several_is_done_together_and_none_of_them_runs() {
+        let until = Instant::now() + ms(300);
+        let mut along = Together::enter([Then::Rests(until); 3], |_| true);
+        for at in [100, 300] {
+            assert_eq!(along.next().await, (ms(at), Told::Together(vec![0, 1, 2])));
+            assert_eq!(tasks(), 2, "the roster's, and theirs");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_called_while_its_errand_is_run_runs_at_once_and_who_leaves_is_gone() {
+        let until = Instant::now() + ms(60_000);
+        let mut along = Together::enter([Then::Rests(until); 4], |_| true);
+        assert_eq!(along.next().await.1, Told::Together(vec![0, 1, 2, 3]));
+        sleep(ms(20)).await;
+        along.places[2].leave();
+        assert_eq!(along.next().await, (ms(120), Told::Dropped(2)));
+        along.places[1].call();
+        along.places[1].call();
+        assert_eq!(along.next().await, (ms(120), Told::Runs(1, None)));
+        assert_eq!(along.next().await, (ms(120), Told::Dropped(1)));
+        sleep(ms(100)).await;
+        // The others rest, and can be called and leave as ever.
+        along.places[0].call();
+        assert_eq!(along.next().await, (ms(220), Told::Runs(0, None)));
+        assert_eq!(along.next().await, (ms(220), Told::Dropped(0)));
+        along.places[3].leave();
+        assert_eq!(along.next().await, (ms(220), Told::Dropped(3)));
+        sleep(LINGER * 2).await;
+        assert_eq!(tasks(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whose_errand_leaves_something_to_do_runs_and_knows_why() {
+        let then = [Then::Runs(Some("failed")), Then::Rests(Instant::now() + ms(60_000)), Then::Runs(None)];
+        let mut along = Together::enter(then, |_| true);
+        assert_eq!(along.next().await, (ms(100), Told::Together(vec![0, 1, 2])));
+        assert_eq!(along.next().await, (ms(150), Told::Runs(0, Some("failed"))));
+        assert_eq!(along.next().await, (ms(150), Told::Dropped(0)));
+        assert_eq!(along.next().await, (ms(150), Told::Runs(2, None)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_no_errand_runs_and_so_does_one_that_is_due_alone() {
+        let until = Instant::now() + ms(60_000);
+        let mut along = Together::enter([Then::Rests(until); 3], |number| number != 1);
+        assert_eq!(along.next().await, (ms(100), Told::Together(vec![0, 2])));
+        assert_eq!(along.next().await, (ms(100), Told::Runs(1, None)));
+        let mut alone = Together::enter([Then::Rests(until)], |_| true);
+        assert_eq!(alone.next().await, (ms(100), Told::Runs(0, None)));
+    }
+
+    #[test]
+    fn a_runtime_that_ends_drops_those_whose_errand_is_run() {
+        let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+        let mut along = runtime.block_on(async {
+            let mut along = Together::enter([Then::Runs(None); 2], |_| true);
+            assert_eq!(along.next().await.1, Told::Together(vec![0, 1]));
+            along
+        });
+        drop(runtime);
+        let mut dropped = [(); 2].map(|()| along.told.blocking_recv().unwrap());
+        dropped.sort_by_key(|told| format!("{told:?}"));
+        assert_eq!(dropped, [Told::Dropped(0), Told::Dropped(1)]);
+        along.places.iter().for_each(Place::call);
     }
 
     #[tokio::test(start_paused = true)]

@@ -25,6 +25,9 @@ use crate::{Error, Key, Loss, Token};
 /// An operation on its way.
 pub(crate) type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'a>>;
 
+/// Several of them on their way: an answer for each, in their order.
+pub(crate) type Each<'a, T> = Pin<Box<dyn Future<Output = Vec<Result<T, Error>>> + Send + 'a>>;
+
 /// The operations of a lock's life. Each ends within its `timeout`, whatever the server does.
 pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     /// Takes all keys for the token, or none.
@@ -32,6 +35,11 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
 
     /// Makes the keys live for at least `ttl` from now (or exactly, where `exact`), if all hold the token.
     fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, exact: bool, timeout: Duration) -> Answer<'a, Renewed>;
+
+    /// How locks are renewed together, where that costs less than each by itself.
+    fn together(&self) -> Option<&dyn Together> {
+        None
+    }
 
     /// Deletes those of the keys that hold the token.
     fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released>;
@@ -67,6 +75,12 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     fn settles(&self) -> bool {
         false
     }
+}
+
+/// What is done for several locks at a time. Each of them has one key.
+pub(crate) trait Together: Send + Sync {
+    /// Renews each as [`Store::renew`] does, to at least its ttl. Ends within `timeout`.
+    fn renew_all<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], timeout: Duration) -> Each<'a, Renewed>;
 }
 
 /// What a request wants of the server.

@@ -8,7 +8,7 @@ use tokio::time::sleep;
 
 use super::listen::Listening;
 use super::memory::MemoryStore;
-use super::{Acquired, Answer, HandedOver, Holder, Released, Renewed, Store, Wanted};
+use super::{Acquired, Answer, Each, HandedOver, Holder, Released, Renewed, Store, Together, Wanted};
 use crate::hold::Owned;
 use crate::{Error, Key};
 
@@ -119,6 +119,10 @@ impl Store for FaultyStore {
         Box::pin(self.call(Operation::Renew, timeout, move |store| store.renew_now(&owned, ttl, exact)))
     }
 
+    fn together(&self) -> Option<&dyn Together> {
+        Some(self)
+    }
+
     fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released> {
         let owned = owned.clone();
         Box::pin(self.call(Operation::Release, timeout, move |store| store.release_now(&owned)))
@@ -143,6 +147,22 @@ impl Store for FaultyStore {
 
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {
         self.store.inspect(key, timeout)
+    }
+}
+
+impl Together for FaultyStore {
+    /// They share a call, and what becomes of it.
+    fn renew_all<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], timeout: Duration) -> Each<'a, Renewed> {
+        let owned: Vec<_> = locks.iter().map(|&(owned, ttl)| (owned.clone(), ttl)).collect();
+        let call = self.call(Operation::Renew, timeout, move |store| -> Vec<_> {
+            owned.iter().map(|(owned, ttl)| store.renew_now(owned, *ttl, false)).collect()
+        });
+        Box::pin(async {
+            match call.await {
+                Ok(answers) => answers.into_iter().map(Ok).collect(),
+                Err(error) => locks.iter().map(|_| Err(error.again())).collect(),
+            }
+        })
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::time::Instant;
 
 use super::listen::{Line, Listeners, Listening};
-use super::{Acquired, Answer, HandedOver, Holder, Released, Renewed, Store, Wanted};
+use super::{Acquired, Answer, Each, HandedOver, Holder, Released, Renewed, Store, Together, Wanted};
 use crate::hold::Owned;
 use crate::{Key, Loss, Token};
 
@@ -193,6 +193,10 @@ impl Store for MemoryStore {
         Box::pin(async move { Ok(self.renew_now(owned, ttl, exact)) })
     }
 
+    fn together(&self) -> Option<&dyn Together> {
+        Some(self)
+    }
+
     fn release<'a>(&'a self, owned: &'a Owned, _: Duration) -> Answer<'a, Released> {
         Box::pin(async { Ok(self.release_now(owned)) })
     }
@@ -215,5 +219,11 @@ impl Store for MemoryStore {
 
     fn inspect<'a>(&'a self, key: &'a Key, _: Duration) -> Answer<'a, Option<Holder>> {
         Box::pin(async { Ok(self.held().inspect(key)) })
+    }
+}
+
+impl Together for MemoryStore {
+    fn renew_all<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], _: Duration) -> Each<'a, Renewed> {
+        Box::pin(async { locks.iter().map(|(owned, ttl)| Ok(self.renew_now(owned, *ttl, false))).collect() })
     }
 }

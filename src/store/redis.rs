@@ -30,9 +30,12 @@ use self::replicas::{Writing, within};
 use self::script::{Call, Script, Scripts};
 use self::subscriber::Subscriber;
 use super::listen::Listening;
-use super::{Acquired, Answer, HandedOver, Holder, Queueing, Released, Renewed, Store, Wanted};
+use super::{Acquired, Answer, Each, HandedOver, Holder, Queueing, Released, Renewed, Store, Together, Wanted};
 use crate::hold::Owned;
 use crate::{Error, Key, Loss, Token};
+
+/// Where all operations travel that may share calls.
+const ONE_LINE: u16 = 0;
 
 /// For how long the server remembers the last fencing token of a key, at least. Should it forget, its clock takes over:
 /// the memory only matters where that clock steps back, by less than this.
@@ -155,10 +158,7 @@ impl RedisStore {
                 verdict
             }
         };
-        Ok(match verdict? {
-            Ok(()) => Renewed::Extended,
-            Err(loss) => Renewed::NotOurs(loss),
-        })
+        verdict.map(renewed)
     }
 
     async fn release(&self, owned: &Owned, timeout: Duration) -> Result<Released, Error> {
@@ -219,17 +219,24 @@ impl RedisStore {
         what: What,
         timeout: Duration,
     ) -> Result<Result<(), Loss>, Error> {
-        match self.run(Operation { name: self.name(key), token: token.clone(), what }, timeout).await? {
-            Decision::Owned(verdict) => Ok(verdict),
-            Decision::Granted(_) | Decision::Held(_) => Err(unexpected()),
-        }
+        about_owned(self.run(Operation { name: self.name(key), token: token.clone(), what }, timeout).await?)
+    }
+
+    async fn renew_all(&self, locks: &[(&Owned, Duration)], timeout: Duration) -> Vec<Result<Renewed, Error>> {
+        let renewal = |&(owned, ttl): &(&Owned, Duration)| Operation {
+            name: self.name(&owned.key()),
+            token: owned.token.clone(),
+            what: What::Renew { ttl: millis(ttl), exact: false },
+        };
+        let answers = self.combiner.run_all(ONE_LINE, locks.iter().map(renewal).collect(), timeout).await;
+        answers.into_iter().map(|answer| answer.and_then(about_owned).map(renewed)).collect()
     }
 
     async fn run(&self, operation: Operation, timeout: Duration) -> Result<Decision, Error> {
         // What one call may touch: on a cluster, the keys of one slot.
         let line = match self.server().takes_one_slot() {
             true => redis_keyslot(&operation.name),
-            false => 0,
+            false => ONE_LINE,
         };
         self.combiner.run(line, operation, timeout).await
     }
@@ -437,6 +444,21 @@ fn verdict(answer: Result<Value, Error>) -> Result<Result<(), Loss>, Error> {
     }
 }
 
+/// What was decided on an operation of ours on one key.
+fn about_owned(decision: Decision) -> Result<Result<(), Loss>, Error> {
+    match decision {
+        Decision::Owned(verdict) => Ok(verdict),
+        Decision::Granted(_) | Decision::Held(_) => Err(unexpected()),
+    }
+}
+
+fn renewed(verdict: Result<(), Loss>) -> Renewed {
+    match verdict {
+        Ok(()) => Renewed::Extended,
+        Err(loss) => Renewed::NotOurs(loss),
+    }
+}
+
 /// Of one key.
 fn acquired(decision: Decision) -> Result<Acquired, Error> {
     match decision {
@@ -489,6 +511,12 @@ impl Store for RedisStore {
         Box::pin(self.renew(owned, ttl, exact, timeout))
     }
 
+    /// Not where a call takes keys of one slot only, or must not last longer than what it renews.
+    fn together(&self) -> Option<&dyn Together> {
+        let server = self.server();
+        (server.min_replicas == 0 && !server.takes_one_slot()).then_some(self)
+    }
+
     fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released> {
         Box::pin(self.release(owned, timeout))
     }
@@ -520,5 +548,11 @@ impl Store for RedisStore {
 
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {
         Box::pin(self.inspect(key, timeout))
+    }
+}
+
+impl Together for RedisStore {
+    fn renew_all<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], timeout: Duration) -> Each<'a, Renewed> {
+        Box::pin(self.renew_all(locks, timeout))
     }
 }

@@ -23,11 +23,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::runtime::{self, Handle};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
-use self::lines::{Caller, Lines, Waiting};
+use self::lines::{Caller, Lines, Placed, Reply, Waiting};
 use crate::Error;
 
 /// On their way at a time. With one, client and server would wait for each other in turns; with more, the calls get
@@ -116,6 +116,43 @@ impl<C: Carrier> Combiner<C> {
         }
         timeout_at(until, answer).await.map_err(|_| Error::timeout())?.map_err(unknown)?
     }
+
+    /// Brings all of them, in as many calls as it takes. Answers for each in its place.
+    ///
+    /// Dropped, it is to each of them as if its own call of [`run`](Self::run) were.
+    pub(super) async fn run_all(
+        &self,
+        line: u16,
+        operations: Vec<C::Operation>,
+        timeout: Duration,
+    ) -> Vec<Result<C::Answer, Error>> {
+        let now = Instant::now();
+        let until = now + timeout;
+        let count = operations.len();
+        let mut answers: Vec<_> = (0..count).map(|_| None).collect();
+        let (mut told, mut relief) = match self.shared.enter_all(line, operations, now, until) {
+            Ok(entered) => entered,
+            Err(error) => return (0..count).map(|_| Err(error.again())).collect(),
+        };
+        let mut news = Vec::with_capacity(count.min(OPERATIONS));
+        loop {
+            let look_after = relief.filter(|at| *at < until);
+            match timeout_at(look_after.unwrap_or(until), told.recv_many(&mut news, OPERATIONS)).await {
+                // Nobody is left who might answer.
+                Ok(0) => break,
+                Ok(_) => {
+                    for (place, answer) in news.drain(..) {
+                        if let Some(place) = answers.get_mut(place) {
+                            *place = Some(answer);
+                        }
+                    }
+                }
+                Err(_) if look_after.is_none() => break,
+                Err(_) => relief = self.shared.relieve(line),
+            }
+        }
+        answers.into_iter().map(|answer| answer.unwrap_or_else(|| Err(Error::timeout()))).collect()
+    }
 }
 
 enum Entered<'a, C: Carrier> {
@@ -142,12 +179,42 @@ impl<C: Carrier> Shared<C> {
                 return Ok(Entered::First(operation, Call { shared: self, line, number }));
             }
         }
-        let runtime = Handle::try_current().map_err(|_| Error::NoRuntime)?;
-        let runtime = self.home.clone().unwrap_or(runtime);
+        let runtime = self.runtime()?;
         let (answer, receiver) = oneshot::channel();
-        lines.wait(line, Waiting { operation, caller: Caller { until, answer, runtime } });
+        lines.wait(line, Waiting { operation, caller: Caller { until, reply: Reply::One(answer), runtime } });
         let relief = self.drive(lines, line, now);
         Ok(Entered::Waits { answer: receiver, relief })
+    }
+
+    /// Answers as [`drive`](Self::drive) does, and where the answers will come from, each with its place.
+    fn enter_all(
+        self: &Arc<Self>,
+        line: u16,
+        operations: Vec<C::Operation>,
+        now: Instant,
+        until: Instant,
+    ) -> Result<(mpsc::Receiver<Placed<C::Answer>>, Option<Instant>), Error> {
+        let runtime = self.runtime()?;
+        let calls = operations.len().div_ceil(OPERATIONS).min(CALLS);
+        // Each is answered once, so there is always room.
+        let (told, receiver) = mpsc::channel(operations.len().max(1));
+        let mut lines = self.lines();
+        lines.forget_stalled(line, now);
+        for (place, operation) in operations.into_iter().enumerate() {
+            let reply = Reply::OfMany(told.clone(), place);
+            lines.wait(line, Waiting { operation, caller: Caller { until, reply, runtime: runtime.clone() } });
+        }
+        let mut relief = self.drive(lines, line, now);
+        for _ in 1..calls {
+            relief = self.drive(self.lines(), line, now);
+        }
+        Ok((receiver, relief))
+    }
+
+    /// Where a driver can run.
+    fn runtime(&self) -> Result<Handle, Error> {
+        let runtime = Handle::try_current().map_err(|_| Error::NoRuntime)?;
+        Ok(self.home.clone().unwrap_or(runtime))
     }
 
     /// Replaces calls that are not trusted any more. Answers when to look again.

@@ -8,7 +8,7 @@ use std::mem;
 use std::time::Duration;
 
 use tokio::runtime::{self, Handle};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::{CALLS, Carrier, OPERATIONS, TRUSTED};
@@ -41,10 +41,19 @@ pub(super) struct Waiting<C: Carrier> {
 /// Who waits for an answer.
 pub(super) struct Caller<A> {
     pub(super) until: Instant,
-    pub(super) answer: oneshot::Sender<Result<A, Error>>,
+    pub(super) reply: Reply<A>,
     /// Where it can be served.
     pub(super) runtime: Handle,
 }
+
+/// How it is answered.
+pub(super) enum Reply<A> {
+    One(oneshot::Sender<Result<A, Error>>),
+    /// With its place among those that were asked for together.
+    OfMany(mpsc::Sender<Placed<A>>, usize),
+}
+
+pub(super) type Placed<A> = (usize, Result<A, Error>);
 
 impl<C: Carrier> Lines<C> {
     /// How many.
@@ -158,12 +167,19 @@ impl<A> Caller<A> {
     /// For how long it still wants an answer, if it does.
     pub(super) fn patience(&self, now: Instant) -> Option<Duration> {
         let left = self.until.saturating_duration_since(now);
-        (!left.is_zero() && !self.answer.is_closed()).then_some(left)
+        let is_wanted = match &self.reply {
+            Reply::One(answer) => !answer.is_closed(),
+            Reply::OfMany(answers, _) => !answers.is_closed(),
+        };
+        (is_wanted && !left.is_zero()).then_some(left)
     }
 
     pub(super) fn tell(self, answer: Result<A, Error>) {
         // Who has stopped waiting takes it for unknown, and cleans up.
-        drop(self.answer.send(answer));
+        match self.reply {
+            Reply::One(one) => drop(one.send(answer)),
+            Reply::OfMany(all, place) => drop(all.try_send((place, answer))),
+        }
     }
 }
 
