@@ -324,8 +324,8 @@ impl Keeper {
     }
 
     fn tell_renewed(&self, renewing: Renewing) {
-        let (remaining, took) = (remaining(&self.hold), renewing.sent.elapsed());
-        debug!(name: "tenure.renewed", ?remaining, ?took, "renewed");
+        let took = renewing.sent.elapsed();
+        debug!(name: "tenure.renewed", remaining = ?remaining(&self.hold), ?took, "renewed");
         if let Some(observer) = self.hold.observer() {
             observer.renewed(self.hold.deadline());
         }

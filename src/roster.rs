@@ -38,7 +38,7 @@ pub(crate) trait Work: Sized + Send + 'static {
     /// nothing if there never will be.
     fn run(self, failure: Option<Self::Failure>) -> impl Future<Output = Option<(Self, Instant)>> + Send + 'static;
 
-    /// What can be done along with others', if that is all there is to do.
+    /// What can be done along with others', if that is all there is to do. Asked under the roster's mutex.
     fn errand(&self) -> Option<Self::Errand>;
 
     /// Does it for all of them. Answers in their order.
@@ -59,11 +59,11 @@ struct Roster<W> {
 
 struct State<W> {
     /// By the time when each has something to do.
-    waiting: BTreeMap<Due, W>,
+    waiting: BTreeMap<Due, Arc<Seat<W>>>,
     /// Those that have something to do now.
-    called: Vec<(u64, W)>,
-    /// Those that have run before: they don't stand where they were entered any more.
-    started: HashMap<u64, Started<W>>,
+    called: Vec<(Arc<Seat<W>>, W)>,
+    /// How many may come back: those that run, are about to, or stand aside.
+    away: usize,
     /// The number of the last that was entered.
     last: u64,
     /// When the task wakes up by itself.
@@ -74,10 +74,23 @@ struct State<W> {
 /// When it is due, and its number.
 type Due = (Instant, u64);
 
-enum Started<W> {
-    Runs { called: bool },
+/// Where one is. Changed under the mutex of its roster only.
+struct Seat<W> {
+    number: u64,
+    phase: Mutex<Phase<W>>,
+}
+
+enum Phase<W> {
+    Stands {
+        due: Instant,
+        work: W,
+    },
+    /// While its errand is run.
     Aside(W),
-    Rests { until: Instant },
+    /// Or is about to, or is gone.
+    Runs {
+        called: bool,
+    },
 }
 
 /// How long the task stays when nothing stands in the roster any more: who obtains lock after lock would start one after
@@ -93,7 +106,7 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// Where one was entered.
 pub(crate) struct Place<W: Work> {
     roster: Arc<Roster<W>>,
-    entered: Due,
+    seat: Arc<Seat<W>>,
 }
 
 impl<W: Work> Rosters<W> {
@@ -106,14 +119,14 @@ impl<W: Work> Rosters<W> {
         // A roster may end just when it is found; a second one that does has no runtime.
         let found = self.roster(runtime);
         match found.enter(work, due) {
-            Ok(entered) => Place { roster: found, entered },
+            Ok(seat) => Place { roster: found, seat },
             Err(work) => {
                 let roster = self.roster(runtime);
-                let entered = roster.enter(work, due).unwrap_or_else(|work| {
+                let seat = roster.enter(work, due).unwrap_or_else(|work| {
                     drop(work);
-                    (due, 0)
+                    Seat::new(0, Phase::Runs { called: false })
                 });
-                Place { roster, entered }
+                Place { roster, seat }
             }
         }
     }
@@ -151,92 +164,150 @@ impl<W: Work> Drop for Rosters<W> {
 impl<W: Work> Place<W> {
     /// There is something to do now. Works on any thread.
     pub(crate) fn call(&self) {
-        let (mut state, number) = (self.roster.state(), self.entered.1);
-        let Some(work) = state.take(self.entered) else { return };
-        state.started.insert(number, Started::Runs { called: false });
-        state.called.push((number, work));
+        let mut state = self.roster.state();
+        let Some(work) = state.take(&self.seat) else { return };
+        state.called.push((self.seat.clone(), work));
         drop(state);
         self.roster.changed.notify_one();
     }
 
     /// There will be nothing to do. What runs looks once more, and finds that.
     pub(crate) fn leave(&self) {
-        let work = self.roster.state().take(self.entered);
+        let mut state = self.roster.state();
+        let work = state.take(&self.seat);
+        state.away -= usize::from(work.is_some());
+        drop(state);
         // Its drop may wake others: not under the mutex.
         drop(work);
     }
 }
 
-impl<W> State<W> {
-    /// Takes out who stands there; who runs is called (invariant 2).
-    fn take(&mut self, entered: Due) -> Option<W> {
-        let due = match self.started.get_mut(&entered.1) {
-            None => entered,
-            Some(Started::Rests { until }) => (*until, entered.1),
-            Some(Started::Runs { called }) => {
-                *called = true;
-                return None;
-            }
-            Some(Started::Aside(_)) => return self.take_aside(entered.1),
-        };
-        self.started.remove(&due.1);
-        self.waiting.remove(&due)
+impl<W> Seat<W> {
+    fn new(number: u64, phase: Phase<W>) -> Arc<Self> {
+        Arc::new(Self { number, phase: Mutex::new(phase) })
     }
 
-    /// Takes out who stands aside, if it still does.
-    fn take_aside(&mut self, number: u64) -> Option<W> {
-        match self.started.remove(&number) {
-            Some(Started::Aside(work)) => Some(work),
-            Some(other) => {
-                self.started.insert(number, other);
+    /// From here on it runs, if it did not before.
+    fn begin(&self) -> Option<W> {
+        match mem::replace(&mut *self.phase(), Phase::Runs { called: false }) {
+            Phase::Stands { work, .. } | Phase::Aside(work) => Some(work),
+            Phase::Runs { .. } => None,
+        }
+    }
+
+    /// As [`begin`](Self::begin), for one that stands aside.
+    fn come_back(&self) -> Option<W> {
+        let mut phase = self.phase();
+        match mem::replace(&mut *phase, Phase::Runs { called: false }) {
+            Phase::Aside(work) => Some(work),
+            other => {
+                *phase = other;
                 None
             }
-            None => None,
         }
+    }
+
+    fn phase(&self) -> MutexGuard<'_, Phase<W>> {
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<W: Work> State<W> {
+    /// Takes out who stands there, or aside: it is away from here on. Who runs is called (invariant 2).
+    fn take(&mut self, seat: &Seat<W>) -> Option<W> {
+        let mut phase = seat.phase();
+        match mem::replace(&mut *phase, Phase::Runs { called: false }) {
+            Phase::Stands { due, work } => {
+                self.waiting.remove(&(due, seat.number));
+                self.away += 1;
+                Some(work)
+            }
+            Phase::Aside(work) => Some(work),
+            Phase::Runs { .. } => {
+                *phase = Phase::Runs { called: true };
+                None
+            }
+        }
+    }
+
+    /// Has one rest that was away. Answers it where it may not, as it was called meanwhile (invariant 2).
+    fn rest(&mut self, seat: &Arc<Seat<W>>, work: W, due: Instant) -> Option<W> {
+        let mut phase = seat.phase();
+        if let Phase::Runs { called: true } = *phase {
+            *phase = Phase::Runs { called: false };
+            return Some(work);
+        }
+        *phase = Phase::Stands { due, work };
+        self.waiting.insert((due, seat.number), seat.clone());
+        self.away -= 1;
+        None
     }
 
     /// Takes out some that have something to do: those for whom it is time, and those who were called. The first come first,
     /// as renewals can come too late.
-    fn take_due(&mut self, now: Instant) -> [Vec<(u64, W)>; 2] {
-        let mut due = Vec::new();
-        while due.len() < AT_A_TIME {
+    fn take_due(&mut self, now: Instant) -> Taken<W> {
+        let mut taken = Taken { runs: Vec::new(), members: Vec::new(), errands: Vec::new() };
+        while taken.len() < AT_A_TIME {
             let Some(first) = self.waiting.first_entry().filter(|first| first.key().0 <= now) else { break };
-            let ((_, number), work) = first.remove_entry();
-            self.started.insert(number, Started::Runs { called: false });
-            due.push((number, work));
+            let seat = first.remove();
+            let Some(work) = seat.begin() else { continue };
+            self.away += 1;
+            match work.errand() {
+                Some(errand) => {
+                    *seat.phase() = Phase::Aside(work);
+                    taken.members.push(seat);
+                    taken.errands.push(errand);
+                }
+                None => taken.runs.push((seat, work)),
+            }
         }
-        let called = self.called.drain(..self.called.len().min(AT_A_TIME - due.len())).collect();
-        [due, called]
+        // One alone shares with nobody.
+        if let [alone] = &*taken.members {
+            taken.runs.extend(alone.begin().map(|work| (alone.clone(), work)));
+            taken.members.clear();
+        }
+        taken.runs.extend(self.called.drain(..self.called.len().min(AT_A_TIME - taken.len())));
+        taken
     }
 
     /// Nobody stands there, nor may come back.
     fn is_empty(&self) -> bool {
-        self.waiting.is_empty() && self.called.is_empty() && self.started.is_empty()
+        self.waiting.is_empty() && self.called.is_empty() && self.away == 0
+    }
+}
+
+/// Who was taken out.
+struct Taken<W: Work> {
+    runs: Vec<(Arc<Seat<W>>, W)>,
+    /// Who stands aside, each with its errand.
+    members: Vec<Arc<Seat<W>>>,
+    errands: Vec<W::Errand>,
+}
+
+impl<W: Work> Taken<W> {
+    fn len(&self) -> usize {
+        self.runs.len() + self.members.len()
     }
 }
 
 impl<W: Work> Roster<W> {
     fn new() -> Self {
-        let (waiting, called, started) = (BTreeMap::new(), Vec::new(), HashMap::new());
-        let state = State { waiting, called, started, last: 0, wakes: None, over: false };
+        let (waiting, called) = (BTreeMap::new(), Vec::new());
+        let state = State { waiting, called, away: 0, last: 0, wakes: None, over: false };
         Self { state: Mutex::new(state), changed: Notify::new() }
     }
 
     /// Unless it is over: without its task nobody would ever look at what stands in it.
-    fn enter(&self, work: W, due: Instant) -> Result<Due, W> {
+    fn enter(&self, work: W, due: Instant) -> Result<Arc<Seat<W>>, W> {
         let mut state = self.state();
         if state.over {
             return Err(work);
         }
         state.last += 1;
-        let due = (due, state.last);
-        self.insert(state, due, work);
-        Ok(due)
-    }
-
-    fn insert(&self, mut state: MutexGuard<'_, State<W>>, due: Due, work: W) {
-        state.waiting.insert(due, work);
-        self.wake_by(state, due.0);
+        let seat = Seat::new(state.last, Phase::Stands { due, work });
+        state.waiting.insert((due, seat.number), seat.clone());
+        self.wake_by(state, due);
+        Ok(seat)
     }
 
     /// The task looks at the state at that time, or sooner.
@@ -252,25 +323,24 @@ impl<W: Work> Roster<W> {
         let roster = &running.0;
         let mut called = true;
         loop {
-            let ([due, called_ones], wakes) = {
+            let (taken, wakes) = {
                 let (mut state, now) = (roster.state(), Instant::now());
-                let due = state.take_due(now);
+                let taken = state.take_due(now);
                 if state.is_empty() && (state.over || !called) {
                     state.over = true;
                     return;
                 }
                 let wakes = state.waiting.keys().next().map_or(now + LINGER, |next| next.0.min(now + LINGER));
                 state.wakes = Some(wakes);
-                (due, wakes)
+                (taken, wakes)
             };
-            let are_all = due.len() + called_ones.len() < AT_A_TIME;
-            for (number, work) in called_ones {
-                roster.start(number, work, None);
+            let are_all = taken.len() < AT_A_TIME;
+            let Taken { runs, members, errands } = taken;
+            for (seat, work) in runs {
+                roster.start(seat, work, None);
             }
-            match due.len() {
-                0 => {}
-                1 => due.into_iter().for_each(|(number, work)| roster.start(number, work, None)),
-                _ => drop(tokio::spawn(Crew::of(roster.clone()).run(due))),
+            if !members.is_empty() {
+                tokio::spawn(Crew { roster: roster.clone(), members }.run(errands));
             }
             if are_all {
                 select! {
@@ -284,8 +354,30 @@ impl<W: Work> Roster<W> {
     }
 
     /// Has it run in a task of its own.
-    fn start(self: &Arc<Self>, number: u64, work: W, failure: Option<W::Failure>) {
-        tokio::spawn(Shift { roster: self.clone(), number, rests: false }.run(work, failure));
+    fn start(self: &Arc<Self>, seat: Arc<Seat<W>>, work: W, failure: Option<W::Failure>) {
+        tokio::spawn(Shift { roster: self.clone(), seat, rests: false }.run(work, failure));
+    }
+
+    /// Who of these still stands aside, runs from here on.
+    fn take_back<'a>(&self, members: &'a [Arc<Seat<W>>]) -> Vec<(&'a Arc<Seat<W>>, Option<W>)> {
+        let _state = self.state();
+        members.iter().map(|seat| (seat, seat.come_back())).collect()
+    }
+
+    /// Answers those who may not, as they were called meanwhile.
+    fn have_rest<'a>(&self, rests: Vec<(&'a Arc<Seat<W>>, W, Instant)>) -> Vec<(&'a Arc<Seat<W>>, W)> {
+        let mut state = self.state();
+        if state.over {
+            // With the runtime. To drop them wakes others: not under the mutex.
+            drop(state);
+            drop(rests);
+            return Vec::new();
+        }
+        let Some(first) = rests.iter().map(|&(_, _, due)| due).min() else { return Vec::new() };
+        let rest = |(seat, work, due)| Some((seat, state.rest(seat, work, due)?));
+        let called = rests.into_iter().filter_map(rest).collect();
+        self.wake_by(state, first);
+        called
     }
 
     /// No code panics while it holds this mutex, so a poisoned one would be as good as any.
@@ -297,7 +389,7 @@ impl<W: Work> Roster<W> {
 /// The task of one that runs, until it rests again or is gone.
 struct Shift<W: Work> {
     roster: Arc<Roster<W>>,
-    number: u64,
+    seat: Arc<Seat<W>>,
     rests: bool,
 }
 
@@ -320,21 +412,19 @@ impl<W: Work> Shift<W> {
             drop(work);
             return None;
         }
-        let before = state.started.insert(self.number, Started::Rests { until: due });
-        if let Some(Started::Runs { called: true }) = before {
-            state.started.insert(self.number, Started::Runs { called: false });
-            return Some(work);
+        let called = state.rest(&self.seat, work, due);
+        if called.is_none() {
+            self.rests = true;
+            self.roster.wake_by(state, due);
         }
-        self.rests = true;
-        self.roster.insert(state, (due, self.number), work);
-        None
+        called
     }
 }
 
 impl<W: Work> Drop for Shift<W> {
     fn drop(&mut self) {
         if !self.rests {
-            self.roster.state().started.remove(&self.number);
+            self.roster.state().away -= 1;
         }
     }
 }
@@ -343,98 +433,36 @@ impl<W: Work> Drop for Shift<W> {
 struct Crew<W: Work> {
     roster: Arc<Roster<W>>,
     /// Who stands aside meanwhile, unless called.
-    members: Vec<u64>,
+    members: Vec<Arc<Seat<W>>>,
 }
 
 impl<W: Work> Crew<W> {
-    fn of(roster: Arc<Roster<W>>) -> Self {
-        Self { roster, members: Vec::new() }
-    }
-
-    async fn run(mut self, due: Vec<(u64, W)>) {
-        let errands = self.put_aside(due);
+    async fn run(mut self, errands: Vec<W::Errand>) {
         let outcomes = W::run_errands(errands).await;
-        let (mut rests, mut runs) = (Vec::with_capacity(self.members.len()), Vec::new());
-        for ((number, work), outcome) in self.take_back().into_iter().zip(outcomes) {
+        // It ends here: from now on they may stand aside for another.
+        let members = mem::take(&mut self.members);
+        let (mut rests, mut runs) = (Vec::with_capacity(members.len()), Vec::new());
+        for ((seat, work), outcome) in self.roster.take_back(&members).into_iter().zip(outcomes) {
+            // It was called: it runs then, or is gone, and this is nothing to it.
             let Some(work) = work else { continue };
             match work.conclude(outcome) {
-                Ok(until) => rests.push((number, work, until)),
-                Err(failure) => runs.push((number, work, failure)),
+                Ok(due) => rests.push((seat, work, due)),
+                Err(failure) => runs.push((seat, work, failure)),
             }
         }
-        let called = self.have_rest(rests).into_iter().map(|(number, work)| (number, work, None));
-        runs.into_iter().chain(called).for_each(|(number, work, failure)| self.roster.start(number, work, failure));
-    }
-
-    /// Answers the errands of those who have one, and have not been called since they were due. The others run.
-    fn put_aside(&mut self, due: Vec<(u64, W)>) -> Vec<W::Errand> {
-        let due: Vec<_> = due.into_iter().map(|(number, work)| (number, work.errand(), work)).collect();
-        let (mut errands, mut runs) = (Vec::with_capacity(due.len()), Vec::new());
-        self.members.reserve(due.len());
-        let mut state = self.roster.state();
-        for (number, errand, work) in due {
-            match (errand, state.started.get_mut(&number)) {
-                (Some(errand), Some(runs @ Started::Runs { called: false })) => {
-                    *runs = Started::Aside(work);
-                    self.members.push(number);
-                    errands.push(errand);
-                }
-                _ => runs.push((number, work)),
-            }
+        let called = self.roster.have_rest(rests).into_iter().map(|(seat, work)| (seat, work, None));
+        for (seat, work, failure) in runs.into_iter().chain(called) {
+            self.roster.start(seat.clone(), work, failure);
         }
-        drop(state);
-        runs.into_iter().for_each(|(number, work)| self.roster.start(number, work, None));
-        errands
-    }
-
-    /// Answers each of the members, unless it was called: it runs then, or is gone.
-    fn take_back(&self) -> Vec<(u64, Option<W>)> {
-        let mut state = self.roster.state();
-        let mut take = |&number: &u64| {
-            let work = state.take_aside(number);
-            if work.is_some() {
-                state.started.insert(number, Started::Runs { called: false });
-            }
-            (number, work)
-        };
-        self.members.iter().map(&mut take).collect()
-    }
-
-    /// Answers those who may not, as they were called meanwhile.
-    fn have_rest(&self, rests: Vec<(u64, W, Instant)>) -> Vec<(u64, W)> {
-        let mut state = self.roster.state();
-        if state.over {
-            // With the runtime. To drop them wakes others: not under the mutex.
-            drop(state);
-            drop(rests);
-            return Vec::new();
-        }
-        let (mut called, mut first) = (Vec::new(), None::<Instant>);
-        for (number, work, until) in rests {
-            if let Some(Started::Runs { called: true }) = state.started.get(&number) {
-                called.push((number, work));
-            } else {
-                state.started.insert(number, Started::Rests { until });
-                state.waiting.insert((until, number), work);
-                first = Some(first.map_or(until, |first| first.min(until)));
-            }
-        }
-        match first {
-            Some(first) => self.roster.wake_by(state, first),
-            None => drop(state),
-        }
-        called
     }
 }
 
 impl<W: Work> Drop for Crew<W> {
     /// Where it ends with its runtime, or by a panic, so do those who stand aside.
     fn drop(&mut self) {
-        let mut state = self.roster.state();
-        let gone: Vec<_> = self.members.iter().filter_map(|&number| state.take_aside(number)).collect();
+        let gone = self.roster.take_back(&self.members);
         // To drop them wakes others: not under the mutex.
-        drop(state);
-        drop(gone);
+        self.roster.state().away -= gone.iter().filter(|(_, work)| work.is_some()).count();
     }
 }
 
@@ -446,7 +474,8 @@ impl<W: Work> Drop for Running<W> {
         let (waiting, called) = {
             let mut state = self.0.state();
             state.over = true;
-            (mem::take(&mut state.waiting), mem::take(&mut state.called))
+            let waiting: Vec<_> = mem::take(&mut state.waiting).into_values().filter_map(|seat| seat.begin()).collect();
+            (waiting, mem::take(&mut state.called))
         };
         // Ends what they keep: not under the mutex, as that wakes others.
         drop((waiting, called));
@@ -758,8 +787,9 @@ mod tests {
     async fn who_has_no_errand_runs_and_so_does_one_that_is_due_alone() {
         let until = Instant::now() + ms(60_000);
         let mut along = Together::enter([Then::Rests(until); 3], |number| number != 1);
-        assert_eq!(along.next().await, (ms(100), Told::Together(vec![0, 2])));
         assert_eq!(along.next().await, (ms(100), Told::Runs(1, None)));
+        assert_eq!(along.next().await, (ms(100), Told::Dropped(1)));
+        assert_eq!(along.next().await, (ms(100), Told::Together(vec![0, 2])));
         let mut alone = Together::enter([Then::Rests(until)], |_| true);
         assert_eq!(alone.next().await, (ms(100), Told::Runs(0, None)));
     }
