@@ -3,7 +3,8 @@
 use std::fmt;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::str::FromStr;
-use std::sync::Arc;
+
+use fred::bytes_utils::Str;
 
 use crate::Error;
 
@@ -31,7 +32,7 @@ use crate::Error;
 /// # Ok::<(), tenure::Error>(())
 /// ```
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub struct Token(Arc<str>);
+pub struct Token(Str);
 
 impl Token {
     /// The most bytes that a token may have.
@@ -52,7 +53,12 @@ impl Token {
     /// What a key holds, read as a token. Other libraries may have put any bytes there: those that are no text are
     /// replaced, as this is only shown.
     pub(crate) fn from_server(bytes: &[u8]) -> Self {
-        Self(String::from_utf8_lossy(bytes).into())
+        Self(String::from_utf8_lossy(bytes).into_owned().into())
+    }
+
+    /// As a client sends it, without a copy.
+    pub(crate) fn to_text(&self) -> Str {
+        self.0.clone()
     }
 
     /// The token as the server stores it.

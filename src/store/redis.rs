@@ -125,7 +125,7 @@ impl RedisStore {
             names.extend(fences);
         }
         let count = i64::try_from(keys.len()).unwrap_or(i64::MAX);
-        let args = [token.as_str().into(), value, ttl.into(), count.into(), fence_ttl.into()];
+        let args = [token.to_text().into(), value, ttl.into(), count.into(), fence_ttl.into()];
         let call = Call::new(names.into_iter().map(Value::Bytes), args);
         let (until, writing) = self.server().writing(timeout);
         let answer = self.server().run(&self.server().scripts.acquire, || call.clone(), timeout).await?;
@@ -148,7 +148,7 @@ impl RedisStore {
         let verdict = match &*owned.keys {
             [key] => self.run_owned(key, &owned.token, What::Renew { ttl, exact }, timeout).await,
             _ => {
-                let args = [owned.token.as_str().into(), ttl.into(), Value::Integer(exact.into())];
+                let args = [owned.token.to_text().into(), ttl.into(), Value::Integer(exact.into())];
                 let call = Call::new(self.names(owned), args);
                 let (until, writing) = self.server().writing(timeout);
                 let verdict = verdict(self.server().run(&self.server().scripts.renew, || call.clone(), timeout).await);
@@ -165,7 +165,7 @@ impl RedisStore {
         let verdict = match &*owned.keys {
             [key] => self.run_owned(key, &owned.token, What::Release { publish: self.publish() }, timeout).await,
             _ => {
-                let call = Call::new(self.names(owned), [owned.token.as_str().into(), self.publish().into()]);
+                let call = Call::new(self.names(owned), [owned.token.to_text().into(), self.publish().into()]);
                 verdict(self.server().run(&self.server().scripts.release, || call.clone(), timeout).await)
             }
         };
@@ -197,7 +197,7 @@ impl RedisStore {
         keys.extend(fence);
         let (queued, fenced) = (Value::Integer(queued.into()), Value::Integer(to.fenced.into()));
         let (ttl, fence_ttl) = (millis(to.ttl).into(), fence_ttl(to.ttl).into());
-        let args = [from.token.as_str().into(), value_of(to), ttl, fence_ttl, queued, fenced];
+        let args = [from.token.to_text().into(), value_of(to), ttl, fence_ttl, queued, fenced];
         let call = Call::new(keys.into_iter(), args);
         let answer = self.server().run(&self.server().scripts.hand_over, || call.clone(), timeout).await;
         Ok(match answer {
@@ -242,7 +242,7 @@ impl RedisStore {
     }
 
     async fn remaining(&self, owned: &Owned, timeout: Duration) -> Result<Option<Duration>, Error> {
-        let call = Call::new(self.names(owned), [owned.token.as_str().into()]);
+        let call = Call::new(self.names(owned), [owned.token.to_text().into()]);
         let answer = self.server().run(&self.server().scripts.remaining, || call.clone(), timeout).await?;
         Ok(match integer(&answer)? {
             -2 => None,
@@ -297,10 +297,10 @@ impl RedisStore {
 
 /// What a lock key holds.
 fn value_of(wanted: &Wanted) -> Value {
-    let token = wanted.owned.token.as_str();
+    let token = &wanted.owned.token;
     match &*wanted.metadata {
-        [] => Value::from(token),
-        metadata => Value::Bytes([token.as_bytes(), b"\n", metadata].concat().into()),
+        [] => Value::from(token.to_text()),
+        metadata => Value::Bytes([token.as_str().as_bytes(), b"\n", metadata].concat().into()),
     }
 }
 

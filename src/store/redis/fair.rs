@@ -65,7 +65,7 @@ impl RedisStore {
 
     pub(super) async fn attend(&self, key: &Key, tokens: &[Token], timeout: Duration) -> Result<(), Error> {
         let [_, queue, alive] = lock_and_queue(&self.name(key));
-        let tokens = tokens.iter().map(|token| Value::from(token.as_str()));
+        let tokens = tokens.iter().map(|token| Value::from(token.to_text()));
         let args = std::iter::once(millis(ALIVE).into()).chain(tokens);
         let call = Call::new([queue, alive].map(Value::Bytes).into_iter(), args);
         self.server().run(&self.server().scripts.attend, || call.clone(), timeout).await.map(drop)
@@ -74,7 +74,7 @@ impl RedisStore {
     pub(super) async fn leave(&self, owned: &Owned, timeout: Duration) -> Result<(), Error> {
         let [key] = &*owned.keys else { return Ok(()) };
         let keys = lock_and_queue(&self.name(key)).map(Value::Bytes);
-        let call = Call::new(keys.into_iter(), [owned.token.as_str().into(), self.publish().into()]);
+        let call = Call::new(keys.into_iter(), [owned.token.to_text().into(), self.publish().into()]);
         self.server().run(&self.server().scripts.leave, || call.clone(), timeout).await.map(drop)
     }
 }

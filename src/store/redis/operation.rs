@@ -49,7 +49,7 @@ impl Operation {
     /// For `release.lua`, `renew.lua` or `acquire_one.lua`.
     pub(super) fn alone(&self) -> Call {
         let key = Value::Bytes(self.name.clone());
-        let token = || Value::from(self.token.as_str());
+        let token = || Value::from(self.token.to_text());
         match &self.what {
             What::Release { publish } => Call::new([key].into_iter(), [token(), (*publish).into()]),
             What::Renew { ttl, exact } => Call::new([key].into_iter(), [token(), (*ttl).into(), flag(*exact)]),
@@ -66,7 +66,7 @@ impl Operation {
         let key = Value::Bytes(self.name.clone());
         let What::Acquire { value, ttl, fence } = &self.what else { return self.alone() };
         let args = |fence_ttl: i64| {
-            [self.token.as_str().into(), value.clone(), (*ttl).into(), Value::Integer(1), fence_ttl.into()]
+            [self.token.to_text().into(), value.clone(), (*ttl).into(), Value::Integer(1), fence_ttl.into()]
         };
         match fence {
             None => Call::new([key].into_iter(), args(0)),
@@ -94,11 +94,9 @@ impl Operation {
     }
 
     fn push_args(&self, call: &mut Call) {
-        let token = || Value::from(self.token.as_str());
+        let token = || Value::from(self.token.to_text());
         match &self.what {
-            What::Release { .. } => call.args([token()]),
-            What::Renew { ttl, exact: false } => call.args([token(), (*ttl).into()]),
-            What::Renew { ttl, exact: true } => call.args([token(), (-*ttl).into()]),
+            What::Release { .. } | What::Renew { .. } => call.args([token()]),
             What::Acquire { value, ttl, .. } => call.args([value.clone(), (*ttl).into()]),
         }
     }
@@ -137,6 +135,8 @@ pub(super) fn together(operations: &[Operation]) -> Call {
     let mut counts = [0_i64; 4];
     let mut longest = 0;
     let mut how = "PUBLISH";
+    let mut renewed = None;
+    let mut have_one_ttl = true;
     for operation in operations {
         if let Some(count) = counts.get_mut(operation.rank()) {
             *count += 1;
@@ -144,7 +144,8 @@ pub(super) fn together(operations: &[Operation]) -> Call {
         match &operation.what {
             What::Acquire { fence: Some((_, ttl)), .. } => longest = longest.max(*ttl),
             What::Release { publish } => how = publish,
-            What::Acquire { fence: None, .. } | What::Renew { .. } => {}
+            What::Renew { ttl, exact } => have_one_ttl &= *renewed.get_or_insert((ttl, exact)) == (ttl, exact),
+            What::Acquire { fence: None, .. } => {}
         }
     }
     let names = operations.iter().map(|operation| &operation.name);
@@ -152,14 +153,23 @@ pub(super) fn together(operations: &[Operation]) -> Call {
         What::Acquire { fence: Some((fence, _)), .. } => Some(fence),
         _ => None,
     });
-    let mut call = Call::with_room_for(operations.len() * 4 + counts.len() + 2);
+    let renewed_ttl = renewed.filter(|_| have_one_ttl).map(|(ttl, exact)| renewed_for(*ttl, *exact));
+    let mut call = Call::with_room_for(operations.len() * 4 + counts.len() + 3);
     call.keys(names.chain(fences).map(|name| Value::Bytes(name.clone())));
     call.args(counts.into_iter().chain([longest]).map(Value::Integer));
-    call.args([how.into()]);
+    call.args([how.into(), renewed_ttl.map_or_else(|| "".into(), Value::Integer)]);
     for operation in operations {
         operation.push_args(&mut call);
+        if let (What::Renew { ttl, exact }, None) = (&operation.what, renewed_ttl) {
+            call.args([renewed_for(*ttl, *exact).into()]);
+        }
     }
     call
+}
+
+/// Below zero where it shall be exactly this.
+fn renewed_for(ttl: i64, exact: bool) -> i64 {
+    if exact { -ttl } else { ttl }
 }
 
 /// What `many.lua` has answered; `None` for an operation that must go alone.

@@ -52,7 +52,7 @@ impl RedisStore {
         let call = Call::new(
             names.into_iter().map(Value::Bytes),
             [
-                Value::from(token.as_str()),
+                Value::from(token.to_text()),
                 value_of(wanted),
                 millis(wanted.ttl).into(),
                 Value::Integer(i64::try_from(keys.len()).unwrap_or(i64::MAX)),
@@ -86,7 +86,7 @@ impl RedisStore {
         let mut names: Vec<Bytes> = owned.keys.iter().map(|key| self.name(key)).collect();
         let votes: Vec<Bytes> = names.iter().map(names::vote_of).collect();
         names.extend(votes);
-        let args = [owned.token.as_str().into(), attempt.as_str().into()];
+        let args = [owned.token.to_text().into(), attempt.to_text().into()];
         let call = Call::new(names.into_iter().map(Value::Bytes), args);
         self.server().run(&self.server().scripts.withdraw, || call.clone(), timeout).await?;
         Ok(())

@@ -2,9 +2,9 @@
 --
 -- KEYS  the lock keys: of the releases, the renewals, the acquires with a fencing token, the acquires without; then the
 --       fence keys of the acquires with one.
--- ARGV  how many of each kind, in this order; the ttl of fence keys in ms; 'PUBLISH' or 'SPUBLISH', as release.lua; then for
---       each
---       release: token.  renewal: token, ttl in ms: at least this; below zero: exactly so much.
+-- ARGV  how many of each kind, in this order; the ttl of fence keys in ms; 'PUBLISH' or 'SPUBLISH', as release.lua; the ttl of
+--       all renewals in ms, or '' where each has its own; then for each
+--       release: token.  renewal: token, and the ttl if each has its own. At least this; below zero: exactly so much.
 --       acquire: value (the token; with metadata: token, newline, metadata), ttl in ms.
 -- Reply for each, in this order: a number, or a string that says why it could not be done.
 --       release, renewal: 1 done, 0 the key is gone, -1 it holds something else.
@@ -17,7 +17,8 @@
 local n_release, n_renew, n_fenced, n_plain = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local fence_ttl = ARGV[5]
 local publish = ARGV[6]
-local at = 7
+local renewed_ttl = ARGV[7]
+local at = 8
 local reply = {}
 
 local function refused(answer)
@@ -76,7 +77,7 @@ if #freed > 0 then
             local value = was[KEYS[i]]
             if value then
                 held[KEYS[i]] = value
-                reply[i] = is_owner(ARGV[6 + i], value) and err or -1
+                reply[i] = is_owner(ARGV[7 + i], value) and err or -1
             end
         end
     else
@@ -117,7 +118,12 @@ local function extend(key, ttl)
 end
 
 for i = n_release + 1, n_release + n_renew do
-    local key, token = KEYS[i], ARGV[at]
+    local key, token, ttl = KEYS[i], ARGV[at], renewed_ttl
+    at = at + 1
+    if ttl == '' then
+        ttl = ARGV[at]
+        at = at + 1
+    end
     local value = values[i]
     if was[key] then
         value = held[key]
@@ -127,9 +133,8 @@ for i = n_release + 1, n_release + n_renew do
     elseif not is_owner(token, value) then
         reply[i] = -1
     else
-        reply[i] = extend(key, ARGV[at + 1]) or 1
+        reply[i] = extend(key, ttl) or 1
     end
-    at = at + 2
 end
 
 local n_others = n_release + n_renew
