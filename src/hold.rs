@@ -202,10 +202,10 @@ impl Hold {
         Renewing { sent: Instant::now(), ttl: ttl.unwrap_or(state.ttl), exact: false, epoch: state.epoch }
     }
 
-    /// The renewal that is due, if one is and it may take `time`: else the deadline comes first.
-    pub(crate) fn renewing_when_due(&self, time: Duration) -> Option<Renewing> {
+    /// The renewal that is due, if one is and it may take `time`: else the deadline comes first. `sent` is now, or a moment
+    /// ago.
+    pub(crate) fn renewing_when_due(&self, sent: Instant, time: Duration) -> Option<Renewing> {
         let state = self.state();
-        let sent = Instant::now();
         state.verdict(sent).ok()?;
         let due = state.renewal.due(state.sent, state.ttl, self.origin)?;
         (due <= sent && time <= state.deadline - sent).then_some(Renewing {
@@ -390,6 +390,20 @@ mod tests {
         let after = hold.renewing(None);
         hold.renewed(after).unwrap();
         assert_eq!(hold.deadline(), after.sent + ms(200), "later renewals follow the new ttl");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_renewal_goes_along_with_others_when_it_is_due_and_the_deadline_is_far() {
+        let hold = hold();
+        let start = Instant::now();
+        let renewing_after =
+            |past, time| hold.renewing_when_due(start + ms(past), ms(time)).map(|renewing| renewing.sent);
+        assert_eq!(renewing_after(300, 0), None, "not due");
+        assert_eq!(renewing_after(400, 600), Some(start + ms(400)));
+        assert_eq!(renewing_after(400, 601), None, "it might end after the deadline");
+        assert_eq!(renewing_after(1_000, 0), None, "too late");
+        hold.end(Loss::Released);
+        assert_eq!(renewing_after(400, 600), None);
     }
 
     #[tokio::test(start_paused = true)]

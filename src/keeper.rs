@@ -210,12 +210,12 @@ impl Work for Keeper {
     }
 
     /// Where the deadline comes before the call is given up on, that has to be watched as well: not along with others.
-    fn errand(&self) -> Option<Errand> {
+    fn errand(&self, now: Instant) -> Option<Errand> {
         let Self { hold, upkeep } = self;
         if upkeep.store.together().is_none() || hold.owned.keys.len() != 1 {
             return None;
         }
-        let renewing = hold.renewing_when_due(upkeep.command_timeout)?;
+        let renewing = hold.renewing_when_due(now, upkeep.command_timeout)?;
         Some(Errand { hold: hold.clone(), upkeep: upkeep.clone(), renewing })
     }
 
@@ -324,8 +324,11 @@ impl Keeper {
     }
 
     fn tell_renewed(&self, renewing: Renewing) {
-        let took = renewing.sent.elapsed();
-        debug!(name: "tenure.renewed", remaining = ?remaining(&self.hold), ?took, "renewed");
+        // Looked at only where it is told.
+        debug!(
+            name: "tenure.renewed", remaining = ?remaining(&self.hold), took = ?renewing.sent.elapsed(),
+            "renewed"
+        );
         if let Some(observer) = self.hold.observer() {
             observer.renewed(self.hold.deadline());
         }

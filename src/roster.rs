@@ -39,7 +39,7 @@ pub(crate) trait Work: Sized + Send + 'static {
     fn run(self, failure: Option<Self::Failure>) -> impl Future<Output = Option<(Self, Instant)>> + Send + 'static;
 
     /// What can be done along with others', if that is all there is to do. Asked under the roster's mutex.
-    fn errand(&self) -> Option<Self::Errand>;
+    fn errand(&self, now: Instant) -> Option<Self::Errand>;
 
     /// Does it for all of them. Answers in their order.
     fn run_errands(errands: Vec<Self::Errand>) -> impl Future<Output = Vec<Self::Outcome>> + Send + 'static;
@@ -252,7 +252,7 @@ impl<W: Work> State<W> {
             let seat = first.remove();
             let Some(work) = seat.begin() else { continue };
             self.away += 1;
-            match work.errand() {
+            match work.errand(now) {
                 Some(errand) => {
                     *seat.phase() = Phase::Aside(work);
                     taken.members.push(seat);
@@ -506,7 +506,7 @@ mod tests {
             type Outcome = ();
             type Failure = ();
 
-            fn errand(&self) -> Option<()> {
+            fn errand(&self, _: Instant) -> Option<()> {
                 None
             }
 
@@ -589,7 +589,7 @@ mod tests {
             None
         }
 
-        fn errand(&self) -> Option<Self::Errand> {
+        fn errand(&self, _: Instant) -> Option<Self::Errand> {
             self.has_errand.then(|| (self.number, self.told.clone()))
         }
 

@@ -131,6 +131,80 @@ async fn a_release_is_not_held_up_by_a_hung_renewal() {
     locker.close().await;
 }
 
+/// Five locks that are renewed together after 1,000 ms, how often that was asked for, and when they were obtained.
+async fn five_together(
+    fault: impl Fn(u32) -> Fault + Send + Sync + 'static,
+) -> (Vec<LockGuard>, Arc<AtomicU32>, Instant) {
+    let calls = Arc::new(AtomicU32::new(0));
+    let locker = locker({
+        let calls = calls.clone();
+        move |operation| match operation {
+            Operation::Renew => fault(calls.fetch_add(1, Ordering::Relaxed)),
+            _ => Fault::None,
+        }
+    });
+    let start = Instant::now();
+    let mut guards = Vec::new();
+    for n in 0..5 {
+        guards.push(locker.lock(format!("k{n}")).ttl(ms(3_000)).await.unwrap());
+    }
+    (guards, calls, start)
+}
+
+#[tokio::test(start_paused = true)]
+async fn locks_that_are_due_together_are_renewed_by_one_call() {
+    let (guards, calls, start) = five_together(|_| Fault::None).await;
+    sleep(ms(10_500)).await;
+    assert_eq!(calls.load(Ordering::Relaxed), 10);
+    for guard in guards {
+        assert_eq!(guard.deadline() - start, ms(10_000 + 3_000 - 30 - 2));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn locks_that_are_renewed_together_are_lost_when_each_would_be() {
+    let deadline = ms(3_000 - 30 - 2);
+    let faults = [
+        (Fault::Hung, deadline, Loss::Expired),
+        (Fault::Refused, deadline, Loss::Expired),
+        (Fault::AnsweredAfter(ms(600)), deadline, Loss::Expired),
+        (Fault::RunAfter(ms(9_000)), deadline, Loss::Expired),
+        (Fault::Forgotten, ms(1_000), Loss::Missing),
+    ];
+    for (fault, at, how) in faults {
+        let (guards, _, start) = five_together(move |_| fault).await;
+        for guard in &guards {
+            assert_eq!(guard.lost().await, how, "{fault:?}");
+            assert_eq!(start.elapsed(), at, "{fault:?}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn locks_whose_renewal_together_failed_are_renewed_one_by_one() {
+    let (guards, calls, start) = five_together(|call| if call == 0 { Fault::Refused } else { Fault::None }).await;
+    sleep(ms(1_001)).await;
+    assert_eq!(calls.load(Ordering::Relaxed), 1, "after a pause");
+    sleep(ms(400)).await;
+    assert_eq!(calls.load(Ordering::Relaxed), 6);
+    assert!(guards.iter().all(|guard| guard.deadline() - start > ms(1_001 + 3_000 - 30 - 2)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_done_to_one_lock_is_not_held_up_by_a_hung_renewal_of_many() {
+    let (mut guards, _, start) = five_together(|call| if call == 0 { Fault::Hung } else { Fault::None }).await;
+    sleep(ms(1_100)).await;
+    guards.pop().unwrap().release().await.unwrap();
+    guards.pop().unwrap().refresh_for(ms(400)).await.unwrap();
+    assert_eq!(start.elapsed(), ms(1_100));
+    let short = guards.pop().unwrap();
+    short.refresh_for(ms(400)).await.unwrap();
+    sleep(ms(1_000)).await;
+    assert!(short.is_held(), "renewed by itself, for as long as it is now");
+    assert!(short.deadline() - start < ms(2_500));
+    assert!(guards.iter().all(LockGuard::is_held));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_release_whose_answer_was_lost_is_a_release() {
     let calls = AtomicU32::new(0);
@@ -288,6 +362,11 @@ async fn history(seed: u64, faults: &'static [fn(&mut fastrand::Rng) -> Fault]) 
                 for _ in 0..6 {
                     let request = locker.lock("k").wait_at_most(ms(rng.u64(..8_000)));
                     let Ok(Ok(guard)) = timeout(ms(rng.u64(..16_000)), request).await else { continue };
+                    // One of its own, that is renewed along with the other.
+                    let _beside = match rng.bool() {
+                        true => locker.try_lock(format!("{client} {task}")).await.ok(),
+                        false => None,
+                    };
                     if guard.is_held() {
                         let mut held = held.lock().unwrap();
                         let others = held.iter().filter(|other| other.check().is_ok()).count();
