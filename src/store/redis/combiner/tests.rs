@@ -155,6 +155,12 @@ impl Bench {
         async move { combiner.run(task.line, task, patience).await }
     }
 
+    /// All of line 0.
+    fn run_all(&self, tasks: Vec<Task>, patience: Duration) -> impl Future<Output = Vec<Answered>> + Send + use<> {
+        let combiner = self.combiner.clone();
+        async move { combiner.run_all(0, tasks, patience).await }
+    }
+
     /// In a task of its own, polled before this ends. Answers also when it was answered.
     async fn spawn(&self, task: Task, patience: Duration) -> JoinHandle<(Duration, Answered)> {
         let (run, start) = (self.run(task, patience), self.start);
@@ -409,6 +415,66 @@ async fn what_runs_out_of_time_first_goes_first() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_asked_for_together_goes_in_as_few_calls_as_it_takes_and_each_is_answered_in_its_place() {
+    let bench = Bench::new();
+    let fate = |id| if id % 50 == 7 { Fate::Fails } else { Fate::Done };
+    let tasks = (0..250).map(|id| Task { fate: fate(id), ..task(id) }).collect();
+    let answers = bench.run_all(tasks, ms(1_000)).await;
+    for (id, answer) in answers.into_iter().enumerate() {
+        assert_eq!(answer.ok(), (fate(id) != Fate::Fails).then_some(id));
+    }
+    let sent: Vec<_> = bench.sent().into_iter().map(|(at, ids)| (at, ids.len())).collect();
+    assert_eq!(sent, [(ms(0), 96), (ms(0), 96), (ms(10), 58)]);
+    assert_eq!(bench.start.elapsed(), ms(20));
+    until_idle().await;
+    bench.assert_nothing_left();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_asked_for_together_shares_calls_with_others_and_those_go_first_who_have_less_time() {
+    let bench = Bench::new();
+    let _first = busy(&bench, [ms(10), ms(60_000)]).await;
+    let together = tokio::spawn(bench.run_all((0..95).map(task).collect(), ms(1_000)));
+    yield_now().await;
+    let less = bench.spawn(task(95), ms(900)).await;
+    let more = bench.spawn(task(96), ms(1_100)).await;
+    assert!(together.await.unwrap().into_iter().all(|answer| answer.is_ok()));
+    assert_eq!((less.await.unwrap().0, more.await.unwrap().0), (ms(20), ms(30)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_those_asked_for_together_each_that_is_answered_in_time_is() {
+    let bench = Bench::new();
+    let answers = bench.run_all((0..200).map(task).collect(), ms(15)).await;
+    assert_eq!(bench.start.elapsed(), ms(15));
+    assert_eq!(answers.iter().filter(|answer| answer.is_ok()).count(), 2 * OPERATIONS);
+    assert!(answers.iter().flat_map(|answer| answer.as_ref().err()).all(Error::is_transient));
+}
+
+#[tokio::test(start_paused = true)]
+async fn those_asked_for_together_are_not_sent_when_nobody_waits_for_them_any_more() {
+    let bench = Bench::new();
+    let _first = busy(&bench, [ms(10), ms(10)]).await;
+    let together = bench.run_all((0..5).map(task).collect(), ms(1_000));
+    assert!(timeout(ms(5), together).await.is_err());
+    until_idle().await;
+    assert_eq!(bench.sent().len(), 2);
+    bench.assert_nothing_left();
+}
+
+#[tokio::test(start_paused = true)]
+async fn those_asked_for_together_wait_for_futures_that_were_put_aside_no_longer_than_those_are_trusted() {
+    let bench = Bench::new();
+    let mut aside = [task(1), task(2)].map(|task| Box::pin(bench.run(task, ms(2_000))));
+    for future in &mut aside {
+        assert!(timeout(ms(0), future.as_mut()).await.is_err());
+    }
+    let answers = bench.run_all((3..6).map(task).collect(), ms(1_000)).await;
+    assert!(answers.iter().all(Result::is_ok));
+    assert_eq!(bench.start.elapsed(), TRUSTED + ms(10));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_hung_line_holds_up_no_other() {
     let bench = Bench::new();
     let _first = busy(&bench, [ms(60_000), ms(60_000)]).await;
@@ -580,10 +646,12 @@ async fn what_waits_for_a_driver_whose_home_has_ended_fails_at_once() {
         Bench { combiner: Arc::new(Combiner::new(Fake::default(), Some(home.handle.clone()))), start: Instant::now() };
     let [first, _second] = busy(&bench, [ms(60_000), ms(60_000)]).await;
     let waits = tokio::spawn(bench.run(task(1), ms(60_000)));
-    eventually(|| waiting_on(&bench) == "Lines { busy: 1, waiting: 1 }").await;
+    let wait_together = tokio::spawn(bench.run_all(vec![task(2), task(3)], ms(60_000)));
+    eventually(|| waiting_on(&bench) == "Lines { busy: 1, waiting: 3 }").await;
     home.end();
     first.abort();
     assert!(soon(waits).await.unwrap().unwrap_err().is_transient());
+    assert!(soon(wait_together).await.unwrap().iter().flat_map(|answer| answer.as_ref().err()).count() == 2);
     assert_eq!(bench.sent().len(), 2);
 }
 
@@ -736,10 +804,46 @@ async fn history(seed: u64, weather: Weather) {
             }
         });
     }
-    let mut left = vec![None; count];
+    let mut groups = JoinSet::new();
+    let mut total = count;
+    for _ in 0..rng.usize(..3) {
+        let first = total;
+        total += rng.usize(1..300);
+        let fates: Vec<_> = (first..total)
+            .map(|_| {
+                if rng.u8(..100) < trouble {
+                    Fate::IsRefused
+                } else {
+                    *rng.choice(&[Fate::Done, Fate::GoesAlone]).unwrap()
+                }
+            })
+            .collect();
+        let task = |(n, &fate)| Task { id: first + n, line: 0, rank: 1, fate, lasts: ms(rng.u64(0..longest)) };
+        let run = bench.run_all(fates.iter().enumerate().map(task).collect(), ms(rng.u64(1..weather.patience)));
+        let (arrives, leaves) = (bench.start + ms(rng.u64(..span)), ms(rng.u64(..400)));
+        groups.spawn(async move {
+            sleep_until(arrives).await;
+            let Ok(answers) = timeout(leaves, run).await else {
+                return (first..first + fates.len(), Some(Instant::now()));
+            };
+            assert_eq!(answers.len(), fates.len());
+            for (n, (answer, fate)) in answers.into_iter().zip(&fates).enumerate() {
+                match answer {
+                    Ok(answer) => assert!(answer == first + n && *fate != Fate::IsRefused, "another's answer"),
+                    Err(error) => assert!(error.code().is_none() || *fate == Fate::IsRefused, "another's failure"),
+                }
+            }
+            (first..first + fates.len(), None)
+        });
+    }
+    let mut left = vec![None; total];
     while let Some(caller) = callers.join_next().await {
         let (id, gone, _) = caller.unwrap();
         left[id] = gone;
+    }
+    while let Some(group) = groups.join_next().await {
+        let (ids, gone) = group.unwrap();
+        left[ids].fill(gone);
     }
     until_idle().await;
     bench.assert_nothing_left();
