@@ -155,6 +155,9 @@ impl<C: Carrier> Combiner<C> {
     }
 }
 
+/// Where the answers come from to those that were asked for together.
+type News<A> = mpsc::Receiver<Placed<A>>;
+
 enum Entered<'a, C: Carrier> {
     First(C::Operation, Call<'a, C>),
     Waits {
@@ -193,7 +196,7 @@ impl<C: Carrier> Shared<C> {
         operations: Vec<C::Operation>,
         now: Instant,
         until: Instant,
-    ) -> Result<(mpsc::Receiver<Placed<C::Answer>>, Option<Instant>), Error> {
+    ) -> Result<(News<C::Answer>, Option<Instant>), Error> {
         let runtime = self.runtime()?;
         let calls = operations.len().div_ceil(OPERATIONS).min(CALLS);
         // Each is answered once, so there is always room.
