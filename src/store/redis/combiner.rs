@@ -27,7 +27,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
-use self::lines::{Caller, Lines, Placed, Reply, Waiting};
+use self::lines::{Asked, Brought, Lines, Placed, Waiting};
 use crate::Error;
 
 /// On their way at a time. With one, client and server would wait for each other in turns; with more, the calls get
@@ -184,7 +184,7 @@ impl<C: Carrier> Shared<C> {
         }
         let runtime = self.runtime()?;
         let (answer, receiver) = oneshot::channel();
-        lines.wait(line, Waiting { operation, caller: Caller { until, reply: Reply::One(answer), runtime } });
+        lines.wait(line, Waiting { until, asked: Asked::One(operation, answer), runtime });
         let relief = self.drive(lines, line, now);
         Ok(Entered::Waits { answer: receiver, relief })
     }
@@ -203,10 +203,7 @@ impl<C: Carrier> Shared<C> {
         let (told, receiver) = mpsc::channel(operations.len().max(1));
         let mut lines = self.lines();
         lines.forget_stalled(line, now);
-        for (place, operation) in operations.into_iter().enumerate() {
-            let reply = Reply::OfMany(told.clone(), place);
-            lines.wait(line, Waiting { operation, caller: Caller { until, reply, runtime: runtime.clone() } });
-        }
+        lines.wait(line, Waiting { until, asked: Asked::Many(operations.into_iter().enumerate(), told), runtime });
         let mut relief = self.drive(lines, line, now);
         for _ in 1..calls {
             relief = self.drive(self.lines(), line, now);
@@ -287,7 +284,7 @@ impl<C: Carrier> Driver<C> {
 
     /// The next to be sent. When there are none, the call is over: said under the same mutex, so that who comes a moment
     /// later sends by itself.
-    fn next(&mut self) -> Option<Vec<Waiting<C>>> {
+    fn next(&mut self) -> Option<Vec<Brought<C>>> {
         self.has_begun = true;
         let mut given_up = Vec::new();
         let batch = self.shared.lines().take(self.line, self.number, Instant::now(), &mut given_up);
@@ -295,28 +292,28 @@ impl<C: Carrier> Driver<C> {
         batch
     }
 
-    async fn bring(&self, mut batch: Vec<Waiting<C>>) {
-        batch.sort_by_key(|waiting| C::rank(&waiting.operation));
+    async fn bring(&self, mut batch: Vec<Brought<C>>) {
+        batch.sort_by_key(|brought| C::rank(&brought.operation));
         let mut parts = vec![batch];
         while let Some(mut part) = parts.pop() {
             let now = Instant::now();
-            part.retain(|waiting| waiting.caller.patience(now).is_some());
+            part.retain(|brought| brought.caller.patience(now).is_some());
             // As long as the most patient of them wants: the others stop waiting by themselves.
-            let Some(patience) = part.iter().filter_map(|waiting| waiting.caller.patience(now)).max() else { continue };
+            let Some(patience) = part.iter().filter_map(|brought| brought.caller.patience(now)).max() else { continue };
             if part.len() == 1 {
                 self.bring_alone(part).await;
                 continue;
             }
-            let (operations, callers): (Vec<_>, Vec<_>) = part.into_iter().map(|w| (w.operation, w.caller)).unzip();
+            let (operations, callers): (Vec<_>, Vec<_>) = part.into_iter().map(|b| (b.operation, b.caller)).unzip();
             let answers = self.shared.carrier.many(&operations, patience).await;
-            let asked = operations.into_iter().zip(callers).map(|(operation, caller)| Waiting { operation, caller });
+            let asked = operations.into_iter().zip(callers).map(|(operation, caller)| Brought { operation, caller });
             match answers {
                 Ok(answers) => {
                     let mut left_over = Vec::new();
-                    for (waiting, answer) in asked.zip(answers) {
+                    for (brought, answer) in asked.zip(answers) {
                         match answer {
-                            Some(answer) => waiting.caller.tell(answer),
-                            None => left_over.push(waiting),
+                            Some(answer) => brought.caller.tell(answer),
+                            None => left_over.push(brought),
                         }
                     }
                     self.bring_alone(left_over).await;
@@ -330,8 +327,8 @@ impl<C: Carrier> Driver<C> {
         }
     }
 
-    async fn bring_alone(&self, operations: Vec<Waiting<C>>) {
-        for Waiting { operation, caller } in operations {
+    async fn bring_alone(&self, operations: Vec<Brought<C>>) {
+        for Brought { operation, caller } in operations {
             if let Some(patience) = caller.patience(Instant::now()) {
                 caller.tell(self.shared.carrier.one(&operation, patience).await);
             }

@@ -4,8 +4,10 @@
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BinaryHeap, HashMap};
 use std::fmt;
+use std::iter::Enumerate;
 use std::mem;
 use std::time::Duration;
+use std::vec;
 
 use tokio::runtime::{self, Handle};
 use tokio::sync::{mpsc, oneshot};
@@ -24,6 +26,8 @@ pub(super) struct Lines<C: Carrier> {
 struct Line<C: Carrier> {
     calls: [Option<OnItsWay>; CALLS],
     waiting: BinaryHeap<Reverse<Waiting<C>>>,
+    /// How many operations wait.
+    count: usize,
 }
 
 struct OnItsWay {
@@ -32,42 +36,55 @@ struct OnItsWay {
     trusted_until: Instant,
 }
 
-/// An operation that waits for the next call.
+/// Who waits for the next call.
 pub(super) struct Waiting<C: Carrier> {
-    pub(super) operation: C::Operation,
-    pub(super) caller: Caller<C::Answer>,
-}
-
-/// Who waits for an answer.
-pub(super) struct Caller<A> {
     pub(super) until: Instant,
-    pub(super) reply: Reply<A>,
+    pub(super) asked: Asked<C>,
     /// Where it can be served.
     pub(super) runtime: Handle,
 }
 
-/// How it is answered.
-pub(super) enum Reply<A> {
+pub(super) enum Asked<C: Carrier> {
+    One(C::Operation, oneshot::Sender<Result<C::Answer, Error>>),
+    /// Together, and those that are left of them are told by their places.
+    Many(Enumerate<vec::IntoIter<C::Operation>>, mpsc::Sender<Placed<C::Answer>>),
+}
+
+/// An operation of a call.
+pub(super) struct Brought<C: Carrier> {
+    pub(super) operation: C::Operation,
+    pub(super) caller: Caller<C::Answer>,
+}
+
+/// Who waits for its answer.
+pub(super) struct Caller<A> {
+    pub(super) until: Instant,
+    reply: Reply<A>,
+}
+
+enum Reply<A> {
     One(oneshot::Sender<Result<A, Error>>),
-    /// With its place among those that were asked for together.
     OfMany(mpsc::Sender<Placed<A>>, usize),
 }
 
+/// With its place among those that were asked for together.
 pub(super) type Placed<A> = (usize, Result<A, Error>);
 
 impl<C: Carrier> Lines<C> {
     /// How many.
     pub(super) fn waiting(&self, line: u16) -> usize {
-        self.busy.get(&line).map_or(0, |line| line.waiting.len())
+        self.busy.get(&line).map_or(0, |line| line.count)
     }
 
     pub(super) fn wait(&mut self, line: u16, waiting: Waiting<C>) {
-        self.line(line).waiting.push(Reverse(waiting));
+        let line = self.line(line);
+        line.count += waiting.asked.len();
+        line.waiting.push(Reverse(waiting));
     }
 
     /// The runtime that can serve who comes next, if anyone waits.
     pub(super) fn runtime_of_next(&self, line: u16) -> Option<Handle> {
-        Some(self.busy.get(&line)?.waiting.peek()?.0.caller.runtime.clone())
+        Some(self.busy.get(&line)?.waiting.peek()?.0.runtime.clone())
     }
 
     /// Counts one more call. `None`: there are enough.
@@ -112,16 +129,21 @@ impl<C: Carrier> Lines<C> {
         number: u64,
         now: Instant,
         given_up: &mut Vec<Waiting<C>>,
-    ) -> Option<Vec<Waiting<C>>> {
+    ) -> Option<Vec<Brought<C>>> {
         let entry = self.busy.get_mut(&line)?;
         let call = entry.calls.iter_mut().flatten().find(|call| call.number == number)?;
-        let mut batch = Vec::with_capacity(entry.waiting.len().min(OPERATIONS));
+        let mut batch = Vec::with_capacity(entry.count.min(OPERATIONS));
         while batch.len() < OPERATIONS {
             let Some(Reverse(next)) = entry.waiting.pop() else { break };
-            match next.caller.patience(now) {
-                Some(_) => batch.push(next),
-                None => given_up.push(next),
+            if next.until <= now || next.asked.is_given_up() {
+                entry.count -= next.asked.len();
+                given_up.push(next);
+                continue;
             }
+            let before = batch.len();
+            let left = next.give(OPERATIONS - before, &mut batch);
+            entry.count -= batch.len() - before;
+            entry.waiting.extend(left.map(Reverse));
         }
         match batch.iter().map(|next| next.caller.until).max() {
             // By then it has ended, or its driver is not driven.
@@ -138,15 +160,17 @@ impl<C: Carrier> Lines<C> {
     pub(super) fn take_all_of(&mut self, line: u16, runtime: runtime::Id) -> Vec<Waiting<C>> {
         let Some(entry) = self.busy.get_mut(&line) else { return Vec::new() };
         let waiting = mem::take(&mut entry.waiting).into_iter();
-        let (taken, others): (Vec<_>, Vec<_>) = waiting.partition(|Reverse(next)| next.caller.runtime.id() == runtime);
+        let (taken, others): (Vec<_>, Vec<_>) = waiting.partition(|Reverse(next)| next.runtime.id() == runtime);
         entry.waiting = others.into();
+        entry.count -= taken.iter().map(|Reverse(next)| next.asked.len()).sum::<usize>();
         // The last of its line, maybe.
         self.retain_calls(line, |_| true);
         taken.into_iter().map(|Reverse(waiting)| waiting).collect()
     }
 
     fn line(&mut self, line: u16) -> &mut Line<C> {
-        self.busy.entry(line).or_insert_with(|| Line { calls: [const { None }; CALLS], waiting: BinaryHeap::new() })
+        let new = || Line { calls: [const { None }; CALLS], waiting: BinaryHeap::new(), count: 0 };
+        self.busy.entry(line).or_insert_with(new)
     }
 }
 
@@ -158,8 +182,45 @@ impl<C: Carrier> Default for Lines<C> {
 
 impl<C: Carrier> fmt::Debug for Lines<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let waiting: usize = self.busy.values().map(|line| line.waiting.len()).sum();
+        let waiting: usize = self.busy.values().map(|line| line.count).sum();
         f.debug_struct("Lines").field("busy", &self.busy.len()).field("waiting", &waiting).finish()
+    }
+}
+
+impl<C: Carrier> Waiting<C> {
+    /// Moves so many of the operations to the batch, or all. Answers what is left.
+    fn give(self, room: usize, batch: &mut Vec<Brought<C>>) -> Option<Self> {
+        let Self { until, asked, runtime } = self;
+        match asked {
+            Asked::One(operation, answer) => {
+                batch.push(Brought { operation, caller: Caller { until, reply: Reply::One(answer) } });
+                None
+            }
+            Asked::Many(mut operations, answers) => {
+                batch.extend(operations.by_ref().take(room).map(|(place, operation)| {
+                    let reply = Reply::OfMany(answers.clone(), place);
+                    Brought { operation, caller: Caller { until, reply } }
+                }));
+                let is_left = operations.len() > 0;
+                is_left.then_some(Self { until, asked: Asked::Many(operations, answers), runtime })
+            }
+        }
+    }
+}
+
+impl<C: Carrier> Asked<C> {
+    fn len(&self) -> usize {
+        match self {
+            Self::One(..) => 1,
+            Self::Many(operations, _) => operations.len(),
+        }
+    }
+
+    fn is_given_up(&self) -> bool {
+        match self {
+            Self::One(_, answer) => answer.is_closed(),
+            Self::Many(_, answers) => answers.is_closed(),
+        }
     }
 }
 
@@ -186,7 +247,7 @@ impl<A> Caller<A> {
 // By the time that is left, for the heap alone.
 impl<C: Carrier> PartialEq for Waiting<C> {
     fn eq(&self, other: &Self) -> bool {
-        self.caller.until == other.caller.until
+        self.until == other.until
     }
 }
 
@@ -200,6 +261,6 @@ impl<C: Carrier> PartialOrd for Waiting<C> {
 
 impl<C: Carrier> Ord for Waiting<C> {
     fn cmp(&self, other: &Self) -> Ordering {
-        self.caller.until.cmp(&other.caller.until)
+        self.until.cmp(&other.until)
     }
 }

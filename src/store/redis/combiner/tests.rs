@@ -360,8 +360,7 @@ async fn a_caller_that_is_out_of_time_is_not_sent_although_it_is_still_there() {
     let (mut lines, now) = (Lines::<Fake>::default(), Instant::now());
     let number = lines.begin(0, now + TRUSTED).unwrap();
     let (answer, _receiver) = oneshot::channel();
-    let caller = Caller { until: now, reply: Reply::One(answer), runtime: Handle::current() };
-    lines.wait(0, Waiting { operation: task(1), caller });
+    lines.wait(0, Waiting { until: now, asked: Asked::One(task(1), answer), runtime: Handle::current() });
     let mut given_up = Vec::new();
     assert!(lines.take(0, number, now, &mut given_up).is_none());
     assert_eq!(given_up.len(), 1);
