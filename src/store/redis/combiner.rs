@@ -2,7 +2,8 @@
 //!
 //! A client pays for each command it sends, and a server for each script it runs. So an operation that finds few calls on
 //! their way is sent at once, by its own caller; what arrives meanwhile waits, and goes together in the next call. Tasks that
-//! do one operation after the other fall into step by that: answered together, they ask for the next together.
+//! do one operation after the other fall into step by that: answered together, they ask for the next together. And what is
+//! asked for together from the start waits as one, and goes in as few calls as it takes.
 //!
 //! 1. No more than [`CALLS`] are on their way on one line, and no more than [`OPERATIONS`] in each.
 //! 2. While operations wait, a call is on its way: its end starts the next one.
