@@ -44,7 +44,7 @@ pub(crate) trait Work: Sized + Send + 'static {
     /// Does it for all of them. Answers in their order.
     fn run_errands(errands: Vec<Self::Errand>) -> impl Future<Output = Vec<Self::Outcome>> + Send + 'static;
 
-    /// Answers when there is more to do. If that is now, it has to run.
+    /// Takes note of it. Answers when there is more to do; or that it has to run now, and because of which failure.
     fn conclude(&self, errand: Self::Outcome) -> Result<Instant, Option<Self::Failure>>;
 }
 
