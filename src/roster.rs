@@ -99,7 +99,7 @@ const LINGER: Duration = Duration::from_millis(500);
 
 /// So many are started at a time, and then others after [`PAUSE`]. Locks that were obtained together are due together: were
 /// they all started at once, the memory that they take while they run would be many times what they take while they rest.
-const AT_A_TIME: usize = 256;
+const AT_A_TIME: usize = 288;
 /// Less than so many calls take, so that this delays nothing that would not have to wait for its turn anyway.
 const PAUSE: Duration = Duration::from_millis(1);
 

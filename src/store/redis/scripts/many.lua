@@ -97,9 +97,8 @@ end
 -- GT, of Redis 7, says in one command what PTTL and PEXPIRE do in two, but for a key without a ttl. Older servers refuse it.
 local knows_gt = true
 
--- Answers why not, if not.
-local function extend(key, ttl)
-    local px = tonumber(ttl)
+-- Answers why not, if not. The ttl is given as a number, too.
+local function extend(key, ttl, px)
     if px < 0 then
         return refused(redis.pcall('PEXPIRE', key, -px))
     end
@@ -117,11 +116,12 @@ local function extend(key, ttl)
     return err
 end
 
+local renewed_px = tonumber(renewed_ttl)
 for i = n_release + 1, n_release + n_renew do
-    local key, token, ttl = KEYS[i], ARGV[at], renewed_ttl
+    local key, token, ttl, px = KEYS[i], ARGV[at], renewed_ttl, renewed_px
     at = at + 1
-    if ttl == '' then
-        ttl = ARGV[at]
+    if not px then
+        ttl, px = ARGV[at], tonumber(ARGV[at])
         at = at + 1
     end
     local value = values[i]
@@ -133,7 +133,7 @@ for i = n_release + 1, n_release + n_renew do
     elseif not is_owner(token, value) then
         reply[i] = -1
     else
-        reply[i] = extend(key, ttl) or 1
+        reply[i] = extend(key, ttl, px) or 1
     end
 end
 
