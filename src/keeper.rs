@@ -3,7 +3,8 @@
 //! The keeper is there from the moment the lock is obtained, and runs as a task while there is something to do for it
 //! (`roster.rs`). It renews until the lock is held no more, says why, does what is left to do at the server, and ends.
 //! Renewals that are due at the same time are sent together, while their keepers rest: one of them runs when its renewal
-//! fails, or is not the next thing to do. Dropping a guard only calls it: so a guard may be dropped on any thread, in a panic, or while the runtime shuts down.
+//! fails, or is not the next thing to do. Dropping a guard only calls it: so a guard may be dropped on any thread, in a
+//! panic, or while the runtime shuts down.
 
 use std::future::Future;
 use std::sync::Arc;

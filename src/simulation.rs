@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::hold::Hold;
 use crate::store::faulty::{Fault, FaultyStore, Operation};
 use crate::store::memory::MemoryStore;
-use crate::{Error, LockGuard, Locker, Loss};
+use crate::{Error, LockGuard, Locker, Loss, Retry};
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -299,6 +299,18 @@ async fn waiting_ends_at_its_limit_to_the_millisecond() {
     assert_eq!(start.elapsed(), ms(300));
     assert!(matches!(second.await.unwrap(), Err(Error::NotObtained { .. })));
     assert_eq!(start.elapsed(), ms(500));
+}
+
+#[tokio::test(start_paused = true)]
+async fn retrying_ends_at_its_limit_to_the_millisecond() {
+    let locker = locker(|_| Fault::None);
+    let _held = locker.lock("k").await.unwrap();
+    for (pause, expected) in [(50, 6), (70, 5), (400, 1)] {
+        let start = Instant::now();
+        let request = locker.obtain("k").retry(Retry::linear(ms(pause))).wait_at_most(ms(300));
+        let Err(Error::NotObtained { attempts, .. }) = request.await else { panic!("obtained") };
+        assert_eq!((start.elapsed(), attempts), (ms(300), expected), "every {pause} ms");
+    }
 }
 
 #[tokio::test(start_paused = true)]
