@@ -35,13 +35,7 @@ fn main() -> ExitCode {
         Some((first, task)) if first == WAIT => waiters::take_turns(task),
         _ => benchmark(args),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(refusal) => {
-            eprintln!("{refusal}");
-            ExitCode::FAILURE
-        }
-    }
+    machine::exit_code(done)
 }
 
 /// How long to measure.

@@ -1,7 +1,7 @@
 //! What all benchmarks have in common: how they are called, and what they say of the machine.
 
 use std::io::ErrorKind;
-use std::process::Command;
+use std::process::{Command, ExitCode};
 use std::{fs, thread};
 
 /// Whether `--quick` was given.
@@ -16,6 +16,17 @@ pub(crate) fn is_quick(args: impl Iterator<Item = String>) -> Result<bool, Strin
         }
     }
     Ok(quick)
+}
+
+/// What the program ends with. A refusal is told as it reads.
+pub(crate) fn exit_code(done: Result<(), String>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(refusal) => {
+            eprintln!("{refusal}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// The machine and the server's version, in one line. Asked before anything is started: without a server there is

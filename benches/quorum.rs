@@ -38,13 +38,7 @@ const TARGET: f64 = 1.5;
 const AWAY: Duration = Duration::from_millis(1);
 
 fn main() -> ExitCode {
-    match benchmark() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(refusal) => {
-            eprintln!("{refusal}");
-            ExitCode::FAILURE
-        }
-    }
+    machine::exit_code(benchmark())
 }
 
 fn benchmark() -> Result<(), String> {

@@ -31,13 +31,7 @@ use self::statistics::median;
 const TASKS: [usize; 4] = [1, 16, 64, 256];
 
 fn main() -> ExitCode {
-    match benchmark() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(refusal) => {
-            eprintln!("{refusal}");
-            ExitCode::FAILURE
-        }
-    }
+    machine::exit_code(benchmark())
 }
 
 fn benchmark() -> Result<(), String> {

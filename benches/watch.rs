@@ -37,13 +37,7 @@ fn main() -> ExitCode {
         Some((first, task)) if first == ALONE => watched::measure(task),
         _ => benchmark(args),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(refusal) => {
-            eprintln!("{refusal}");
-            ExitCode::FAILURE
-        }
-    }
+    machine::exit_code(done)
 }
 
 /// What to hold, and for how long.
