@@ -91,23 +91,26 @@ impl Cluster {
     ///
     /// When a node refuses.
     pub fn migrate(&self, key: &str, from: usize, to: usize, midway: impl FnOnce()) {
+        let migration = self.begin_migration(key, from, to);
+        // Key after key, with time in between to find some here and some there.
+        migration.move_all(Duration::from_millis(100));
+        midway();
+        migration.finish();
+    }
+
+    /// Begins to move the slot of a key to another node. No key has moved yet.
+    ///
+    /// # Panics
+    ///
+    /// When a node refuses.
+    pub fn begin_migration(&self, key: &str, from: usize, to: usize) -> Migration<'_> {
         let (slot, Some((source, target))) = (self.slot(key), self.nodes.get(from).zip(self.nodes.get(to))) else {
             panic!("there are nodes {from} and {to}");
         };
         let (source_id, target_id) = (source.cli(&["CLUSTER", "MYID"]), target.cli(&["CLUSTER", "MYID"]));
         assert_eq!(target.cli(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &source_id]), "OK");
         assert_eq!(source.cli(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &target_id]), "OK");
-        let port = target.port().to_string();
-        for key in source.cli(&["CLUSTER", "GETKEYSINSLOT", &slot, "1000"]).lines() {
-            let moved = source.cli(&["MIGRATE", "127.0.0.1", &port, key, "0", "5000"]);
-            assert!(moved == "OK" || moved == "NOKEY", "{moved}");
-            // One by one, with time in between to meet some here and some there.
-            sleep(Duration::from_millis(100));
-        }
-        midway();
-        for node in [target, source].into_iter().chain(&self.nodes) {
-            assert_eq!(node.cli(&["CLUSTER", "SETSLOT", &slot, "NODE", &target_id]), "OK");
-        }
+        Migration { cluster: self, slot, source, target }
     }
 
     fn slot(&self, key: &str) -> String {
@@ -119,6 +122,63 @@ impl Cluster {
             let info = node.cli(&["CLUSTER", "INFO"]);
             info.contains("cluster_state:ok") && info.contains("cluster_known_nodes:3")
         })
+    }
+}
+
+/// A slot on its way from one node to another.
+#[derive(Debug)]
+#[must_use = "a slot stays half moved until its migration is finished"]
+pub struct Migration<'a> {
+    cluster: &'a Cluster,
+    slot: String,
+    source: &'a Server,
+    target: &'a Server,
+}
+
+impl Migration<'_> {
+    /// The keys that have not moved yet.
+    pub fn left(&self) -> Vec<String> {
+        let keys = self.source.cli(&["CLUSTER", "GETKEYSINSLOT", &self.slot, "1000"]);
+        keys.lines().filter(|key| !key.is_empty()).map(str::to_owned).collect()
+    }
+
+    /// Moves one key, if it is there.
+    ///
+    /// # Panics
+    ///
+    /// When the node refuses.
+    pub fn move_key(&self, key: &str) {
+        let port = self.target.port().to_string();
+        let moved = self.source.cli(&["MIGRATE", "127.0.0.1", &port, key, "0", "5000"]);
+        assert!(moved == "OK" || moved == "NOKEY", "{moved}");
+    }
+
+    /// Moves all keys, with a pause after each.
+    ///
+    /// # Panics
+    ///
+    /// When the node refuses.
+    pub fn move_all(&self, pause: Duration) {
+        let mut left = self.left();
+        while !left.is_empty() {
+            for key in &left {
+                self.move_key(key);
+                sleep(pause);
+            }
+            left = self.left();
+        }
+    }
+
+    /// Moves the slot.
+    ///
+    /// # Panics
+    ///
+    /// When a node refuses.
+    pub fn finish(self) {
+        let target_id = self.target.cli(&["CLUSTER", "MYID"]);
+        for node in [self.target, self.source].into_iter().chain(&self.cluster.nodes) {
+            assert_eq!(node.cli(&["CLUSTER", "SETSLOT", &self.slot, "NODE", &target_id]), "OK");
+        }
     }
 }
 

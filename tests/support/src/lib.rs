@@ -14,7 +14,7 @@ use std::fmt::Debug;
 use std::future::Future;
 use std::time::Duration;
 
-pub use self::cluster::Cluster;
+pub use self::cluster::{Cluster, Migration};
 pub use self::proxy::{Mode, Proxy};
 pub use self::sentinel::{Sentinel, Sentinels};
 pub use self::server::Server;
