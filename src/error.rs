@@ -213,6 +213,11 @@ impl Error {
         self.code().is_some() && !timed_out
     }
 
+    /// Whether the cluster refused the command because its keys are on another node, or on two. It has not run.
+    pub(crate) fn is_redirection(&self) -> bool {
+        matches!(self.code(), Some("ASK" | "MOVED" | "TRYAGAIN"))
+    }
+
     /// The same, for another operation of a call that failed as a whole.
     pub(crate) fn again(&self) -> Self {
         match self {

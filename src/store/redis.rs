@@ -8,6 +8,7 @@ mod fair;
 mod names;
 mod operation;
 mod replicas;
+mod router;
 mod script;
 mod subscriber;
 mod vote;
@@ -27,6 +28,7 @@ use self::combiner::{Answers, Carrier, Combiner, Refused};
 use self::connection::Connection;
 use self::operation::{Decision, Operation, What, unexpected};
 use self::replicas::{Writing, within};
+use self::router::Router;
 use self::script::{Call, Script, Scripts};
 use self::subscriber::Subscriber;
 use super::listen::Listening;
@@ -71,8 +73,9 @@ impl RedisStore {
     fn on(connection: Connection, home: Option<Handle>, prefix: String, min_replicas: usize) -> Self {
         use fred::interfaces::ClientLike;
         let subscriber = Subscriber::new(connection.client().client_config());
+        let router = Router::new(connection.client().clone(), home.clone());
         let (scripts, takes_one_slot) = (Scripts::new(), AtomicBool::new(false));
-        let server = Server { connection, scripts, min_replicas, takes_one_slot };
+        let server = Server { connection, router, scripts, min_replicas, takes_one_slot };
         Self { prefix, combiner: Combiner::new(server, home), subscriber }
     }
 
@@ -152,6 +155,7 @@ impl RedisStore {
                 let call = Call::new(self.names(owned), args);
                 let (until, writing) = self.server().writing(timeout);
                 let verdict = verdict(self.server().run(&self.server().scripts.renew, || call.clone(), timeout).await);
+                let verdict = self.or_apart(verdict, owned, || What::Renew { ttl, exact }, until).await;
                 if matches!(verdict, Ok(Ok(()))) {
                     self.server().replicated(writing, until).await?;
                 }
@@ -165,8 +169,11 @@ impl RedisStore {
         let verdict = match &*owned.keys {
             [key] => self.run_owned(key, &owned.token, What::Release { publish: self.publish() }, timeout).await,
             _ => {
+                let until = Instant::now() + timeout;
                 let call = Call::new(self.names(owned), [owned.token.to_text().into(), self.publish().into()]);
-                verdict(self.server().run(&self.server().scripts.release, || call.clone(), timeout).await)
+                let verdict =
+                    verdict(self.server().run(&self.server().scripts.release, || call.clone(), timeout).await);
+                self.or_apart(verdict, owned, || What::Release { publish: self.publish() }, until).await
             }
         };
         Ok(match verdict? {
@@ -222,6 +229,34 @@ impl RedisStore {
         about_owned(self.run(Operation { name: self.name(key), token: token.clone(), what }, timeout).await?)
     }
 
+    /// Does it to each of the keys by itself if the call for all of them found them on two nodes, while their slot moves.
+    /// Returns the loss of any key that is not ours any more.
+    async fn or_apart(
+        &self,
+        verdict: Result<Result<(), Loss>, Error>,
+        owned: &Owned,
+        what: impl Fn() -> What,
+        until: Instant,
+    ) -> Result<Result<(), Loss>, Error> {
+        if !matches!(&verdict, Err(error) if error.is_redirection()) {
+            return verdict;
+        }
+        let (mut all, mut done, mut failure) = (Ok(()), 0, None);
+        for key in &*owned.keys {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.run_owned(key, &owned.token, what(), left).await {
+                Ok(verdict) => (all, done) = (all.and(verdict), done + 1),
+                Err(error) => failure = Some(error),
+            }
+        }
+        match failure {
+            None => Ok(all),
+            // A refusal would mean that nothing has run.
+            Some(error) if done > 0 && error.is_refusal() => Err(Error::timeout()),
+            Some(error) => Err(error),
+        }
+    }
+
     async fn renew_all(&self, locks: &[(&Owned, Duration)], timeout: Duration) -> Vec<Result<Renewed, Error>> {
         let renewal = |&(owned, ttl): &(&Owned, Duration)| Operation {
             name: self.name(&owned.key()),
@@ -238,6 +273,9 @@ impl RedisStore {
             true => redis_keyslot(&operation.name),
             false => ONE_LINE,
         };
+        if self.server().router.is_moving(line) {
+            return self.server().one(&operation, timeout).await;
+        }
         self.combiner.run(line, operation, timeout).await
     }
 
@@ -308,6 +346,7 @@ fn value_of(wanted: &Wanted) -> Value {
 #[derive(Debug)]
 struct Server {
     connection: Connection,
+    router: Router,
     scripts: Scripts,
     /// So many must have acknowledged what is granted and renewed, or it is not.
     min_replicas: usize,
@@ -326,11 +365,11 @@ impl Server {
         self.client().is_clustered() || self.takes_one_slot.load(Ordering::Relaxed)
     }
 
-    async fn run(&self, script: &Script, call: impl Fn() -> Call, timeout: Duration) -> Result<Value, Error> {
+    async fn run(&self, script: &Script, call: impl Fn() -> Call + Sync, timeout: Duration) -> Result<Value, Error> {
         self.connection.check()?;
         let sent = Instant::now();
         // fred's futures are several kilobytes large, and those around them would be as large, on every path.
-        let answer = Box::pin(script.run(self.client(), call, timeout)).await;
+        let answer = Box::pin(script.run(&self.router, call, timeout)).await;
         self.connection.heard(sent, answer)
     }
 
@@ -423,6 +462,8 @@ impl Carrier for Server {
                 self.takes_one_slot.store(true, Ordering::Relaxed);
                 Err(Refused)
             }
+            // Their slot is half moved, so no node has all of the keys. Nothing was run.
+            Err(error) if error.is_redirection() => Ok(operations.iter().map(|_| None).collect()),
             // The call as such, because of one of its keys (NOPERM). Nothing was run.
             Err(error) if error.is_refusal() && !error.is_transient() => Err(Refused),
             Err(error) => Ok(operations.iter().map(|_| Some(Err(error.again()))).collect()),

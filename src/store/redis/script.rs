@@ -3,13 +3,10 @@
 use std::time::Duration;
 
 use fred::bytes_utils::Str;
-use fred::clients::Client;
-use fred::error::ErrorKind;
-use fred::interfaces::ClientLike;
-use fred::types::config::Options;
-use fred::types::{ClusterHash, CustomCommand, Value};
+use fred::types::Value;
 use tokio::time::Instant;
 
+use super::router::{Router, Sent};
 use crate::Error;
 
 /// A script and the hash by which the server remembers it.
@@ -17,6 +14,8 @@ use crate::Error;
 pub(super) struct Script {
     source: Str,
     hash: Str,
+    /// Whether its keys belong to several operations, which can be sent one by one instead.
+    is_batch: bool,
 }
 
 #[derive(Debug)]
@@ -49,23 +48,16 @@ impl Scripts {
             hand_over: Script::new(include_str!("scripts/hand_over.lua")),
             remaining: Script::new(include_str!("scripts/remaining.lua")),
             inspect: Script::new(include_str!("scripts/inspect.lua")),
-            many: Script::new(include_str!("scripts/many.lua")),
+            many: Script { is_batch: true, ..Script::new(include_str!("scripts/many.lua")) },
             vote: Script::new(include_str!("scripts/vote.lua")),
             withdraw: Script::new(include_str!("scripts/withdraw.lua")),
         }
     }
 }
 
-/// How often a command follows where the cluster has sent it.
-const REDIRECTIONS: u32 = 3;
-
-/// One more for the first time it is sent, and some for connections that break meanwhile. When they run out while fred asks
-/// a node that a slot is moving to, it gives up more than the command: its whole client is dead from then on.
-const ATTEMPTS: u32 = REDIRECTIONS + 8;
-
 impl Script {
     fn new(source: &'static str) -> Self {
-        Self { source: Str::from_static(source), hash: fred::util::sha1_hash(source).into() }
+        Self { source: Str::from_static(source), hash: fred::util::sha1_hash(source).into(), is_batch: false }
     }
 
     /// Runs the script once, within `timeout`. `call` is made anew for each time that it is sent: it is almost always sent
@@ -75,22 +67,26 @@ impl Script {
     /// server remember it again. NOSCRIPT means that nothing was run, so this is still one run.
     pub(super) async fn run(
         &self,
-        client: &Client,
-        call: impl Fn() -> Call,
+        router: &Router,
+        call: impl Fn() -> Call + Sync,
         timeout: Duration,
     ) -> Result<Value, Error> {
         let until = Instant::now() + timeout;
-        match send(client, EVALSHA, || call().of(&self.hash), until).await {
-            Err(error) if error.details().starts_with("NOSCRIPT") => {
-                send(client, EVAL, || call().of(&self.source), until).await.map_err(into_ours)
+        match router.send(self.sent(EVALSHA), || call().of(&self.hash), until).await {
+            Err(error) if error.code() == Some("NOSCRIPT") => {
+                router.send(self.sent(EVAL), || call().of(&self.source), until).await
             }
-            answer => answer.map_err(into_ours),
+            answer => answer,
         }
+    }
+
+    fn sent(&self, command: &'static str) -> Sent<'_> {
+        Sent { command, source: (!self.is_batch).then_some(&self.source) }
     }
 }
 
 const EVALSHA: &str = "EVALSHA";
-const EVAL: &str = "EVAL";
+pub(super) const EVAL: &str = "EVAL";
 
 /// What a script is run with.
 #[derive(Clone)]
@@ -131,53 +127,5 @@ impl Call {
         let head = [Value::String(script.clone()), Value::Integer(count)];
         self.args.iter_mut().zip(head).for_each(|(place, value)| *place = value);
         self.args
-    }
-}
-
-/// Sends one command. fred's own options see to it that it is written at most once and ends in time: a command whose reply
-/// was lost is repeated by us or by nobody, and one that still waits for a connection when its time is up is not sent any
-/// more, as it would be if we only stopped waiting for it.
-///
-/// In a cluster a command that was sent elsewhere (MOVED, ASK), and so not run, is sent once more, and then it follows. It
-/// may be written again while it does, should a connection break: scripts bear that. A client of the user's own follows from
-/// the start.
-async fn send(
-    client: &Client,
-    command: &'static str,
-    args: impl Fn() -> Vec<Value>,
-    until: Instant,
-) -> Result<Value, fred::error::Error> {
-    let mut follows = client.is_clustered() && client.connection_config().max_redirections > 0;
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            // Not passed on, as fred takes zero for "no timeout at all".
-            return Err(fred::error::Error::new(ErrorKind::Timeout, "no time left to ask the server"));
-        }
-        let options = Options {
-            max_attempts: Some(if follows { ATTEMPTS } else { 1 }),
-            max_redirections: follows.then_some(REDIRECTIONS),
-            timeout: Some(left),
-            // The third argument, after the script and the number of keys, is the first key. It is said here, as fred goes
-            // by the hash policy of a custom command only where that is a slot.
-            cluster_hash: Some(ClusterHash::Offset(2)),
-            ..Options::default()
-        };
-        let command = CustomCommand::new_static(command, ClusterHash::FirstKey, false);
-        let answer = client.with_options(&options).custom(command, args()).await;
-        match answer {
-            Err(error) if !follows && client.is_clustered() && error.details() == REDIRECTED => follows = true,
-            answer => return answer,
-        }
-    }
-}
-
-/// What fred says of a command that may not follow.
-const REDIRECTED: &str = "Too many redirections.";
-
-fn into_ours(error: fred::error::Error) -> Error {
-    match error.details() {
-        details if details.starts_with("CROSSSLOT") => Error::CrossSlot,
-        _ => Error::Redis(error),
     }
 }

@@ -1,0 +1,239 @@
+//! A plain connection to one node of a cluster, opened when it is needed and closed when it has been idle for a while.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use fred::clients::Client;
+use fred::error::ErrorKind;
+use fred::interfaces::ClientLike;
+use fred::types::config::{Config, Server, ServerConfig};
+use fred::types::{ClusterHash, CustomCommand, Value};
+use tokio::join;
+use tokio::runtime::Handle;
+use tokio::select;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{into_ours, once, options};
+use crate::Error;
+
+/// A connection on which a call has timed out is replaced if the node has not replied to anything for so long.
+const SILENCE: Duration = Duration::from_millis(500);
+/// The longest that connecting may take.
+const CONNECTING: Duration = Duration::from_secs(2);
+
+/// Whether a connection carries only commands behind `ASKING`, or only commands without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Asking {
+    No,
+    Yes,
+}
+
+impl Asking {
+    /// How long an idle connection is kept.
+    fn lingers(self) -> Duration {
+        match self {
+            // All commands use these where the client is the user's.
+            Self::No => Duration::from_secs(60),
+            Self::Yes => Duration::from_secs(10),
+        }
+    }
+}
+
+/// A connection to one node; it is closed on drop.
+pub(super) struct Node {
+    client: Client,
+    line: watch::Receiver<Line>,
+    pub(super) usage: Arc<Usage>,
+    _driver: AbortOnDropHandle<()>,
+}
+
+/// The state of a connection.
+#[derive(Clone)]
+enum Line {
+    Opening,
+    Open,
+    Failed(fred::error::Error),
+}
+
+impl Node {
+    /// Connects in the background, on that runtime, with the settings of `client`.
+    pub(super) fn open(client: &Client, config: &Config, server: &Server, asking: Asking, runtime: &Handle) -> Self {
+        let server = ServerConfig::Centralized { server: server.clone() };
+        let config = Config { server, fail_fast: true, ..config.clone() };
+        let mut connection = client.connection_config().clone();
+        connection.connection_timeout = connection.connection_timeout.min(CONNECTING);
+        connection.internal_command_timeout = connection.internal_command_timeout.min(CONNECTING);
+        connection.max_command_attempts = 1;
+        // A refusal concerns its own command, not all that are in flight.
+        connection.reconnect_errors = Vec::new();
+        connection.max_command_buffer_len = 0;
+        let patience = connection.connection_timeout * 2;
+        // Without a policy it never reconnects (invariant 4).
+        let client = Client::new(config, Some(client.perf_config()), Some(connection), None);
+        let usage = Arc::new(Usage(Mutex::new(Uses { now: 0, last: Instant::now(), heard: None, over: false })));
+        let (told, line) = watch::channel(Line::Opening);
+        let driver = runtime.spawn(drive(client.clone(), patience, asking.lingers(), told, End(usage.clone())));
+        Self { client, line, usage, _driver: AbortOnDropHandle::new(driver) }
+    }
+
+    /// Sends a command and returns the node's reply.
+    pub(super) async fn ask(
+        &self,
+        asking: Asking,
+        command: &'static str,
+        args: Vec<Value>,
+        until: Instant,
+    ) -> Result<Value, Error> {
+        self.is_open(until).await?;
+        let answer = match asking {
+            Asking::No => once(&self.client, command, args, until).await,
+            Asking::Yes => self.ask_behind_asking(command, args, until).await,
+        };
+        if !unanswered(&answer) {
+            self.usage.uses().heard = Some(Instant::now());
+        }
+        answer
+    }
+
+    /// fred writes the commands of a pipeline in one go, so nothing comes in between (invariant 3).
+    async fn ask_behind_asking(&self, command: &'static str, args: Vec<Value>, until: Instant) -> Result<Value, Error> {
+        let calls = self.client.pipeline().with_options(&options(until)?);
+        let queued = |name| CustomCommand::new_static(name, ClusterHash::FirstKey, false);
+        let _: Value = calls.custom(queued("ASKING"), Vec::<Value>::new()).await?;
+        let _: Value = calls.custom(queued(command), args).await?;
+        let mut answers = calls.try_all::<Value>().await.into_iter();
+        // Either one error for both, or a reply to each.
+        match (answers.next(), answers.next()) {
+            (Some(Ok(_)), Some(answer)) => answer.map_err(into_ours),
+            (Some(Err(error)), _) => Err(into_ours(error)),
+            _ => Err(Error::timeout()),
+        }
+    }
+
+    async fn is_open(&self, until: Instant) -> Result<(), Error> {
+        let mut line = self.line.clone();
+        let known = line.wait_for(|line| !matches!(line, Line::Opening));
+        match timeout_at(until, known).await.map_err(|_| Error::timeout())?.as_deref() {
+            Ok(Line::Open) => Ok(()),
+            Ok(Line::Failed(error)) => Err(Error::Redis(error.clone())),
+            // The runtime of the connection has ended.
+            _ => Err(closed().into()),
+        }
+    }
+
+    /// Returns whether the connection can't be used any more, judging by the result of a call.
+    pub(super) fn has_failed(&self, answer: &Result<Value, Error>) -> bool {
+        let Err(error) = answer else { return false };
+        let timed_out = matches!(error, Error::Redis(error) if *error.kind() == ErrorKind::Timeout);
+        match timed_out {
+            // A slow node still replies to others.
+            true => self.usage.is_silent(),
+            false => unanswered(answer) && !matches!(error, Error::CrossSlot),
+        }
+    }
+}
+
+/// Returns whether a call failed without a reply.
+fn unanswered(answer: &Result<Value, Error>) -> bool {
+    matches!(answer, Err(error @ Error::Redis(_)) if error.code().is_none())
+}
+
+fn closed() -> fred::error::Error {
+    fred::error::Error::new(ErrorKind::IO, "the connection to a node of the cluster was closed")
+}
+
+/// Connects, and keeps the connection until it fails or has been idle for long enough.
+#[expect(clippy::async_yields_async, reason = "the handle is what is wanted; it ends with this task")]
+async fn drive(client: Client, patience: Duration, lingers: Duration, line: watch::Sender<Line>, end: End) {
+    let (connected, mut driver) = join!(
+        // Polled first: it misses what happens before its first poll.
+        biased;
+        timeout(patience, client.wait_for_connect()),
+        async { AbortOnDropHandle::new(client.connect()) },
+    );
+    let late =
+        |_| Err(fred::error::Error::new(ErrorKind::Timeout, "a node of the cluster could not be reached in time"));
+    if let Err(error) = connected.unwrap_or_else(late) {
+        line.send_replace(Line::Failed(error));
+        return;
+    }
+    end.0.uses().heard = Some(Instant::now());
+    line.send_replace(Line::Open);
+    loop {
+        select! {
+            _ = &mut driver => break,
+            () = sleep(lingers) => if end.0.end_if_unused(lingers) { break },
+        }
+    }
+    line.send_replace(Line::Failed(closed()));
+}
+
+/// Marks the connection as closed when its task ends, also when that is dropped with its runtime.
+struct End(Arc<Usage>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.0.uses().over = true;
+    }
+}
+
+/// How a connection is used.
+pub(super) struct Usage(Mutex<Uses>);
+
+struct Uses {
+    now: usize,
+    last: Instant,
+    /// When the node last replied.
+    heard: Option<Instant>,
+    over: bool,
+}
+
+/// A call in progress.
+pub(super) struct InUse(Arc<Usage>);
+
+impl Usage {
+    /// Begins a call. Returns `None` if the connection is closed, or is being closed.
+    pub(super) fn begin(self: &Arc<Self>) -> Option<InUse> {
+        let mut uses = self.uses();
+        if uses.over {
+            return None;
+        }
+        uses.now += 1;
+        uses.last = Instant::now();
+        Some(InUse(self.clone()))
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.uses().over
+    }
+
+    pub(super) fn last_used(&self) -> Instant {
+        self.uses().last
+    }
+
+    fn is_silent(&self) -> bool {
+        let uses = self.uses();
+        uses.heard.is_none_or(|heard| heard.elapsed() >= SILENCE)
+    }
+
+    fn end_if_unused(&self, lingers: Duration) -> bool {
+        let mut uses = self.uses();
+        uses.over |= uses.now == 0 && uses.last.elapsed() >= lingers;
+        uses.over
+    }
+
+    /// Nothing panics while it holds this mutex, so a poisoned one is still valid.
+    fn uses(&self) -> MutexGuard<'_, Uses> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let mut uses = self.0.uses();
+        uses.now -= 1;
+        uses.last = Instant::now();
+    }
+}

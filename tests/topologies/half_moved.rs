@@ -1,0 +1,335 @@
+//! Slots of a cluster that are half moved: some keys are on the new node, the slot is still with the old one. The old
+//! node answers ASK for the keys that it doesn't have, and TRYAGAIN for several keys of which it has some.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use tenure::fred::clients::Client;
+use tenure::fred::prelude::{Builder, ClientLike, Config, ReconnectPolicy};
+use tenure::fred::types::{ClusterHash, CustomCommand, Value};
+use tenure::{Error, LockGuard, Locker};
+use tenure_test_support::{Cluster, eventually, soon};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
+
+use super::{builder, ms};
+
+/// What the nodes really hold, read by connections of their own.
+struct Truth {
+    nodes: Vec<Client>,
+}
+
+impl Truth {
+    async fn of(cluster: &Cluster) -> Self {
+        let mut nodes = Vec::new();
+        for node in &cluster.nodes {
+            let client = Builder::from_config(Config::from_url(&node.url()).unwrap()).build().unwrap();
+            client.init().await.unwrap();
+            nodes.push(client);
+        }
+        Self { nodes }
+    }
+
+    /// The token and the fencing token of the key at this node.
+    async fn read(&self, node: usize, key: &str) -> (Option<String>, Option<String>) {
+        let calls = self.nodes[node].pipeline();
+        for key in [key, &fence_of(key)] {
+            // Also where the node has the key and not yet its slot.
+            let asking = CustomCommand::new_static("ASKING", ClusterHash::FirstKey, false);
+            let _: Value = calls.custom(asking, Vec::<Value>::new()).await.unwrap();
+            let get = CustomCommand::new_static("GET", ClusterHash::FirstKey, false);
+            let _: Value = calls.custom(get, vec![key]).await.unwrap();
+        }
+        let (_, held, _, fence): (Value, Option<String>, Value, _) = calls.all().await.unwrap();
+        // Behind the token there may be metadata.
+        (held.map(|held| held.split('\n').next().unwrap().to_owned()), fence)
+    }
+
+    /// A guard's token and fencing token are those that the node holds for its key, and not those of another.
+    async fn confirm(&self, node: usize, guard: &LockGuard) {
+        let key = guard.key().to_string();
+        let held = self.read(node, &key).await;
+        let told = (Some(guard.token().as_str().to_owned()), guard.fencing_token().map(|fence| fence.to_string()));
+        assert!(!guard.is_held() || held == told, "{key}: the server holds {held:?}, the guard says {told:?}");
+    }
+}
+
+/// The fence key, for keys that have a hash tag.
+fn fence_of(key: &str) -> String {
+    format!("{key}:fence")
+}
+
+/// A client as most have it: it follows redirections by itself.
+async fn client_of_the_user(cluster: &Cluster) -> Client {
+    let client = Builder::from_config(Config::from_url(&cluster.url()).unwrap())
+        .set_policy(ReconnectPolicy::new_constant(0, 50))
+        .build()
+        .unwrap();
+    client.init().await.unwrap();
+    client
+}
+
+/// A key whose slot is at this node.
+fn key_at(cluster: &Cluster, node: usize) -> String {
+    (0..).map(|n| format!("{{at{n}}}")).find(|key| cluster.place_of(key) == node).unwrap()
+}
+
+const MOVES: &str = "{moves}:held";
+
+/// Another holds it, and the locker is told so, and nothing else.
+async fn refuses(locker: &Locker, key: &str) {
+    match locker.try_lock(key).await {
+        Err(Error::NotObtained { .. }) => {}
+        Err(error) => panic!("{key}: {error}"),
+        Ok(guard) => panic!("granted what another holds: {guard:?}"),
+    }
+}
+
+/// For a while `locker` tries to get what another holds in a half-moved slot, and beside that works with keys of the
+/// node to which the slot moves, on the same connections.
+async fn tries_beside_other_traffic(cluster: Cluster, locker: Locker) {
+    let other = builder().connect(&cluster.url()).await.unwrap();
+    let held = soon(other.lock(MOVES).ttl(ms(60_000)).no_renewal()).await.unwrap();
+    let from = cluster.place_of(MOVES);
+    let to = (from + 1) % 3;
+    let migration = cluster.begin_migration(MOVES, from, to);
+    migration.move_all(ms(0));
+    let truth = Arc::new(Truth::of(&cluster).await);
+    let tag = key_at(&cluster, to);
+    let taken = format!("{tag}:taken");
+    let theirs = soon(other.lock(taken.as_str()).ttl(ms(60_000)).no_renewal()).await.unwrap();
+    let renewed = soon(locker.lock(format!("{tag}:renewed")).renew_every(ms(50))).await.unwrap();
+    let (mut refused, over, turns) = (0, Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let mut traffic = JoinSet::new();
+    for n in 0..8 {
+        let (locker, truth, over, turns) = (locker.clone(), truth.clone(), over.clone(), turns.clone());
+        let (key, taken) = (format!("{tag}:{n}"), taken.clone());
+        traffic.spawn(async move {
+            while !over.load(Ordering::Relaxed) {
+                refuses(&locker, &taken).await;
+                // Nobody else wants it.
+                let guard = match locker.try_lock(key.as_str()).await {
+                    Ok(guard) => guard,
+                    Err(error) => panic!("{key}: {error}"),
+                };
+                truth.confirm(to, &guard).await;
+                guard.release().await.unwrap_or_else(|error| panic!("{key}: {error}"));
+                turns.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+    let until = Instant::now() + ms(3_000);
+    while Instant::now() < until {
+        refuses(&locker, MOVES).await;
+        refused += 1;
+    }
+    over.store(true, Ordering::Relaxed);
+    while let Some(ended) = soon(traffic.join_next()).await {
+        ended.unwrap();
+    }
+    assert_eq!(renewed.check(), Ok(()));
+    assert!(refused > 20, "{refused}");
+    assert!(turns.load(Ordering::Relaxed) > 100, "{turns:?}");
+    truth.confirm(to, &theirs).await;
+    truth.confirm(to, &held).await;
+    held.release().await.unwrap();
+    assert_eq!(truth.read(to, MOVES).await.0, None);
+    migration.finish();
+}
+
+/// Whatever is asked of keys in a half-moved slot is decided as it would be in any other.
+async fn decides(cluster: Cluster, locker: Locker) {
+    let (from, other) = (cluster.place_of(MOVES), builder().connect(&cluster.url()).await.unwrap());
+    let to = (from + 1) % 3;
+    let truth = Truth::of(&cluster).await;
+    let held = soon(locker.lock("{moves}:ours").ttl(ms(60_000)).metadata("m")).await.unwrap();
+    let unfenced = soon(locker.lock("{moves}:unfenced").fenced(false).ttl(ms(60_000))).await.unwrap();
+    let stays = soon(other.lock("{moves}:stays").ttl(ms(60_000))).await.unwrap();
+    let split = soon(other.lock("{moves}:split").ttl(ms(60_000)).renew_every(ms(50))).await.unwrap();
+    let migration = cluster.begin_migration(MOVES, from, to);
+    for key in ["{moves}:ours", "{moves}:ours:fence", "{moves}:unfenced", "{moves}:split"] {
+        migration.move_key(key);
+    }
+    // Who asks there finds no script that it knows.
+    cluster.nodes[to].cli(&["SCRIPT", "FLUSH"]);
+
+    truth.confirm(to, &held).await;
+    let holder = soon(locker.inspect("{moves}:ours")).await.unwrap().unwrap();
+    assert_eq!((holder.token, holder.fencing_token), (held.token().clone(), held.fencing_token()));
+    assert!(soon(held.server_ttl()).await.unwrap().is_some_and(|left| left > ms(50_000)));
+    soon(held.refresh()).await.unwrap();
+    refuses(&other, "{moves}:ours").await;
+
+    let holder = soon(locker.inspect("{moves}:unfenced")).await.unwrap().unwrap();
+    assert_eq!((holder.token, holder.fencing_token), (unfenced.token().clone(), None));
+    refuses(&other, "{moves}:unfenced").await;
+
+    refuses(&locker, "{moves}:stays").await;
+    assert!(soon(locker.inspect("{moves}:stays")).await.unwrap().is_some());
+    soon(stays.refresh()).await.unwrap();
+
+    // What was never locked before has no fence key, on either node.
+    assert!(soon(locker.inspect("{moves}:new")).await.unwrap().is_none());
+    let mut last = None;
+    for _ in 0..3 {
+        let new = soon(locker.try_lock("{moves}:new")).await.unwrap();
+        truth.confirm(to, &new).await;
+        assert!(new.fencing_token() > last);
+        last = new.fencing_token();
+        refuses(&other, "{moves}:new").await;
+        soon(new.release()).await.unwrap();
+        assert_eq!(truth.read(to, "{moves}:new").await.0, None);
+    }
+    let fair = soon(locker.lock("{moves}:new").fair(true)).await.unwrap();
+    assert!(fair.fencing_token() > last);
+    soon(fair.release()).await.unwrap();
+
+    // Its lock key and its fence key are on different nodes: nobody can take it, and who has it keeps it.
+    let refused = soon(locker.try_lock("{moves}:split")).await.unwrap_err();
+    assert!(refused.is_transient() && refused.code() == Some("TRYAGAIN"), "{refused}");
+    let deadline = split.deadline();
+    eventually("renewed there", async || (split.deadline() > deadline).then_some(())).await;
+    soon(split.release()).await.unwrap();
+    assert_eq!(truth.read(to, "{moves}:split").await.0, None);
+    let waiter = tokio::spawn(locker.lock("{moves}:split").into_future());
+
+    soon(held.release()).await.unwrap();
+    soon(unfenced.release()).await.unwrap();
+    soon(stays.release()).await.unwrap();
+    assert!(!waiter.is_finished());
+    migration.move_all(ms(0));
+    migration.finish();
+    soon(soon(waiter).await.unwrap().unwrap().release()).await.unwrap();
+    for key in ["{moves}:ours", "{moves}:unfenced", "{moves}:stays", "{moves}:split"] {
+        let again = soon(locker.try_lock(key)).await.unwrap();
+        truth.confirm(to, &again).await;
+    }
+}
+
+/// Locks of a short ttl live on while their slot moves slowly, key by key, and then by itself.
+async fn survive(cluster: Cluster, locker: Locker) {
+    let mut guards = Vec::new();
+    for n in 0..40 {
+        guards.push(soon(locker.lock(format!("{{moves}}:{n}")).ttl(ms(2_000))).await.unwrap());
+    }
+    let several = ["{moves}:several:1", "{moves}:several:2"];
+    guards.push(soon(locker.lock_all(several).ttl(ms(2_000))).await.unwrap());
+    let from = cluster.place_of(MOVES);
+    let to = (from + 1) % 3;
+    let began = Instant::now();
+    let moving = tokio::task::spawn_blocking(move || {
+        // 41 lock keys and fence keys, and one more of each.
+        cluster.migrate(MOVES, from, to, || ());
+        cluster
+    });
+    while !moving.is_finished() {
+        for guard in &guards {
+            assert_eq!(guard.check(), Ok(()), "{} after {:?}", guard.key(), began.elapsed());
+        }
+        sleep(ms(20)).await;
+    }
+    assert!(began.elapsed() > ms(8_000), "{:?}", began.elapsed());
+    let cluster = moving.await.unwrap();
+    let truth = Truth::of(&cluster).await;
+    for guard in guards {
+        truth.confirm(to, &guard).await;
+        assert_eq!(guard.check(), Ok(()));
+        let (key, fence) = (guard.key().clone(), guard.fencing_token());
+        soon(guard.release()).await.unwrap();
+        assert!(soon(locker.try_lock(key)).await.unwrap().fencing_token() > fence);
+    }
+}
+
+/// Several keys of which one has moved can't be had, and can be when all have.
+async fn waits_for_all(cluster: Cluster, locker: Locker) {
+    let keys = ["{moves}:a", "{moves}:b"];
+    // They exist, so that they can move.
+    let first = soon(locker.lock_all(keys).ttl(ms(60_000)).renew_every(ms(50))).await.unwrap();
+    let from = cluster.place_of(MOVES);
+    let migration = cluster.begin_migration(MOVES, from, (from + 1) % 3);
+    migration.move_key("{moves}:a");
+    let refused = soon(locker.obtain_all(keys)).await.unwrap_err();
+    assert!(refused.is_transient() && refused.code() == Some("TRYAGAIN"), "{refused}");
+    let waiter = tokio::spawn(locker.lock_all(keys).into_future());
+    let deadline = first.deadline();
+    eventually("renewed", async || (first.deadline() > deadline).then_some(())).await;
+    let fence = first.fencing_token();
+    soon(first.release()).await.unwrap();
+    sleep(ms(300)).await;
+    assert!(!waiter.is_finished());
+    migration.move_all(ms(0));
+    let second = soon(waiter).await.unwrap().unwrap();
+    assert!(second.fencing_token() > fence);
+    migration.finish();
+    soon(second.release()).await.unwrap();
+}
+
+/// Operations on keys of one slot share calls. Of those that are on two nodes no call is decided as a whole, and each
+/// operation is.
+async fn shares_calls(cluster: Cluster, locker: Locker) {
+    let from = cluster.place_of(MOVES);
+    let to = (from + 1) % 3;
+    let mut held = Vec::new();
+    for n in 0..32 {
+        held.push(soon(locker.lock(format!("{{moves}}:held:{n}")).ttl(ms(3_000)).renew_every(ms(100))).await.unwrap());
+    }
+    let migration = cluster.begin_migration(MOVES, from, to);
+    for n in (0..32).step_by(2) {
+        migration.move_key(&format!("{{moves}}:held:{n}"));
+        migration.move_key(&format!("{{moves}}:held:{n}:fence"));
+    }
+    let mut tasks = JoinSet::new();
+    for n in 0..64 {
+        let locker = locker.clone();
+        tasks.spawn(async move {
+            let (key, mut last) = (format!("{{moves}}:new:{n}"), None);
+            for _ in 0..5 {
+                refuses(&locker, &format!("{{moves}}:held:{}", n % 32)).await;
+                let guard = locker.try_lock(key.as_str()).await.unwrap_or_else(|error| panic!("{key}: {error}"));
+                assert!(guard.fencing_token() > last, "{key}");
+                last = guard.fencing_token();
+                guard.release().await.unwrap_or_else(|error| panic!("{key}: {error}"));
+            }
+        });
+    }
+    while let Some(ended) = soon(tasks.join_next()).await {
+        ended.unwrap();
+    }
+    let truth = Truth::of(&cluster).await;
+    for (n, guard) in held.iter().enumerate() {
+        assert_eq!(guard.check(), Ok(()), "{}", guard.key());
+        truth.confirm(if n % 2 == 0 { to } else { from }, guard).await;
+    }
+    migration.finish();
+}
+
+/// Each holds of a client of our own, and of one that follows redirections by itself.
+macro_rules! with_either_client {
+    ($($name:ident: $case:ident,)*) => {$(
+        mod $name {
+            use super::*;
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn by_its_own_client() {
+                let cluster = Cluster::start();
+                let locker = builder().connect(&cluster.url()).await.unwrap();
+                $case(cluster, locker).await;
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn by_a_client_of_the_user() {
+                let cluster = Cluster::start();
+                let locker = builder().client(client_of_the_user(&cluster).await);
+                $case(cluster, locker).await;
+            }
+        }
+    )*};
+}
+
+with_either_client! {
+    what_another_holds_is_never_granted_beside_other_traffic: tries_beside_other_traffic,
+    keys_are_decided_on_as_ever: decides,
+    forty_locks_survive_the_slow_migration_of_their_slot: survive,
+    operations_that_share_calls_are_decided_one_by_one: shares_calls,
+    several_keys_of_which_one_has_moved_are_waited_for: waits_for_all,
+}
