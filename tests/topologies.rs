@@ -217,3 +217,50 @@ async fn when_a_primary_of_a_cluster_dies_locks_on_the_others_are_kept_and_its_o
     assert!(again.fencing_token() > fence);
     end(contenders).await;
 }
+
+/// A client of the user's own only tells of the slots, so no command waits until it has found its nodes again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_a_client_of_the_user_the_death_of_a_primary_holds_up_nothing_on_the_others() {
+    let mut cluster = Cluster::start();
+    let replica = cluster.start_replica(1);
+    cluster.tolerate_loss(&replica);
+    let key_on = |place| (0..).map(|n| format!("{{{n}}}")).find(|key| cluster.place_of(key) == place).unwrap();
+    let keys = [0, 1, 2].map(|place| key_on(place));
+    let locker = builder().client(half_moved::client_of_the_user(&cluster).await);
+    let mut guards = Vec::new();
+    for (place, key) in keys.iter().enumerate() {
+        // Shorter than the failover, where it must not matter.
+        let ttl = if place == 1 { ms(20_000) } else { ms(900) };
+        guards.push(soon(locker.lock(format!("{key}:held")).ttl(ttl).renew_every(ms(150))).await.unwrap());
+    }
+    eventually("replicated", async || (replica.cli(&["DBSIZE"]) == "2").then_some(())).await;
+    cluster.nodes[1].kill();
+    let others = [&guards[0], &guards[2]];
+    eventually("promoted", async || {
+        assert_eq!(others.map(|guard| guard.check()), [Ok(()), Ok(())]);
+        replica.cli(&["ROLE"]).starts_with("master").then_some(())
+    })
+    .await;
+    let deadline = guards[1].deadline();
+    eventually("renewed", async || (guards[1].deadline() > deadline).then_some(())).await;
+    assert_eq!(others.map(|guard| guard.check()), [Ok(()), Ok(())]);
+    let fence = guards[1].fencing_token();
+    guards.remove(1).release().await.unwrap();
+    assert!(soon(locker.lock(format!("{}:held", keys[1]))).await.unwrap().fencing_token() > fence);
+}
+
+/// Its connections to single nodes are on the runtime that first needed them.
+#[test]
+fn a_locker_with_a_client_of_the_user_outlives_the_runtime_that_used_it_first() {
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let cluster = Cluster::start();
+    let home = runtime();
+    let locker = builder().client(home.block_on(half_moved::client_of_the_user(&cluster)));
+    for _ in 0..3 {
+        let guest = runtime();
+        guest.block_on(async {
+            let guard = soon(locker.try_lock("a")).await.unwrap();
+            soon(guard.release()).await.unwrap();
+        });
+    }
+}

@@ -60,7 +60,7 @@ fn fence_of(key: &str) -> String {
 }
 
 /// A client as most have it: it follows redirections by itself.
-async fn client_of_the_user(cluster: &Cluster) -> Client {
+pub(super) async fn client_of_the_user(cluster: &Cluster) -> Client {
     let client = Builder::from_config(Config::from_url(&cluster.url()).unwrap())
         .set_policy(ReconnectPolicy::new_constant(0, 50))
         .build()
@@ -300,6 +300,29 @@ async fn shares_calls(cluster: Cluster, locker: Locker) {
         assert_eq!(guard.check(), Ok(()), "{}", guard.key());
         truth.confirm(if n % 2 == 0 { to } else { from }, guard).await;
     }
+    migration.finish();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_may_not_ask_the_new_node_is_told_so() {
+    let cluster = Cluster::start();
+    let rights = "resetchannels ~* +eval +evalsha +get +set +del +pexpire +pttl +time +cluster|info +cluster|slots";
+    for node in &cluster.nodes {
+        let user: Vec<&str> = ["ACL", "SETUSER", "u", "on", ">p"].into_iter().chain(rights.split(' ')).collect();
+        assert_eq!(node.cli(&user), "OK");
+    }
+    let locker = builder().connect(&cluster.url().replace("://", "://u:p@")).await.unwrap();
+    let held = soon(locker.lock(MOVES).ttl(ms(60_000))).await.unwrap();
+    let from = cluster.place_of(MOVES);
+    let migration = cluster.begin_migration(MOVES, from, (from + 1) % 3);
+    migration.move_all(ms(0));
+    let refused = soon(locker.try_lock(MOVES)).await.unwrap_err();
+    assert!(refused.code() == Some("NOPERM") && refused.to_string().contains("asking"), "{refused}");
+    for node in &cluster.nodes {
+        assert_eq!(node.cli(&["ACL", "SETUSER", "u", "+asking"]), "OK");
+    }
+    refuses(&locker, MOVES).await;
+    soon(held.release()).await.unwrap();
     migration.finish();
 }
 

@@ -237,3 +237,104 @@ impl Drop for InUse {
         uses.last = Instant::now();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use fred::types::Builder;
+    use tenure_test_support::{Server as TestServer, eventually, soon};
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(5);
+
+    /// As for a server that is no cluster, which takes ASKING for an error.
+    fn open(server: &TestServer, asking: Asking) -> Node {
+        let client = Builder::from_config(Config::from_url(&server.url()).unwrap()).build().unwrap();
+        let config = client.client_config();
+        let at = Server::new("127.0.0.1", server.port());
+        Node::open(&client, &config, &at, asking, &Handle::current())
+    }
+
+    async fn ping(node: &Node, asking: Asking) -> Result<Value, Error> {
+        soon(node.ask(asking, "PING", Vec::new(), Instant::now() + LONG)).await
+    }
+
+    fn connections(server: &TestServer) -> usize {
+        server.cli(&["CLIENT", "LIST", "TYPE", "normal"]).lines().filter(|line| !line.contains("cmd=client")).count()
+    }
+
+    #[tokio::test]
+    async fn an_idle_connection_is_closed_and_one_in_use_is_not() {
+        let server = TestServer::start();
+        let node = open(&server, Asking::Yes);
+        let in_use = node.usage.begin().unwrap();
+        ping(&node, Asking::No).await.unwrap();
+        assert_eq!(connections(&server), 1);
+        tokio::time::pause();
+        for _ in 0..5 {
+            tokio::time::advance(Asking::Yes.lingers()).await;
+        }
+        tokio::time::resume();
+        ping(&node, Asking::No).await.unwrap();
+        drop(in_use);
+        tokio::time::pause();
+        for _ in 0..5 {
+            tokio::time::advance(Asking::Yes.lingers()).await;
+        }
+        tokio::time::resume();
+        eventually("it is closed", async || (connections(&server) == 0).then_some(())).await;
+        assert!(node.usage.begin().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_connection_ends_with_its_owner() {
+        let server = TestServer::start();
+        let node = open(&server, Asking::No);
+        ping(&node, Asking::No).await.unwrap();
+        assert_eq!(connections(&server), 1);
+        drop(node);
+        eventually("it is closed", async || (connections(&server) == 0).then_some(())).await;
+    }
+
+    #[tokio::test]
+    async fn what_goes_wrong_with_a_connection_is_told_and_ends_it() {
+        let mut server = TestServer::start();
+        let node = open(&server, Asking::No);
+        ping(&node, Asking::No).await.unwrap();
+        server.kill();
+        let answer = ping(&node, Asking::No).await;
+        assert!(answer.as_ref().is_err_and(Error::is_transient), "{answer:?}");
+        assert!(node.has_failed(&answer));
+        // There is nobody to connect to.
+        let node = open(&server, Asking::No);
+        let answer = ping(&node, Asking::No).await;
+        assert!(answer.as_ref().is_err_and(Error::is_transient), "{answer:?}");
+        assert!(node.has_failed(&answer));
+        assert!(node.usage.begin().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_refusal_ends_no_connection_and_that_of_asking_is_told() {
+        let server = TestServer::start();
+        let node = open(&server, Asking::Yes);
+        let refused = ping(&node, Asking::Yes).await;
+        // This server is no cluster.
+        assert_eq!(refused.as_ref().unwrap_err().code(), Some("ERR"));
+        assert!(!node.has_failed(&refused));
+        ping(&node, Asking::No).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_silent_node_is_left_and_a_slow_one_is_not() {
+        let server = TestServer::start();
+        let node = open(&server, Asking::No);
+        ping(&node, Asking::No).await.unwrap();
+        server.freeze();
+        let short = || node.ask(Asking::No, "PING", Vec::new(), Instant::now() + Duration::from_millis(20));
+        let answer = short().await;
+        assert!(!node.has_failed(&answer), "{answer:?}");
+        sleep(SILENCE).await;
+        let answer = short().await;
+        assert!(node.has_failed(&answer), "{answer:?}");
+    }
+}
