@@ -68,9 +68,8 @@ impl Locker {
     /// `redis://user:password@host:6379/1`.
     ///
     /// Behind Sentinels and in a cluster, a server that dies takes locks with it that none of its replicas has yet:
-    /// [`min_replicas`](LockerBuilder::min_replicas), [`quorum`](Locker::quorum). While a dead node is still in a cluster's
-    /// map, nothing gets through to the other nodes either, where the client has lost a connection: so give locks a ttl
-    /// that is longer than a failover takes.
+    /// [`min_replicas`](LockerBuilder::min_replicas), [`quorum`](Locker::quorum). To keep those that a replica has, their
+    /// ttl must be longer than a failover takes.
     ///
     /// # Errors
     ///
@@ -97,6 +96,10 @@ impl Locker {
     ///
     /// Give it a [reconnect policy](fred::types::Builder::set_policy): without one, fred never connects again after an
     /// interruption. Its other settings matter little, as every command brings its own timeout and is written only once.
+    ///
+    /// A client of a cluster is only asked for its configuration and its map of the slots. Commands go over connections to
+    /// the nodes that the locker opens itself, on the runtime that uses it: while a slot moves, fred gives replies to the
+    /// wrong callers.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {

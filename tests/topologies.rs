@@ -180,8 +180,6 @@ async fn locks_in_a_slot_that_migrates_stay_held_and_exclusive() {
     end(contenders).await;
 }
 
-/// The client can't reach the others either while a dead node is still in the cluster's map: so guards need a ttl that is
-/// longer than the failover.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn when_a_primary_of_a_cluster_dies_locks_on_the_others_are_kept_and_its_own_are_lost_or_kept_by_its_replica() {
     let mut cluster = Cluster::start();
@@ -218,35 +216,53 @@ async fn when_a_primary_of_a_cluster_dies_locks_on_the_others_are_kept_and_its_o
     end(contenders).await;
 }
 
-/// A client of the user's own only tells of the slots, so no command waits until it has found its nodes again.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_a_client_of_the_user_the_death_of_a_primary_holds_up_nothing_on_the_others() {
-    let mut cluster = Cluster::start();
+/// Locks on the other nodes live on with a ttl that is much shorter than the failover, and those of the primary are found
+/// on its replica.
+async fn one_primary_away(mut cluster: Cluster, locker: Locker, go_away: impl FnOnce(&mut Cluster)) {
     let replica = cluster.start_replica(1);
     cluster.tolerate_loss(&replica);
     let key_on = |place| (0..).map(|n| format!("{{{n}}}")).find(|key| cluster.place_of(key) == place).unwrap();
-    let keys = [0, 1, 2].map(|place| key_on(place));
-    let locker = builder().client(half_moved::client_of_the_user(&cluster).await);
+    let keys = [0, 1, 2].map(key_on);
     let mut guards = Vec::new();
     for (place, key) in keys.iter().enumerate() {
-        // Shorter than the failover, where it must not matter.
         let ttl = if place == 1 { ms(20_000) } else { ms(900) };
         guards.push(soon(locker.lock(format!("{key}:held")).ttl(ttl).renew_every(ms(150))).await.unwrap());
     }
     eventually("replicated", async || (replica.cli(&["DBSIZE"]) == "2").then_some(())).await;
-    cluster.nodes[1].kill();
+    go_away(&mut cluster);
     let others = [&guards[0], &guards[2]];
     eventually("promoted", async || {
-        assert_eq!(others.map(|guard| guard.check()), [Ok(()), Ok(())]);
+        assert_eq!(others.map(LockGuard::check), [Ok(()), Ok(())]);
         replica.cli(&["ROLE"]).starts_with("master").then_some(())
     })
     .await;
     let deadline = guards[1].deadline();
     eventually("renewed", async || (guards[1].deadline() > deadline).then_some(())).await;
-    assert_eq!(others.map(|guard| guard.check()), [Ok(()), Ok(())]);
+    assert_eq!(others.map(LockGuard::check), [Ok(()), Ok(())]);
     let fence = guards[1].fencing_token();
     guards.remove(1).release().await.unwrap();
     assert!(soon(locker.lock(format!("{}:held", keys[1]))).await.unwrap().fencing_token() > fence);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_primary_holds_up_no_lock_on_the_others() {
+    let cluster = Cluster::start();
+    let locker = builder().connect(&cluster.url()).await.unwrap();
+    one_primary_away(cluster, locker, |cluster| cluster.nodes[1].kill()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nor_does_a_frozen_primary() {
+    let cluster = Cluster::start();
+    let locker = builder().connect(&cluster.url()).await.unwrap();
+    one_primary_away(cluster, locker, |cluster| cluster.nodes[1].freeze()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nor_does_a_dead_one_with_a_client_of_the_user() {
+    let cluster = Cluster::start();
+    let locker = builder().client(half_moved::client_of_the_user(&cluster).await);
+    one_primary_away(cluster, locker, |cluster| cluster.nodes[1].kill()).await;
 }
 
 /// Its connections to single nodes are on the runtime that first needed them.

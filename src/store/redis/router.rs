@@ -13,11 +13,10 @@
 //! `max_redirections: 0` in its configuration fred follows nothing, but then reports only "Too many redirections.",
 //! without the node. In the options of a single call, zero means the configured number, 5 by default. So:
 //!
-//! 1. No command of ours travels on a client that may follow an `ASK`, for us or for anybody else. A client of our own
-//!    is configured with `max_redirections: 0`. A cluster client that the user brings may follow, and other code
-//!    shares it: it provides the configuration and the map of the slots, and sends nothing.
-//! 2. What can't go that way goes over plain connections of our own to single nodes. fred doesn't interpret
-//!    redirections there; they are read and followed here. A command that was redirected has not run.
+//! 1. In a cluster no command travels on fred's cluster client, which may follow an `ASK`, for us or for other code
+//!    that shares it. It provides the configuration and the map of the slots, and sends nothing.
+//! 2. Commands go over plain connections of our own to single nodes. fred doesn't interpret redirections there; they
+//!    are read and followed here. A command that was redirected has not run.
 //! 3. `ASKING` and its command are written together, and a connection for these carries nothing else. If only `ASKING`
 //!    were written, the next command would run as if it had asked.
 //! 4. A plain connection never reconnects. After a failure it is dropped with everything that is queued on it, so
@@ -31,10 +30,15 @@
 //! since the old node creates no key in a slot that is leaving it. Then the script runs on the new node with only its
 //! first key declared; the other keys are passed as arguments.
 //!
-//! A decision in a half-moved slot costs two or three round trips, this last kind six. Operations on its keys are not
-//! batched: a batch has keys on both nodes, so neither could run it.
+//! A decision about a key that has moved costs two round trips, and one about a new lock five. Operations on keys of a
+//! half-moved slot are not batched: a batch has keys on both nodes, so neither could run it.
+//!
+//! A connection for each node has a second advantage. fred reconnects to all nodes of a cluster together, so one that
+//! is dead holds up the commands to all others until the cluster has replaced it. Here it holds up its own. Where its
+//! slots are now is asked of the other nodes, which know before fred's map does.
 
 mod node;
+mod redirection;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -54,6 +58,7 @@ use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep_until};
 
 use self::node::{Asking, InUse, Node};
+use self::redirection::{Elsewhere, elsewhere};
 use super::script::EVAL;
 use crate::Error;
 
@@ -64,6 +69,10 @@ const REDIRECTIONS: u32 = 5;
 const PAUSE: Duration = Duration::from_millis(4);
 /// How long a slot counts as half moved after it was last seen to be.
 const REMEMBERED: Duration = Duration::from_secs(1);
+/// How long after a failure no new connection to the same node is opened.
+const RECONNECT: Duration = Duration::from_millis(50);
+/// How long after a failure other nodes are asked who owns the slots of a node.
+const AVOIDED: Duration = Duration::from_secs(2);
 /// How many connections to single nodes are kept, not counting those that only finish their calls.
 const CONNECTIONS: usize = 64;
 
@@ -84,7 +93,7 @@ pub(super) struct Sent<'a> {
 }
 
 impl Router {
-    /// `home` is the runtime that drives a client of our own, and `None` for a client that the user brought.
+    /// `home` is the runtime for further connections. Without one they live on the runtime of the call that needs them.
     pub(super) fn new(client: Client, home: Option<Handle>) -> Self {
         let cluster = client.is_clustered().then(|| Cluster::new(client.clone(), home));
         Self { client, cluster }
@@ -104,20 +113,11 @@ impl Router {
         args: impl Fn() -> Vec<Value> + Sync,
         until: Instant,
     ) -> Result<Value, Error> {
-        let Some(cluster) = &self.cluster else { return once(&self.client, sent.command, args(), until).await };
-        if cluster.home.is_some() {
-            match once(&self.client, sent.command, args(), until).await {
-                Err(Error::Redis(error)) if error.details() == REDIRECTED => {}
-                answer => {
-                    if matches!(&answer, Err(error) if error.is_redirection()) {
-                        cluster.note_moving(slot_of(&args()));
-                    }
-                    return answer;
-                }
-            }
+        match &self.cluster {
+            None => once(&self.client, sent.command, args(), until).await,
+            // Boxed, so that the common path doesn't carry the size of this one.
+            Some(cluster) => Box::pin(cluster.send(sent, &args, until)).await,
         }
-        // Boxed, so that the common path doesn't carry the size of this one.
-        Box::pin(cluster.send(sent, &args, until)).await
     }
 
     /// Returns whether a node has lately replied that the slot is half moved. Operations on its keys are sent one by
@@ -134,9 +134,6 @@ impl fmt::Debug for Router {
         f.debug_struct("Router").field("client", &self.client.id()).field("nodes", &nodes).finish()
     }
 }
-
-/// fred's error for a command that was redirected and may not follow.
-const REDIRECTED: &str = "Too many redirections.";
 
 async fn once(client: &Client, command: &'static str, args: Vec<Value>, until: Instant) -> Result<Value, Error> {
     let command = CustomCommand::new_static(command, ClusterHash::FirstKey, false);
@@ -179,17 +176,17 @@ struct Cluster {
 #[derive(Default)]
 struct State {
     nodes: HashMap<(Server, Asking), Arc<Node>>,
-    /// The owners of slots that were used lately. Empty for a client of our own, which keeps its map current by itself.
+    /// The owners of the slots that were used, as far as they are known to be well.
     owners: HashMap<u16, Server>,
+    /// Nodes to which no connection could be opened lately.
+    failed: HashMap<Server, Failed>,
     /// Half-moved slots, and when a node last said so.
     moving: HashMap<u16, Instant>,
 }
 
-/// Which node to send a command to instead.
-#[derive(Debug, PartialEq)]
-enum Elsewhere {
-    Moved(Server),
-    Ask(Server),
+struct Failed {
+    at: Instant,
+    error: Error,
 }
 
 impl Cluster {
@@ -204,14 +201,16 @@ impl Cluster {
         args: &F,
         until: Instant,
     ) -> Result<Value, Error> {
-        let slot = slot_of(&args());
+        let first = args();
+        let slot = slot_of(&first);
+        let mut first = Some(first);
         let mut server = self.owner_of(slot)?;
         let (mut asking, mut source) = (Asking::No, None);
         for followed in 0.. {
             if let Some(doublings) = u32::checked_sub(followed, 2) {
                 sleep_until(until.min(Instant::now() + PAUSE * 2u32.saturating_pow(doublings))).await;
             }
-            let answer = self.ask(&server, asking, sent.command, args(), until).await;
+            let answer = self.ask(&server, asking, sent.command, first.take().unwrap_or_else(args), until).await;
             let Err(error) = answer else { return answer };
             match elsewhere(&error, &server) {
                 Some(_) if followed >= REDIRECTIONS => return Err(error),
@@ -284,9 +283,12 @@ impl Cluster {
     ) -> Result<Value, Error> {
         let (node, _in_use) = self.node(server, asking)?;
         let answer = node.ask(asking, command, args, until).await;
-        if node.has_failed(&answer) {
-            tracing::debug!(name: "tenure.node_failed", %server, "the connection to a node of the cluster is dropped");
-            self.forget(server, asking, &node);
+        match &answer {
+            Err(error) if node.has_failed(&answer) => {
+                tracing::debug!(name: "tenure.node_failed", %server, %error, "a connection to a node is dropped");
+                self.forget(server, asking, &node, error);
+            }
+            _ => {}
         }
         answer
     }
@@ -298,6 +300,12 @@ impl Cluster {
         if let Some(node) = state.nodes.get(&place) {
             if let Some(in_use) = node.usage.begin() {
                 return Ok((node.clone(), in_use));
+            }
+        }
+        // One that could not be opened a moment ago: callers share that failure, too.
+        if let Some(Failed { at, error }) = state.failed.get(server) {
+            if at.elapsed() < RECONNECT {
+                return Err(error.again());
             }
         }
         let runtime = self.home.clone().map_or_else(Handle::try_current, Ok).map_err(|_| Error::NoRuntime)?;
@@ -315,43 +323,53 @@ impl Cluster {
     }
 
     /// Drops a connection that has failed. The next call connects again, to whichever node owns the slot by then.
-    fn forget(&self, server: &Server, asking: Asking, node: &Arc<Node>) {
+    fn forget(&self, server: &Server, asking: Asking, node: &Arc<Node>, error: &Error) {
         let mut state = self.state();
         let place = (server.clone(), asking);
-        if state.nodes.get(&place).is_some_and(|known| Arc::ptr_eq(known, node)) {
-            state.nodes.remove(&place);
+        if state.nodes.get(&place).is_none_or(|known| !Arc::ptr_eq(known, node)) {
+            // Another call was faster.
+            return;
         }
-        if self.home.is_none() {
-            state.owners.retain(|_, owner| owner != server);
-            drop(state);
-            // One poll queues the request. Its result may take as long as the node is away; nobody waits for it.
-            let mut request = Box::pin(self.client.sync_cluster());
-            let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-            let _: bool = request.as_mut().poll(&mut context).is_ready();
+        state.nodes.remove(&place);
+        state.owners.retain(|_, owner| owner != server);
+        state.failed.retain(|_, failed| failed.at.elapsed() < AVOIDED);
+        if !node.was_open() {
+            state.failed.insert(server.clone(), Failed { at: Instant::now(), error: error.again() });
         }
+        drop(state);
+        // One poll queues the request. Its result may take as long as the node is away; nobody waits for it.
+        let mut request = Box::pin(self.client.sync_cluster());
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        let _: bool = request.as_mut().poll(&mut context).is_ready();
     }
 
-    /// Returns the owner of the slot, or where that is unknown any node, which will redirect to it.
+    /// Returns the owner of the slot, or any other node if that is unknown or has failed lately. Such a node redirects
+    /// to the owner; after a failover it knows the new one before the client does.
     fn owner_of(&self, slot: u16) -> Result<Server, Error> {
-        // The map of a client of our own is newer: fred updates it at each `MOVED`.
-        if self.home.is_none() {
-            if let Some(owner) = self.state().owners.get(&slot) {
-                return Ok(owner.clone());
-            }
-        }
-        let routing = self.client.cached_cluster_state();
-        if let Some(owner) = routing.as_ref().and_then(|routing| routing.get_server(slot)) {
-            self.learn(slot, owner);
+        if let Some(owner) = self.state().owners.get(&slot) {
             return Ok(owner.clone());
         }
+        let routing = self.client.cached_cluster_state();
+        let owner = routing.as_ref().and_then(|routing| routing.get_server(slot));
+        let ranges = routing.iter().flat_map(|routing| routing.slots());
+        let seeds = self.config.server.hosts();
+        let others: Vec<&Server> = ranges.map(|range| &range.primary).chain(&seeds).collect();
+        let state = self.state();
+        let is_well = |server: &&Server| state.failed.get(server).is_none_or(|failed| failed.at.elapsed() >= AVOIDED);
+        if let Some(owner) = owner.filter(is_well) {
+            let owner = owner.clone();
+            drop(state);
+            self.learn(slot, &owner);
+            return Ok(owner);
+        }
+        let well: Vec<&Server> = others.iter().copied().filter(is_well).collect();
+        let any = fastrand::choice(well).or(owner).or_else(|| others.first().copied());
         let unknown = || fred::error::Error::new(ErrorKind::Cluster, "no node of the cluster is known");
-        self.config.server.hosts().first().cloned().ok_or_else(|| unknown().into())
+        any.cloned().ok_or_else(|| unknown().into())
     }
 
     fn learn(&self, slot: u16, owner: &Server) {
-        if self.home.is_none() {
-            self.state().owners.insert(slot, owner.clone());
-        }
+        self.state().owners.insert(slot, owner.clone());
     }
 
     fn note_moving(&self, slot: u16) {
@@ -384,26 +402,6 @@ impl Cluster {
     }
 }
 
-/// Reads a redirection out of the error with which the server `here` replied.
-fn elsewhere(error: &Error, here: &Server) -> Option<Elsewhere> {
-    let Error::Redis(error) = error else { return None };
-    let mut words = error.details().split_ascii_whitespace();
-    let redirection = match words.next()? {
-        "MOVED" => Elsewhere::Moved,
-        "ASK" => Elsewhere::Ask,
-        _ => return None,
-    };
-    let (host, port) = words.nth(1)?.rsplit_once(':')?;
-    let port = port.parse().ok()?;
-    match host {
-        // The address is unknown to that node.
-        "?" => None,
-        // The same host as that node's.
-        "" => Some(redirection(Server { port, ..here.clone() })),
-        host => Some(redirection(Server::new(host, port))),
-    }
-}
-
 /// Returns the slot of the first key. Every script has one.
 fn slot_of(args: &[Value]) -> u16 {
     args.get(2).and_then(Value::as_bytes).map_or(0, redis_keyslot)
@@ -422,24 +420,6 @@ const TOLD_OF_KEYS: &str = "for i = tonumber(table.remove(ARGV)), 2, -1 do KEYS[
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn told(details: &'static str) -> Option<Elsewhere> {
-        let error = fred::error::Error::new(ErrorKind::Cluster, details).into();
-        elsewhere(&error, &Server::new("here", 7000))
-    }
-
-    #[test]
-    fn a_redirection_is_read_as_the_server_writes_it() {
-        assert_eq!(told("MOVED 3999 10.0.0.1:6381"), Some(Elsewhere::Moved(Server::new("10.0.0.1", 6381))));
-        assert_eq!(told("ASK 3999 redis-1.internal:6381"), Some(Elsewhere::Ask(Server::new("redis-1.internal", 6381))));
-        assert_eq!(told("ASK 3999 2001:db8::1:6381"), Some(Elsewhere::Ask(Server::new("2001:db8::1", 6381))));
-        assert_eq!(told("MOVED 3999 :6381"), Some(Elsewhere::Moved(Server::new("here", 6381))));
-        for nothing in
-            ["MOVED 3999 ?:6381", "MOVED", "ASK 3999", "ASK 3999 a:b", "TRYAGAIN Multiple keys", "MOVEDX 1 a:1"]
-        {
-            assert_eq!(told(nothing), None, "{nothing}");
-        }
-    }
 
     #[test]
     fn keys_are_told_from_other_arguments() {

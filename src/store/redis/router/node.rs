@@ -34,7 +34,7 @@ impl Asking {
     /// How long an idle connection is kept.
     fn lingers(self) -> Duration {
         match self {
-            // All commands use these where the client is the user's.
+            // These carry almost everything.
             Self::No => Duration::from_secs(60),
             Self::Yes => Duration::from_secs(10),
         }
@@ -87,10 +87,16 @@ impl Node {
         until: Instant,
     ) -> Result<Value, Error> {
         self.is_open(until).await?;
-        let answer = match asking {
+        let mut answer = match asking {
             Asking::No => once(&self.client, command, args, until).await,
             Asking::Yes => self.ask_behind_asking(command, args, until).await,
         };
+        if let Err(Error::Redis(error)) = &mut answer {
+            // fred closes the connection then, and gives this error to all that is in flight. Some of it may have run.
+            if error.details().starts_with("CLUSTERDOWN") {
+                error.change_kind(ErrorKind::Timeout);
+            }
+        }
         if !unanswered(&answer) {
             self.usage.uses().heard = Some(Instant::now());
         }
@@ -121,6 +127,11 @@ impl Node {
             // The runtime of the connection has ended.
             _ => Err(closed().into()),
         }
+    }
+
+    /// Returns whether the connection could be opened, whatever has become of it.
+    pub(super) fn was_open(&self) -> bool {
+        self.usage.uses().heard.is_some()
     }
 
     /// Returns whether the connection can't be used any more, judging by the result of a call.
