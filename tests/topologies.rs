@@ -58,6 +58,17 @@ impl Witness {
         self.turns.fetch_add(1, Ordering::Relaxed);
     }
 
+    fn contends(self: Arc<Self>, contenders: &mut JoinSet<()>, locker: Locker, key: &str) {
+        let key = key.to_owned();
+        contenders.spawn(async move {
+            loop {
+                if let Ok(guard) = locker.lock(key.as_str()).await {
+                    self.hold(&key, guard).await;
+                }
+            }
+        });
+    }
+
     fn turns(&self) -> u64 {
         self.turns.load(Ordering::Relaxed)
     }
@@ -72,18 +83,11 @@ impl Witness {
 
 /// Contenders for each of the keys, each with a connection of its own, until they are dropped.
 async fn contend(url: &str, builder: LockerBuilder, keys: &[&str]) -> (Arc<Witness>, JoinSet<()>) {
-    let (witness, mut contenders) = (Arc::new(Witness::default()), JoinSet::new());
+    let (witness, mut contenders) = (Arc::<Witness>::default(), JoinSet::new());
     for key in keys {
         for _ in 0..2 {
             let locker = builder.clone().connect(url).await.unwrap();
-            let (witness, key) = (witness.clone(), (*key).to_owned());
-            contenders.spawn(async move {
-                loop {
-                    if let Ok(guard) = locker.lock(key.as_str()).await {
-                        witness.hold(&key, guard).await;
-                    }
-                }
-            });
+            witness.clone().contends(&mut contenders, locker, key);
         }
     }
     (witness, contenders)

@@ -463,7 +463,11 @@ impl Carrier for Server {
                 Err(Refused)
             }
             // Their slot is half moved, so no node has all of the keys. Nothing was run.
-            Err(error) if error.is_redirection() => Ok(operations.iter().map(|_| None).collect()),
+            Err(error) if error.is_redirection() => {
+                let left = until.saturating_duration_since(Instant::now());
+                let each = router::all(operations.iter().map(|operation| self.decide(operation, left))).await;
+                Ok(each.into_iter().map(Some).collect())
+            }
             // The call as such, because of one of its keys (NOPERM). Nothing was run.
             Err(error) if error.is_refusal() && !error.is_transient() => Err(Refused),
             Err(error) => Ok(operations.iter().map(|_| Some(Err(error.again()))).collect()),
@@ -545,7 +549,7 @@ fn from_millis(ttl: i64) -> Option<Duration> {
 
 impl Store for RedisStore {
     fn acquire<'a>(&'a self, wanted: &'a Wanted, timeout: Duration) -> Answer<'a, Acquired> {
-        Box::pin(self.acquire(wanted, timeout))
+        Box::pin(router::patiently(timeout, move |left| self.acquire(wanted, left)))
     }
 
     fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, exact: bool, timeout: Duration) -> Answer<'a, Renewed> {
@@ -584,11 +588,11 @@ impl Store for RedisStore {
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
-        Box::pin(self.remaining(owned, timeout))
+        Box::pin(router::patiently(timeout, move |left| self.remaining(owned, left)))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {
-        Box::pin(self.inspect(key, timeout))
+        Box::pin(router::patiently(timeout, move |left| self.inspect(key, left)))
     }
 }
 

@@ -21,7 +21,8 @@
 //!    were written, the next command would run as if it had asked.
 //! 4. A plain connection never reconnects. After a failure it is dropped with everything that is queued on it, so
 //!    nothing is sent late or twice.
-//! 5. Every call ends within its timeout. `TRYAGAIN` and too many redirections are transient errors: nothing has run.
+//! 5. Every call ends within its timeout. `TRYAGAIN` and too many redirections are transient errors: nothing has run. A
+//!    request that gets `TRYAGAIN` is repeated until its timeout.
 //! 6. Idle connections are closed, and the number of open ones is bounded.
 //!
 //! The new node replies `TRYAGAIN` as long as one of several keys doesn't exist, so a lock that was never taken, and
@@ -42,9 +43,10 @@ mod redirection;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
 use fred::bytes_utils::Str;
@@ -55,7 +57,7 @@ use fred::types::config::{Config, Options, Server};
 use fred::types::{ClusterHash, CustomCommand, Value};
 use fred::util::redis_keyslot;
 use tokio::runtime::Handle;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use self::node::{Asking, InUse, Node};
 use self::redirection::{Elsewhere, elsewhere};
@@ -67,6 +69,8 @@ const REDIRECTIONS: u32 = 5;
 /// The pause before the third redirection; it doubles with each one after that. Two nodes may point at each other until
 /// both know who owns the slot.
 const PAUSE: Duration = Duration::from_millis(4);
+/// The first pause after `TRYAGAIN`. It doubles three times.
+const TRY_AGAIN: Duration = Duration::from_millis(10);
 /// How long a slot counts as half moved after it was last seen to be.
 const REMEMBERED: Duration = Duration::from_secs(1);
 /// How long after a failure no new connection to the same node is opened.
@@ -125,6 +129,48 @@ impl Router {
     pub(super) fn is_moving(&self, slot: u16) -> bool {
         self.cluster.as_ref().is_some_and(|cluster| cluster.is_moving(slot))
     }
+}
+
+/// Repeats a call while its keys are on two nodes, until `timeout` is over. Most of the time they meet again after a
+/// few milliseconds, as keys of a slot move in batches.
+///
+/// Not part of [`Router::send`]: there it would hold up what shares the way of the call.
+pub(super) async fn patiently<T, F: Future<Output = Result<T, Error>>>(
+    timeout: Duration,
+    call: impl Fn(Duration) -> F,
+) -> Result<T, Error> {
+    let until = Instant::now() + timeout;
+    // A repeat that runs out of time would have an unknown outcome, where this one is known.
+    let last_repeat = until - timeout / 4;
+    let mut pause = TRY_AGAIN;
+    loop {
+        let answer = call(until.saturating_duration_since(Instant::now())).await;
+        match &answer {
+            Err(error) if error.code() == Some("TRYAGAIN") && Instant::now() + pause < last_repeat => {
+                sleep(pause).await;
+            }
+            _ => return answer,
+        }
+        pause = (pause * 2).min(TRY_AGAIN * 8);
+    }
+}
+
+/// Runs all of the futures at once. Returns their outputs in their order.
+pub(super) async fn all<F: Future>(futures: impl Iterator<Item = F>) -> Vec<F::Output> {
+    let mut running: Vec<_> = futures.map(|future| (Some(Box::pin(future)), None)).collect();
+    poll_fn(|context| {
+        let mut is_done = true;
+        for (future, output) in &mut running {
+            let Some(polled) = future.as_mut().map(|future| future.as_mut().poll(context)) else { continue };
+            match polled {
+                Poll::Ready(ready) => (*future, *output) = (None, Some(ready)),
+                Poll::Pending => is_done = false,
+            }
+        }
+        if is_done { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+    running.into_iter().filter_map(|(_, output)| output).collect()
 }
 
 impl fmt::Debug for Router {
@@ -420,6 +466,33 @@ const TOLD_OF_KEYS: &str = "for i = tonumber(table.remove(ARGV)), 2, -1 do KEYS[
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn all_run_at_once_and_return_in_their_order() {
+        let began = Instant::now();
+        let futures = [3, 1, 2].map(|n| async move {
+            sleep(Duration::from_secs(n)).await;
+            n
+        });
+        assert_eq!(all(futures.into_iter()).await, [3, 1, 2]);
+        assert_eq!(began.elapsed(), Duration::from_secs(3));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn split_keys_are_asked_for_until_they_meet_or_most_of_the_time_is_over() {
+        let began = Instant::now();
+        let timeout = Duration::from_secs(2);
+        let split = || Error::from(fred::error::Error::new(ErrorKind::Unknown, "TRYAGAIN Multiple keys"));
+        let meets = |after| {
+            patiently(timeout, move |_| async move { (began.elapsed() > after).then_some(()).ok_or_else(split) })
+        };
+        meets(Duration::from_secs(1)).await.unwrap();
+        assert!(began.elapsed() < Duration::from_millis(1_100));
+        assert_eq!(meets(timeout * 2).await.unwrap_err().code(), Some("TRYAGAIN"));
+        assert!(began.elapsed() < Duration::from_secs(3));
+        let fails = patiently(timeout, |_| async { Err::<(), _>(Error::timeout()) });
+        assert!(fails.await.unwrap_err().is_transient());
+    }
 
     #[test]
     fn keys_are_told_from_other_arguments() {

@@ -141,7 +141,8 @@ impl Node {
         match timed_out {
             // A slow node still replies to others.
             true => self.usage.is_silent(),
-            false => unanswered(answer) && !matches!(error, Error::CrossSlot),
+            // Also a refusal with which it could not be opened.
+            false => unanswered(answer) || self.usage.is_over(),
         }
     }
 }
