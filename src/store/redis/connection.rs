@@ -247,7 +247,7 @@ fn configure(config: &mut ConnectionConfig, timeout: Duration) {
     config.internal_command_timeout = timeout;
     // A command whose reply was lost must not run again behind our back.
     config.max_command_attempts = 1;
-    // Nor one that follows to another node of a cluster: unless it says so, once it was sent there.
+    // Nor may one follow to another node of a cluster, see `router`.
     config.max_redirections = 0;
     // A primary that became a replica: look for the new one. Other refusals pass without a new connection.
     config.reconnect_errors = vec![ReconnectError::ClusterDown, ReconnectError::ReadOnly];

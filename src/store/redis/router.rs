@@ -21,8 +21,8 @@
 //!    were written, the next command would run as if it had asked.
 //! 4. A plain connection never reconnects. After a failure it is dropped with everything that is queued on it, so
 //!    nothing is sent late or twice.
-//! 5. Every call ends within its timeout. `TRYAGAIN` and too many redirections are transient errors: nothing has run. A
-//!    request that gets `TRYAGAIN` is repeated until its timeout.
+//! 5. Every call ends within its timeout. `TRYAGAIN` and too many redirections are transient errors: nothing has run.
+//!    A request that gets `TRYAGAIN` is repeated until its timeout.
 //! 6. Idle connections are closed, and the number of open ones is bounded.
 //!
 //! The new node replies `TRYAGAIN` as long as one of several keys doesn't exist, so a lock that was never taken, and
@@ -31,8 +31,9 @@
 //! since the old node creates no key in a slot that is leaving it. Then the script runs on the new node with only its
 //! first key declared; the other keys are passed as arguments.
 //!
-//! A decision about a key that has moved costs two round trips, and one about a new lock five. Operations on keys of a
-//! half-moved slot are not batched: a batch has keys on both nodes, so neither could run it.
+//! A decision about a key that has moved costs two round trips, and one about a new lock five: 0.6 ms and 1.2 ms on
+//! loopback, in a debug build that takes 0.3 ms for one. Operations on keys of a half-moved slot are not batched: a
+//! batch has keys on both nodes, so neither could run it.
 //!
 //! A connection for each node has a second advantage. fred reconnects to all nodes of a cluster together, so one that
 //! is dead holds up the commands to all others until the cluster has replaced it. Here it holds up its own. Where its
