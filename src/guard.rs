@@ -14,7 +14,7 @@ use crate::hold::{Cleanup, Hold};
 use crate::keeper::{Keeper, Upkeep};
 use crate::lost::{Lost, Protected};
 use crate::roster::Place;
-use crate::store::Released;
+use crate::store::{Ending, Released};
 use crate::{Error, Key, Lease, Loss, Token};
 
 /// A held lock: renewed in the background until it is released, dropped or lost.
@@ -442,8 +442,11 @@ impl LockGuard {
             loss => return Err(self.not_held(loss)),
         }
         let until = Instant::now() + self.upkeep.command_timeout;
-        let released = self.upkeep.release(&self.hold.owned, until).await?;
-        self.hold.settle(Cleanup::Nothing);
+        let released = self.upkeep.release(&self.hold.owned, Ending::Lock, until).await?;
+        self.hold.settle(match self.hold.doubt {
+            Some(_) => Cleanup::Undo(self.upkeep.releases.token()),
+            None => Cleanup::Nothing,
+        });
         match released {
             Released::Freed => {
                 info!(name: "tenure.released", key = %self.key(), "released");
@@ -496,7 +499,7 @@ impl LockGuard {
         self.check().map_err(|loss| self.not_held(loss))?;
         let renewing = match ttl {
             Some(ttl) if exact => {
-                let renewing = self.hold.setting_ttl(ttl);
+                let renewing = self.hold.setting_ttl(ttl, self.upkeep.patience());
                 // What is due may be due sooner now.
                 self.place.call();
                 renewing
@@ -519,7 +522,7 @@ impl Drop for LockGuard {
     /// Only calls the keeper: nothing here spawns, blocks or panics.
     fn drop(&mut self) {
         self.hold.end(Loss::Released);
-        match self.hold.settle(Cleanup::Release(self.upkeep.releases.token())) {
+        match self.hold.settle(Cleanup::Release(Some(self.upkeep.releases.token()))) {
             true => self.place.call(),
             false => self.place.leave(),
         }

@@ -8,7 +8,7 @@ use fred::clients::Client;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::hold::{Grant, Hold};
+use crate::hold::{Grant, GrantId, Hold, Owned};
 use crate::keeper::Upkeep;
 use crate::request::Patience;
 use crate::schedule::{Drift, Renewal};
@@ -338,12 +338,14 @@ impl Locker {
         let upkeep = self.upkeep();
         let runtime = upkeep.runtime()?;
         let sent = Instant::now();
-        upkeep.extend(lease.owned(), ttl).await?;
+        let owned = Owned { grant: Some(GrantId::random()), ..lease.owned().clone() };
+        upkeep.claim(&owned, lease.owned().grant, ttl, &runtime).await?;
         if !drift.suffices(drift.deadline(sent, ttl).saturating_duration_since(Instant::now()), ttl) {
             return Err(Error::ValidityExpired);
         }
-        let grant = Grant { sent, ttl, fencing_token: lease.fencing_token() };
-        let hold = Hold::new(lease.owned().clone(), Box::default(), &grant, drift, renewal, upkeep.origin);
+        let grant = Grant { sent, ttl, fencing_token: lease.fencing_token(), doubt: None };
+        let is_voted_on = upkeep.store.settles();
+        let hold = Hold::new(owned, Box::default(), &grant, drift, renewal, upkeep.origin, is_voted_on);
         Ok(LockGuard::start(hold, upkeep, &runtime))
     }
 

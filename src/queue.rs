@@ -307,13 +307,13 @@ mod tests {
     use super::*;
 
     fn wanted(queueing: Queueing) -> Arc<Wanted> {
-        let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true };
+        let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true, grant: None };
         let ttl = Duration::from_secs(1);
-        Arc::new(Wanted { owned, metadata: Box::default(), ttl, fenced: false, queueing })
+        Arc::new(Wanted { owned, metadata: Box::default(), ttl, fenced: false, queueing, latest: Arc::default() })
     }
 
     fn grant() -> Grant {
-        Grant { sent: Instant::now(), ttl: Duration::from_secs(1), fencing_token: None }
+        Grant { sent: Instant::now(), ttl: Duration::from_secs(1), fencing_token: None, doubt: None }
     }
 
     fn enter(queues: &Queues, queueing: Queueing) -> Place {

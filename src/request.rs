@@ -3,6 +3,7 @@
 use std::fmt;
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, info, info_span, warn};
 
 use crate::attempt::{Attempt, Outcome};
-use crate::hold::Owned;
+use crate::hold::{GrantId, Owned};
 use crate::locker::Locker;
 use crate::retry::Pauses;
 use crate::schedule::Renewal;
@@ -181,8 +182,8 @@ impl LockRequest {
     /// Obtains the lock in the name of this token: at once also where the same token holds it already, which then has it
     /// renewed. Default: a fresh [random](Token::random) one.
     ///
-    /// Another guard may hold the lock by the same token. So where the outcome of an attempt stays unknown, nothing is
-    /// released: what it may have left is freed by its ttl.
+    /// Several guards may hold the lock by one token. Each is released in the background, when it is dropped or expires, without
+    /// ending the others; an explicit [`release`](LockGuard::release) of any of them ends the lock for all.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -294,11 +295,14 @@ impl LockRequest {
             Patience::Once | Patience::Retry(_) => Queueing::Behind,
         };
         let token = self.token.unwrap_or_else(Token::random);
-        let owned = Owned { keys: self.keys.into(), token, own_token };
+        // A token that others may use as well needs something else to tell its grants apart.
+        let grant = (!own_token).then(GrantId::random);
+        let owned = Owned { keys: self.keys.into(), token, own_token, grant };
         // Who comes back by the same token, and wants a fencing token then, must not be told that of the holder before: so
         // what is held by a token that can come back has one of its own, wanted or not.
         let fenced = self.fenced || !own_token;
-        let wanted = Wanted { owned, metadata: self.metadata.into(), ttl, fenced, queueing };
+        let (metadata, latest) = (self.metadata.into(), Arc::default());
+        let wanted = Wanted { owned, metadata, ttl, fenced, queueing, latest };
         let mut attempt = Attempt::new(wanted, locker.upkeep().clone(), runtime);
         let mut waiting = Waiting::new(locker.settings().poll_every, limit, closed);
         let mut between = match self.patience {
@@ -335,7 +339,7 @@ impl LockRequest {
                     if drift.suffices(remaining, ttl) {
                         info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
                         waiting.pass_on(&attempt, grant.sent + ttl);
-                        return Ok(attempt.succeed(&grant, drift, self.renewal));
+                        return Ok(attempt.succeed(grant, drift, self.renewal));
                     }
                     debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");
                     // Once can be a stall of the server, which waiting helps against. A ttl that is always too short for

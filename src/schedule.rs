@@ -117,6 +117,12 @@ pub(crate) fn call_timeout(command_timeout: Duration, now: Instant, deadline: In
     command_timeout.min(deadline.saturating_duration_since(now))
 }
 
+/// How long one renewal may take: half of what is left, at most. One that hangs on a connection that is dead must leave time for
+/// another on a new connection.
+pub(crate) fn renewal_timeout(command_timeout: Duration, now: Instant, deadline: Instant) -> Duration {
+    command_timeout.min(deadline.saturating_duration_since(now) / 2)
+}
+
 /// The pause after the `failures`th failed renewal in a row: growing, but so that a next try still fits in before the
 /// deadline. `chance` is random in `0.0..1.0`: many whose server fails at once shall not come back at once.
 pub(crate) fn pause_after(failures: u32, interval: Duration, remaining: Duration, chance: f64) -> Duration {

@@ -17,6 +17,7 @@ use super::events::WatchEvent;
 use super::outbox::{Id, Outbox};
 use super::watcher::Watcher;
 use crate::schedule::Renewal;
+use crate::store::Ending;
 use crate::{Error, Key, Lease, LockGuard, Locker, Loss};
 
 /// How many locks are released at a time.
@@ -47,20 +48,17 @@ impl Registry {
         let hold = guard.hold();
         let refused = self.change(|entries| {
             if let Err(error) = entries.admits(&hold.owned) {
-                let shared = entries.shares(&hold.owned);
-                return Err((error, guard, shared));
+                return Err((error, guard));
             }
             if let Err(loss) = hold.observe(self.watcher(entries.next())) {
-                return Err((Error::NotHeld { key: hold.owned.key(), loss }, guard, false));
+                return Err((Error::NotHeld { key: hold.owned.key(), loss }, guard));
             }
             entries.enter(hold.owned.clone(), false, Keeping::Held(guard));
             Ok(())
         });
-        refused.map_err(|(error, guard, shared)| {
-            if shared {
-                // By the same token the one that is watched holds the lock, and would lose it.
-                drop(guard.into_lease());
-            }
+        // Not under the mutex. A lock that is watched by the same token stays.
+        refused.map_err(|(error, guard)| {
+            drop(guard);
             error
         })
     }
@@ -193,7 +191,7 @@ impl Registry {
     async fn release_entry(self: &Arc<Self>, id: Id) -> Option<Result<(), Error>> {
         let keeping = self.take_out(id)?;
         // Released it is, whatever becomes of this future: dropped, it leaves that to the background.
-        let mut ending = Ending { registry: self, id, end: Some(End::Released) };
+        let mut ending = Finishing { registry: self, id, end: Some(End::Released) };
         let released = match keeping {
             Keeping::Held(guard) => guard.release().await,
             Keeping::Obtaining(task) => {
@@ -216,7 +214,7 @@ impl Registry {
         let owned = self.entries().get(id).map(|entry| entry.owned.clone());
         let Some(owned) = owned else { return Ok(()) };
         let upkeep = self.locker.upkeep();
-        upkeep.release(&owned, Instant::now() + upkeep.command_timeout).await.map(drop)
+        upkeep.release(&owned, Ending::Lock, Instant::now() + upkeep.command_timeout).await.map(drop)
     }
 
     /// Whoever gets something out of it has to [`finish`](Registry::finish) the entry (invariant 2).
@@ -291,13 +289,13 @@ impl fmt::Debug for Registry {
 }
 
 /// Finishes an entry whose guard was taken out, whatever becomes of the future that does it.
-struct Ending<'a> {
+struct Finishing<'a> {
     registry: &'a Registry,
     id: Id,
     end: Option<End>,
 }
 
-impl Drop for Ending<'_> {
+impl Drop for Finishing<'_> {
     fn drop(&mut self) {
         if let Some(end) = self.end.take() {
             self.registry.finish(self.id, end);

@@ -17,9 +17,9 @@ pub(super) fn fence_of(key: &Bytes) -> Bytes {
     beside(key, b":fence")
 }
 
-/// The name of the key that says which attempt has set a lock key; made like that of the fence key.
-pub(super) fn vote_of(key: &Bytes) -> Bytes {
-    beside(key, b":vote")
+/// The name of the record of grants that rely on a lock key; made like that of the fence key.
+pub(super) fn grants_of(key: &Bytes) -> Bytes {
+    beside(key, b":grants")
 }
 
 /// The name of the queue for a lock key; made like that of the fence key.
