@@ -59,7 +59,8 @@ impl RedisStore {
                 Ok(granted(fence))
             }
             // The key holds the token already, which is in the queue no more.
-            _ => self.acquire_whole(wanted, timeout).await,
+            Value::String(said) if *said == *"ALONE" => self.acquire_whole(wanted, timeout).await,
+            _ => Err(unexpected()),
         }
     }
 
