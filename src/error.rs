@@ -266,10 +266,11 @@ impl fmt::Display for Nodes<'_> {
 }
 
 /// What a server answers that will do its work again some time later.
-const TRANSIENT_CODES: [&str; 13] = [
+const TRANSIENT_CODES: [&str; 14] = [
     "ASK",
     "BUSY",
     "CLUSTERDOWN",
+    "LATE",
     "LOADING",
     "MASTERDOWN",
     "MISCONF",

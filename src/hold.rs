@@ -439,7 +439,12 @@ mod tests {
 
     /// Held for 1,000 ms from now, as its drift is none.
     fn hold() -> Hold {
-        let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true, grant: None };
+        of(&["k"])
+    }
+
+    fn of(keys: &[&'static str]) -> Hold {
+        let keys = keys.iter().copied().map(Key::from).collect();
+        let owned = Owned { keys, token: Token::random(), own_token: true, grant: None };
         let grant = Grant { sent: Instant::now(), ttl: ms(1_000), fencing_token: None, doubt: None };
         let drift = Drift { factor: 0.0, margin: Duration::ZERO };
         Hold::new(owned, Box::default(), &grant, drift, Renewal::Third, Instant::now(), false)
@@ -528,6 +533,62 @@ mod tests {
         assert_eq!((hold.deadline(), hold.ttl()), (was, ms(1_000)));
         hold.renewed(longer).unwrap();
         assert_eq!((hold.deadline(), hold.ttl()), (longer.sent + ms(9_000), ms(9_000)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn while_an_exact_ttl_may_still_be_set_no_confirmation_is_worth_more() {
+        let hold = hold();
+        hold.setting_ttl(ms(200), ms(600));
+        advance(ms(100)).await;
+        let longer = hold.setting_ttl(ms(9_000), ms(600));
+        hold.renewed(longer).unwrap();
+        assert_eq!(hold.deadline(), longer.sent + ms(200), "the first may come after the second");
+        assert!(hold.next_duty() < longer.sent + ms(100), "renewed as a lock with this little time is");
+        advance(ms(50)).await;
+        let renewal = hold.renewing(None);
+        hold.renewed(renewal).unwrap();
+        assert_eq!(hold.deadline(), renewal.sent + ms(200));
+        // At 600 ms the server refuses the first.
+        for _ in 0..4 {
+            advance(ms(120)).await;
+            let renewal = hold.renewing(None);
+            hold.renewed(renewal).unwrap();
+        }
+        assert_eq!(hold.deadline(), Instant::now() + ms(9_000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_exact_ttl_that_was_refused_or_confirmed_limits_nothing() {
+        let hold = hold();
+        let refused = hold.setting_ttl(ms(500), ms(600));
+        hold.was_refused(refused);
+        let longer = hold.setting_ttl(ms(9_000), ms(600));
+        hold.renewed(longer).unwrap();
+        assert_eq!(hold.deadline(), longer.sent + ms(9_000));
+        let shorter = hold.setting_ttl(ms(500), ms(600));
+        hold.renewed(shorter).unwrap();
+        let longer = hold.setting_ttl(ms(9_000), ms(600));
+        hold.renewed(longer).unwrap();
+        assert_eq!(hold.deadline(), longer.sent + ms(9_000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_left_to_do_is_decided_with_the_loss() {
+        for (loss, keys, is_left) in [
+            (Loss::Missing, &["k"][..], false),
+            (Loss::Taken, &["k"], false),
+            (Loss::Missing, &["k", "l"], true),
+            (Loss::Taken, &["k", "l"], true),
+        ] {
+            let hold = of(keys);
+            hold.end(loss);
+            // As a guard does that is dropped.
+            assert_eq!(hold.settle(Cleanup::Release(None)), is_left, "{loss:?} {keys:?}");
+        }
+        let hold = hold();
+        advance(ms(1_000)).await;
+        assert_eq!(hold.end(Loss::Missing), Loss::Expired);
+        assert!(hold.settle(Cleanup::Nothing), "a late renewal may have to be undone");
     }
 
     #[test]

@@ -18,11 +18,11 @@ use std::time::Duration;
 
 use fred::bytes::Bytes;
 use fred::clients::Client;
-use fred::error::ErrorKind;
 use fred::types::Value;
 use fred::util::redis_keyslot;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
+use tracing::debug;
 
 use self::clock::ServerClock;
 use self::combiner::{Answers, Carrier, Combiner, Refused};
@@ -447,8 +447,9 @@ impl Server {
         let sent = Instant::now();
         let answer = Box::pin(writing.acknowledged(self.client(), until)).await;
         match self.connection.heard(sent, answer) {
-            // The write was answered: what nobody knows is who has it.
-            Err(Error::Redis(error)) if *error.kind() == ErrorKind::Timeout => {
+            // The write was answered: whatever keeps us from asking who has it, it is there and must be given back.
+            Err(error @ Error::Redis(_)) => {
+                debug!(name: "tenure.wait_failed", %error, "could not ask the server which replicas have a write");
                 Err(Error::NotReplicated { needed: self.min_replicas, acknowledged: 0 })
             }
             answer => answer,

@@ -1,5 +1,6 @@
 //! What goes wrong has a name, changes nothing, and is waited out where waiting helps.
 
+use std::future::IntoFuture;
 use std::time::{Duration, Instant};
 
 use tenure::{Error, Locker};
@@ -235,4 +236,41 @@ async fn a_client_that_was_never_initialised_is_an_error_and_no_wait() {
     let locker = Locker::builder().command_timeout(ms(200)).client(client);
     let refused = soon(locker.try_lock("k")).await.unwrap_err();
     assert!(matches!(refused, Error::Redis(_)), "{refused}");
+}
+
+/// A client library that hands a reply to the wrong caller must not make anybody believe anything.
+#[tokio::test]
+async fn the_reply_to_another_request_is_never_taken_for_an_answer() {
+    let server = Server::start();
+    let proxy = Proxy::start(server.port()).await;
+    let locker = Locker::builder().command_timeout(ms(1_000)).connect(&proxy.url()).await.unwrap();
+    locker.lock("warm").await.unwrap().release().await.unwrap();
+    let other = Locker::connect(&server.url()).await.unwrap();
+    let held = other.lock("held").await.unwrap();
+    for round in 0..10 {
+        proxy.set(Mode::SwallowNext);
+        // The first never gets its answer, but those of the others, each one too early.
+        let inspected = locker.inspect("free");
+        let (inspected, asked, free, again) = tokio::join!(
+            biased;
+            inspected,
+            locker.try_lock("held").into_future(),
+            locker.try_lock("free").into_future(),
+            locker.try_lock("held").into_future(),
+        );
+        assert!(!matches!(inspected, Ok(Some(_))), "round {round}: {inspected:?}");
+        for refused in [asked, again] {
+            let refused = refused.unwrap_err();
+            assert!(refused.is_transient() || matches!(refused, Error::NotObtained { .. }), "round {round}: {refused}");
+        }
+        match free {
+            Ok(guard) => assert_eq!(guard.key().to_string(), "free"),
+            Err(error) => assert!(error.is_transient(), "round {round}: {error}"),
+        }
+        // The connection was replaced.
+        let guard = soon(locker.lock("free")).await.unwrap();
+        assert!(guard.fencing_token() > held.fencing_token());
+        guard.release().await.unwrap();
+    }
+    held.release().await.unwrap();
 }

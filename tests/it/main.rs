@@ -10,6 +10,8 @@ mod drops;
 mod errors;
 mod failover;
 mod interop;
+mod late;
 mod loss;
+mod ownership;
 mod replicas;
 mod waiting;

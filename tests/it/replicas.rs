@@ -157,3 +157,35 @@ async fn the_documented_permission_suffices() {
     guard.refresh().await.unwrap();
     guard.release().await.unwrap();
 }
+
+/// Whatever becomes of the question, the write was made.
+#[tokio::test]
+async fn where_the_server_refuses_to_say_who_acknowledged_the_lock_is_given_back() {
+    let (primary, replica) = start();
+    primary.cli(&["ACL", "SETUSER", "app", "on", ">secret", "~*", "&*", "+@all", "-wait"]);
+    let url = format!("redis://app:secret@127.0.0.1:{}", primary.port());
+    let locker = builder().connect(&url).await.unwrap();
+    let requests =
+        [locker.obtain("k"), locker.obtain("k").token("mine".parse().unwrap()), locker.obtain_all(["k", "l"])];
+    for request in requests {
+        let refused = soon(request.ttl(ms(60_000))).await.unwrap_err();
+        assert!(matches!(refused, Error::NotReplicated { .. }), "{refused}");
+        eventually("released", async || (primary.cli(&["EXISTS", "k", "l"]) == "0").then_some(())).await;
+    }
+    drop(replica);
+}
+
+#[tokio::test]
+async fn a_lock_whose_primary_is_demoted_while_replicas_are_waited_for_is_given_back() {
+    let (primary, replica) = start();
+    let locker = Locker::builder().min_replicas(1).command_timeout(ms(5_000)).connect(&primary.url()).await.unwrap();
+    replica.freeze();
+    let asked = tokio::spawn(locker.obtain("k").ttl(ms(60_000)).into_future());
+    eventually("it waits", async || primary.cli(&["INFO", "clients"]).contains("blocked_clients:1").then_some(()))
+        .await;
+    primary.cli(&["REPLICAOF", "127.0.0.1", "1"]);
+    let refused = soon(asked).await.unwrap().unwrap_err();
+    assert!(matches!(refused, Error::NotReplicated { .. }), "{refused}");
+    primary.cli(&["REPLICAOF", "NO", "ONE"]);
+    eventually("released", async || (primary.cli(&["EXISTS", "k"]) == "0").then_some(())).await;
+}

@@ -145,10 +145,11 @@ impl Reply {
 
 /// The client has handed us the reply to another request.
 fn mixed_up() -> Error {
-    fred::error::Error::new(ErrorKind::Protocol, MIXED_UP).into()
+    // As when the connection breaks: nobody knows, and the next one may do better.
+    fred::error::Error::new(ErrorKind::IO, MIXED_UP).into()
 }
 
-const MIXED_UP: &str = "this is the reply to another request";
+const MIXED_UP: &str = "the connection handed out the reply to another request; it is replaced";
 
 /// Whether the connection can't be trusted any more.
 pub(super) fn is_mixed_up(error: &Error) -> bool {
