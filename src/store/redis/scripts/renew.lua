@@ -21,7 +21,8 @@ end
 if missing then
     return 0
 end
--- GT, of Redis 7, says in one command what PTTL and PEXPIRE do in two, but for a key without a ttl. Older servers refuse it.
+-- GT and NX, of Redis 7, do what takes PTTL on older servers, which refuse them: the ttl becomes this if it was less, or if there
+-- was none. So a renewal that has nothing to do needs no other right than one that has.
 local knows_gt = ARGV[3] ~= '1'
 
 local function is_extended(key)
@@ -29,8 +30,11 @@ local function is_extended(key)
         return false
     end
     local done = redis.pcall('PEXPIRE', key, ARGV[2], 'GT')
+    if done == 0 then
+        done = redis.pcall('PEXPIRE', key, ARGV[2], 'NX')
+    end
     knows_gt = type(done) == 'number'
-    return done == 1
+    return knows_gt
 end
 
 for i = 1, #KEYS do
