@@ -158,12 +158,14 @@ async fn a_server_out_of_memory_refuses_by_name_and_is_waited_out() {
 async fn a_loading_server_refuses_by_name_and_is_waited_out() {
     let mut server = Server::start();
     let locker = Locker::connect(&server.url()).await.unwrap();
-    server.cli(&["DEBUG", "POPULATE", "30000"]);
-    server.cli(&["EVAL", "for i = 1, 30000 do redis.call('SET', 'filler:' .. i, i) end", "0"]);
+    // Servers look at clients after every 2 MB that they load. Older ones can't be told to look more often.
+    server.cli(&["CONFIG", "SET", "rdbcompression", "no"]);
+    let fill = "for i = 1, 30 do redis.call('SET', 'filler:' .. i, string.rep('x', 2 ^ 21)) end";
+    server.cli(&["EVAL", fill, "0"]);
     assert_eq!(server.cli(&["SAVE"]), "OK");
     server.kill();
-    // About three seconds, looking at clients all the time.
-    server.restart_without_waiting(&["--key-load-delay", "100", "--loading-process-events-interval-bytes", "1024"]);
+    // For a tenth of a second for each of them.
+    server.restart_without_waiting(&["--key-load-delay", "100000"]);
     let named = tenure_test_support::eventually("LOADING", async || {
         let refused = locker.try_lock("k").await.err();
         refused.filter(|error| error.code() == Some("LOADING"))
@@ -174,7 +176,7 @@ async fn a_loading_server_refuses_by_name_and_is_waited_out() {
 
 #[tokio::test]
 async fn a_busy_server_refuses_by_name_and_is_waited_out() {
-    let server = Server::start_with(&["--busy-reply-threshold", "50"]);
+    let server = Server::start_with(&["--lua-time-limit", "50"]);
     let locker = Locker::connect(&server.url()).await.unwrap();
     drop(locker.lock("warm").await.unwrap());
     let mut endless = std::process::Command::new("redis-cli");

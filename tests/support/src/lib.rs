@@ -1,5 +1,6 @@
 //! Real servers for tests, and a proxy that misbehaves.
 //!
+//! The servers are redis-server, or what `TENURE_SERVER` names; see [`Version`].
 //! Every test starts the servers that it needs, on ports of their own; they are killed when they are dropped, also by
 //! a test that panics.
 
@@ -9,6 +10,7 @@ mod cluster;
 mod proxy;
 mod sentinel;
 mod server;
+mod version;
 
 use std::fmt::Debug;
 use std::future::Future;
@@ -18,6 +20,7 @@ pub use self::cluster::Cluster;
 pub use self::proxy::{Mode, Proxy};
 pub use self::sentinel::{Sentinel, Sentinels};
 pub use self::server::Server;
+pub use self::version::Version;
 
 /// Waits until `look` finds something, looking every few milliseconds. Generous: only a test that fails waits so long.
 ///

@@ -1,4 +1,4 @@
-//! One redis-server process.
+//! One server process.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
+
+use crate::version::{Version, binary};
 
 /// A server of the test's own, on a free port of the loopback interface. Killed when dropped.
 #[derive(Debug)]
@@ -26,17 +28,19 @@ impl Server {
         Self::start_with(&[])
     }
 
-    /// Starts a server with further arguments, as on redis-server's command line.
+    /// Starts a server with further arguments, as on the server's command line.
     ///
     /// # Panics
     ///
-    /// When there is no redis-server, or it won't start.
+    /// When there is no such server, or it won't start.
     pub fn start_with(args: &[&str]) -> Self {
         // Another process may take the port between the look and the start: then it's another port.
-        (0..20).find_map(|_| Self::try_start(free_port(), args)).expect("a free port for redis-server")
+        (0..20).find_map(|_| Self::try_start(free_port(), args)).expect("a free port for the server")
     }
 
-    fn try_start(port: u16, args: &[&str]) -> Option<Self> {
+    pub(crate) fn try_start(port: u16, args: &[&str]) -> Option<Self> {
+        // Asserts that it is the one that the run is for.
+        Version::of_this_run();
         let dir = tempfile::tempdir().expect("a temporary directory");
         let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
         let process = spawn(port, &dir, &args);
@@ -45,7 +49,7 @@ impl Server {
             return Some(server);
         }
         let log = server.log();
-        assert!(log.contains("in use"), "redis-server did not start: {log}");
+        assert!(log.contains("in use"), "the server did not start: {log}");
         None
     }
 
@@ -133,7 +137,7 @@ impl Server {
     /// When it won't start.
     pub fn restart(&mut self) {
         self.restart_without_waiting(&[]);
-        assert!(self.answers(), "redis-server did not start again: {}", self.log());
+        assert!(self.answers(), "the server did not start again: {}", self.log());
     }
 
     /// Starts it again with further arguments, and does not wait until it answers.
@@ -184,7 +188,7 @@ impl Drop for Server {
 
 fn spawn(port: u16, dir: &TempDir, args: &[String]) -> Child {
     let path = dir.path();
-    let mut command = Command::new("redis-server");
+    let mut command = Command::new(binary());
     // A configuration file comes first, where there is one.
     let (file, options): (Vec<_>, Vec<_>) = args.iter().partition(|arg| arg.ends_with(".conf"));
     command.args(file);
@@ -195,12 +199,16 @@ fn spawn(port: u16, dir: &TempDir, args: &[String]) -> Child {
         command.args(["--save", "", "--appendonly", "no"]);
     }
     command.args(options).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    command.spawn().expect("redis-server; `bash tests/run.sh` installs it")
+    command.spawn().expect("a server; `bash tests/run.sh` installs it")
 }
 
 pub(crate) fn free_port() -> u16 {
     let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
     listener.local_addr().expect("its address").port()
+}
+
+pub(crate) fn is_free(port: u16) -> bool {
+    TcpListener::bind(("127.0.0.1", port)).is_ok()
 }
 
 /// Whether a server answers there, be it with a refusal.
