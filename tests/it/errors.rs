@@ -67,6 +67,19 @@ async fn a_user_who_may_not_run_scripts_is_refused_by_name() {
 }
 
 #[tokio::test]
+async fn a_server_without_scripts_is_told_by_the_name_of_the_command_and_shows_no_token() {
+    for command in ["EVALSHA", "EVAL"] {
+        let server = Server::start_with(&["--rename-command", command, ""]);
+        let locker = Locker::connect(&server.url()).await.unwrap();
+        let refused = soon(locker.lock("k").token("secret".parse().unwrap())).await.unwrap_err();
+        assert!(!refused.is_transient());
+        let told = format!("{refused} {refused:?}");
+        assert!(told.contains(&format!("unknown command '{command}'")), "{told}");
+        assert!(!told.contains("secret") && !told.contains("KEYS") && !told.contains("args"), "{told}");
+    }
+}
+
+#[tokio::test]
 async fn the_documented_permissions_suffice() {
     let server = Server::start();
     let commands = ["+eval", "+evalsha", "+get", "+set", "+del", "+pexpire", "+pttl", "+time"];
