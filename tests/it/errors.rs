@@ -74,7 +74,7 @@ async fn a_server_without_scripts_is_told_by_the_name_of_the_command_and_shows_n
         let refused = soon(locker.lock("k").token("secret".parse().unwrap())).await.unwrap_err();
         assert!(!refused.is_transient());
         let told = format!("{refused} {refused:?}");
-        assert!(told.contains(&format!("unknown command '{command}'")), "{told}");
+        assert!(told.contains("unknown command") && told.contains(command), "{told}");
         assert!(!told.contains("secret") && !told.contains("KEYS") && !told.contains("args"), "{told}");
     }
 }
