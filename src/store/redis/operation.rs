@@ -4,7 +4,7 @@ use fred::bytes::Bytes;
 use fred::error::ErrorKind;
 use fred::types::Value;
 
-use super::refusal::plain;
+use super::refusal::normalize;
 use super::script::Call;
 use crate::{Error, Loss, Token};
 
@@ -112,7 +112,7 @@ impl Operation {
             (_, Value::Integer(verdict)) => Some(Ok(Decision::Owned(owned(*verdict)))),
             (_, Value::String(said)) if **said == *"ALONE" => None,
             (_, Value::String(said)) => {
-                let said = fred::error::Error::new(ErrorKind::Unknown, plain(said).into_owned());
+                let said = fred::error::Error::new(ErrorKind::Unknown, normalize(said).into_owned());
                 Some(self.read_error(said.into()))
             }
             _ => Some(Err(unexpected())),

@@ -1,30 +1,35 @@
-//! What a server says when it refuses, as Redis 7 says it: the code first; and nothing of what it was sent.
+//! Normalizes error replies: the code comes first, as in Redis 7, and none of the arguments are left in.
 //!
-//! Before Redis 7 the refusal of a command in a script comes with the place in the script before it, and with the script's hash
-//! before that, where the script ended there. A server that doesn't know a command repeats its arguments, and so the token.
+//! - Redis 6 puts the position in the script before an error inside a script, and the script's hash before that if the error
+//!   ended the script.
+//! - Errors about missing permissions inside a script have no code of their own in any version.
+//! - A server that doesn't know a command repeats its arguments, and the lock's token is one of them.
 
 use std::borrow::Cow;
 
-/// Finds the refusal in what was said.
-pub(super) fn plain(said: &str) -> Cow<'_, str> {
-    let said = said.split_once(", with args beginning with").map_or(said, |(refusal, _)| refusal);
-    let mut refusal = said;
-    while let Some(rest) = without_wrapper(refusal).or_else(|| without_place(refusal)) {
+/// Returns the error reply with its code first and without arguments.
+pub(super) fn normalize(details: &str) -> Cow<'_, str> {
+    let mut refusal = details.split_once(", with args beginning with").map_or(details, |(refusal, _)| refusal);
+    while let Some(rest) = without_wrapper(refusal).or_else(|| without_position(refusal)) {
         refusal = rest;
     }
     let refusal = refusal.strip_prefix('-').unwrap_or(refusal);
-    if refusal.starts_with("The user executing the script can't") {
-        return format!("NOPERM {refusal}").into();
+    let without_code = refusal.strip_prefix("ERR ").unwrap_or(refusal);
+    if NOT_PERMITTED.iter().any(|start| without_code.starts_with(start)) {
+        return format!("NOPERM {without_code}").into();
     }
     refusal.into()
 }
+
+/// What an error about missing permissions starts with inside a script: up to Redis 7.0, and since.
+const NOT_PERMITTED: [&str; 2] = ["The user executing the script can't", "ACL failure in script"];
 
 fn without_wrapper(said: &str) -> Option<&str> {
     let (_, rest) = said.strip_prefix("ERR Error running script (call to ")?.split_once("): ")?;
     Some(rest)
 }
 
-fn without_place(said: &str) -> Option<&str> {
+fn without_position(said: &str) -> Option<&str> {
     let line = said.strip_prefix("@user_script:")?.trim_start_matches(' ');
     line.trim_start_matches(|c: char| c.is_ascii_digit()).strip_prefix(": ")
 }
@@ -34,8 +39,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_refusal_is_found_in_what_any_version_says() {
-        let refusals = [
+    fn error_replies_of_all_versions_have_their_code_first_and_no_arguments() {
+        let on = "run this command or subcommand script: d6, on @user_script:23.";
+        let no_get = "has no permissions to run the 'get' command script: on @user_script:23.";
+        let replies = [
             ("WRONGTYPE Operation against a key", "WRONGTYPE Operation against a key"),
             ("@user_script: 20: -READONLY You can't write", "READONLY You can't write"),
             ("ERR Error running script (call to f_d6): @user_script:23: WRONGTYPE Operation", "WRONGTYPE Operation"),
@@ -45,14 +52,22 @@ mod tests {
                 "NOPERM The user executing the script can't run this command or subcommand",
             ),
             (
+                &format!("ERR The user executing the script can't {on}"),
+                &format!("NOPERM The user executing the script can't {on}"),
+            ),
+            (
+                &format!("ERR ACL failure in script: User app {no_get}"),
+                &format!("NOPERM ACL failure in script: User app {no_get}"),
+            ),
+            (
                 "ERR unknown command 'EVALSHA', with args beginning with: 'd6' '2' 'k' 'token'",
                 "ERR unknown command 'EVALSHA'",
             ),
             ("", ""),
             ("@user_script:", "@user_script:"),
         ];
-        for (said, refusal) in refusals {
-            assert_eq!(plain(said), refusal);
+        for (details, expected) in replies {
+            assert_eq!(normalize(details), expected);
         }
     }
 }
