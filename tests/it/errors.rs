@@ -80,22 +80,6 @@ async fn a_server_without_scripts_is_told_by_the_name_of_the_command_and_shows_n
 }
 
 #[tokio::test]
-async fn the_documented_permissions_suffice() {
-    let server = Server::start();
-    let commands = ["+eval", "+evalsha", "+get", "+set", "+del", "+pexpire", "+pttl", "+time"];
-    let user = ["ACL", "SETUSER", "app", "on", ">secret", "resetchannels", "~app:*", "~{app:*"];
-    assert_eq!(server.cli(&[&user[..], &commands[..]].concat()), "OK");
-    let url = format!("redis://app:secret@127.0.0.1:{}", server.port());
-    let locker = Locker::builder().prefix("app:").connect(&url).await.unwrap();
-    let guard = soon(locker.lock("k").metadata("m")).await.unwrap();
-    guard.refresh().await.unwrap();
-    guard.refresh_for(ms(5_000)).await.unwrap();
-    guard.server_ttl().await.unwrap();
-    locker.inspect("k").await.unwrap();
-    guard.release().await.unwrap();
-}
-
-#[tokio::test]
 async fn a_key_of_another_type_is_refused_and_left_alone() {
     let server = Server::start();
     let locker = Locker::connect(&server.url()).await.unwrap();

@@ -11,6 +11,7 @@ mod errors;
 mod failover;
 mod interop;
 mod loss;
+mod permissions;
 mod replicas;
 mod servers;
 mod waiting;
