@@ -6,6 +6,7 @@
 
 #![expect(clippy::expect_used, clippy::panic, reason = "a test that can't have its server has failed")]
 
+mod certificates;
 mod cluster;
 mod proxy;
 mod sentinel;
@@ -16,6 +17,7 @@ use std::fmt::Debug;
 use std::future::Future;
 use std::time::Duration;
 
+pub use self::certificates::{Authority, Certificate};
 pub use self::cluster::Cluster;
 pub use self::proxy::{Mode, Proxy};
 pub use self::sentinel::{Sentinel, Sentinels};

@@ -11,6 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use crate::Certificate;
 use crate::version::{Version, binary};
 
 /// A server of the test's own, on a free port of the loopback interface. Killed when dropped.
@@ -150,6 +151,31 @@ impl Server {
     pub fn restart_empty(&mut self) {
         self.kill();
         self.restart();
+    }
+
+    /// Starts a server that also speaks TLS, on the port that is returned, with this certificate.
+    ///
+    /// # Panics
+    ///
+    /// As [`start_with`](Server::start_with); and where it was built without TLS.
+    pub fn start_tls(certificate: &Certificate) -> (Self, u16) {
+        let port = free_port();
+        let [file, key] = [&certificate.certificate, &certificate.key].map(|path| path.display().to_string());
+        let tls = ["--tls-port", &port.to_string(), "--tls-cert-file", &file, "--tls-key-file", &key];
+        // Clients need no certificate of their own; the server wants to know an authority all the same.
+        let server = Self::start_with(&[&tls[..], &["--tls-auth-clients", "no", "--tls-ca-cert-file", &file]].concat());
+        (server, port)
+    }
+
+    /// Shows this certificate to whoever connects from now on, and cuts the connections that there are.
+    ///
+    /// # Panics
+    ///
+    /// When the server refuses it.
+    pub fn replace_certificate(&self, certificate: &Certificate) {
+        let [file, key] = [&certificate.certificate, &certificate.key].map(|path| path.display().to_string());
+        assert_eq!(self.cli(&["CONFIG", "SET", "tls-cert-file", &file, "tls-key-file", &key]), "OK");
+        self.cli(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
     }
 
     fn signal(&self, signal: Signal) {
