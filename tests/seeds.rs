@@ -71,7 +71,7 @@ mod bsm_redislock {
     #[test]
     fn row_04_strategies() {
         let first = |retry: Retry| retry.pauses().take(4).collect::<Vec<_>>();
-        assert_eq!(first(Retry::none()), []);
+        assert!(first(Retry::none()).is_empty());
         assert_eq!(first(Retry::linear(ms(7))), [ms(7); 4]);
         assert_eq!(first(Retry::exponential(ms(16), ms(100))), [ms(16), ms(32), ms(64), ms(100)]);
         assert_eq!(first(Retry::linear(ms(7)).limit(2)), [ms(7); 2]);

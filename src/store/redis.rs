@@ -8,6 +8,7 @@ mod differential;
 mod fair;
 mod names;
 mod operation;
+mod refusal;
 mod replicas;
 mod script;
 mod subscriber;

@@ -13,5 +13,7 @@ mod interop;
 mod late;
 mod loss;
 mod ownership;
+mod permissions;
 mod replicas;
+mod servers;
 mod waiting;

@@ -6,6 +6,7 @@ use fred::bytes::Bytes;
 use fred::error::ErrorKind;
 use fred::types::Value;
 
+use super::refusal::normalize;
 use super::script::Call;
 use crate::store::Latest;
 use crate::{Error, Loss, Token};
@@ -134,8 +135,8 @@ impl Operation {
             (_, Value::Integer(verdict)) => Some(Ok(Decision::Owned(owned(*verdict)))),
             (_, Value::String(said)) if **said == *"ALONE" => None,
             (_, Value::String(said)) => {
-                let said = said.trim_start_matches('-').to_owned();
-                Some(self.read_error(fred::error::Error::new(ErrorKind::Unknown, said).into()))
+                let said = fred::error::Error::new(ErrorKind::Unknown, normalize(said).into_owned());
+                Some(self.read_error(said.into()))
             }
             _ => Some(Err(unexpected())),
         }

@@ -12,6 +12,7 @@ use fred::types::config::Options;
 use fred::types::{ClusterHash, CustomCommand, Value};
 use tokio::time::Instant;
 
+use super::refusal::normalize;
 use crate::Error;
 
 /// A script and the hash by which the server remembers it.
@@ -253,6 +254,9 @@ const REDIRECTED: &str = "Too many redirections.";
 fn into_ours(error: fred::error::Error) -> Error {
     match error.details() {
         details if details.starts_with("CROSSSLOT") => Error::CrossSlot,
-        _ => Error::Redis(error),
+        details => match normalize(details) {
+            refusal if refusal == details => Error::Redis(error),
+            refusal => fred::error::Error::new(error.kind().clone(), refusal.into_owned()).into(),
+        },
     }
 }

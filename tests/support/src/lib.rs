@@ -1,23 +1,28 @@
 //! Real servers for tests, and a proxy that misbehaves.
 //!
+//! The servers are redis-server, or what `TENURE_SERVER` names; see [`Version`].
 //! Every test starts the servers that it needs, on ports of their own; they are killed when they are dropped, also by
 //! a test that panics.
 
 #![expect(clippy::expect_used, clippy::panic, reason = "a test that can't have its server has failed")]
 
+mod certificates;
 mod cluster;
 mod proxy;
 mod sentinel;
 mod server;
+mod version;
 
 use std::fmt::Debug;
 use std::future::Future;
 use std::time::Duration;
 
+pub use self::certificates::{Authority, Certificate};
 pub use self::cluster::Cluster;
 pub use self::proxy::{Mode, Proxy};
 pub use self::sentinel::{Sentinel, Sentinels};
 pub use self::server::Server;
+pub use self::version::Version;
 
 /// Waits until `look` finds something, looking every few milliseconds. Generous: only a test that fails waits so long.
 ///

@@ -97,17 +97,20 @@ local function left_of(key)
     return not err and left, err
 end
 
--- GT, of Redis 7, says in one command what PTTL and PEXPIRE do in two, but for a key without a ttl. Older servers refuse it.
+-- As in renew.lua: GT and NX do what takes PTTL on servers before Redis 7, which refuse them.
 local knows_gt = true
 
 -- Returns why not, if not. The ttl is given as a number, too.
 local function extend(key, ttl, px)
     if knows_gt then
         local done = redis.pcall('PEXPIRE', key, ttl, 'GT')
-        if done == 1 then
-            return
+        if done == 0 then
+            done = redis.pcall('PEXPIRE', key, ttl, 'NX')
         end
         knows_gt = not refused(done)
+        if knows_gt then
+            return
+        end
     end
     local left, err = left_of(key)
     if not err and left < px then
