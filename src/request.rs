@@ -24,7 +24,7 @@ use crate::retry::Pauses;
 use crate::schedule::Renewal;
 use crate::store::{Queueing, Wanted};
 use crate::wait::{Known, Waiting, Woken};
-use crate::{Error, Key, LockGuard, Retry, Token};
+use crate::{Error, Key, LockGuard, Retry, Token, schedule};
 
 /// A lock that is asked for: set what you need, then `.await` it for the [`LockGuard`].
 ///
@@ -291,8 +291,7 @@ impl LockRequest {
         // Before anything is sent: what can't work is refused.
         let (ttl, runtime) = self.validate()?;
 
-        // Too far for the clock: without a limit.
-        let limit = self.wait_at_most.and_then(|limit| started.checked_add(limit));
+        let limit = self.wait_at_most.map(|limit| schedule::after(started, limit));
         let own_token = self.token.is_none();
         let queueing = match self.patience {
             _ if !self.fair => Queueing::None,
@@ -425,13 +424,12 @@ enum Between {
 }
 
 async fn pause(pauses: &mut Pauses, limit: Option<Instant>, closed: &CancellationToken) -> Woken {
-    let Some(wake) = pauses.next().map(|pause| Instant::now().checked_add(pause)) else { return Woken::Late };
-    // One that the limit cuts short is waited for all the same: to give up earlier was not said.
-    let (wake, woken) = match (wake, limit) {
-        (Some(wake), Some(limit)) if wake >= limit => (limit, Woken::Late),
-        (None, Some(limit)) => (limit, Woken::Late),
-        (Some(wake), _) => (wake, Woken::Ask),
-        (None, None) => return Woken::Late,
+    let Some(pause) = pauses.next() else { return Woken::Late };
+    let wake = schedule::after(Instant::now(), pause);
+    // A pause that the limit cuts short is waited for all the same: the request was not told to give up earlier.
+    let (wake, woken) = match limit {
+        Some(limit) if wake >= limit => (limit, Woken::Late),
+        _ => (wake, Woken::Ask),
     };
     select! {
         biased;
