@@ -171,7 +171,7 @@ impl WatchDog {
     /// - [`Error::Redis`]: the server could not be asked within the command timeout. The background goes on trying, until the
     ///   ttl has freed the lock.
     ///
-    /// A lock that is waited for is so no more, which is no error.
+    /// A lock that is waited for is so no more, which is no error, and is reported as [`Stopped`](WatchEvent::Stopped).
     ///
     /// # Cancel safety
     ///

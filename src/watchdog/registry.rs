@@ -187,8 +187,13 @@ impl Registry {
 
     async fn release_entry(self: &Arc<Self>, id: Id) -> Option<Result<(), Error>> {
         let keeping = self.take_out(id)?;
-        // Released it is, whatever becomes of this future: dropped, it leaves that to the background.
-        let mut ending = Finishing { registry: self, id, end: Some(End::Released) };
+        let end = match keeping {
+            // It was never reported as obtained, so it is not reported as released, either.
+            Keeping::Obtaining(_) => End::Stopped(None),
+            _ => End::Released,
+        };
+        // It ends so, whatever becomes of this future: dropped, it leaves the release to the background.
+        let mut ending = Finishing { registry: self, id, end: Some(end) };
         let released = match keeping {
             Keeping::Held(guard) => guard.release().await,
             Keeping::Obtaining(task) => {

@@ -405,7 +405,7 @@ async fn waiting_ends_with_its_reason_and_leaves_no_task() {
     assert_eq!(dog.unwatch("a"), None);
     dog.release("b").await.unwrap();
     dog.delivered().await;
-    assert_eq!(log.all(), ["a stopped", "b released"]);
+    assert_eq!(log.all(), ["a stopped", "b stopped"]);
     // The locker is closed: only what is held goes on.
     let closing = tokio::spawn({
         let locker = locker.clone();
@@ -415,7 +415,7 @@ async fn waiting_ends_with_its_reason_and_leaves_no_task() {
     dog.delivered().await;
     let mut told = log.all();
     told.sort();
-    assert_eq!(told, ["a stopped", "b released", "c stopped: closed", "d stopped: closed"]);
+    assert_eq!(told, ["a stopped", "b stopped", "c stopped: closed", "d stopped: closed"]);
     held.release().await.unwrap();
     closing.await.unwrap();
     drop(dog);
@@ -686,4 +686,20 @@ fn a_lock_that_is_waited_for_on_a_runtime_that_nobody_drives_can_be_given_up() {
         assert!(leases.is_empty());
     });
     drop(held);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lock_that_was_only_waited_for_is_reported_as_stopped() {
+    let locker = locker(|called| if called == Operation::Release { Fault::Hung } else { Fault::None });
+    let log = Log::default();
+    let dog = log.watchdog(&locker);
+    let _held = locker.lock_all(["dropped", "failed", "all"]).await.unwrap();
+    for key in ["dropped", "failed", "all"] {
+        dog.watch_lease(lease(key)).obtain_when_free(true).await.unwrap();
+    }
+    assert!(timeout(ms(1), dog.release("dropped")).await.is_err());
+    assert!(matches!(dog.release("failed").await, Err(Error::Redis(_))));
+    dog.release_all().await;
+    dog.delivered().await;
+    assert_eq!(log.all(), ["dropped stopped", "failed stopped", "all stopped"]);
 }
