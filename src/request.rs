@@ -74,7 +74,7 @@ use crate::{Error, Key, LockGuard, Retry, Token, schedule};
 /// # }
 /// ```
 #[must_use = "a request does nothing until it is awaited"]
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct LockRequest {
     locker: Locker,
     keys: Vec<Key>,
@@ -435,6 +435,24 @@ async fn pause(pauses: &mut Pauses, limit: Option<Instant>, closed: &Cancellatio
         biased;
         () = closed.cancelled() => Woken::Closed,
         () = sleep_until(wake) => woken,
+    }
+}
+
+impl fmt::Debug for LockRequest {
+    /// Shows how much metadata there is, and no token.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LockRequest")
+            .field("locker", &self.locker)
+            .field("keys", &self.keys)
+            .field("patience", &self.patience)
+            .field("wait_at_most", &self.wait_at_most)
+            .field("ttl", &self.ttl)
+            .field("renewal", &self.renewal)
+            .field("metadata", &format_args!("{} bytes", self.metadata.len()))
+            .field("token", &self.token)
+            .field("fenced", &self.fenced)
+            .field("fair", &self.fair)
+            .finish()
     }
 }
 
