@@ -114,6 +114,8 @@ struct State {
     loss: Option<Loss>,
     cleanup: Option<Cleanup>,
     observer: Option<Arc<dyn Observer>>,
+    /// Fires when the deadline moves closer. Created for the first future that sleeps until the deadline.
+    shortened: Option<CancellationToken>,
 }
 
 /// Learns from the keeper what becomes of the lock, in this order: any number of renewals and failures, then the end.
@@ -200,6 +202,7 @@ impl Hold {
                 loss: None,
                 cleanup: None,
                 observer: None,
+                shortened: None,
             }),
             over: CancellationToken::new(),
             changed: Notify::new(),
@@ -305,6 +308,12 @@ impl Hold {
         let epoch = state.epoch;
         state.unresolved.retain(|earlier| sent < earlier.until);
         state.unresolved.push(Unresolved { epoch, ttl, until: sent + patience });
+        let shortened = state.shortened.take();
+        drop(state);
+        // Not under the mutex: it runs others' wakers.
+        if let Some(shortened) = shortened {
+            shortened.cancel();
+        }
         Renewing { sent, ttl, exact: true, keeps_record: false, epoch }
     }
 
@@ -313,6 +322,11 @@ impl Hold {
         if renewing.exact {
             self.state().unresolved.retain(|request| request.epoch != renewing.epoch);
         }
+    }
+
+    /// Returns a token that fires when the deadline next moves closer: a future that sleeps until then has to read it again.
+    pub(crate) fn shortened(&self) -> CancellationToken {
+        self.state().shortened.get_or_insert_default().clone()
     }
 
     /// The server has confirmed a renewal. Tells what became of the lock meanwhile, if it is over.

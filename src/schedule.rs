@@ -11,6 +11,12 @@ use crate::Error;
 pub(crate) const MIN_VALIDITY: Duration = Duration::from_millis(1);
 pub(crate) const MAX_TTL: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
+/// Returns the instant so much later, or one that nobody lives to see where the clock ends before that.
+pub(crate) fn after(now: Instant, time: Duration) -> Instant {
+    const FAR: Duration = Duration::from_secs(100 * MAX_TTL.as_secs());
+    now + time.min(FAR)
+}
+
 /// How much faster than ours the server's clock may run: what is cut off a ttl before we trust it.
 ///
 /// Redlock's safety argument calls it the clock drift: <https://redis.io/docs/latest/develop/clients/patterns/distributed-locks/>.
@@ -148,7 +154,7 @@ pub(crate) fn poll_after(attempt: u32, holder: Option<Duration>, chance: f64) ->
     const CEILING: Duration = Duration::from_millis(250);
     let grown = FIRST.saturating_mul(1_u32.checked_shl(attempt.saturating_sub(1)).unwrap_or(u32::MAX)).min(CEILING);
     let pause = grown.mul_f64(0.5 + chance / 2.0);
-    holder.map_or(pause, |remaining| pause.min(remaining + Duration::from_millis(1)))
+    holder.map_or(pause, |remaining| pause.min(remaining.saturating_add(Duration::from_millis(1))))
 }
 
 #[cfg(test)]
@@ -226,6 +232,14 @@ mod tests {
         assert_eq!(poll_after(1, None, 1.0), ms(10));
         assert_eq!(poll_after(99, None, 1.0), ms(250));
         assert_eq!(poll_after(99, Some(ms(30)), 1.0), ms(31));
+    }
+
+    #[test]
+    fn no_time_is_too_far_for_the_clock() {
+        let now = Instant::now();
+        assert_eq!(after(now, ms(7)), now + ms(7));
+        assert!(after(now, Duration::MAX) > now + MAX_TTL);
+        assert_eq!(poll_after(99, Some(Duration::MAX), 1.0), ms(250));
     }
 
     #[test]

@@ -232,7 +232,7 @@ pub(crate) enum HandedOver {
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Holder {
     /// The holder's token.
@@ -244,4 +244,16 @@ pub struct Holder {
     pub remaining: Option<Duration>,
     /// The latest fencing token that was handed out for this key: the holder's, unless it asked for none.
     pub fencing_token: Option<u64>,
+}
+
+impl fmt::Debug for Holder {
+    /// Shows the metadata as text, and no token.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Holder")
+            .field("token", &self.token)
+            .field("metadata", &format_args!("b\"{}\"", self.metadata.escape_ascii()))
+            .field("remaining", &self.remaining)
+            .field("fencing_token", &self.fencing_token)
+            .finish()
+    }
 }

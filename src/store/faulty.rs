@@ -179,7 +179,7 @@ impl Together for FaultyStore {
         Box::pin(async {
             match call.await {
                 Ok(answers) => answers.into_iter().map(Ok).collect(),
-                Err(error) => locks.iter().map(|_| Err(error.again())).collect(),
+                Err(error) => locks.iter().map(|_| Err(error.clone())).collect(),
             }
         })
     }

@@ -1,6 +1,7 @@
 //! The embedded store: the same contract in one process, on tokio's clock.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -15,13 +16,11 @@ use crate::hold::{GrantId, Owned};
 use crate::{Key, Loss, Token};
 
 /// Locks in a map. No operation waits, so none can time out.
-#[derive(Debug)]
 pub(crate) struct MemoryStore {
     held: Mutex<Held>,
     listeners: Listeners<Key>,
 }
 
-#[derive(Debug)]
 struct Held {
     locks: HashMap<Key, Entry>,
     /// One counter for all keys: it grows for each of them.
@@ -32,7 +31,6 @@ struct Held {
     epoch: (Instant, Duration),
 }
 
-#[derive(Clone, Debug)]
 struct Entry {
     token: Token,
     metadata: Box<[u8]>,
@@ -278,6 +276,14 @@ impl Store for MemoryStore {
 
     fn inspect<'a>(&'a self, key: &'a Key, _: Duration) -> Answer<'a, Option<Holder>> {
         Box::pin(async { Ok(self.held().inspect(key)) })
+    }
+}
+
+impl fmt::Debug for MemoryStore {
+    /// Shows how many locks there are: what they hold belongs to their owners.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let locks = self.held().locks.len();
+        f.debug_struct("MemoryStore").field("locks", &locks).field("listeners", &self.listeners).finish()
     }
 }
 

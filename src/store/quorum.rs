@@ -134,7 +134,7 @@ impl QuorumStore {
                 arrears: Arc::new(Semaphore::new(catch_up::LOCKS)),
             })
             .collect();
-        let window = Duration::from_secs(window.as_secs() + u64::from(window.subsec_nanos() > 0));
+        let window = Duration::from_secs(window.as_secs().saturating_add(u64::from(window.subsec_nanos() > 0)));
         Self {
             quorum: Arc::new(Quorum {
                 members,

@@ -472,7 +472,7 @@ impl Server {
         if let Err(error) = self.replicated(writing, until).await {
             for (operation, answer) in operations.iter().zip(&mut answers) {
                 if for_replicas((operation, answer)) {
-                    *answer = Some(Err(error.again()));
+                    *answer = Some(Err(error.clone()));
                 }
             }
         }
@@ -540,7 +540,7 @@ impl Carrier for Server {
             }
             // The call as such, because of one of its keys (NOPERM). Nothing was run.
             Err(error) if error.is_refusal() && !error.is_transient() => Err(Refused),
-            Err(error) => Ok(operations.iter().map(|_| Some(Err(error.again()))).collect()),
+            Err(error) => Ok(operations.iter().map(|_| Some(Err(error.clone()))).collect()),
         }
     }
 

@@ -9,7 +9,8 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::WatchStatus;
 use super::entries::{Entries, Keeping};
@@ -119,11 +120,7 @@ impl Registry {
                 tasks.extend(task);
             }
         }
-        for task in tasks {
-            task.abort();
-            // Cancelled, if it hasn't ended by itself.
-            drop(task.await);
-        }
+        self.end(tasks).await;
         // Only now, so that no lease is lost with this future.
         let mut leases = Vec::new();
         for (id, _) in self.watched() {
@@ -190,15 +187,17 @@ impl Registry {
 
     async fn release_entry(self: &Arc<Self>, id: Id) -> Option<Result<(), Error>> {
         let keeping = self.take_out(id)?;
-        // Released it is, whatever becomes of this future: dropped, it leaves that to the background.
-        let mut ending = Finishing { registry: self, id, end: Some(End::Released) };
+        let end = match keeping {
+            // It was never reported as obtained, so it is not reported as released, either.
+            Keeping::Obtaining(_) => End::Stopped(None),
+            _ => End::Released,
+        };
+        // It ends so, whatever becomes of this future: dropped, it leaves the release to the background.
+        let mut ending = Finishing { registry: self, id, end: Some(end) };
         let released = match keeping {
             Keeping::Held(guard) => guard.release().await,
             Keeping::Obtaining(task) => {
-                if let Some(task) = task {
-                    task.abort();
-                    drop(task.await);
-                }
+                self.end(task).await;
                 self.release_what_was_tried(id).await
             }
             Keeping::Reserved | Keeping::Ending => Ok(()),
@@ -207,6 +206,20 @@ impl Registry {
             ending.end = Some(End::Lost(loss));
         }
         Some(released)
+    }
+
+    /// Cancels tasks that wait for a lock, and waits until they have ended. The wait is bounded: a runtime that nobody drives
+    /// never ends its tasks, but it does not run them either.
+    async fn end(&self, tasks: impl IntoIterator<Item = AbortOnDropHandle<()>>) {
+        let mut tasks: Vec<_> = tasks.into_iter().collect();
+        tasks.iter().for_each(AbortOnDropHandle::abort);
+        let gone = async {
+            for task in &mut tasks {
+                // Cancelled, if it hasn't ended by itself.
+                drop(task.await);
+            }
+        };
+        drop(timeout(self.locker.upkeep().command_timeout, gone).await);
     }
 
     /// An attempt may have left the lock at the server, and nobody has learned of it.

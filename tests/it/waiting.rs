@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use tenure::Locker;
 use tenure::fred::prelude::{Builder, ClientLike, Config, Value};
 use tenure::fred::types::CustomCommand;
+use tenure::{Error, Locker};
 use tenure_test_support::{Cluster, Server, eventually, soon};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::unbounded_channel;
@@ -311,7 +311,7 @@ async fn fair_requests_are_served_in_the_order_of_their_arrival_in_whatever_proc
         eventually("it queues", async || (server.cli(&["ZCARD", "{k}:queue"]) == queued).then_some(())).await;
     }
     // Who doesn't wait doesn't overtake.
-    assert!(matches!(lockers[1].try_lock("k").fair(true).await, Err(tenure::Error::NotObtained { .. })));
+    assert!(matches!(lockers[1].try_lock("k").fair(true).await, Err(Error::NotObtained { .. })));
     guard.release().await.unwrap();
     for n in 0..40 {
         assert_eq!(soon(order.recv()).await.unwrap(), n);
@@ -381,4 +381,21 @@ async fn fair_waiters_who_come_at_once_are_all_served_whoever_of_them_is_faster_
         // Nobody had to be taken for dead, which takes 1.5 s.
         assert!(started.elapsed() < ms(1_400), "round {round}: {:?}", started.elapsed());
     }
+}
+
+#[tokio::test]
+async fn no_one_is_said_to_hold_a_lock_while_the_server_is_silent() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    // Its connection is open, and the scripts are known.
+    locker.lock("k").await.unwrap().release().await.unwrap();
+    server.freeze();
+    let first = tokio::spawn(locker.lock("k").into_future());
+    yield_now().await;
+    for request in [locker.lock("k"), locker.lock("k").fair(true)] {
+        let error = request.wait_at_most(ms(300)).await.unwrap_err();
+        assert!(matches!(error, Error::Redis(_)), "{error}");
+    }
+    server.thaw();
+    soon(first).await.unwrap().unwrap().release().await.unwrap();
 }

@@ -21,7 +21,6 @@ pub(super) struct Script {
     hash: Str,
 }
 
-#[derive(Debug)]
 pub(super) struct Scripts {
     pub(super) acquire: Script,
     pub(super) acquire_one: Script,
@@ -70,6 +69,13 @@ impl Scripts {
     /// A mark that no other request of late has had.
     pub(super) fn next_mark(&self) -> u32 {
         self.mark.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+impl fmt::Debug for Scripts {
+    /// Shows nothing of their sources, which are several pages long.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Scripts").finish_non_exhaustive()
     }
 }
 
