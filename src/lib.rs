@@ -22,6 +22,10 @@
 //! # }
 //! ```
 //!
+//! A release in the background needs a runtime that runs. A guard that is dropped as `main` returns is not released: its key stays
+//! until the ttl ends. [`Locker::scope`] releases before it returns, [`Locker::close`] waits for what was dropped, and
+//! [`Locker::close_on_drop`] does so at the end of a scope.
+//!
 //! # The promise
 //!
 //! A [`LockGuard`] is *held* from the moment an attempt succeeded until its local deadline: the instant just before the
@@ -71,6 +75,7 @@
 pub mod coming_from;
 
 mod builder;
+mod close_on_drop;
 mod locker;
 
 mod attempt;
@@ -102,6 +107,7 @@ mod simulation;
 pub use fred;
 
 pub use self::builder::LockerBuilder;
+pub use self::close_on_drop::CloseOnDrop;
 pub use self::error::{Error, NodeError};
 pub use self::guard::LockGuard;
 pub use self::key::Key;

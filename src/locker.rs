@@ -13,7 +13,7 @@ use crate::keeper::Upkeep;
 use crate::request::Patience;
 use crate::schedule::{Drift, Renewal};
 use crate::store::Holder;
-use crate::{Error, Key, Lease, LockGuard, LockRequest, LockerBuilder, Retry};
+use crate::{CloseOnDrop, Error, Key, Lease, LockGuard, LockRequest, LockerBuilder, Retry};
 
 /// Obtains locks on one server, one that Sentinels watch over, a cluster, a quorum, or the embedded store.
 ///
@@ -464,10 +464,35 @@ impl Locker {
     /// # }
     /// ```
     pub async fn close(&self) {
+        self.refuse_new_work();
+        self.shared.upkeep.releases.wait().await;
+    }
+
+    /// Closes the locker when the returned value is dropped, and waits for the releases in flight, up to `limit`.
+    ///
+    /// For programs that hold a guard until `main` returns: see [`CloseOnDrop`] for what it can't do.
+    ///
+    /// ```
+    /// # #[tokio::main]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let locker = tenure::Locker::in_memory();
+    /// let closes = locker.close_on_drop(Duration::from_secs(2));
+    /// drop(locker.lock("k").await?);
+    /// drop(closes); // the key is free now
+    /// assert!(matches!(locker.lock("k").await, Err(tenure::Error::Closed)));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn close_on_drop(&self, limit: Duration) -> CloseOnDrop {
+        CloseOnDrop::new(self.clone(), limit)
+    }
+
+    /// Ends what waits, and refuses what comes.
+    pub(crate) fn refuse_new_work(&self) {
         self.shared.closed.cancel();
-        let releases = &self.shared.upkeep.releases;
-        releases.close();
-        releases.wait().await;
+        self.shared.upkeep.releases.close();
     }
 
     /// The patience of `obtain`.

@@ -21,7 +21,7 @@ use crate::hold::{GrantId, Owned};
 use crate::locker::Locker;
 use crate::queue::{Learned, Place};
 use crate::retry::Pauses;
-use crate::schedule::Renewal;
+use crate::schedule::{Reminders, Renewal};
 use crate::store::{Queueing, Wanted};
 use crate::wait::{Known, Waiting, Woken};
 use crate::{Error, Key, LockGuard, Retry, Token, schedule};
@@ -320,6 +320,7 @@ impl LockRequest {
         };
         let (mut attempts, mut late, mut failures) = (0, 0, 0);
         let (mut learned, mut took) = (None, Duration::ZERO);
+        let mut reminders = Reminders::default();
         loop {
             let asked = Instant::now();
             let outcome = match woken {
@@ -380,9 +381,8 @@ impl LockRequest {
                         return Err(error);
                     }
                     failures += 1;
-                    // Told once; a server that stays away is not news.
-                    if failures == 1 {
-                        warn!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server");
+                    if reminders.is_due(Instant::now()) {
+                        warn!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server, still waiting");
                     } else {
                         debug!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server");
                     }

@@ -139,6 +139,28 @@ pub(crate) fn pause_after(failures: u32, interval: Duration, remaining: Duration
     pause.min(remaining / 2).max(FLOOR)
 }
 
+/// When to log again that something still fails: at once, then at intervals that double, from 10 s up to 10 min.
+#[derive(Debug, Default)]
+pub(crate) struct Reminders {
+    next: Option<Instant>,
+    interval: Duration,
+}
+
+impl Reminders {
+    const FIRST: Duration = Duration::from_secs(10);
+    const LONGEST: Duration = Duration::from_secs(600);
+
+    /// Returns whether to log a failure that happens now.
+    pub(crate) fn is_due(&mut self, now: Instant) -> bool {
+        if self.next.is_some_and(|next| now < next) {
+            return false;
+        }
+        self.interval = (self.interval * 2).clamp(Self::FIRST, Self::LONGEST);
+        self.next = Some(now + self.interval);
+        true
+    }
+}
+
 /// When to look at a lock again that is held for so long: when its ttl ends, or so often, whichever comes first. A lock that
 /// is released by who sends no messages is found by that alone. Those who wait on other machines shall not come at once.
 pub(crate) fn look_after(held: Option<Duration>, every: Duration, chance: f64) -> Duration {
@@ -240,6 +262,22 @@ mod tests {
         assert_eq!(after(now, ms(7)), now + ms(7));
         assert!(after(now, Duration::MAX) > now + MAX_TTL);
         assert_eq!(poll_after(99, Some(Duration::MAX), 1.0), ms(250));
+    }
+
+    #[test]
+    fn a_failure_that_lasts_is_logged_less_and_less_often_and_never_for_the_last_time() {
+        let (start, mut reminders) = (Instant::now(), Reminders::default());
+        let logged: Vec<u64> = (0..7_200).filter(|s| reminders.is_due(start + Duration::from_secs(*s))).collect();
+        assert_eq!(logged[..8], [0, 10, 30, 70, 150, 310, 630, 1_230]);
+        assert!(logged.windows(2).all(|pair| pair[1] - pair[0] <= 600), "{logged:?}");
+    }
+
+    #[test]
+    fn half_of_what_is_left_is_kept_for_another_renewal() {
+        let now = Instant::now();
+        assert_eq!(renewal_timeout(ms(2_000), now, now + ms(600)), ms(300));
+        assert_eq!(renewal_timeout(ms(2_000), now, now + ms(20_000)), ms(2_000));
+        assert_eq!(renewal_timeout(ms(2_000), now, now), Duration::ZERO);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 mod auto_traits;
 mod cancellation;
+mod closing;
 mod conformance;
 mod drops;
 mod errors;
