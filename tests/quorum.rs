@@ -465,3 +465,37 @@ async fn a_url_of_a_password_shows_it_in_no_error() {
     let shown = format!("{locker:?} {}", locker.as_ref().err().map(ToString::to_string).unwrap_or_default());
     assert!(!shown.contains("secret"), "{shown}");
 }
+
+#[tokio::test]
+async fn a_lock_that_a_majority_has_lost_is_released_on_the_others() {
+    let servers = start::<3>();
+    let locker = locker_for(&servers, ms(60_000), Duration::ZERO).await;
+    for (end, expected) in [("DEL", Loss::Missing), ("SET", Loss::Taken)] {
+        let guard = lock(&locker, "k").await;
+        is_on(&servers, "k", 3).await;
+        for server in &servers[..2] {
+            server.cli(if end == "DEL" { &["DEL", "k"] } else { &["SET", "k", "another", "PX", "60000"] });
+        }
+        assert!(matches!(guard.refresh().await, Err(Error::NotHeld { .. })), "{end}");
+        assert_eq!(soon(guard.lost()).await, expected);
+        drop(guard);
+        is_on(&servers[2..], "k", 0).await;
+        servers.iter().for_each(|server| drop(server.cli(&["DEL", "k"])));
+    }
+}
+
+#[tokio::test]
+async fn a_dropped_guard_does_not_end_what_its_token_obtains_next() {
+    let servers = start::<3>();
+    let locker = locker_for(&servers, ms(60_000), Duration::ZERO).await;
+    let token = || "worker-7".parse::<Token>().unwrap();
+    for round in 0..50 {
+        drop(soon(locker.lock("k").token(token())).await.unwrap());
+        let guard = soon(locker.lock("k").token(token())).await.unwrap();
+        tokio::time::sleep(ms(10)).await;
+        assert!(count(&servers, "k") >= 2, "round {round}");
+        guard.refresh().await.unwrap();
+    }
+    soon(locker.close()).await;
+    is_on(&servers, "k", 0).await;
+}
