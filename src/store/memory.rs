@@ -103,7 +103,7 @@ impl MemoryStore {
 
     /// As a server does that is restarted without its data.
     #[cfg(test)]
-    pub(super) fn forget(&self) {
+    pub(crate) fn forget(&self) {
         self.held().locks.clear();
     }
 
