@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use tenure::{Error, LockGuard, Locker, Loss, NodeError, Token};
-use tenure_test_support::{Server, eventually, soon};
+use tenure_test_support::{Server, eventually, soon, within};
 use tokio::time::Instant;
 
 const fn ms(n: u64) -> Duration {
@@ -66,8 +66,8 @@ async fn one_frozen_node_of_five_slows_nothing() {
     guard.refresh().await.unwrap();
     assert!(guard.server_ttl().await.unwrap().is_some());
     guard.release().await.unwrap();
-    // Each call to the frozen node takes more than this.
-    assert!(started.elapsed() < ms(500), "{:?}", started.elapsed());
+    // One call to the frozen node takes two seconds.
+    assert!(started.elapsed() < ms(1_500), "{:?}", started.elapsed());
     servers[2].thaw();
     // Its vote came to pass when nobody waited for it any more.
     is_on(&servers, "k", 0).await;
@@ -108,8 +108,8 @@ async fn without_a_majority_a_guard_is_lost_by_its_deadline_and_requests_name_th
     frozen.sort();
     assert_eq!(named, frozen);
 
-    assert_eq!(soon(guard.lost()).await, Loss::Expired);
-    assert!(Instant::now() < started + ms(3_000), "before the servers let go");
+    // Before the servers let go.
+    assert_eq!(within(started + ms(3_000) - Instant::now(), guard.lost()).await, Loss::Expired);
     for server in &servers[..3] {
         server.thaw();
     }
@@ -291,7 +291,7 @@ async fn a_release_reaches_a_node_that_was_frozen_for_a_moment() {
 
 #[tokio::test]
 async fn a_node_that_was_restarted_does_not_vote_and_says_until_when() {
-    const WINDOW: Duration = Duration::from_secs(3);
+    const WINDOW: Duration = Duration::from_secs(5);
     let mut servers = start::<3>();
     let locker = locker_with(&servers, WINDOW).await;
     // All of them are young.
@@ -300,7 +300,7 @@ async fn a_node_that_was_restarted_does_not_vote_and_says_until_when() {
     let nodes = node_errors(refused);
     assert!(nodes.len() >= 2);
     for node in nodes {
-        assert!(matches!(node.error, Error::NotVoting { remaining } if remaining <= ms(4_000)), "{node}");
+        assert!(matches!(node.error, Error::NotVoting { remaining } if remaining <= ms(6_000)), "{node}");
     }
     // A request that waits goes on through it.
     let guard = lock(&locker, "k").await;
@@ -413,30 +413,6 @@ async fn a_lock_that_is_released_at_once_is_freed_by_that_release() {
     }
     soon(locker.close()).await;
     is_on(&servers, "k", 0).await;
-}
-
-#[tokio::test]
-async fn the_documented_permissions_suffice() {
-    let servers = start::<3>();
-    let rules = "on >secret resetchannels ~app:* ~{app:* +eval +evalsha +get +set +del +pexpire +pttl +time +info";
-    for server in &servers {
-        let command: Vec<&str> = ["ACL", "SETUSER", "worker"].into_iter().chain(rules.split(' ')).collect();
-        assert_eq!(server.cli(&command), "OK");
-    }
-    let urls = servers.iter().map(|server| format!("redis://worker:secret@127.0.0.1:{}", server.port()));
-    let builder = Locker::builder().prefix("app:").ttl(ms(1_000)).restart_window(ms(1_000));
-    let locker = builder.quorum(urls).await.unwrap();
-    for request in [locker.lock("k"), locker.lock("k").token("mine".parse().unwrap())] {
-        let guard = soon(request).await.unwrap();
-        guard.refresh().await.unwrap();
-        assert!(locker.inspect("k").await.unwrap().is_some());
-        guard.release().await.unwrap();
-    }
-    // Taking a vote back needs no more.
-    servers[0].cli(&["SET", "app:k", "another"]);
-    servers[1].cli(&["SET", "app:k", "another"]);
-    assert!(matches!(locker.try_lock("k").token("mine".parse().unwrap()).await, Err(Error::NotObtained { .. })));
-    eventually("it is taken back", async || (servers[2].cli(&["EXISTS", "app:k"]) == "0").then_some(())).await;
 }
 
 #[tokio::test]

@@ -246,16 +246,16 @@ async fn ensure_only_ever_lengthens(locker: &Locker) {
 }
 
 async fn renewal_carries_a_lock_past_its_ttl(locker: &Locker) {
-    let guard = locker.lock("renewed").ttl(ms(600)).await.unwrap();
+    let guard = locker.lock("renewed").ttl(ms(1_500)).await.unwrap();
     let first = guard.deadline();
-    eventually("three ttls on", async || (guard.deadline() > first + ms(1_800)).then_some(())).await;
+    eventually("three ttls on", async || (guard.deadline() > first + ms(4_500)).then_some(())).await;
     assert_eq!(guard.check(), Ok(()));
     assert!(matches!(locker.try_lock("renewed").await, Err(Error::NotObtained { .. })));
     guard.release().await.unwrap();
 }
 
 async fn without_renewal_a_lock_expires_and_says_so(locker: &Locker) {
-    let guard = locker.lock("expiring").ttl(ms(300)).no_renewal().await.unwrap();
+    let guard = locker.lock("expiring").ttl(ms(1_000)).no_renewal().await.unwrap();
     let deadline = guard.deadline();
     assert_eq!(guard.lost().await, Loss::Expired);
     assert!(tokio::time::Instant::now() >= deadline);
@@ -303,16 +303,21 @@ async fn waiting_ends_when_it_is_said_to(locker: &Locker) {
     let guard = locker.lock("patience").await.unwrap();
     for request in [locker.lock("patience"), locker.obtain("patience"), locker.try_lock("patience")] {
         let started = Instant::now();
-        let refused = request.wait_at_most(ms(300)).await.unwrap_err();
+        let refused = request.wait_at_most(ms(1_000)).await.unwrap_err();
         let waited = started.elapsed();
         assert!(matches!(refused, Error::NotObtained { attempts: 2.., .. }), "{refused}");
         // To the millisecond in the simulation; here the machine may be busy.
-        assert!(waited >= ms(300) && waited < ms(2_000), "{waited:?}");
+        assert!(waited >= ms(1_000) && waited < ms(2_700), "{waited:?}");
     }
     guard.release().await.unwrap();
     // Far beyond what the clock can count to: without a limit.
     locker.lock("patience").wait_at_most(Duration::MAX).await.unwrap().release().await.unwrap();
-    locker.lock("patience").wait_at_most(Duration::ZERO).await.unwrap().release().await.unwrap();
+    // One short attempt. Where the machine is too busy to answer in its time, nobody knows what has become of it.
+    let guard = eventually("it is granted", async || {
+        let attempt = locker.lock("patience").wait_at_most(Duration::ZERO).await;
+        attempt.map_err(|error| assert!(error.is_transient(), "{error}")).ok()
+    });
+    guard.await.release().await.unwrap();
 }
 
 async fn a_strategy_counts_its_attempts(locker: &Locker) {
