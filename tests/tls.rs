@@ -8,7 +8,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use tenure::fred::prelude::{Builder, ClientLike, Config, ReconnectPolicy};
@@ -50,14 +50,24 @@ impl Certificates {
 
 /// Runs the test of this name again, in a process that trusts an authority by `SSL_CERT_FILE`.
 fn in_a_process_that_trusts(certificates: &Certificates, test: &str, url: &str) {
-    let child = Command::new(std::env::current_exe().unwrap())
+    succeeds(start_in_a_process_that_trusts(certificates, test, url));
+}
+
+fn start_in_a_process_that_trusts(certificates: &Certificates, test: &str, url: &str) -> Child {
+    Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture"])
         .env("SSL_CERT_FILE", certificates.trusted.certificate())
         .env(URL, url)
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&child.stdout).into_owned() + &String::from_utf8_lossy(&child.stderr);
-    assert!(child.status.success() && said.contains("1 passed"), "{said}");
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+fn succeeds(process: Child) {
+    let output = process.wait_with_output().unwrap();
+    let told = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && told.contains("1 passed"), "{told}");
 }
 
 /// Set in such a process: what to connect to.

@@ -4,7 +4,7 @@ use std::future::IntoFuture;
 use std::time::{Duration, Instant};
 
 use tenure::{Error, Locker};
-use tenure_test_support::{Mode, Proxy, Server, soon};
+use tenure_test_support::{Mode, Proxy, Server, soon, within};
 use tokio::time::timeout;
 
 const fn ms(n: u64) -> Duration {
@@ -202,10 +202,10 @@ async fn a_hung_server_is_waited_for_no_longer_than_said() {
     for limit in [0, 1, 100, 700] {
         for request in [locker.lock("k"), locker.try_lock("k"), locker.obtain("k")] {
             let started = Instant::now();
-            let failed = request.wait_at_most(ms(limit)).await.unwrap_err();
+            let failed = within(ms(limit + 50), request.wait_at_most(ms(limit))).await.unwrap_err();
             let waited = started.elapsed();
             assert!(matches!(failed, Error::Redis(_)), "{failed}");
-            assert!(waited >= ms(limit) && waited <= ms(limit + 50), "{waited:?} of {limit} ms");
+            assert!(waited >= ms(limit), "{waited:?} of {limit} ms");
         }
     }
 }
@@ -217,8 +217,8 @@ async fn a_grant_that_comes_too_late_is_refused_and_released() {
     let locker = Locker::connect(&proxy.url()).await.unwrap();
     drop(locker.lock("warm").await.unwrap());
     proxy.set(Mode::Delay(ms(400)));
-    let in_time = soon(locker.try_lock("k").ttl(ms(800))).await.unwrap();
-    assert!(in_time.remaining() < ms(400));
+    let in_time = soon(locker.try_lock("k").ttl(ms(4_000))).await.unwrap();
+    assert!(in_time.remaining() < ms(3_600));
     drop(in_time);
     for request in [locker.try_lock("late").ttl(ms(350)), locker.lock("late").ttl(ms(350))] {
         assert!(matches!(soon(request).await, Err(Error::ValidityExpired)));

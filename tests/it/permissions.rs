@@ -196,6 +196,13 @@ async fn with_the_documented_permissions_a_quorum_knows_who_was_restarted() {
         other => Some(other.unwrap()),
     });
     guard.await.release().await.unwrap();
+    // Votes are taken back, too.
+    for server in &servers[..2] {
+        server.cli(&["SET", "app:k", "another"]);
+    }
+    let refused = soon(locker.try_lock("k").token("own".parse().unwrap())).await;
+    assert!(matches!(refused, Err(Error::NotObtained { .. })), "{refused:?}");
+    eventually("it is taken back", async || (servers[2].cli(&["EXISTS", "app:k"]) == "0").then_some(())).await;
 }
 
 #[tokio::test]
