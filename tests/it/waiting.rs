@@ -407,3 +407,24 @@ async fn no_one_is_said_to_hold_a_lock_while_the_server_is_silent() {
     server.thaw();
     soon(first).await.unwrap().unwrap().release().await.unwrap();
 }
+
+#[tokio::test]
+async fn keys_that_differ_in_their_braces_share_nothing() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let keys = ["k", "{k}", "{k}{}", "{k", "k}"];
+    let mut tokens = Vec::new();
+    for waited_for in keys {
+        let held = locker.lock(waited_for).await.unwrap();
+        tokens.extend(held.fencing_token());
+        let waiter = tokio::spawn(locker.lock(waited_for).fair(true).into_future());
+        eventually("it queues", async || server.cli(&["KEYS", "*:alive*"]).contains(waited_for).then_some(())).await;
+        // Others are neither held nor waited for.
+        for other in keys.into_iter().filter(|key| *key != waited_for) {
+            locker.try_lock(other).fair(true).await.unwrap().release().await.unwrap();
+        }
+        held.release().await.unwrap();
+        soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+    }
+    assert_eq!(server.cli(&["KEYS", "*:fence*"]).lines().count(), keys.len());
+}
