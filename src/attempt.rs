@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::debug;
 
-use crate::hold::{Grant, Hold, Owned};
+use crate::hold::{Grant, GrantId, Hold};
 use crate::keeper::Upkeep;
 use crate::queue::{Place, Turn};
 use crate::schedule::{Drift, Renewal};
@@ -34,6 +34,8 @@ pub(crate) struct Attempt {
     wanted: Arc<Wanted>,
     upkeep: Arc<Upkeep>,
     runtime: Handle,
+    /// An attempt had an unknown outcome, so that it may be run after the lock is released.
+    doubt: bool,
     /// There while unsettled. The token makes [`Locker::close`](crate::Locker::close) wait until that is over.
     unsettled: Option<TaskTrackerToken>,
     /// The token has been used.
@@ -56,7 +58,16 @@ pub(crate) enum Outcome {
 
 impl Attempt {
     pub(crate) fn new(wanted: Wanted, upkeep: Arc<Upkeep>, runtime: Handle) -> Self {
-        Self { wanted: Arc::new(wanted), upkeep, runtime, unsettled: None, made: false, place: None, in_line: false }
+        Self {
+            wanted: Arc::new(wanted),
+            upkeep,
+            runtime,
+            doubt: false,
+            unsettled: None,
+            made: false,
+            place: None,
+            in_line: false,
+        }
     }
 
     pub(crate) fn key(&self) -> Key {
@@ -91,9 +102,10 @@ impl Attempt {
         if refused && !doubtful {
             self.unsettled = None;
         }
+        self.doubt |= answer.is_err() && !refused;
         Ok(match answer? {
             Acquired::Granted { fencing_token } => {
-                Outcome::Granted(Grant { sent, ttl: self.wanted.ttl, fencing_token })
+                Outcome::Granted(Grant { sent, ttl: self.wanted.ttl, fencing_token, doubt: None })
             }
             Acquired::Held { place, remaining } => {
                 let key = self.wanted.owned.keys.get(place).cloned().unwrap_or_else(|| self.key());
@@ -130,6 +142,7 @@ impl Attempt {
                 Woken::Granted(grant)
             }
             Turn::AskAgain { settled: false } => {
+                self.doubt = true;
                 self.unsettle();
                 Woken::Ask
             }
@@ -202,33 +215,36 @@ impl Attempt {
     /// Another attempt is about to be made. A store that takes attempts back by itself may still do so with the last one,
     /// and must not take this one for it.
     fn renew_token(&mut self) {
-        if !self.wanted.owned.own_token || !self.upkeep.store.settles() {
+        if !self.upkeep.store.settles() {
             return;
         }
         self.undo();
-        let owned = Owned { token: Token::random(), ..self.wanted.owned.clone() };
-        self.wanted = Arc::new(Wanted { owned, ..Wanted::clone(&self.wanted) });
+        let mut owned = self.wanted.owned.clone();
+        match owned.own_token {
+            true => owned.token = Token::random(),
+            false => owned.grant = Some(GrantId::random()),
+        }
+        self.wanted = Arc::new(Wanted { owned, latest: Arc::default(), ..Wanted::clone(&self.wanted) });
     }
 
     /// Undoes what is unsettled, in the background.
     fn undo(&mut self) {
         let Some(unsettled) = self.unsettled.take() else { return };
-        // By a token from elsewhere another guard may hold the lock, and would lose it.
-        if !self.wanted.owned.own_token {
-            return;
-        }
         let (wanted, upkeep) = (self.wanted.clone(), self.upkeep.clone());
         // Where the runtime is gone, this does nothing, and the ttl frees the lock.
         self.runtime.spawn(async move {
-            upkeep.undo(&wanted).await;
+            upkeep.undo(&wanted.owned, &wanted.latest, wanted.ttl).await;
             drop(unsettled);
         });
     }
 
     /// The lock is ours: from here on its guard and its keeper see to it.
-    pub(crate) fn succeed(mut self, grant: &Grant, drift: Drift, renewal: Renewal) -> LockGuard {
-        let Wanted { owned, metadata, .. } = &*self.wanted;
-        let hold = Hold::new(owned.clone(), metadata.clone(), grant, drift, renewal, self.upkeep.origin);
+    pub(crate) fn succeed(mut self, mut grant: Grant, drift: Drift, renewal: Renewal) -> LockGuard {
+        let Wanted { owned, metadata, latest, .. } = &*self.wanted;
+        let is_voted_on = self.is_voted_on();
+        grant.doubt = (self.doubt && !is_voted_on).then(|| latest.clone());
+        let origin = self.upkeep.origin;
+        let hold = Hold::new(owned.clone(), metadata.clone(), &grant, drift, renewal, origin, is_voted_on);
         let guard = LockGuard::start(hold, &self.upkeep, &self.runtime);
         self.unsettled = None;
         self.in_line = false;

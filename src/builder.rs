@@ -99,7 +99,8 @@ impl LockerBuilder {
         self
     }
 
-    /// How often who waits looks at the lock although nothing was heard of it: 1 s unless set, at least 10 ms.
+    /// How often who waits looks at the lock although nothing was heard of it: 1 s unless set, at least 10 ms, at most 365
+    /// days.
     ///
     /// A lock that is released by tenure is heard of at once, and the end of a dead holder's ttl is known. This is for locks
     /// that other libraries release, which send no message, and for servers whose messages can't be had.
@@ -110,7 +111,7 @@ impl LockerBuilder {
     /// let locker = tenure::Locker::builder().poll_every(Duration::from_millis(200)).in_memory();
     /// ```
     pub fn poll_every(mut self, interval: Duration) -> Self {
-        self.settings.poll_every = interval.max(Duration::from_millis(10));
+        self.settings.poll_every = interval.clamp(Duration::from_millis(10), MAX_TTL);
         self
     }
 
@@ -140,7 +141,8 @@ impl LockerBuilder {
 
     /// How long to wait for the server's answer to one command, and for a connection. Default: 2 s.
     ///
-    /// Calls that would be answered too late to be of use end sooner, by themselves. Zero is taken for 1 ms.
+    /// Calls that would be answered too late to be of use end sooner, by themselves. Zero is taken for 1 ms, and what
+    /// is longer than 365 days for that.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -205,7 +207,7 @@ impl LockerBuilder {
     }
 
     /// For how long a quorum's node doesn't vote after a restart, in which it may have forgotten what it had granted.
-    /// Rounded up to whole seconds; default: 60 s.
+    /// Rounded up to whole seconds; default: 60 s, at most 365 days.
     ///
     /// No ttl may be longer, or what a node has forgotten could be held still when it votes again. Zero is for nodes that
     /// write every change to disk before they answer (`appendfsync always`), and for tests: nodes vote at once then, and
@@ -220,7 +222,7 @@ impl LockerBuilder {
     /// # }
     /// ```
     pub fn restart_window(mut self, window: Duration) -> Self {
-        self.restart_window = window;
+        self.restart_window = window.min(MAX_TTL);
         self
     }
 
@@ -337,5 +339,19 @@ impl LockerBuilder {
             Upkeep { store, command_timeout, releases, queues, origin, rosters, isolated },
             self.settings,
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_length_of_time_becomes_a_shorter_one_by_overflow() {
+        let builder = Locker::builder().restart_window(Duration::MAX).poll_every(Duration::MAX);
+        let builder = builder.command_timeout(Duration::MAX);
+        assert_eq!([builder.restart_window, builder.settings.poll_every, builder.command_timeout], [MAX_TTL; 3]);
+        let store = QuorumStore::new(Vec::new(), Duration::MAX, TaskTracker::new());
+        assert!(format!("{store:?}").contains("restart_window: 18446744073709551615s"), "{store:?}");
     }
 }

@@ -30,15 +30,19 @@ use crate::{Key, Loss};
 /// # first.release().await
 /// # }
 /// ```
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Somebody else holds the lock, and went on holding it for as long as the request was willing to wait.
+    /// Somebody else holds the lock, as the server last reported, and the request was not willing to wait longer. For a
+    /// [fair](crate::LockRequest::fair) request also: it is somebody else's turn to take it.
+    ///
+    /// Where the server did not report that, the error is [`Redis`](Error::Redis).
     #[error("`{key}` is held by another (attempts: {attempts}, waited: {waited:?}); try later or wait longer")]
     NotObtained {
         /// The key that was held; of several, the first that was found to be.
         key: Key,
-        /// How often the server was asked.
+        /// How often this request asked the server. Zero for one that waited behind another request of this process, which
+        /// asked for both.
         attempts: u32,
         /// From the first attempt until giving up.
         waited: Duration,
@@ -209,8 +213,7 @@ impl Error {
     /// Whether the server itself has refused the command, so that it was surely not run. Of any other failure the outcome
     /// is unknown; also of a timeout that is explained by what keeps the connection from being made again.
     pub(crate) fn is_refusal(&self) -> bool {
-        let timed_out = matches!(self, Self::Redis(error) if *error.kind() == ErrorKind::Timeout);
-        self.code().is_some() && !timed_out
+        self.code().is_some() && !self.is_timeout()
     }
 
     /// Whether the cluster refused the command because its keys are on another node, or on two. It has not run.
@@ -218,16 +221,8 @@ impl Error {
         matches!(self.code(), Some("ASK" | "MOVED" | "TRYAGAIN"))
     }
 
-    /// The same, for another operation of a call that failed as a whole.
-    pub(crate) fn again(&self) -> Self {
-        match self {
-            Self::Redis(error) => Self::Redis(error.clone()),
-            Self::CrossSlot => Self::CrossSlot,
-            Self::NoRuntime => Self::NoRuntime,
-            &Self::NotReplicated { needed, acknowledged } => Self::NotReplicated { needed, acknowledged },
-            // A call fails in no other way.
-            _ => Self::timeout(),
-        }
+    pub(crate) fn is_timeout(&self) -> bool {
+        matches!(self, Self::Redis(error) if *error.kind() == ErrorKind::Timeout)
     }
 
     pub(crate) fn timeout() -> Self {
@@ -246,7 +241,7 @@ impl Error {
 /// }
 /// # }
 /// ```
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[error("{address}: {error}")]
 #[non_exhaustive]
 pub struct NodeError {
@@ -271,10 +266,11 @@ impl fmt::Display for Nodes<'_> {
 }
 
 /// What a server answers that will do its work again some time later.
-const TRANSIENT_CODES: [&str; 13] = [
+const TRANSIENT_CODES: [&str; 14] = [
     "ASK",
     "BUSY",
     "CLUSTERDOWN",
+    "LATE",
     "LOADING",
     "MASTERDOWN",
     "MISCONF",

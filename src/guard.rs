@@ -14,15 +14,16 @@ use crate::hold::{Cleanup, Hold};
 use crate::keeper::{Keeper, Upkeep};
 use crate::lost::{Lost, Protected};
 use crate::roster::Place;
-use crate::store::Released;
+use crate::store::{Ending, Released};
 use crate::{Error, Key, Lease, Loss, Token};
 
 /// A held lock: renewed in the background until it is released, dropped or lost.
 ///
 /// Made by awaiting a [`LockRequest`](crate::LockRequest). A guard never believes longer than the server: it counts as
 /// held until its [`deadline`](LockGuard::deadline), which only a confirmed renewal moves, and which lies before the moment
-/// at which the server lets go. [`lost`](LockGuard::lost), [`cancellation_token`](LockGuard::cancellation_token),
-/// [`protect`](LockGuard::protect) and [`is_held`](LockGuard::is_held) all follow that one deadline.
+/// at which the server lets go. [`is_held`](LockGuard::is_held), [`check`](LockGuard::check), [`lost`](LockGuard::lost) and
+/// [`protect`](LockGuard::protect) read that one deadline themselves, on whatever runtime they are used;
+/// [`cancellation_token`](LockGuard::cancellation_token) depends on a task that runs.
 ///
 /// # Dropping
 ///
@@ -245,6 +246,9 @@ impl LockGuard {
     /// Waits until the lock is held no more, and says why. Lives on its own: it may outlast the guard, and then says
     /// [`Loss::Released`].
     ///
+    /// It watches the deadline by itself, on the runtime that polls it: it is on time also when the runtime that the lock
+    /// was obtained on is blocked or not driven.
+    ///
     /// # Cancel safety
     ///
     /// May be dropped and made again at any time; nothing is missed.
@@ -267,6 +271,12 @@ impl LockGuard {
 
     /// A token that fires when the lock is held no more: lost, released or dropped. For code that already takes one.
     ///
+    /// A task on the runtime that the lock was obtained on fires it at the deadline. While that runtime is blocked or not
+    /// driven, the token is late, and its `is_cancelled`, which does not read the clock, returns false after the
+    /// deadline. [`is_held`](LockGuard::is_held), [`check`](LockGuard::check), [`lost`](LockGuard::lost) and
+    /// [`protect`](LockGuard::protect) read the clock themselves; any of them that finds the deadline passed fires the
+    /// token, too.
+    ///
     /// It is yours: cancelling it, or a child of it, does nothing to the lock.
     ///
     /// ```
@@ -285,7 +295,8 @@ impl LockGuard {
     }
 
     /// Runs `work` for as long as the lock is held. On a loss the work is dropped at once, and the loss is the answer,
-    /// also when the work has become ready at the same time.
+    /// also when the work has become ready at the same time. As with [`lost`](LockGuard::lost), the deadline is watched on
+    /// the runtime that polls the future.
     ///
     /// # Cancel safety
     ///
@@ -442,8 +453,11 @@ impl LockGuard {
             loss => return Err(self.not_held(loss)),
         }
         let until = Instant::now() + self.upkeep.command_timeout;
-        let released = self.upkeep.release(&self.hold.owned, until).await?;
-        self.hold.settle(Cleanup::Nothing);
+        let released = self.upkeep.release(&self.hold.owned, Ending::Lock, until).await?;
+        self.hold.settle(match self.hold.doubt {
+            Some(_) => Cleanup::Undo(self.upkeep.releases.token()),
+            None => Cleanup::Nothing,
+        });
         match released {
             Released::Freed => {
                 info!(name: "tenure.released", key = %self.key(), "released");
@@ -496,7 +510,7 @@ impl LockGuard {
         self.check().map_err(|loss| self.not_held(loss))?;
         let renewing = match ttl {
             Some(ttl) if exact => {
-                let renewing = self.hold.setting_ttl(ttl);
+                let renewing = self.hold.setting_ttl(ttl, self.upkeep.patience());
                 // What is due may be due sooner now.
                 self.place.call();
                 renewing
@@ -519,7 +533,7 @@ impl Drop for LockGuard {
     /// Only calls the keeper: nothing here spawns, blocks or panics.
     fn drop(&mut self) {
         self.hold.end(Loss::Released);
-        match self.hold.settle(Cleanup::Release(self.upkeep.releases.token())) {
+        match self.hold.settle(Cleanup::Release(Some(self.upkeep.releases.token()))) {
             true => self.place.call(),
             false => self.place.leave(),
         }

@@ -9,8 +9,12 @@
 //! 4. A request that makes the ttl shorter counts from the moment it is sent, since the server may obey at any time
 //!    after; and an answer to a request sent before it, which the server may have obeyed before it too, counts for
 //!    nothing.
+//! 5. While the outcome of such a request is unknown, the server may still obey it, after what it confirms meanwhile: no
+//!    confirmation is worth more than that ttl.
+//! 6. The loss and what is left to do about it are decided in one step: whoever learns of the one can rely on the other.
 
 use std::fmt;
+use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::schedule::{Drift, Renewal};
+use crate::store::{Extending, Latest, RECORD_TTL};
 use crate::{Error, Key, Loss, Token};
 
 /// What identifies a held lock at the server: its keys, and the token that they hold.
@@ -27,9 +32,34 @@ use crate::{Error, Key, Loss, Token};
 pub(crate) struct Owned {
     pub(crate) keys: Box<[Key]>,
     pub(crate) token: Token,
-    /// The token was made for one request and is known to nobody else: what it holds was granted to that request, and
-    /// once it is released, nothing will be held by it again.
+    /// The token was made for one request, which nobody else has used it before.
     pub(crate) own_token: bool,
+    /// Tells this grant from others of the same token. `None`: that of the request that made the token.
+    pub(crate) grant: Option<GrantId>,
+}
+
+/// Tells grants of one token apart.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct GrantId(u64);
+
+impl GrantId {
+    pub(crate) fn random() -> Self {
+        Self(fastrand::u64(..))
+    }
+}
+
+impl fmt::Display for GrantId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x}", self.0)
+    }
+}
+
+impl FromStr for GrantId {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        u64::from_str_radix(text, 16).map(Self)
+    }
 }
 
 impl Owned {
@@ -44,6 +74,8 @@ pub(crate) struct Grant {
     pub(crate) sent: Instant,
     pub(crate) ttl: Duration,
     pub(crate) fencing_token: Option<u64>,
+    /// An earlier attempt of the same request had an unknown outcome, and may be run until then.
+    pub(crate) doubt: Option<Arc<Latest>>,
 }
 
 /// One held lock, until it is held no more.
@@ -52,6 +84,10 @@ pub(crate) struct Hold {
     pub(crate) metadata: Box<[u8]>,
     /// Fixed when the lock is obtained: read again after a loss, it would be the successor's.
     pub(crate) fencing_token: Option<u64>,
+    /// What is left of it may come to pass after the release.
+    pub(crate) doubt: Option<Arc<Latest>>,
+    /// A part of it may be left at the server when the server says that it is not held: one of several keys, a few nodes.
+    has_parts: bool,
     drift: Drift,
     /// Where the grid of renewals begins, for all locks of one locker.
     origin: Instant,
@@ -66,12 +102,20 @@ struct State {
     renewal: Renewal,
     /// When the last confirmed request was sent.
     sent: Instant,
+    /// For how long the lock is surely held from then on, before drift.
+    worth: Duration,
     deadline: Instant,
     /// Counts the requests that set the ttl: an answer from an earlier epoch moves no deadline (invariant 4).
     epoch: u32,
+    /// Requests that set the ttl, and whose outcome is unknown (invariant 5).
+    unresolved: Vec<Unresolved>,
+    /// When the record of grants was last written.
+    recorded: Instant,
     loss: Option<Loss>,
     cleanup: Option<Cleanup>,
     observer: Option<Arc<dyn Observer>>,
+    /// Fires when the deadline moves closer. Created for the first future that sleeps until the deadline.
+    shortened: Option<CancellationToken>,
 }
 
 /// Learns from the keeper what becomes of the lock, in this order: any number of renewals and failures, then the end.
@@ -88,10 +132,20 @@ pub(crate) trait Observer: Send + Sync {
     fn lost(&self, loss: Loss);
 }
 
+/// A request that sets the ttl to exactly this, and may be run until then.
+struct Unresolved {
+    epoch: u32,
+    ttl: Duration,
+    until: Instant,
+}
+
 /// What the keeper still has to do once the lock is held no more.
 pub(crate) enum Cleanup {
-    /// Release it. The token makes [`Locker::close`](crate::Locker::close) wait for that.
-    Release(TaskTrackerToken),
+    /// Release it. The token makes [`Locker::close`](crate::Locker::close) wait for that; the keeper takes one where there is
+    /// none yet.
+    Release(Option<TaskTrackerToken>),
+    /// It is released: undo what an earlier attempt of unknown outcome may still leave.
+    Undo(TaskTrackerToken),
     /// Nothing: it is released, or shall stay as it is.
     Nothing,
 }
@@ -103,7 +157,19 @@ pub(crate) struct Renewing {
     pub(crate) ttl: Duration,
     /// The ttl shall be exactly this; otherwise at least this.
     pub(crate) exact: bool,
+    /// The record of grants shall live on, too.
+    pub(crate) keeps_record: bool,
     epoch: u32,
+}
+
+impl Renewing {
+    pub(crate) fn how(self) -> Extending {
+        match (self.exact, self.keeps_record) {
+            (true, _) => Extending::Exactly,
+            (false, true) => Extending::KeepRecord,
+            (false, false) => Extending::AtLeast,
+        }
+    }
 }
 
 impl Hold {
@@ -114,22 +180,29 @@ impl Hold {
         drift: Drift,
         renewal: Renewal,
         origin: Instant,
+        is_voted_on: bool,
     ) -> Self {
         Self {
+            has_parts: is_voted_on || owned.keys.len() > 1,
             owned,
             metadata,
             fencing_token: grant.fencing_token,
+            doubt: grant.doubt.clone(),
             drift,
             origin,
             state: Mutex::new(State {
                 ttl: grant.ttl,
                 renewal,
                 sent: grant.sent,
+                worth: grant.ttl,
                 deadline: drift.deadline(grant.sent, grant.ttl),
                 epoch: 0,
+                unresolved: Vec::new(),
+                recorded: grant.sent,
                 loss: None,
                 cleanup: None,
                 observer: None,
+                shortened: None,
             }),
             over: CancellationToken::new(),
             changed: Notify::new(),
@@ -164,8 +237,7 @@ impl Hold {
     /// When there is something to do for the lock: the next renewal, if it is renewed at all, or else its deadline.
     pub(crate) fn next_duty(&self) -> Instant {
         let state = self.state();
-        let renewal = state.renewal.due(state.sent, state.ttl, self.origin);
-        renewal.map_or(state.deadline, |due| due.min(state.deadline))
+        state.due(self.origin).map_or(state.deadline, |due| due.min(state.deadline))
     }
 
     pub(crate) fn renewal_interval(&self) -> Option<Duration> {
@@ -199,7 +271,14 @@ impl Hold {
     /// A renewal is about to be sent, for the ttl as it is or for at least `ttl`.
     pub(crate) fn renewing(&self, ttl: Option<Duration>) -> Renewing {
         let state = self.state();
-        Renewing { sent: Instant::now(), ttl: ttl.unwrap_or(state.ttl), exact: false, epoch: state.epoch }
+        let sent = Instant::now();
+        let keeps_record = self.must_keep_record(&state, sent);
+        Renewing { sent, ttl: ttl.unwrap_or(state.ttl), exact: false, keeps_record, epoch: state.epoch }
+    }
+
+    /// Whether the record of grants comes of age.
+    fn must_keep_record(&self, state: &State, now: Instant) -> bool {
+        self.owned.grant.is_some() && now.saturating_duration_since(state.recorded) > RECORD_TTL / 4
     }
 
     /// The renewal that is due, if one is and it may take `time`: else the deadline comes first. `sent` is now, or a moment
@@ -207,23 +286,47 @@ impl Hold {
     pub(crate) fn renewing_when_due(&self, sent: Instant, time: Duration) -> Option<Renewing> {
         let state = self.state();
         state.verdict(sent).ok()?;
-        let due = state.renewal.due(state.sent, state.ttl, self.origin)?;
-        (due <= sent && time <= state.deadline - sent).then_some(Renewing {
+        let due = state.due(self.origin)?;
+        let is_one_of_many = due <= sent && time <= state.deadline - sent && !self.must_keep_record(&state, sent);
+        is_one_of_many.then_some(Renewing {
             sent,
             ttl: state.ttl,
             exact: false,
+            keeps_record: false,
             epoch: state.epoch,
         })
     }
 
-    /// A renewal is about to be sent that sets the ttl to exactly `ttl` (invariant 4).
-    pub(crate) fn setting_ttl(&self, ttl: Duration) -> Renewing {
+    /// A renewal is about to be sent that sets the ttl to exactly `ttl` (invariant 4). The server refuses to run it after
+    /// `patience`.
+    pub(crate) fn setting_ttl(&self, ttl: Duration, patience: Duration) -> Renewing {
         let mut state = self.state();
         let sent = Instant::now();
         state.epoch = state.epoch.wrapping_add(1);
         state.deadline = state.deadline.min(self.drift.deadline(sent, ttl));
         state.ttl = state.ttl.min(ttl);
-        Renewing { sent, ttl, exact: true, epoch: state.epoch }
+        let epoch = state.epoch;
+        state.unresolved.retain(|earlier| sent < earlier.until);
+        state.unresolved.push(Unresolved { epoch, ttl, until: sent + patience });
+        let shortened = state.shortened.take();
+        drop(state);
+        // Not under the mutex: it runs others' wakers.
+        if let Some(shortened) = shortened {
+            shortened.cancel();
+        }
+        Renewing { sent, ttl, exact: true, keeps_record: false, epoch }
+    }
+
+    /// The server has refused a renewal, so that it was surely not run.
+    pub(crate) fn was_refused(&self, renewing: Renewing) {
+        if renewing.exact {
+            self.state().unresolved.retain(|request| request.epoch != renewing.epoch);
+        }
+    }
+
+    /// Returns a token that fires when the deadline next moves closer: a future that sleeps until then has to read it again.
+    pub(crate) fn shortened(&self) -> CancellationToken {
+        self.state().shortened.get_or_insert_default().clone()
     }
 
     /// The server has confirmed a renewal. Tells what became of the lock meanwhile, if it is over.
@@ -235,12 +338,24 @@ impl Hold {
             self.end(loss);
             return Err(loss);
         }
+        if renewing.exact {
+            state.unresolved.retain(|request| request.epoch != renewing.epoch);
+        }
         if renewing.epoch == state.epoch {
-            let deadline = self.drift.deadline(renewing.sent, renewing.ttl);
+            // One that may be run after this one counts from this one at the earliest (invariant 5).
+            let may_follow = state.unresolved.iter().filter(|request| renewing.sent < request.until);
+            let worth = may_follow.map(|request| request.ttl).fold(renewing.ttl, Duration::min);
+            let deadline = self.drift.deadline(renewing.sent, worth);
             state.deadline = state.deadline.max(deadline);
-            state.sent = state.sent.max(renewing.sent);
+            if renewing.sent >= state.sent {
+                state.sent = renewing.sent;
+                state.worth = worth;
+            }
             if renewing.exact {
                 state.ttl = renewing.ttl;
+            }
+            if renewing.keeps_record {
+                state.recorded = renewing.sent;
             }
         }
         drop(state);
@@ -256,6 +371,16 @@ impl Hold {
         let mut state = self.state();
         let loss = state.verdict(Instant::now()).err().unwrap_or(loss);
         state.loss = Some(loss);
+        if state.cleanup.is_none() {
+            // In the same step as the loss (invariant 6). What its owner ends, its owner says what to do about.
+            state.cleanup = match loss {
+                Loss::Released => None,
+                // A renewal that nobody heard of may have been run, and would hold the key for a whole ttl.
+                Loss::Expired => Some(Cleanup::Release(None)),
+                Loss::Taken | Loss::Missing if self.has_parts => Some(Cleanup::Release(None)),
+                Loss::Taken | Loss::Missing => Some(Cleanup::Nothing),
+            };
+        }
         // Only now: whoever the token wakes finds the reason. And not under the mutex: it runs others' wakers.
         drop(state);
         self.over.cancel();
@@ -263,21 +388,20 @@ impl Hold {
         loss
     }
 
-    /// Tells the keeper what is left to do. Once: answers whether this is it.
+    /// Tells the keeper what is left to do, unless that is decided already. Returns whether there is anything.
     pub(crate) fn settle(&self, cleanup: Cleanup) -> bool {
-        let refused = {
+        let (refused, is_left) = {
             let mut state = self.state();
-            match state.cleanup {
-                None => {
-                    state.cleanup = Some(cleanup);
-                    None
-                }
+            let refused = match state.cleanup {
+                None => state.cleanup.replace(cleanup),
                 Some(_) => Some(cleanup),
-            }
+            };
+            (refused, !matches!(state.cleanup, Some(Cleanup::Nothing)))
         };
         self.changed.notify_one();
         // A tracker's token, which wakes others when it is dropped: not under the mutex.
-        refused.is_none()
+        drop(refused);
+        is_left
     }
 
     /// What [`settle`](Hold::settle) said, once it has.
@@ -302,7 +426,11 @@ impl State {
     }
 
     fn interval(&self) -> Option<Duration> {
-        self.renewal.interval(self.ttl)
+        self.renewal.interval(self.ttl.min(self.worth))
+    }
+
+    fn due(&self, origin: Instant) -> Option<Instant> {
+        self.renewal.due(self.sent, self.ttl.min(self.worth), origin)
     }
 }
 
@@ -325,10 +453,15 @@ mod tests {
 
     /// Held for 1,000 ms from now, as its drift is none.
     fn hold() -> Hold {
-        let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true };
-        let grant = Grant { sent: Instant::now(), ttl: ms(1_000), fencing_token: None };
+        of(&["k"])
+    }
+
+    fn of(keys: &[&'static str]) -> Hold {
+        let keys = keys.iter().copied().map(Key::from).collect();
+        let owned = Owned { keys, token: Token::random(), own_token: true, grant: None };
+        let grant = Grant { sent: Instant::now(), ttl: ms(1_000), fencing_token: None, doubt: None };
         let drift = Drift { factor: 0.0, margin: Duration::ZERO };
-        Hold::new(owned, Box::default(), &grant, drift, Renewal::Third, Instant::now())
+        Hold::new(owned, Box::default(), &grant, drift, Renewal::Third, Instant::now(), false)
     }
 
     #[tokio::test(start_paused = true)]
@@ -381,7 +514,7 @@ mod tests {
         let hold = hold();
         let before = hold.renewing(None);
         advance(ms(100)).await;
-        let shorter = hold.setting_ttl(ms(200));
+        let shorter = hold.setting_ttl(ms(200), ms(500));
         assert_eq!(hold.deadline(), shorter.sent + ms(200), "before any answer");
         hold.renewed(shorter).unwrap();
         hold.renewed(before).unwrap();
@@ -410,10 +543,66 @@ mod tests {
     async fn a_longer_ttl_counts_from_its_confirmation() {
         let hold = hold();
         let was = hold.deadline();
-        let longer = hold.setting_ttl(ms(9_000));
+        let longer = hold.setting_ttl(ms(9_000), ms(500));
         assert_eq!((hold.deadline(), hold.ttl()), (was, ms(1_000)));
         hold.renewed(longer).unwrap();
         assert_eq!((hold.deadline(), hold.ttl()), (longer.sent + ms(9_000), ms(9_000)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn while_an_exact_ttl_may_still_be_set_no_confirmation_is_worth_more() {
+        let hold = hold();
+        hold.setting_ttl(ms(200), ms(600));
+        advance(ms(100)).await;
+        let longer = hold.setting_ttl(ms(9_000), ms(600));
+        hold.renewed(longer).unwrap();
+        assert_eq!(hold.deadline(), longer.sent + ms(200), "the first may come after the second");
+        assert!(hold.next_duty() < longer.sent + ms(100), "renewed as a lock with this little time is");
+        advance(ms(50)).await;
+        let renewal = hold.renewing(None);
+        hold.renewed(renewal).unwrap();
+        assert_eq!(hold.deadline(), renewal.sent + ms(200));
+        // At 600 ms the server refuses the first.
+        for _ in 0..4 {
+            advance(ms(120)).await;
+            let renewal = hold.renewing(None);
+            hold.renewed(renewal).unwrap();
+        }
+        assert_eq!(hold.deadline(), Instant::now() + ms(9_000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_exact_ttl_that_was_refused_or_confirmed_limits_nothing() {
+        let hold = hold();
+        let refused = hold.setting_ttl(ms(500), ms(600));
+        hold.was_refused(refused);
+        let longer = hold.setting_ttl(ms(9_000), ms(600));
+        hold.renewed(longer).unwrap();
+        assert_eq!(hold.deadline(), longer.sent + ms(9_000));
+        let shorter = hold.setting_ttl(ms(500), ms(600));
+        hold.renewed(shorter).unwrap();
+        let longer = hold.setting_ttl(ms(9_000), ms(600));
+        hold.renewed(longer).unwrap();
+        assert_eq!(hold.deadline(), longer.sent + ms(9_000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_left_to_do_is_decided_with_the_loss() {
+        for (loss, keys, is_left) in [
+            (Loss::Missing, &["k"][..], false),
+            (Loss::Taken, &["k"], false),
+            (Loss::Missing, &["k", "l"], true),
+            (Loss::Taken, &["k", "l"], true),
+        ] {
+            let hold = of(keys);
+            hold.end(loss);
+            // As a guard does that is dropped.
+            assert_eq!(hold.settle(Cleanup::Release(None)), is_left, "{loss:?} {keys:?}");
+        }
+        let hold = hold();
+        advance(ms(1_000)).await;
+        assert_eq!(hold.end(Loss::Missing), Loss::Expired);
+        assert!(hold.settle(Cleanup::Nothing), "a late renewal may have to be undone");
     }
 
     #[test]

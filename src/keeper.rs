@@ -14,13 +14,14 @@ use tokio::runtime::Handle;
 use tokio::select;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{Instrument, Span, debug, info, info_span, warn};
 
-use crate::hold::{Cleanup, Grant, Hold, Owned, Renewing};
+use crate::hold::{Cleanup, Grant, GrantId, Hold, Owned, Renewing};
 use crate::isolated::Isolated;
 use crate::queue::{HandOver, Queues};
 use crate::roster::{Place, Rosters, Work};
-use crate::store::{HandedOver, Released, Renewed, Store, Wanted};
+use crate::store::{Ending, Extending, HandedOver, Latest, Released, Renewed, Store, Undone};
 use crate::{Error, Loss, schedule};
 
 /// What all keepers of one locker share.
@@ -58,11 +59,20 @@ impl Upkeep {
     /// Sends a renewal. A definite answer is passed on to the hold.
     pub(crate) async fn renew(&self, hold: &Hold, renewing: Renewing) -> Result<Result<(), Loss>, Error> {
         let deadline = hold.deadline();
-        let timeout = schedule::call_timeout(self.command_timeout, renewing.sent, deadline);
-        let call = self.store.renew(&hold.owned, renewing.ttl, renewing.exact, timeout);
+        let timeout = schedule::renewal_timeout(self.command_timeout, renewing.sent, deadline);
+        let call = self.store.renew(&hold.owned, renewing.ttl, renewing.how(), timeout);
         // The store keeps to its timeout; should it not, the deadline still holds.
         let answer = timeout_at(deadline, call).await.unwrap_or_else(|_| Err(Error::timeout()));
+        if answer.as_ref().is_err_and(Error::is_refusal) {
+            hold.was_refused(renewing);
+        }
         answer.map(|renewed| learn(hold, renewing, renewed))
+    }
+
+    /// For how long the server may run a request after it was sent: the timeout of its call, and by how much our idea of the
+    /// server's clock may be late, which is the time that one answer took.
+    pub(crate) fn patience(&self) -> Duration {
+        self.command_timeout.saturating_mul(2)
     }
 
     /// Sends renewals that all have the whole of a call's time.
@@ -82,9 +92,31 @@ impl Upkeep {
 
     /// Renews a lock that no guard of ours holds, to at least this ttl.
     pub(crate) async fn extend(&self, owned: &Owned, ttl: Duration) -> Result<(), Error> {
-        match self.store.renew(owned, ttl, false, self.command_timeout).await? {
+        match self.store.renew(owned, ttl, Extending::AtLeast, self.command_timeout).await? {
             Renewed::Extended => Ok(()),
             Renewed::NotOurs(loss) => Err(Error::NotHeld { key: owned.key(), loss }),
+        }
+    }
+
+    /// Takes a lease's lock over for a grant of our own, `owned`. Where that fails or is given up, it is taken back in the
+    /// background.
+    pub(crate) async fn claim(
+        self: &Arc<Self>,
+        owned: &Owned,
+        earlier: Option<GrantId>,
+        ttl: Duration,
+        runtime: &Handle,
+    ) -> Result<(), Error> {
+        let (upkeep, runtime, owned) = (self.clone(), runtime.clone(), owned.clone());
+        let mut claim = Claim { upkeep, runtime, owned, earlier, ttl, unsettled: Some(self.releases.token()) };
+        let how = Extending::Claim { earlier };
+        let answer = self.store.renew(&claim.owned, ttl, how, self.command_timeout).await;
+        if !matches!(&answer, Err(error) if !error.is_refusal()) {
+            claim.unsettled = None;
+        }
+        match answer? {
+            Renewed::Extended => Ok(()),
+            Renewed::NotOurs(loss) => Err(Error::NotHeld { key: claim.owned.key(), loss }),
         }
     }
 
@@ -92,16 +124,19 @@ impl Upkeep {
     ///
     /// After a try of unknown outcome the lock may be free by that very try, and whoever has it now got it rightly: then
     /// "not ours" is a success.
-    pub(crate) async fn release(&self, owned: &Owned, until: Instant) -> Result<Released, Error> {
+    ///
+    /// Whatever comes after the first try ends the owner's grant alone: the lock may have been obtained again by then.
+    pub(crate) async fn release(&self, owned: &Owned, ending: Ending, until: Instant) -> Result<Released, Error> {
         let mut handed_over = None;
         if let Some(hand_over) = self.store.hands_over().then(|| self.queues.next(owned)).flatten() {
             let patience = self.command_timeout.min(until.saturating_duration_since(Instant::now()));
-            handed_over = Some(self.hand_over(owned, hand_over, patience).await);
+            handed_over = Some(self.hand_over(owned, ending, hand_over, patience).await);
         }
         if let Some(Ok(Some(released))) = handed_over {
             return Ok(released);
         }
-        let (released, doubtful) = self.release_until(owned, until).await?;
+        let ending = if matches!(handed_over, Some(Err(_))) { Ending::Grant } else { ending };
+        let (released, doubtful) = self.release_until(owned, ending, until).await?;
         Ok(if doubtful || matches!(handed_over, Some(Err(_))) { Released::Freed } else { released })
     }
 
@@ -109,16 +144,17 @@ impl Upkeep {
     async fn hand_over(
         &self,
         owned: &Owned,
+        ending: Ending,
         hand_over: HandOver,
         timeout: Duration,
     ) -> Result<Option<Released>, Error> {
         let (sent, wanted) = (Instant::now(), hand_over.wanted().clone());
         // Should it fail, or be dropped, the next one is told that nobody knows.
-        let call = self.store.hand_over(owned, &wanted, timeout);
+        let call = self.store.hand_over(owned, ending, &wanted, timeout);
         match timeout_at(sent + timeout, call).await.unwrap_or_else(|_| Err(Error::timeout()))? {
             HandedOver::Done { fencing_token } => {
                 debug!(name: "tenure.handed_over", key = %owned.key(), "handed over");
-                hand_over.granted(Grant { sent, ttl: wanted.ttl, fencing_token });
+                hand_over.granted(Grant { sent, ttl: wanted.ttl, fencing_token, doubt: None });
                 Ok(Some(Released::Freed))
             }
             HandedOver::NotOurs(loss) => {
@@ -132,41 +168,62 @@ impl Upkeep {
         }
     }
 
-    /// Undoes an attempt whose outcome nobody has learned. It may still wait somewhere to be run, so this goes on until
-    /// the server answers, or until the ttl would have done the same.
-    pub(crate) async fn undo(&self, wanted: &Wanted) {
-        let (owned, ttl) = (&wanted.owned, wanted.ttl);
+    /// Undoes what a request has left whose outcome nobody has learned, as often as it takes: it may still wait somewhere to be
+    /// run, on a connection that has broken or behind another call, but not after `latest` by the server's clock. Gives up when
+    /// the ttl has done the same.
+    pub(crate) async fn undo(&self, owned: &Owned, latest: &Latest, ttl: Duration) {
         let until = Instant::now() + self.command_timeout + ttl;
-        let mut outcome = self.release_until(owned, until).await;
-        if outcome.is_ok() {
-            // On one connection the attempt was before us, and has been run. But that one may have broken in between, with
-            // the attempt on its way to the server, who reads what two connections have for it in any order. Or it takes a
-            // second call, that others make who share its way, and was between the two.
-            sleep(SETTLING).await;
-            outcome = self.release_until(owned, until).await;
-        }
-        match outcome {
-            Ok(_) => debug!(name: "tenure.undone", key = %owned.key(), "undid an attempt of unknown outcome"),
-            Err(error) => warn!(
-                name: "tenure.undo_failed", key = %owned.key(), %error,
-                "could not undo an attempt of unknown outcome; its ttl will"
-            ),
-        }
+        let mut failures = 0;
+        let error = loop {
+            let timeout = schedule::call_timeout(self.command_timeout, Instant::now(), until);
+            let call = self.store.undo(owned, latest, timeout);
+            let pause = match timeout_at(until, call).await.unwrap_or_else(|_| Err(Error::timeout())) {
+                Ok(Undone::Settled) => {
+                    debug!(name: "tenure.undone", key = %owned.key(), "undid an attempt of unknown outcome");
+                    return;
+                }
+                Ok(Undone::MayRun(within)) => {
+                    failures = 0;
+                    within
+                }
+                Err(error) => {
+                    failures += 1;
+                    let remaining = until.saturating_duration_since(Instant::now());
+                    let pause = schedule::pause_after(failures, self.command_timeout, remaining, fastrand::f64());
+                    if !error.is_transient() || pause >= remaining {
+                        break error;
+                    }
+                    pause
+                }
+            };
+            sleep(pause).await;
+        };
+        warn!(
+            name: "tenure.undo_failed", key = %owned.key(), %error,
+            "could not undo an attempt of unknown outcome; its ttl will"
+        );
     }
 
     /// Answers also whether a try of unknown outcome came before.
-    async fn release_until(&self, owned: &Owned, until: Instant) -> Result<(Released, bool), Error> {
+    async fn release_until(
+        &self,
+        owned: &Owned,
+        mut ending: Ending,
+        until: Instant,
+    ) -> Result<(Released, bool), Error> {
         let (mut failures, mut doubtful) = (0, false);
         loop {
             let now = Instant::now();
             let timeout = schedule::call_timeout(self.command_timeout, now, until);
-            let call = self.store.release(owned, timeout);
+            let call = self.store.release(owned, ending, timeout);
             let error = match timeout_at(until, call).await.unwrap_or_else(|_| Err(Error::timeout())) {
                 Ok(released) => return Ok((released, doubtful)),
                 Err(error) => error,
             };
             failures += 1;
-            doubtful |= !error.is_refusal();
+            if !error.is_refusal() {
+                (doubtful, ending) = (true, Ending::Grant);
+            }
             let remaining = until.saturating_duration_since(Instant::now());
             let pause = schedule::pause_after(failures, self.command_timeout, remaining, fastrand::f64());
             if !error.is_transient() || pause >= remaining {
@@ -185,8 +242,55 @@ fn learn(hold: &Hold, renewing: Renewing, renewed: Renewed) -> Result<(), Loss> 
     }
 }
 
-/// By how much the server may be behind in reading a connection that has broken.
-const SETTLING: Duration = Duration::from_millis(100);
+/// A lease on its way to a grant of our own.
+struct Claim {
+    upkeep: Arc<Upkeep>,
+    runtime: Handle,
+    owned: Owned,
+    /// The lease's.
+    earlier: Option<GrantId>,
+    ttl: Duration,
+    /// There while nobody knows whether it was claimed. Makes [`Locker::close`](crate::Locker::close) wait until it is given back.
+    unsettled: Option<TaskTrackerToken>,
+}
+
+impl Drop for Claim {
+    /// Nobody will hold by this grant: the lease's takes its place again, or the lock would be kept for the one that is not there.
+    fn drop(&mut self) {
+        let Some(unsettled) = self.unsettled.take() else { return };
+        let lease = Owned { grant: self.earlier, ..self.owned.clone() };
+        let (upkeep, how) = (self.upkeep.clone(), Extending::Claim { earlier: self.owned.grant });
+        let until = Instant::now() + self.ttl;
+        self.runtime.spawn(async move {
+            let mut failures = 0;
+            // What was sent may be run until then: after that, once more.
+            let settled = Instant::now() + upkeep.patience();
+            loop {
+                let timeout = schedule::call_timeout(upkeep.command_timeout, Instant::now(), until);
+                let given_back = upkeep.store.renew(&lease, MIN_TTL, how, timeout).await;
+                let remaining = until.saturating_duration_since(Instant::now());
+                let pause = match given_back {
+                    Ok(Renewed::NotOurs(_)) => break,
+                    Ok(Renewed::Extended) if Instant::now() >= settled => break,
+                    Ok(Renewed::Extended) => settled.saturating_duration_since(Instant::now()),
+                    Err(error) if !error.is_transient() => break,
+                    Err(_) => {
+                        failures += 1;
+                        schedule::pause_after(failures, upkeep.command_timeout, remaining, fastrand::f64())
+                    }
+                };
+                if pause >= remaining {
+                    break;
+                }
+                sleep(pause).await;
+            }
+            drop(unsettled);
+        });
+    }
+}
+
+/// A renewal to at least this changes no ttl.
+const MIN_TTL: Duration = Duration::from_millis(1);
 
 /// Keeps one lock.
 pub(crate) struct Keeper {
@@ -217,7 +321,8 @@ impl Work for Keeper {
         if upkeep.store.together().is_none() || hold.owned.keys.len() != 1 {
             return None;
         }
-        let renewing = hold.renewing_when_due(now, upkeep.command_timeout)?;
+        // Twice, so that another try fits in before the deadline.
+        let renewing = hold.renewing_when_due(now, upkeep.command_timeout.saturating_mul(2))?;
         Some(Errand { hold: hold.clone(), upkeep: upkeep.clone(), renewing })
     }
 
@@ -259,13 +364,6 @@ impl Keeper {
             Next::Over(Loss::Released) => {}
             Next::Over(loss) => {
                 warn!(name: "tenure.lost", key = %self.hold.owned.key(), %loss, "lost");
-                if loss == Loss::Expired {
-                    // A renewal that nobody heard of may still come to pass, and would hold the key for a whole ttl.
-                    self.hold.settle(Cleanup::Release(self.upkeep.releases.token()));
-                } else {
-                    self.hold.settle(Cleanup::Nothing);
-                }
-                // Settled before it is told: whoever hears of it may drop the guard, and need not have it released again.
                 if let Some(observer) = self.hold.observer() {
                     observer.lost(loss);
                 }
@@ -361,12 +459,24 @@ impl Keeper {
                 None => self.hold.changed().await,
             }
         };
-        let Cleanup::Release(_owed) = cleanup else { return };
-        // Until the ttl has done the same; for one call, at least.
-        let until = self.hold.deadline().max(Instant::now() + self.upkeep.command_timeout);
-        match self.upkeep.release(&self.hold.owned, until).await {
-            Ok(outcome) => info!(name: "tenure.released", ?outcome, "released in the background"),
-            Err(error) => warn!(name: "tenure.release_failed", %error, "could not release; the ttl will free the lock"),
+        let owned = &self.hold.owned;
+        let (releases, _owed) = match cleanup {
+            Cleanup::Release(owed) => (true, owed.unwrap_or_else(|| self.upkeep.releases.token())),
+            Cleanup::Undo(owed) => (false, owed),
+            Cleanup::Nothing => return,
+        };
+        if releases {
+            // Until the ttl has done the same; for one call, at least.
+            let until = self.hold.deadline().max(Instant::now() + self.upkeep.command_timeout);
+            match self.upkeep.release(owned, Ending::Grant, until).await {
+                Ok(outcome) => info!(name: "tenure.released", ?outcome, "released in the background"),
+                Err(error) => {
+                    warn!(name: "tenure.release_failed", %error, "could not release; the ttl will free the lock");
+                }
+            }
+        }
+        if let Some(latest) = &self.hold.doubt {
+            self.upkeep.undo(owned, latest, self.hold.ttl()).await;
         }
     }
 }

@@ -58,7 +58,7 @@ impl Lease {
     /// assert_eq!(lease.fencing_token(), None);
     /// ```
     pub fn new(key: impl Into<Key>, token: Token, ttl: Duration) -> Self {
-        Self::from_parts(Owned { keys: Box::new([key.into()]), token, own_token: false }, ttl, None)
+        Self::from_parts(Owned { keys: Box::new([key.into()]), token, own_token: false, grant: None }, ttl, None)
     }
 
     pub(crate) fn from_parts(mut owned: Owned, ttl: Duration, fencing_token: Option<u64>) -> Self {
@@ -108,11 +108,15 @@ const VERSION: &str = "tenure:1:";
 const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 impl fmt::Display for Lease {
-    /// `tenure:1:` ttl in ms `:` fencing token or nothing `:` token `:` key, and more keys, each after a colon.
+    /// `tenure:1:` ttl in ms `:` fencing token or nothing `:` token `:` key, and more keys, each after a colon. After the fencing
+    /// token, `~` and what tells the grant from others of its token, where there is such.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{VERSION}{}:", self.ttl.as_millis())?;
         if let Some(fence) = self.fencing_token {
             write!(f, "{fence}")?;
+        }
+        if let Some(grant) = self.owned.grant {
+            write!(f, "~{grant}")?;
         }
         write!(f, ":{}", percent_encode(self.token().as_str().as_bytes(), ESCAPED))?;
         self.keys().iter().try_for_each(|key| write!(f, ":{}", percent_encode(key.as_bytes(), ESCAPED)))
@@ -136,16 +140,19 @@ impl FromStr for Lease {
         let mut part = || parts.next().ok_or(Error::InvalidLease("it ends too early"));
         let ttl =
             part()?.parse().map(Duration::from_millis).map_err(|_| Error::InvalidLease("its ttl is no number"))?;
-        let fencing_token = match part()? {
+        let fence = part()?;
+        let (fence, grant) = fence.split_once('~').map_or((fence, None), |(fence, grant)| (fence, Some(grant)));
+        let fencing_token = match fence {
             "" => None,
             fence => Some(fence.parse().map_err(|_| Error::InvalidLease("its fencing token is no number"))?),
         };
+        let grant = grant.map(str::parse).transpose().map_err(|_| Error::InvalidLease("its grant is no number"))?;
         let token =
             percent_decode_str(part()?).decode_utf8().map_err(|_| Error::InvalidLease("its token is no text"))?;
         let token = token.parse().map_err(|_| Error::InvalidLease("its token is none"))?;
         let keys: Box<[Key]> = parts.map(|key| percent_decode_str(key).collect::<Vec<u8>>().into()).collect();
         Key::validate_all(&keys).map_err(|_| Error::InvalidLease("it has no key, an empty one, or one twice"))?;
-        Ok(Self::from_parts(Owned { keys, token, own_token: false }, ttl, fencing_token))
+        Ok(Self::from_parts(Owned { keys, token, own_token: false, grant }, ttl, fencing_token))
     }
 }
 

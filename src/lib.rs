@@ -22,13 +22,18 @@
 //! # }
 //! ```
 //!
+//! A release in the background needs a runtime that runs. A guard that is dropped as `main` returns is not released: its key stays
+//! until the ttl ends. [`Locker::scope`] releases before it returns, [`Locker::close`] waits for what was dropped, and
+//! [`Locker::close_on_drop`] does so at the end of a scope.
+//!
 //! # The promise
 //!
 //! A [`LockGuard`] is *held* from the moment an attempt succeeded until its local deadline: the instant just before the
 //! last confirmed request was sent, plus the ttl, less an allowance for clock drift. Only a confirmed renewal moves that
 //! deadline, so every guard stops believing before the server lets go, whatever the network, the server or a hung reply
-//! does. [`lost`](LockGuard::lost), [`cancellation_token`](LockGuard::cancellation_token) and
-//! [`is_held`](LockGuard::is_held) all read that one deadline.
+//! does. [`is_held`](LockGuard::is_held), [`check`](LockGuard::check), [`lost`](LockGuard::lost) and
+//! [`protect`](LockGuard::protect) read that one deadline themselves, on whatever runtime they are used. The
+//! [`cancellation_token`](LockGuard::cancellation_token) is fired by a task, and so is late when that task can't run.
 //!
 //! A [`Loss`] says how a lock ended. A server that can't be reached is no loss: renewals are tried again, with growing
 //! pauses, until the deadline. A definite answer (another has it, the key is gone) ends the guard at once.
@@ -70,6 +75,7 @@
 pub mod coming_from;
 
 mod builder;
+mod close_on_drop;
 mod locker;
 
 mod attempt;
@@ -101,6 +107,7 @@ mod simulation;
 pub use fred;
 
 pub use self::builder::LockerBuilder;
+pub use self::close_on_drop::CloseOnDrop;
 pub use self::error::{Error, NodeError};
 pub use self::guard::LockGuard;
 pub use self::key::Key;

@@ -8,12 +8,12 @@ use fred::clients::Client;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::hold::{Grant, Hold};
+use crate::hold::{Grant, GrantId, Hold, Owned};
 use crate::keeper::Upkeep;
 use crate::request::Patience;
 use crate::schedule::{Drift, Renewal};
 use crate::store::Holder;
-use crate::{Error, Key, Lease, LockGuard, LockRequest, LockerBuilder, Retry};
+use crate::{CloseOnDrop, Error, Key, Lease, LockGuard, LockRequest, LockerBuilder, Retry};
 
 /// Obtains locks on one server, one that Sentinels watch over, a cluster, a quorum, or the embedded store.
 ///
@@ -341,12 +341,14 @@ impl Locker {
         let upkeep = self.upkeep();
         let runtime = upkeep.runtime()?;
         let sent = Instant::now();
-        upkeep.extend(lease.owned(), ttl).await?;
+        let owned = Owned { grant: Some(GrantId::random()), ..lease.owned().clone() };
+        upkeep.claim(&owned, lease.owned().grant, ttl, &runtime).await?;
         if !drift.suffices(drift.deadline(sent, ttl).saturating_duration_since(Instant::now()), ttl) {
             return Err(Error::ValidityExpired);
         }
-        let grant = Grant { sent, ttl, fencing_token: lease.fencing_token() };
-        let hold = Hold::new(lease.owned().clone(), Box::default(), &grant, drift, renewal, upkeep.origin);
+        let grant = Grant { sent, ttl, fencing_token: lease.fencing_token(), doubt: None };
+        let is_voted_on = upkeep.store.settles();
+        let hold = Hold::new(owned, Box::default(), &grant, drift, renewal, upkeep.origin, is_voted_on);
         Ok(LockGuard::start(hold, upkeep, &runtime))
     }
 
@@ -465,10 +467,35 @@ impl Locker {
     /// # }
     /// ```
     pub async fn close(&self) {
+        self.refuse_new_work();
+        self.shared.upkeep.releases.wait().await;
+    }
+
+    /// Closes the locker when the returned value is dropped, and waits for the releases in flight, up to `limit`.
+    ///
+    /// For programs that hold a guard until `main` returns: see [`CloseOnDrop`] for what it can't do.
+    ///
+    /// ```
+    /// # #[tokio::main]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let locker = tenure::Locker::in_memory();
+    /// let closes = locker.close_on_drop(Duration::from_secs(2));
+    /// drop(locker.lock("k").await?);
+    /// drop(closes); // the key is free now
+    /// assert!(matches!(locker.lock("k").await, Err(tenure::Error::Closed)));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn close_on_drop(&self, limit: Duration) -> CloseOnDrop {
+        CloseOnDrop::new(self.clone(), limit)
+    }
+
+    /// Ends what waits, and refuses what comes.
+    pub(crate) fn refuse_new_work(&self) {
         self.shared.closed.cancel();
-        let releases = &self.shared.upkeep.releases;
-        releases.close();
-        releases.wait().await;
+        self.shared.upkeep.releases.close();
     }
 
     /// The patience of `obtain`.

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use crate::hold::{Grant, Owned};
 use crate::store::listen::Listening;
 use crate::store::{Queueing, Wanted};
-use crate::{Key, Token};
+use crate::{Error, Key, Token};
 
 /// So many hand-overs, then the lock is offered to other processes. More would be faster, and less fair.
 const IN_A_ROW: u32 = 16;
@@ -39,6 +39,17 @@ struct Queue {
     listening: Option<Listening>,
     /// What the last that was first has learned of the lock: it is held until then, unless renewed or released.
     held_until: Option<Instant>,
+    /// What the last of these that asked the server learned, for those whose time runs out before they have asked.
+    learned: Option<Learned>,
+}
+
+/// What an answer of the server says about a lock.
+#[derive(Clone, Debug)]
+pub(crate) enum Learned {
+    /// Another holds this key.
+    Held(Key),
+    /// Nothing, for this reason.
+    Unknown(Error),
 }
 
 struct Waiter {
@@ -193,12 +204,27 @@ impl Place {
         queues.get_mut(&self.key).map(|queue| (queue.listening.take(), queue.held_until.take())).unwrap_or_default()
     }
 
+    /// Keeps what the server answered. `None`: what was learned before is no longer true.
+    pub(crate) fn learn(&self, learned: Option<Learned>) {
+        let mut queues = lock(&self.queues);
+        if let Some(queue) = queues.get_mut(&self.key) {
+            queue.learned = learned;
+        }
+    }
+
+    /// Returns what was last learned by this request, or by one that was before it.
+    pub(crate) fn learned(&self) -> Option<Learned> {
+        let queues = lock(&self.queues);
+        queues.get(&self.key)?.learned.clone()
+    }
+
     /// It has got the lock. Leaves what the next one can use.
     pub(crate) fn pass_on(&self, listening: Option<Listening>, held_until: Instant) {
         let before = {
             let mut queues = lock(&self.queues);
             let Some(queue) = queues.get_mut(&self.key) else { return };
             queue.missed = Some(0);
+            queue.learned = Some(Learned::Held(self.key.clone()));
             queue.held_until = listening.is_some().then_some(held_until);
             std::mem::replace(&mut queue.listening, listening)
         };
@@ -307,13 +333,13 @@ mod tests {
     use super::*;
 
     fn wanted(queueing: Queueing) -> Arc<Wanted> {
-        let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true };
+        let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true, grant: None };
         let ttl = Duration::from_secs(1);
-        Arc::new(Wanted { owned, metadata: Box::default(), ttl, fenced: false, queueing })
+        Arc::new(Wanted { owned, metadata: Box::default(), ttl, fenced: false, queueing, latest: Arc::default() })
     }
 
     fn grant() -> Grant {
-        Grant { sent: Instant::now(), ttl: Duration::from_secs(1), fencing_token: None }
+        Grant { sent: Instant::now(), ttl: Duration::from_secs(1), fencing_token: None, doubt: None }
     }
 
     fn enter(queues: &Queues, queueing: Queueing) -> Place {
@@ -402,6 +428,21 @@ mod tests {
         assert_eq!(b.released_for_all(), Some(2));
         b.pass_on(None, Instant::now());
         assert_eq!(b.released_for_all(), Some(1));
+    }
+
+    #[test]
+    fn what_the_first_learned_is_known_to_those_behind_it_and_after_it() {
+        let queues = Queues::default();
+        let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::None));
+        assert!(b.learned().is_none());
+        a.learn(Some(Learned::Unknown(Error::Closed)));
+        assert!(!a.leave());
+        assert!(matches!(b.learned(), Some(Learned::Unknown(Error::Closed))));
+        let c = enter(&queues, Queueing::None);
+        b.pass_on(None, Instant::now());
+        assert!(matches!(c.learned(), Some(Learned::Held(key)) if key == "k".into()));
+        c.learn(None);
+        assert!(c.learned().is_none());
     }
 
     #[test]

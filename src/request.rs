@@ -1,8 +1,12 @@
 //! Asking for a lock: a chain of options that ends in `.await`.
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -13,13 +17,14 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, info, info_span, warn};
 
 use crate::attempt::{Attempt, Outcome};
-use crate::hold::Owned;
+use crate::hold::{GrantId, Owned};
 use crate::locker::Locker;
+use crate::queue::{Learned, Place};
 use crate::retry::Pauses;
-use crate::schedule::Renewal;
+use crate::schedule::{Reminders, Renewal};
 use crate::store::{Queueing, Wanted};
 use crate::wait::{Known, Waiting, Woken};
-use crate::{Error, Key, LockGuard, Retry, Token};
+use crate::{Error, Key, LockGuard, Retry, Token, schedule};
 
 /// A lock that is asked for: set what you need, then `.await` it for the [`LockGuard`].
 ///
@@ -37,9 +42,10 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 ///
 /// # Errors
 ///
-/// - [`Error::NotObtained`]: another holds it, and the request's patience is at an end.
-/// - [`Error::Redis`]: the server refused for good, or nothing better than failures came of the last attempt;
-///   [`Error::Quorum`] where that is true of so many nodes that no majority was left.
+/// - [`Error::NotObtained`]: another holds it, as the server last reported, and the request's patience is at an end.
+/// - [`Error::Redis`]: the server refused for good, or the last attempt failed, or the server did not answer at all within
+///   the time that the request may wait. One that waits behind others in this process has the errors of those that asked
+///   before it. [`Error::Quorum`] where that is true of so many nodes that no majority was left.
 /// - [`Error::NotReplicated`]: too few [replicas](crate::LockerBuilder::min_replicas) acknowledged it in time, and it was
 ///   released again (but see [`token`](LockRequest::token)).
 /// - [`Error::ValidityExpired`]: the answer came so late that too little of the ttl was left, several times in a row
@@ -68,7 +74,7 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 /// # }
 /// ```
 #[must_use = "a request does nothing until it is awaited"]
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct LockRequest {
     locker: Locker,
     keys: Vec<Key>,
@@ -181,8 +187,8 @@ impl LockRequest {
     /// Obtains the lock in the name of this token: at once also where the same token holds it already, which then has it
     /// renewed. Default: a fresh [random](Token::random) one.
     ///
-    /// Another guard may hold the lock by the same token. So where the outcome of an attempt stays unknown, nothing is
-    /// released: what it may have left is freed by its ttl.
+    /// Several guards may hold the lock by one token. Each is released in the background, when it is dropped or expires, without
+    /// ending the others; an explicit [`release`](LockGuard::release) of any of them ends the lock for all.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -285,8 +291,7 @@ impl LockRequest {
         // Before anything is sent: what can't work is refused.
         let (ttl, runtime) = self.validate()?;
 
-        // Too far for the clock: without a limit.
-        let limit = self.wait_at_most.and_then(|limit| started.checked_add(limit));
+        let limit = self.wait_at_most.map(|limit| schedule::after(started, limit));
         let own_token = self.token.is_none();
         let queueing = match self.patience {
             _ if !self.fair => Queueing::None,
@@ -294,11 +299,14 @@ impl LockRequest {
             Patience::Once | Patience::Retry(_) => Queueing::Behind,
         };
         let token = self.token.unwrap_or_else(Token::random);
-        let owned = Owned { keys: self.keys.into(), token, own_token };
+        // A token that others may use as well needs something else to tell its grants apart.
+        let grant = (!own_token).then(GrantId::random);
+        let owned = Owned { keys: self.keys.into(), token, own_token, grant };
         // Who comes back by the same token, and wants a fencing token then, must not be told that of the holder before: so
         // what is held by a token that can come back has one of its own, wanted or not.
         let fenced = self.fenced || !own_token;
-        let wanted = Wanted { owned, metadata: self.metadata.into(), ttl, fenced, queueing };
+        let (metadata, latest) = (self.metadata.into(), Arc::default());
+        let wanted = Wanted { owned, metadata, ttl, fenced, queueing, latest };
         let mut attempt = Attempt::new(wanted, locker.upkeep().clone(), runtime);
         let mut waiting = Waiting::new(locker.settings().poll_every, limit, closed);
         let mut between = match self.patience {
@@ -311,7 +319,8 @@ impl LockRequest {
             Between::Nothing | Between::Pauses(_) => Woken::Ask,
         };
         let (mut attempts, mut late, mut failures) = (0, 0, 0);
-        let (mut held, mut failure) = (attempt.key(), None);
+        let (mut learned, mut took) = (None, Duration::ZERO);
+        let mut reminders = Reminders::default();
         loop {
             let asked = Instant::now();
             let outcome = match woken {
@@ -322,20 +331,23 @@ impl LockRequest {
                 Woken::Granted(grant) => Ok(Outcome::Granted(grant)),
                 Woken::Closed => return Err(Error::Closed),
                 Woken::Late => {
-                    let waited = started.elapsed();
-                    return Err(failure.unwrap_or(Error::NotObtained { key: held, attempts, waited }));
+                    // In a queue, those before this request may have asked after it did, or in its place.
+                    return Err(match attempt.place().and_then(Place::learned).or(learned) {
+                        Some(Learned::Held(key)) => Error::NotObtained { key, attempts, waited: started.elapsed() },
+                        Some(Learned::Unknown(error)) => error,
+                        None => Error::timeout(),
+                    });
                 }
             };
             let waited = started.elapsed();
-            let known;
-            (known, failure) = match outcome {
+            let known = match outcome {
                 Ok(Outcome::Granted(mut grant)) => {
                     grant.fencing_token = grant.fencing_token.filter(|_| self.fenced);
                     let remaining = drift.deadline(grant.sent, ttl).saturating_duration_since(Instant::now());
                     if drift.suffices(remaining, ttl) {
                         info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
                         waiting.pass_on(&attempt, grant.sent + ttl);
-                        return Ok(attempt.succeed(&grant, drift, self.renewal));
+                        return Ok(attempt.succeed(grant, drift, self.renewal));
                     }
                     debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");
                     // Once can be a stall of the server, which waiting helps against. A ttl that is always too short for
@@ -344,25 +356,38 @@ impl LockRequest {
                     if late == LATE_GRANTS {
                         return Err(Error::ValidityExpired);
                     }
-                    (Known::Nothing { failures: late }, Some(Error::ValidityExpired))
+                    learned = Some(Learned::Unknown(Error::ValidityExpired));
+                    // The next one's ttl may be longer.
+                    attempt.place().inspect(|place| place.learn(None));
+                    Known::Nothing { failures: late }
                 }
                 Ok(Outcome::Held { key, remaining }) => {
                     (late, failures) = (0, 0);
+                    took = asked.elapsed();
                     debug!(name: "tenure.held", %key, attempts, ?waited, ?remaining, "held by another");
-                    held = key.clone();
-                    (Known::Held { key, remaining }, None)
+                    learned = Some(Learned::Held(key.clone()));
+                    attempt.place().inspect(|place| place.learn(learned.clone()));
+                    Known::Held { key, remaining }
                 }
-                Err(error) if error.is_transient() => {
+                Err(error) => {
+                    // An attempt that the limit ends before the server usually answers says nothing about the server, nor
+                    // about the lock: then the answer before it counts.
+                    let is_cut_short = asked.elapsed() < took * 2 && limit.is_some_and(|limit| Instant::now() >= limit);
+                    if !(is_cut_short && error.is_timeout()) {
+                        learned = Some(Learned::Unknown(error.clone()));
+                        attempt.place().inspect(|place| place.learn(learned.clone()));
+                    }
+                    if !error.is_transient() {
+                        return Err(error);
+                    }
                     failures += 1;
-                    // Told once; a server that stays away is not news.
-                    if failures == 1 {
-                        warn!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server");
+                    if reminders.is_due(Instant::now()) {
+                        warn!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server, still waiting");
                     } else {
                         debug!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server");
                     }
-                    (Known::Nothing { failures }, Some(error))
+                    Known::Nothing { failures }
                 }
-                Err(error) => return Err(error),
             };
             woken = match &mut between {
                 Between::Nothing => Woken::Late,
@@ -399,18 +424,35 @@ enum Between {
 }
 
 async fn pause(pauses: &mut Pauses, limit: Option<Instant>, closed: &CancellationToken) -> Woken {
-    let Some(wake) = pauses.next().map(|pause| Instant::now().checked_add(pause)) else { return Woken::Late };
-    // One that the limit cuts short is waited for all the same: to give up earlier was not said.
-    let (wake, woken) = match (wake, limit) {
-        (Some(wake), Some(limit)) if wake >= limit => (limit, Woken::Late),
-        (None, Some(limit)) => (limit, Woken::Late),
-        (Some(wake), _) => (wake, Woken::Ask),
-        (None, None) => return Woken::Late,
+    let Some(pause) = pauses.next() else { return Woken::Late };
+    let wake = schedule::after(Instant::now(), pause);
+    // A pause that the limit cuts short is waited for all the same: the request was not told to give up earlier.
+    let (wake, woken) = match limit {
+        Some(limit) if wake >= limit => (limit, Woken::Late),
+        _ => (wake, Woken::Ask),
     };
     select! {
         biased;
         () = closed.cancelled() => Woken::Closed,
         () = sleep_until(wake) => woken,
+    }
+}
+
+impl fmt::Debug for LockRequest {
+    /// Shows how much metadata there is, and no token.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LockRequest")
+            .field("locker", &self.locker)
+            .field("keys", &self.keys)
+            .field("patience", &self.patience)
+            .field("wait_at_most", &self.wait_at_most)
+            .field("ttl", &self.ttl)
+            .field("renewal", &self.renewal)
+            .field("metadata", &format_args!("{} bytes", self.metadata.len()))
+            .field("token", &self.token)
+            .field("fenced", &self.fenced)
+            .field("fair", &self.fair)
+            .finish()
     }
 }
 

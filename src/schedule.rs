@@ -11,6 +11,12 @@ use crate::Error;
 pub(crate) const MIN_VALIDITY: Duration = Duration::from_millis(1);
 pub(crate) const MAX_TTL: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
+/// Returns the instant so much later, or one that nobody lives to see where the clock ends before that.
+pub(crate) fn after(now: Instant, time: Duration) -> Instant {
+    const FAR: Duration = Duration::from_secs(100 * MAX_TTL.as_secs());
+    now + time.min(FAR)
+}
+
 /// How much faster than ours the server's clock may run: what is cut off a ttl before we trust it.
 ///
 /// Redlock's safety argument calls it the clock drift: <https://redis.io/docs/latest/develop/clients/patterns/distributed-locks/>.
@@ -117,6 +123,12 @@ pub(crate) fn call_timeout(command_timeout: Duration, now: Instant, deadline: In
     command_timeout.min(deadline.saturating_duration_since(now))
 }
 
+/// How long one renewal may take: half of what is left, at most. One that hangs on a connection that is dead must leave time for
+/// another on a new connection.
+pub(crate) fn renewal_timeout(command_timeout: Duration, now: Instant, deadline: Instant) -> Duration {
+    command_timeout.min(deadline.saturating_duration_since(now) / 2)
+}
+
 /// The pause after the `failures`th failed renewal in a row: growing, but so that a next try still fits in before the
 /// deadline. `chance` is random in `0.0..1.0`: many whose server fails at once shall not come back at once.
 pub(crate) fn pause_after(failures: u32, interval: Duration, remaining: Duration, chance: f64) -> Duration {
@@ -125,6 +137,28 @@ pub(crate) fn pause_after(failures: u32, interval: Duration, remaining: Duration
     let grown = first.saturating_mul(1_u32.checked_shl(failures.saturating_sub(1)).unwrap_or(u32::MAX));
     let pause = grown.min(interval).mul_f64(0.75 + chance / 2.0);
     pause.min(remaining / 2).max(FLOOR)
+}
+
+/// When to log again that something still fails: at once, then at intervals that double, from 10 s up to 10 min.
+#[derive(Debug, Default)]
+pub(crate) struct Reminders {
+    next: Option<Instant>,
+    interval: Duration,
+}
+
+impl Reminders {
+    const FIRST: Duration = Duration::from_secs(10);
+    const LONGEST: Duration = Duration::from_secs(600);
+
+    /// Returns whether to log a failure that happens now.
+    pub(crate) fn is_due(&mut self, now: Instant) -> bool {
+        if self.next.is_some_and(|next| now < next) {
+            return false;
+        }
+        self.interval = (self.interval * 2).clamp(Self::FIRST, Self::LONGEST);
+        self.next = Some(now + self.interval);
+        true
+    }
 }
 
 /// When to look at a lock again that is held for so long: when its ttl ends, or so often, whichever comes first. A lock that
@@ -142,7 +176,7 @@ pub(crate) fn poll_after(attempt: u32, holder: Option<Duration>, chance: f64) ->
     const CEILING: Duration = Duration::from_millis(250);
     let grown = FIRST.saturating_mul(1_u32.checked_shl(attempt.saturating_sub(1)).unwrap_or(u32::MAX)).min(CEILING);
     let pause = grown.mul_f64(0.5 + chance / 2.0);
-    holder.map_or(pause, |remaining| pause.min(remaining + Duration::from_millis(1)))
+    holder.map_or(pause, |remaining| pause.min(remaining.saturating_add(Duration::from_millis(1))))
 }
 
 #[cfg(test)]
@@ -220,6 +254,30 @@ mod tests {
         assert_eq!(poll_after(1, None, 1.0), ms(10));
         assert_eq!(poll_after(99, None, 1.0), ms(250));
         assert_eq!(poll_after(99, Some(ms(30)), 1.0), ms(31));
+    }
+
+    #[test]
+    fn no_time_is_too_far_for_the_clock() {
+        let now = Instant::now();
+        assert_eq!(after(now, ms(7)), now + ms(7));
+        assert!(after(now, Duration::MAX) > now + MAX_TTL);
+        assert_eq!(poll_after(99, Some(Duration::MAX), 1.0), ms(250));
+    }
+
+    #[test]
+    fn a_failure_that_lasts_is_logged_less_and_less_often_and_never_for_the_last_time() {
+        let (start, mut reminders) = (Instant::now(), Reminders::default());
+        let logged: Vec<u64> = (0..7_200).filter(|s| reminders.is_due(start + Duration::from_secs(*s))).collect();
+        assert_eq!(logged[..8], [0, 10, 30, 70, 150, 310, 630, 1_230]);
+        assert!(logged.windows(2).all(|pair| pair[1] - pair[0] <= 600), "{logged:?}");
+    }
+
+    #[test]
+    fn half_of_what_is_left_is_kept_for_another_renewal() {
+        let now = Instant::now();
+        assert_eq!(renewal_timeout(ms(2_000), now, now + ms(600)), ms(300));
+        assert_eq!(renewal_timeout(ms(2_000), now, now + ms(20_000)), ms(2_000));
+        assert_eq!(renewal_timeout(ms(2_000), now, now), Duration::ZERO);
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! What happens when, to the millisecond: locks on a store that fails as told, under paused time. And thousands of
 //! random histories, none of which may have two holders at once.
 
+mod ownership;
+
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

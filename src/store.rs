@@ -16,10 +16,12 @@ pub(crate) mod redis;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use self::listen::Listening;
-use crate::hold::Owned;
+use crate::hold::{GrantId, Owned};
 use crate::{Error, Key, Loss, Token};
 
 /// An operation on its way.
@@ -33,22 +35,31 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     /// Takes all keys for the token, or none.
     fn acquire<'a>(&'a self, wanted: &'a Wanted, timeout: Duration) -> Answer<'a, Acquired>;
 
-    /// Makes the keys live for at least `ttl` from now (or exactly, where `exact`), if all hold the token.
-    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, exact: bool, timeout: Duration) -> Answer<'a, Renewed>;
+    /// Makes the keys live on, if all hold the token.
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Renewed>;
 
     /// How locks are renewed together, where that costs less than each by itself.
     fn together(&self) -> Option<&dyn Together> {
         None
     }
 
-    /// Deletes those of the keys that hold the token.
-    fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released>;
+    /// Releases those of the keys that hold the token.
+    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Released>;
+
+    /// Ends a grant whose request may not have been run yet, until `latest`: what it has left at the server, if anything.
+    fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, timeout: Duration) -> Answer<'a, Undone>;
 
     /// Whether a lock can be handed over.
     fn hands_over(&self) -> bool;
 
     /// Releases a lock of one key, and acquires it for another owner, in one step.
-    fn hand_over<'a>(&'a self, from: &'a Owned, to: &'a Wanted, timeout: Duration) -> Answer<'a, HandedOver>;
+    fn hand_over<'a>(
+        &'a self,
+        from: &'a Owned,
+        ending: Ending,
+        to: &'a Wanted,
+        timeout: Duration,
+    ) -> Answer<'a, HandedOver>;
 
     /// Those who queue for the key give a sign of life, and take the last places if they have none. For stores that know who
     /// queues in other processes.
@@ -92,7 +103,69 @@ pub(crate) struct Wanted {
     pub(crate) fenced: bool,
     /// How to stand in line with those of other processes.
     pub(crate) queueing: Queueing,
+    /// Until when what was sent of it may be run. Shared by all copies.
+    pub(crate) latest: Arc<Latest>,
 }
+
+/// The latest time, in ms by the server's clock, at which the server may run what was sent of one request.
+///
+/// A server refuses what arrives later. So once its clock has passed this, and what the request left until then is undone,
+/// nothing of the request can come to pass any more.
+#[derive(Debug, Default)]
+pub(crate) struct Latest(AtomicU64);
+
+impl Latest {
+    /// Another request is about to be sent.
+    pub(crate) fn extend(&self, until: u64) {
+        self.0.fetch_max(until, Ordering::Relaxed);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// How long a server whose clock shows `now` may still run what was sent.
+    pub(crate) fn remaining(&self, now: u64) -> Option<Duration> {
+        let latest = self.0.load(Ordering::Relaxed);
+        // The millisecond itself is part of it.
+        (now <= latest).then(|| Duration::from_millis(latest - now + 1))
+    }
+}
+
+/// What a release ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// The lock, whichever grants rely on it: a user asked for that.
+    Lock,
+    /// The owner's own grant. What others have obtained by the same token stays.
+    Grant,
+}
+
+/// How a renewal sets the ttl.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Extending {
+    /// To at least this.
+    AtLeast,
+    /// To exactly this; to at least this while other grants rely on the lock.
+    Exactly,
+    /// To at least this, and the owner's grant takes the place of this one.
+    Claim { earlier: Option<GrantId> },
+    /// To at least this, and the record of grants lives on as well.
+    KeepRecord,
+}
+
+/// What has become of a grant that is being undone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Undone {
+    /// Nothing is left of it, and nothing will be.
+    Settled,
+    /// Nothing is left of it, but it may still be run within this time.
+    MayRun(Duration),
+}
+
+/// For how long a record of grants lives, at least. It is deleted with the lock; this is for locks whose holder died.
+pub(crate) const RECORD_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Acquired {
@@ -159,7 +232,7 @@ pub(crate) enum HandedOver {
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Holder {
     /// The holder's token.
@@ -171,4 +244,16 @@ pub struct Holder {
     pub remaining: Option<Duration>,
     /// The latest fencing token that was handed out for this key: the holder's, unless it asked for none.
     pub fencing_token: Option<u64>,
+}
+
+impl fmt::Debug for Holder {
+    /// Shows the metadata as text, and no token.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Holder")
+            .field("token", &self.token)
+            .field("metadata", &format_args!("b\"{}\"", self.metadata.escape_ascii()))
+            .field("remaining", &self.remaining)
+            .field("fencing_token", &self.fencing_token)
+            .finish()
+    }
 }

@@ -37,6 +37,9 @@ use crate::{Error, Key, Lease, LockGuard, Locker};
 /// [`on_event`](WatchDogBuilder::on_event) sets a callback, [`subscribe`](WatchDog::subscribe) gives a stream. Both get the
 /// events of one key in order. The callback misses none, whatever it does: [`WatchEvent`] says what is told when.
 ///
+/// Events come from the tasks that renew the locks. While the runtime that a lock was obtained on is blocked or not driven,
+/// its loss is reported late; [`status`](WatchDog::status) reads the clock, and so is right all the same.
+///
 /// # Dropping
 ///
 /// Clones are handles on one watchdog. Dropping the last stops it: what came as a guard is released in the background, what
@@ -168,7 +171,7 @@ impl WatchDog {
     /// - [`Error::Redis`]: the server could not be asked within the command timeout. The background goes on trying, until the
     ///   ttl has freed the lock.
     ///
-    /// A lock that is waited for is so no more, which is no error.
+    /// A lock that is waited for is so no more, which is no error, and is reported as [`Stopped`](WatchEvent::Stopped).
     ///
     /// # Cancel safety
     ///
@@ -221,7 +224,8 @@ impl WatchDog {
     ///
     /// # Cancel safety
     ///
-    /// It waits for tasks that end at once, and then stops all in one step: dropped before, it has closed the watchdog, and
+    /// It waits for tasks that end at once (and no longer than the [command timeout](crate::LockerBuilder::command_timeout),
+    /// should their runtime stand still), and then stops all in one step: dropped before, it has closed the watchdog, and
     /// what is held stays with the other handles.
     ///
     /// ```

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tenure::fred::util::redis_keyslot;
 use tenure::{Error, LockGuard, Locker};
-use tenure_test_support::{Cluster, Mode, Proxy, Server, eventually, soon};
+use tenure_test_support::{Cluster, Mode, Proxy, Server, eventually, soon, within};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
@@ -108,12 +108,12 @@ async fn a_hung_server_fails_each_by_its_own_timeout_and_works_again_afterwards(
         let request = locker.lock(format!("k:{n}")).ttl(ms(60_000)).wait_at_most(limit);
         requests.spawn(async move {
             let start = Instant::now();
-            (request.await, start.elapsed(), limit)
+            (within(limit + ms(200), request).await, start.elapsed(), limit)
         });
     }
     for (answer, waited, limit) in soon(requests.join_all()).await {
         assert!(matches!(answer.unwrap_err(), Error::Redis(_)));
-        assert!(waited >= limit && waited <= limit + ms(200), "{waited:?} of {limit:?}");
+        assert!(waited >= limit, "{waited:?} of {limit:?}");
     }
     server.thaw();
     for (_, answer) in soon(try_all(&locker, (0..400).map(|n| format!("again:{n}")))).await {
@@ -237,13 +237,13 @@ async fn requests_that_were_begun_and_put_aside_hold_up_no_other() {
 async fn an_isolated_locker_renews_while_the_callers_of_its_calls_are_blocked() {
     let server = Server::start();
     let locker = Locker::builder().isolated(true).connect(&server.url()).await.unwrap();
-    let guard = locker.lock("kept").ttl(ms(1_000)).await.unwrap();
+    let guard = locker.lock("kept").ttl(ms(2_000)).await.unwrap();
     // More than the calls that may be on their way at a time, so that some are with drivers.
     let mut aside: Vec<_> = (0..5).map(|n| Box::pin(locker.try_lock(format!("aside:{n}")).into_future())).collect();
     for request in &mut aside {
         assert!(request.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
     }
-    std::thread::sleep(ms(3_000));
+    std::thread::sleep(ms(5_000));
     assert!(guard.is_held());
     guard.release().await.unwrap();
     drop(aside);

@@ -5,12 +5,108 @@
 use std::time::Duration;
 
 use proptest::collection::vec;
-use proptest::prelude::{ProptestConfig, any, prop_assert, prop_assert_eq, proptest};
-use tenure::{Error, Lease, Locker, Retry, Token};
+use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop_assert, prop_assert_eq, prop_oneof, proptest};
+use tenure::{Error, Lease, Locker, LockerBuilder, Retry, Token, WatchDog};
 use tokio::runtime::{Builder, Runtime};
+use tokio::time::timeout;
 
 fn runtime() -> Runtime {
     Builder::new_current_thread().enable_time().start_paused(true).build().unwrap()
+}
+
+/// From nothing to the longest, and the lengths at which arithmetic may end.
+fn durations() -> impl Strategy<Value = Duration> {
+    prop_oneof![
+        1 => Just(Duration::ZERO),
+        1 => Just(Duration::from_nanos(1)),
+        1 => Just(Duration::MAX),
+        1 => any::<Duration>(),
+        6 => (0_u64..120_000).prop_map(Duration::from_millis),
+        1 => any::<u64>().prop_map(Duration::from_nanos),
+        // The monotonic clock counts seconds in an i64.
+        1 => (0..10_000_000_u64).prop_map(|less| Duration::from_secs(i64::MAX.unsigned_abs() - less)),
+    ]
+}
+
+/// The settings that are a length of time, by name.
+#[derive(Clone, Debug)]
+struct Times {
+    ttl: Option<Duration>,
+    renew_every: Option<Duration>,
+    poll_every: Duration,
+    command_timeout: Duration,
+    restart_window: Duration,
+    drift: Option<(f64, Duration)>,
+    wait_at_most: Duration,
+    pauses: [Duration; 3],
+    changed: [Duration; 3],
+}
+
+fn times() -> impl Strategy<Value = Times> {
+    use proptest::option::of;
+    let drift = of((prop_oneof![4 => 0.0..0.1, 1 => any::<f64>()], durations()));
+    let builder = (of(durations()), of(durations()), durations(), durations(), durations(), drift);
+    let all = (builder, durations(), [(); 3].map(|()| durations()), [(); 3].map(|()| durations()));
+    all.prop_map(|(builder, wait_at_most, pauses, changed)| {
+        let (ttl, renew_every, poll_every, command_timeout, restart_window, drift) = builder;
+        Times { ttl, renew_every, poll_every, command_timeout, restart_window, drift, wait_at_most, pauses, changed }
+    })
+}
+
+impl Times {
+    fn builder(&self) -> LockerBuilder {
+        let builder = Locker::builder().poll_every(self.poll_every).command_timeout(self.command_timeout);
+        let builder = builder.restart_window(self.restart_window);
+        let builder = self.ttl.into_iter().fold(builder, LockerBuilder::ttl);
+        let builder = self.renew_every.into_iter().fold(builder, LockerBuilder::renew_every);
+        self.drift.into_iter().fold(builder, |builder, (factor, margin)| builder.drift(factor, margin))
+    }
+}
+
+/// What a setting that can't work is refused with, or what comes of one that can.
+fn is_fair(error: &Error) -> bool {
+    matches!(error, Error::InvalidTtl(_) | Error::InvalidRenewal(_) | Error::NotObtained { .. } | Error::NotHeld { .. })
+        || matches!(error, Error::Lost(_) | Error::ValidityExpired)
+}
+
+/// Uses every setting once. What waits is given up on after a while.
+async fn use_all(times: &Times) -> Vec<Error> {
+    const PATIENCE: Duration = Duration::from_millis(300);
+    let locker = times.builder().in_memory();
+    let mut errors = Vec::new();
+    let mut note = |error: Option<Error>| errors.extend(error);
+    let [a, b, c] = times.pauses;
+    match locker.lock("k").await {
+        Ok(guard) => {
+            for retry in [Retry::linear(a), Retry::exponential(a, b), Retry::linear(b).jitter(c)] {
+                let request = locker.obtain("k").retry(retry.limit(9)).wait_at_most(times.wait_at_most);
+                note(timeout(PATIENCE, request.into_future()).await.ok().and_then(Result::err));
+            }
+            let waiter = locker.lock("k").wait_at_most(times.wait_at_most);
+            note(timeout(PATIENCE, waiter.into_future()).await.ok().and_then(Result::err));
+            let [exact, longer, ensured] = times.changed;
+            note(guard.refresh().await.err());
+            note(guard.refresh_for(exact).await.err());
+            note(timeout(PATIENCE, guard.lost()).await.ok().map(Error::Lost));
+            note(guard.ensure(longer).await.err());
+            note(guard.server_ttl().await.err());
+            let lease = guard.into_lease();
+            note(locker.ensure(&lease, ensured).await.err());
+            note(locker.adopt(lease).await.err());
+        }
+        Err(error) => note(Some(error)),
+    }
+    let [ttl, renew_every, other] = times.changed;
+    let request = locker.lock("other").ttl(ttl).renew_every(renew_every);
+    note(timeout(PATIENCE, request.into_future()).await.ok().and_then(Result::err));
+    let dog = WatchDog::builder(&locker).renew_every(other).build();
+    let lease = || Lease::new("watched", Token::random(), ttl);
+    note(dog.watch_lease(lease()).obtain_when_free(true).await.err());
+    note(timeout(PATIENCE, dog.release("watched")).await.ok().and_then(Result::err));
+    note(dog.watch_lease(lease()).renew_every(renew_every).obtain_when_free(true).await.err());
+    tokio::time::sleep(PATIENCE).await;
+    drop(dog.shutdown().await);
+    errors
 }
 
 proptest! {
@@ -56,6 +152,12 @@ proptest! {
             }
             Ok(())
         })?;
+    }
+
+    #[test]
+    fn a_setting_of_any_length_works_or_is_refused(times in times()) {
+        let errors = runtime().block_on(use_all(&times));
+        prop_assert!(errors.iter().all(is_fair), "{errors:?}");
     }
 
     #[test]

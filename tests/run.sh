@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Runs every check of the project. Installs what it needs where that is missing: redis-server, Python with redis-py (whose
-# locks must exclude ours), and what the TLS features compile against.
+# locks must exclude ours), what the TLS features compile against, and a Valkey server of the tests' own.
+#     bash tests/run.sh                  on the redis-server that is installed, and on Valkey 9.1
+#     bash tests/run.sh --all-servers    then on Redis 6.2 and 7.4, too
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -37,6 +39,25 @@ if ! "$python/bin/python" -c "import redis; assert redis.__version__ == '$redis_
 fi
 export TENURE_PYTHON="$python/bin/python"
 
+# Runs a command with the tests' servers being these, and all of that version: whoever starts another fails.
+on() {
+    local name=$1 server=redis-server
+    shift
+    [[ $name == "$installed" ]] || server=$(bash tests/server.sh "$name")
+    TENURE_SERVER=$server TENURE_SERVER_VERSION=${name/-/ } "$@"
+}
+
+installed=redis-$(redis-server --version | sed -E 's/.* v=([0-9]+\.[0-9]+)\..*/\1/')
+if [[ -n ${CI:-} && $installed != redis-7.0 ]]; then
+    echo "README says that every run is on Redis 7.0, and not $installed" >&2
+    exit 1
+fi
+other=valkey-9.1
+if [[ $(uname -sm) != "Linux x86_64" ]]; then
+    echo "There is no Valkey server for $(uname -sm) here: all tests run on $installed." >&2
+    other=$installed
+fi
+
 heading "format"
 cargo fmt --all --check
 
@@ -46,18 +67,18 @@ cargo clippy --workspace --all-targets --all-features -- -D warnings
 heading "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --package tenure --no-deps --all-features
 
-heading "tests, no features"
-# All but those that take longest, and which no feature concerns: the soak, the model, the contest of processes, the random
-# histories, and the large numbers.
-cargo test --package tenure --no-default-features -- \
+heading "tests, no features, on $other"
+# Features concern no server, so this run is also the one on another server. All but those that take longest: the soak, the
+# model, the contest of processes, the random histories, the large numbers, and the examples in the documentation.
+on "$other" cargo test --package tenure --no-default-features --lib --tests -- \
     --skip no_two_hold_a_lock_while_nodes_freeze_die_and_forget \
     --skip two_hundred_tasks_in_four_processes_never_hold_one_lock_together \
     --skip nothing_breaks:: --skip each_safeguard_is_needed:: --skip each_bound_is_tight:: \
     --skip simulation::no_history --skip simulation::a_server_that_forgets --skip every_history --skip differential:: \
     --skip a_hundred_thousand_waiters_come_and_go --skip ten_thousand_
 
-heading "tests, all features"
-cargo test --package tenure --all-features
+heading "tests, all features, on $installed"
+on "$installed" cargo test --package tenure --all-features
 
 scratch=$(mktemp -d)
 trap 'kill "${server:-}" 2>/dev/null || true; rm -rf "$scratch"' EXIT
@@ -73,5 +94,13 @@ for example in quickstart lost_in_select scope hand_over watchdog; do
     heading "example $example, on a server"
     REDIS_URL="redis+unix://$scratch/socket" cargo run --quiet --example "$example"
 done
+
+if [[ ${1:-} == --all-servers ]]; then
+    for name in redis-6.2 redis-7.4; do
+        heading "tests on $name"
+        on "$name" cargo test --package tenure --all-features --lib --test combined --test it --test quorum \
+            --test topologies --test watchdog
+    done
+fi
 
 heading "all passed in $SECONDS s"

@@ -57,7 +57,7 @@ async fn a_server_that_is_killed_and_comes_back_with_its_data_loses_nothing() {
     let locker = Locker::builder().command_timeout(ms(300)).connect(&server.url()).await.unwrap();
     let log = Log::default();
     let dog = log.watchdog(&locker);
-    watch_many(&dog, &locker, 20, ms(6_000)).await;
+    watch_many(&dog, &locker, 20, ms(12_000)).await;
     server.kill();
     let told = |event: &WatchEvent| matches!(event, WatchEvent::RenewFailed { .. });
     eventually("a failure of each", async || {
@@ -84,7 +84,7 @@ async fn a_server_that_comes_back_empty_has_each_loss_told_once_and_the_lock_obt
     let locker = Locker::builder().command_timeout(ms(300)).connect(&server.url()).await.unwrap();
     let log = Log::default();
     let dog = log.watchdog(&locker);
-    watch_many(&dog, &locker, 20, ms(3_000)).await;
+    watch_many(&dog, &locker, 20, ms(12_000)).await;
     server.restart_empty();
     eventually("all are lost", async || dog.is_empty().then_some(())).await;
     dog.delivered().await;

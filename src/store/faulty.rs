@@ -4,11 +4,14 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::listen::Listening;
 use super::memory::MemoryStore;
-use super::{Acquired, Answer, Each, HandedOver, Holder, Released, Renewed, Store, Together, Wanted};
+use super::{
+    Acquired, Answer, Each, Ending, Extending, HandedOver, Holder, Latest, Released, Renewed, Store, Together, Undone,
+    Wanted,
+};
 use crate::hold::Owned;
 use crate::{Error, Key};
 
@@ -25,9 +28,10 @@ pub(crate) enum Fault {
     AnswerLost,
     /// It is run at once, and its answer takes so long. Whoever gives up earlier never learns it.
     AnsweredAfter(Duration),
-    /// It is run so much later, whether anybody still waits for it or not, and answered then.
+    /// It arrives so much later, whether anybody still waits for it or not, and is answered then. After its timeout the server
+    /// refuses to run it.
     RunAfter(Duration),
-    /// It is run twice: at once, and so much later.
+    /// It arrives twice: at once, and so much later.
     Doubled(Duration),
     /// Before it is run, the server forgets everything.
     Forgotten,
@@ -70,6 +74,7 @@ pub(super) async fn call<S: Send + Sync + 'static, T: Send + 'static>(
     forget: impl Fn(&S),
 ) -> Result<T, Error> {
     let store = store.clone();
+    let until = Instant::now() + timeout;
     match fault {
         Fault::None => Ok(run(&store)),
         Fault::Refused => Err(Error::timeout()),
@@ -86,18 +91,18 @@ pub(super) async fn call<S: Send + Sync + 'static, T: Send + 'static>(
         Fault::RunAfter(delay) => {
             let later = tokio::spawn(async move {
                 sleep(delay).await;
-                run(&store)
+                (Instant::now() <= until).then(|| run(&store))
             });
-            tokio::time::timeout(timeout, later)
-                .await
-                .map_err(|_| Error::timeout())
-                .map(|answer| answer.expect("it doesn't panic"))
+            let answer = tokio::time::timeout(timeout, later).await.map_err(|_| Error::timeout())?;
+            answer.expect("it doesn't panic").ok_or_else(Error::timeout)
         }
         Fault::Doubled(delay) => {
             let answer = run(&store);
             tokio::spawn(async move {
                 sleep(delay).await;
-                run(&store);
+                if Instant::now() <= until {
+                    run(&store);
+                }
             });
             Ok(answer)
         }
@@ -111,30 +116,44 @@ pub(super) async fn call<S: Send + Sync + 'static, T: Send + 'static>(
 impl Store for FaultyStore {
     fn acquire<'a>(&'a self, wanted: &'a Wanted, timeout: Duration) -> Answer<'a, Acquired> {
         let wanted = wanted.clone();
+        wanted.latest.extend(self.store.millis(Instant::now() + timeout));
         Box::pin(self.call(Operation::Acquire, timeout, move |store| store.acquire_now(&wanted)))
     }
 
-    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, exact: bool, timeout: Duration) -> Answer<'a, Renewed> {
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Renewed> {
         let owned = owned.clone();
-        Box::pin(self.call(Operation::Renew, timeout, move |store| store.renew_now(&owned, ttl, exact)))
+        Box::pin(self.call(Operation::Renew, timeout, move |store| store.renew_now(&owned, ttl, how)))
     }
 
     fn together(&self) -> Option<&dyn Together> {
         Some(self)
     }
 
-    fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released> {
+    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Released> {
         let owned = owned.clone();
-        Box::pin(self.call(Operation::Release, timeout, move |store| store.release_now(&owned)))
+        Box::pin(self.call(Operation::Release, timeout, move |store| store.release_now(&owned, ending)))
+    }
+
+    fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, timeout: Duration) -> Answer<'a, Undone> {
+        let (owned, copy) = (owned.clone(), Latest::default());
+        copy.extend(latest.get());
+        Box::pin(self.call(Operation::Release, timeout, move |store| store.undo_now(&owned, &copy)))
     }
 
     fn hands_over(&self) -> bool {
         true
     }
 
-    fn hand_over<'a>(&'a self, from: &'a Owned, to: &'a Wanted, timeout: Duration) -> Answer<'a, HandedOver> {
+    fn hand_over<'a>(
+        &'a self,
+        from: &'a Owned,
+        ending: Ending,
+        to: &'a Wanted,
+        timeout: Duration,
+    ) -> Answer<'a, HandedOver> {
         let (from, to) = (from.clone(), to.clone());
-        Box::pin(self.call(Operation::Release, timeout, move |store| store.hand_over_now(&from, &to)))
+        to.latest.extend(self.store.millis(Instant::now() + timeout));
+        Box::pin(self.call(Operation::Release, timeout, move |store| store.hand_over_now(&from, ending, &to)))
     }
 
     fn listen(&self, key: &Key) -> Listening {
@@ -155,12 +174,12 @@ impl Together for FaultyStore {
     fn renew_all<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], timeout: Duration) -> Each<'a, Renewed> {
         let owned: Vec<_> = locks.iter().map(|&(owned, ttl)| (owned.clone(), ttl)).collect();
         let call = self.call(Operation::Renew, timeout, move |store| -> Vec<_> {
-            owned.iter().map(|(owned, ttl)| store.renew_now(owned, *ttl, false)).collect()
+            owned.iter().map(|(owned, ttl)| store.renew_now(owned, *ttl, Extending::AtLeast)).collect()
         });
         Box::pin(async {
             match call.await {
                 Ok(answers) => answers.into_iter().map(Ok).collect(),
-                Err(error) => locks.iter().map(|_| Err(error.again())).collect(),
+                Err(error) => locks.iter().map(|_| Err(error.clone())).collect(),
             }
         })
     }

@@ -1,6 +1,7 @@
 //! News of a key: that it may have become free.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::future::{Future, poll_fn};
 use std::hash::Hash;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -83,7 +84,6 @@ impl Listening {
 }
 
 /// Who listens to what.
-#[derive(Debug)]
 pub(crate) struct Listeners<K>(Mutex<HashMap<K, watch::Sender<News>>>);
 
 impl<K: Hash + Eq + Clone> Listeners<K> {
@@ -158,6 +158,12 @@ impl<K: Hash + Eq + Clone> Listeners<K> {
     /// No code panics while it holds this mutex, so a poisoned one would be as good as any.
     fn listeners(&self) -> MutexGuard<'_, HashMap<K, watch::Sender<News>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<K: Hash + Eq + Clone> fmt::Debug for Listeners<K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Listeners").field("keys", &self.listeners().len()).finish()
     }
 }
 

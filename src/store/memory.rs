@@ -1,24 +1,26 @@
 //! The embedded store: the same contract in one process, on tokio's clock.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::time::Instant;
 
 use super::listen::{Line, Listeners, Listening};
-use super::{Acquired, Answer, Each, HandedOver, Holder, Released, Renewed, Store, Together, Wanted};
-use crate::hold::Owned;
+use super::{
+    Acquired, Answer, Each, Ending, Extending, HandedOver, Holder, Latest, Released, Renewed, Store, Together, Undone,
+    Wanted,
+};
+use crate::hold::{GrantId, Owned};
 use crate::{Key, Loss, Token};
 
 /// Locks in a map. No operation waits, so none can time out.
-#[derive(Debug)]
 pub(crate) struct MemoryStore {
     held: Mutex<Held>,
     listeners: Listeners<Key>,
 }
 
-#[derive(Debug)]
 struct Held {
     locks: HashMap<Key, Entry>,
     /// One counter for all keys: it grows for each of them.
@@ -29,12 +31,22 @@ struct Held {
     epoch: (Instant, Duration),
 }
 
-#[derive(Clone, Debug)]
 struct Entry {
     token: Token,
     metadata: Box<[u8]>,
     expires: Instant,
     fence: Option<u64>,
+    /// Which grants rely on it. Empty: that of the request that made the token, alone.
+    grants: Vec<Option<GrantId>>,
+}
+
+impl Entry {
+    /// The grants that rely on it, other than this one.
+    fn others(&self, grant: Option<GrantId>) -> Vec<Option<GrantId>> {
+        let implied = [None];
+        let all = if self.grants.is_empty() { &implied[..] } else { &self.grants };
+        all.iter().copied().filter(|other| *other != grant).collect()
+    }
 }
 
 impl MemoryStore {
@@ -49,19 +61,33 @@ impl MemoryStore {
         self.held().acquire(wanted)
     }
 
-    pub(super) fn renew_now(&self, owned: &Owned, ttl: Duration, exact: bool) -> Renewed {
-        self.held().renew(owned, ttl, exact)
+    pub(super) fn renew_now(&self, owned: &Owned, ttl: Duration, how: Extending) -> Renewed {
+        self.held().renew(owned, ttl, how)
     }
 
-    pub(super) fn release_now(&self, owned: &Owned) -> Released {
-        let released = self.held().release(owned);
+    pub(super) fn release_now(&self, owned: &Owned, ending: Ending) -> Released {
+        let released = self.held().release(owned, ending);
         owned.keys.iter().for_each(|key| self.listeners.tell(key));
         released
     }
 
-    pub(super) fn hand_over_now(&self, from: &Owned, to: &Wanted) -> HandedOver {
+    pub(super) fn undo_now(&self, owned: &Owned, latest: &Latest) -> Undone {
+        self.release_now(owned, Ending::Grant);
+        latest.remaining(self.millis(Instant::now())).map_or(Undone::Settled, Undone::MayRun)
+    }
+
+    /// The clock that requests expire by.
+    pub(super) fn millis(&self, instant: Instant) -> u64 {
+        let (start, _) = self.held().epoch;
+        u64::try_from(instant.saturating_duration_since(start).as_millis()).unwrap_or(u64::MAX)
+    }
+
+    pub(super) fn hand_over_now(&self, from: &Owned, ending: Ending, to: &Wanted) -> HandedOver {
         let mut held = self.held();
-        if let Released::NotOurs(loss) = held.release(from) {
+        if ending == Ending::Grant && held.is_shared(from) {
+            return HandedOver::NotNext;
+        }
+        if let Released::NotOurs(loss) = held.release(from, ending) {
             return HandedOver::NotOurs(loss);
         }
         match held.acquire(to) {
@@ -77,7 +103,7 @@ impl MemoryStore {
 
     /// As a server does that is restarted without its data.
     #[cfg(test)]
-    pub(super) fn forget(&self) {
+    pub(crate) fn forget(&self) {
         self.held().locks.clear();
     }
 
@@ -104,9 +130,16 @@ impl Held {
         loss
     }
 
+    /// Whether other grants rely on one of the keys.
+    fn is_shared(&self, owned: &Owned) -> bool {
+        let now = Instant::now();
+        let mut entries = owned.keys.iter().filter_map(|key| self.live(key, now));
+        entries.any(|entry| entry.token == owned.token && !entry.others(owned.grant).is_empty())
+    }
+
     fn acquire(&mut self, wanted: &Wanted) -> Acquired {
         let now = Instant::now();
-        let Owned { keys, token, .. } = &wanted.owned;
+        let Owned { keys, token, grant, .. } = &wanted.owned;
         // Never shorter than it is: another of the same token may rely on it.
         let mut expires = now + wanted.ttl;
         let mut repeated = None;
@@ -125,7 +158,13 @@ impl Held {
         let fence = wanted.fenced.then(|| repeated.unwrap_or_else(|| self.next_fence(now)));
         for key in keys {
             let metadata = wanted.metadata.clone();
-            self.locks.insert(key.clone(), Entry { token: token.clone(), metadata, expires, fence });
+            let ours = self.live(key, now).map(|entry| entry.others(*grant));
+            // That of the request that made the token needs no list, as long as it is alone.
+            let mut grants = ours.unwrap_or_default();
+            if grant.is_some() || !grants.is_empty() {
+                grants.push(*grant);
+            }
+            self.locks.insert(key.clone(), Entry { token: token.clone(), metadata, expires, fence, grants });
         }
         if self.locks.len() >= self.sweep_at {
             self.locks.retain(|_, entry| now < entry.expires);
@@ -141,25 +180,39 @@ impl Held {
         self.last_fence
     }
 
-    fn renew(&mut self, owned: &Owned, ttl: Duration, exact: bool) -> Renewed {
+    fn renew(&mut self, owned: &Owned, ttl: Duration, how: Extending) -> Renewed {
         let now = Instant::now();
         if let Some(loss) = self.not_ours(owned, now) {
             return Renewed::NotOurs(loss);
         }
         for key in &owned.keys {
             if let Some(entry) = self.locks.get_mut(key) {
-                entry.expires = if exact { now + ttl } else { entry.expires.max(now + ttl) };
+                if let Extending::Claim { earlier } = how {
+                    let mut grants = entry.others(earlier);
+                    grants.retain(|grant| *grant != owned.grant);
+                    grants.push(owned.grant);
+                    entry.grants = grants;
+                }
+                let is_exact = how == Extending::Exactly && entry.others(owned.grant).is_empty();
+                entry.expires = if is_exact { now + ttl } else { entry.expires.max(now + ttl) };
             }
         }
         Renewed::Extended
     }
 
-    fn release(&mut self, owned: &Owned) -> Released {
+    fn release(&mut self, owned: &Owned, ending: Ending) -> Released {
         let now = Instant::now();
         let loss = self.not_ours(owned, now);
         for key in &owned.keys {
-            if self.live(key, now).is_some_and(|entry| entry.token == owned.token) {
+            let Some(entry) = self.locks.get_mut(key) else { continue };
+            if now >= entry.expires || entry.token != owned.token {
+                continue;
+            }
+            let others = entry.others(owned.grant);
+            if ending == Ending::Lock || others.is_empty() {
                 self.locks.remove(key);
+            } else {
+                entry.grants = others;
             }
         }
         loss.map_or(Released::Freed, Released::NotOurs)
@@ -189,24 +242,28 @@ impl Store for MemoryStore {
         Box::pin(async { Ok(self.acquire_now(wanted)) })
     }
 
-    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, exact: bool, _: Duration) -> Answer<'a, Renewed> {
-        Box::pin(async move { Ok(self.renew_now(owned, ttl, exact)) })
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, _: Duration) -> Answer<'a, Renewed> {
+        Box::pin(async move { Ok(self.renew_now(owned, ttl, how)) })
     }
 
     fn together(&self) -> Option<&dyn Together> {
         Some(self)
     }
 
-    fn release<'a>(&'a self, owned: &'a Owned, _: Duration) -> Answer<'a, Released> {
-        Box::pin(async { Ok(self.release_now(owned)) })
+    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, _: Duration) -> Answer<'a, Released> {
+        Box::pin(async move { Ok(self.release_now(owned, ending)) })
+    }
+
+    fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, _: Duration) -> Answer<'a, Undone> {
+        Box::pin(async { Ok(self.undo_now(owned, latest)) })
     }
 
     fn hands_over(&self) -> bool {
         true
     }
 
-    fn hand_over<'a>(&'a self, from: &'a Owned, to: &'a Wanted, _: Duration) -> Answer<'a, HandedOver> {
-        Box::pin(async { Ok(self.hand_over_now(from, to)) })
+    fn hand_over<'a>(&'a self, from: &'a Owned, ending: Ending, to: &'a Wanted, _: Duration) -> Answer<'a, HandedOver> {
+        Box::pin(async move { Ok(self.hand_over_now(from, ending, to)) })
     }
 
     fn listen(&self, key: &Key) -> Listening {
@@ -222,8 +279,18 @@ impl Store for MemoryStore {
     }
 }
 
+impl fmt::Debug for MemoryStore {
+    /// Shows how many locks there are: what they hold belongs to their owners.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let locks = self.held().locks.len();
+        f.debug_struct("MemoryStore").field("locks", &locks).field("listeners", &self.listeners).finish()
+    }
+}
+
 impl Together for MemoryStore {
     fn renew_all<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], _: Duration) -> Each<'a, Renewed> {
-        Box::pin(async { locks.iter().map(|(owned, ttl)| Ok(self.renew_now(owned, *ttl, false))).collect() })
+        Box::pin(async {
+            locks.iter().map(|(owned, ttl)| Ok(self.renew_now(owned, *ttl, Extending::AtLeast))).collect()
+        })
     }
 }

@@ -38,8 +38,7 @@
 //! 2. An attempt that is not granted, or whose asker has gone, is taken back on every node that granted it or may have,
 //!    as soon as all its calls to that node have ended ([`round`]).
 //! 3. No token is used for two attempts, so whatever comes late of one can't touch the next. Where the user has chosen the
-//!    token, attempts have names instead, and a node takes back only what the attempt of this name alone has set; and a
-//!    node that missed a release is not told again.
+//!    token, grants have ids instead, and a node takes back only what the grant of this id alone holds.
 
 mod ballot;
 mod calls;
@@ -66,7 +65,9 @@ use self::clocks::Clocks;
 pub(crate) use self::nodes::connect;
 use self::tally::{Tally, Verdict};
 use super::listen::Listening;
-use super::{Acquired, Answer, HandedOver, Holder, Released, Renewed, Store, Wanted};
+use super::{
+    Acquired, Answer, Ending, Extending, HandedOver, Holder, Latest, Released, Renewed, Store, Undone, Wanted,
+};
 use crate::hold::Owned;
 use crate::{Error, Key, Loss, NodeError, Token};
 
@@ -133,7 +134,7 @@ impl QuorumStore {
                 arrears: Arc::new(Semaphore::new(catch_up::LOCKS)),
             })
             .collect();
-        let window = Duration::from_secs(window.as_secs() + u64::from(window.subsec_nanos() > 0));
+        let window = Duration::from_secs(window.as_secs().saturating_add(u64::from(window.subsec_nanos() > 0)));
         Self {
             quorum: Arc::new(Quorum {
                 members,
@@ -152,13 +153,13 @@ impl QuorumStore {
         round::attempt(&self.quorum, wanted, timeout).await
     }
 
-    async fn renew(&self, owned: &Owned, ttl: Duration, exact: bool, timeout: Duration) -> Result<Renewed, Error> {
+    async fn renew(&self, owned: &Owned, ttl: Duration, how: Extending, timeout: Duration) -> Result<Renewed, Error> {
         let quorum = &self.quorum;
         quorum.check_ttl(ttl)?;
         let timeout = node_timeout(ttl, first(timeout));
         let mut answers = quorum.ask(timeout, |node| {
             let owned = owned.clone();
-            Box::pin(async move { node.renew(&owned, ttl, exact, timeout).await })
+            Box::pin(async move { node.renew(&owned, ttl, how, timeout).await })
         })?;
         let mut tally = Tally::new(quorum);
         let mut not_ours = Loss::Missing;
@@ -181,11 +182,11 @@ impl QuorumStore {
         Err(tally.into_error())
     }
 
-    async fn release(&self, owned: &Owned, timeout: Duration) -> Result<Released, Error> {
+    async fn release(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<Released, Error> {
         let (quorum, timeout) = (&self.quorum, first(timeout));
         let mut answers = quorum.ask(timeout, |node| {
             let owned = owned.clone();
-            Box::pin(async move { node.release(&owned, timeout).await })
+            Box::pin(async move { node.release(&owned, ending, timeout).await })
         })?;
         // Only now: an open round that hears of it releases too, which must not be what frees the lock.
         quorum.mark_released(&owned.token);
@@ -357,12 +358,17 @@ impl Store for QuorumStore {
         Box::pin(self.acquire(wanted, timeout))
     }
 
-    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, exact: bool, timeout: Duration) -> Answer<'a, Renewed> {
-        Box::pin(self.renew(owned, ttl, exact, timeout))
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Renewed> {
+        Box::pin(self.renew(owned, ttl, how, timeout))
     }
 
-    fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released> {
-        Box::pin(self.release(owned, timeout))
+    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Released> {
+        Box::pin(self.release(owned, ending, timeout))
+    }
+
+    /// A round takes its own attempt back, on each node by that node's clock.
+    fn undo<'a>(&'a self, owned: &'a Owned, _: &'a Latest, timeout: Duration) -> Answer<'a, Undone> {
+        Box::pin(async move { self.release(owned, Ending::Grant, timeout).await.map(|_| Undone::Settled) })
     }
 
     /// No: the votes for the next would have to come in while those of the last are taken back.
@@ -370,7 +376,7 @@ impl Store for QuorumStore {
         false
     }
 
-    fn hand_over<'a>(&'a self, _: &'a Owned, _: &'a Wanted, _: Duration) -> Answer<'a, HandedOver> {
+    fn hand_over<'a>(&'a self, _: &'a Owned, _: Ending, _: &'a Wanted, _: Duration) -> Answer<'a, HandedOver> {
         Box::pin(async { Ok(HandedOver::NotOurs(Loss::Missing)) })
     }
 

@@ -1,5 +1,6 @@
 //! Locks on one Redis or Valkey server, one that Sentinels watch over, or a cluster, through fred.
 
+mod clock;
 mod combiner;
 mod connection;
 #[cfg(test)]
@@ -7,6 +8,7 @@ mod differential;
 mod fair;
 mod names;
 mod operation;
+mod refusal;
 mod replicas;
 mod router;
 mod script;
@@ -18,22 +20,26 @@ use std::time::Duration;
 
 use fred::bytes::Bytes;
 use fred::clients::Client;
-use fred::error::ErrorKind;
 use fred::types::Value;
 use fred::util::redis_keyslot;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
+use tracing::debug;
 
+use self::clock::ServerClock;
 use self::combiner::{Answers, Carrier, Combiner, Refused};
 use self::connection::Connection;
-use self::operation::{Decision, Operation, What, unexpected};
+use self::operation::{Decision, NO_ID, Operation, What, unexpected};
 use self::replicas::{Writing, within};
 use self::router::Router;
-use self::script::{Call, Script, Scripts};
+use self::script::{Call, Reply, Script, Scripts, is_mixed_up};
 use self::subscriber::Subscriber;
 use super::listen::Listening;
-use super::{Acquired, Answer, Each, HandedOver, Holder, Queueing, Released, Renewed, Store, Together, Wanted};
-use crate::hold::Owned;
+use super::{
+    Acquired, Answer, Each, Ending, Extending, HandedOver, Holder, Latest, Queueing, RECORD_TTL, Released, Renewed,
+    Store, Together, Undone, Wanted,
+};
+use crate::hold::{GrantId, Owned};
 use crate::{Error, Key, Loss, Token};
 
 /// Where all operations travel that may share calls.
@@ -75,7 +81,7 @@ impl RedisStore {
         let subscriber = Subscriber::new(connection.client().client_config());
         let router = Router::new(connection.client().clone(), home.clone());
         let (scripts, takes_one_slot) = (Scripts::new(), AtomicBool::new(false));
-        let server = Server { connection, router, scripts, min_replicas, takes_one_slot };
+        let server = Server { connection, router, scripts, clock: ServerClock::new(), min_replicas, takes_one_slot };
         Self { prefix, combiner: Combiner::new(server, home), subscriber }
     }
 
@@ -100,38 +106,56 @@ impl RedisStore {
         let timeout = within(timeout, wanted.ttl, self.server().min_replicas);
         let until = Instant::now() + timeout;
         let answer = self.take(wanted, timeout).await;
-        if matches!(answer, Err(Error::NotReplicated { .. })) && wanted.owned.own_token {
+        if matches!(answer, Err(Error::NotReplicated { .. })) {
             // Given back before it is told. Should that fail, it is the caller's to do, as ever when an attempt fails.
             let left = until.saturating_duration_since(Instant::now());
-            drop(self.release(&wanted.owned, left).await);
+            drop(self.release(&wanted.owned, Ending::Grant, left).await);
         }
         answer
     }
 
     async fn take(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
-        let Owned { keys, token, .. } = &wanted.owned;
-        let value = value_of(wanted);
+        let Owned { keys, token, grant, .. } = &wanted.owned;
+        if let (Queueing::Behind | Queueing::Queued, [key]) = (wanted.queueing, &**keys) {
+            return self.acquire_in_line(wanted, key, timeout).await;
+        }
         let (ttl, fence_ttl) = (millis(wanted.ttl), fence_ttl(wanted.ttl));
-        if let [key] = &**keys {
-            if wanted.queueing != Queueing::None {
-                return self.acquire_in_line(wanted, key, timeout).await;
-            }
+        if let ([key], None) = (&**keys, grant) {
             let name = self.name(key);
             let fence = wanted.fenced.then(|| (names::fence_of(&name), fence_ttl));
-            let what = What::Acquire { value, ttl, fence };
+            let what = What::Acquire { value: value_of(wanted), ttl, fence, latest: wanted.latest.clone() };
             return acquired(self.run(Operation { name, token: token.clone(), what }, timeout).await?);
         }
+        self.acquire_whole(wanted, timeout).await
+    }
+
+    /// By the script that knows all there is to know.
+    async fn acquire_whole(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
+        let Owned { keys, token, grant, .. } = &wanted.owned;
         let mut names: Vec<Bytes> = keys.iter().map(|key| self.name(key)).collect();
         self.check_slots(&names)?;
-        if wanted.fenced {
-            let fences: Vec<Bytes> = names.iter().map(names::fence_of).collect();
-            names.extend(fences);
+        let count = i64::try_from(names.len()).unwrap_or(i64::MAX);
+        let locks = names.clone();
+        if grant.is_some() {
+            names.extend(locks.iter().map(names::grants_of));
         }
-        let count = i64::try_from(keys.len()).unwrap_or(i64::MAX);
-        let args = [token.to_text().into(), value, ttl.into(), count.into(), fence_ttl.into()];
+        if wanted.fenced {
+            names.extend(locks.iter().map(names::fence_of));
+        }
+        let args = [
+            token.to_text().into(),
+            value_of(wanted),
+            millis(wanted.ttl).into(),
+            count.into(),
+            fence_ttl(wanted.ttl).into(),
+            grant.map_or_else(|| "".into(), |grant| grant.to_string().into()),
+            record_ttl(wanted.ttl).into(),
+        ];
         let call = Call::new(names.into_iter().map(Value::Bytes), args);
         let (until, writing) = self.server().writing(timeout);
-        let answer = self.server().run(&self.server().scripts.acquire, || call.clone(), timeout).await?;
+        let sending = |until| wanted.latest.extend(until);
+        let answer =
+            self.server().run(&self.server().scripts.acquire, || call.clone(), sending, timeout).await?.outcome?;
         match integers(&answer)?[..] {
             [1, fence] => {
                 self.server().replicated(writing, until).await?;
@@ -145,41 +169,86 @@ impl RedisStore {
         }
     }
 
-    async fn renew(&self, owned: &Owned, ttl: Duration, exact: bool, timeout: Duration) -> Result<Renewed, Error> {
+    async fn renew(&self, owned: &Owned, ttl: Duration, how: Extending, timeout: Duration) -> Result<Renewed, Error> {
         let timeout = within(timeout, ttl, self.server().min_replicas);
-        let ttl = millis(ttl);
-        let verdict = match &*owned.keys {
-            [key] => self.run_owned(key, &owned.token, What::Renew { ttl, exact }, timeout).await,
-            _ => {
-                let args = [owned.token.to_text().into(), ttl.into(), Value::Integer(exact.into())];
-                let call = Call::new(self.names(owned), args);
-                let (until, writing) = self.server().writing(timeout);
-                let verdict = verdict(self.server().run(&self.server().scripts.renew, || call.clone(), timeout).await);
-                let verdict = self.or_apart(verdict, owned, || What::Renew { ttl, exact }, until).await;
-                if matches!(verdict, Ok(Ok(()))) {
-                    self.server().replicated(writing, until).await?;
-                }
-                verdict
+        if let ([key], Extending::AtLeast) = (&*owned.keys, how) {
+            return self.run_owned(key, &owned.token, What::Renew { ttl: millis(ttl) }, timeout).await.map(renewed);
+        }
+        let (token, count) = (Value::from(owned.token.to_text()), count_of(owned));
+        let (script, call) = match how.name() {
+            None => (&self.server().scripts.renew, Call::new(self.names(owned), [token, millis(ttl).into()])),
+            Some(name) => {
+                let earlier = match how {
+                    Extending::Claim { earlier } => id_of(earlier),
+                    _ => "".into(),
+                };
+                let (grant, record_ttl) = (id_of(owned.grant), record_ttl(ttl).into());
+                let args = [token, millis(ttl).into(), count, name.into(), grant, record_ttl, earlier];
+                (&self.server().scripts.renew_grant, Call::new(self.names_with_records(owned), args))
             }
         };
+        let (until, writing) = self.server().writing(timeout);
+        let answer = match self.server().run(script, || call.clone(), |_| {}, timeout).await {
+            Err(error) if error.is_redirection() && owned.keys.len() > 1 => {
+                return self.one_by_one(owned, Apart::Renew(ttl, how), until).await.map(renewed);
+            }
+            answer => answer?.outcome,
+        };
+        let verdict = verdict(answer);
+        if matches!(verdict, Ok(Ok(()))) {
+            self.server().replicated(writing, until).await?;
+        }
         verdict.map(renewed)
     }
 
-    async fn release(&self, owned: &Owned, timeout: Duration) -> Result<Released, Error> {
-        let verdict = match &*owned.keys {
-            [key] => self.run_owned(key, &owned.token, What::Release { publish: self.publish() }, timeout).await,
+    async fn release(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<Released, Error> {
+        let what = match (&*owned.keys, owned.grant, ending) {
+            ([_], None, Ending::Lock) if owned.own_token => What::Release { publish: self.publish() },
+            ([key], None, Ending::Grant) => {
+                What::EndGrant { publish: self.publish(), record: names::grants_of(&self.name(key)) }
+            }
             _ => {
                 let until = Instant::now() + timeout;
-                let call = Call::new(self.names(owned), [owned.token.to_text().into(), self.publish().into()]);
-                let verdict =
-                    verdict(self.server().run(&self.server().scripts.release, || call.clone(), timeout).await);
-                self.or_apart(verdict, owned, || What::Release { publish: self.publish() }, until).await
+                return match self.release_whole(owned, ending, timeout).await {
+                    Err(error) if error.is_redirection() && owned.keys.len() > 1 => {
+                        self.one_by_one(owned, Apart::Release(ending), until).await.map(released)
+                    }
+                    answer => answer.map(|(released, _)| released),
+                };
             }
         };
-        Ok(match verdict? {
-            Ok(()) => Released::Freed,
-            Err(loss) => Released::NotOurs(loss),
-        })
+        self.run_owned(&owned.key(), &owned.token, what, timeout).await.map(released)
+    }
+
+    /// With all keys and records. Returns the server's time in ms as well.
+    async fn release_whole(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<(Released, u64), Error> {
+        let (token, count) = (Value::from(owned.token.to_text()), count_of(owned));
+        let publish = self.publish().into();
+        let scripts = &self.server().scripts;
+        let (script, call) = match ending {
+            Ending::Lock if owned.own_token => {
+                (&scripts.release, Call::new(self.names(owned), [token, count, publish]))
+            }
+            Ending::Lock => (&scripts.release, Call::new(self.names_with_records(owned), [token, count, publish])),
+            Ending::Grant => {
+                let args = [token, count, publish, id_of(owned.grant)];
+                (&scripts.end_grant, Call::new(self.names_with_records(owned), args))
+            }
+        };
+        let Reply { now, outcome } = self.server().run(script, || call.clone(), |_| {}, timeout).await?;
+        Ok((released(verdict(outcome)?), now))
+    }
+
+    async fn undo(&self, owned: &Owned, latest: &Latest, timeout: Duration) -> Result<Undone, Error> {
+        let (_, now) = self.release_whole(owned, Ending::Grant, timeout).await?;
+        Ok(latest.remaining(now).map_or(Undone::Settled, Undone::MayRun))
+    }
+
+    /// The lock keys, then their records of grants.
+    fn names_with_records(&self, owned: &Owned) -> impl ExactSizeIterator<Item = Value> {
+        let locks: Vec<Bytes> = owned.keys.iter().map(|key| self.name(key)).collect();
+        let records: Vec<Bytes> = locks.iter().map(names::grants_of).collect();
+        [locks, records].concat().into_iter().map(Value::Bytes)
     }
 
     /// How those who wait are told of a release. On a cluster other messages go to every node.
@@ -191,24 +260,36 @@ impl RedisStore {
         }
     }
 
-    async fn hand_over(&self, from: &Owned, to: &Wanted, timeout: Duration) -> Result<HandedOver, Error> {
+    async fn hand_over(
+        &self,
+        from: &Owned,
+        ending: Ending,
+        to: &Wanted,
+        timeout: Duration,
+    ) -> Result<HandedOver, Error> {
         let [key] = &*from.keys else { return Ok(HandedOver::NotOurs(Loss::Missing)) };
         let name = self.name(key);
         let fence = to.fenced.then(|| Value::Bytes(names::fence_of(&name)));
         let queued = to.queueing != Queueing::None;
-        let mut keys = vec![Value::Bytes(name.clone())];
+        let mut keys = vec![Value::Bytes(name.clone()), Value::Bytes(names::grants_of(&name))];
         if queued {
             let [_, queue, alive] = fair::lock_and_queue(&name);
             keys.extend([queue, alive].map(Value::Bytes));
         }
         keys.extend(fence);
+        let grant = match ending {
+            Ending::Grant => id_of(from.grant),
+            Ending::Lock if from.own_token => "".into(),
+            Ending::Lock => "*".into(),
+        };
         let (queued, fenced) = (Value::Integer(queued.into()), Value::Integer(to.fenced.into()));
         let (ttl, fence_ttl) = (millis(to.ttl).into(), fence_ttl(to.ttl).into());
-        let args = [from.token.to_text().into(), value_of(to), ttl, fence_ttl, queued, fenced];
+        let args = [from.token.to_text().into(), value_of(to), ttl, fence_ttl, queued, fenced, grant];
         let call = Call::new(keys.into_iter(), args);
-        let answer = self.server().run(&self.server().scripts.hand_over, || call.clone(), timeout).await;
+        let sending = |until| to.latest.extend(until);
+        let answer = self.server().run(&self.server().scripts.hand_over, || call.clone(), sending, timeout).await;
+        let answer = answer.and_then(|reply| reply.outcome);
         Ok(match answer {
-            Err(error) if error.code() == Some("WRONGTYPE") => HandedOver::NotOurs(Loss::Taken),
             Err(error) => return Err(error),
             Ok(answer) => match integer(&answer)? {
                 -1 => HandedOver::NotOurs(Loss::Missing),
@@ -229,22 +310,26 @@ impl RedisStore {
         about_owned(self.run(Operation { name: self.name(key), token: token.clone(), what }, timeout).await?)
     }
 
-    /// Does it to each of the keys by itself if the call for all of them found them on two nodes, while their slot moves.
-    /// Returns the loss of any key that is not ours any more.
-    async fn or_apart(
-        &self,
-        verdict: Result<Result<(), Loss>, Error>,
-        owned: &Owned,
-        what: impl Fn() -> What,
-        until: Instant,
-    ) -> Result<Result<(), Loss>, Error> {
-        if !matches!(&verdict, Err(error) if error.is_redirection()) {
-            return verdict;
-        }
+    /// Does to each of the keys by itself what could not be done to all at once, because they are on two nodes while their
+    /// slot moves. Returns the loss of any key that is not ours any more.
+    async fn one_by_one(&self, owned: &Owned, what: Apart, until: Instant) -> Result<Result<(), Loss>, Error> {
         let (mut all, mut done, mut failure) = (Ok(()), 0, None);
         for key in &*owned.keys {
+            let one = Owned { keys: [key.clone()].into(), ..owned.clone() };
             let left = until.saturating_duration_since(Instant::now());
-            match self.run_owned(key, &owned.token, what(), left).await {
+            let answer = match what {
+                Apart::Renew(ttl, how) => Store::renew(self, &one, ttl, how, left).await.map(|renewed| match renewed {
+                    Renewed::Extended => Ok(()),
+                    Renewed::NotOurs(loss) => Err(loss),
+                }),
+                Apart::Release(ending) => {
+                    Store::release(self, &one, ending, left).await.map(|released| match released {
+                        Released::Freed => Ok(()),
+                        Released::NotOurs(loss) => Err(loss),
+                    })
+                }
+            };
+            match answer {
                 Ok(verdict) => (all, done) = (all.and(verdict), done + 1),
                 Err(error) => failure = Some(error),
             }
@@ -261,7 +346,7 @@ impl RedisStore {
         let renewal = |&(owned, ttl): &(&Owned, Duration)| Operation {
             name: self.name(&owned.key()),
             token: owned.token.clone(),
-            what: What::Renew { ttl: millis(ttl), exact: false },
+            what: What::Renew { ttl: millis(ttl) },
         };
         let answers = self.combiner.run_all(ONE_LINE, locks.iter().map(renewal).collect(), timeout).await;
         answers.into_iter().map(|answer| answer.and_then(about_owned).map(renewed)).collect()
@@ -281,7 +366,8 @@ impl RedisStore {
 
     async fn remaining(&self, owned: &Owned, timeout: Duration) -> Result<Option<Duration>, Error> {
         let call = Call::new(self.names(owned), [owned.token.to_text().into()]);
-        let answer = self.server().run(&self.server().scripts.remaining, || call.clone(), timeout).await?;
+        let reply = self.server().run(&self.server().scripts.remaining, || call.clone(), |_| {}, timeout).await?;
+        let answer = reply.outcome?;
         Ok(match integer(&answer)? {
             -2 => None,
             // Somebody has taken the ttl away; the next renewal gives it back.
@@ -294,7 +380,8 @@ impl RedisStore {
         let name = self.name(key);
         let fence = names::fence_of(&name);
         let call = Call::new([name, fence].map(Value::Bytes).into_iter(), []);
-        let answer = self.server().run(&self.server().scripts.inspect, || call.clone(), timeout).await?;
+        let reply = self.server().run(&self.server().scripts.inspect, || call.clone(), |_| {}, timeout).await?;
+        let answer = reply.outcome?;
         if answer.is_null() {
             return Ok(None);
         }
@@ -333,6 +420,13 @@ impl RedisStore {
     }
 }
 
+/// What is done to several keys one by one.
+#[derive(Clone, Copy)]
+enum Apart {
+    Renew(Duration, Extending),
+    Release(Ending),
+}
+
 /// What a lock key holds.
 fn value_of(wanted: &Wanted) -> Value {
     let token = &wanted.owned.token;
@@ -348,6 +442,7 @@ struct Server {
     connection: Connection,
     router: Router,
     scripts: Scripts,
+    clock: ServerClock,
     /// So many must have acknowledged what is granted and renewed, or it is not.
     min_replicas: usize,
     /// It has said so, although it is no cluster to the client: behind a proxy, it may be one.
@@ -365,12 +460,42 @@ impl Server {
         self.client().is_clustered() || self.takes_one_slot.load(Ordering::Relaxed)
     }
 
-    async fn run(&self, script: &Script, call: impl Fn() -> Call + Sync, timeout: Duration) -> Result<Value, Error> {
+    /// Runs a script once, within `timeout` by our clock and by the server's. `sending` is told the latest time at which the server
+    /// may run it, in ms by the server's clock, before anything is sent.
+    async fn run(
+        &self,
+        script: &Script,
+        call: impl Fn() -> Call + Sync,
+        sending: impl Fn(u64),
+        timeout: Duration,
+    ) -> Result<Reply, Error> {
         self.connection.check()?;
-        let sent = Instant::now();
-        // fred's futures are several kilobytes large, and those around them would be as large, on every path.
-        let answer = Box::pin(script.run(&self.router, call, timeout)).await;
-        self.connection.heard(sent, answer)
+        let until = Instant::now() + timeout;
+        let mut reading = self.clock.reading();
+        let mut refused = 0;
+        loop {
+            let sent = Instant::now();
+            let latest = self.clock.at(until, reading);
+            sending(latest);
+            let (mark, left) = (self.scripts.next_mark(), until.saturating_duration_since(sent));
+            // fred's futures are several kilobytes large, and those around them would be as large, on every path.
+            let answer = Box::pin(script.run(&self.router, &call, mark, latest, left)).await;
+            let reply = self.connection.heard(sent, answer).inspect_err(|error| {
+                if is_mixed_up(error) {
+                    self.connection.replace();
+                    self.router.replace();
+                }
+            })?;
+            let learned = self.clock.learn(reply.now);
+            match &reply.outcome {
+                // Another server's clock, or one that was not known yet. If it is too late by ours, there is no time left.
+                Err(error) if error.code() == Some("LATE") && refused < CLOCKS => {
+                    refused += 1;
+                    reading = Some(learned);
+                }
+                _ => return Ok(reply),
+            }
+        }
     }
 
     /// To be asked for before something is sent that replicas shall have by then.
@@ -383,8 +508,9 @@ impl Server {
         let sent = Instant::now();
         let answer = Box::pin(writing.acknowledged(self.client(), until)).await;
         match self.connection.heard(sent, answer) {
-            // The write was answered: what nobody knows is who has it.
-            Err(Error::Redis(error)) if *error.kind() == ErrorKind::Timeout => {
+            // The write was answered: whatever keeps us from asking who has it, it is there and must be given back.
+            Err(error @ Error::Redis(_)) => {
+                debug!(name: "tenure.wait_failed", %error, "could not ask the server which replicas have a write");
                 Err(Error::NotReplicated { needed: self.min_replicas, acknowledged: 0 })
             }
             answer => answer,
@@ -406,7 +532,7 @@ impl Server {
         if let Err(error) = self.replicated(writing, until).await {
             for (operation, answer) in operations.iter().zip(&mut answers) {
                 if for_replicas((operation, answer)) {
-                    *answer = Some(Err(error.again()));
+                    *answer = Some(Err(error.clone()));
                 }
             }
         }
@@ -416,11 +542,14 @@ impl Server {
     async fn decide(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
         let script = match operation.what {
             What::Release { .. } => &self.scripts.release,
+            What::EndGrant { .. } => &self.scripts.end_grant,
             What::Renew { .. } => &self.scripts.renew,
             What::Acquire { .. } => &self.scripts.acquire_one,
         };
         let until = Instant::now() + timeout;
-        let answer = match self.run(script, || operation.alone(), timeout).await {
+        let sending = |until| operation.is_sent(until);
+        let answer = self.run(script, || operation.alone(), sending, timeout).await?;
+        let answer = match answer.outcome {
             Ok(answer) => operation.read(&answer),
             Err(error) => Some(operation.read_error(error)),
         };
@@ -428,13 +557,19 @@ impl Server {
             Some(answer) => answer,
             None => {
                 let left = until.saturating_duration_since(Instant::now());
-                let answer = self.run(&self.scripts.acquire, || operation.again(), left).await?;
-                match integers(&answer)?[..] {
-                    [1, fence] => Ok(Decision::Granted(fence)),
-                    [0, ttl, _] => Ok(Decision::Held(ttl)),
-                    _ => Err(unexpected()),
-                }
+                self.acquire_again(operation, left).await
             }
+        }
+    }
+
+    /// An acquire that meets its own token.
+    async fn acquire_again(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
+        let sending = |until| operation.is_sent(until);
+        let answer = self.run(&self.scripts.acquire, || operation.again(), sending, timeout).await?.outcome?;
+        match integers(&answer)?[..] {
+            [1, fence] => Ok(Decision::Granted(fence)),
+            [0, ttl, _] => Ok(Decision::Held(ttl)),
+            _ => Err(unexpected()),
         }
     }
 }
@@ -454,8 +589,9 @@ impl Carrier for Server {
 
     async fn many(&self, operations: &[Operation], timeout: Duration) -> Result<Answers<Decision>, Refused> {
         let (until, writing) = self.writing(timeout);
-        let answer = self.run(&self.scripts.many, || operation::together(operations), timeout).await;
-        match answer.and_then(|answer| operation::read_together(operations, &answer)) {
+        let sending = |until| operations.iter().for_each(|operation| operation.is_sent(until));
+        let answer = self.run(&self.scripts.many, || operation::together(operations), sending, timeout).await;
+        match answer.and_then(|reply| reply.outcome).and_then(|answer| operation::read_together(operations, &answer)) {
             Ok(answers) => Ok(self.all_replicated(operations, answers, writing, until).await),
             // From a proxy before a cluster. Nothing was run. What comes from now on travels by slots.
             Err(Error::CrossSlot) => {
@@ -470,7 +606,7 @@ impl Carrier for Server {
             }
             // The call as such, because of one of its keys (NOPERM). Nothing was run.
             Err(error) if error.is_refusal() && !error.is_transient() => Err(Refused),
-            Err(error) => Ok(operations.iter().map(|_| Some(Err(error.again()))).collect()),
+            Err(error) => Ok(operations.iter().map(|_| Some(Err(error.clone()))).collect()),
         }
     }
 
@@ -478,6 +614,9 @@ impl Carrier for Server {
         operation.rank()
     }
 }
+
+/// So often a request may meet a server whose clock shows something else than the last one's.
+const CLOCKS: u32 = 3;
 
 /// The answer to a renewal or a release: whether the keys held our token.
 fn verdict(answer: Result<Value, Error>) -> Result<Result<(), Loss>, Error> {
@@ -494,6 +633,13 @@ fn about_owned(decision: Decision) -> Result<Result<(), Loss>, Error> {
     match decision {
         Decision::Owned(verdict) => Ok(verdict),
         Decision::Granted(_) | Decision::Held(_) => Err(unexpected()),
+    }
+}
+
+fn released(verdict: Result<(), Loss>) -> Released {
+    match verdict {
+        Ok(()) => Released::Freed,
+        Err(loss) => Released::NotOurs(loss),
     }
 }
 
@@ -527,6 +673,32 @@ fn fence_ttl(ttl: Duration) -> i64 {
     millis(FENCE_TTL.max(ttl.saturating_mul(2)))
 }
 
+/// For how long the server shall remember the grants of a lock with this ttl.
+fn record_ttl(ttl: Duration) -> i64 {
+    millis(RECORD_TTL.max(ttl.saturating_mul(2)))
+}
+
+/// What scripts call a grant.
+fn id_of(grant: Option<GrantId>) -> Value {
+    grant.map_or_else(|| NO_ID.into(), |grant| grant.to_string().into())
+}
+
+fn count_of(owned: &Owned) -> Value {
+    Value::Integer(i64::try_from(owned.keys.len()).unwrap_or(i64::MAX))
+}
+
+impl Extending {
+    /// What `renew_grant.lua` calls it; `None` where `renew.lua` does.
+    fn name(self) -> Option<&'static str> {
+        match self {
+            Self::AtLeast => None,
+            Self::Exactly => Some("exactly"),
+            Self::Claim { .. } => Some("claim"),
+            Self::KeepRecord => Some("keep"),
+        }
+    }
+}
+
 fn integer(answer: &Value) -> Result<i64, Error> {
     answer.as_i64().ok_or_else(unexpected)
 }
@@ -552,8 +724,8 @@ impl Store for RedisStore {
         Box::pin(router::patiently(timeout, move |left| self.acquire(wanted, left)))
     }
 
-    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, exact: bool, timeout: Duration) -> Answer<'a, Renewed> {
-        Box::pin(self.renew(owned, ttl, exact, timeout))
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Renewed> {
+        Box::pin(self.renew(owned, ttl, how, timeout))
     }
 
     /// Not where a call takes keys of one slot only, or must not last longer than what it renews.
@@ -562,8 +734,12 @@ impl Store for RedisStore {
         (server.min_replicas == 0 && !server.takes_one_slot()).then_some(self)
     }
 
-    fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released> {
-        Box::pin(self.release(owned, timeout))
+    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Released> {
+        Box::pin(self.release(owned, ending, timeout))
+    }
+
+    fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, timeout: Duration) -> Answer<'a, Undone> {
+        Box::pin(self.undo(owned, latest, timeout))
     }
 
     /// Not where replicas have to acknowledge what the next one gets: its release must not wait for that.
@@ -571,8 +747,14 @@ impl Store for RedisStore {
         self.server().min_replicas == 0
     }
 
-    fn hand_over<'a>(&'a self, from: &'a Owned, to: &'a Wanted, timeout: Duration) -> Answer<'a, HandedOver> {
-        Box::pin(self.hand_over(from, to, timeout))
+    fn hand_over<'a>(
+        &'a self,
+        from: &'a Owned,
+        ending: Ending,
+        to: &'a Wanted,
+        timeout: Duration,
+    ) -> Answer<'a, HandedOver> {
+        Box::pin(self.hand_over(from, ending, to, timeout))
     }
 
     fn attend<'a>(&'a self, key: &'a Key, tokens: &'a [Token], timeout: Duration) -> Answer<'a, ()> {

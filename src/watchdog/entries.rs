@@ -53,12 +53,6 @@ impl Entries {
         }
     }
 
-    /// Whether a lock that is entered holds one of the keys by the very same token.
-    pub(super) fn shares(&self, owned: &Owned) -> bool {
-        let mut entries = owned.keys.iter().filter_map(|key| self.entries.get(self.ids.get(key)?));
-        entries.any(|entry| entry.owned.token == owned.token)
-    }
-
     /// The id of what is entered next.
     pub(super) fn next(&self) -> Id {
         self.next

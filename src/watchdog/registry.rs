@@ -9,7 +9,8 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::WatchStatus;
 use super::entries::{Entries, Keeping};
@@ -17,6 +18,7 @@ use super::events::WatchEvent;
 use super::outbox::{Id, Outbox};
 use super::watcher::Watcher;
 use crate::schedule::Renewal;
+use crate::store::Ending;
 use crate::{Error, Key, Lease, LockGuard, Locker, Loss};
 
 /// How many locks are released at a time.
@@ -47,20 +49,17 @@ impl Registry {
         let hold = guard.hold();
         let refused = self.change(|entries| {
             if let Err(error) = entries.admits(&hold.owned) {
-                let shared = entries.shares(&hold.owned);
-                return Err((error, guard, shared));
+                return Err((error, guard));
             }
             if let Err(loss) = hold.observe(self.watcher(entries.next())) {
-                return Err((Error::NotHeld { key: hold.owned.key(), loss }, guard, false));
+                return Err((Error::NotHeld { key: hold.owned.key(), loss }, guard));
             }
             entries.enter(hold.owned.clone(), false, Keeping::Held(guard));
             Ok(())
         });
-        refused.map_err(|(error, guard, shared)| {
-            if shared {
-                // By the same token the one that is watched holds the lock, and would lose it.
-                drop(guard.into_lease());
-            }
+        // Not under the mutex. A lock that is watched by the same token stays.
+        refused.map_err(|(error, guard)| {
+            drop(guard);
             error
         })
     }
@@ -121,11 +120,7 @@ impl Registry {
                 tasks.extend(task);
             }
         }
-        for task in tasks {
-            task.abort();
-            // Cancelled, if it hasn't ended by itself.
-            drop(task.await);
-        }
+        self.end(tasks).await;
         // Only now, so that no lease is lost with this future.
         let mut leases = Vec::new();
         for (id, _) in self.watched() {
@@ -192,15 +187,17 @@ impl Registry {
 
     async fn release_entry(self: &Arc<Self>, id: Id) -> Option<Result<(), Error>> {
         let keeping = self.take_out(id)?;
-        // Released it is, whatever becomes of this future: dropped, it leaves that to the background.
-        let mut ending = Ending { registry: self, id, end: Some(End::Released) };
+        let end = match keeping {
+            // It was never reported as obtained, so it is not reported as released, either.
+            Keeping::Obtaining(_) => End::Stopped(None),
+            _ => End::Released,
+        };
+        // It ends so, whatever becomes of this future: dropped, it leaves the release to the background.
+        let mut ending = Finishing { registry: self, id, end: Some(end) };
         let released = match keeping {
             Keeping::Held(guard) => guard.release().await,
             Keeping::Obtaining(task) => {
-                if let Some(task) = task {
-                    task.abort();
-                    drop(task.await);
-                }
+                self.end(task).await;
                 self.release_what_was_tried(id).await
             }
             Keeping::Reserved | Keeping::Ending => Ok(()),
@@ -211,12 +208,26 @@ impl Registry {
         Some(released)
     }
 
+    /// Cancels tasks that wait for a lock, and waits until they have ended. The wait is bounded: a runtime that nobody drives
+    /// never ends its tasks, but it does not run them either.
+    async fn end(&self, tasks: impl IntoIterator<Item = AbortOnDropHandle<()>>) {
+        let mut tasks: Vec<_> = tasks.into_iter().collect();
+        tasks.iter().for_each(AbortOnDropHandle::abort);
+        let gone = async {
+            for task in &mut tasks {
+                // Cancelled, if it hasn't ended by itself.
+                drop(task.await);
+            }
+        };
+        drop(timeout(self.locker.upkeep().command_timeout, gone).await);
+    }
+
     /// An attempt may have left the lock at the server, and nobody has learned of it.
     async fn release_what_was_tried(&self, id: Id) -> Result<(), Error> {
         let owned = self.entries().get(id).map(|entry| entry.owned.clone());
         let Some(owned) = owned else { return Ok(()) };
         let upkeep = self.locker.upkeep();
-        upkeep.release(&owned, Instant::now() + upkeep.command_timeout).await.map(drop)
+        upkeep.release(&owned, Ending::Lock, Instant::now() + upkeep.command_timeout).await.map(drop)
     }
 
     /// Whoever gets something out of it has to [`finish`](Registry::finish) the entry (invariant 2).
@@ -291,13 +302,13 @@ impl fmt::Debug for Registry {
 }
 
 /// Finishes an entry whose guard was taken out, whatever becomes of the future that does it.
-struct Ending<'a> {
+struct Finishing<'a> {
     registry: &'a Registry,
     id: Id,
     end: Option<End>,
 }
 
-impl Drop for Ending<'_> {
+impl Drop for Finishing<'_> {
     fn drop(&mut self) {
         if let Some(end) = self.end.take() {
             self.registry.finish(self.id, end);

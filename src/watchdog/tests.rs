@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock, mpsc};
 
 use tokio::runtime::Handle;
-use tokio::time::{advance, sleep};
+use tokio::time::{advance, sleep, timeout};
 
 use super::*;
 use crate::store::faulty::{Fault, FaultyStore, Operation};
@@ -405,7 +405,7 @@ async fn waiting_ends_with_its_reason_and_leaves_no_task() {
     assert_eq!(dog.unwatch("a"), None);
     dog.release("b").await.unwrap();
     dog.delivered().await;
-    assert_eq!(log.all(), ["a stopped", "b released"]);
+    assert_eq!(log.all(), ["a stopped", "b stopped"]);
     // The locker is closed: only what is held goes on.
     let closing = tokio::spawn({
         let locker = locker.clone();
@@ -415,7 +415,7 @@ async fn waiting_ends_with_its_reason_and_leaves_no_task() {
     dog.delivered().await;
     let mut told = log.all();
     told.sort();
-    assert_eq!(told, ["a stopped", "b released", "c stopped: closed", "d stopped: closed"]);
+    assert_eq!(told, ["a stopped", "b stopped", "c stopped: closed", "d stopped: closed"]);
     held.release().await.unwrap();
     closing.await.unwrap();
     drop(dog);
@@ -500,7 +500,7 @@ async fn a_release_that_is_dropped_still_releases_and_is_told() {
     let log = Log::default();
     let dog = log.watchdog(&locker);
     dog.watch(locker.lock("k").await.unwrap()).unwrap();
-    let released = tokio::time::timeout(ms(50), dog.release("k")).await;
+    let released = timeout(ms(50), dog.release("k")).await;
     assert!(released.is_err());
     dog.delivered().await;
     assert_eq!(log.all(), ["k released"]);
@@ -627,10 +627,10 @@ async fn random_life(seed: u64) {
                 let (lease, wait) = (leases.pop().unwrap_or_else(|| lease(key)), rng.bool());
                 tasks.spawn(async move {
                     let watching = dog.watch_lease(lease).obtain_when_free(wait).into_future();
-                    tokio::time::timeout(patience, watching).await.ok();
+                    timeout(patience, watching).await.ok();
                 });
             }
-            4 | 5 => drop(tasks.spawn(async move { drop(tokio::time::timeout(patience, dog.release(key)).await) })),
+            4 | 5 => drop(tasks.spawn(async move { drop(timeout(patience, dog.release(key)).await) })),
             6 => leases.extend(dog.unwatch(key)),
             _ => sleep(ms(rng.u64(..4_000))).await,
         }
@@ -667,4 +667,39 @@ fn whatever_is_done_each_lock_is_told_of_in_order_and_to_its_end() {
         fastrand::seed(seed);
         runtime.block_on(random_life(seed));
     }
+}
+
+#[test]
+fn a_lock_that_is_waited_for_on_a_runtime_that_nobody_drives_can_be_given_up() {
+    let [idle, other] = [0; 2].map(|_| tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap());
+    let locker = Locker::builder().command_timeout(ms(100)).in_memory();
+    let held = idle.block_on(locker.lock_all(["a", "b"]).into_future()).unwrap();
+    let dog = WatchDog::builder(&locker).build();
+    for key in ["a", "b"] {
+        let lease = Lease::new(key, Token::random(), Duration::from_secs(30));
+        idle.block_on(dog.watch_lease(lease).obtain_when_free(true).into_future()).unwrap();
+    }
+    other.block_on(async {
+        let bound = Duration::from_secs(20);
+        timeout(bound, dog.release("a")).await.expect("the release waits for a task that nobody runs").unwrap();
+        let leases = timeout(bound, dog.shutdown()).await.expect("the shutdown waits for a task that nobody runs");
+        assert!(leases.is_empty());
+    });
+    drop(held);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lock_that_was_only_waited_for_is_reported_as_stopped() {
+    let locker = locker(|called| if called == Operation::Release { Fault::Hung } else { Fault::None });
+    let log = Log::default();
+    let dog = log.watchdog(&locker);
+    let _held = locker.lock_all(["dropped", "failed", "all"]).await.unwrap();
+    for key in ["dropped", "failed", "all"] {
+        dog.watch_lease(lease(key)).obtain_when_free(true).await.unwrap();
+    }
+    assert!(timeout(ms(1), dog.release("dropped")).await.is_err());
+    assert!(matches!(dog.release("failed").await, Err(Error::Redis(_))));
+    dog.release_all().await;
+    dog.delivered().await;
+    assert_eq!(log.all(), ["dropped stopped", "failed stopped", "all stopped"]);
 }

@@ -1,9 +1,12 @@
 //! What every public type promises to the compiler.
 
+use std::time::Duration;
+
 use tenure::{
-    Error, Holder, Key, LockGuard, LockRequest, Locker, LockerBuilder, Loss, Lost, NodeError, Obtaining, Protected,
-    Retry, Token, WatchDog, WatchDogBuilder, WatchEvent, WatchRequest, WatchStatus, Watching, WeakWatchDog,
+    Error, Holder, Key, Lease, LockGuard, LockRequest, Locker, LockerBuilder, Loss, Lost, NodeError, Obtaining,
+    Protected, Retry, Token, WatchDog, WatchDogBuilder, WatchEvent, WatchRequest, WatchStatus, Watching, WeakWatchDog,
 };
+use tenure_test_support::Server;
 
 fn anywhere<T: Send + Sync + 'static>() {}
 fn movable<T: Send + Unpin + 'static>() {}
@@ -80,4 +83,49 @@ async fn what_a_watchdog_is_asked_for_can_be_spawned() {
     let releasing = dog.clone();
     assert!(tokio::spawn(async move { releasing.release_all().await }).await.unwrap().is_empty());
     assert_eq!(tokio::spawn(dog.shutdown()).await.unwrap(), []);
+}
+
+/// Short enough for one line of a log, and nothing in it that is not the reader's.
+fn assert_is_short(value: &impl std::fmt::Debug) {
+    let shown = format!("{value:?}");
+    assert!(shown.len() < 1_500, "{} bytes: {}", shown.len(), &shown[..1_500]);
+    for secret in ["redis.call", "KEYS", "hidden", "104, 105"] {
+        assert!(!shown.contains(secret), "{secret}: {shown}");
+    }
+}
+
+#[tokio::test]
+async fn debug_shows_no_script_no_metadata_and_no_token() {
+    let nodes = [Server::start(), Server::start(), Server::start()];
+    let urls = nodes.iter().map(Server::url);
+    let lockers = [
+        Locker::in_memory(),
+        Locker::connect(&nodes[0].url()).await.unwrap(),
+        Locker::builder().restart_window(Duration::ZERO).quorum(urls).await.unwrap(),
+    ];
+    for locker in lockers {
+        let token = || "hidden".parse().unwrap();
+        let guards: Vec<LockGuard> = {
+            let mut guards = Vec::new();
+            for n in 0..100 {
+                guards.push(locker.lock(format!("k{n}")).token(token()).metadata("hidden".repeat(100)).await.unwrap());
+            }
+            guards
+        };
+        let dog = WatchDog::builder(&locker).on_event(|_| {}).build();
+        let lease = Lease::new("k", token(), Duration::from_secs(1));
+        assert_is_short(&locker);
+        assert_is_short(&locker.lock("k").token(token()).metadata("hidden".repeat(100)));
+        assert_is_short(&guards[0]);
+        assert_is_short(&guards[0].lost());
+        assert_is_short(&guards[0].protect(async {}));
+        assert_is_short(&locker.lock("k").into_future());
+        assert_is_short(&dog);
+        assert_is_short(&dog.downgrade());
+        assert_is_short(&WatchDog::builder(&locker));
+        assert_is_short(&dog.watch_lease(lease.clone()));
+        assert_is_short(&lease);
+    }
+    assert_is_short(&Locker::builder());
+    assert_is_short(&Retry::linear(Duration::from_secs(1)));
 }

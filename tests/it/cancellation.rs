@@ -114,7 +114,7 @@ async fn a_dropped_or_failed_attempt_by_a_token_from_elsewhere_takes_the_lock_fr
     let proxy = Proxy::start(server.port()).await;
     let locker = Locker::connect(&proxy.url()).await.unwrap();
     let guard = locker.lock("k").token("mine".parse().unwrap()).await.unwrap();
-    for lose in [Mode::LoseNext, Mode::Delay(ms(100))] {
+    for lose in [Mode::LoseNext, Mode::Delay(ms(1_000))] {
         proxy.set(lose);
         let again = locker.try_lock("k").token("mine".parse().unwrap());
         assert!(!timeout(ms(50), again.into_future()).await.is_ok_and(|again| again.is_ok()));
@@ -166,7 +166,7 @@ async fn a_dropped_release_still_releases() {
 async fn closing_waits_for_releases_ends_waiters_and_refuses_the_rest() {
     let server = Server::start();
     let locker = Locker::connect(&server.url()).await.unwrap();
-    let kept = locker.lock("kept").ttl(ms(600)).await.unwrap();
+    let kept = locker.lock("kept").ttl(ms(2_000)).await.unwrap();
     let waiter = tokio::spawn(locker.lock("kept").into_future());
     tokio::task::yield_now().await;
     for n in 0..100 {
@@ -179,7 +179,7 @@ async fn closing_waits_for_releases_ends_waiters_and_refuses_the_rest() {
     assert!(matches!(locker.inspect("k").await, Err(Error::Closed)));
     // What is held stays held.
     let first = kept.deadline();
-    eventually("still renewed", async || (kept.deadline() > first + ms(600)).then_some(())).await;
+    eventually("still renewed", async || (kept.deadline() > first + ms(2_000)).then_some(())).await;
     kept.release().await.unwrap();
 }
 

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use tenure::{Error, Lease, Locker, Loss, Retry, Token};
-use tenure_test_support::{Cluster, Sentinel, Server, eventually, soon};
+use tenure_test_support::{Cluster, Sentinel, Server, Version, eventually, soon};
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -60,7 +60,9 @@ async fn a_client_of_the_users_own_conforms() {
 #[tokio::test]
 async fn a_cluster_conforms() {
     let cluster = Cluster::start();
-    let locker = Locker::connect(&cluster.url()).await.unwrap();
+    // Before Redis 7 a cluster's waiters hear of no release.
+    let poll_every = if Version::of_this_run().has_redis(7, 0) { ms(1_000) } else { ms(100) };
+    let locker = Locker::builder().poll_every(poll_every).connect(&cluster.url()).await.unwrap();
     all(&locker).await;
     let astray = soon(locker.lock_all(["a", "b"])).await.unwrap_err();
     assert!(matches!(astray, Error::CrossSlot) && astray.to_string().contains("hash tag"), "{astray}");
@@ -95,6 +97,16 @@ async fn a_quorum_of_five_two_of_which_are_gone_conforms() {
 #[tokio::test]
 async fn a_quorum_of_one_conforms() {
     all(&quorum(&[Server::start()]).await).await;
+}
+
+/// What has no outcome is done again: on a busy machine, a node of a quorum may not answer in the part of a second that it has.
+async fn decided<R: IntoFuture<Output = Result<T, Error>>, T>(call: impl Fn() -> R) -> Result<T, Error> {
+    loop {
+        match call().await {
+            Err(error) if error.is_transient() => eprintln!("again: {error}"),
+            decided => return decided,
+        }
+    }
 }
 
 /// Every case, one after the other, each on keys of its own.
@@ -140,19 +152,19 @@ async fn a_lock_excludes_all_others_until_it_is_released(locker: &Locker) {
     let guard = locker.lock("exclusive").await.unwrap();
     assert!(guard.is_held());
     for _ in 0..3 {
-        let refused = locker.try_lock("exclusive").await.unwrap_err();
+        let refused = decided(|| locker.try_lock("exclusive")).await.unwrap_err();
         assert!(
             matches!(&refused, Error::NotObtained { key, attempts: 1, .. } if *key == "exclusive".into()),
             "{refused}"
         );
     }
     guard.release().await.unwrap();
-    locker.try_lock("exclusive").await.unwrap().release().await.unwrap();
+    decided(|| locker.try_lock("exclusive")).await.unwrap().release().await.unwrap();
 }
 
 async fn a_token_obtains_its_lock_again_and_keeps_its_fencing_token(locker: &Locker) {
-    let first = locker.obtain("again").token(token("me")).metadata("one").await.unwrap();
-    let second = locker.obtain("again").token(token("me")).metadata("two").ttl(ms(9_000)).await.unwrap();
+    let first = decided(|| locker.obtain("again").token(token("me")).metadata("one")).await.unwrap();
+    let second = decided(|| locker.obtain("again").token(token("me")).metadata("two").ttl(ms(9_000))).await.unwrap();
     assert_eq!(first.fencing_token(), second.fencing_token());
     assert_eq!(locker.inspect("again").await.unwrap().unwrap().metadata, b"two");
     // Not made shorter: the first relies on its 30 seconds.
@@ -161,9 +173,9 @@ async fn a_token_obtains_its_lock_again_and_keeps_its_fencing_token(locker: &Loc
 }
 
 async fn a_token_is_compared_whole(locker: &Locker) {
-    let ten = locker.obtain("whole").token(token("job-10")).await.unwrap();
+    let ten = decided(|| locker.obtain("whole").token(token("job-10"))).await.unwrap();
     for other in ["job-1", "job-100", "job-11"] {
-        let refused = locker.obtain("whole").token(token(other)).metadata("0").await;
+        let refused = decided(|| locker.obtain("whole").token(token(other)).metadata("0")).await;
         assert!(matches!(refused, Err(Error::NotObtained { .. })), "{other}");
     }
     ten.release().await.unwrap();
@@ -190,9 +202,9 @@ async fn a_token_that_wants_a_fencing_token_later_has_its_own(locker: &Locker) {
     let guard = locker.lock("later").await.unwrap();
     let before = guard.fencing_token();
     guard.release().await.unwrap();
-    let without = locker.obtain("later").token(token("me")).fenced(false).await.unwrap();
+    let without = decided(|| locker.obtain("later").token(token("me")).fenced(false)).await.unwrap();
     assert_eq!(without.fencing_token(), None);
-    let with = locker.obtain("later").token(token("me")).await.unwrap();
+    let with = decided(|| locker.obtain("later").token(token("me"))).await.unwrap();
     assert!(with.fencing_token() > before);
     with.release().await.unwrap();
 }
@@ -215,51 +227,51 @@ async fn keys_and_metadata_may_be_any_bytes(locker: &Locker) {
         let guard = locker.lock(key).metadata(bytes.clone()).await.unwrap();
         let holder = locker.inspect(key).await.unwrap().unwrap();
         assert_eq!((holder.metadata, &holder.token), (bytes.clone(), guard.token()), "{key:?}");
-        assert!(matches!(locker.try_lock(key).await, Err(Error::NotObtained { .. })));
+        assert!(matches!(decided(|| locker.try_lock(key)).await, Err(Error::NotObtained { .. })));
         guard.release().await.unwrap();
     }
 }
 
 async fn a_ttl_can_be_shortened_and_lengthened(locker: &Locker) {
     let guard = locker.lock("refresh").ttl(ms(10_000)).await.unwrap();
-    guard.refresh_for(ms(2_000)).await.unwrap();
+    decided(|| guard.refresh_for(ms(2_000))).await.unwrap();
     assert!(guard.remaining() < ms(2_000) && guard.ttl() == ms(2_000));
     assert!(guard.server_ttl().await.unwrap().unwrap() <= ms(2_000));
-    guard.refresh_for(ms(60_000)).await.unwrap();
+    decided(|| guard.refresh_for(ms(60_000))).await.unwrap();
     assert!(guard.remaining() > ms(50_000) && guard.ttl() == ms(60_000));
     assert!(guard.server_ttl().await.unwrap().unwrap() > ms(50_000));
-    guard.refresh().await.unwrap();
-    assert!(matches!(guard.refresh_for(Duration::ZERO).await, Err(Error::InvalidTtl(_))));
+    decided(|| guard.refresh()).await.unwrap();
+    assert!(matches!(decided(|| guard.refresh_for(Duration::ZERO)).await, Err(Error::InvalidTtl(_))));
     assert!(guard.is_held());
     guard.release().await.unwrap();
 }
 
 async fn ensure_only_ever_lengthens(locker: &Locker) {
     let guard = locker.lock("ensure").ttl(ms(10_000)).await.unwrap();
-    guard.ensure(ms(1_000)).await.unwrap();
+    decided(|| guard.ensure(ms(1_000))).await.unwrap();
     assert!(guard.remaining() > ms(8_000) && guard.server_ttl().await.unwrap().unwrap() > ms(8_000));
-    guard.ensure(ms(90_000)).await.unwrap();
+    decided(|| guard.ensure(ms(90_000))).await.unwrap();
     assert!(guard.remaining() > ms(80_000) && guard.server_ttl().await.unwrap().unwrap() > ms(80_000));
     guard.release().await.unwrap();
 }
 
 async fn renewal_carries_a_lock_past_its_ttl(locker: &Locker) {
-    let guard = locker.lock("renewed").ttl(ms(600)).await.unwrap();
+    let guard = locker.lock("renewed").ttl(ms(1_000)).await.unwrap();
     let first = guard.deadline();
-    eventually("three ttls on", async || (guard.deadline() > first + ms(1_800)).then_some(())).await;
+    eventually("three ttls on", async || (guard.deadline() > first + ms(3_000)).then_some(())).await;
     assert_eq!(guard.check(), Ok(()));
-    assert!(matches!(locker.try_lock("renewed").await, Err(Error::NotObtained { .. })));
+    assert!(matches!(decided(|| locker.try_lock("renewed")).await, Err(Error::NotObtained { .. })));
     guard.release().await.unwrap();
 }
 
 async fn without_renewal_a_lock_expires_and_says_so(locker: &Locker) {
-    let guard = locker.lock("expiring").ttl(ms(300)).no_renewal().await.unwrap();
+    let guard = locker.lock("expiring").ttl(ms(600)).no_renewal().await.unwrap();
     let deadline = guard.deadline();
     assert_eq!(guard.lost().await, Loss::Expired);
     assert!(tokio::time::Instant::now() >= deadline);
     assert_eq!((guard.is_held(), guard.remaining()), (false, Duration::ZERO));
     assert!(guard.cancellation_token().is_cancelled());
-    let refused = guard.refresh().await.unwrap_err();
+    let refused = decided(|| guard.refresh()).await.unwrap_err();
     assert!(matches!(refused, Error::NotHeld { loss: Loss::Expired, .. }), "{refused}");
     assert!(matches!(guard.release().await, Err(Error::NotHeld { loss: Loss::Expired, .. })));
     locker.lock("expiring").await.unwrap().release().await.unwrap();
@@ -267,21 +279,21 @@ async fn without_renewal_a_lock_expires_and_says_so(locker: &Locker) {
 
 async fn a_lock_released_by_its_twin_is_missing_or_taken(locker: &Locker) {
     let twins = |key: &'static str| async move {
-        let one = locker.obtain(key).token(token("twin")).await.unwrap();
-        let other = locker.obtain(key).token(token("twin")).await.unwrap();
+        let one = decided(|| locker.obtain(key).token(token("twin"))).await.unwrap();
+        let other = decided(|| locker.obtain(key).token(token("twin"))).await.unwrap();
         other.release().await.unwrap();
         one
     };
     let missing = twins("missing").await;
-    assert!(matches!(missing.refresh().await, Err(Error::NotHeld { loss: Loss::Missing, .. })));
+    assert!(matches!(decided(|| missing.refresh()).await, Err(Error::NotHeld { loss: Loss::Missing, .. })));
     assert_eq!(missing.lost().await, Loss::Missing);
     assert_eq!(missing.server_ttl().await.unwrap(), None);
 
     let taken = twins("taken").await;
-    let successor = locker.try_lock("taken").await.unwrap();
-    assert!(matches!(taken.refresh().await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
+    let successor = decided(|| locker.try_lock("taken")).await.unwrap();
+    assert!(matches!(decided(|| taken.refresh()).await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
     assert!(matches!(taken.release().await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
-    successor.refresh().await.unwrap();
+    decided(|| successor.refresh()).await.unwrap();
     let released = twins("released").await;
     assert!(matches!(released.release().await, Err(Error::NotHeld { loss: Loss::Missing, .. })));
 }
@@ -301,23 +313,28 @@ async fn waiting_ends_when_it_is_said_to(locker: &Locker) {
     let guard = locker.lock("patience").await.unwrap();
     for request in [locker.lock("patience"), locker.obtain("patience"), locker.try_lock("patience")] {
         let started = Instant::now();
-        let refused = request.wait_at_most(ms(300)).await.unwrap_err();
+        let refused = request.wait_at_most(ms(600)).await.unwrap_err();
         let waited = started.elapsed();
         assert!(matches!(refused, Error::NotObtained { attempts: 2.., .. }), "{refused}");
         // To the millisecond in the simulation; here the machine may be busy.
-        assert!(waited >= ms(300) && waited < ms(2_000), "{waited:?}");
+        assert!(waited >= ms(600) && waited < ms(2_300), "{waited:?}");
     }
     guard.release().await.unwrap();
     // Far beyond what the clock can count to: without a limit.
     locker.lock("patience").wait_at_most(Duration::MAX).await.unwrap().release().await.unwrap();
-    locker.lock("patience").wait_at_most(Duration::ZERO).await.unwrap().release().await.unwrap();
+    // One short attempt. Where the machine is too busy to answer in its time, nobody knows what has become of it.
+    let guard = eventually("it is granted", async || {
+        let attempt = locker.lock("patience").wait_at_most(Duration::ZERO).await;
+        attempt.map_err(|error| assert!(error.is_transient(), "{error}")).ok()
+    });
+    guard.await.release().await.unwrap();
 }
 
 async fn a_strategy_counts_its_attempts(locker: &Locker) {
     let guard = locker.lock("strategy").await.unwrap();
     for (retry, expected) in [(Retry::none(), 1), (Retry::linear(ms(2)).limit(3), 4), (Retry::from_iter([ms(1); 6]), 7)]
     {
-        let refused = locker.obtain("strategy").retry(retry).await.unwrap_err();
+        let refused = decided(|| locker.obtain("strategy").retry(retry.clone())).await.unwrap_err();
         assert!(matches!(refused, Error::NotObtained { attempts, .. } if attempts == expected), "{refused}");
     }
     guard.release().await.unwrap();
@@ -348,9 +365,9 @@ async fn a_scope_releases_and_answers(locker: &Locker) {
     let answer = locker.scope("scope", async |guard| guard.key().clone()).await.unwrap();
     assert_eq!(answer, "scope".into());
     let lost = locker.scope("scope", async |guard| {
-        let twin = locker.obtain("scope").token(guard.token().clone()).await.unwrap();
+        let twin = decided(|| locker.obtain("scope").token(guard.token().clone())).await.unwrap();
         twin.release().await.unwrap();
-        drop(guard.refresh().await);
+        drop(decided(|| guard.refresh()).await);
         std::future::pending::<()>().await;
     });
     assert!(matches!(lost.await, Err(Error::Lost(Loss::Missing))));
@@ -358,14 +375,14 @@ async fn a_scope_releases_and_answers(locker: &Locker) {
 }
 
 async fn a_set_is_taken_whole_or_not_at_all(locker: &Locker) {
-    let guard = locker.obtain_all(["{set}:a", "{set}:b", "{set}:c"]).metadata("set").await.unwrap();
+    let guard = decided(|| locker.obtain_all(["{set}:a", "{set}:b", "{set}:c"]).metadata("set")).await.unwrap();
     assert_eq!(guard.keys().len(), 3);
     for key in guard.keys() {
         let holder = locker.inspect(key).await.unwrap().unwrap();
         assert_eq!((&holder.token, holder.fencing_token), (guard.token(), guard.fencing_token()));
     }
     assert!(guard.server_ttl().await.unwrap().is_some());
-    let refused = locker.obtain_all(["{set}:x", "{set}:b", "{set}:y"]).await.unwrap_err();
+    let refused = decided(|| locker.obtain_all(["{set}:x", "{set}:b", "{set}:y"])).await.unwrap_err();
     assert!(matches!(&refused, Error::NotObtained { key, .. } if *key == "{set}:b".into()), "{refused}");
     assert_eq!(locker.inspect("{set}:x").await.unwrap(), None);
     assert_eq!(locker.inspect("{set}:y").await.unwrap(), None);
@@ -381,11 +398,11 @@ async fn a_set_is_taken_whole_or_not_at_all(locker: &Locker) {
 
 async fn a_set_is_lost_as_one(locker: &Locker) {
     let set = locker.lock_all(["{one}:a", "{one}:b"]).await.unwrap();
-    let twin = locker.obtain("{one}:b").token(set.token().clone()).await.unwrap();
+    let twin = decided(|| locker.obtain("{one}:b").token(set.token().clone())).await.unwrap();
     twin.release().await.unwrap();
-    let other = locker.try_lock("{one}:b").await.unwrap();
+    let other = decided(|| locker.try_lock("{one}:b")).await.unwrap();
     assert_eq!(set.server_ttl().await.unwrap(), None);
-    assert!(matches!(set.refresh().await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
+    assert!(matches!(decided(|| set.refresh()).await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
     assert_eq!(set.lost().await, Loss::Taken);
     other.release().await.unwrap();
 }
@@ -409,8 +426,8 @@ async fn a_lease_keeps_the_lock_and_is_taken_up_again(locker: &Locker) {
     let (fence, lost) = (guard.fencing_token(), guard.lost());
     let text = guard.into_lease().to_string();
     assert_eq!(lost.await, Loss::Released);
-    assert!(matches!(locker.try_lock("{lease}:b").await, Err(Error::NotObtained { .. })));
-    let adopted = locker.adopt(text.parse().unwrap()).await.unwrap();
+    assert!(matches!(decided(|| locker.try_lock("{lease}:b")).await, Err(Error::NotObtained { .. })));
+    let adopted = decided(|| locker.adopt(text.parse().unwrap())).await.unwrap();
     assert_eq!((adopted.fencing_token(), adopted.ttl(), adopted.keys().len()), (fence, ms(5_000), 2));
     assert!(adopted.remaining() > ms(4_000));
     adopted.release().await.unwrap();
@@ -419,24 +436,30 @@ async fn a_lease_keeps_the_lock_and_is_taken_up_again(locker: &Locker) {
 
 async fn a_lease_that_is_gone_is_not_taken_up(locker: &Locker) {
     let lease = Lease::new("gone", token("me"), ms(5_000));
-    let refused = locker.adopt(lease.clone()).await.unwrap_err();
+    let refused = decided(|| locker.adopt(lease.clone())).await.unwrap_err();
     assert!(matches!(refused, Error::NotHeld { loss: Loss::Missing, .. }), "{refused}");
     let other = locker.lock("gone").await.unwrap();
-    assert!(matches!(locker.adopt(lease.clone()).await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
-    assert!(matches!(locker.ensure(&lease, ms(5_000)).await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
-    other.refresh().await.unwrap();
+    assert!(matches!(decided(|| locker.adopt(lease.clone())).await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
+    assert!(matches!(
+        decided(|| locker.ensure(&lease, ms(5_000))).await,
+        Err(Error::NotHeld { loss: Loss::Taken, .. })
+    ));
+    decided(|| other.refresh()).await.unwrap();
     other.release().await.unwrap();
     for nonsense in [Lease::new("", token("me"), ms(5_000)), Lease::new("gone", token("me"), Duration::ZERO)] {
-        assert!(matches!(locker.adopt(nonsense).await, Err(Error::InvalidKey(_) | Error::InvalidTtl(_))));
+        assert!(matches!(
+            decided(|| locker.adopt(nonsense.clone())).await,
+            Err(Error::InvalidKey(_) | Error::InvalidTtl(_))
+        ));
     }
 }
 
 async fn ensuring_a_lease_only_ever_lengthens(locker: &Locker) {
-    let guard = locker.obtain("ensured").token(token("me")).ttl(ms(10_000)).no_renewal().await.unwrap();
+    let guard = decided(|| locker.obtain("ensured").token(token("me")).ttl(ms(10_000)).no_renewal()).await.unwrap();
     let lease = Lease::new("ensured", token("me"), ms(10_000));
-    locker.ensure(&lease, ms(1_000)).await.unwrap();
+    decided(|| locker.ensure(&lease, ms(1_000))).await.unwrap();
     assert!(guard.server_ttl().await.unwrap().unwrap() > ms(8_000));
-    locker.ensure(&lease, ms(90_000)).await.unwrap();
+    decided(|| locker.ensure(&lease, ms(90_000))).await.unwrap();
     assert!(guard.server_ttl().await.unwrap().unwrap() > ms(80_000));
     guard.release().await.unwrap();
 }

@@ -144,11 +144,11 @@ fn an_isolated_locker_renews_although_every_worker_is_blocked() {
     let home = Builder::new_current_thread().enable_all().build().unwrap();
     home.block_on(async {
         let locker = Locker::builder().isolated(true).connect(&server.url()).await.unwrap();
-        let guard = locker.lock("k").ttl(ms(600)).await.unwrap();
+        let guard = locker.lock("k").ttl(ms(1_200)).await.unwrap();
         let first = guard.deadline();
-        std::thread::sleep(ms(1_800));
+        std::thread::sleep(ms(3_000));
         assert_eq!(guard.check(), Ok(()));
-        assert!(guard.deadline() > first + ms(600));
+        assert!(guard.deadline() > first + ms(1_200));
         // And releases what is dropped when nobody is left to run it.
         drop(guard);
     });

@@ -1,9 +1,10 @@
 //! What goes wrong has a name, changes nothing, and is waited out where waiting helps.
 
+use std::future::IntoFuture;
 use std::time::{Duration, Instant};
 
 use tenure::{Error, Locker};
-use tenure_test_support::{Mode, Proxy, Server, soon};
+use tenure_test_support::{Mode, Proxy, Server, soon, within};
 use tokio::time::timeout;
 
 const fn ms(n: u64) -> Duration {
@@ -67,19 +68,16 @@ async fn a_user_who_may_not_run_scripts_is_refused_by_name() {
 }
 
 #[tokio::test]
-async fn the_documented_permissions_suffice() {
-    let server = Server::start();
-    let commands = ["+eval", "+evalsha", "+get", "+set", "+del", "+pexpire", "+pttl", "+time"];
-    let user = ["ACL", "SETUSER", "app", "on", ">secret", "resetchannels", "~app:*", "~{app:*"];
-    assert_eq!(server.cli(&[&user[..], &commands[..]].concat()), "OK");
-    let url = format!("redis://app:secret@127.0.0.1:{}", server.port());
-    let locker = Locker::builder().prefix("app:").connect(&url).await.unwrap();
-    let guard = soon(locker.lock("k").metadata("m")).await.unwrap();
-    guard.refresh().await.unwrap();
-    guard.refresh_for(ms(5_000)).await.unwrap();
-    guard.server_ttl().await.unwrap();
-    locker.inspect("k").await.unwrap();
-    guard.release().await.unwrap();
+async fn a_server_without_scripts_is_told_by_the_name_of_the_command_and_shows_no_token() {
+    for command in ["EVALSHA", "EVAL"] {
+        let server = Server::start_with(&["--rename-command", command, ""]);
+        let locker = Locker::connect(&server.url()).await.unwrap();
+        let refused = soon(locker.lock("k").token("secret".parse().unwrap())).await.unwrap_err();
+        assert!(!refused.is_transient());
+        let told = format!("{refused} {refused:?}");
+        assert!(told.contains("unknown command") && told.contains(command), "{told}");
+        assert!(!told.contains("secret") && !told.contains("KEYS") && !told.contains("args"), "{told}");
+    }
 }
 
 #[tokio::test]
@@ -158,12 +156,14 @@ async fn a_server_out_of_memory_refuses_by_name_and_is_waited_out() {
 async fn a_loading_server_refuses_by_name_and_is_waited_out() {
     let mut server = Server::start();
     let locker = Locker::connect(&server.url()).await.unwrap();
-    server.cli(&["DEBUG", "POPULATE", "30000"]);
-    server.cli(&["EVAL", "for i = 1, 30000 do redis.call('SET', 'filler:' .. i, i) end", "0"]);
+    // Servers look at clients after every 2 MB that they load. Older ones can't be told to look more often.
+    server.cli(&["CONFIG", "SET", "rdbcompression", "no"]);
+    let fill = "for i = 1, 30 do redis.call('SET', 'filler:' .. i, string.rep('x', 2 ^ 21)) end";
+    server.cli(&["EVAL", fill, "0"]);
     assert_eq!(server.cli(&["SAVE"]), "OK");
     server.kill();
-    // About three seconds, looking at clients all the time.
-    server.restart_without_waiting(&["--key-load-delay", "100", "--loading-process-events-interval-bytes", "1024"]);
+    // For a tenth of a second for each of them.
+    server.restart_without_waiting(&["--key-load-delay", "100000"]);
     let named = tenure_test_support::eventually("LOADING", async || {
         let refused = locker.try_lock("k").await.err();
         refused.filter(|error| error.code() == Some("LOADING"))
@@ -174,7 +174,7 @@ async fn a_loading_server_refuses_by_name_and_is_waited_out() {
 
 #[tokio::test]
 async fn a_busy_server_refuses_by_name_and_is_waited_out() {
-    let server = Server::start_with(&["--busy-reply-threshold", "50"]);
+    let server = Server::start_with(&["--lua-time-limit", "50"]);
     let locker = Locker::connect(&server.url()).await.unwrap();
     drop(locker.lock("warm").await.unwrap());
     let mut endless = std::process::Command::new("redis-cli");
@@ -202,10 +202,10 @@ async fn a_hung_server_is_waited_for_no_longer_than_said() {
     for limit in [0, 1, 100, 700] {
         for request in [locker.lock("k"), locker.try_lock("k"), locker.obtain("k")] {
             let started = Instant::now();
-            let failed = request.wait_at_most(ms(limit)).await.unwrap_err();
+            let failed = within(ms(limit + 50), request.wait_at_most(ms(limit))).await.unwrap_err();
             let waited = started.elapsed();
             assert!(matches!(failed, Error::Redis(_)), "{failed}");
-            assert!(waited >= ms(limit) && waited <= ms(limit + 50), "{waited:?} of {limit} ms");
+            assert!(waited >= ms(limit), "{waited:?} of {limit} ms");
         }
     }
 }
@@ -217,8 +217,8 @@ async fn a_grant_that_comes_too_late_is_refused_and_released() {
     let locker = Locker::connect(&proxy.url()).await.unwrap();
     drop(locker.lock("warm").await.unwrap());
     proxy.set(Mode::Delay(ms(400)));
-    let in_time = soon(locker.try_lock("k").ttl(ms(800))).await.unwrap();
-    assert!(in_time.remaining() < ms(400));
+    let in_time = soon(locker.try_lock("k").ttl(ms(4_000))).await.unwrap();
+    assert!(in_time.remaining() < ms(3_600));
     drop(in_time);
     for request in [locker.try_lock("late").ttl(ms(350)), locker.lock("late").ttl(ms(350))] {
         assert!(matches!(soon(request).await, Err(Error::ValidityExpired)));
@@ -235,4 +235,41 @@ async fn a_client_that_was_never_initialised_is_an_error_and_no_wait() {
     let locker = Locker::builder().command_timeout(ms(200)).client(client);
     let refused = soon(locker.try_lock("k")).await.unwrap_err();
     assert!(matches!(refused, Error::Redis(_)), "{refused}");
+}
+
+/// A client library that hands a reply to the wrong caller must not make anybody believe anything.
+#[tokio::test]
+async fn the_reply_to_another_request_is_never_taken_for_an_answer() {
+    let server = Server::start();
+    let proxy = Proxy::start(server.port()).await;
+    let locker = Locker::builder().command_timeout(ms(1_000)).connect(&proxy.url()).await.unwrap();
+    locker.lock("warm").await.unwrap().release().await.unwrap();
+    let other = Locker::connect(&server.url()).await.unwrap();
+    let held = other.lock("held").await.unwrap();
+    for round in 0..10 {
+        proxy.set(Mode::SwallowNext);
+        // The first never gets its answer, but those of the others, each one too early.
+        let inspected = locker.inspect("free");
+        let (inspected, asked, free, again) = tokio::join!(
+            biased;
+            inspected,
+            locker.try_lock("held").into_future(),
+            locker.try_lock("free").into_future(),
+            locker.try_lock("held").into_future(),
+        );
+        assert!(!matches!(inspected, Ok(Some(_))), "round {round}: {inspected:?}");
+        for refused in [asked, again] {
+            let refused = refused.unwrap_err();
+            assert!(refused.is_transient() || matches!(refused, Error::NotObtained { .. }), "round {round}: {refused}");
+        }
+        match free {
+            Ok(guard) => assert_eq!(guard.key().to_string(), "free"),
+            Err(error) => assert!(error.is_transient(), "round {round}: {error}"),
+        }
+        // The connection was replaced.
+        let guard = soon(locker.lock("free")).await.unwrap();
+        assert!(guard.fencing_token() > held.fencing_token());
+        guard.release().await.unwrap();
+    }
+    held.release().await.unwrap();
 }

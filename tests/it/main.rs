@@ -5,11 +5,16 @@
 
 mod auto_traits;
 mod cancellation;
+mod closing;
 mod conformance;
 mod drops;
 mod errors;
 mod failover;
 mod interop;
+mod late;
 mod loss;
+mod ownership;
+mod permissions;
 mod replicas;
+mod servers;
 mod waiting;

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use tenure::Locker;
 use tenure::fred::prelude::{Builder, ClientLike, Config, Value};
 use tenure::fred::types::CustomCommand;
+use tenure::{Error, Locker};
 use tenure_test_support::{Cluster, Server, eventually, soon};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::unbounded_channel;
@@ -311,7 +311,7 @@ async fn fair_requests_are_served_in_the_order_of_their_arrival_in_whatever_proc
         eventually("it queues", async || (server.cli(&["ZCARD", "{k}:queue"]) == queued).then_some(())).await;
     }
     // Who doesn't wait doesn't overtake.
-    assert!(matches!(lockers[1].try_lock("k").fair(true).await, Err(tenure::Error::NotObtained { .. })));
+    assert!(matches!(lockers[1].try_lock("k").fair(true).await, Err(Error::NotObtained { .. })));
     guard.release().await.unwrap();
     for n in 0..40 {
         assert_eq!(soon(order.recv()).await.unwrap(), n);
@@ -374,11 +374,57 @@ async fn fair_waiters_who_come_at_once_are_all_served_whoever_of_them_is_faster_
         let mut waiters = JoinSet::new();
         for n in 0..64 {
             let request = lockers[n % 2].lock(format!("k:{round}")).fair(true);
-            waiters.spawn(async move { request.await.unwrap().release().await.unwrap() });
+            waiters.spawn(async move {
+                let guard = request.await.unwrap();
+                let served = Instant::now();
+                guard.release().await.unwrap();
+                served
+            });
         }
         let started = Instant::now();
-        soon(waiters.join_all()).await;
-        // Nobody had to be taken for dead, which takes 1.5 s.
-        assert!(started.elapsed() < ms(1_400), "round {round}: {:?}", started.elapsed());
+        let mut served = soon(waiters.join_all()).await;
+        served.push(started);
+        served.sort();
+        // Nobody had to be taken for dead, which holds up the next by 1.5 s.
+        let longest = served.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap();
+        assert!(longest < ms(1_400), "round {round}: {longest:?}");
     }
+}
+
+#[tokio::test]
+async fn no_one_is_said_to_hold_a_lock_while_the_server_is_silent() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    // Its connection is open, and the scripts are known.
+    locker.lock("k").await.unwrap().release().await.unwrap();
+    server.freeze();
+    let first = tokio::spawn(locker.lock("k").into_future());
+    yield_now().await;
+    for request in [locker.lock("k"), locker.lock("k").fair(true)] {
+        let error = request.wait_at_most(ms(300)).await.unwrap_err();
+        assert!(matches!(error, Error::Redis(_)), "{error}");
+    }
+    server.thaw();
+    soon(first).await.unwrap().unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn keys_that_differ_in_their_braces_share_nothing() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let keys = ["k", "{k}", "{k}{}", "{k", "k}"];
+    let mut tokens = Vec::new();
+    for waited_for in keys {
+        let held = locker.lock(waited_for).await.unwrap();
+        tokens.extend(held.fencing_token());
+        let waiter = tokio::spawn(locker.lock(waited_for).fair(true).into_future());
+        eventually("it queues", async || server.cli(&["KEYS", "*:alive*"]).contains(waited_for).then_some(())).await;
+        // Others are neither held nor waited for.
+        for other in keys.into_iter().filter(|key| *key != waited_for) {
+            locker.try_lock(other).fair(true).await.unwrap().release().await.unwrap();
+        }
+        held.release().await.unwrap();
+        soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+    }
+    assert_eq!(server.cli(&["KEYS", "*:fence*"]).lines().count(), keys.len());
 }

@@ -2,17 +2,12 @@
 
 use std::time::Duration;
 
-use crate::Token;
-use crate::hold::Owned;
 use crate::store::{Answer, Store, Wanted};
 
 /// What a store must be able to do to be one of a quorum.
 pub(crate) trait Node: Store {
     /// Takes all keys for the token by this ballot, or none.
     fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, Reply>;
-
-    /// Deletes those of the keys that the named attempt has set, and that no other attempt relies on.
-    fn withdraw<'a>(&'a self, owned: &'a Owned, attempt: &'a Token, timeout: Duration) -> Answer<'a, ()>;
 }
 
 /// What all nodes are asked to agree on.
@@ -26,8 +21,6 @@ pub(crate) struct Ballot {
     pub(crate) window: Duration,
     /// How far ahead of a node's clock the number may be.
     pub(crate) ahead: Duration,
-    /// The name of the attempt, where its token doesn't name it.
-    pub(crate) attempt: Option<Token>,
 }
 
 /// What a node has decided, and what could be seen of its memory.

@@ -15,8 +15,8 @@ use tracing::debug;
 use super::Quorum;
 use super::calls::{Calls, GRACE};
 use crate::hold::Owned;
-use crate::store::{Answer, Released};
-use crate::{Error, Token, schedule};
+use crate::store::{Answer, Ending, Latest, Released, Undone};
+use crate::{Error, schedule};
 
 /// With so many locks a node may be behind at a time. Of any more, it is told once.
 pub(super) const LOCKS: usize = 1_024;
@@ -27,16 +27,11 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// For how long one try waits for a node's answer.
 const TRY: Duration = Duration::from_secs(1);
 
-/// By how much a node may be behind in reading a connection that has broken.
-const SETTLING: Duration = Duration::from_millis(100);
-
 /// An attempt to take back on one node.
 pub(super) struct Undo {
     pub(super) owned: Owned,
-    /// The attempt's name, where it has one; otherwise everything that the token holds is its own.
-    pub(super) name: Option<Token>,
-    /// A vote of it may not have been run yet.
-    pub(super) doubtful: bool,
+    /// Until when a vote of it may be run that has not been answered.
+    pub(super) latest: Option<Arc<Latest>>,
     pub(super) ttl: Duration,
 }
 
@@ -47,22 +42,16 @@ impl Quorum {
         let runtime = Handle::try_current().ok()?;
         let (node, arrears) = (member.node.clone(), member.arrears.clone());
         let task = async move {
-            let Undo { owned, name, doubtful, ttl } = undo;
+            let Undo { owned, latest, ttl } = undo;
             let until = Instant::now() + ttl.min(PATIENCE);
-            let done = match name {
-                Some(name) => {
-                    retry(&arrears, until, |timeout| node.withdraw(&owned, &name, timeout)).await.map(|()| true)
-                }
-                None => {
-                    let released = retry(&arrears, until, |timeout| node.release(&owned, timeout)).await;
-                    released.map(|released| released == Released::Freed)
+            let latest = latest.unwrap_or_default();
+            let done = loop {
+                match retry(&arrears, until, |timeout| node.undo(&owned, &latest, timeout)).await {
+                    Ok(Undone::Settled) => break Ok(()),
+                    Ok(Undone::MayRun(within)) => sleep(within).await,
+                    Err(error) => break Err(error),
                 }
             };
-            // On one connection the vote came first. But that one may have broken in between, with the vote on its way.
-            if doubtful && matches!(done, Ok(false)) {
-                sleep(SETTLING).await;
-                drop(retry(&arrears, until, |timeout| node.release(&owned, timeout)).await);
-            }
             if let Err(error) = done {
                 debug!(name: "tenure.undo_failed", key = %owned.key(), %error, "a node keeps a vote until its ttl ends");
             }
@@ -72,7 +61,7 @@ impl Quorum {
 
     /// A majority has answered a release: sees to the nodes that failed, or have yet to answer.
     ///
-    /// Not again where the token may be used again: by then a lock may be held by it that nobody wants released.
+    /// By then the lock may be held again, by the same token: each of these ends its own grant alone.
     pub(super) fn release_the_rest(
         self: &Arc<Self>,
         owned: &Owned,
@@ -91,14 +80,11 @@ impl Quorum {
                     behind.push(place);
                 }
             }
-            if !owned.own_token {
-                return;
-            }
             for member in behind.into_iter().filter_map(|place| quorum.members.get(place)) {
                 let (node, arrears, owned) = (member.node.clone(), member.arrears.clone(), owned.clone());
                 let until = Instant::now() + PATIENCE.max(timeout);
                 quorum.releases.spawn(async move {
-                    let released = retry(&arrears, until, |timeout| node.release(&owned, timeout)).await;
+                    let released = retry(&arrears, until, |timeout| node.release(&owned, Ending::Grant, timeout)).await;
                     if let Err(error) = released {
                         debug!(name: "tenure.release_failed", key = %owned.key(), %error, "a node keeps the key until its ttl");
                     }

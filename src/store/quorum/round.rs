@@ -12,8 +12,8 @@ use super::calls::Calls;
 use super::catch_up::Undo;
 use super::tally::{Decision, decide};
 use super::{Ballot, Quorum, Reply, Vote, first, node_timeout};
-use crate::store::{Acquired, Wanted};
-use crate::{Error, Token};
+use crate::Error;
+use crate::store::{Acquired, Latest, Wanted};
 
 /// So many ballots are held at most. The second suffices unless others vote for the same keys in between.
 const BALLOTS: usize = 4;
@@ -48,8 +48,6 @@ impl Drop for Asking {
 struct Round {
     quorum: Arc<Quorum>,
     wanted: Arc<Wanted>,
-    /// The attempt's name, where its token may be used by others too.
-    name: Option<Token>,
     until: Instant,
     members: Vec<Standing>,
     /// The votes on their way, by ballot and node.
@@ -67,16 +65,17 @@ struct Standing {
     touched: bool,
     /// A call failed, so that nobody knows whether it was run, or will be.
     doubtful: bool,
+    /// Until when.
+    latest: Arc<Latest>,
 }
 
 impl Round {
     fn new(quorum: Arc<Quorum>, wanted: Wanted, timeout: Duration) -> Result<Self, Error> {
         let calls = Calls::new(&quorum)?;
         let members = quorum.members.iter().map(|_| Standing::default()).collect();
-        let name = (!wanted.owned.own_token).then(Token::random);
         quorum.open_round(&wanted.owned.token);
         let until = Instant::now() + first(timeout);
-        Ok(Self { quorum, wanted: Arc::new(wanted), name, until, members, calls, split: None })
+        Ok(Self { quorum, wanted: Arc::new(wanted), until, members, calls, split: None })
     }
 
     async fn ballots(&mut self) -> Result<Acquired, Error> {
@@ -126,16 +125,12 @@ impl Round {
     fn ask(&mut self, ballot: usize, number: Option<u64>) {
         let left = self.until.saturating_duration_since(Instant::now());
         let timeout = node_timeout(self.wanted.ttl, left);
-        let wish = Ballot {
-            number,
-            exactly: ballot > 0,
-            window: self.quorum.window,
-            ahead: self.quorum.ahead(),
-            attempt: self.name.clone(),
-        };
+        let wish = Ballot { number, exactly: ballot > 0, window: self.quorum.window, ahead: self.quorum.ahead() };
         for (place, (member, standing)) in self.quorum.members.iter().zip(&mut self.members).enumerate() {
             standing.calls += 1;
-            let (node, wanted, wish) = (member.node.clone(), self.wanted.clone(), wish.clone());
+            // Each node has a clock of its own.
+            let wanted = Wanted { latest: standing.latest.clone(), ..Wanted::clone(&self.wanted) };
+            let (node, wish) = (member.node.clone(), wish.clone());
             let call = Box::pin(async move { node.vote(&wanted, &wish, timeout).await });
             self.calls.send((ballot, place), member, timeout, call);
         }
@@ -163,8 +158,7 @@ impl Round {
             }
             let undo = Undo {
                 owned: self.wanted.owned.clone(),
-                name: self.name.clone(),
-                doubtful: standing.doubtful,
+                latest: standing.doubtful.then(|| standing.latest.clone()),
                 ttl: self.wanted.ttl,
             };
             undone.extend(self.quorum.undo(place, undo));
@@ -175,7 +169,7 @@ impl Round {
     /// Takes back what it was granted, before it is said that there is no lock.
     async fn give_back(&mut self) {
         let undone = self.undo_settled();
-        if self.name.is_some() {
+        if !self.wanted.owned.own_token {
             // The next attempt comes in the same token's name: it shall find this one gone.
             for undone in undone {
                 drop(timeout_at(self.until, undone).await);

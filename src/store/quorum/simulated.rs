@@ -12,10 +12,12 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::TaskTracker;
 
 use super::{Ballot, Node, QuorumStore, Reply, Seen, Vote};
-use crate::hold::{Hold, Owned};
+use crate::hold::{GrantId, Hold, Owned};
 use crate::store::faulty::{Fault, call};
 use crate::store::listen::Listening;
-use crate::store::{Acquired, Answer, HandedOver, Holder, Released, Renewed, Store, Wanted};
+use crate::store::{
+    Acquired, Answer, Ending, Extending, HandedOver, Holder, Latest, Released, Renewed, Store, Undone, Wanted,
+};
 use crate::{Error, Key, Locker, Loss, Token};
 
 const fn ms(n: u64) -> Duration {
@@ -42,7 +44,8 @@ struct State {
     started: Instant,
     locks: HashMap<Key, (Token, Instant)>,
     fences: HashMap<Key, u64>,
-    names: HashMap<Key, Token>,
+    /// Which grants rely on a lock; none: that of the request that made the token.
+    grants: HashMap<Key, Vec<Option<GrantId>>>,
     /// The fences as they were when they were last written to disk.
     saved: HashMap<Key, u64>,
 }
@@ -54,6 +57,11 @@ impl Server {
 
     fn now(&self) -> u64 {
         clock(self.origin, self.skew)
+    }
+
+    /// The clock that requests expire by.
+    fn millis(&self, instant: Instant) -> u64 {
+        u64::try_from(instant.saturating_duration_since(self.origin).as_millis()).unwrap()
     }
 
     /// Restarted without its data.
@@ -82,7 +90,7 @@ impl Server {
         if up < ballot.window {
             return reply(Vote::Silent { remaining: ballot.window - up }, 0);
         }
-        let Owned { keys, token, .. } = &wanted.owned;
+        let Owned { keys, token, grant, .. } = &wanted.owned;
         let known: Vec<Option<u64>> = keys.iter().map(|key| state.fences.get(key).copied()).collect();
         let last = known.iter().flatten().copied().max().unwrap_or(0);
         let ahead = u64::try_from(ballot.ahead.as_micros()).unwrap();
@@ -115,47 +123,50 @@ impl Server {
             }
         }
         for key in keys {
-            if state.live(key).is_none() {
-                state.names.remove(key);
-                state.names.extend(ballot.attempt.clone().map(|name| (key.clone(), name)));
-            } else if state.names.get(key) != ballot.attempt.as_ref() {
-                state.names.remove(key);
-            }
+            let mut grants = match state.live(key) {
+                Some(_) => state.others(key, *grant),
+                None => Vec::new(),
+            };
+            grants.push(*grant);
+            state.grants.insert(key.clone(), grants);
             state.locks.insert(key.clone(), (token.clone(), expires));
         }
         reply(Vote::Granted { number: granted }, last.max(granted.unwrap_or(0)))
     }
 
-    fn withdraw(&self, owned: &Owned, attempt: &Token) {
-        let mut state = self.state.lock().unwrap();
-        for key in &owned.keys {
-            if state.names.get(key) == Some(attempt) && state.live(key).is_some_and(|(held, _)| *held == owned.token) {
-                state.locks.remove(key);
-                state.names.remove(key);
-            }
-        }
-    }
-
-    fn renew(&self, owned: &Owned, ttl: Duration, exact: bool) -> Renewed {
+    fn renew(&self, owned: &Owned, ttl: Duration, how: Extending) -> Renewed {
         let mut state = self.state.lock().unwrap();
         if let Some(loss) = state.not_ours(owned) {
             return Renewed::NotOurs(loss);
         }
         let until = Instant::now() + ttl;
         for key in &owned.keys {
+            if let Extending::Claim { earlier } = how {
+                let mut grants = state.others(key, earlier);
+                grants.push(owned.grant);
+                state.grants.insert(key.clone(), grants);
+            }
+            let is_exact = how == Extending::Exactly && state.others(key, owned.grant).is_empty();
             if let Some((_, expires)) = state.locks.get_mut(key) {
-                *expires = if exact { until } else { until.max(*expires) };
+                *expires = if is_exact { until } else { until.max(*expires) };
             }
         }
         Renewed::Extended
     }
 
-    fn release(&self, owned: &Owned) -> Released {
+    fn release(&self, owned: &Owned, ending: Ending) -> Released {
         let mut state = self.state.lock().unwrap();
         let loss = state.not_ours(owned);
         for key in &owned.keys {
-            if state.live(key).is_some_and(|(held, _)| *held == owned.token) {
+            if !state.live(key).is_some_and(|(held, _)| *held == owned.token) {
+                continue;
+            }
+            let others = state.others(key, owned.grant);
+            if ending == Ending::Lock || others.is_empty() {
                 state.locks.remove(key);
+                state.grants.remove(key);
+            } else {
+                state.grants.insert(key.clone(), others);
             }
         }
         loss.map_or(Released::Freed, Released::NotOurs)
@@ -187,11 +198,16 @@ impl Server {
 impl State {
     fn started_at(started: Instant) -> Self {
         let (locks, fences) = (HashMap::new(), HashMap::new());
-        Self { started, locks, fences, names: HashMap::new(), saved: HashMap::new() }
+        Self { started, locks, fences, grants: HashMap::new(), saved: HashMap::new() }
     }
 
     fn live(&self, key: &Key) -> Option<&(Token, Instant)> {
         self.locks.get(key).filter(|(_, expires)| Instant::now() < *expires)
+    }
+
+    fn others(&self, key: &Key, grant: Option<GrantId>) -> Vec<Option<GrantId>> {
+        let all = self.grants.get(key).cloned().unwrap_or_else(|| vec![None]);
+        all.into_iter().filter(|other| *other != grant).collect()
     }
 
     fn not_ours(&self, owned: &Owned) -> Option<Loss> {
@@ -234,12 +250,8 @@ impl Line {
 impl Node for Line {
     fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, Reply> {
         let (wanted, ballot) = (wanted.clone(), ballot.clone());
+        wanted.latest.extend(self.server.millis(Instant::now() + timeout));
         Box::pin(self.call(timeout, move |server| server.vote(&wanted, &ballot)))
-    }
-
-    fn withdraw<'a>(&'a self, owned: &'a Owned, attempt: &'a Token, timeout: Duration) -> Answer<'a, ()> {
-        let (owned, attempt) = (owned.clone(), attempt.clone());
-        Box::pin(self.call(timeout, move |server| server.withdraw(&owned, &attempt)))
     }
 }
 
@@ -248,21 +260,31 @@ impl Store for Line {
         unreachable!("nodes are asked for votes")
     }
 
-    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, exact: bool, timeout: Duration) -> Answer<'a, Renewed> {
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Renewed> {
         let owned = owned.clone();
-        Box::pin(self.call(timeout, move |server| server.renew(&owned, ttl, exact)))
+        Box::pin(self.call(timeout, move |server| server.renew(&owned, ttl, how)))
     }
 
-    fn release<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Released> {
+    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Released> {
         let owned = owned.clone();
-        Box::pin(self.call(timeout, move |server| server.release(&owned)))
+        Box::pin(self.call(timeout, move |server| server.release(&owned, ending)))
+    }
+
+    fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, timeout: Duration) -> Answer<'a, Undone> {
+        let (owned, latest) = (owned.clone(), latest.get());
+        Box::pin(self.call(timeout, move |server| {
+            server.release(&owned, Ending::Grant);
+            let may_run = Latest::default();
+            may_run.extend(latest);
+            may_run.remaining(server.millis(Instant::now())).map_or(Undone::Settled, Undone::MayRun)
+        }))
     }
 
     fn hands_over(&self) -> bool {
         false
     }
 
-    fn hand_over<'a>(&'a self, _: &'a Owned, _: &'a Wanted, _: Duration) -> Answer<'a, HandedOver> {
+    fn hand_over<'a>(&'a self, _: &'a Owned, _: Ending, _: &'a Wanted, _: Duration) -> Answer<'a, HandedOver> {
         unreachable!("a quorum doesn't")
     }
 

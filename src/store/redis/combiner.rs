@@ -133,7 +133,7 @@ impl<C: Carrier> Combiner<C> {
         let mut answers: Vec<_> = (0..count).map(|_| None).collect();
         let (mut told, mut relief) = match self.shared.enter_all(line, operations, now, until) {
             Ok(entered) => entered,
-            Err(error) => return (0..count).map(|_| Err(error.again())).collect(),
+            Err(error) => return (0..count).map(|_| Err(error.clone())).collect(),
         };
         let mut news = Vec::with_capacity(count.min(OPERATIONS));
         loop {

@@ -143,6 +143,12 @@ impl Connection {
         answer
     }
 
+    /// The connection hands out replies to other requests: whatever is on its way there is given up.
+    pub(super) fn replace(&self) {
+        tracing::warn!(name: "tenure.mixed_up", "the client handed out the reply to another request; reconnecting");
+        self.reopen();
+    }
+
     fn line(&self) -> MutexGuard<'_, Line> {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }

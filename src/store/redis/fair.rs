@@ -9,9 +9,9 @@ use std::time::Duration;
 use fred::bytes::Bytes;
 use fred::types::Value;
 
-use super::operation::{Decision, Operation, What};
+use super::operation::unexpected;
 use super::script::Call;
-use super::{RedisStore, acquired, fence_ttl, from_millis, integers, millis, names, unexpected, value_of};
+use super::{RedisStore, fence_ttl, from_millis, granted, millis, names, record_ttl, value_of};
 use crate::hold::Owned;
 use crate::store::{Acquired, Queueing, Wanted};
 use crate::{Error, Key, Token};
@@ -27,14 +27,21 @@ impl RedisStore {
         timeout: Duration,
     ) -> Result<Acquired, Error> {
         let name = self.name(key);
-        let (value, ttl, fence_ttl) = (value_of(wanted), millis(wanted.ttl), fence_ttl(wanted.ttl));
+        let (ttl, fence_ttl) = (millis(wanted.ttl), fence_ttl(wanted.ttl));
         let fence = wanted.fenced.then(|| names::fence_of(&name));
-        let keys: Vec<Value> = lock_and_queue(&name).into_iter().chain(fence.clone()).map(Value::Bytes).collect();
+        let keys = lock_and_queue(&name).into_iter().chain([names::grants_of(&name)]).chain(fence);
+        let keys: Vec<Value> = keys.map(Value::Bytes).collect();
         let queues = Value::Integer((wanted.queueing == Queueing::Queued).into());
-        let args = [value.clone(), ttl.into(), fence_ttl.into(), millis(ALIVE).into(), queues];
+        let grant = wanted.owned.grant.map_or_else(|| "".into(), |grant| grant.to_string().into());
+        let (value, record_ttl) = (value_of(wanted), record_ttl(wanted.ttl).into());
+        let args = [value, ttl.into(), fence_ttl.into(), millis(ALIVE).into(), queues, grant, record_ttl];
         let call = Call::new(keys.into_iter(), args);
         let (until, writing) = self.server().writing(timeout);
-        let answer = self.server().run(&self.server().scripts.acquire_fair, || call.clone(), timeout).await?;
+        let answer = self
+            .server()
+            .run(&self.server().scripts.acquire_fair, || call.clone(), |until| wanted.latest.extend(until), timeout)
+            .await?
+            .outcome?;
         if let Value::Array(parts) = &answer {
             return match &parts[..] {
                 [Value::String(next), Value::Integer(remaining)] => Ok(Acquired::NotNext {
@@ -44,23 +51,17 @@ impl RedisStore {
                 _ => Err(unexpected()),
             };
         }
-        let what = What::Acquire { value, ttl, fence: fence.map(|fence| (fence, fence_ttl)) };
-        let operation = Operation { name, token: wanted.owned.token.clone(), what };
-        let decision = match operation.read(&answer) {
-            Some(decision) => decision?,
-            None => {
-                let answer = self.server().run(&self.server().scripts.acquire, || operation.again(), timeout).await?;
-                match integers(&answer)?[..] {
-                    [1, fence] => Decision::Granted(fence),
-                    [0, ttl, _] => Decision::Held(ttl),
-                    _ => return Err(unexpected()),
-                }
+        match answer {
+            Value::Integer(-1) => Ok(Acquired::Held { place: 0, remaining: None }),
+            Value::Integer(held @ ..-1) => Ok(Acquired::Held { place: 0, remaining: from_millis(-2 - held) }),
+            Value::Integer(fence) => {
+                self.server().replicated(writing, until).await?;
+                Ok(granted(fence))
             }
-        };
-        if let Decision::Granted(_) = decision {
-            self.server().replicated(writing, until).await?;
+            // The key holds the token already, which is in the queue no more.
+            Value::String(said) if *said == *"ALONE" => self.acquire_whole(wanted, timeout).await,
+            _ => Err(unexpected()),
         }
-        acquired(decision)
     }
 
     pub(super) async fn attend(&self, key: &Key, tokens: &[Token], timeout: Duration) -> Result<(), Error> {
@@ -68,14 +69,14 @@ impl RedisStore {
         let tokens = tokens.iter().map(|token| Value::from(token.to_text()));
         let args = std::iter::once(millis(ALIVE).into()).chain(tokens);
         let call = Call::new([queue, alive].map(Value::Bytes).into_iter(), args);
-        self.server().run(&self.server().scripts.attend, || call.clone(), timeout).await.map(drop)
+        self.server().run(&self.server().scripts.attend, || call.clone(), |_| {}, timeout).await?.outcome.map(drop)
     }
 
     pub(super) async fn leave(&self, owned: &Owned, timeout: Duration) -> Result<(), Error> {
         let [key] = &*owned.keys else { return Ok(()) };
         let keys = lock_and_queue(&self.name(key)).map(Value::Bytes);
         let call = Call::new(keys.into_iter(), [owned.token.to_text().into(), self.publish().into()]);
-        self.server().run(&self.server().scripts.leave, || call.clone(), timeout).await.map(drop)
+        self.server().run(&self.server().scripts.leave, || call.clone(), |_| {}, timeout).await?.outcome.map(drop)
     }
 }
 

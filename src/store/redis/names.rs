@@ -1,94 +1,202 @@
 //! The names of keys at the server.
+//!
+//! What belongs to a lock key has a name of its own beside it, made of the key and a suffix:
+//!
+//! 1. It lies in the hash slot of the lock key, so that one script may touch both on a cluster.
+//! 2. No two lock keys share such a name, whatever bytes they are made of.
+//!
+//! In the table `x` is at least one byte, and has no closing brace.
+//!
+//! | lock key | example | name | example |
+//! | --- | --- | --- | --- |
+//! | no hash tag, no `}` | `job` | `{key}suffix` | `{job}:fence` |
+//! | `{x}`, then any number of `{}` | `{job}` | `key{}suffix` | `{job}{}:fence` |
+//! | any other with a hash tag | `{user:1}:job` | `keysuffix` | `{user:1}:job:fence` |
+//! | no hash tag, but a `}` | `a}b` | `{stand-in}keysuffix~` | `{jnhl}a}b:fence~` |
+//!
+//! The second line leaves the names of the first to the keys without braces: `{job}` would have `{job}:fence`, too.
 
 use std::sync::LazyLock;
 
 use fred::bytes::Bytes;
 use fred::util::redis_keyslot;
 
-/// The hash slots of a cluster.
-const SLOTS: usize = 16384;
-
-/// The name of the fence key that belongs to a lock key, in the same hash slot.
-///
-/// `k:fence` where `k` has a hash tag of its own, `{k}:fence` where it has none. A key without a tag that can't become
-/// one, since it contains a closing brace (`a}b` in braces would have the tag `a`), lends its slot to a stand-in:
-/// `{tag}k:fence`.
+/// The name of the key that keeps the last fencing token of a lock key.
 pub(super) fn fence_of(key: &Bytes) -> Bytes {
-    beside(key, b":fence")
+    beside(key, ":fence")
 }
 
-/// The name of the key that says which attempt has set a lock key; made like that of the fence key.
-pub(super) fn vote_of(key: &Bytes) -> Bytes {
-    beside(key, b":vote")
+/// The name of the record of grants that rely on a lock key.
+pub(super) fn grants_of(key: &Bytes) -> Bytes {
+    beside(key, ":grants")
 }
 
-/// The name of the queue for a lock key; made like that of the fence key.
+/// The name of the queue for a lock key.
 pub(super) fn queue_of(key: &Bytes) -> Bytes {
-    beside(key, b":queue")
+    beside(key, ":queue")
 }
 
 /// The name of the key that says who of that queue is alive.
 pub(super) fn alive_of(key: &Bytes) -> Bytes {
-    beside(key, b":alive")
+    beside(key, ":alive")
 }
 
-fn beside(key: &Bytes, what: &[u8]) -> Bytes {
-    if has_hash_tag(key) {
-        return [&key[..], what].concat().into();
-    }
-    if !key.contains(&b'}') {
-        return [b"{", &key[..], b"}", what].concat().into();
-    }
-    let tag = TAGS.get(usize::from(redis_keyslot(key))).copied().unwrap_or_default();
-    [b"{", &tag[..], b"}", &key[..], what].concat().into()
+fn beside(key: &Bytes, suffix: &str) -> Bytes {
+    let (key, suffix) = (&key[..], suffix.as_bytes());
+    let parts: &[&[u8]] = match hash_tag(key) {
+        Some(tag) if is_only_a_tag(key, tag) => &[key, b"{}", suffix],
+        Some(_) => &[key, suffix],
+        None if !key.contains(&b'}') => &[b"{", key, b"}", suffix],
+        // In braces the key would have another tag: `a` for `a}b`.
+        None => &[b"{", &stand_in(redis_keyslot(key)), b"}", key, suffix, b"~"],
+    };
+    parts.concat().into()
 }
 
-/// Whether the cluster hashes a part of the key only: what stands between its first `{` and the first `}` after that, if
+/// The part of the key that alone decides its slot: what stands between its first `{` and the first `}` after that, if
 /// anything does. <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#hash-tags>
-fn has_hash_tag(key: &[u8]) -> bool {
-    let Some(open) = key.iter().position(|&b| b == b'{') else { return false };
-    let inside = key.iter().skip(open + 1).position(|&b| b == b'}');
-    inside.is_some_and(|length| length > 0)
+fn hash_tag(key: &[u8]) -> Option<&[u8]> {
+    let (_, after) = split_at_first(key, b'{')?;
+    let (tag, _) = split_at_first(after, b'}')?;
+    (!tag.is_empty()).then_some(tag)
 }
 
-/// For every slot, four letters that hash to it.
-static TAGS: LazyLock<Vec<[u8; 4]>> = LazyLock::new(|| {
-    const LETTERS: &[u8; 26] = b"abcdefghijklmnopqrstuvwxyz";
-    let letter = |n: usize| LETTERS.get(n % LETTERS.len()).copied().unwrap_or(b'a');
-    let mut tags = vec![[b'a'; 4]; SLOTS];
-    for n in 0..LETTERS.len().pow(4) {
-        let tag = [letter(n), letter(n / 26), letter(n / 26 / 26), letter(n / 26 / 26 / 26)];
-        if let Some(known) = tags.get_mut(usize::from(redis_keyslot(&tag))) {
-            *known = tag;
+fn split_at_first(text: &[u8], byte: u8) -> Option<(&[u8], &[u8])> {
+    let mut parts = text.splitn(2, |&b| b == byte);
+    Some((parts.next()?, parts.next()?))
+}
+
+/// Whether the key is its tag in braces, followed by nothing but empty braces.
+fn is_only_a_tag(key: &[u8], tag: &[u8]) -> bool {
+    let rest = key.strip_prefix(b"{").and_then(|rest| rest.strip_prefix(tag)).and_then(|rest| rest.strip_prefix(b"}"));
+    rest.is_some_and(|rest| rest.chunks(2).all(|pair| pair == b"{}"))
+}
+
+/// Four letters that hash to this slot.
+///
+/// CRC16, which makes the slot, is linear: bits that change in a text change the same bits of the slot, whatever the text.
+/// So the letters are found bit by bit, from those that hash to another slot.
+fn stand_in(slot: u16) -> [u8; 4] {
+    let mut letters = FIRST;
+    let mut wrong = slot ^ redis_keyslot(&letters);
+    for &(bits, change) in CHANGES.iter() {
+        if wrong & highest(bits) != 0 {
+            wrong ^= bits;
+            letters = xor(letters, change);
         }
     }
-    tags
+    letters
+}
+
+/// With the changes below, each of them becomes any letter from h to w.
+const FIRST: [u8; 4] = *b"hhhh";
+
+/// Changes of letters, and the bits of the slot that each changes; each is the only one with its highest bit.
+static CHANGES: LazyLock<Vec<(u16, [u8; 4])>> = LazyLock::new(|| {
+    let mut changes: Vec<(u16, [u8; 4])> = Vec::new();
+    for place in 0..FIRST.len() {
+        for flipped in [1, 2, 4, b'h' ^ b'p'] {
+            let mut change = [0; 4];
+            change.iter_mut().skip(place).take(1).for_each(|byte| *byte = flipped);
+            let mut bits = redis_keyslot(&change);
+            for &(others, other) in &changes {
+                if bits & highest(others) != 0 {
+                    bits ^= others;
+                    change = xor(change, other);
+                }
+            }
+            if bits != 0 {
+                changes.push((bits, change));
+                // From the highest on, so that none undoes what one before it has set right.
+                changes.sort_unstable_by_key(|&(bits, _)| std::cmp::Reverse(bits));
+            }
+        }
+    }
+    changes
 });
+
+fn highest(bits: u16) -> u16 {
+    1_u16.checked_shl(u16::BITS - 1 - bits.leading_zeros()).unwrap_or_default()
+}
+
+fn xor(letters: [u8; 4], change: [u8; 4]) -> [u8; 4] {
+    (u32::from_be_bytes(letters) ^ u32::from_be_bytes(change)).to_be_bytes()
+}
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use super::*;
 
+    const KINDS: [fn(&Bytes) -> Bytes; 4] = [fence_of, grants_of, queue_of, alive_of];
+
     #[test]
-    fn plain_and_tagged_keys_have_the_documented_names() {
-        assert_eq!(fence_of(&Bytes::from("job")), "{job}:fence");
-        assert_eq!(fence_of(&Bytes::from("{user:1}:job")), "{user:1}:job:fence");
+    fn derived_names_are_as_documented() {
+        for (key, fence) in [
+            ("job", "{job}:fence"),
+            ("{user:1}:job", "{user:1}:job:fence"),
+            ("{job}", "{job}{}:fence"),
+            ("{job}{}", "{job}{}{}:fence"),
+            ("{{job}", "{{job}{}:fence"),
+            ("{job", "{{job}:fence"),
+            ("{job}{", "{job}{:fence"),
+            ("{a}{b}", "{a}{b}:fence"),
+            ("a}b", "{jnhl}a}b:fence~"),
+        ] {
+            assert_eq!(fence_of(&Bytes::from(key)), fence, "{key}");
+        }
+    }
+
+    /// Of whatever is special in a name, and little else, so that names are close to each other.
+    fn hostile_key(rng: &mut fastrand::Rng) -> Bytes {
+        let parts =
+            ["{", "}", "{}", ":", "~", "a", "b", "h", ":fence", ":queue", ":alive", ":grants", "hhhh", "\u{ff}"];
+        let key: String = (0..rng.usize(1..6)).filter_map(|_| rng.choice(parts)).collect();
+        key.into()
     }
 
     #[test]
-    fn every_slot_has_a_stand_in() {
-        for (slot, tag) in TAGS.iter().enumerate() {
-            assert_eq!(usize::from(redis_keyslot(tag)), slot);
+    fn no_two_keys_share_a_derived_name() {
+        let seed = fastrand::u64(..);
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let mut owners: HashMap<Bytes, (Bytes, usize)> = HashMap::new();
+        // All that can be made of six of these, or fewer; then others.
+        let short = ["", "{", "}", "a", "~"];
+        let mut keys = vec![String::new()];
+        for _ in 0..6 {
+            keys = keys.iter().flat_map(|key| short.map(|more| format!("{key}{more}"))).collect();
+        }
+        let every = keys.into_iter().filter(|key| !key.is_empty()).map(Bytes::from);
+        for key in every.chain((0..50_000).map(|_| hostile_key(&mut rng))) {
+            for (kind, name_of) in KINDS.iter().enumerate() {
+                let owner = owners.entry(name_of(&key)).or_insert_with(|| (key.clone(), kind));
+                assert_eq!(*owner, (key.clone(), kind), "both have {:?}, seed {seed}", name_of(&key));
+            }
         }
     }
 
     #[test]
-    fn a_fence_key_is_in_the_slot_of_its_lock_key_whatever_braces_it_has() {
+    fn every_slot_has_a_stand_in_of_four_letters() {
+        for slot in 0..16_384 {
+            let letters = stand_in(slot);
+            assert_eq!(redis_keyslot(&letters), slot);
+            assert!(letters.iter().all(u8::is_ascii_lowercase), "{letters:?}");
+        }
+    }
+
+    #[test]
+    fn derived_keys_are_in_the_slot_of_their_lock_key_whatever_braces_it_has() {
         let seed = fastrand::u64(..);
         let mut rng = fastrand::Rng::with_seed(seed);
-        for _ in 0..100_000 {
-            let key: Bytes = (0..rng.usize(1..9)).map(|_| rng.choice(*b"{}{}ab\xff").unwrap()).collect();
-            assert_eq!(redis_keyslot(&fence_of(&key)), redis_keyslot(&key), "{key:?}, seed {seed}");
+        for _ in 0..30_000 {
+            let key = match rng.bool() {
+                true => hostile_key(&mut rng),
+                false => (0..rng.usize(1..9)).map(|_| rng.choice(*b"{}{}ab\xff").unwrap()).collect(),
+            };
+            for name_of in KINDS {
+                assert_eq!(redis_keyslot(&name_of(&key)), redis_keyslot(&key), "{key:?}, seed {seed}");
+            }
         }
     }
 }

@@ -1,10 +1,14 @@
 //! What is done to one key, written for its own script or for the one that does many; and how the answers read.
 
+use std::sync::Arc;
+
 use fred::bytes::Bytes;
 use fred::error::ErrorKind;
 use fred::types::Value;
 
+use super::refusal::normalize;
 use super::script::Call;
+use crate::store::Latest;
 use crate::{Error, Loss, Token};
 
 /// An operation on one key, as the server knows it.
@@ -18,19 +22,24 @@ pub(super) struct Operation {
 #[derive(Clone)]
 pub(super) enum What {
     Release {
-        /// How those who wait are told: `PUBLISH`, or on a cluster `SPUBLISH`.
+        /// How waiters are notified: `PUBLISH`, or on a cluster `SPUBLISH`.
         publish: &'static str,
     },
-    Renew {
-        ttl: i64,
-        exact: bool,
+    /// In the background, of a grant that has no id.
+    EndGrant {
+        publish: &'static str,
+        /// The name of the record that tells whether there are other grants.
+        record: Bytes,
     },
+    /// To at least this.
+    Renew { ttl: i64 },
     Acquire {
         /// What the key shall hold.
         value: Value,
         ttl: i64,
         /// Where a fencing token is wanted: the name of the fence key, and for how long it lives.
         fence: Option<(Bytes, i64)>,
+        latest: Arc<Latest>,
     },
 }
 
@@ -46,15 +55,21 @@ pub(super) enum Decision {
 }
 
 impl Operation {
-    /// For `release.lua`, `renew.lua` or `acquire_one.lua`.
+    /// For `release.lua`, `end_grant.lua`, `renew.lua` or `acquire_one.lua`.
     pub(super) fn alone(&self) -> Call {
         let key = Value::Bytes(self.name.clone());
         let token = || Value::from(self.token.to_text());
         match &self.what {
-            What::Release { publish } => Call::new([key].into_iter(), [token(), (*publish).into()]),
-            What::Renew { ttl, exact } => Call::new([key].into_iter(), [token(), (*ttl).into(), flag(*exact)]),
-            What::Acquire { value, ttl, fence: None } => Call::new([key].into_iter(), [value.clone(), (*ttl).into()]),
-            What::Acquire { value, ttl, fence: Some((fence, fence_ttl)) } => {
+            What::Release { publish } => Call::new([key].into_iter(), [token(), Value::Integer(1), (*publish).into()]),
+            What::EndGrant { publish, record } => {
+                let keys = [key, record.clone().into()];
+                Call::new(keys.into_iter(), [token(), Value::Integer(1), (*publish).into(), NO_ID.into()])
+            }
+            What::Renew { ttl } => Call::new([key].into_iter(), [token(), (*ttl).into()]),
+            What::Acquire { value, ttl, fence: None, .. } => {
+                Call::new([key].into_iter(), [value.clone(), (*ttl).into()])
+            }
+            What::Acquire { value, ttl, fence: Some((fence, fence_ttl)), .. } => {
                 let keys = [key, fence.clone().into()];
                 Call::new(keys.into_iter(), [value.clone(), (*ttl).into(), (*fence_ttl).into()])
             }
@@ -64,9 +79,10 @@ impl Operation {
     /// For `acquire.lua`: an acquire that `acquire_one.lua` is not for.
     pub(super) fn again(&self) -> Call {
         let key = Value::Bytes(self.name.clone());
-        let What::Acquire { value, ttl, fence } = &self.what else { return self.alone() };
+        let What::Acquire { value, ttl, fence, .. } = &self.what else { return self.alone() };
         let args = |fence_ttl: i64| {
-            [self.token.to_text().into(), value.clone(), (*ttl).into(), Value::Integer(1), fence_ttl.into()]
+            let token = Value::from(self.token.to_text());
+            [token, value.clone(), (*ttl).into(), Value::Integer(1), fence_ttl.into(), "".into(), "".into()]
         };
         match fence {
             None => Call::new([key].into_iter(), args(0)),
@@ -74,20 +90,28 @@ impl Operation {
         }
     }
 
+    /// It is about to be sent, and may be run until then.
+    pub(super) fn is_sent(&self, until: u64) {
+        if let What::Acquire { latest, .. } = &self.what {
+            latest.extend(until);
+        }
+    }
+
     /// Its place in a call with others.
     pub(super) fn rank(&self) -> usize {
         match &self.what {
             What::Release { .. } => 0,
-            What::Renew { .. } => 1,
-            What::Acquire { fence: Some(_), .. } => 2,
-            What::Acquire { fence: None, .. } => 3,
+            What::EndGrant { .. } => 1,
+            What::Renew { .. } => 2,
+            What::Acquire { fence: Some(_), .. } => 3,
+            What::Acquire { fence: None, .. } => 4,
         }
     }
 
     /// Whether something was decided that a failover must not forget.
     pub(super) fn is_for_replicas(&self, decision: &Decision) -> bool {
         match (&self.what, decision) {
-            (What::Release { .. }, _) => false,
+            (What::Release { .. } | What::EndGrant { .. }, _) => false,
             (_, Decision::Granted(_) | Decision::Owned(Ok(()))) => true,
             (_, Decision::Held(_) | Decision::Owned(Err(_))) => false,
         }
@@ -96,7 +120,7 @@ impl Operation {
     fn push_args(&self, call: &mut Call) {
         let token = || Value::from(self.token.to_text());
         match &self.what {
-            What::Release { .. } | What::Renew { .. } => call.args([token()]),
+            What::Release { .. } | What::EndGrant { .. } | What::Renew { .. } => call.args([token()]),
             What::Acquire { value, ttl, .. } => call.args([value.clone(), (*ttl).into()]),
         }
     }
@@ -111,8 +135,8 @@ impl Operation {
             (_, Value::Integer(verdict)) => Some(Ok(Decision::Owned(owned(*verdict)))),
             (_, Value::String(said)) if **said == *"ALONE" => None,
             (_, Value::String(said)) => {
-                let said = said.trim_start_matches('-').to_owned();
-                Some(self.read_error(fred::error::Error::new(ErrorKind::Unknown, said).into()))
+                let said = fred::error::Error::new(ErrorKind::Unknown, normalize(said).into_owned());
+                Some(self.read_error(said.into()))
             }
             _ => Some(Err(unexpected())),
         }
@@ -122,7 +146,7 @@ impl Operation {
     pub(super) fn read_error(&self, error: Error) -> Result<Decision, Error> {
         match &self.what {
             // Not a string: surely not our lock.
-            What::Release { .. } | What::Renew { .. } if error.code() == Some("WRONGTYPE") => {
+            What::Release { .. } | What::EndGrant { .. } | What::Renew { .. } if error.code() == Some("WRONGTYPE") => {
                 Ok(Decision::Owned(Err(Loss::Taken)))
             }
             _ => Err(error),
@@ -132,7 +156,7 @@ impl Operation {
 
 /// For `many.lua`, which wants them in the order of their ranks.
 pub(super) fn together(operations: &[Operation]) -> Call {
-    let mut counts = [0_i64; 4];
+    let mut counts = [0_i64; 5];
     let mut longest = 0;
     let mut how = "PUBLISH";
     let mut renewed = None;
@@ -143,33 +167,29 @@ pub(super) fn together(operations: &[Operation]) -> Call {
         }
         match &operation.what {
             What::Acquire { fence: Some((_, ttl)), .. } => longest = longest.max(*ttl),
-            What::Release { publish } => how = publish,
-            What::Renew { ttl, exact } => have_one_ttl &= *renewed.get_or_insert((ttl, exact)) == (ttl, exact),
+            What::Release { publish } | What::EndGrant { publish, .. } => how = publish,
+            What::Renew { ttl } => have_one_ttl &= *renewed.get_or_insert(*ttl) == *ttl,
             What::Acquire { fence: None, .. } => {}
         }
     }
     let names = operations.iter().map(|operation| &operation.name);
-    let fences = operations.iter().filter_map(|operation| match &operation.what {
-        What::Acquire { fence: Some((fence, _)), .. } => Some(fence),
+    // In the order of the ranks, as all is: the records, then the fences.
+    let others = operations.iter().filter_map(|operation| match &operation.what {
+        What::EndGrant { record: name, .. } | What::Acquire { fence: Some((name, _)), .. } => Some(name),
         _ => None,
     });
-    let renewed_ttl = renewed.filter(|_| have_one_ttl).map(|(ttl, exact)| renewed_for(*ttl, *exact));
+    let renewed_ttl = renewed.filter(|_| have_one_ttl);
     let mut call = Call::with_room_for(operations.len() * 4 + counts.len() + 3);
-    call.keys(names.chain(fences).map(|name| Value::Bytes(name.clone())));
+    call.keys(names.chain(others).map(|name| Value::Bytes(name.clone())));
     call.args(counts.into_iter().chain([longest]).map(Value::Integer));
     call.args([how.into(), renewed_ttl.map_or_else(|| "".into(), Value::Integer)]);
     for operation in operations {
         operation.push_args(&mut call);
-        if let (What::Renew { ttl, exact }, None) = (&operation.what, renewed_ttl) {
-            call.args([renewed_for(*ttl, *exact).into()]);
+        if let (What::Renew { ttl }, None) = (&operation.what, renewed_ttl) {
+            call.args([(*ttl).into()]);
         }
     }
     call
-}
-
-/// Below zero where it shall be exactly this.
-fn renewed_for(ttl: i64, exact: bool) -> i64 {
-    if exact { -ttl } else { ttl }
 }
 
 /// What `many.lua` has answered; `None` for an operation that must go alone.
@@ -197,6 +217,5 @@ pub(super) fn unexpected() -> Error {
     fred::error::Error::new(ErrorKind::Protocol, "the script answered what it never answers").into()
 }
 
-fn flag(on: bool) -> Value {
-    Value::Integer(on.into())
-}
+/// What scripts call a grant that has no id.
+pub(super) const NO_ID: &str = "-";

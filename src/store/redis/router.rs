@@ -62,7 +62,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use self::node::{Asking, InUse, Node};
 use self::redirection::{Elsewhere, elsewhere};
-use super::script::EVAL;
+use super::script::{EVAL, into_ours};
 use crate::Error;
 
 /// How many redirections one command follows.
@@ -122,6 +122,13 @@ impl Router {
             None => once(&self.client, sent.command, args(), until).await,
             // Boxed, so that the common path doesn't carry the size of this one.
             Some(cluster) => Box::pin(cluster.send(sent, &args, until)).await,
+        }
+    }
+
+    /// Drops the connections to nodes, because one of them can't be trusted.
+    pub(super) fn replace(&self) {
+        if let Some(cluster) = &self.cluster {
+            cluster.state().nodes.clear();
         }
     }
 
@@ -200,13 +207,6 @@ fn options(until: Instant) -> Result<Options, Error> {
         cluster_hash: Some(ClusterHash::Offset(2)),
         ..Options::default()
     })
-}
-
-fn into_ours(error: fred::error::Error) -> Error {
-    match error.details() {
-        details if details.starts_with("CROSSSLOT") => Error::CrossSlot,
-        _ => Error::Redis(error),
-    }
 }
 
 /// The nodes of a cluster, one by one.
@@ -312,8 +312,7 @@ impl Cluster {
         args.push(Value::Integer(count));
         let answer = self.ask(target, Asking::Yes, EVAL, args, until).await;
         match answer {
-            // The slot has begun to leave the new node. Scripts read every key before they write.
-            Err(Error::Redis(error)) if error.details().contains("non local key") => None,
+            // The slot has begun to leave the new node.
             Err(error) if elsewhere(&error, target).is_some() => None,
             answer => Some(answer),
         }
@@ -352,7 +351,7 @@ impl Cluster {
         // One that could not be opened a moment ago: callers share that failure, too.
         if let Some(Failed { at, error }) = state.failed.get(server) {
             if at.elapsed() < RECONNECT {
-                return Err(error.again());
+                return Err(error.clone());
             }
         }
         let runtime = self.home.clone().map_or_else(Handle::try_current, Ok).map_err(|_| Error::NoRuntime)?;
@@ -381,7 +380,7 @@ impl Cluster {
         state.owners.retain(|_, owner| owner != server);
         state.failed.retain(|_, failed| failed.at.elapsed() < AVOIDED);
         if !node.was_open() {
-            state.failed.insert(server.clone(), Failed { at: Instant::now(), error: error.again() });
+            state.failed.insert(server.clone(), Failed { at: Instant::now(), error: error.clone() });
         }
         drop(state);
         // One poll queues the request. Its result may take as long as the node is away; nobody waits for it.

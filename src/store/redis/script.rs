@@ -1,24 +1,26 @@
 //! The scripts, and how one is run: by its hash, or whole where the server doesn't know it.
 
+use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use fred::bytes_utils::Str;
+use fred::error::ErrorKind;
 use fred::types::Value;
 use tokio::time::Instant;
 
+use super::refusal::normalize;
 use super::router::{Router, Sent};
 use crate::Error;
 
 /// A script and the hash by which the server remembers it.
-#[derive(Debug)]
 pub(super) struct Script {
-    source: Str,
+    pub(super) source: Str,
     hash: Str,
     /// Whether its keys belong to several operations, which can be sent one by one instead.
     is_batch: bool,
 }
 
-#[derive(Debug)]
 pub(super) struct Scripts {
     pub(super) acquire: Script,
     pub(super) acquire_one: Script,
@@ -26,42 +28,67 @@ pub(super) struct Scripts {
     pub(super) attend: Script,
     pub(super) leave: Script,
     pub(super) renew: Script,
+    pub(super) renew_grant: Script,
     pub(super) release: Script,
+    pub(super) end_grant: Script,
     pub(super) hand_over: Script,
     pub(super) remaining: Script,
     pub(super) inspect: Script,
     pub(super) many: Script,
     pub(super) vote: Script,
-    pub(super) withdraw: Script,
+    /// The mark of the last request.
+    mark: AtomicU32,
 }
+
+const OWNER: &str = include_str!("scripts/owner.lua");
+const FENCE: &str = include_str!("scripts/fence.lua");
+const GRANTS: &str = include_str!("scripts/grants.lua");
+const EXTEND: &str = include_str!("scripts/extend.lua");
 
 impl Scripts {
     pub(super) fn new() -> Self {
         Self {
-            acquire: Script::new(include_str!("scripts/acquire.lua")),
-            acquire_one: Script::new(include_str!("scripts/acquire_one.lua")),
-            acquire_fair: Script::new(include_str!("scripts/acquire_fair.lua")),
-            attend: Script::new(include_str!("scripts/attend.lua")),
-            leave: Script::new(include_str!("scripts/leave.lua")),
-            renew: Script::new(include_str!("scripts/renew.lua")),
-            release: Script::new(include_str!("scripts/release.lua")),
-            hand_over: Script::new(include_str!("scripts/hand_over.lua")),
-            remaining: Script::new(include_str!("scripts/remaining.lua")),
-            inspect: Script::new(include_str!("scripts/inspect.lua")),
-            many: Script { is_batch: true, ..Script::new(include_str!("scripts/many.lua")) },
-            vote: Script::new(include_str!("scripts/vote.lua")),
-            withdraw: Script::new(include_str!("scripts/withdraw.lua")),
+            acquire: Script::new(&[OWNER, FENCE, GRANTS, include_str!("scripts/acquire.lua")]),
+            acquire_one: Script::new(&[FENCE, include_str!("scripts/acquire_one.lua")]),
+            acquire_fair: Script::new(&[OWNER, FENCE, GRANTS, include_str!("scripts/acquire_fair.lua")]),
+            attend: Script::new(&[include_str!("scripts/attend.lua")]),
+            leave: Script::new(&[include_str!("scripts/leave.lua")]),
+            renew: Script::new(&[OWNER, EXTEND, include_str!("scripts/renew.lua")]),
+            renew_grant: Script::new(&[OWNER, GRANTS, EXTEND, include_str!("scripts/renew_grant.lua")]),
+            release: Script::new(&[OWNER, include_str!("scripts/release.lua")]),
+            end_grant: Script::new(&[OWNER, GRANTS, include_str!("scripts/end_grant.lua")]),
+            hand_over: Script::new(&[OWNER, FENCE, GRANTS, include_str!("scripts/hand_over.lua")]),
+            remaining: Script::new(&[OWNER, include_str!("scripts/remaining.lua")]),
+            inspect: Script::new(&[include_str!("scripts/inspect.lua")]),
+            many: Script { is_batch: true, ..Script::new(&[OWNER, include_str!("scripts/many.lua")]) },
+            vote: Script::new(&[OWNER, FENCE, GRANTS, include_str!("scripts/vote.lua")]),
+            mark: AtomicU32::new(0),
         }
+    }
+
+    /// A mark that no other request of late has had.
+    pub(super) fn next_mark(&self) -> u32 {
+        self.mark.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+impl fmt::Debug for Scripts {
+    /// Shows nothing of their sources, which are several pages long.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Scripts").finish_non_exhaustive()
     }
 }
 
 impl Script {
-    fn new(source: &'static str) -> Self {
-        Self { source: Str::from_static(source), hash: fred::util::sha1_hash(source).into(), is_batch: false }
+    /// A script from its parts, with what all of them begin and end with.
+    fn new(parts: &[&str]) -> Self {
+        let source = [&[include_str!("scripts/prologue.lua")], parts, &[include_str!("scripts/epilogue.lua")]];
+        let source = source.concat().concat();
+        Self { hash: fred::util::sha1_hash(&source).into(), source: source.into(), is_batch: false }
     }
 
-    /// Runs the script once, within `timeout`. `call` is made anew for each time that it is sent: it is almost always sent
-    /// once, and to copy it for that would cost more.
+    /// Runs the script once, within `timeout`, and not after `latest` by the server's clock. `call` is made anew for each time that
+    /// it is sent: it is almost always sent once, and to copy it for that would cost more.
     ///
     /// By its hash; where the server has forgotten it (a restart, a failover, SCRIPT FLUSH) whole, which makes the
     /// server remember it again. NOSCRIPT means that nothing was run, so this is still one run.
@@ -69,19 +96,73 @@ impl Script {
         &self,
         router: &Router,
         call: impl Fn() -> Call + Sync,
+        mark: u32,
+        latest: u64,
         timeout: Duration,
-    ) -> Result<Value, Error> {
+    ) -> Result<Reply, Error> {
         let until = Instant::now() + timeout;
-        match router.send(self.sent(EVALSHA), || call().of(&self.hash), until).await {
+        let answer = match router.send(self.sent(EVALSHA), || call().of(&self.hash, mark, latest), until).await {
             Err(error) if error.code() == Some("NOSCRIPT") => {
-                router.send(self.sent(EVAL), || call().of(&self.source), until).await
+                router.send(self.sent(EVAL), || call().of(&self.source, mark, latest), until).await
             }
             answer => answer,
-        }
+        };
+        Reply::read(answer?, mark)
     }
 
     fn sent(&self, command: &'static str) -> Sent<'_> {
         Sent { command, source: (!self.is_batch).then_some(&self.source) }
+    }
+}
+
+/// What a script has answered.
+pub(super) struct Reply {
+    /// The server's clock in ms.
+    pub(super) now: u64,
+    /// What the script returned, or why it failed.
+    pub(super) outcome: Result<Value, Error>,
+}
+
+impl Reply {
+    /// # Errors
+    ///
+    /// [`mixed_up`] where this is no reply to the request with this mark: nobody knows what became of that.
+    fn read(answer: Value, mark: u32) -> Result<Self, Error> {
+        let Value::Array(parts) = answer else { return Err(mixed_up()) };
+        let mut parts = parts.into_iter();
+        let (Some(Value::Integer(of)), Some(Value::Integer(now))) = (parts.next(), parts.next()) else {
+            return Err(mixed_up());
+        };
+        if of != i64::from(mark) {
+            return Err(mixed_up());
+        }
+        let outcome = match (parts.next(), parts.next()) {
+            (reply, None) => Ok(reply.unwrap_or(Value::Null)),
+            (_, Some(failure)) => {
+                let failure = failure.into_string().unwrap_or_default();
+                Err(into_ours(fred::error::Error::new(ErrorKind::Unknown, failure)))
+            }
+        };
+        Ok(Self { now: u64::try_from(now).unwrap_or_default(), outcome })
+    }
+}
+
+/// The client has handed us the reply to another request.
+fn mixed_up() -> Error {
+    // As when the connection breaks: nobody knows, and the next one may do better.
+    fred::error::Error::new(ErrorKind::IO, MIXED_UP).into()
+}
+
+const MIXED_UP: &str = "the connection handed out the reply to another request; it is replaced";
+
+/// Whether the connection can't be trusted any more.
+pub(super) fn is_mixed_up(error: &Error) -> bool {
+    matches!(error, Error::Redis(error) if error.details() == MIXED_UP)
+}
+
+impl fmt::Debug for Script {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.hash)
     }
 }
 
@@ -106,7 +187,7 @@ impl Call {
 
     /// So many keys and arguments.
     pub(super) fn with_room_for(parts: usize) -> Self {
-        let mut args = Vec::with_capacity(2 + parts);
+        let mut args = Vec::with_capacity(4 + parts);
         args.extend([const { Value::Null }; 2]);
         Self { keys: 0, args }
     }
@@ -122,10 +203,22 @@ impl Call {
         self.args.extend(args);
     }
 
-    fn of(mut self, script: &Str) -> Vec<Value> {
+    fn of(mut self, script: &Str, mark: u32, latest: u64) -> Vec<Value> {
+        let latest = Value::Integer(i64::try_from(latest).unwrap_or(i64::MAX));
+        self.args.extend([Value::Integer(mark.into()), latest]);
         let count = i64::try_from(self.keys).unwrap_or(i64::MAX);
         let head = [Value::String(script.clone()), Value::Integer(count)];
         self.args.iter_mut().zip(head).for_each(|(place, value)| *place = value);
         self.args
+    }
+}
+
+pub(super) fn into_ours(error: fred::error::Error) -> Error {
+    match error.details() {
+        details if details.starts_with("CROSSSLOT") => Error::CrossSlot,
+        details => match normalize(details) {
+            refusal if refusal == details => Error::Redis(error),
+            refusal => fred::error::Error::new(error.kind().clone(), refusal.into_owned()).into(),
+        },
     }
 }

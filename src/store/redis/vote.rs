@@ -9,11 +9,11 @@ use tokio::runtime::Handle;
 
 use super::connection::{Connection, check_tls};
 use super::script::Call;
-use super::{FENCE_TTL, RedisStore, from_millis, integers, millis, names, unexpected, value_of};
+use super::{FENCE_TTL, RedisStore, from_millis, integers, millis, names, record_ttl, unexpected, value_of};
+use crate::Error;
 use crate::hold::Owned;
 use crate::store::quorum::{Ballot, Node, Reply, Seen, Vote};
 use crate::store::{Answer, Wanted};
-use crate::{Error, Token};
 
 impl RedisStore {
     /// Connects in the background, now or whenever the server comes.
@@ -38,14 +38,14 @@ impl RedisStore {
     }
 
     async fn vote(&self, wanted: &Wanted, ballot: &Ballot, timeout: Duration) -> Result<Reply, Error> {
-        let Owned { keys, token, .. } = &wanted.owned;
+        let Owned { keys, token, grant, .. } = &wanted.owned;
         let mut names: Vec<Bytes> = keys.iter().map(|key| self.name(key)).collect();
         let locks = names.clone();
         if ballot.number.is_some() {
             names.extend(locks.iter().map(names::fence_of));
         }
-        if ballot.attempt.is_some() {
-            names.extend(locks.iter().map(names::vote_of));
+        if grant.is_some() {
+            names.extend(locks.iter().map(names::grants_of));
         }
         let number = ballot.number.map_or(0, |number| i64::try_from(number).unwrap_or(i64::MAX));
         let fence_ttl = FENCE_TTL.max(wanted.ttl.saturating_mul(2)).max(ballot.window.saturating_mul(2));
@@ -61,10 +61,12 @@ impl RedisStore {
                 Value::Integer(i64::try_from(ballot.ahead.as_micros()).unwrap_or(i64::MAX)),
                 Value::Integer(number),
                 Value::Integer(ballot.exactly.into()),
-                ballot.attempt.as_ref().map_or("", Token::as_str).into(),
+                grant.map_or_else(|| "".into(), |grant| grant.to_string().into()),
+                record_ttl(wanted.ttl).into(),
             ],
         );
-        let answer = self.server().run(&self.server().scripts.vote, || call.clone(), timeout).await?;
+        let sending = |until| wanted.latest.extend(until);
+        let answer = self.server().run(&self.server().scripts.vote, || call.clone(), sending, timeout).await?.outcome?;
         let integers = integers(&answer)?;
         let [kind, now, last, rest @ ..] = &integers[..] else { return Err(unexpected()) };
         let number = |integer: i64| u64::try_from(integer).map_err(|_| unexpected());
@@ -81,24 +83,10 @@ impl RedisStore {
         };
         Ok(Reply { vote, seen: Seen { now: number(*now)?, last: number(*last)? } })
     }
-
-    async fn withdraw(&self, owned: &Owned, attempt: &Token, timeout: Duration) -> Result<(), Error> {
-        let mut names: Vec<Bytes> = owned.keys.iter().map(|key| self.name(key)).collect();
-        let votes: Vec<Bytes> = names.iter().map(names::vote_of).collect();
-        names.extend(votes);
-        let args = [owned.token.to_text().into(), attempt.to_text().into()];
-        let call = Call::new(names.into_iter().map(Value::Bytes), args);
-        self.server().run(&self.server().scripts.withdraw, || call.clone(), timeout).await?;
-        Ok(())
-    }
 }
 
 impl Node for RedisStore {
     fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, Reply> {
         Box::pin(self.vote(wanted, ballot, timeout))
-    }
-
-    fn withdraw<'a>(&'a self, owned: &'a Owned, attempt: &'a Token, timeout: Duration) -> Answer<'a, ()> {
-        Box::pin(self.withdraw(owned, attempt, timeout))
     }
 }

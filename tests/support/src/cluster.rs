@@ -3,8 +3,8 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::Server;
-use crate::server::free_port;
+use crate::server::{free_port, is_free};
+use crate::{Server, Version};
 
 /// A cluster of three primaries without replicas.
 #[derive(Debug)]
@@ -21,8 +21,12 @@ impl Cluster {
     /// When they don't agree within 20 seconds.
     pub fn start() -> Self {
         let (nodes, buses): (Vec<Server>, Vec<String>) = (0..3).map(|_| start_node()).unzip();
-        for (node, (first, last)) in nodes.iter().zip([(0, 5460), (5461, 10922), (10923, 16383)]) {
-            let added = node.cli(&["CLUSTER", "ADDSLOTSRANGE", &first.to_string(), &last.to_string()]);
+        for (node, (first, last)) in nodes.iter().zip([(0_u16, 5460_u16), (5461, 10922), (10923, 16383)]) {
+            // ADDSLOTSRANGE does the same, from Redis 7 on.
+            let slots: Vec<String> = (first..=last).map(|slot| slot.to_string()).collect();
+            let command: Vec<&str> =
+                ["CLUSTER", "ADDSLOTS"].into_iter().chain(slots.iter().map(String::as_str)).collect();
+            let added = node.cli(&command);
             assert_eq!(added, "OK");
         }
         for (node, (next, bus)) in nodes.iter().zip(nodes.iter().zip(&buses).skip(1)) {
@@ -55,14 +59,16 @@ impl Cluster {
         assert_eq!(primary.cli(&["CLUSTER", "MEET", "127.0.0.1", &replica.port().to_string(), &bus]), "OK");
         let id = primary.cli(&["CLUSTER", "MYID"]);
         let patience = Instant::now() + Duration::from_secs(20);
-        // It has to be told of the primary first, by gossip.
-        while replica.cli(&["CLUSTER", "REPLICATE", &id]) != "OK"
-            || !replica.cli(&["INFO", "replication"]).contains("master_link_status:up")
-            || !self.nodes.iter().all(|node| node.cli(&["CLUSTER", "REPLICAS", &id]).contains("connected"))
-        {
-            assert!(Instant::now() < patience, "the replica never caught up");
-            sleep(Duration::from_millis(50));
-        }
+        let wait_until = |holds: &dyn Fn() -> bool| {
+            while !holds() {
+                assert!(Instant::now() < patience, "the replica never caught up");
+                sleep(Duration::from_millis(50));
+            }
+        };
+        // It has to be told of the primary first, by gossip. Said once: said again, older servers begin again.
+        wait_until(&|| replica.cli(&["CLUSTER", "REPLICATE", &id]) == "OK");
+        wait_until(&|| replica.cli(&["INFO", "replication"]).contains("master_link_status:up"));
+        wait_until(&|| self.nodes.iter().all(|node| node.cli(&["CLUSTER", "REPLICAS", &id]).contains("connected")));
         replica
     }
 
@@ -182,9 +188,20 @@ impl Migration<'_> {
     }
 }
 
-/// A node and the port of its bus, by default 10,000 above the other, where there may be none.
+/// A node and the port of its bus: a free one, or, before Redis 7, the one that is 10,000 above the other.
 fn start_node() -> (Server, String) {
-    let bus = free_port().to_string();
-    let node = Server::start_with(&["--cluster-enabled", "yes", "--cluster-port", &bus]);
-    (node, bus)
+    if Version::of_this_run().has_redis(7, 0) {
+        let bus = free_port().to_string();
+        let node = Server::start_with(&["--cluster-enabled", "yes", "--cluster-port", &bus]);
+        return (node, bus);
+    }
+    let ports = (0..100).filter_map(|_| Some(free_port()).filter(|port| *port < u16::MAX - BUS));
+    let mut ports = ports.filter(|port| is_free(port + BUS));
+    let node = ports.find_map(|port| Server::try_start(port, &["--cluster-enabled", "yes"]));
+    let node = node.expect("a free port, and another for the bus");
+    let bus = node.port() + BUS;
+    (node, bus.to_string())
 }
+
+/// How far the port of its bus is from a node's own, unless it is said.
+const BUS: u16 = 10_000;

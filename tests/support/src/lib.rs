@@ -1,23 +1,29 @@
 //! Real servers for tests, and a proxy that misbehaves.
 //!
+//! The servers are redis-server, or what `TENURE_SERVER` names; see [`Version`].
 //! Every test starts the servers that it needs, on ports of their own; they are killed when they are dropped, also by
 //! a test that panics.
 
 #![expect(clippy::expect_used, clippy::panic, reason = "a test that can't have its server has failed")]
 
+mod certificates;
 mod cluster;
 mod proxy;
 mod sentinel;
 mod server;
+mod version;
 
 use std::fmt::Debug;
 use std::future::Future;
+use std::pin::pin;
 use std::time::Duration;
 
+pub use self::certificates::{Authority, Certificate};
 pub use self::cluster::{Cluster, Migration};
 pub use self::proxy::{Mode, Proxy};
 pub use self::sentinel::{Sentinel, Sentinels};
 pub use self::server::Server;
+pub use self::version::Version;
 
 /// Waits until `look` finds something, looking every few milliseconds. Generous: only a test that fails waits so long.
 ///
@@ -34,6 +40,30 @@ pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut look: 
         }
     };
     tokio::time::timeout(Duration::from_secs(20), found).await.unwrap_or_else(|_| panic!("never: {what}"))
+}
+
+/// Waits for a future that must be done within this limit, by the time that its runtime has run: where the machine is so busy
+/// that the runtime runs only after the limit, the future may still do what was due by then. So a limit that matters to the
+/// millisecond can be held to on any machine.
+///
+/// # Panics
+///
+/// When the future takes longer.
+pub async fn within<T>(limit: Duration, future: impl IntoFuture<Output = T>) -> T {
+    let mut future = pin!(future.into_future());
+    // It comes first where both are due.
+    if let Ok(done) = tokio::time::timeout(limit, &mut future).await {
+        return done;
+    }
+    // What it waits for may need a few turns of other tasks.
+    for _ in 0..1_000 {
+        tokio::select! {
+            biased;
+            done = &mut future => return done,
+            () = tokio::task::yield_now() => {}
+        }
+    }
+    panic!("not within {limit:?}")
 }
 
 /// Ends a future that hangs, so that its test fails instead of hanging too.

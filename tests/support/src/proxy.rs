@@ -16,6 +16,9 @@ pub enum Mode {
     Pass,
     /// Loses the next one, cuts that connection, and passes all others on.
     LoseNext,
+    /// Loses the next one, and passes all others on as if nothing had happened: each then looks like the answer to the request
+    /// before its own.
+    SwallowNext,
     /// Keeps each of them back for so long.
     Delay(Duration),
     /// Cuts the connection that brings the next request, and delivers that request so much later all the same.
@@ -145,7 +148,7 @@ async fn forward_answers(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, number
                 continue;
             }
             let mode = control.mode;
-            if mode == Mode::LoseNext {
+            if mode == Mode::LoseNext || mode == Mode::SwallowNext {
                 control.lost += 1;
                 control.mode = Mode::Pass;
             }
@@ -153,6 +156,7 @@ async fn forward_answers(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, number
         };
         match mode {
             Mode::LoseNext => return,
+            Mode::SwallowNext => continue,
             Mode::Delay(delay) => sleep(delay).await,
             Mode::Pass | Mode::Silence | Mode::DeliverNextLate(_) => {}
         }

@@ -1,4 +1,4 @@
-//! One redis-server process.
+//! One server process.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
+
+use crate::Certificate;
+use crate::version::{Version, binary};
 
 /// A server of the test's own, on a free port of the loopback interface. Killed when dropped.
 #[derive(Debug)]
@@ -26,17 +29,19 @@ impl Server {
         Self::start_with(&[])
     }
 
-    /// Starts a server with further arguments, as on redis-server's command line.
+    /// Starts a server with further arguments, as on the server's command line.
     ///
     /// # Panics
     ///
-    /// When there is no redis-server, or it won't start.
+    /// When there is no such server, or it won't start.
     pub fn start_with(args: &[&str]) -> Self {
         // Another process may take the port between the look and the start: then it's another port.
-        (0..20).find_map(|_| Self::try_start(free_port(), args)).expect("a free port for redis-server")
+        (0..20).find_map(|_| Self::try_start(free_port(), args)).expect("a free port for the server")
     }
 
-    fn try_start(port: u16, args: &[&str]) -> Option<Self> {
+    pub(crate) fn try_start(port: u16, args: &[&str]) -> Option<Self> {
+        // Asserts that it is the one that the run is for.
+        Version::of_this_run();
         let dir = tempfile::tempdir().expect("a temporary directory");
         let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
         let process = spawn(port, &dir, &args);
@@ -45,7 +50,7 @@ impl Server {
             return Some(server);
         }
         let log = server.log();
-        assert!(log.contains("in use"), "redis-server did not start: {log}");
+        assert!(log.contains("in use"), "the server did not start: {log}");
         None
     }
 
@@ -133,7 +138,7 @@ impl Server {
     /// When it won't start.
     pub fn restart(&mut self) {
         self.restart_without_waiting(&[]);
-        assert!(self.answers(), "redis-server did not start again: {}", self.log());
+        assert!(self.answers(), "the server did not start again: {}", self.log());
     }
 
     /// Starts it again with further arguments, and does not wait until it answers.
@@ -146,6 +151,31 @@ impl Server {
     pub fn restart_empty(&mut self) {
         self.kill();
         self.restart();
+    }
+
+    /// Starts a server that also speaks TLS, on the port that is returned, with this certificate.
+    ///
+    /// # Panics
+    ///
+    /// As [`start_with`](Server::start_with); and where it was built without TLS.
+    pub fn start_tls(certificate: &Certificate) -> (Self, u16) {
+        let port = free_port();
+        let [file, key] = [&certificate.certificate, &certificate.key].map(|path| path.display().to_string());
+        let tls = ["--tls-port", &port.to_string(), "--tls-cert-file", &file, "--tls-key-file", &key];
+        // Clients need no certificate of their own; the server wants to know an authority all the same.
+        let server = Self::start_with(&[&tls[..], &["--tls-auth-clients", "no", "--tls-ca-cert-file", &file]].concat());
+        (server, port)
+    }
+
+    /// Shows this certificate to whoever connects from now on, and cuts the connections that there are.
+    ///
+    /// # Panics
+    ///
+    /// When the server refuses it.
+    pub fn replace_certificate(&self, certificate: &Certificate) {
+        let [file, key] = [&certificate.certificate, &certificate.key].map(|path| path.display().to_string());
+        assert_eq!(self.cli(&["CONFIG", "SET", "tls-cert-file", &file, "tls-key-file", &key]), "OK");
+        self.cli(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
     }
 
     fn signal(&self, signal: Signal) {
@@ -184,7 +214,7 @@ impl Drop for Server {
 
 fn spawn(port: u16, dir: &TempDir, args: &[String]) -> Child {
     let path = dir.path();
-    let mut command = Command::new("redis-server");
+    let mut command = Command::new(binary());
     // A configuration file comes first, where there is one.
     let (file, options): (Vec<_>, Vec<_>) = args.iter().partition(|arg| arg.ends_with(".conf"));
     command.args(file);
@@ -195,12 +225,16 @@ fn spawn(port: u16, dir: &TempDir, args: &[String]) -> Child {
         command.args(["--save", "", "--appendonly", "no"]);
     }
     command.args(options).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    command.spawn().expect("redis-server; `bash tests/run.sh` installs it")
+    command.spawn().expect("a server; `bash tests/run.sh` installs it")
 }
 
 pub(crate) fn free_port() -> u16 {
     let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
     listener.local_addr().expect("its address").port()
+}
+
+pub(crate) fn is_free(port: u16) -> bool {
+    TcpListener::bind(("127.0.0.1", port)).is_ok()
 }
 
 /// Whether a server answers there, be it with a refusal.

@@ -15,7 +15,8 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{into_ours, once, options};
+use super::super::script::into_ours;
+use super::{once, options};
 use crate::Error;
 
 /// A connection on which a call has timed out is replaced if the node has not replied to anything for so long.

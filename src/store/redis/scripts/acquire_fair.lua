@@ -1,25 +1,30 @@
 -- Takes one key if it is free and nobody else's turn; otherwise queues up for it.
 --
--- KEYS  the lock key, its queue (a sorted set: token, arrival), its signs of life (a hash: token, until when), then, where a
---       fencing token is wanted, its fence key.
+-- KEYS  the lock key, its queue (a sorted set: token, arrival), its signs of life (a hash: token, until when), its record of
+--       grants, then, where a fencing token is wanted, its fence key.
 -- ARGV  value (the token; with metadata: token, newline, metadata), ttl in ms, ttl of the fence key in ms, for how long in ms
---       who queues counts as alive, '1' to queue up or '0' not to.
+--       a waiter counts as alive after a sign of life, '1' to queue up or '0' not to, id of the grant or '', ttl of the record in ms.
 -- Reply a number. Granted: the fencing token, or 0. Held by another: -1 for ever, -2 - ttl for so many ms.
 --       {token, ms}: it is free, and the turn of this one, who has so long to take it.
 --       'ALONE': the key holds this token already. It is in the queue no more: acquire.lua knows the rest.
 --
--- Idempotent: who is in the queue keeps its place. As in acquire_one.lua the fence is looked at first.
+-- Idempotent: who is in the queue keeps its place. Scripts do not roll back: so all keys are looked at first, and the lock is
+-- set last.
 
 local token = string.match(ARGV[1], '^[^\n]*')
-local time = redis.call('TIME')
-local now = time[1] * 1000000 + time[2]
-local now_ms = math.floor(now / 1000)
+local fence_key, record_key = KEYS[5], KEYS[4]
+local known = fence_key and fence_in(fence_key)
+grants_of(record_key, token)
 
-local last = KEYS[4] and redis.call('GET', KEYS[4])
-local known = last and tonumber(last)
-if last and (not known or known >= 2 ^ 53 - 1) then
-    return redis.error_reply('ERR the fence key ' .. KEYS[4] .. ' holds no fencing token')
+-- Refuses a key of the queue that holds something else.
+local function check(key, command, ...)
+    local found = redis.pcall(command, key, ...)
+    if type(found) == 'table' and found.err then
+        error({err = string.match(found.err, '^%u+') .. ' the key ' .. key .. ' holds no queue of a lock'})
+    end
 end
+check(KEYS[2], 'ZRANGE', 0, 0)
+check(KEYS[3], 'HGET', token)
 
 local function leave(who)
     redis.call('ZREM', KEYS[2], who)
@@ -41,7 +46,7 @@ for _ = 1, 64 do
 end
 
 local held = redis.call('GET', KEYS[1])
-if held and (held == token or string.sub(held, 1, #token + 1) == token .. '\n') then
+if held and is_owner(token, held) then
     leave(token)
     return 'ALONE'
 end
@@ -59,14 +64,14 @@ if held or head and head ~= token then
     return left < 0 and -1 or -2 - left
 end
 
+leave(token)
 local fence = 0
-if KEYS[4] then
-    fence = now
-    if known and known >= fence then
-        fence = known + 1
-    end
-    redis.call('SET', KEYS[4], string.format('%.0f', fence), 'PX', ARGV[3])
+if fence_key then
+    fence = known and known >= now and known + 1 or now
+    redis.call('SET', fence_key, string.format('%.0f', fence), 'PX', ARGV[3])
+end
+if ARGV[6] ~= '' then
+    write_grants(record_key, token, {ARGV[6]}, ARGV[7])
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-leave(token)
 return fence

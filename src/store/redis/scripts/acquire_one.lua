@@ -8,13 +8,10 @@
 -- Idempotent: a repeat finds its own token, says so, and touches nothing. Scripts do not roll back: so the fence is looked
 -- at first, and should it not take the number after all, the lock is given back.
 
-local last = KEYS[2] and redis.pcall('GET', KEYS[2])
-local known = last and not last.err and tonumber(last)
-local refusal
-if last and last.err then
-    refusal = last
-elseif last and (not known or known >= 2 ^ 53 - 1) then
-    refusal = redis.error_reply('ERR the fence key ' .. KEYS[2] .. ' holds no fencing token')
+local known, refusal
+if KEYS[2] then
+    local looked, found = pcall(fence_in, KEYS[2])
+    known, refusal = looked and found, not looked and found
 end
 
 local taken = not refusal and redis.pcall('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2])
@@ -36,14 +33,8 @@ if not KEYS[2] then
 end
 
 -- As in acquire.lua: greater than the last, and no smaller than the clock.
-local done, fence = redis.pcall('TIME'), nil
-if not done.err then
-    fence = done[1] * 1000000 + done[2]
-    if known and known >= fence then
-        fence = known + 1
-    end
-    done = redis.pcall('SET', KEYS[2], string.format('%.0f', fence), 'PX', ARGV[3])
-end
+local fence = known and known >= now and known + 1 or now
+local done = redis.pcall('SET', KEYS[2], string.format('%.0f', fence), 'PX', ARGV[3])
 if done.err then
     redis.call('DEL', KEYS[1])
     return done

@@ -1,7 +1,7 @@
 -- Who holds a key.
 --
 -- KEYS  the lock key, its fence key.
--- Reply nil, or {what the key holds, its ttl in ms or -1, what the fence key holds or nil}.
+-- Reply nil, or {what the key holds, its ttl in ms or -1, what the fence key holds, or nil where that is no text}.
 --
 -- Idempotent: it only reads.
 
@@ -9,4 +9,5 @@ local held = redis.call('GET', KEYS[1])
 if not held then
     return false
 end
-return {held, redis.call('PTTL', KEYS[1]), redis.call('GET', KEYS[2])}
+local fence = redis.pcall('GET', KEYS[2])
+return {held, redis.call('PTTL', KEYS[1]), fence and not fence.err and fence}

@@ -8,7 +8,7 @@
 
 local turn = redis.call('ZRANGE', KEYS[2], 0, 0)[1] == ARGV[1]
 redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('HDEL', KEYS[3], ARGV[1])
+redis.pcall('HDEL', KEYS[3], ARGV[1])
 if turn and redis.call('EXISTS', KEYS[1]) == 0 then
     redis.pcall(ARGV[2], KEYS[1], '')
 end

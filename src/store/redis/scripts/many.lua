@@ -1,24 +1,27 @@
 -- Many operations in one call, each on a key of its own choice: what release.lua, renew.lua and acquire.lua do for one.
 --
--- KEYS  the lock keys: of the releases, the renewals, the acquires with a fencing token, the acquires without; then the
---       fence keys of the acquires with one.
+-- KEYS  the lock keys: of the releases, the releases in the background, the renewals, the acquires with a fencing token, the
+--       acquires without; then the records of grants of the releases in the background, and the fence keys of the acquires with one.
 -- ARGV  how many of each kind, in this order; the ttl of fence keys in ms; 'PUBLISH' or 'SPUBLISH', as release.lua; the ttl of
 --       all renewals in ms, or '' where each has its own; then for each
---       release: token.  renewal: token, and the ttl if each has its own. At least this; below zero: exactly so much.
+--       release: token.  renewal: token, and the ttl if each has its own: at least this.
 --       acquire: value (the token; with metadata: token, newline, metadata), ttl in ms.
 -- Reply for each, in this order: a number, or a string that says why it could not be done.
 --       release, renewal: 1 done, 0 the key is gone, -1 it holds something else.
 --       acquire: granted: the fencing token, or 0. Held by another: -1 for ever, -2 - ttl for so many ms.
---       'ALONE': an acquire that meets what is no lock, or no fencing token. Nothing was done: acquire.lua says why.
+--       'ALONE': an acquire that meets what is no lock, or no fencing token, or a release in the background of a lock that other
+--       grants may rely on. Nothing was done: acquire.lua says why, and end_grant.lua knows how.
 --
 -- Idempotent, as each operation is. One that fails fails alone: whatever may be refused is called by pcall, so the script never
 -- ends in an error after it has begun to write. Releases come first, so that who waits in the same call finds the key free.
 
-local n_release, n_renew, n_fenced, n_plain = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local fence_ttl = ARGV[5]
-local publish = ARGV[6]
-local renewed_ttl = ARGV[7]
-local at = 8
+local n_end, n_renew, n_fenced, n_plain = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local n_release = ARGV[1] + n_end
+local n_locks = n_release + n_renew + n_fenced + n_plain
+local fence_ttl = ARGV[6]
+local publish = ARGV[7]
+local renewed_ttl = ARGV[8]
+local at = 9
 local reply = {}
 
 local function refused(answer)
@@ -45,10 +48,6 @@ for i = n_release + n_renew + 1, #KEYS do
     held[KEYS[i]] = values[i]
 end
 
-local function is_owner(token, value)
-    return value == token or string.sub(value, 1, #token + 1) == token .. '\n'
-end
-
 -- Why a key holds no token: it is gone, or the server says that it is no string.
 local function absent(key)
     return refused(redis.pcall('GET', key)) or 0
@@ -59,8 +58,12 @@ for i = 1, n_release do
     local key, token = KEYS[i], ARGV[at]
     at = at + 1
     local value = held[key]
+    -- Of a release in the background.
+    local record = i > ARGV[1] + 0 and held[KEYS[n_locks + i - ARGV[1]]]
     if not value then
         reply[i] = was[key] and 0 or absent(key)
+    elseif record and is_owner(token, record) then
+        reply[i] = 'ALONE'
     elseif is_owner(token, value) then
         held[key] = false
         was[key] = value
@@ -77,7 +80,7 @@ if #freed > 0 then
             local value = was[KEYS[i]]
             if value then
                 held[KEYS[i]] = value
-                reply[i] = is_owner(ARGV[7 + i], value) and err or -1
+                reply[i] = reply[i] == 'ALONE' and 'ALONE' or is_owner(ARGV[8 + i], value) and err or -1
             end
         end
     else
@@ -94,20 +97,20 @@ local function left_of(key)
     return not err and left, err
 end
 
--- GT, of Redis 7, says in one command what PTTL and PEXPIRE do in two, but for a key without a ttl. Older servers refuse it.
+-- As in renew.lua: GT and NX do what takes PTTL on servers before Redis 7, which refuse them.
 local knows_gt = true
 
--- Answers why not, if not. The ttl is given as a number, too.
+-- Returns why not, if not. The ttl is given as a number, too.
 local function extend(key, ttl, px)
-    if px < 0 then
-        return refused(redis.pcall('PEXPIRE', key, -px))
-    end
     if knows_gt then
         local done = redis.pcall('PEXPIRE', key, ttl, 'GT')
-        if done == 1 then
-            return
+        if done == 0 then
+            done = redis.pcall('PEXPIRE', key, ttl, 'NX')
         end
         knows_gt = not refused(done)
+        if knows_gt then
+            return
+        end
     end
     local left, err = left_of(key)
     if not err and left < px then
@@ -138,16 +141,7 @@ for i = n_release + 1, n_release + n_renew do
 end
 
 local n_others = n_release + n_renew
-local n_locks = n_others + n_fenced + n_plain
-local now, now_text
-if n_fenced > 0 then
-    local time = redis.pcall('TIME')
-    -- Without a clock there is no fencing token: the other script says why.
-    if not time.err then
-        now = time[1] * 1000000 + time[2]
-        now_text = string.format('%.0f', now)
-    end
-end
+local now_text = n_fenced > 0 and string.format('%.0f', now)
 
 -- Takes a key that is free. Answers why not, if not.
 local function take(key, value, ttl)
@@ -180,7 +174,7 @@ end
 local function next_fence(fence_key, is_ours)
     local last = held[fence_key]
     local known = last and tonumber(last)
-    if not now or last and (not known or known >= 2 ^ 53 - 1) then
+    if last and (not known or known >= 2 ^ 53 - 1) then
         return nil
     elseif is_ours then
         return known and known > 0 and known or now
@@ -193,7 +187,7 @@ for i = n_others + 1, n_locks do
     at = at + 2
     local holder = held[key]
     local is_ours = holder and is_owner(string.match(value, '^[^\n]*'), holder)
-    local fence_key = i <= n_others + n_fenced and KEYS[n_locks + i - n_others]
+    local fence_key = i <= n_others + n_fenced and KEYS[n_locks + n_end + i - n_others]
     local fence = fence_key and next_fence(fence_key, is_ours) or 0
     local err
     if holder and not is_ours then

@@ -1,24 +1,28 @@
--- Deletes those of the keys that hold the token.
+-- Releases those of the keys that hold the token, whoever else relies on them.
 --
--- KEYS  the lock keys.
--- ARGV  token, 'PUBLISH' or 'SPUBLISH': how those who wait are told, by an empty message on the channel of the key's name.
+-- KEYS  n lock keys, then other keys to delete with them: the records of grants, where the token may be used again.
+-- ARGV  token, n, 'PUBLISH' or 'SPUBLISH': how waiters are notified, by an empty message on the channel of the key's name.
 -- Reply 1  all were ours and are free.  0  a key was gone.  -1  a key holds something else.
 --
--- Idempotent: a repeat finds nothing of ours, says so, and touches nothing.
+-- Idempotent: a repeat finds nothing of ours, says so, and touches nothing. A key of another type is not ours, and keeps none of
+-- the others from being released.
 
-local token = ARGV[1]
+local token, n = ARGV[1], tonumber(ARGV[2])
 local reply = 1
 
-for i = 1, #KEYS do
-    local held = redis.call('GET', KEYS[i])
+for i = 1, n do
+    local held = redis.pcall('GET', KEYS[i])
     if not held then
         reply = math.min(reply, 0)
-    elseif held == token or string.sub(held, 1, #token + 1) == token .. '\n' then
-        redis.call('DEL', KEYS[i])
-        -- A release is a release, also where messages are not allowed.
-        redis.pcall(ARGV[2], KEYS[i], '')
-    else
+    elseif held.err or not is_owner(token, held) then
         reply = -1
+    else
+        redis.call('DEL', KEYS[i])
+        if KEYS[n + i] then
+            redis.pcall('DEL', KEYS[n + i])
+        end
+        -- A release is a release, also where messages are not allowed.
+        redis.pcall(ARGV[3], KEYS[i], '')
     end
 end
 return reply

@@ -1,41 +1,26 @@
 -- Makes the keys live on, if all of them hold the token.
 --
 -- KEYS  the lock keys.
--- ARGV  token, ttl in ms, '1' to make the ttl exactly this, '0' to make it at least this.
+-- ARGV  token, ttl in ms: they live for at least this.
 -- Reply 1  extended.  0  a key is gone.  -1  a key holds something else.
 --
--- Idempotent: a repeat extends again. One that comes late, after a release, changes nothing. PEXPIRE and never SET: it
--- works on a server that is out of memory, and can't bring back a key. A key without a ttl gets one.
+-- Idempotent: a repeat extends again. One that comes after a release changes nothing. PEXPIRE and never SET: it works on a
+-- server that is out of memory, and can't bring back a key.
 
-local token, ttl = ARGV[1], tonumber(ARGV[2])
 local missing = false
 
 for i = 1, #KEYS do
-    local held = redis.call('GET', KEYS[i])
+    local held = redis.pcall('GET', KEYS[i])
     if not held then
         missing = true
-    elseif held ~= token and string.sub(held, 1, #token + 1) ~= token .. '\n' then
+    elseif held.err or not is_owner(ARGV[1], held) then
         return -1
     end
 end
 if missing then
     return 0
 end
--- GT, of Redis 7, says in one command what PTTL and PEXPIRE do in two, but for a key without a ttl. Older servers refuse it.
-local knows_gt = ARGV[3] ~= '1'
-
-local function is_extended(key)
-    if not knows_gt then
-        return false
-    end
-    local done = redis.pcall('PEXPIRE', key, ARGV[2], 'GT')
-    knows_gt = type(done) == 'number'
-    return done == 1
-end
-
 for i = 1, #KEYS do
-    if not is_extended(KEYS[i]) and (ARGV[3] == '1' or redis.call('PTTL', KEYS[i]) < ttl) then
-        redis.call('PEXPIRE', KEYS[i], ARGV[2])
-    end
+    extend(KEYS[i], ARGV[2])
 end
 return 1

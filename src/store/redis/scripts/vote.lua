@@ -1,9 +1,9 @@
 -- One node's part in a quorum: takes all keys for one token, by ballot, or none.
 --
--- KEYS  n lock keys; where a fencing token is wanted, their n fence keys; where the attempt has a name, their n vote keys.
+-- KEYS  n lock keys; where a fencing token is wanted, their n fence keys; where the grant has an id, their n records of grants.
 -- ARGV  token, value (the token; with metadata: token, newline, metadata), ttl in ms, n, ttl of the fence keys in ms,
 --       restart window in s (0: none), how far in us a number may be ahead, the number (0: no fencing token wanted),
---       '1' to have this number and no earlier one, name of the attempt or ''.
+--       '1' to have this number and no earlier one, id of the grant or '', ttl of the records in ms.
 -- Reply {1, now, last, number}   granted, with this number or, where the keys hold the token already, an earlier one.
 --       {0, now, last, ttl, i}   the ith key is held by another, for so long in ms; -1: for ever.
 --       {2, now, last}           the number is behind: it must be greater than last.
@@ -15,13 +15,11 @@
 -- Idempotent: where all keys hold the token already, they are taken again, with the same number, and live for the ttl from
 -- now, or as long as they would have, whichever is longer.
 --
--- Why numbers grow is argued in quorum.rs. Scripts do not roll back. So: look first, write the fences and votes next, the
+-- Why numbers grow is argued in quorum.rs. Scripts do not roll back. So: look first, write the fences and records next, the
 -- locks last, and undo those where one fails.
 
 local token, value, ttl, n = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local window, ahead, number, name = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[10]
-local time = redis.call('TIME')
-local now = time[1] * 1000000 + time[2]
+local window, ahead, number, grant = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[10]
 
 -- What this server granted before it was last started was no greater than this: as far ahead of its clock as is allowed.
 -- A number that it still knows from then, from an old dump or a file that was cut off, need not be the last of them.
@@ -41,12 +39,8 @@ end
 local last, lowest, bar = 0, nil, 0
 if number > 0 then
     for i = n + 1, 2 * n do
-        local fence = redis.call('GET', KEYS[i])
+        local fence = fence_in(KEYS[i])
         if fence then
-            fence = tonumber(fence)
-            if not fence or fence >= 2 ^ 53 - 1 then
-                return redis.error_reply('ERR the fence key ' .. KEYS[i] .. ' holds no fencing token')
-            end
             last = math.max(last, fence)
             lowest = math.min(lowest or fence, fence)
         else
@@ -66,12 +60,19 @@ for i = 1, n do
     local held = redis.call('GET', KEYS[i])
     if not held then
         missing = missing + 1
-    elseif held == token or string.sub(held, 1, #token + 1) == token .. '\n' then
+    elseif is_owner(token, held) then
         ours[i] = true
         ttl = math.max(ttl, redis.call('PTTL', KEYS[i]))
     else
         return {0, now, last, redis.call('PTTL', KEYS[i]), i}
     end
+end
+
+local records = grant ~= '' and #KEYS - n
+local ids = {}
+for i = 1, records and n or 0 do
+    local before = grants_of(KEYS[records + i], token)
+    ids[i] = ours[i] and with(before, grant) or {grant}
 end
 
 if number > 0 then
@@ -91,23 +92,18 @@ if number > 0 then
 end
 
 local px = string.format('%.0f', ttl)
-if name ~= '' then
-    -- Says which attempt has set the lock, as long as no other relies on it.
-    local votes = #KEYS - n
-    for i = 1, n do
-        if not ours[i] then
-            redis.call('SET', KEYS[votes + i], name, 'PX', px)
-        elseif redis.call('GET', KEYS[votes + i]) ~= name then
-            redis.call('DEL', KEYS[votes + i])
-        end
-    end
+for i = 1, #ids do
+    write_grants(KEYS[records + i], token, ids[i], ARGV[11])
 end
 for i = 1, n do
     local done = redis.pcall('SET', KEYS[i], value, 'PX', px)
     if done.err then
-        for j = 1, i - 1 do
-            if not ours[j] then
+        for j = 1, n do
+            if not ours[j] and j < i then
                 redis.call('DEL', KEYS[j])
+            end
+            if not ours[j] and records then
+                redis.call('DEL', KEYS[records + j])
             end
         end
         return done

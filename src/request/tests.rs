@@ -1,0 +1,120 @@
+//! How a request that gives up reports why: on a store that fails as told, under paused time.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use tokio::task::yield_now;
+
+use super::*;
+use crate::store::faulty::{Fault, FaultyStore, Operation};
+use crate::store::memory::MemoryStore;
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// The nth call that acquires a lock goes as `plan` says. A call takes 500 ms at most.
+fn locker(plan: impl Fn(u32) -> Fault + Send + Sync + 'static) -> Locker {
+    let calls = AtomicU32::new(0);
+    let plan = move |operation| match operation {
+        Operation::Acquire => plan(calls.fetch_add(1, Ordering::Relaxed) + 1),
+        _ => Fault::None,
+    };
+    let store = FaultyStore::new(Arc::new(MemoryStore::new()), plan);
+    Locker::builder().command_timeout(ms(500)).build(Box::new(store), None)
+}
+
+/// Waits in a task, and has taken its place in the queue when this returns.
+async fn waits(request: LockRequest) -> tokio::task::JoinHandle<Result<LockGuard, Error>> {
+    let waiter = tokio::spawn(request.into_future());
+    yield_now().await;
+    waiter
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_behind_one_that_has_no_answer_is_not_told_that_another_holds_the_lock() {
+    let locker = locker(|_| Fault::Hung);
+    let first = waits(locker.lock("k")).await;
+    // Before the first has learned anything, and after it has learned that the server is silent.
+    for limit in [ms(0), ms(300), ms(2_000)] {
+        let started = Instant::now();
+        let error = locker.lock("k").wait_at_most(limit).await.unwrap_err();
+        assert!(error.is_timeout(), "{error}");
+        assert_eq!(started.elapsed(), limit);
+    }
+    first.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_behind_one_that_found_the_lock_held_is_told_so() {
+    let locker = locker(|_| Fault::None);
+    let held = locker.lock("k").await.unwrap();
+    let first = waits(locker.lock("k")).await;
+    let error = locker.lock("k").wait_at_most(ms(300)).await.unwrap_err();
+    let Error::NotObtained { key, attempts: 0, waited } = error else { panic!("{error}") };
+    assert_eq!((key, waited), ("k".into(), ms(300)));
+    // Also where the one before has got the lock, and nobody asked since.
+    drop(held);
+    let behind = waits(locker.lock("k").wait_at_most(ms(300))).await;
+    let guard = first.await.unwrap().unwrap();
+    assert!(matches!(behind.await.unwrap(), Err(Error::NotObtained { .. })));
+    drop(guard);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_learned_last_counts() {
+    // Found held, then there is no answer any more.
+    let locker = locker(|call| if call <= 2 { Fault::None } else { Fault::Hung });
+    let _held = locker.lock("k").await.unwrap();
+    let first = waits(locker.lock("k").wait_at_most(ms(4_000))).await;
+    let behind = waits(locker.lock("k").wait_at_most(ms(3_990))).await;
+    for waiter in [behind, first] {
+        let error = waiter.await.unwrap().unwrap_err();
+        assert!(error.is_timeout(), "{error}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_is_next_and_has_not_asked_yet_knows_what_the_one_before_learned() {
+    let locker = locker(|call| if call == 1 { Fault::None } else { Fault::Refused });
+    let held = locker.lock("k").await.unwrap();
+    let first = waits(locker.lock("k")).await;
+    let second = waits(locker.lock("k").wait_at_most(ms(5))).await;
+    first.abort();
+    let error = second.await.unwrap().unwrap_err();
+    assert!(error.is_timeout(), "{error}");
+    drop(held);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_that_the_limit_cuts_short_hides_no_holder() {
+    // 100 ms from the server: attempts begin after 0 and 150 ms, and the second has 40 ms.
+    let locker = locker(|_| Fault::AnsweredAfter(ms(100)));
+    let _held = locker.lock("k").await.unwrap();
+    let every = || Retry::linear(ms(50));
+    let error = locker.obtain("k").retry(every()).wait_at_most(ms(190)).await.unwrap_err();
+    assert!(matches!(error, Error::NotObtained { attempts: 2, .. }), "{error}");
+    // Where nobody was seen to hold the lock, nobody is said to.
+    let error = locker.obtain("other").retry(every()).wait_at_most(ms(40)).await.unwrap_err();
+    assert!(error.is_timeout(), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_that_passes_in_a_pause_after_a_failure_reports_the_failure() {
+    for failing in [1, 2] {
+        let locker = locker(move |call| if call <= failing { Fault::Refused } else { Fault::None });
+        let request = || locker.obtain("k").wait_at_most(ms(100));
+        let error = request().retry(Retry::linear(ms(1_000))).await.unwrap_err();
+        assert!(error.is_timeout(), "{error}");
+        let error = request().retry(Retry::none()).await;
+        assert_eq!(error.is_err(), failing == 2);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_for_several_keys_names_the_one_that_is_held() {
+    let locker = locker(|_| Fault::None);
+    let _held = locker.lock("b").await.unwrap();
+    let error = locker.lock_all(["a", "b"]).wait_at_most(ms(300)).await.unwrap_err();
+    assert!(matches!(&error, Error::NotObtained { key, .. } if *key == "b".into()), "{error}");
+}

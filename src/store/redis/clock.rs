@@ -1,0 +1,113 @@
+//! What we know of the server's clock: enough to tell a server until when it may run a request.
+//!
+//! Every reply carries the server's time. It was read before the reply arrived, so at any later instant the server's clock shows
+//! at least as much more as has passed since: a bound that is too early by the reply's way at most. A request that is refused
+//! for that reason, or because the server's clock was set forward, or because another server answers now, was not run; its
+//! reply tells the time, and it is sent again.
+//!
+//! Nothing is safe only because this is right: what a late request may leave is undone until the server's own clock has passed
+//! the time that the request carried.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// For how long the earliest bound of all is kept. Clocks drift: by less than a millisecond in this time.
+const KEPT: Duration = Duration::from_secs(1);
+
+/// A server's clock, as its replies show it.
+#[derive(Debug)]
+pub(super) struct ServerClock {
+    /// What instants are counted from.
+    origin: Instant,
+    reading: Mutex<Option<Reading>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reading {
+    /// The server's time, less ours.
+    offset: i64,
+    taken: Instant,
+}
+
+impl ServerClock {
+    pub(super) fn new() -> Self {
+        Self { origin: Instant::now(), reading: Mutex::new(None) }
+    }
+
+    /// Takes note of a reply that has just arrived.
+    pub(super) fn learn(&self, server_ms: u64) -> Reading {
+        let taken = Instant::now();
+        let offset = i64::try_from(server_ms).unwrap_or(i64::MAX).saturating_sub(self.millis(taken));
+        let new = Reading { offset, taken };
+        let mut reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        // Of several, the one that was the shortest time on its way.
+        let is_better = |old: &Reading| offset >= old.offset || taken.saturating_duration_since(old.taken) > KEPT;
+        if reading.as_ref().is_none_or(is_better) {
+            *reading = Some(new);
+        }
+        new
+    }
+
+    pub(super) fn reading(&self) -> Option<Reading> {
+        *self.reading.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the server's clock shows at that instant, by this reading. 0, which is long ago, where there is none.
+    pub(super) fn at(&self, instant: Instant, reading: Option<Reading>) -> u64 {
+        let shown = reading.map(|reading| self.millis(instant).saturating_add(reading.offset));
+        shown.map_or(0, |shown| u64::try_from(shown).unwrap_or(0))
+    }
+
+    fn millis(&self, instant: Instant) -> i64 {
+        i64::try_from(instant.saturating_duration_since(self.origin).as_millis()).unwrap_or(i64::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    const fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_whose_clock_is_unknown_runs_nothing() {
+        let clock = ServerClock::new();
+        assert_eq!(clock.at(Instant::now() + ms(5_000), clock.reading()), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn time_passes_at_the_server_as_it_does_here() {
+        let clock = ServerClock::new();
+        advance(ms(700)).await;
+        clock.learn(1_000_000);
+        advance(ms(50)).await;
+        assert_eq!(clock.at(Instant::now() + ms(300), clock.reading()), 1_000_350);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_reply_that_came_fastest_counts_for_a_while_and_then_a_clock_that_was_set_back() {
+        let clock = ServerClock::new();
+        clock.learn(1_000_000);
+        advance(ms(400)).await;
+        // Read 300 ms before it arrived.
+        clock.learn(1_000_100);
+        assert_eq!(clock.at(Instant::now(), clock.reading()), 1_000_400);
+        advance(ms(700)).await;
+        clock.learn(900_000);
+        assert_eq!(clock.at(Instant::now(), clock.reading()), 900_000);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_clock_that_was_set_forward_counts_at_once() {
+        let clock = ServerClock::new();
+        clock.learn(1_000_000);
+        clock.learn(5_000_000);
+        assert_eq!(clock.at(Instant::now(), clock.reading()), 5_000_000);
+    }
+}

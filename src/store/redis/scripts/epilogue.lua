@@ -1,0 +1,9 @@
+end
+
+local done, reply = pcall(script)
+local failure = not done and reply or type(reply) == 'table' and reply.err
+if not failure then
+    return {mark, now_ms, reply}
+end
+-- An error that ended the script is a table since Redis 7, and text before.
+return {mark, now_ms, false, tostring(type(failure) == 'table' and failure.err or failure)}

@@ -1,0 +1,143 @@
+//! Requests that are delivered late, on connections that have broken: they change nothing, or what they change is undone.
+
+use std::time::{Duration, Instant};
+
+use tenure::Locker;
+use tenure_test_support::{Mode, Proxy, Server, eventually, soon};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, sleep_until};
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// From well within the time of a call to far beyond.
+const DELAYS: [u64; 7] = [100, 300, 800, 1_900, 2_500, 8_000, 30_000];
+
+struct Late {
+    server: Server,
+    proxy: Proxy,
+    locker: Locker,
+    delay: Duration,
+    /// When the last of them arrives.
+    delivered: tokio::time::Instant,
+}
+
+impl Late {
+    async fn start(delay: Duration) -> Self {
+        let server = Server::start();
+        let proxy = Proxy::start(server.port()).await;
+        let locker = Locker::builder().ttl(ms(3_600_000)).connect(&proxy.url()).await.unwrap();
+        // So that the server's clock is known, and nothing but the next request is late.
+        locker.lock("warm").await.unwrap().release().await.unwrap();
+        Self { server, proxy, locker, delay, delivered: tokio::time::Instant::now() }
+    }
+
+    /// The next request breaks its connection, and is delivered later all the same.
+    fn next_is_late(&mut self) {
+        self.delivered = tokio::time::Instant::now() + self.delay;
+        self.proxy.set(Mode::DeliverNextLate(self.delay));
+    }
+
+    /// Long after it was delivered, nothing of it is left.
+    async fn assert_nothing_left(self) {
+        sleep_until(self.delivered + ms(50)).await;
+        soon(self.locker.close()).await;
+        let (server, delay) = (&self.server, self.delay);
+        let look = async || (server.cli(&["EXISTS", "k", "l"]) == "0").then_some(());
+        eventually(&format!("the key is free, {delay:?} late"), look).await;
+    }
+}
+
+/// Each delay on a server of its own, all at once.
+async fn for_each_delay<F: Future<Output = ()> + Send + 'static>(case: impl Fn(Late) -> F) {
+    let mut cases = JoinSet::new();
+    for delay in DELAYS {
+        cases.spawn(case(Late::start(ms(delay)).await));
+    }
+    cases.join_all().await;
+}
+
+#[tokio::test]
+async fn an_attempt_that_failed_and_comes_late_leaves_nothing_however_late() {
+    for_each_delay(|mut late| async move {
+        late.next_is_late();
+        soon(late.locker.try_lock("k")).await.unwrap_err();
+        late.assert_nothing_left().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_attempt_that_comes_after_its_request_was_granted_by_another_and_released_leaves_nothing() {
+    for_each_delay(|mut late| async move {
+        late.next_is_late();
+        let guard = soon(late.locker.lock("k")).await.unwrap();
+        guard.release().await.unwrap();
+        late.assert_nothing_left().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_attempt_for_several_keys_or_by_a_token_of_ones_own_or_in_line_leaves_nothing_either() {
+    for_each_delay(|mut late| async move {
+        let requests = [
+            late.locker.lock_all(["k", "l"]),
+            late.locker.lock("k").token("worker-7".parse().unwrap()),
+            late.locker.lock("k").fair(true),
+        ];
+        for request in requests {
+            late.next_is_late();
+            drop(soon(request).await.unwrap());
+        }
+        late.assert_nothing_left().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_late_attempt_does_not_stand_in_the_way_of_its_successors() {
+    let mut late = Late::start(ms(5_000)).await;
+    late.next_is_late();
+    let guard = soon(late.locker.lock("k")).await.unwrap();
+    guard.release().await.unwrap();
+    let delivered = Instant::now() + late.delay;
+    let other = Locker::connect(&late.server.url()).await.unwrap();
+    while Instant::now() < delivered + ms(500) {
+        soon(other.lock("k").wait_at_most(ms(1_500))).await.unwrap().release().await.unwrap();
+        sleep(ms(20)).await;
+    }
+    late.assert_nothing_left().await;
+}
+
+/// The guard believes no longer than the server keeps the key, whenever the exact ttl of unknown outcome is set.
+#[tokio::test]
+async fn a_shorter_ttl_that_is_set_late_ends_no_guard_that_believes() {
+    for_each_delay(|mut late| async move {
+        let guard = soon(late.locker.lock("k").ttl(ms(60_000))).await.unwrap();
+        late.next_is_late();
+        let sent = tokio::time::Instant::now();
+        guard.refresh_for(ms(1_000)).await.unwrap_err();
+        soon(async {
+            while guard.refresh_for(ms(30_000)).await.is_err() {
+                sleep(ms(10)).await;
+            }
+        })
+        .await;
+        // By then the server refuses it, and it limits nothing any more.
+        while sent.elapsed() < (late.delay + ms(1_500)).max(ms(4_500)) {
+            let believed = guard.deadline();
+            let left = late.server.cli(&["PTTL", "k"]).parse::<i64>().unwrap();
+            let kept_until = tokio::time::Instant::now() + ms(u64::try_from(left.max(0)).unwrap());
+            assert!(kept_until >= believed, "{left} ms at the server, believed for {:?}", believed.elapsed());
+            sleep(ms(20)).await;
+        }
+        assert!(guard.is_held());
+        guard.ensure(ms(30_000)).await.unwrap();
+        assert!(guard.remaining() > ms(25_000), "{:?}", guard.remaining());
+        guard.release().await.unwrap();
+        late.assert_nothing_left().await;
+    })
+    .await;
+}

@@ -1,0 +1,208 @@
+//! Several guards by one token: what one leaves in the background never ends what another relies on. And a request that fails
+//! half way leaves nothing.
+
+use std::time::Duration;
+
+use tenure::{Error, Lease, Locker, Token};
+use tenure_test_support::{Server, eventually, soon};
+use tokio::time::sleep;
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+fn token() -> Token {
+    "worker-7".parse().unwrap()
+}
+
+async fn start() -> (Server, Locker, Locker) {
+    let server = Server::start();
+    let here = Locker::connect(&server.url()).await.unwrap();
+    let there = Locker::connect(&server.url()).await.unwrap();
+    (server, here, there)
+}
+
+/// That the key goes free at last. Before that, a locker is closed to be sure that nothing is on its way.
+async fn assert_freed(server: &Server, lockers: [&Locker; 2]) {
+    for locker in lockers {
+        soon(locker.close()).await;
+    }
+    eventually("no key but the fence is left", async || (server.cli(&["KEYS", "*"]) == "{k}:fence").then_some(()))
+        .await;
+}
+
+#[tokio::test]
+async fn a_guard_that_expires_does_not_end_what_its_token_obtained_later() {
+    let (server, here, there) = start().await;
+    for second in [&here, &there] {
+        let first = here.obtain("k").token(token()).ttl(ms(500)).no_renewal().await.unwrap();
+        let second = second.obtain("k").token(token()).ttl(ms(60_000)).await.unwrap();
+        soon(first.lost()).await;
+        drop(first);
+        sleep(ms(300)).await;
+        assert!(second.is_held() && there.try_lock("k").await.is_err());
+        assert_eq!(server.cli(&["GET", "k"]), token().as_str());
+        second.release().await.unwrap();
+    }
+    assert_freed(&server, [&here, &there]).await;
+}
+
+#[tokio::test]
+async fn a_process_that_wakes_after_its_ttl_does_not_end_what_its_successor_obtained_by_the_same_token() {
+    let (server, here, there) = start().await;
+    let stale = here.obtain("k").token(token()).ttl(ms(400)).no_renewal().await.unwrap();
+    // Nothing of the first process runs until its ttl is over: this thread is its runtime.
+    std::thread::sleep(ms(450));
+    let successor = soon(there.obtain("k").token(token()).ttl(ms(60_000))).await.unwrap();
+    drop(stale);
+    soon(here.close()).await;
+    assert!(successor.is_held());
+    assert_eq!(server.cli(&["GET", "k"]), token().as_str());
+    drop(successor);
+    assert_freed(&server, [&here, &there]).await;
+}
+
+#[tokio::test]
+async fn a_dropped_guard_does_not_end_what_its_token_obtains_next() {
+    let (server, here, there) = start().await;
+    for _ in 0..50 {
+        let first = here.obtain("k").token(token()).await.unwrap();
+        drop(first);
+        let second = here.obtain("k").token(token()).await.unwrap();
+        sleep(ms(5)).await;
+        assert_eq!(server.cli(&["GET", "k"]), token().as_str());
+        second.refresh().await.unwrap();
+    }
+    assert_freed(&server, [&here, &there]).await;
+}
+
+#[tokio::test]
+async fn a_guard_by_a_random_token_does_not_end_what_another_obtained_by_that_token() {
+    let (server, here, there) = start().await;
+    let first = here.lock("k").await.unwrap();
+    let twin = there.obtain("k").token(first.token().clone()).await.unwrap();
+    drop(first);
+    soon(here.close()).await;
+    twin.refresh().await.unwrap();
+    assert_eq!(server.cli(&["GET", "k"]), twin.token().as_str());
+    drop(twin);
+    assert_freed(&server, [&here, &there]).await;
+}
+
+#[tokio::test]
+async fn of_several_guards_by_one_token_the_last_to_go_frees_the_key_in_whatever_order() {
+    for order in [[0, 1, 2], [2, 1, 0], [1, 2, 0]] {
+        let (server, here, there) = start().await;
+        let mut guards = Vec::new();
+        for locker in [&here, &there, &here] {
+            guards.push(Some(locker.obtain("k").token(token()).await.unwrap()));
+        }
+        for (n, i) in order.into_iter().enumerate() {
+            drop(guards[i].take());
+            if n < 2 {
+                sleep(ms(50)).await;
+                assert_eq!(server.cli(&["GET", "k"]), token().as_str(), "{order:?}");
+            }
+        }
+        assert_freed(&server, [&here, &there]).await;
+    }
+}
+
+#[tokio::test]
+async fn an_explicit_release_ends_the_lock_for_all_who_hold_it_by_its_token() {
+    let (server, here, there) = start().await;
+    let first = here.obtain("k").token(token()).await.unwrap();
+    let twin = there.obtain("k").token(token()).await.unwrap();
+    twin.release().await.unwrap();
+    assert_eq!(server.cli(&["EXISTS", "k"]), "0");
+    assert!(matches!(first.refresh().await, Err(Error::NotHeld { .. })));
+    drop(first);
+    assert_freed(&server, [&here, &there]).await;
+}
+
+#[tokio::test]
+async fn a_twin_that_shortens_the_ttl_ends_no_other_guard() {
+    let (server, here, there) = start().await;
+    let first = here.obtain("k").token(token()).ttl(ms(30_000)).await.unwrap();
+    let twin = there.obtain("k").token(token()).await.unwrap();
+    twin.refresh_for(ms(200)).await.unwrap();
+    assert!(server.cli(&["PTTL", "k"]).parse::<i64>().unwrap() > 25_000);
+    drop(twin);
+    soon(there.close()).await;
+    // Alone again, it may.
+    first.refresh_for(ms(5_000)).await.unwrap();
+    assert!(server.cli(&["PTTL", "k"]).parse::<i64>().unwrap() <= 5_000);
+    assert!(first.is_held());
+    drop(first);
+    assert_freed(&server, [&here, &there]).await;
+}
+
+#[tokio::test]
+async fn a_lease_that_is_adopted_is_released_by_its_guard_and_by_no_other() {
+    let (server, here, there) = start().await;
+    let lease = here.lock("k").await.unwrap().into_lease();
+    let copy: Lease = lease.to_string().parse().unwrap();
+    assert_eq!(copy, lease);
+    let first = there.adopt(lease).await.unwrap();
+    let second = here.adopt(copy).await.unwrap();
+    drop(first);
+    sleep(ms(100)).await;
+    assert_eq!(server.cli(&["GET", "k"]), second.token().as_str());
+    // Passed on from hand to hand, it is still one grant.
+    let third = there.adopt(second.into_lease().to_string().parse().unwrap()).await.unwrap();
+    drop(third);
+    assert_freed(&server, [&here, &there]).await;
+}
+
+#[tokio::test]
+async fn when_one_of_several_keys_is_gone_the_others_are_released() {
+    let (server, here, _) = start().await;
+    for end in ["DEL", "LPUSH"] {
+        let guard = here.lock_all(["a", "b", "c"]).ttl(ms(60_000)).await.unwrap();
+        server.cli(&["DEL", "b"]);
+        if end == "LPUSH" {
+            server.cli(&["LPUSH", "b", "item"]);
+        }
+        assert!(matches!(guard.refresh().await, Err(Error::NotHeld { .. })), "{end}");
+        soon(guard.lost()).await;
+        drop(guard);
+        eventually("the others are free", async || (server.cli(&["EXISTS", "a", "c"]) == "0").then_some(())).await;
+        server.cli(&["DEL", "b"]);
+    }
+    // An explicit release finds it out by itself.
+    let guard = here.lock_all(["a", "b", "c"]).ttl(ms(60_000)).await.unwrap();
+    server.cli(&["DEL", "b"]);
+    server.cli(&["LPUSH", "b", "item"]);
+    assert!(matches!(guard.release().await, Err(Error::NotHeld { .. })));
+    assert_eq!(server.cli(&["EXISTS", "a", "c"]), "0");
+    assert_eq!(server.cli(&["TYPE", "b"]), "list");
+}
+
+#[tokio::test]
+async fn a_key_of_ours_with_a_wrong_type_is_named_and_nothing_is_taken() {
+    let (server, here, _) = start().await;
+    for (poisoned, fair) in [
+        ("{k}:alive", true),
+        ("{k}:queue", true),
+        ("{k}:fence", true),
+        ("{k}:fence", false),
+        ("{k}:grants", true),
+        ("{k}:grants", false),
+    ] {
+        let poison: &[&str] = if poisoned.ends_with("alive") || poisoned.ends_with("queue") {
+            &["SET", poisoned, "x"]
+        } else {
+            &["LPUSH", poisoned, "x"]
+        };
+        server.cli(poison);
+        let mut request = here.try_lock("k").fair(fair);
+        if poisoned.ends_with("grants") {
+            request = request.token(token());
+        }
+        let refused = soon(request).await.unwrap_err();
+        assert_eq!(refused.code(), Some("WRONGTYPE"), "{poisoned}: {refused}");
+        assert!(refused.to_string().contains(poisoned), "{poisoned}: {refused}");
+        assert_eq!(server.cli(&["EXISTS", "k"]), "0", "{poisoned}");
+        server.cli(&["FLUSHALL"]);
+    }
+}

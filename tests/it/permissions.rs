@@ -1,0 +1,243 @@
+//! What README says that a user of the server's ACL needs, suffices, as it stands there.
+
+use std::time::Duration;
+
+use tenure::{Error, Locker, LockerBuilder};
+use tenure_test_support::{Cluster, Sentinel, Server, Version, eventually, soon};
+
+const README: &str = include_str!("../../README.md");
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// The section's rules.
+struct Documented {
+    /// Without which nothing goes.
+    base: Vec<&'static str>,
+    /// To hear of releases; and on a cluster.
+    news: Vec<&'static str>,
+    news_on_a_cluster: Vec<&'static str>,
+    fair: Vec<&'static str>,
+    /// The list of cases: what each is about, and its rules.
+    cases: Vec<(&'static str, Vec<&'static str>)>,
+}
+
+impl Documented {
+    fn read() -> Self {
+        let section = README.split("\n## ").find(|section| section.starts_with("Permissions")).unwrap();
+        let words = |text: &'static str| text.split_whitespace().collect::<Vec<_>>();
+        let blocks: Vec<&str> = section.lines().filter_map(|line| line.strip_prefix("    ")).collect();
+        // Who adds one, adds a test.
+        let [base, news, fair] = blocks[..] else { panic!("{blocks:?}") };
+        let (news, rest) = news.split_once("(on a cluster ").unwrap();
+        let cases: Vec<_> = section
+            .lines()
+            .filter_map(|line| line.strip_prefix("- "))
+            .map(|case| {
+                // The last that is marked as code.
+                let mut parts = case.trim_end_matches(|c| c != '`').rsplit('`').skip(1);
+                (case, words(parts.next().unwrap()))
+            })
+            .collect();
+        assert_eq!(cases.len(), 7, "{cases:?}");
+        let news_on_a_cluster = words(rest.trim_end_matches(')'));
+        Self { base: words(base), news: words(news), news_on_a_cluster, fair: words(fair), cases }
+    }
+
+    fn case(&self, about: &str) -> &[&'static str] {
+        let mut cases = self.cases.iter().filter(|(case, _)| case.starts_with(about));
+        let (_, rules) = cases.next().unwrap();
+        assert!(cases.next().is_none(), "{about}");
+        rules
+    }
+
+    fn base_and(&self, more: &[&'static str]) -> Vec<&'static str> {
+        [&self.base, more].concat()
+    }
+}
+
+/// Makes the user anew: `app`, whose password is `secret`.
+fn allow(server: &Server, rules: &[&str]) {
+    server.cli(&["ACL", "DELUSER", "app"]);
+    assert_eq!(server.cli(&[&["ACL", "SETUSER", "app", "on", ">secret"][..], rules].concat()), "OK", "{rules:?}");
+}
+
+fn url(server: &Server) -> String {
+    server.url().replace("redis://", "redis://app:secret@")
+}
+
+fn builder() -> LockerBuilder {
+    // Who hears of nothing won't see it by looking within the patience of a test.
+    Locker::builder().prefix("app:").poll_every(Duration::from_secs(60))
+}
+
+/// What every user does.
+async fn use_locks(locker: &Locker, key: &str) -> Result<(), Error> {
+    let guard = soon(locker.lock(key).metadata("m")).await?;
+    guard.refresh().await?;
+    guard.refresh_for(ms(5_000)).await?;
+    guard.ensure(ms(60_000)).await?;
+    guard.server_ttl().await?;
+    locker.inspect(key).await?;
+    match locker.try_lock(key).await {
+        Err(Error::NotObtained { .. }) => {}
+        other => drop(other?),
+    }
+    let guard = locker.adopt(guard.into_lease()).await?;
+    guard.release().await?;
+    let own = soon(locker.lock(key).token("own".parse()?)).await?;
+    soon(locker.lock(key).token("own".parse()?)).await?.refresh().await?;
+    own.release().await?;
+    let (one, other) = (format!("{{{key}}}:1"), format!("{{{key}}}:2"));
+    let set = soon(locker.lock_all([one.as_str(), &other])).await?;
+    set.refresh().await?;
+    set.release().await
+}
+
+/// One waits until the other releases.
+async fn wait(here: &Locker, there: &Locker, key: &str, fair: bool) {
+    let guard = soon(here.lock(key).fair(fair)).await.unwrap();
+    let waiter = tokio::spawn(there.lock(key).fair(fair).into_future());
+    tokio::time::sleep(ms(50)).await;
+    guard.release().await.unwrap();
+    soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_documented_permissions_suffice() {
+    let (server, documented) = (Server::start(), Documented::read());
+    allow(&server, &documented.base);
+    let locker = builder().connect(&url(&server)).await.unwrap();
+    use_locks(&locker, "k").await.unwrap();
+}
+
+#[tokio::test]
+async fn each_documented_permission_is_needed() {
+    let (server, documented) = (Server::start(), Documented::read());
+    for needless in documented.base.iter().filter(|rule| rule.starts_with(['+', '~'])) {
+        let rules: Vec<&str> = documented.base.iter().copied().filter(|rule| rule != needless).collect();
+        allow(&server, &rules);
+        server.cli(&["SCRIPT", "FLUSH"]);
+        server.cli(&["FLUSHALL"]);
+        let locker = builder().connect(&url(&server)).await.unwrap();
+        let refused = use_locks(&locker, "k").await.expect_err(needless);
+        assert_eq!(refused.code(), Some("NOPERM"), "without {needless}: {refused}");
+    }
+}
+
+#[tokio::test]
+async fn with_the_documented_permissions_waiters_hear_of_releases_and_requests_are_fair() {
+    let (server, documented) = (Server::start(), Documented::read());
+    allow(&server, &[documented.base_and(&documented.news), documented.fair.clone()].concat());
+    let here = builder().connect(&url(&server)).await.unwrap();
+    let there = builder().connect(&url(&server)).await.unwrap();
+    for fair in [false, true] {
+        wait(&here, &there, "k", fair).await;
+    }
+    // The client asks for what it can do without; the scripts ask for nothing more.
+    let denied = server.cli(&["ACL", "LOG"]);
+    assert!(!denied.lines().any(|line| line == "lua"), "{denied}");
+}
+
+#[tokio::test]
+async fn with_the_documented_permissions_a_database_can_be_chosen() {
+    let (server, documented) = (Server::start(), Documented::read());
+    allow(&server, &documented.base_and(documented.case("a database")));
+    for database in [0, 3] {
+        let locker = builder().connect(&format!("{}/{database}", url(&server))).await.unwrap();
+        use_locks(&locker, "k").await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn with_the_documented_permissions_a_cluster_can_be_used() {
+    let (cluster, documented) = (Cluster::start(), Documented::read());
+    let mut rules = documented.base_and(documented.case("a cluster"));
+    let hears = Version::of_this_run().has_redis(7, 0);
+    if hears {
+        rules.extend(&documented.news);
+        rules.extend(&documented.news_on_a_cluster);
+    }
+    cluster.nodes.iter().for_each(|node| allow(node, &rules));
+    let url = cluster.url().replace("redis-cluster://", "redis-cluster://app:secret@");
+    let here = builder().connect(&url).await.unwrap();
+    let there = builder().connect(&url).await.unwrap();
+    for key in ["a", "b", "c"] {
+        use_locks(&here, key).await.unwrap();
+        if hears {
+            wait(&here, &there, key, false).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn with_the_documented_permissions_a_server_under_sentinels_can_be_used() {
+    let (watched, documented) = (Sentinel::start(), Documented::read());
+    allow(&watched.primary, &documented.base_and(documented.case("Sentinels")));
+    let url = watched.url().replace("redis-sentinel://", "redis-sentinel://app:secret@");
+    let locker = builder().connect(&url).await.unwrap();
+    use_locks(&locker, "k").await.unwrap();
+}
+
+#[tokio::test]
+async fn with_the_documented_permissions_a_quorum_knows_who_was_restarted() {
+    let (servers, documented) = ([(); 3].map(|()| Server::start()), Documented::read());
+    servers.iter().for_each(|server| allow(server, &documented.base_and(documented.case("a quorum"))));
+    let builder = builder().ttl(ms(1_500)).restart_window(ms(2_000));
+    let locker = builder.quorum(servers.iter().map(url)).await.unwrap();
+    // They are young, and don't vote at first.
+    let guard = eventually("it is granted", async || match locker.try_lock("k").token("own".parse().unwrap()).await {
+        Err(Error::Quorum { nodes, .. }) => {
+            let young = |error: &Error| matches!(error, Error::NotVoting { .. });
+            assert!(nodes.iter().all(|node| young(&node.error) || node.error.is_transient()), "{nodes:?}");
+            None
+        }
+        other => Some(other.unwrap()),
+    });
+    guard.await.release().await.unwrap();
+    // Votes are taken back, too.
+    for server in &servers[..2] {
+        server.cli(&["SET", "app:k", "another"]);
+    }
+    let refused = soon(locker.try_lock("k").token("own".parse().unwrap())).await;
+    assert!(matches!(refused, Err(Error::NotObtained { .. })), "{refused:?}");
+    eventually("it is taken back", async || (servers[2].cli(&["EXISTS", "app:k"]) == "0").then_some(())).await;
+}
+
+#[tokio::test]
+async fn with_the_documented_permissions_replicas_are_asked() {
+    let (primary, documented) = (Server::start(), Documented::read());
+    let _replica = primary.start_replica();
+    allow(&primary, &documented.base_and(documented.case("`min_replicas`")));
+    let locker = builder().min_replicas(1).connect(&url(&primary)).await.unwrap();
+    use_locks(&locker, "k").await.unwrap();
+}
+
+#[tokio::test]
+async fn with_the_documented_permissions_or_without_one_for_speed_many_locks_share_calls() {
+    let (server, documented) = (Server::start(), Documented::read());
+    let faster = documented.case("many operations");
+    for rules in [documented.base.clone(), documented.base_and(faster)] {
+        allow(&server, &rules);
+        let locker = builder().connect(&url(&server)).await.unwrap();
+        let mut tasks = tokio::task::JoinSet::new();
+        for n in 0..100 {
+            let request = locker.lock(format!("k:{n}"));
+            tasks.spawn(async move { request.await?.release().await });
+        }
+        for done in soon(tasks.join_all()).await {
+            done.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn with_the_documented_permissions_keys_may_have_a_brace_of_their_own() {
+    let (server, documented) = (Server::start(), Documented::read());
+    allow(&server, &documented.base_and(documented.case("keys with")));
+    let locker = builder().connect(&url(&server)).await.unwrap();
+    for key in ["a}b", "}", "a}}b"] {
+        use_locks(&locker, key).await.unwrap();
+    }
+}
