@@ -16,7 +16,7 @@ pub(super) fn normalize(details: &str) -> Cow<'_, str> {
     let refusal = refusal.strip_prefix('-').unwrap_or(refusal);
     let without_code = refusal.strip_prefix("ERR ").unwrap_or(refusal);
     // Of a key that has left the node while the script was on its way to it.
-    if without_code.starts_with(NOT_HERE) {
+    if without_code.contains(NOT_HERE) {
         return format!("TRYAGAIN {without_code}").into();
     }
     if NOT_PERMITTED.iter().any(|start| without_code.starts_with(start)) {
@@ -28,8 +28,8 @@ pub(super) fn normalize(details: &str) -> Cow<'_, str> {
 /// What an error about missing permissions starts with inside a script: up to Redis 7.0, and since.
 const NOT_PERMITTED: [&str; 2] = ["The user executing the script can't", "ACL failure in script"];
 
-/// What an error about a key on another node of the cluster starts with inside a script. Scripts look before they write.
-const NOT_HERE: &str = "Script attempted to access a non local key";
+/// Part of the error about a key on another node of the cluster inside a script. Scripts look before they write.
+const NOT_HERE: &str = "attempted to access a non local key";
 
 fn without_wrapper(said: &str) -> Option<&str> {
     let (_, rest) = said.strip_prefix("ERR Error running script (call to ")?.split_once("): ")?;
@@ -54,6 +54,14 @@ mod tests {
             ("@user_script: 20: -READONLY You can't write", "READONLY You can't write"),
             ("ERR Error running script (call to f_d6): @user_script:23: WRONGTYPE Operation", "WRONGTYPE Operation"),
             ("ERR Error running script (call to f_d6): @user_script:9: @user_script: 9: -OOM no", "OOM no"),
+            (
+                "ERR Script attempted to access a non local key in a cluster node script: d6, on @user_script:4.",
+                "TRYAGAIN Script attempted to access a non local key in a cluster node script: d6, on @user_script:4.",
+            ),
+            (
+                "@user_script: 4: Lua script attempted to access a non local key in a cluster node",
+                "TRYAGAIN Lua script attempted to access a non local key in a cluster node",
+            ),
             (
                 "@user_script: 3: The user executing the script can't run this command or subcommand",
                 "NOPERM The user executing the script can't run this command or subcommand",
