@@ -18,7 +18,7 @@ use crate::{Key, Loss, Token};
 /// Locks in a map. No operation waits, so none can time out.
 pub(crate) struct MemoryStore {
     held: Mutex<Held>,
-    listeners: Listeners<Key>,
+    listeners: Listeners,
 }
 
 struct Held {
@@ -67,7 +67,7 @@ impl MemoryStore {
 
     pub(super) fn release_now(&self, owned: &Owned, ending: Ending) -> Released {
         let released = self.held().release(owned, ending);
-        owned.keys.iter().for_each(|key| self.listeners.tell(key));
+        owned.keys.iter().for_each(|key| self.listeners.tell(key.as_bytes()));
         released
     }
 
@@ -98,7 +98,7 @@ impl MemoryStore {
     }
 
     pub(super) fn listen_now(&self, key: &Key) -> Listening {
-        self.listeners.listen(key.clone(), Line::Open).0
+        self.listeners.listen(key.to_bytes(), Line::Open).0
     }
 
     /// As a server does that is restarted without its data.
@@ -292,5 +292,33 @@ impl Together for MemoryStore {
         Box::pin(async {
             locks.iter().map(|(owned, ttl)| Ok(self.renew_now(owned, *ttl, Extending::AtLeast))).collect()
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::Locker;
+    use crate::store::faulty::{Fault, FaultyStore};
+
+    const fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_left_of_a_key_that_was_waited_for_and_ended_by_expiry() {
+        let store = Arc::new(MemoryStore::new());
+        let locker = Locker::builder().build(Box::new(FaultyStore::new(store.clone(), |_| Fault::None)), None);
+        for n in 0..10 {
+            let expires = locker.lock(format!("k{n}")).ttl(ms(1_000)).no_renewal().await.unwrap();
+            expires.into_lease();
+            // One waits until it is free, and one gives up.
+            let waiter = tokio::spawn(locker.lock(format!("k{n}")).into_future());
+            locker.lock(format!("k{n}")).wait_at_most(ms(500)).await.unwrap_err();
+            waiter.await.unwrap().unwrap().into_lease();
+        }
+        assert_eq!(store.listeners.len(), 0);
     }
 }

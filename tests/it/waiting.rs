@@ -29,6 +29,8 @@ async fn a_waiter_finds_the_expiry_of_a_dead_holder() {
         let guard = soon(locker.lock("k")).await.unwrap();
         // To the millisecond: `a_dead_holder_is_followed_when_its_ttl_ends`. Here, long before the next look.
         assert!(started.elapsed() < ms(3_000), "after {:?}", started.elapsed());
+        // Nobody listens any more, and nothing says so but that.
+        assert!(format!("{locker:?}").contains("Subscriber { channels: 0 }"), "{locker:?}");
         guard.release().await.unwrap();
     }
 }

@@ -51,7 +51,7 @@ pub(super) struct Subscriber {
 }
 
 struct Shared {
-    listeners: Listeners<Bytes>,
+    listeners: Listeners,
     /// There is a channel that nobody has listened to before.
     added: Notify,
     /// Somebody will see to what is added. Said under its mutex: nobody comes too late to be seen and too soon to start.
@@ -154,7 +154,7 @@ impl Task {
             select! {
                 message = messages.recv() => match message {
                     Ok(message) => {
-                        task.shared.listeners.tell(message.channel.inner());
+                        task.shared.listeners.tell(message.channel.as_bytes());
                         changed = false;
                     }
                     Err(RecvError::Lagged(_)) => task.shared.listeners.tell_all(),
@@ -230,7 +230,7 @@ impl End {
     /// Ends when nobody listens.
     fn if_unused(&mut self) -> bool {
         let mut running = self.shared.running();
-        self.over = self.shared.listeners.keys().is_empty();
+        self.over = self.shared.listeners.len() == 0;
         *running = !self.over;
         self.over
     }
@@ -249,6 +249,6 @@ impl Drop for End {
 impl fmt::Debug for Subscriber {
     /// Says nothing of the configuration: fred would print the password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Subscriber").field("channels", &self.shared.listeners.keys().len()).finish()
+        f.debug_struct("Subscriber").field("channels", &self.shared.listeners.len()).finish()
     }
 }
