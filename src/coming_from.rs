@@ -156,7 +156,7 @@
 //!     .on_event(|event| match event {
 //!         WatchEvent::Stopped { key, .. } => println!("stopped for key {key}"),
 //!         WatchEvent::RenewFailed { key, error, .. } => println!("error for key {key}: {error}"),
-//!         WatchEvent::Lost { key, loss } => println!("key {key} is lost: {loss}"),
+//!         WatchEvent::Lost { key, loss, .. } => println!("key {key} is lost: {loss}"),
 //!         _ => {}
 //!     })
 //!     .build();

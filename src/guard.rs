@@ -243,6 +243,24 @@ impl LockGuard {
         self.hold.check()
     }
 
+    /// Returns why the latest renewal failed, if none has succeeded since: in the background or by a call of this guard. Where
+    /// the lock [expired](Loss::Expired), that is what led to it.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let guard = tenure::Locker::in_memory().lock("k").await?;
+    /// if let (Err(loss), Some(error)) = (guard.check(), guard.last_error()) {
+    ///     eprintln!("{loss}, as renewals failed: {error}");
+    /// }
+    /// # assert!(guard.last_error().is_none());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn last_error(&self) -> Option<Arc<Error>> {
+        self.hold.last_error()
+    }
+
     /// Waits until the lock is held no more, and says why. Lives on its own: it may outlast the guard, and then says
     /// [`Loss::Released`].
     ///
@@ -517,7 +535,9 @@ impl LockGuard {
             }
             ttl => self.hold.renewing(ttl),
         };
-        self.upkeep.renew(&self.hold, renewing).await?.map_err(|loss| {
+        let renewed = self.upkeep.renew(&self.hold, renewing).await;
+        let renewed = renewed.inspect_err(|error| self.hold.failed(&Arc::new(error.clone())));
+        renewed?.map_err(|loss| {
             // It sees to the rest.
             self.place.call();
             self.not_held(loss)

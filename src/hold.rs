@@ -111,6 +111,8 @@ struct State {
     unresolved: Vec<Unresolved>,
     /// When the record of grants was last written.
     recorded: Instant,
+    /// Why the latest renewal failed, if none has succeeded since.
+    last_error: Option<Arc<Error>>,
     loss: Option<Loss>,
     cleanup: Option<Cleanup>,
     observer: Option<Arc<dyn Observer>>,
@@ -126,7 +128,7 @@ pub(crate) trait Observer: Send + Sync {
     fn renewed(&self, deadline: Instant);
 
     /// A renewal failed and will be tried again, as long as something remains.
-    fn renewal_failed(&self, error: Error, remaining: Duration);
+    fn renewal_failed(&self, error: Arc<Error>, remaining: Duration);
 
     /// The lock is lost. May be said twice. What was released is not lost, and nothing is said then.
     fn lost(&self, loss: Loss);
@@ -199,6 +201,7 @@ impl Hold {
                 epoch: 0,
                 unresolved: Vec::new(),
                 recorded: grant.sent,
+                last_error: None,
                 loss: None,
                 cleanup: None,
                 observer: None,
@@ -338,6 +341,7 @@ impl Hold {
             self.end(loss);
             return Err(loss);
         }
+        state.last_error = None;
         if renewing.exact {
             state.unresolved.retain(|request| request.epoch != renewing.epoch);
         }
@@ -363,6 +367,26 @@ impl Hold {
             self.changed.notify_one();
         }
         Ok(())
+    }
+
+    /// A renewal has failed, for this reason.
+    pub(crate) fn failed(&self, error: &Arc<Error>) {
+        let mut state = self.state();
+        // A renewal that the deadline cut short says less than the failure before it.
+        let is_cut_short = error.is_timeout() && Instant::now() >= state.deadline;
+        if state.last_error.is_none() || !is_cut_short {
+            state.last_error = Some(error.clone());
+        }
+    }
+
+    /// Returns why the latest renewal failed, if none has succeeded since.
+    pub(crate) fn last_error(&self) -> Option<Arc<Error>> {
+        self.state().last_error.clone()
+    }
+
+    /// Returns what led to this loss, where that is known: other losses than by the deadline are answers of the server.
+    pub(crate) fn cause_of(&self, loss: Loss) -> Option<Arc<Error>> {
+        self.last_error().filter(|_| loss == Loss::Expired)
     }
 
     /// The lock is held no more. The first reason stays (invariant 2), and a passed deadline goes before any (3).

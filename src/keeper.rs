@@ -363,7 +363,9 @@ impl Keeper {
             Next::Rest(until) => return Some((self, until)),
             Next::Over(Loss::Released) => {}
             Next::Over(loss) => {
-                warn!(name: "tenure.lost", key = %self.hold.owned.key(), %loss, "lost");
+                let cause = self.hold.cause_of(loss);
+                let cause = cause.as_deref().map(tracing::field::display);
+                warn!(name: "tenure.lost", key = %self.hold.owned.key(), %loss, cause, "lost");
                 if let Some(observer) = self.hold.observer() {
                     observer.lost(loss);
                 }
@@ -374,8 +376,9 @@ impl Keeper {
     }
 
     /// The renewal loop. Ends when the lock is held no more, for whatever reason, and when nothing is due.
-    async fn renew_when_due(&self, mut failure: Option<Error>) -> Next {
+    async fn renew_when_due(&self, failure: Option<Error>) -> Next {
         let hold = &*self.hold;
+        let mut failure = failure.map(|error| self.note(error));
         let (mut failures, mut retry_at) = (0, None);
         loop {
             if let Err(loss) = hold.check() {
@@ -418,9 +421,16 @@ impl Keeper {
                 }
                 // Learned at the top of the loop.
                 Ok(Err(_)) => {}
-                Err(error) => failure = Some(error),
+                Err(error) => failure = Some(self.note(error)),
             }
         }
+    }
+
+    /// Keeps the error, which counts also where the lock is lost by now.
+    fn note(&self, error: Error) -> Arc<Error> {
+        let error = Arc::new(error);
+        self.hold.failed(&error);
+        error
     }
 
     fn tell_renewed(&self, renewing: Renewing) {
@@ -435,7 +445,7 @@ impl Keeper {
     }
 
     /// Answers when to try again. The first failure of a row is told, the others more quietly.
-    fn tell_failed(&self, failures: u32, error: Error) -> Instant {
+    fn tell_failed(&self, failures: u32, error: Arc<Error>) -> Instant {
         let interval = self.hold.renewal_interval().unwrap_or_default();
         let remaining = remaining(&self.hold);
         let pause = schedule::pause_after(failures, interval, remaining, fastrand::f64());

@@ -66,7 +66,7 @@
 //!
 //! Through [`tracing`](https://docs.rs/tracing): a span `tenure.obtain` per request (`key`, `ttl`) and `tenure.keep` per
 //! held lock (`key`), with the events `tenure.obtained`, `tenure.held`, `tenure.attempt_failed`, `tenure.renewed`,
-//! `tenure.renew_failed`, `tenure.lost`, `tenure.released`, `tenure.release_failed`, `tenure.handed_over`,
+//! `tenure.renew_failed`, `tenure.lost` (with the `cause` of an expiry), `tenure.released`, `tenure.release_failed`, `tenure.handed_over`,
 //! `tenure.undone`, `tenure.undo_failed`, `tenure.no_news` where releases can't be heard of, `tenure.callback_panicked`, `tenure.callback_delayed`; and of a quorum, `tenure.ballot`,
 //! `tenure.node_away`. No token is ever shown.
 

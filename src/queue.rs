@@ -248,18 +248,17 @@ impl Place {
 
     /// Leaves the queue, and tells whether its token may have got the lock by a hand-over that it hasn't heard of.
     pub(crate) fn leave(&self) -> bool {
-        let next = {
+        let (next, emptied) = {
             let mut queues = lock(&self.queues);
             let Some(queue) = queues.get_mut(&self.key) else { return false };
             let first = queue.places.first_key_value().map(|(number, _)| *number);
             queue.places.remove(&self.waiter.number());
             let next = queue.places.first_key_value().filter(|_| first == Some(self.waiter.number()));
             let next = next.map(|(_, waiter)| waiter.clone());
-            if queue.places.is_empty() {
-                queues.remove(&self.key);
-            }
-            next
+            (next, queue.places.is_empty().then(|| queues.remove(&self.key)))
         };
+        // What listens locks the list of listeners when it is dropped: not under the mutex.
+        drop(emptied);
         if let Some(next) = next {
             next.changed.notify_one();
         }

@@ -56,7 +56,7 @@ use crate::{Error, Key, Lease, LockGuard, Locker};
 /// let locker = Locker::in_memory();
 /// let dog = WatchDog::builder(&locker)
 ///     .on_event(|event| match event {
-///         WatchEvent::Lost { key, loss } => eprintln!("{key} is lost: {loss}"),
+///         WatchEvent::Lost { key, loss, .. } => eprintln!("{key} is lost: {loss}"),
 ///         other => println!("{other:?}"),
 ///     })
 ///     .build();

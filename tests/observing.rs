@@ -54,6 +54,11 @@ async fn every_step_is_told_with_its_key_and_without_its_token() {
     eventually("renewed", async || log.text().contains("renewed").then_some(())).await;
     server.cli(&["DEL", "observed"]);
     assert_eq!(guard.lost().await, Loss::Missing);
+    let guard = locker.lock("observed").ttl(Duration::from_millis(600)).await.unwrap();
+    server.freeze();
+    assert_eq!(guard.lost().await, Loss::Expired);
+    eventually("the loss is logged", async || log.text().contains("cause=redis: ").then_some(())).await;
+    server.thaw();
     locker.lock("observed").await.unwrap().release().await.unwrap();
     drop(locker.lock("observed").await.unwrap());
     locker.close().await;

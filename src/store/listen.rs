@@ -1,12 +1,14 @@
 //! News of a key: that it may have become free.
+//!
+//! A key is known here as long as somebody listens to it: the last listener that goes removes it.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::future::{Future, poll_fn};
-use std::hash::Hash;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 
+use fred::bytes::Bytes;
 use tokio::sync::watch;
 
 /// What is known of the news of one key.
@@ -29,8 +31,33 @@ pub(crate) enum Line {
 }
 
 /// Listens to the news of one key, from one source or several.
-#[derive(Debug)]
-pub(crate) struct Listening(Vec<watch::Receiver<News>>);
+pub(crate) struct Listening(Vec<Source>);
+
+struct Source {
+    news: watch::Receiver<News>,
+    /// Dropped after the receiver, which is then counted no more.
+    _entry: Entry,
+}
+
+/// What is to be removed with the last listener.
+struct Entry {
+    senders: Arc<Mutex<Senders>>,
+    key: Bytes,
+}
+
+type Senders = HashMap<Bytes, watch::Sender<News>>;
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let removed = {
+            let mut senders = lock(&self.senders);
+            // Another may have removed it, and yet another may listen again: who finds that nobody does, removes it.
+            let is_unused = senders.get(&self.key).is_some_and(|sender| sender.receiver_count() == 0);
+            is_unused.then(|| senders.remove(&self.key))
+        };
+        drop(removed);
+    }
+}
 
 impl Listening {
     /// News from any of them.
@@ -40,14 +67,14 @@ impl Listening {
 
     /// From here on, news are what comes later.
     pub(crate) fn mark(&mut self) {
-        for news in &mut self.0 {
-            news.mark_unchanged();
+        for source in &mut self.0 {
+            source.news.mark_unchanged();
         }
     }
 
     /// Whether nothing that happens now is missed. Of several sources, most speak of all that happens.
     pub(crate) fn is_open(&self) -> bool {
-        let open = self.0.iter().filter(|news| news.borrow().line == Line::Open).count();
+        let open = self.0.iter().filter(|source| source.news.borrow().line == Line::Open).count();
         open > self.0.len() / 2
     }
 
@@ -56,7 +83,7 @@ impl Listening {
         loop {
             // Marked before the look: what changes after it is news.
             self.mark();
-            if self.is_open() || self.0.iter().all(|news| news.borrow().line != Line::Opening) {
+            if self.is_open() || self.0.iter().all(|source| source.news.borrow().line != Line::Opening) {
                 return;
             }
             self.news().await;
@@ -65,7 +92,7 @@ impl Listening {
 
     /// Waits for news since the last [`mark`](Listening::mark), or news that came.
     pub(crate) async fn news(&mut self) {
-        let mut sources: Vec<_> = self.0.iter_mut().map(|news| Box::pin(news.changed())).collect();
+        let mut sources: Vec<_> = self.0.iter_mut().map(|source| Box::pin(source.news.changed())).collect();
         poll_fn(|context| {
             let mut heard = false;
             sources.retain_mut(|news| match news.as_mut().poll(context) {
@@ -83,35 +110,41 @@ impl Listening {
     }
 }
 
-/// Who listens to what.
-pub(crate) struct Listeners<K>(Mutex<HashMap<K, watch::Sender<News>>>);
+impl fmt::Debug for Listening {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let news: Vec<News> = self.0.iter().map(|source| *source.news.borrow()).collect();
+        f.debug_tuple("Listening").field(&news).finish()
+    }
+}
 
-impl<K: Hash + Eq + Clone> Listeners<K> {
+/// Who listens to what.
+pub(crate) struct Listeners(Arc<Mutex<Senders>>);
+
+impl Listeners {
     pub(crate) fn new() -> Self {
-        Self(Mutex::new(HashMap::new()))
+        Self(Arc::default())
     }
 
     /// Listens to a key. Answers also whether nobody has until now.
-    pub(crate) fn listen(&self, key: K, line: Line) -> (Listening, bool) {
+    pub(crate) fn listen(&self, key: Bytes, line: Line) -> (Listening, bool) {
         let mut listeners = self.listeners();
         let mut first = false;
-        let sender = listeners.entry(key).or_insert_with(|| {
+        let sender = listeners.entry(key.clone()).or_insert_with(|| {
             first = true;
             watch::Sender::new(News { count: 0, line })
         });
-        (Listening(vec![sender.subscribe()]), first)
+        let news = sender.subscribe();
+        drop(listeners);
+        let _entry = Entry { senders: self.0.clone(), key };
+        (Listening(vec![Source { news, _entry }]), first)
     }
 
     /// Tells who listens to the key.
-    pub(crate) fn tell(&self, key: &K) {
-        let mut listeners = self.listeners();
-        let Some(sender) = listeners.get(key) else { return };
-        if sender.receiver_count() == 0 {
-            listeners.remove(key);
-            return;
-        }
+    pub(crate) fn tell(&self, key: &[u8]) {
         // The wakers of tasks only schedule them: nothing of others runs under the mutex.
-        sender.send_modify(|news| news.count += 1);
+        if let Some(sender) = self.listeners().get(key) {
+            sender.send_modify(|news| news.count += 1);
+        }
     }
 
     /// Tells all. Something may have happened that nobody has heard.
@@ -120,10 +153,7 @@ impl<K: Hash + Eq + Clone> Listeners<K> {
     }
 
     /// The line to these keys is as told from now on. Who listens looks for itself what has happened before.
-    pub(crate) fn set_line<'a>(&self, keys: impl IntoIterator<Item = &'a K>, line: Line)
-    where
-        K: 'a,
-    {
+    pub(crate) fn set_line<'a>(&self, keys: impl IntoIterator<Item = &'a Bytes>, line: Line) {
         let listeners = self.listeners();
         for sender in keys.into_iter().filter_map(|key| listeners.get(key)) {
             sender.send_modify(|news| *news = News { count: news.count + 1, line });
@@ -131,10 +161,7 @@ impl<K: Hash + Eq + Clone> Listeners<K> {
     }
 
     /// The lines to all that is wanted are open, and something may have been missed where they were not before.
-    pub(crate) fn open<'a>(&self, wanted: impl IntoIterator<Item = &'a K>, added: &[K])
-    where
-        K: 'a,
-    {
+    pub(crate) fn open<'a>(&self, wanted: impl IntoIterator<Item = &'a Bytes>, added: &[Bytes]) {
         self.set_line(added, Line::Open);
         let listeners = self.listeners();
         for sender in wanted.into_iter().filter_map(|key| listeners.get(key)) {
@@ -148,22 +175,28 @@ impl<K: Hash + Eq + Clone> Listeners<K> {
         }
     }
 
-    /// The keys that somebody listens to. Forgets all others.
-    pub(crate) fn keys(&self) -> Vec<K> {
-        let mut listeners = self.listeners();
-        listeners.retain(|_, sender| sender.receiver_count() > 0);
-        listeners.keys().cloned().collect()
+    /// The keys that somebody listens to.
+    pub(crate) fn keys(&self) -> Vec<Bytes> {
+        self.listeners().keys().cloned().collect()
     }
 
-    /// No code panics while it holds this mutex, so a poisoned one would be as good as any.
-    fn listeners(&self) -> MutexGuard<'_, HashMap<K, watch::Sender<News>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn len(&self) -> usize {
+        self.listeners().len()
+    }
+
+    fn listeners(&self) -> MutexGuard<'_, Senders> {
+        lock(&self.0)
     }
 }
 
-impl<K: Hash + Eq + Clone> fmt::Debug for Listeners<K> {
+/// No code panics while it holds this mutex, so a poisoned one would be as good as any.
+fn lock(senders: &Mutex<Senders>) -> MutexGuard<'_, Senders> {
+    senders.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl fmt::Debug for Listeners {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Listeners").field("keys", &self.listeners().len()).finish()
+        f.debug_struct("Listeners").field("keys", &self.len()).finish()
     }
 }
 
@@ -175,6 +208,10 @@ mod tests {
 
     use super::*;
 
+    fn key() -> Bytes {
+        Bytes::from("k")
+    }
+
     async fn has_news(listening: &mut Listening) -> bool {
         timeout(Duration::from_millis(1), listening.news()).await.is_ok()
     }
@@ -182,13 +219,13 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_happens_between_a_mark_and_the_wait_is_not_missed() {
         let listeners = Listeners::new();
-        let (mut listening, first) = listeners.listen("k", Line::Open);
+        let (mut listening, first) = listeners.listen(key(), Line::Open);
         assert!(first && !has_news(&mut listening).await);
         listening.mark();
-        listeners.tell(&"k");
+        listeners.tell(b"k");
         assert!(has_news(&mut listening).await);
         assert!(!has_news(&mut listening).await);
-        listeners.tell(&"k");
+        listeners.tell(b"k");
         listening.mark();
         assert!(!has_news(&mut listening).await);
         listeners.tell_all();
@@ -197,36 +234,58 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn several_sources_are_open_when_most_are() {
-        let sources: Vec<Listeners<&str>> = (0..3).map(|_| Listeners::new()).collect();
-        let mut listening = Listening::join(sources.iter().map(|source| source.listen("k", Line::Opening).0));
+        let sources: Vec<Listeners> = (0..3).map(|_| Listeners::new()).collect();
+        let mut listening = Listening::join(sources.iter().map(|source| source.listen(key(), Line::Opening).0));
         assert!(timeout(Duration::from_secs(60), listening.opened()).await.is_err());
-        sources[0].set_line([&"k"], Line::Open);
+        sources[0].set_line([&key()], Line::Open);
         assert!(timeout(Duration::from_secs(60), listening.opened()).await.is_err());
-        sources[1].set_line([&"k"], Line::Refused);
-        sources[2].set_line([&"k"], Line::Open);
+        sources[1].set_line([&key()], Line::Refused);
+        sources[2].set_line([&key()], Line::Open);
         listening.opened().await;
         assert!(listening.is_open());
-        sources[1].tell(&"k");
+        sources[1].tell(b"k");
         assert!(has_news(&mut listening).await);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_line_that_is_refused_is_not_waited_for() {
         let listeners = Listeners::new();
-        let (mut listening, _) = listeners.listen("k", Line::Opening);
-        listeners.set_line([&"k"], Line::Refused);
+        let (mut listening, _) = listeners.listen(key(), Line::Opening);
+        listeners.set_line([&key()], Line::Refused);
         listening.opened().await;
         assert!(!listening.is_open());
     }
 
     #[test]
-    fn who_has_gone_is_forgotten() {
+    fn a_key_goes_with_its_last_listener() {
         let listeners = Listeners::new();
-        let (listening, _) = listeners.listen("k", Line::Open);
-        let (again, first) = listeners.listen("k", Line::Open);
-        assert!(!first);
-        drop((listening, again));
-        assert!(listeners.keys().is_empty());
-        assert!(listeners.listen("k", Line::Open).1);
+        let (listening, first) = listeners.listen(key(), Line::Open);
+        let (again, second) = listeners.listen(key(), Line::Open);
+        assert!(first && !second);
+        drop(listening);
+        assert_eq!(listeners.keys(), [key()]);
+        drop(again);
+        assert_eq!(listeners.len(), 0);
+        assert!(listeners.listen(key(), Line::Open).1);
+    }
+
+    #[test]
+    fn listeners_that_come_and_go_on_many_threads_leave_nothing_and_miss_nothing() {
+        let listeners = Arc::new(Listeners::new());
+        let threads = [0; 4].map(|_| {
+            let listeners = listeners.clone();
+            std::thread::spawn(move || {
+                for _ in 0..5_000 {
+                    let (mut listening, _) = listeners.listen(key(), Line::Open);
+                    listening.mark();
+                    listeners.tell(b"k");
+                    assert!(listening.0[0].news.has_changed().unwrap());
+                }
+            })
+        });
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        assert_eq!(listeners.len(), 0);
     }
 }

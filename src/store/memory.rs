@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use tokio::task::consume_budget;
 use tokio::time::Instant;
 
 use super::listen::{Line, Listeners, Listening};
@@ -15,10 +16,10 @@ use super::{
 use crate::hold::{GrantId, Owned};
 use crate::{Key, Loss, Token};
 
-/// Locks in a map. No operation waits, so none can time out.
+/// Locks in a map. No operation waits for anything but its task's turn, so none can time out.
 pub(crate) struct MemoryStore {
     held: Mutex<Held>,
-    listeners: Listeners<Key>,
+    listeners: Listeners,
 }
 
 struct Held {
@@ -67,7 +68,7 @@ impl MemoryStore {
 
     pub(super) fn release_now(&self, owned: &Owned, ending: Ending) -> Released {
         let released = self.held().release(owned, ending);
-        owned.keys.iter().for_each(|key| self.listeners.tell(key));
+        owned.keys.iter().for_each(|key| self.listeners.tell(key.as_bytes()));
         released
     }
 
@@ -98,7 +99,7 @@ impl MemoryStore {
     }
 
     pub(super) fn listen_now(&self, key: &Key) -> Listening {
-        self.listeners.listen(key.clone(), Line::Open).0
+        self.listeners.listen(key.to_bytes(), Line::Open).0
     }
 
     /// As a server does that is restarted without its data.
@@ -239,11 +240,11 @@ impl Held {
 
 impl Store for MemoryStore {
     fn acquire<'a>(&'a self, wanted: &'a Wanted, _: Duration) -> Answer<'a, Acquired> {
-        Box::pin(async { Ok(self.acquire_now(wanted)) })
+        in_turn(move || self.acquire_now(wanted))
     }
 
     fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, _: Duration) -> Answer<'a, Renewed> {
-        Box::pin(async move { Ok(self.renew_now(owned, ttl, how)) })
+        in_turn(move || self.renew_now(owned, ttl, how))
     }
 
     fn together(&self) -> Option<&dyn Together> {
@@ -251,11 +252,11 @@ impl Store for MemoryStore {
     }
 
     fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, _: Duration) -> Answer<'a, Released> {
-        Box::pin(async move { Ok(self.release_now(owned, ending)) })
+        in_turn(move || self.release_now(owned, ending))
     }
 
     fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, _: Duration) -> Answer<'a, Undone> {
-        Box::pin(async { Ok(self.undo_now(owned, latest)) })
+        in_turn(move || self.undo_now(owned, latest))
     }
 
     fn hands_over(&self) -> bool {
@@ -263,7 +264,7 @@ impl Store for MemoryStore {
     }
 
     fn hand_over<'a>(&'a self, from: &'a Owned, ending: Ending, to: &'a Wanted, _: Duration) -> Answer<'a, HandedOver> {
-        Box::pin(async move { Ok(self.hand_over_now(from, ending, to)) })
+        in_turn(move || self.hand_over_now(from, ending, to))
     }
 
     fn listen(&self, key: &Key) -> Listening {
@@ -271,12 +272,21 @@ impl Store for MemoryStore {
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, _: Duration) -> Answer<'a, Option<Duration>> {
-        Box::pin(async { Ok(self.held().remaining(owned)) })
+        in_turn(move || self.held().remaining(owned))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, _: Duration) -> Answer<'a, Option<Holder>> {
-        Box::pin(async { Ok(self.held().inspect(key)) })
+        in_turn(move || self.held().inspect(key))
     }
+}
+
+/// Runs an operation, which is never pending for itself. It takes part in tokio's cooperative budget: a task that does nothing
+/// but lock and release gives others their turn. Yields before it runs, so one that is dropped has not been run.
+fn in_turn<'a, T: Send + 'a>(run: impl FnOnce() -> T + Send + 'a) -> Answer<'a, T> {
+    Box::pin(async {
+        consume_budget().await;
+        Ok(run())
+    })
 }
 
 impl fmt::Debug for MemoryStore {
@@ -290,7 +300,82 @@ impl fmt::Debug for MemoryStore {
 impl Together for MemoryStore {
     fn renew_all<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], _: Duration) -> Each<'a, Renewed> {
         Box::pin(async {
+            consume_budget().await;
             locks.iter().map(|(owned, ttl)| Ok(self.renew_now(owned, *ttl, Extending::AtLeast))).collect()
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::task::{Context, Waker};
+
+    use tokio::time::sleep;
+
+    use super::*;
+    use crate::Locker;
+    use crate::store::faulty::{Fault, FaultyStore};
+
+    const fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    /// The task does nothing but this until the timer has fired.
+    async fn leaves_others_their_turn<F: Future<Output = ()> + Send>(work: impl Fn(Locker) -> F + Send + 'static) {
+        let fired = Arc::new(AtomicBool::new(false));
+        let busy = tokio::spawn({
+            let fired = fired.clone();
+            async move {
+                let (locker, started) = (Locker::in_memory(), std::time::Instant::now());
+                while !fired.load(Ordering::Relaxed) {
+                    work(locker.clone()).await;
+                    assert!(started.elapsed().as_secs() < 20, "the timer is starved");
+                }
+            }
+        });
+        sleep(ms(5)).await;
+        fired.store(true, Ordering::Relaxed);
+        busy.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_task_that_only_locks_and_releases_leaves_others_their_turn() {
+        leaves_others_their_turn(|locker| async move { locker.lock("k").await.unwrap().release().await.unwrap() })
+            .await;
+        leaves_others_their_turn(|locker| async move { drop(locker.lock("k").await.unwrap()) }).await;
+        leaves_others_their_turn(|locker| async move {
+            let _held = locker.try_lock("k").await;
+            drop(locker.try_lock("k").await.unwrap_err());
+        })
+        .await;
+        leaves_others_their_turn(|locker| async move { drop(locker.inspect("k").await.unwrap()) }).await;
+    }
+
+    #[test]
+    fn outside_a_runtime_nothing_is_left_to_a_turn() {
+        let store = MemoryStore::new();
+        let key = Key::from("k");
+        let mut cx = Context::from_waker(Waker::noop());
+        for _ in 0..1_000 {
+            assert!(store.inspect(&key, ms(1)).as_mut().poll(&mut cx).is_ready());
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_left_of_a_key_that_was_waited_for_and_ended_by_expiry() {
+        let store = Arc::new(MemoryStore::new());
+        let locker = Locker::builder().build(Box::new(FaultyStore::new(store.clone(), |_| Fault::None)), None);
+        for n in 0..10 {
+            let expires = locker.lock(format!("k{n}")).ttl(ms(1_000)).no_renewal().await.unwrap();
+            expires.into_lease();
+            // One waits until it is free, and one gives up.
+            let waiter = tokio::spawn(locker.lock(format!("k{n}")).into_future());
+            locker.lock(format!("k{n}")).wait_at_most(ms(500)).await.unwrap_err();
+            waiter.await.unwrap().unwrap().into_lease();
+        }
+        assert_eq!(store.listeners.len(), 0);
     }
 }

@@ -224,8 +224,9 @@ impl RedisStore {
     async fn release_whole(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<(Released, u64), Error> {
         let (token, count) = (Value::from(owned.token.to_text()), count_of(owned));
         let publish = self.publish().into();
+        let locks: Vec<Bytes> = owned.keys.iter().map(|key| self.name(key)).collect();
         let scripts = &self.server().scripts;
-        let (script, call) = match ending {
+        let (script, mut call) = match ending {
             Ending::Lock if owned.own_token => {
                 (&scripts.release, Call::new(self.names(owned), [token, count, publish]))
             }
@@ -235,6 +236,7 @@ impl RedisStore {
                 (&scripts.end_grant, Call::new(self.names_with_records(owned), args))
             }
         };
+        call.args(operation::channels(&locks));
         let Reply { now, outcome } = self.server().run(script, || call.clone(), |_| {}, timeout).await?;
         Ok((released(verdict(outcome)?), now))
     }

@@ -67,6 +67,8 @@ pub enum WatchEvent {
         key: Key,
         /// How it was lost.
         loss: Loss,
+        /// Why the latest renewal failed, where the lock [expired](Loss::Expired) and none had succeeded since.
+        cause: Option<Arc<Error>>,
     },
 
     /// The lock was released: by name, or in the background, as the last handle of the watchdog was dropped.
@@ -151,7 +153,7 @@ mod tests {
     }
 
     fn lost() -> WatchEvent {
-        WatchEvent::Lost { key: "k".into(), loss: Loss::Expired }
+        WatchEvent::Lost { key: "k".into(), loss: Loss::Expired, cause: None }
     }
 
     #[test]

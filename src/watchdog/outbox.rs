@@ -208,7 +208,7 @@ mod tests {
     use crate::{Key, Loss};
 
     fn lost(key: impl Into<Key>) -> WatchEvent {
-        WatchEvent::Lost { key: key.into(), loss: Loss::Expired }
+        WatchEvent::Lost { key: key.into(), loss: Loss::Expired, cause: None }
     }
 
     fn outbox() -> (Arc<Outbox>, mpsc::Receiver<String>) {

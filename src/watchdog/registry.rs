@@ -17,6 +17,7 @@ use super::entries::{Entries, Keeping};
 use super::events::WatchEvent;
 use super::outbox::{Id, Outbox};
 use super::watcher::Watcher;
+use crate::hold::Hold;
 use crate::schedule::Renewal;
 use crate::store::Ending;
 use crate::{Error, Key, Lease, LockGuard, Locker, Loss};
@@ -34,9 +35,15 @@ pub(super) struct Registry {
 
 /// How the watching of a lock ends.
 pub(super) enum End {
-    Lost(Loss),
+    Lost(Loss, Option<Arc<Error>>),
     Released,
     Stopped(Option<Arc<Error>>),
+}
+
+impl End {
+    fn lost(loss: Loss, hold: &Hold) -> Self {
+        Self::Lost(loss, hold.cause_of(loss))
+    }
 }
 
 impl Registry {
@@ -142,7 +149,7 @@ impl Registry {
                 Some(Keeping::Held(guard)) if leased => let_be(guard).1,
                 Some(Keeping::Held(guard)) => match guard.hold().end(Loss::Released) {
                     Loss::Released => End::Released,
-                    loss => End::Lost(loss),
+                    loss => End::lost(loss, &guard.hold()),
                 },
                 Some(Keeping::Obtaining(_)) => End::Stopped(None),
                 _ => continue,
@@ -194,6 +201,10 @@ impl Registry {
         };
         // It ends so, whatever becomes of this future: dropped, it leaves the release to the background.
         let mut ending = Finishing { registry: self, id, end: Some(end) };
+        let hold = match &keeping {
+            Keeping::Held(guard) => Some(guard.hold()),
+            _ => None,
+        };
         let released = match keeping {
             Keeping::Held(guard) => guard.release().await,
             Keeping::Obtaining(task) => {
@@ -202,8 +213,8 @@ impl Registry {
             }
             Keeping::Reserved | Keeping::Ending => Ok(()),
         };
-        if let Err(Error::NotHeld { loss, .. }) = released {
-            ending.end = Some(End::Lost(loss));
+        if let (Err(Error::NotHeld { loss, .. }), Some(hold)) = (&released, hold) {
+            ending.end = Some(End::lost(*loss, &hold));
         }
         Some(released)
     }
@@ -249,7 +260,7 @@ impl Registry {
             let entry = entries.remove(id)?;
             let key = entry.owned.key();
             let event = match end {
-                End::Lost(loss) => WatchEvent::Lost { key, loss },
+                End::Lost(loss, cause) => WatchEvent::Lost { key, loss, cause },
                 End::Released => WatchEvent::Released { key },
                 End::Stopped(reason) => WatchEvent::Stopped { key, reason },
             };
@@ -261,9 +272,8 @@ impl Registry {
 
     /// What the keeper says, unless somebody else ends the watching at this moment.
     pub(super) fn lost(&self, id: Id, loss: Loss) {
-        let guard = self.take_out_if(id, |keeping| matches!(keeping, Keeping::Held(_)));
-        if guard.is_some() {
-            self.finish(id, End::Lost(loss));
+        if let Some(Keeping::Held(guard)) = self.take_out_if(id, |keeping| matches!(keeping, Keeping::Held(_))) {
+            self.finish(id, End::lost(loss, &guard.hold()));
         }
     }
 
@@ -288,9 +298,10 @@ impl Registry {
 
 /// Stops the renewal and keeps the lock, if it is still held.
 pub(super) fn let_be(guard: LockGuard) -> (Option<Lease>, End) {
+    let hold = guard.hold();
     match guard.into_held_lease() {
         Ok(lease) => (Some(lease), End::Stopped(None)),
-        Err(loss) => (None, End::Lost(loss)),
+        Err(loss) => (None, End::lost(loss, &hold)),
     }
 }
 

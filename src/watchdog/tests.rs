@@ -703,3 +703,56 @@ async fn a_lock_that_was_only_waited_for_is_reported_as_stopped() {
     dog.delivered().await;
     assert_eq!(log.all(), ["dropped stopped", "failed stopped", "all stopped"]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_expiry_is_reported_with_what_led_to_it() {
+    let failing = Arc::new(AtomicBool::new(true));
+    let locker = locker({
+        let failing = failing.clone();
+        move |called| match called {
+            Operation::Renew if failing.load(Ordering::Relaxed) => Fault::Refused,
+            // The server has forgotten the lock, and says so: no failure before has led to that.
+            Operation::Renew => Fault::Forgotten,
+            _ => Fault::None,
+        }
+    });
+    let dog = WatchDog::builder(&locker).build();
+    let mut events = dog.subscribe();
+    dog.watch(locker.lock("k").await.unwrap()).unwrap();
+    let cause = async |events: &mut broadcast::Receiver<WatchEvent>| loop {
+        if let WatchEvent::Lost { loss, cause, .. } = events.recv().await.unwrap() {
+            return (loss, cause);
+        }
+    };
+    let (loss, reason) = cause(&mut events).await;
+    assert!(loss == Loss::Expired && reason.is_some(), "{loss:?} {reason:?}");
+    dog.watch(locker.lock("k").await.unwrap()).unwrap();
+    sleep(ms(1_500)).await;
+    failing.store(false, Ordering::Relaxed);
+    let (loss, reason) = cause(&mut events).await;
+    assert!(loss == Loss::Missing && reason.is_none(), "{loss:?} {reason:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guard_knows_why_its_latest_renewal_failed_until_one_succeeds() {
+    let failing = Arc::new(AtomicBool::new(true));
+    let locker = locker({
+        let failing = failing.clone();
+        move |called| match called {
+            Operation::Renew if failing.load(Ordering::Relaxed) => Fault::Refused,
+            _ => Fault::None,
+        }
+    });
+    let guard = locker.lock("k").await.unwrap();
+    assert!(guard.last_error().is_none());
+    sleep(ms(1_100)).await;
+    assert!(guard.last_error().is_some());
+    failing.store(false, Ordering::Relaxed);
+    guard.refresh().await.unwrap();
+    assert!(guard.last_error().is_none());
+    failing.store(true, Ordering::Relaxed);
+    guard.refresh().await.unwrap_err();
+    assert!(guard.last_error().is_some());
+    assert_eq!(guard.lost().await, Loss::Expired);
+    assert!(guard.last_error().is_some());
+}

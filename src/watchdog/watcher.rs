@@ -45,8 +45,7 @@ impl Observer for Watcher {
         });
     }
 
-    fn renewal_failed(&self, error: Error, remaining: Duration) {
-        let error = Arc::new(error);
+    fn renewal_failed(&self, error: Arc<Error>, remaining: Duration) {
         self.tell(|entry| {
             entry.last_error = Some(error.clone());
             WatchEvent::RenewFailed { key: entry.owned.key(), count: 1, error, remaining }

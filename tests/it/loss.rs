@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tenure::{Error, Locker, Loss};
+use tenure::{Error, Locker, Loss, WatchDog, WatchEvent};
 use tenure_test_support::{Mode, Proxy, Server, eventually, soon, within};
 use tokio::time::{Instant, sleep_until};
 
@@ -214,4 +214,29 @@ async fn scripts_flushed_again_and_again_disturb_nobody() {
         server.cli(&["SCRIPT", "FLUSH"]);
         guard.release().await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn an_expiry_says_that_the_server_has_taken_the_rights_away() {
+    let server = Server::start();
+    server.cli(&["ACL", "SETUSER", "app", "on", ">secret", "~*", "&*", "+@all"]);
+    let locker = Locker::connect(&format!("redis://app:secret@127.0.0.1:{}", server.port())).await.unwrap();
+    let dog = WatchDog::builder(&locker).build();
+    let mut events = dog.subscribe();
+    let guard = locker.lock("k").ttl(ms(3_000)).await.unwrap();
+    dog.watch(locker.lock("watched").ttl(ms(3_000)).await.unwrap()).unwrap();
+    server.cli(&["ACL", "SETUSER", "app", "resetpass", ">other"]);
+    server.cli(&["CLIENT", "KILL", "USER", "app"]);
+    assert_eq!(soon(guard.lost()).await, Loss::Expired);
+    let error = eventually("the last renewal has ended", async || guard.last_error()).await;
+    assert_eq!(error.code(), Some("WRONGPASS"), "{error}");
+    let cause = soon(async {
+        loop {
+            if let WatchEvent::Lost { loss: Loss::Expired, cause, .. } = events.recv().await.unwrap() {
+                return cause;
+            }
+        }
+    });
+    let cause = cause.await.unwrap();
+    assert_eq!(cause.code(), Some("WRONGPASS"), "{cause}");
 }

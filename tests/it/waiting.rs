@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tenure::fred::prelude::{Builder, ClientLike, Config, Value};
 use tenure::fred::types::CustomCommand;
-use tenure::{Error, Locker};
+use tenure::{Error, Key, Locker};
 use tenure_test_support::{Cluster, Server, eventually, soon};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::unbounded_channel;
@@ -29,6 +29,8 @@ async fn a_waiter_finds_the_expiry_of_a_dead_holder() {
         let guard = soon(locker.lock("k")).await.unwrap();
         // To the millisecond: `a_dead_holder_is_followed_when_its_ttl_ends`. Here, long before the next look.
         assert!(started.elapsed() < ms(3_000), "after {:?}", started.elapsed());
+        // Nobody listens any more, and nothing says so but that.
+        assert!(format!("{locker:?}").contains("Subscriber { channels: 0 }"), "{locker:?}");
         guard.release().await.unwrap();
     }
 }
@@ -247,13 +249,69 @@ async fn a_process_with_many_waiters_leaves_the_lock_to_others() {
     }
 }
 
+/// With and without hash tags, of which some are no text either.
+const NO_TEXT: [&[u8]; 6] = [b"\xff", b"n\xc3\xbc\xff", b"{tag}:\xff", b"{t\xffg}:d", b"e\xff}f", b"a{b\xff"];
+
+#[tokio::test]
+async fn a_waiter_for_a_key_that_is_no_text_hears_of_every_kind_of_release() {
+    let server = Server::start();
+    let (here, there) = (patient(&server.url()).await, patient(&server.url()).await);
+    for key in NO_TEXT {
+        for (kind, own_token) in [(0, true), (1, true), (2, true), (0, false), (1, false)] {
+            let request = here.lock_all([key].into_iter().chain((kind == 2).then_some(&b"another"[..])));
+            let request = if own_token { request } else { request.token("chosen".parse().unwrap()) };
+            let guard = request.await.unwrap();
+            let waiter = tokio::spawn(there.lock(key).into_future());
+            eventually("it listens", async || (server.cli(&["PUBSUB", "CHANNELS"]).lines().count() == 1).then_some(()))
+                .await;
+            match kind {
+                1 => drop(guard),
+                _ => guard.release().await.unwrap(),
+            }
+            drop(soon(waiter).await.unwrap().unwrap());
+        }
+        // The next key's channel is the only one again.
+        server.cli(&["CLIENT", "KILL", "TYPE", "pubsub"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waiters_for_keys_that_are_no_text_hear_of_releases_that_share_a_call() {
+    let server = Server::start();
+    let (here, there) = (patient(&server.url()).await, patient(&server.url()).await);
+    let key = |n: u32| {
+        Key::from([&b"\xff"[..], n.to_string().as_bytes(), if n % 3 == 0 { &b""[..] } else { b"\xfe" }].concat())
+    };
+    let mut waiters = JoinSet::new();
+    let mut guards = Vec::new();
+    for n in 0..600 {
+        guards.push(here.lock(key(n)).await.unwrap());
+        waiters.spawn(there.lock(key(n)).into_future());
+    }
+    // Among others whose channels are called as their keys.
+    for n in 0..600 {
+        guards.push(here.lock(format!("text:{n}")).await.unwrap());
+    }
+    eventually("they listen", async || (server.cli(&["PUBSUB", "CHANNELS"]).lines().count() == 600).then_some(()))
+        .await;
+    let mut releases = JoinSet::new();
+    guards.into_iter().for_each(|guard| drop(releases.spawn(guard.release())));
+    while let Some(released) = releases.join_next().await {
+        released.unwrap().unwrap();
+    }
+    while let Some(waiter) = soon(waiters.join_next()).await {
+        waiter.unwrap().unwrap().release().await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn a_waiter_on_a_cluster_hears_of_a_release() {
     let cluster = Cluster::start();
     let (here, there) = (patient(&cluster.url()).await, patient(&cluster.url()).await);
-    for key in ["a", "b", "c", "{tag}:d", "e}f"] {
-        let guard = here.lock(key).await.unwrap();
-        let waiter = tokio::spawn(there.lock(key).into_future());
+    let keys = ["a", "b", "c", "{tag}:d", "e}f"].map(Key::from).into_iter().chain(NO_TEXT.map(Key::from));
+    for key in keys {
+        let guard = here.lock(&key).await.unwrap();
+        let waiter = tokio::spawn(there.lock(&key).into_future());
         sleep(ms(20)).await;
         guard.release().await.unwrap();
         soon(waiter).await.unwrap().unwrap().release().await.unwrap();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use fred::bytes::Bytes;
 use fred::types::Value;
 
-use super::operation::unexpected;
+use super::operation::{channels, unexpected};
 use super::script::Call;
 use super::{RedisStore, fence_ttl, from_millis, granted, millis, names, record_ttl, value_of};
 use crate::hold::Owned;
@@ -74,8 +74,10 @@ impl RedisStore {
 
     pub(super) async fn leave(&self, owned: &Owned, timeout: Duration) -> Result<(), Error> {
         let [key] = &*owned.keys else { return Ok(()) };
-        let keys = lock_and_queue(&self.name(key)).map(Value::Bytes);
-        let call = Call::new(keys.into_iter(), [owned.token.to_text().into(), self.publish().into()]);
+        let name = self.name(key);
+        let keys = lock_and_queue(&name).map(Value::Bytes);
+        let mut call = Call::new(keys.into_iter(), [owned.token.to_text().into(), self.publish().into()]);
+        call.args(channels([&name]));
         self.server().run(&self.server().scripts.leave, || call.clone(), |_| {}, timeout).await?.outcome.map(drop)
     }
 }

@@ -1,4 +1,4 @@
-//! The names of keys at the server.
+//! The names of keys and channels at the server.
 //!
 //! What belongs to a lock key has a name of its own beside it, made of the key and a suffix:
 //!
@@ -51,6 +51,35 @@ fn beside(key: &Bytes, suffix: &str) -> Bytes {
         None => &[b"{", &stand_in(redis_keyslot(key)), b"}", key, suffix, b"~"],
     };
     parts.concat().into()
+}
+
+/// The channel on which releases of a lock key are published, where it is not called as the key.
+///
+/// fred takes only text for the name of a channel. So what is no text in a key is escaped, and a stand-in is put before it
+/// where the key has no hash tag, or one that is no text: on a cluster the channel must lie in the slot of the key, whose node
+/// publishes. Where the key begins with text, as with the locker's prefix, so does the channel, and permissions for `prefix*`
+/// suffice.
+///
+/// Two keys may share a channel: then a waiter for one is woken in vain by a release of the other.
+pub(super) fn channel_of(key: &Bytes) -> Option<Bytes> {
+    let text_ends = std::str::from_utf8(key).err()?.valid_up_to();
+    if hash_tag(key).is_some_and(|tag| std::str::from_utf8(tag).is_ok()) {
+        return Some(escaped(key).into());
+    }
+    // Before any other brace, so that this is the tag.
+    let brace = key.iter().position(|&b| b == b'{').unwrap_or(key.len());
+    let (text, rest) = key.split_at(text_ends.min(brace));
+    Some([text, b"{", &stand_in(redis_keyslot(key)), b"}", &escaped(rest)].concat().into())
+}
+
+/// As text: bytes that are none are written as `%ff`.
+fn escaped(bytes: &[u8]) -> Vec<u8> {
+    let mut text = Vec::with_capacity(bytes.len() + 8);
+    for chunk in bytes.utf8_chunks() {
+        text.extend_from_slice(chunk.valid().as_bytes());
+        text.extend(chunk.invalid().iter().flat_map(|byte| format!("%{byte:02x}").into_bytes()));
+    }
+    text
 }
 
 /// The part of the key that alone decides its slot: what stands between its first `{` and the first `}` after that, if
@@ -174,6 +203,25 @@ mod tests {
                 assert_eq!(*owner, (key.clone(), kind), "both have {:?}, seed {seed}", name_of(&key));
             }
         }
+    }
+
+    #[test]
+    fn a_channel_is_called_as_its_key_or_is_text_in_its_slot_that_begins_alike() {
+        let seed = fastrand::u64(..);
+        let mut rng = fastrand::Rng::with_seed(seed);
+        for _ in 0..30_000 {
+            let key: Bytes = (0..rng.usize(1..9)).map(|_| rng.choice(*b"{}{}ab:\xff\xc3\xbc").unwrap()).collect();
+            let Some(channel) = channel_of(&key) else {
+                assert!(std::str::from_utf8(&key).is_ok(), "{key:?}, seed {seed}");
+                continue;
+            };
+            assert!(std::str::from_utf8(&key).is_err(), "{key:?}, seed {seed}");
+            assert!(std::str::from_utf8(&channel).is_ok(), "{key:?}: {channel:?}, seed {seed}");
+            assert_eq!(redis_keyslot(&channel), redis_keyslot(&key), "{key:?}: {channel:?}, seed {seed}");
+            let prefixed: Bytes = [b"app:", &key[..]].concat().into();
+            assert!(channel_of(&prefixed).unwrap().starts_with(b"app:"), "{key:?}, seed {seed}");
+        }
+        assert_eq!(channel_of(&Bytes::from_static(b"{user}:\xff")), Some(Bytes::from("{user}:%ff")));
     }
 
     #[test]

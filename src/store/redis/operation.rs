@@ -6,6 +6,7 @@ use fred::bytes::Bytes;
 use fred::error::ErrorKind;
 use fred::types::Value;
 
+use super::names;
 use super::refusal::normalize;
 use super::script::Call;
 use crate::store::Latest;
@@ -60,10 +61,14 @@ impl Operation {
         let key = Value::Bytes(self.name.clone());
         let token = || Value::from(self.token.to_text());
         match &self.what {
-            What::Release { publish } => Call::new([key].into_iter(), [token(), Value::Integer(1), (*publish).into()]),
+            What::Release { publish } => {
+                let args = [token(), Value::Integer(1), (*publish).into()];
+                Call::new([key].into_iter(), args.into_iter().chain(channels([&self.name])))
+            }
             What::EndGrant { publish, record } => {
                 let keys = [key, record.clone().into()];
-                Call::new(keys.into_iter(), [token(), Value::Integer(1), (*publish).into(), NO_ID.into()])
+                let args = [token(), Value::Integer(1), (*publish).into(), NO_ID.into()];
+                Call::new(keys.into_iter(), args.into_iter().chain(channels([&self.name])))
             }
             What::Renew { ttl } => Call::new([key].into_iter(), [token(), (*ttl).into()]),
             What::Acquire { value, ttl, fence: None, .. } => {
@@ -189,7 +194,19 @@ pub(super) fn together(operations: &[Operation]) -> Call {
             call.args([(*ttl).into()]);
         }
     }
+    let releases =
+        operations.iter().filter(|operation| matches!(operation.what, What::Release { .. } | What::EndGrant { .. }));
+    call.args(channels(releases.map(|operation| &operation.name)));
     call
+}
+
+/// The channels on which the releases of these keys are published: nothing where they are called as the keys.
+pub(super) fn channels<'a>(keys: impl IntoIterator<Item = &'a Bytes, IntoIter: Clone>) -> Vec<Value> {
+    let keys = keys.into_iter();
+    if keys.clone().all(|key| std::str::from_utf8(key).is_ok()) {
+        return Vec::new();
+    }
+    keys.map(|key| Value::Bytes(names::channel_of(key).unwrap_or_else(|| key.clone()))).collect()
 }
 
 /// What `many.lua` has answered; `None` for an operation that must go alone.

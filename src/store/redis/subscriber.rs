@@ -1,7 +1,7 @@
 //! News of released locks, by message.
 //!
-//! Every release publishes an empty message on the channel that is called as the key. Who waits has it subscribed to, on one
-//! connection of the store, which is opened when somebody first waits and closed when nobody has for a while. On a cluster
+//! Every release publishes an empty message on the channel that is called as the key, or, where the key is no text, as
+//! `names.rs` says. Who waits has it subscribed to, on one connection of the store, which is opened when somebody first waits and closed when nobody has for a while. On a cluster
 //! both are sharded, as its other messages go to every node.
 //!
 //! 1. A channel's line is open only once the server has confirmed the subscription; a waiter looks at the lock after that.
@@ -29,6 +29,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, warn};
 
+use super::names;
 use crate::Error;
 use crate::store::listen::{Line, Listeners, Listening};
 
@@ -50,7 +51,7 @@ pub(super) struct Subscriber {
 }
 
 struct Shared {
-    listeners: Listeners<Bytes>,
+    listeners: Listeners,
     /// There is a channel that nobody has listened to before.
     added: Notify,
     /// Somebody will see to what is added. Said under its mutex: nobody comes too late to be seen and too soon to start.
@@ -64,13 +65,10 @@ impl Subscriber {
         Self { shared: Arc::new(Shared { listeners, added, running, config }), task: Mutex::new(None) }
     }
 
-    /// Listens to the channel. Outside a runtime, and where a name is no text, which fred takes none else for, nothing will
-    /// be heard.
-    pub(super) fn listen(&self, channel: Bytes) -> Listening {
+    /// Listens to the channel of the key. Outside a runtime nothing will be heard.
+    pub(super) fn listen(&self, key: Bytes) -> Listening {
         let Ok(runtime) = Handle::try_current() else { return Listening::join([]) };
-        if std::str::from_utf8(&channel).is_err() {
-            return Listening::join([]);
-        }
+        let channel = names::channel_of(&key).unwrap_or(key);
         let mut running = self.shared.running();
         let (listening, first) = self.shared.listeners.listen(channel, Line::Opening);
         if !std::mem::replace(&mut *running, true) {
@@ -156,7 +154,7 @@ impl Task {
             select! {
                 message = messages.recv() => match message {
                     Ok(message) => {
-                        task.shared.listeners.tell(message.channel.inner());
+                        task.shared.listeners.tell(message.channel.as_bytes());
                         changed = false;
                     }
                     Err(RecvError::Lagged(_)) => task.shared.listeners.tell_all(),
@@ -212,7 +210,7 @@ impl Task {
     }
 }
 
-/// As fred wants them. Others are not listened to.
+/// As fred wants them. They are text, all of them.
 fn texts(channels: &[Bytes]) -> Vec<Str> {
     channels.iter().filter_map(|channel| Str::from_inner(channel.clone()).ok()).collect()
 }
@@ -232,7 +230,7 @@ impl End {
     /// Ends when nobody listens.
     fn if_unused(&mut self) -> bool {
         let mut running = self.shared.running();
-        self.over = self.shared.listeners.keys().is_empty();
+        self.over = self.shared.listeners.len() == 0;
         *running = !self.over;
         self.over
     }
@@ -251,6 +249,6 @@ impl Drop for End {
 impl fmt::Debug for Subscriber {
     /// Says nothing of the configuration: fred would print the password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Subscriber").field("channels", &self.shared.listeners.keys().len()).finish()
+        f.debug_struct("Subscriber").field("channels", &self.shared.listeners.len()).finish()
     }
 }

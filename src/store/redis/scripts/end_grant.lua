@@ -1,7 +1,8 @@
 -- Ends one grant: releases those of the keys that hold the token, unless other grants rely on them.
 --
 -- KEYS  n lock keys, then their n records of grants.
--- ARGV  token, n, 'PUBLISH' or 'SPUBLISH' as in release.lua, id of the grant (`-`: it has none).
+-- ARGV  token, n, 'PUBLISH' or 'SPUBLISH' as in release.lua, id of the grant (`-`: it has none), channels as in
+--       release.lua.
 -- Reply as release.lua. A key that is left to others counts as released.
 --
 -- Idempotent: a repeat finds this grant ended.
@@ -20,7 +21,7 @@ for i = 1, n do
         if #others == 0 then
             redis.call('DEL', KEYS[i])
             redis.pcall('DEL', KEYS[n + i])
-            redis.pcall(ARGV[3], KEYS[i], '')
+            redis.pcall(ARGV[3], ARGV[4 + i] or KEYS[i], '')
         elseif was_there then
             write_grants(KEYS[n + i], token, others, redis.call('PTTL', KEYS[n + i]))
         end

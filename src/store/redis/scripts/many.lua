@@ -6,6 +6,7 @@
 --       all renewals in ms, or '' where each has its own; then for each
 --       release: token.  renewal: token, and the ttl if each has its own: at least this.
 --       acquire: value (the token; with metadata: token, newline, metadata), ttl in ms.
+--       At the end the channels of all releases, as release.lua.
 -- Reply for each, in this order: a number, or a string that says why it could not be done.
 --       release, renewal: 1 done, 0 the key is gone, -1 it holds something else.
 --       acquire: granted: the fencing token, or 0. Held by another: -1 for ever, -2 - ttl for so many ms.
@@ -53,7 +54,7 @@ local function absent(key)
     return refused(redis.pcall('GET', key)) or 0
 end
 
-local freed, was = {}, {}
+local freed, freed_by, was = {}, {}, {}
 for i = 1, n_release do
     local key, token = KEYS[i], ARGV[at]
     at = at + 1
@@ -68,6 +69,7 @@ for i = 1, n_release do
         held[key] = false
         was[key] = value
         freed[#freed + 1] = key
+        freed_by[#freed] = i
         reply[i] = 1
     else
         reply[i] = -1
@@ -84,8 +86,9 @@ if #freed > 0 then
             end
         end
     else
-        for _, key in ipairs(freed) do
-            redis.pcall(publish, key, '')
+        local n_args = 8 + n_release + n_renew * (renewed_ttl == '' and 2 or 1) + 2 * (n_fenced + n_plain)
+        for i, key in ipairs(freed) do
+            redis.pcall(publish, ARGV[n_args + freed_by[i]] or key, '')
         end
     end
 end

@@ -1,7 +1,8 @@
 -- Releases those of the keys that hold the token, whoever else relies on them.
 --
 -- KEYS  n lock keys, then other keys to delete with them: the records of grants, where the token may be used again.
--- ARGV  token, n, 'PUBLISH' or 'SPUBLISH': how waiters are notified, by an empty message on the channel of the key's name.
+-- ARGV  token, n, 'PUBLISH' or 'SPUBLISH': how waiters are notified, by an empty message; then the n channels for that, where
+--       they are not called as the lock keys.
 -- Reply 1  all were ours and are free.  0  a key was gone.  -1  a key holds something else.
 --
 -- Idempotent: a repeat finds nothing of ours, says so, and touches nothing. A key of another type is not ours, and keeps none of
@@ -22,7 +23,7 @@ for i = 1, n do
             redis.pcall('DEL', KEYS[n + i])
         end
         -- A release is a release, also where messages are not allowed.
-        redis.pcall(ARGV[3], KEYS[i], '')
+        redis.pcall(ARGV[3], ARGV[3 + i] or KEYS[i], '')
     end
 end
 return reply
