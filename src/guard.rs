@@ -515,7 +515,7 @@ impl LockGuard {
                 self.place.call();
                 renewing
             }
-            ttl => self.hold.renewing(ttl),
+            ttl => self.hold.renewing(ttl, self.upkeep.patience()),
         };
         self.upkeep.renew(&self.hold, renewing).await?.map_err(|loss| {
             // It sees to the rest.
