@@ -81,6 +81,25 @@ impl Listening {
         })
         .await;
     }
+
+    /// The same news, each so much later. The future carries them, as long as somebody listens.
+    #[cfg(test)]
+    pub(crate) fn later(mut self, delay: std::time::Duration) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        let sender = watch::Sender::new(News { count: 0, line: Line::Open });
+        let listening = Self(vec![sender.subscribe()]);
+        let carry = async move {
+            loop {
+                tokio::select! {
+                    biased;
+                    () = sender.closed() => return,
+                    () = self.news() => {}
+                }
+                tokio::time::sleep(delay).await;
+                sender.send_modify(|news| news.count += 1);
+            }
+        };
+        (listening, carry)
+    }
 }
 
 /// Who listens to what.
@@ -153,6 +172,12 @@ impl<K: Hash + Eq + Clone> Listeners<K> {
         let mut listeners = self.listeners();
         listeners.retain(|_, sender| sender.receiver_count() > 0);
         listeners.keys().cloned().collect()
+    }
+
+    /// How many keys are known here, whether anybody still listens to them or not.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.listeners().len()
     }
 
     /// No code panics while it holds this mutex, so a poisoned one would be as good as any.
