@@ -1,7 +1,10 @@
 //! What happens when, to the millisecond: locks on a store that fails as told, under paused time. And thousands of
 //! random histories, none of which may have two holders at once.
 
+mod actor;
+mod oracle;
 mod ownership;
+mod universe;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -14,6 +17,8 @@ use crate::hold::Hold;
 use crate::store::faulty::{Fault, FaultyStore, Operation};
 use crate::store::memory::MemoryStore;
 use crate::{Error, LockGuard, Locker, Loss, Retry};
+
+pub(crate) use self::oracle::born;
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -245,6 +250,22 @@ async fn a_server_that_is_away_for_a_while_still_has_what_was_dropped_released()
     sleep(ms(8_000)).await;
     assert!(locker.inspect("k").await.unwrap().is_some());
     sleep(ms(2_000)).await;
+    assert_eq!(locker.inspect("k").await.unwrap(), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_dropped_is_released_for_as_long_as_the_server_may_keep_it_not_only_until_the_deadline() {
+    let back = Instant::now() + ms(9_000);
+    let locker = locker(move |operation| match operation {
+        // A shorter ttl that never gets there: the guard must reckon with it, the server knows nothing of it.
+        Operation::Renew => Fault::Refused,
+        Operation::Release if Instant::now() < back => Fault::Refused,
+        _ => Fault::None,
+    });
+    let guard = locker.lock("k").ttl(ms(600_000)).no_renewal().await.unwrap();
+    assert!(guard.refresh_for(ms(1_000)).await.is_err());
+    drop(guard);
+    sleep(ms(10_000)).await;
     assert_eq!(locker.inspect("k").await.unwrap(), None);
 }
 

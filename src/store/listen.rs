@@ -108,6 +108,26 @@ impl Listening {
         })
         .await;
     }
+
+    /// The same news, each so much later. The future carries them, as long as somebody listens.
+    #[cfg(test)]
+    pub(crate) fn later(mut self, delay: std::time::Duration) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        let sender = watch::Sender::new(News { count: 0, line: Line::Open });
+        let entry = Entry { senders: Arc::default(), key: Bytes::new() };
+        let listening = Self(vec![Source { news: sender.subscribe(), _entry: entry }]);
+        let carry = async move {
+            loop {
+                tokio::select! {
+                    biased;
+                    () = sender.closed() => return,
+                    () = self.news() => {}
+                }
+                tokio::time::sleep(delay).await;
+                sender.send_modify(|news| news.count += 1);
+            }
+        };
+        (listening, carry)
+    }
 }
 
 impl fmt::Debug for Listening {
