@@ -13,7 +13,7 @@ pub(super) fn normalize(details: &str) -> Cow<'_, str> {
     while let Some(rest) = without_wrapper(refusal).or_else(|| without_position(refusal)) {
         refusal = rest;
     }
-    let refusal = refusal.strip_prefix('-').unwrap_or(refusal);
+    let refusal = refusal.strip_prefix('-').unwrap_or(refusal).trim_end();
     let without_code = refusal.strip_prefix("ERR ").unwrap_or(refusal);
     if NOT_PERMITTED.iter().any(|start| without_code.starts_with(start)) {
         return format!("NOPERM {without_code}").into();
@@ -46,7 +46,7 @@ mod tests {
             ("WRONGTYPE Operation against a key", "WRONGTYPE Operation against a key"),
             ("@user_script: 20: -READONLY You can't write", "READONLY You can't write"),
             ("ERR Error running script (call to f_d6): @user_script:23: WRONGTYPE Operation", "WRONGTYPE Operation"),
-            ("ERR Error running script (call to f_d6): @user_script:9: @user_script: 9: -OOM no", "OOM no"),
+            ("ERR Error running script (call to f_d6): @user_script:9: @user_script: 9: -OOM no\r\n", "OOM no"),
             (
                 "@user_script: 3: The user executing the script can't run this command or subcommand",
                 "NOPERM The user executing the script can't run this command or subcommand",
