@@ -55,7 +55,7 @@ async fn lock(locker: &Locker, key: &'static str) -> LockGuard {
     soon(locker.lock(key)).await.unwrap()
 }
 
-/// What has no outcome is done again: on a busy machine, a node may not answer in its part of the ttl.
+/// Repeats a call whose outcome is unknown: a node has part of the ttl, which may be too little on a busy machine.
 async fn decided<R: IntoFuture<Output = Result<T, Error>>, T>(call: impl Fn() -> R) -> Result<T, Error> {
     let again = async || match call().await {
         Err(error) if error.is_transient() => None,

@@ -99,7 +99,7 @@ async fn a_quorum_of_one_conforms() {
     all(&quorum(&[Server::start()]).await).await;
 }
 
-/// What has no outcome is done again: on a busy machine, a node of a quorum may not answer in the part of a second that it has.
+/// Repeats a call whose outcome is unknown: a node of a quorum has part of a second, too little on a busy machine.
 async fn decided<R: IntoFuture<Output = Result<T, Error>>, T>(call: impl Fn() -> R) -> Result<T, Error> {
     loop {
         match call().await {

@@ -1,7 +1,7 @@
 //! Normalizes error replies: the code comes first, as in Redis 7, and none of the arguments are left in.
 //!
-//! - Redis 6 puts the position in the script before an error inside a script, and the script's hash before that if the error
-//!   ended the script.
+//! - Redis 6 puts the position in the script before an error inside a script, and the script's hash before that if the
+//!   error ended the script.
 //! - Errors about missing permissions inside a script have no code of their own in any version.
 //! - A server that doesn't know a command repeats its arguments, and the lock's token is one of them.
 

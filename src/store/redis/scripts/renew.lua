@@ -21,8 +21,8 @@ end
 if missing then
     return 0
 end
--- GT and NX, of Redis 7, do what takes PTTL on older servers, which refuse them: the ttl becomes this if it was less, or if there
--- was none. So a renewal that has nothing to do needs no other permission than one that has.
+-- GT and NX, of Redis 7, do what takes PTTL on older servers, which refuse them: the ttl becomes this if it was less, or if
+-- there was none. So a renewal that has nothing to do needs no other permission than one that has.
 local knows_gt = ARGV[3] ~= '1'
 
 local function is_extended(key)
