@@ -1,8 +1,8 @@
 //! Connections by TLS: only to the server that was meant, and never in silence to none.
 //!
 //! `rediss://` trusts what the system trusts: so its tests run in processes of their own, for which `SSL_CERT_FILE`
-//! names the authority. With both features it uses native-tls, else the library that there is. A client of the user's own
-//! brings what it trusts, for either library.
+//! names the authority. With both features it uses native-tls, else the library that there is.
+//! A client of the user's own brings what it trusts, for either library.
 
 #![cfg(any(feature = "rustls", feature = "native-tls"))]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
