@@ -80,6 +80,10 @@ on "$other" cargo test --package tenure --no-default-features --lib --tests -- \
 heading "tests, all features, on $installed"
 on "$installed" cargo test --package tenure --all-features
 
+# With both TLS features rediss:// uses native-tls; here it uses rustls.
+heading "TLS, feature rustls, on $installed"
+on "$installed" cargo test --package tenure --features rustls --test tls
+
 scratch=$(mktemp -d)
 trap 'kill "${server:-}" 2>/dev/null || true; rm -rf "$scratch"' EXIT
 redis-server --port 0 --unixsocket "$scratch/socket" --save "" --dir "$scratch" >"$scratch/log" &
