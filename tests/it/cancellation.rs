@@ -81,9 +81,10 @@ async fn an_attempt_that_the_server_runs_after_it_was_dropped_is_undone() {
 async fn an_attempt_that_comes_late_by_a_connection_that_has_broken_is_undone() {
     let server = Server::start();
     let proxy = Proxy::start(server.port()).await;
-    let locker = Locker::connect(&proxy.url()).await.unwrap();
-    drop(locker.lock("warm").await.unwrap());
     for n in 0..5 {
+        // One for each, so that the next request is this one's attempt, and nothing that follows an earlier one.
+        let locker = Locker::connect(&proxy.url()).await.unwrap();
+        locker.lock("warm").await.unwrap().release().await.unwrap();
         let key = format!("k:{n}");
         // Later than fred needs to reconnect, for the most part.
         proxy.set(Mode::DeliverNextLate(ms(110)));
@@ -92,6 +93,7 @@ async fn an_attempt_that_comes_late_by_a_connection_that_has_broken_is_undone() 
         eventually("it came", async || (server.cli(&["EXISTS", &format!("{{{key}}}:fence")]) == "1").then_some(()))
             .await;
         eventually("it is undone", async || (server.cli(&["EXISTS", &key]) == "0").then_some(())).await;
+        soon(locker.close()).await;
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use tenure::{Error, Lease, Locker, Loss, Retry, Token};
+use tenure::{Error, Lease, LockGuard, LockRequest, Locker, Loss, Retry, Token};
 use tenure_test_support::{Cluster, Sentinel, Server, Version, eventually, soon};
 
 const fn ms(n: u64) -> Duration {
@@ -99,7 +99,7 @@ async fn a_quorum_of_one_conforms() {
     all(&quorum(&[Server::start()]).await).await;
 }
 
-/// What has no outcome is done again: on a busy machine, a node of a quorum may not answer in the part of a second that it has.
+/// Repeats a call whose outcome is unknown: a node of a quorum has part of a second, too little on a busy machine.
 async fn decided<R: IntoFuture<Output = Result<T, Error>>, T>(call: impl Fn() -> R) -> Result<T, Error> {
     loop {
         match call().await {
@@ -107,6 +107,12 @@ async fn decided<R: IntoFuture<Output = Result<T, Error>>, T>(call: impl Fn() ->
             decided => return decided,
         }
     }
+}
+
+/// A majority of a quorum has the ttl: those nodes that answer first, sooner or later, where one was too slow for it.
+async fn has_at_least(guard: &LockGuard, least: Duration) {
+    let look = async || guard.server_ttl().await.unwrap().is_some_and(|ttl| ttl > least).then_some(());
+    eventually("the servers have the ttl", look).await;
 }
 
 /// Every case, one after the other, each on keys of its own.
@@ -168,7 +174,7 @@ async fn a_token_obtains_its_lock_again_and_keeps_its_fencing_token(locker: &Loc
     assert_eq!(first.fencing_token(), second.fencing_token());
     assert_eq!(locker.inspect("again").await.unwrap().unwrap().metadata, b"two");
     // Not made shorter: the first relies on its 30 seconds.
-    assert!(second.server_ttl().await.unwrap().unwrap() > ms(20_000));
+    has_at_least(&second, ms(20_000)).await;
     second.release().await.unwrap();
 }
 
@@ -239,7 +245,7 @@ async fn a_ttl_can_be_shortened_and_lengthened(locker: &Locker) {
     assert!(guard.server_ttl().await.unwrap().unwrap() <= ms(2_000));
     decided(|| guard.refresh_for(ms(60_000))).await.unwrap();
     assert!(guard.remaining() > ms(50_000) && guard.ttl() == ms(60_000));
-    assert!(guard.server_ttl().await.unwrap().unwrap() > ms(50_000));
+    has_at_least(&guard, ms(50_000)).await;
     decided(|| guard.refresh()).await.unwrap();
     assert!(matches!(decided(|| guard.refresh_for(Duration::ZERO)).await, Err(Error::InvalidTtl(_))));
     assert!(guard.is_held());
@@ -249,9 +255,11 @@ async fn a_ttl_can_be_shortened_and_lengthened(locker: &Locker) {
 async fn ensure_only_ever_lengthens(locker: &Locker) {
     let guard = locker.lock("ensure").ttl(ms(10_000)).await.unwrap();
     decided(|| guard.ensure(ms(1_000))).await.unwrap();
-    assert!(guard.remaining() > ms(8_000) && guard.server_ttl().await.unwrap().unwrap() > ms(8_000));
+    assert!(guard.remaining() > ms(8_000));
+    has_at_least(&guard, ms(8_000)).await;
     decided(|| guard.ensure(ms(90_000))).await.unwrap();
-    assert!(guard.remaining() > ms(80_000) && guard.server_ttl().await.unwrap().unwrap() > ms(80_000));
+    assert!(guard.remaining() > ms(80_000));
+    has_at_least(&guard, ms(80_000)).await;
     guard.release().await.unwrap();
 }
 
@@ -311,13 +319,20 @@ async fn a_waiter_gets_the_lock_when_it_is_released(locker: &Locker) {
 
 async fn waiting_ends_when_it_is_said_to(locker: &Locker) {
     let guard = locker.lock("patience").await.unwrap();
-    for request in [locker.lock("patience"), locker.obtain("patience"), locker.try_lock("patience")] {
-        let started = Instant::now();
-        let refused = request.wait_at_most(ms(600)).await.unwrap_err();
-        let waited = started.elapsed();
-        assert!(matches!(refused, Error::NotObtained { attempts: 2.., .. }), "{refused}");
-        // To the millisecond in the simulation; here the machine may be busy.
-        assert!(waited >= ms(600) && waited < ms(2_300), "{waited:?}");
+    let requests: [&dyn Fn() -> LockRequest; 3] =
+        [&|| locker.lock("patience"), &|| locker.obtain("patience"), &|| locker.try_lock("patience")];
+    for request in requests {
+        // The time that there is for the second attempt, and for the last, may be too short on a busy machine.
+        eventually("it is refused after more than one attempt", async || {
+            let started = Instant::now();
+            let refused = request().wait_at_most(ms(600)).await.unwrap_err();
+            let waited = started.elapsed();
+            // To the millisecond in the simulation; here the machine may be busy.
+            assert!(waited >= ms(600) && waited < ms(2_300), "{waited:?}");
+            assert!(matches!(&refused, Error::NotObtained { .. }) || refused.is_transient(), "{refused}");
+            matches!(refused, Error::NotObtained { attempts: 2.., .. }).then_some(())
+        })
+        .await;
     }
     guard.release().await.unwrap();
     // Far beyond what the clock can count to: without a limit.
@@ -458,8 +473,8 @@ async fn ensuring_a_lease_only_ever_lengthens(locker: &Locker) {
     let guard = decided(|| locker.obtain("ensured").token(token("me")).ttl(ms(10_000)).no_renewal()).await.unwrap();
     let lease = Lease::new("ensured", token("me"), ms(10_000));
     decided(|| locker.ensure(&lease, ms(1_000))).await.unwrap();
-    assert!(guard.server_ttl().await.unwrap().unwrap() > ms(8_000));
+    has_at_least(&guard, ms(8_000)).await;
     decided(|| locker.ensure(&lease, ms(90_000))).await.unwrap();
-    assert!(guard.server_ttl().await.unwrap().unwrap() > ms(80_000));
+    has_at_least(&guard, ms(80_000)).await;
     guard.release().await.unwrap();
 }

@@ -168,7 +168,7 @@ async fn credentials_taken_away_are_a_loss_at_the_deadline_only() {
     let server = Server::start();
     server.cli(&["ACL", "SETUSER", "app", "on", ">secret", "~*", "+@all"]);
     let url = format!("redis://app:secret@127.0.0.1:{}", server.port());
-    let locker = Locker::builder().command_timeout(ms(100)).connect(&url).await.unwrap();
+    let locker = Locker::builder().command_timeout(ms(500)).connect(&url).await.unwrap();
     let guard = locker.lock("k").ttl(ms(1_000)).await.unwrap();
     server.cli(&["ACL", "SETUSER", "app", "-@all"]);
     let deadline = guard.deadline();

@@ -79,10 +79,16 @@ async fn one_replica_of_two_is_enough_for_one_and_not_for_two() {
     let (primary, frozen) = start();
     let _other = primary.start_replica();
     frozen.freeze();
-    builder().connect(&primary.url()).await.unwrap().try_lock("k").await.unwrap().release().await.unwrap();
+    let one = builder().connect(&primary.url()).await.unwrap();
+    soon(one.lock("k")).await.unwrap().release().await.unwrap();
     let both = builder().min_replicas(2).connect(&primary.url()).await.unwrap();
-    let refused = both.try_lock("k").await.unwrap_err();
-    assert!(matches!(refused, Error::NotReplicated { needed: 2, acknowledged: 1 }), "{refused}");
+    // On a busy machine the other may be late, too.
+    eventually("one acknowledges in time", async || {
+        let refused = both.try_lock("k").await.unwrap_err();
+        assert!(refused.is_transient(), "{refused}");
+        matches!(refused, Error::NotReplicated { needed: 2, acknowledged: 1 }).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -32,14 +32,19 @@ async fn client(servers: &[Server], skew: i64) -> Locker {
 #[tokio::test]
 async fn fencing_tokens_grow_where_a_majority_comes_back_with_an_old_dump() {
     let mut servers = [(); 3].map(|()| Server::start());
-    let first = soon(client(&servers, 0).await.lock("k")).await.unwrap();
-    let first_fence = first.fencing_token().unwrap();
-    first.release().await.unwrap();
+    let locker = client(&servers, 0).await;
+    let first_fence = eventually("all have granted it", async || {
+        let first = soon(locker.lock("k")).await.unwrap();
+        let fence = first.fencing_token().unwrap();
+        drop(first.release().await);
+        // Also the one that was not waited for; it may have been too slow to vote.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let remember = |server: &Server| server.cli(&["GET", "{k}:fence"]) == fence.to_string();
+        servers.iter().all(remember).then_some(fence)
+    })
+    .await;
     let fence = Some(first_fence.to_string());
     for server in &servers {
-        // Also the one that was not waited for.
-        let look = async || (Some(server.cli(&["GET", "{k}:fence"])) == fence).then_some(());
-        eventually("all have granted it", look).await;
         assert_eq!(server.cli(&["SAVE"]), "OK");
     }
     let ahead = client(&servers, 2_500_000).await;

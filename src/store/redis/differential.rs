@@ -261,7 +261,7 @@ async fn a_batch_needs_no_right_that_its_operations_do_not_need() {
     }
 }
 
-/// Whether a renewal finds less left than it wants, or as much, may hang on a millisecond. What rights it needs must not.
+/// Whether a renewal finds less left than it wants may hang on a millisecond; which rights it needs must not.
 #[tokio::test]
 async fn a_renewal_that_has_nothing_to_do_needs_no_right_that_another_does_not_need() {
     if !Version::of_this_run().has_redis(7, 0) {

@@ -1,7 +1,7 @@
 //! Normalizes error replies: the code comes first, as in Redis 7, and none of the arguments are left in.
 //!
-//! - Redis 6 puts the position in the script before an error inside a script, and the script's hash before that if the error
-//!   ended the script.
+//! - Redis 6 puts the position in the script before an error inside a script, and the script's hash before that if the
+//!   error ended the script.
 //! - Errors about missing permissions inside a script have no code of their own in any version.
 //! - A server that doesn't know a command repeats its arguments, and the lock's token is one of them.
 
@@ -13,7 +13,7 @@ pub(super) fn normalize(details: &str) -> Cow<'_, str> {
     while let Some(rest) = without_wrapper(refusal).or_else(|| without_position(refusal)) {
         refusal = rest;
     }
-    let refusal = refusal.strip_prefix('-').unwrap_or(refusal);
+    let refusal = refusal.strip_prefix('-').unwrap_or(refusal).trim_end();
     let without_code = refusal.strip_prefix("ERR ").unwrap_or(refusal);
     // Of a key that has left the node while the script was on its way to it.
     if without_code.contains(NOT_HERE) {
@@ -53,7 +53,7 @@ mod tests {
             ("WRONGTYPE Operation against a key", "WRONGTYPE Operation against a key"),
             ("@user_script: 20: -READONLY You can't write", "READONLY You can't write"),
             ("ERR Error running script (call to f_d6): @user_script:23: WRONGTYPE Operation", "WRONGTYPE Operation"),
-            ("ERR Error running script (call to f_d6): @user_script:9: @user_script: 9: -OOM no", "OOM no"),
+            ("ERR Error running script (call to f_d6): @user_script:9: @user_script: 9: -OOM no\r\n", "OOM no"),
             (
                 "ERR Script attempted to access a non local key in a cluster node script: d6, on @user_script:4.",
                 "TRYAGAIN Script attempted to access a non local key in a cluster node script: d6, on @user_script:4.",

@@ -42,9 +42,9 @@ pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut look: 
     tokio::time::timeout(Duration::from_secs(20), found).await.unwrap_or_else(|_| panic!("never: {what}"))
 }
 
-/// Waits for a future that must be done within this limit, by the time that its runtime has run: where the machine is so busy
-/// that the runtime runs only after the limit, the future may still do what was due by then. So a limit that matters to the
-/// millisecond can be held to on any machine.
+/// Waits for a future that must be done within this limit, as its runtime sees it: where the machine is so busy that
+/// the runtime runs only after the limit, the future may still do what was due by then. So a limit to the
+/// millisecond holds on any machine.
 ///
 /// # Panics
 ///

@@ -15,8 +15,8 @@ pub struct Version {
 }
 
 impl Version {
-    /// The version that all servers of this run are of: `TENURE_SERVER` names their binary, `redis-server` if it is not
-    /// set. Where `TENURE_SERVER_VERSION` is set, this is what it says, so that no run is taken for one on another server.
+    /// Returns the version of the binary that `TENURE_SERVER` names, or of `redis-server`: all servers are of it.
+    /// Where `TENURE_SERVER_VERSION` is set, it must be that, so that no run is taken for one on another server.
     ///
     /// # Panics
     ///
