@@ -1,5 +1,6 @@
 //! What can go wrong, and what a caller can do about it.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::time::Duration;
 
@@ -80,6 +81,12 @@ pub enum Error {
     /// A node of a quorum has not accepted the number that was proposed as the fencing token.
     #[error("it refused the proposed fencing token: {0}")]
     Outbid(&'static str),
+
+    /// The URL names no server that can be connected to, or says something that would be ignored. Nothing was sent.
+    ///
+    /// The text names the part of the URL that is wrong. It never shows a password.
+    #[error("invalid URL: {0}")]
+    InvalidUrl(Cow<'static, str>),
 
     /// No quorum can be made of these nodes. Nothing was sent.
     #[error("invalid nodes: {0}")]

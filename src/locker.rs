@@ -65,7 +65,7 @@ impl Locker {
     /// The URL's scheme says what is there: `redis://` or `valkey://` for one server, `rediss://` with TLS (features
     /// `rustls` or `native-tls`), `redis+unix:///path/to.sock`, `redis-sentinel://host:26379?sentinelServiceName=name`
     /// (more with `&node=host:port`), `redis-cluster://host:port?node=host:port`. Credentials and database as usual:
-    /// `redis://user:password@host:6379/1`.
+    /// `redis://user:password@host:6379/1`. Other schemes and parameters are refused.
     ///
     /// Behind Sentinels and in a cluster, a server that dies takes locks with it that none of its replicas has yet:
     /// [`min_replicas`](LockerBuilder::min_replicas), [`quorum`](Locker::quorum). While a dead node is still in a cluster's
@@ -74,9 +74,9 @@ impl Locker {
     ///
     /// # Errors
     ///
-    /// [`Error::Redis`] when the URL makes no sense, the server can't be reached within the
-    /// [command timeout](LockerBuilder::command_timeout), or refuses the credentials. Later interruptions are survived:
-    /// it reconnects for ever.
+    /// [`Error::InvalidUrl`] when the URL makes no sense. [`Error::Redis`] when the server can't be reached within the
+    /// [command timeout](LockerBuilder::command_timeout), or refuses the credentials or the database. Later interruptions
+    /// are survived: it reconnects for ever.
     ///
     /// # Cancel safety
     ///
@@ -167,7 +167,7 @@ impl Locker {
     /// # Errors
     ///
     /// [`Error::InvalidNodes`] for no nodes, an even number of them (it tolerates no more failures than one node less), one
-    /// node twice (the same address and database), a cluster or Sentinels. [`Error::Redis`] for a URL that makes no sense.
+    /// node twice (the same address and database), a cluster or Sentinels. [`Error::InvalidUrl`] for a URL that makes no sense.
     /// [`Error::Quorum`] when no majority could be reached within the [command
     /// timeout](LockerBuilder::command_timeout), with each node's own error. Later, wherever [`Error::Redis`] is documented,
     /// it is [`Error::Quorum`] that tells of failed nodes.

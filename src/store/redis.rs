@@ -10,6 +10,7 @@ mod operation;
 mod replicas;
 mod script;
 mod subscriber;
+pub(crate) mod url;
 mod vote;
 
 use std::sync::atomic::{AtomicBool, Ordering};

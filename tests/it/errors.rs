@@ -42,8 +42,36 @@ async fn a_dead_server_is_told_at_once() {
     let refused = soon(Locker::connect(&server.url())).await.unwrap_err();
     assert!(matches!(&refused, Error::Redis(_)) && refused.is_transient(), "{refused}");
     for url in ["nonsense", "http://", "redis://", "redis-sentinel://127.0.0.1:1"] {
-        assert!(matches!(soon(Locker::connect(url)).await, Err(Error::Redis(_))), "{url}");
+        assert!(matches!(soon(Locker::connect(url)).await, Err(Error::InvalidUrl(_))), "{url}");
     }
+}
+
+#[tokio::test]
+async fn what_a_url_says_in_vain_is_refused_by_name_and_nothing_is_sent() {
+    let server = Server::start();
+    let address = format!("127.0.0.1:{}", server.port());
+    let sent = || {
+        server
+            .cli(&["INFO", "stats"])
+            .lines()
+            .find_map(|l| l.strip_prefix("total_connections_received:").map(String::from))
+    };
+    let before: u32 = sent().unwrap().trim().parse().unwrap();
+    for (url, culprit) in [
+        (format!("http://{address}"), "`http`"),
+        (format!("reddis://{address}"), "`reddis`"),
+        (format!("redis+tls://{address}"), "`redis+tls`"),
+        (format!("redis://{address}?db=3"), "`db`"),
+        (address, "no scheme"),
+    ] {
+        let refused = soon(Locker::connect(&url)).await.unwrap_err();
+        assert!(matches!(&refused, Error::InvalidUrl(_)) && !refused.is_transient(), "{url}: {refused}");
+        assert!(refused.to_string().contains(culprit), "{url}: {refused}");
+        let refused = soon(Locker::quorum([&url])).await.unwrap_err();
+        assert!(matches!(&refused, Error::InvalidUrl(what) if what.contains(culprit)), "{url}: {refused}");
+    }
+    // That of redis-cli, each time.
+    assert_eq!(sent().unwrap().trim().parse(), Ok(before + 1));
 }
 
 #[cfg(not(any(feature = "rustls", feature = "native-tls")))]

@@ -17,6 +17,7 @@ use tokio::sync::broadcast::error::TryRecvError;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::url;
 use crate::Error;
 
 pub(super) struct Connection {
@@ -62,8 +63,7 @@ impl Connection {
     ///
     /// Whatever keeps the first connection from being made: nothing is retried here.
     pub(super) async fn open(url: &str, timeout: Duration) -> Result<Self, Error> {
-        check_tls(url)?;
-        let client = build(Config::from_url(url)?, timeout)?;
+        let client = build(url::parse(url)?, timeout)?;
         let driver = connect(&client).await?;
         let connection = Self::borrowed(client);
         connection.line().patience = timeout * 2;
@@ -230,16 +230,6 @@ async fn connect(client: &Client) -> Result<AbortOnDropHandle<FredResult<()>>, E
     );
     connected?;
     Ok(driver)
-}
-
-/// rediss:// without a TLS library would go out in the clear, or nowhere.
-pub(super) fn check_tls(url: &str) -> Result<(), Error> {
-    let wants_tls = url.starts_with("rediss") || url.starts_with("valkeys");
-    if wants_tls && !cfg!(any(feature = "rustls", feature = "native-tls")) {
-        let hint = "a TLS URL needs tenure's feature `rustls` or `native-tls`";
-        return Err(fred::error::Error::new(ErrorKind::Config, hint).into());
-    }
-    Ok(())
 }
 
 fn configure(config: &mut ConnectionConfig, timeout: Duration) {

@@ -7,7 +7,7 @@ use fred::types::Value;
 use fred::types::config::Config;
 use tokio::runtime::Handle;
 
-use super::connection::{Connection, check_tls};
+use super::connection::Connection;
 use super::script::Call;
 use super::{FENCE_TTL, RedisStore, from_millis, integers, millis, names, unexpected, value_of};
 use crate::hold::Owned;
@@ -17,13 +17,7 @@ use crate::{Error, Token};
 
 impl RedisStore {
     /// Connects in the background, now or whenever the server comes.
-    pub(crate) fn open_lazily(
-        url: &str,
-        config: Config,
-        prefix: String,
-        command_timeout: Duration,
-    ) -> Result<Self, Error> {
-        check_tls(url)?;
+    pub(crate) fn open_lazily(config: Config, prefix: String, command_timeout: Duration) -> Result<Self, Error> {
         let connection = Connection::open_lazily(config, command_timeout)?;
         Ok(Self::on(connection, Handle::try_current().ok(), prefix, 0))
     }
