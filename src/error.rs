@@ -146,8 +146,12 @@ pub enum Error {
     #[error("the locker, or the watchdog, is closed")]
     Closed,
 
-    /// The future was polled outside a tokio runtime.
-    #[error("there is no tokio runtime here to renew the lock on; poll the future inside one")]
+    /// The future was polled outside a tokio runtime, and has sent nothing; or the system has no thread left for a
+    /// locker that is to be [isolated](crate::LockerBuilder::isolated).
+    ///
+    /// Every call that may have to ask the server needs a runtime, by whose clock it waits; also where the locker is
+    /// isolated.
+    #[error("no tokio runtime: poll the future inside one; an isolated locker also needs a thread of its own")]
     NoRuntime,
 
     /// The server refused, or could not be asked, or did not answer in time.

@@ -49,6 +49,12 @@ impl Upkeep {
         }
     }
 
+    /// Every call waits by the clock of a tokio runtime, also where background work has one of its own: to be asked
+    /// first.
+    pub(crate) fn check_runtime() -> Result<(), Error> {
+        Handle::try_current().map(drop).map_err(|_| Error::NoRuntime)
+    }
+
     /// Sees to it that the lock is kept.
     pub(crate) fn keep(self: &Arc<Self>, hold: Arc<Hold>, runtime: &Handle) -> Place<Keeper> {
         let due = hold.next_duty();
@@ -82,6 +88,7 @@ impl Upkeep {
 
     /// Renews a lock that no guard of ours holds, to at least this ttl.
     pub(crate) async fn extend(&self, owned: &Owned, ttl: Duration) -> Result<(), Error> {
+        Self::check_runtime()?;
         match self.store.renew(owned, ttl, false, self.command_timeout).await? {
             Renewed::Extended => Ok(()),
             Renewed::NotOurs(loss) => Err(Error::NotHeld { key: owned.key(), loss }),
@@ -93,6 +100,7 @@ impl Upkeep {
     /// After a try of unknown outcome the lock may be free by that very try, and whoever has it now got it rightly: then
     /// "not ours" is a success.
     pub(crate) async fn release(&self, owned: &Owned, until: Instant) -> Result<Released, Error> {
+        Self::check_runtime()?;
         let mut handed_over = None;
         if let Some(hand_over) = self.store.hands_over().then(|| self.queues.next(owned)).flatten() {
             let patience = self.command_timeout.min(until.saturating_duration_since(Instant::now()));

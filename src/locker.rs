@@ -336,6 +336,7 @@ impl Locker {
         let ttl = self.validate(lease, lease.ttl())?;
         renewal.validate(ttl, drift)?;
         let upkeep = self.upkeep();
+        Upkeep::check_runtime()?;
         let runtime = upkeep.runtime()?;
         let sent = Instant::now();
         upkeep.extend(lease.owned(), ttl).await?;
@@ -436,6 +437,7 @@ impl Locker {
         if self.closed().is_cancelled() {
             return Err(Error::Closed);
         }
+        Upkeep::check_runtime()?;
         let upkeep = &self.shared.upkeep;
         upkeep.store.inspect(&key, upkeep.command_timeout).await
     }

@@ -14,6 +14,7 @@ use tracing::{Instrument, debug, info, info_span, warn};
 
 use crate::attempt::{Attempt, Outcome};
 use crate::hold::Owned;
+use crate::keeper::Upkeep;
 use crate::locker::Locker;
 use crate::retry::Pauses;
 use crate::schedule::Renewal;
@@ -48,6 +49,7 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 /// - [`Error::Unsupported`]: replicas are asked for where there can be none; nothing was sent.
 /// - [`Error::CrossSlot`]: several keys that lie in different slots of a cluster; nothing was sent.
 /// - [`Error::Closed`]: the locker was closed before or meanwhile.
+/// - [`Error::NoRuntime`]: it was polled outside a tokio runtime.
 ///
 /// # Examples
 ///
@@ -381,6 +383,7 @@ impl LockRequest {
         let drift = self.locker.settings().drift;
         let ttl = drift.validate(self.ttl)?;
         self.renewal.validate(ttl, drift)?;
+        Upkeep::check_runtime()?;
         Ok((ttl, self.locker.upkeep().runtime()?))
     }
 }
