@@ -51,13 +51,12 @@ pub enum Error {
         /// The key in question; of several, the first.
         key: Key,
         /// How it came to an end.
-        #[source]
         loss: Loss,
     },
 
     /// The lock was lost while it was needed; stop the work that it protects.
     #[error("the lock was lost: {0}")]
-    Lost(#[from] Loss),
+    Lost(Loss),
 
     /// No majority of a quorum's nodes has done what it was asked for: too many could not be asked, refused, or have been
     /// up for too short a time to vote. That others hold the lock is [`NotObtained`](Error::NotObtained), as ever.
@@ -156,7 +155,21 @@ pub enum Error {
 
     /// The server refused, or could not be asked, or did not answer in time.
     #[error("redis: {0}")]
-    Redis(#[from] fred::error::Error),
+    Redis(fred::error::Error),
+}
+
+// What an error consists of is no source of it, as its own text says all of it: a chain of errors would say it twice.
+
+impl From<Loss> for Error {
+    fn from(loss: Loss) -> Self {
+        Self::Lost(loss)
+    }
+}
+
+impl From<fred::error::Error> for Error {
+    fn from(error: fred::error::Error) -> Self {
+        Self::Redis(error)
+    }
 }
 
 impl Error {
@@ -259,7 +272,6 @@ pub struct NodeError {
     /// Where the node is: `host:port`, or the path of its socket.
     pub address: String,
     /// What it said, or what kept it from being asked.
-    #[source]
     pub error: Error,
 }
 
@@ -323,6 +335,23 @@ mod tests {
         let said = "2 of 3 nodes needed, 1 granted: node:1: redis: Timeout Error: the server did not answer in time; \
                     node:2: redis: Unknown Error: WRONGTYPE Operation";
         assert_eq!(failed.to_string(), said);
+    }
+
+    #[test]
+    fn nothing_is_told_twice() {
+        let key = Key::from("k");
+        let node = NodeError { address: "node:1".into(), error: Error::timeout() };
+        let errors: [Box<dyn std::error::Error>; 5] = [
+            Box::new(Error::timeout()),
+            Box::new(Error::Lost(Loss::Taken)),
+            Box::new(Error::NotHeld { key, loss: Loss::Missing }),
+            Box::new(quorum(vec![Error::timeout()])),
+            Box::new(node),
+        ];
+        for error in errors {
+            let source = error.source().map(ToString::to_string);
+            assert!(source.is_none_or(|source| !error.to_string().contains(&source)), "{error}");
+        }
     }
 
     #[test]
