@@ -176,7 +176,7 @@ impl Error {
     /// Whether the same call may succeed a little later without anybody changing anything but the server's state.
     ///
     /// True of timeouts, lost connections, servers that are loading, read-only, busy, out of memory or electing, and of
-    /// replicas that are behind.
+    /// replicas that are behind. Not of a certificate that is not accepted, nor of a refused password.
     /// While it waits, [`Locker::lock`](crate::Locker::lock) goes on through all of these by itself. A quorum's failure is
     /// transient when a majority could be had without the nodes whose own errors are not.
     ///
@@ -235,6 +235,12 @@ impl Error {
     pub(crate) fn is_refusal(&self) -> bool {
         let timed_out = matches!(self, Self::Redis(error) if *error.kind() == ErrorKind::Timeout);
         self.code().is_some() && !timed_out
+    }
+
+    /// Whether the operation has surely not been sent to the server: there was no connection from its beginning to its
+    /// end.
+    pub(crate) fn was_not_sent(&self) -> bool {
+        matches!(self, Self::Redis(error) if error.details().ends_with(NOT_SENT))
     }
 
     /// The same, for another operation of a call that failed as a whole.
@@ -305,6 +311,9 @@ const TRANSIENT_CODES: [&str; 13] = [
     "TRYAGAIN",
 ];
 
+/// What the connection puts behind the reason why an operation could not be sent.
+pub(crate) const NOT_SENT: &str = " (nothing was sent)";
+
 /// What fred says of a client on which nobody has called `init`: no waiting helps there.
 const NOT_INITIALIZED: &str = "Client is not initialized.";
 
@@ -352,6 +361,14 @@ mod tests {
             let source = error.source().map(ToString::to_string);
             assert!(source.is_none_or(|source| !error.to_string().contains(&source)), "{error}");
         }
+    }
+
+    #[test]
+    fn what_was_not_sent_is_known_by_its_end() {
+        let said = |details: String| Error::from(fred::error::Error::new(ErrorKind::Timeout, details));
+        assert!(said(format!("connection refused{NOT_SENT}")).was_not_sent());
+        assert!(!said("connection refused".to_owned()).was_not_sent());
+        assert!(!Error::Closed.was_not_sent());
     }
 
     #[test]

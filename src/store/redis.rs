@@ -25,7 +25,7 @@ use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use self::combiner::{Answers, Carrier, Combiner, Refused};
-use self::connection::Connection;
+use self::connection::{Connection, Sent};
 use self::operation::{Decision, Operation, What, unexpected};
 use self::replicas::{Writing, within};
 use self::script::{Call, Script, Scripts};
@@ -58,23 +58,22 @@ impl RedisStore {
         timeout: Duration,
         min_replicas: usize,
     ) -> Result<Self, Error> {
-        // The connection lives on the runtime that it was opened on.
-        let store = Self::on(Connection::open(url, timeout).await?, Handle::try_current().ok(), prefix, min_replicas);
+        let store = Self::on(Connection::open(url, timeout).await?, prefix, min_replicas);
         store.check_replicas()?;
         Ok(store)
     }
 
     /// Uses the caller's client. Nothing is assumed of its settings: each call brings its own.
     pub(crate) fn with_client(client: Client, prefix: String, min_replicas: usize) -> Self {
-        Self::on(Connection::borrowed(client), None, prefix, min_replicas)
+        Self::on(Connection::borrowed(client), prefix, min_replicas)
     }
 
-    fn on(connection: Connection, home: Option<Handle>, prefix: String, min_replicas: usize) -> Self {
+    fn on(connection: Connection, prefix: String, min_replicas: usize) -> Self {
         use fred::interfaces::ClientLike;
         let subscriber = Subscriber::new(connection.client().client_config());
         let (scripts, takes_one_slot) = (Scripts::new(), AtomicBool::new(false));
         let server = Server { connection, scripts, min_replicas, takes_one_slot };
-        Self { prefix, combiner: Combiner::new(server, home), subscriber }
+        Self { prefix, combiner: Combiner::new(server), subscriber }
     }
 
     fn server(&self) -> &Server {
@@ -328,8 +327,7 @@ impl Server {
     }
 
     async fn run(&self, script: &Script, call: impl Fn() -> Call, timeout: Duration) -> Result<Value, Error> {
-        self.connection.check()?;
-        let sent = Instant::now();
+        let sent = self.connection.begin()?;
         // fred's futures are several kilobytes large, and those around them would be as large, on every path.
         let answer = Box::pin(script.run(self.client(), call, timeout)).await;
         self.connection.heard(sent, answer)
@@ -342,7 +340,7 @@ impl Server {
 
     async fn replicated(&self, writing: Option<Writing>, until: Instant) -> Result<(), Error> {
         let Some(writing) = writing else { return Ok(()) };
-        let sent = Instant::now();
+        let sent = Sent::in_part();
         let answer = Box::pin(writing.acknowledged(self.client(), until)).await;
         match self.connection.heard(sent, answer) {
             // The write was answered: what nobody knows is who has it.
@@ -404,6 +402,15 @@ impl Server {
 impl Carrier for Server {
     type Operation = Operation;
     type Answer = Decision;
+
+    fn home(&self) -> Option<Handle> {
+        self.connection.runtime()
+    }
+
+    fn waits(&self) -> impl FnOnce() -> Error + Send {
+        let sent = self.connection.will_wait();
+        move || self.connection.unheard(sent)
+    }
 
     async fn one(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
         let (until, writing) = self.writing(timeout);

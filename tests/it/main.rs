@@ -12,4 +12,5 @@ mod failover;
 mod interop;
 mod loss;
 mod replicas;
+mod runtimes;
 mod waiting;

@@ -1,10 +1,10 @@
 //! Which URLs name a server, and what they must say.
 //!
-//! fred takes any scheme for that of a plain server, in the clear, and ignores what it doesn't know. Whatever it would ignore
-//! is refused here, by name, before anything is sent.
+//! fred takes any scheme for that of a plain server, in the clear, and ignores what it doesn't know. Whatever it would
+//! ignore is refused here, by name, before anything is sent.
 //!
-//! A password with unescaped reserved characters ends early, and its rest turns up elsewhere in the URL. So nothing of a
-//! URL is shown unless it can't be such a rest.
+//! A password with unescaped reserved characters ends early, and its rest turns up elsewhere in the URL. So nothing of
+//! a URL is shown unless it can't be such a rest.
 
 use std::borrow::Cow;
 
@@ -18,8 +18,8 @@ use crate::Error;
 ///
 /// # Errors
 ///
-/// [`Error::InvalidUrl`], which names the part of the URL that is wrong and never shows a password. [`Error::Redis`] when
-/// the TLS library can't be set up.
+/// [`Error::InvalidUrl`], which names the part of the URL that is wrong and never shows a password. [`Error::Redis`]
+/// when the TLS library can't be set up.
 pub(crate) fn parse(text: &str) -> Result<Config, Error> {
     let url = Url::parse(text).map_err(|error| unparsable(text, error))?;
     if url.cannot_be_a_base() {
@@ -33,7 +33,11 @@ pub(crate) fn parse(text: &str) -> Result<Config, Error> {
     if scheme.tls && !cfg!(any(feature = "rustls", feature = "native-tls")) {
         return Err(invalid("a TLS URL needs tenure's feature `rustls` or `native-tls`"));
     }
-    let mut config = Config::from_url(url.as_str())?;
+    let mut config = Config::from_url(url.as_str()).map_err(|error| match scheme.tls {
+        // Of what else the URL says, all was looked at above.
+        true => fred::error::Error::new(error.kind().clone(), format!("no TLS can be set up: {}", error.details())),
+        false => error,
+    })?;
     if let ServerConfig::Unix { path } = &mut config.server {
         // fred takes it as it stands in the URL.
         *path = decoded_path(&url)?.into_owned().into();
@@ -131,14 +135,16 @@ fn check_leftovers(text: &str, url: &Url, kind: Kind) -> Result<(), Error> {
     });
     match in_path || in_query || url.fragment().is_some() {
         true => Err(invalid(
-            "there is a `#`, or an `@` behind a `/` or a `?`; in a password write %23 for #, %40 for @, %2F for / and %3F for ?",
+            "there is a `#`, or an `@` behind a `/` or a `?`; in a password write %23 for #, %40 for @, %2F for / and \
+             %3F for ?",
         )),
         false => Ok(()),
     }
 }
 
 fn check_path(url: &Url, kind: Kind) -> Result<(), Error> {
-    let path = url.path().strip_prefix('/').unwrap_or(url.path());
+    let path = url.path();
+    let path = path.strip_prefix('/').unwrap_or(path);
     match kind {
         Kind::Socket if path.is_empty() => Err(invalid("it names no socket; write redis+unix:///path/to.sock")),
         Kind::Socket => decoded_path(url).map(drop),
@@ -370,7 +376,8 @@ mod tests {
 
         #[test]
         fn no_password_is_shown(
-            scheme in prop::sample::select(vec!["redis", "rediss", "reddis", "redis-cluster", "redis-sentinel", "redis+unix"]),
+            scheme in prop::sample::select(vec!["redis", "rediss", "reddis", "redis-cluster", "redis-sentinel",
+                "redis+unix"]),
             user in "[a-z]{0,3}",
             before in prop::collection::vec("[:/?#@&=%+.a-z0-9\\[\\]\\\\]{1,2}", 0..4),
             after in prop::collection::vec("[:/?#@&=%+.a-z0-9\\[\\]\\\\]{1,2}", 0..4),

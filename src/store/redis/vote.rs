@@ -5,7 +5,6 @@ use std::time::Duration;
 use fred::bytes::Bytes;
 use fred::types::Value;
 use fred::types::config::Config;
-use tokio::runtime::Handle;
 
 use super::connection::Connection;
 use super::script::Call;
@@ -19,7 +18,7 @@ impl RedisStore {
     /// Connects in the background, now or whenever the server comes.
     pub(crate) fn open_lazily(config: Config, prefix: String, command_timeout: Duration) -> Result<Self, Error> {
         let connection = Connection::open_lazily(config, command_timeout)?;
-        Ok(Self::on(connection, Handle::try_current().ok(), prefix, 0))
+        Ok(Self::on(connection, prefix, 0))
     }
 
     /// Waits until it is connected.
