@@ -174,7 +174,7 @@ impl Upkeep {
                 Err(error) => error,
             };
             failures += 1;
-            doubtful |= !error.is_refusal();
+            doubtful |= !(error.is_refusal() || error.was_not_sent());
             let remaining = until.saturating_duration_since(Instant::now());
             let pause = schedule::pause_after(failures, self.command_timeout, remaining, fastrand::f64());
             if !error.is_transient() || pause >= remaining {
