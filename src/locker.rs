@@ -7,6 +7,7 @@ use std::time::Duration;
 use fred::clients::Client;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::hold::{Grant, Hold};
 use crate::keeper::Upkeep;
@@ -72,11 +73,15 @@ impl Locker {
     /// map, nothing gets through to the other nodes either, where the client has lost a connection: so give locks a ttl
     /// that is longer than a failover takes.
     ///
+    /// The connection is driven on the runtime that this is called on. When that one ends, or nobody drives it any
+    /// more, the connection is opened anew on the runtime of whoever uses the locker next; so a locker may be a static
+    /// that several runtimes use, one after the other or at a time.
+    ///
     /// # Errors
     ///
     /// [`Error::InvalidUrl`] when the URL makes no sense. [`Error::Redis`] when the server can't be reached within the
-    /// [command timeout](LockerBuilder::command_timeout), or refuses the credentials or the database. Later interruptions
-    /// are survived: it reconnects for ever.
+    /// [command timeout](LockerBuilder::command_timeout), or refuses the credentials or the database. Later
+    /// interruptions are survived: it reconnects for ever. [`Error::NoRuntime`] outside a tokio runtime.
     ///
     /// # Cancel safety
     ///
@@ -167,7 +172,8 @@ impl Locker {
     /// # Errors
     ///
     /// [`Error::InvalidNodes`] for no nodes, an even number of them (it tolerates no more failures than one node less), one
-    /// node twice (the same address and database), a cluster or Sentinels. [`Error::InvalidUrl`] for a URL that makes no sense.
+    /// node twice (the same address and database), a cluster or Sentinels. [`Error::InvalidUrl`] for a URL that makes
+    /// no sense.
     /// [`Error::Quorum`] when no majority could be reached within the [command
     /// timeout](LockerBuilder::command_timeout), with each node's own error. Later, wherever [`Error::Redis`] is documented,
     /// it is [`Error::Quorum`] that tells of failed nodes.
@@ -446,8 +452,8 @@ impl Locker {
     /// flight: those of guards that were dropped, and of attempts that were given up.
     ///
     /// For the end of a program: what the runtime's shutdown would cut off is done then. Guards that are still held stay
-    /// held and are renewed on, those of a [`WatchDog`](crate::WatchDog) too. Where the server answers no more, this takes until the ttls have done the same: put it
-    /// under a timeout where that is too long.
+    /// held and are renewed on, those of a [`WatchDog`](crate::WatchDog) too. Where the server doesn't answer any more,
+    /// this takes until the ttls have done the same; [`close_within`](Locker::close_within) doesn't.
     ///
     /// # Cancel safety
     ///
@@ -464,10 +470,48 @@ impl Locker {
     /// # }
     /// ```
     pub async fn close(&self) {
+        self.refuse_new_requests().wait().await;
+    }
+
+    /// Closes as [`close`](Locker::close) does, and waits no longer than `limit`. Returns how many releases it had to
+    /// leave; zero when all are done.
+    ///
+    /// What is left goes on in the background for as long as the runtime lives; after that the ttls free the locks.
+    /// Outside a tokio runtime there is no clock to wait by: then it doesn't wait at all.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`close`](Locker::close).
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let locker = tenure::Locker::in_memory();
+    /// drop(locker.lock("k").await?);
+    /// let left = locker.close_within(Duration::from_secs(5)).await;
+    /// if left > 0 {
+    ///     eprintln!("{left} locks stay until their ttl ends");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn close_within(&self, limit: Duration) -> usize {
+        let releases = self.refuse_new_requests();
+        if Upkeep::check_runtime().is_ok() {
+            // What is left when the time is up is counted below.
+            drop(tokio::time::timeout(limit, releases.wait()).await);
+        }
+        releases.len()
+    }
+
+    /// Returns what keeps count of the releases that are still in flight.
+    fn refuse_new_requests(&self) -> &TaskTracker {
         self.shared.closed.cancel();
         let releases = &self.shared.upkeep.releases;
         releases.close();
-        releases.wait().await;
+        releases
     }
 
     /// The patience of `obtain`.
