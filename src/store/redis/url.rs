@@ -376,7 +376,7 @@ mod tests {
 
         #[test]
         fn no_password_is_shown(
-            scheme in prop::sample::select(vec!["redis", "rediss", "reddis", "redis-cluster", "redis-sentinel",
+            scheme in prop::sample::select(vec!["redis", "valkey", "reddis", "redis-cluster", "redis-sentinel",
                 "redis+unix"]),
             user in "[a-z]{0,3}",
             before in prop::collection::vec("[:/?#@&=%+.a-z0-9\\[\\]\\\\]{1,2}", 0..4),
