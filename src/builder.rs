@@ -15,7 +15,7 @@ use crate::schedule::{Drift, MAX_TTL, Renewal};
 use crate::store::Store;
 use crate::store::memory::MemoryStore;
 use crate::store::quorum::{self, QuorumStore};
-use crate::store::redis::RedisStore;
+use crate::store::redis::{self, RedisStore};
 use crate::{Error, Locker, Retry};
 
 /// The settings of a [`Locker`]; made by [`Locker::builder`].
@@ -243,6 +243,8 @@ impl LockerBuilder {
     /// # }
     /// ```
     pub async fn connect(self, url: &str) -> Result<Locker, Error> {
+        redis::url::parse(url)?;
+        Upkeep::check_runtime()?;
         let isolated = self.isolated.then(Isolated::start).transpose()?;
         let (url, prefix, timeout) = (url.to_owned(), self.prefix.clone(), self.connection_timeout());
         let replicas = self.min_replicas;
@@ -281,6 +283,7 @@ impl LockerBuilder {
         if self.min_replicas > 0 {
             return Err(Error::Unsupported("the nodes of a quorum have no replicas: more nodes do what those would"));
         }
+        Upkeep::check_runtime()?;
         let isolated = self.isolated.then(Isolated::start).transpose()?;
         let (prefix, timeout) = (self.prefix.clone(), self.connection_timeout());
         let connecting = async move { quorum::connect(&urls, &prefix, timeout).await };

@@ -46,14 +46,13 @@ impl CloseOnDrop {
 
 impl Drop for CloseOnDrop {
     fn drop(&mut self) {
-        self.locker.refuse_new_work();
+        let releases = self.locker.refuse_new_requests().clone();
         // A runtime that goes on while this thread waits.
         let runtime = match self.locker.upkeep().isolated.as_ref().map(|isolated| isolated.handle().clone()) {
             Some(isolated) => Some(isolated),
             None => Handle::try_current().ok().filter(|here| here.runtime_flavor() != RuntimeFlavor::CurrentThread),
         };
         let Some(runtime) = runtime else { return };
-        let releases = self.locker.upkeep().releases.clone();
         if releases.is_empty() {
             return;
         }

@@ -1,5 +1,6 @@
 //! What can go wrong, and what a caller can do about it.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::time::Duration;
 
@@ -54,13 +55,12 @@ pub enum Error {
         /// The key in question; of several, the first.
         key: Key,
         /// How it came to an end.
-        #[source]
         loss: Loss,
     },
 
     /// The lock was lost while it was needed; stop the work that it protects.
     #[error("the lock was lost: {0}")]
-    Lost(#[from] Loss),
+    Lost(Loss),
 
     /// No majority of a quorum's nodes has done what it was asked for: too many could not be asked, refused, or have been
     /// up for too short a time to vote. That others hold the lock is [`NotObtained`](Error::NotObtained), as ever.
@@ -84,6 +84,12 @@ pub enum Error {
     /// A node of a quorum has not accepted the number that was proposed as the fencing token.
     #[error("it refused the proposed fencing token: {0}")]
     Outbid(&'static str),
+
+    /// The URL names no server that can be connected to, or says something that would be ignored. Nothing was sent.
+    ///
+    /// The text names the part of the URL that is wrong. It never shows a password.
+    #[error("invalid URL: {0}")]
+    InvalidUrl(Cow<'static, str>),
 
     /// No quorum can be made of these nodes. Nothing was sent.
     #[error("invalid nodes: {0}")]
@@ -143,20 +149,38 @@ pub enum Error {
     #[error("the locker, or the watchdog, is closed")]
     Closed,
 
-    /// The future was polled outside a tokio runtime.
-    #[error("there is no tokio runtime here to renew the lock on; poll the future inside one")]
+    /// The future was polled outside a tokio runtime, and has sent nothing; or the system has no thread left for a
+    /// locker that is to be [isolated](crate::LockerBuilder::isolated).
+    ///
+    /// Every call that may have to ask the server needs a runtime, by whose clock it waits; also where the locker is
+    /// isolated.
+    #[error("no tokio runtime: poll the future inside one; an isolated locker also needs a thread of its own")]
     NoRuntime,
 
     /// The server refused, or could not be asked, or did not answer in time.
     #[error("redis: {0}")]
-    Redis(#[from] fred::error::Error),
+    Redis(fred::error::Error),
+}
+
+// What an error consists of is no source of it, as its own text says all of it: a chain of errors would say it twice.
+
+impl From<Loss> for Error {
+    fn from(loss: Loss) -> Self {
+        Self::Lost(loss)
+    }
+}
+
+impl From<fred::error::Error> for Error {
+    fn from(error: fred::error::Error) -> Self {
+        Self::Redis(error)
+    }
 }
 
 impl Error {
     /// Whether the same call may succeed a little later without anybody changing anything but the server's state.
     ///
     /// True of timeouts, lost connections, servers that are loading, read-only, busy, out of memory or electing, and of
-    /// replicas that are behind.
+    /// replicas that are behind. Not of a certificate that is not accepted, nor of a refused password.
     /// While it waits, [`Locker::lock`](crate::Locker::lock) goes on through all of these by itself. A quorum's failure is
     /// transient when a majority could be had without the nodes whose own errors are not.
     ///
@@ -216,6 +240,12 @@ impl Error {
         self.code().is_some() && !self.is_timeout()
     }
 
+    /// Whether the operation has surely not been sent to the server: there was no connection from its beginning to its
+    /// end.
+    pub(crate) fn was_not_sent(&self) -> bool {
+        matches!(self, Self::Redis(error) if error.details().ends_with(NOT_SENT))
+    }
+
     /// Whether the cluster refused the command because its keys are on another node, or on two. It has not run.
     pub(crate) fn is_redirection(&self) -> bool {
         matches!(self.code(), Some("ASK" | "MOVED" | "TRYAGAIN"))
@@ -248,7 +278,6 @@ pub struct NodeError {
     /// Where the node is: `host:port`, or the path of its socket.
     pub address: String,
     /// What it said, or what kept it from being asked.
-    #[source]
     pub error: Error,
 }
 
@@ -283,6 +312,9 @@ const TRANSIENT_CODES: [&str; 14] = [
     "TRYAGAIN",
 ];
 
+/// What the connection puts behind the reason why an operation could not be sent.
+pub(crate) const NOT_SENT: &str = " (nothing was sent)";
+
 /// What fred says of a client on which nobody has called `init`: no waiting helps there.
 const NOT_INITIALIZED: &str = "Client is not initialized.";
 
@@ -313,6 +345,31 @@ mod tests {
         let said = "2 of 3 nodes needed, 1 granted: node:1: redis: Timeout Error: the server did not answer in time; \
                     node:2: redis: Unknown Error: WRONGTYPE Operation";
         assert_eq!(failed.to_string(), said);
+    }
+
+    #[test]
+    fn nothing_is_told_twice() {
+        let key = Key::from("k");
+        let node = NodeError { address: "node:1".into(), error: Error::timeout() };
+        let errors: [Box<dyn std::error::Error>; 5] = [
+            Box::new(Error::timeout()),
+            Box::new(Error::Lost(Loss::Taken)),
+            Box::new(Error::NotHeld { key, loss: Loss::Missing }),
+            Box::new(quorum(vec![Error::timeout()])),
+            Box::new(node),
+        ];
+        for error in errors {
+            let source = error.source().map(ToString::to_string);
+            assert!(source.is_none_or(|source| !error.to_string().contains(&source)), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_was_not_sent_is_known_by_its_end() {
+        let said = |details: String| Error::from(fred::error::Error::new(ErrorKind::Timeout, details));
+        assert!(said(format!("connection refused{NOT_SENT}")).was_not_sent());
+        assert!(!said("connection refused".to_owned()).was_not_sent());
+        assert!(!Error::Closed.was_not_sent());
     }
 
     #[test]

@@ -441,6 +441,7 @@ impl LockGuard {
     /// # }
     /// ```
     pub async fn server_ttl(&self) -> Result<Option<Duration>, Error> {
+        Upkeep::check_runtime()?;
         self.upkeep.store.remaining(&self.hold.owned, self.upkeep.command_timeout).await
     }
 
@@ -528,6 +529,8 @@ impl LockGuard {
 
     async fn renew(&self, ttl: Option<Duration>, exact: bool) -> Result<(), Error> {
         self.check().map_err(|loss| self.not_held(loss))?;
+        // Before anything is changed.
+        Upkeep::check_runtime()?;
         let renewing = match ttl {
             Some(ttl) if exact => {
                 let renewing = self.hold.setting_ttl(ttl, self.upkeep.patience());

@@ -50,6 +50,12 @@ impl Upkeep {
         }
     }
 
+    /// Every call waits by the clock of a tokio runtime, also where background work has one of its own: to be asked
+    /// first.
+    pub(crate) fn check_runtime() -> Result<(), Error> {
+        Handle::try_current().map(drop).map_err(|_| Error::NoRuntime)
+    }
+
     /// Sees to it that the lock is kept.
     pub(crate) fn keep(self: &Arc<Self>, hold: Arc<Hold>, runtime: &Handle) -> Place<Keeper> {
         let due = hold.next_duty();
@@ -63,7 +69,7 @@ impl Upkeep {
         let call = self.store.renew(&hold.owned, renewing.ttl, renewing.how(), timeout);
         // The store keeps to its timeout; should it not, the deadline still holds.
         let answer = timeout_at(deadline, call).await.unwrap_or_else(|_| Err(Error::timeout()));
-        if answer.as_ref().is_err_and(Error::is_refusal) {
+        if answer.as_ref().is_err_and(|error| error.is_refusal() || error.was_not_sent()) {
             hold.was_refused(renewing);
         }
         answer.map(|renewed| learn(hold, renewing, renewed))
@@ -92,6 +98,7 @@ impl Upkeep {
 
     /// Renews a lock that no guard of ours holds, to at least this ttl.
     pub(crate) async fn extend(&self, owned: &Owned, ttl: Duration) -> Result<(), Error> {
+        Self::check_runtime()?;
         match self.store.renew(owned, ttl, Extending::AtLeast, self.command_timeout).await? {
             Renewed::Extended => Ok(()),
             Renewed::NotOurs(loss) => Err(Error::NotHeld { key: owned.key(), loss }),
@@ -111,7 +118,7 @@ impl Upkeep {
         let mut claim = Claim { upkeep, runtime, owned, earlier, ttl, unsettled: Some(self.releases.token()) };
         let how = Extending::Claim { earlier };
         let answer = self.store.renew(&claim.owned, ttl, how, self.command_timeout).await;
-        if !matches!(&answer, Err(error) if !error.is_refusal()) {
+        if !matches!(&answer, Err(error) if !(error.is_refusal() || error.was_not_sent())) {
             claim.unsettled = None;
         }
         match answer? {
@@ -127,6 +134,7 @@ impl Upkeep {
     ///
     /// Whatever comes after the first try ends the owner's grant alone: the lock may have been obtained again by then.
     pub(crate) async fn release(&self, owned: &Owned, ending: Ending, until: Instant) -> Result<Released, Error> {
+        Self::check_runtime()?;
         let mut handed_over = None;
         if let Some(hand_over) = self.store.hands_over().then(|| self.queues.next(owned)).flatten() {
             let patience = self.command_timeout.min(until.saturating_duration_since(Instant::now()));
@@ -221,7 +229,7 @@ impl Upkeep {
                 Err(error) => error,
             };
             failures += 1;
-            if !error.is_refusal() {
+            if !(error.is_refusal() || error.was_not_sent()) {
                 (doubtful, ending) = (true, Ending::Grant);
             }
             let remaining = until.saturating_duration_since(Instant::now());

@@ -7,6 +7,7 @@ use std::time::Duration;
 use fred::clients::Client;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::hold::{Grant, GrantId, Hold, Owned};
 use crate::keeper::Upkeep;
@@ -65,17 +66,21 @@ impl Locker {
     /// The URL's scheme says what is there: `redis://` or `valkey://` for one server, `rediss://` with TLS (features
     /// `rustls` or `native-tls`), `redis+unix:///path/to.sock`, `redis-sentinel://host:26379?sentinelServiceName=name`
     /// (more with `&node=host:port`), `redis-cluster://host:port?node=host:port`. Credentials and database as usual:
-    /// `redis://user:password@host:6379/1`.
+    /// `redis://user:password@host:6379/1`. Other schemes and parameters are refused.
     ///
     /// Behind Sentinels and in a cluster, a server that dies takes locks with it that none of its replicas has yet:
     /// [`min_replicas`](LockerBuilder::min_replicas), [`quorum`](Locker::quorum). To keep those that a replica has, their
     /// ttl must be longer than a failover takes.
     ///
+    /// The connection is driven on the runtime that this is called on. When that one ends, or nobody drives it any
+    /// more, the connection is opened anew on the runtime of whoever uses the locker next; so a locker may be a static
+    /// that several runtimes use, one after the other or at a time.
+    ///
     /// # Errors
     ///
-    /// [`Error::Redis`] when the URL makes no sense, the server can't be reached within the
-    /// [command timeout](LockerBuilder::command_timeout), or refuses the credentials. Later interruptions are survived:
-    /// it reconnects for ever.
+    /// [`Error::InvalidUrl`] when the URL makes no sense. [`Error::Redis`] when the server can't be reached within the
+    /// [command timeout](LockerBuilder::command_timeout), or refuses the credentials or the database. Later
+    /// interruptions are survived: it reconnects for ever. [`Error::NoRuntime`] outside a tokio runtime.
     ///
     /// # Cancel safety
     ///
@@ -170,7 +175,8 @@ impl Locker {
     /// # Errors
     ///
     /// [`Error::InvalidNodes`] for no nodes, an even number of them (it tolerates no more failures than one node less), one
-    /// node twice (the same address and database), a cluster or Sentinels. [`Error::Redis`] for a URL that makes no sense.
+    /// node twice (the same address and database), a cluster or Sentinels. [`Error::InvalidUrl`] for a URL that makes
+    /// no sense.
     /// [`Error::Quorum`] when no majority could be reached within the [command
     /// timeout](LockerBuilder::command_timeout), with each node's own error. Later, wherever [`Error::Redis`] is documented,
     /// it is [`Error::Quorum`] that tells of failed nodes.
@@ -339,6 +345,7 @@ impl Locker {
         let ttl = self.validate(lease, lease.ttl())?;
         renewal.validate(ttl, drift)?;
         let upkeep = self.upkeep();
+        Upkeep::check_runtime()?;
         let runtime = upkeep.runtime()?;
         let sent = Instant::now();
         let owned = Owned { grant: Some(GrantId::random()), ..lease.owned().clone() };
@@ -441,6 +448,7 @@ impl Locker {
         if self.closed().is_cancelled() {
             return Err(Error::Closed);
         }
+        Upkeep::check_runtime()?;
         let upkeep = &self.shared.upkeep;
         upkeep.store.inspect(&key, upkeep.command_timeout).await
     }
@@ -449,8 +457,8 @@ impl Locker {
     /// flight: those of guards that were dropped, and of attempts that were given up.
     ///
     /// For the end of a program: what the runtime's shutdown would cut off is done then. Guards that are still held stay
-    /// held and are renewed on, those of a [`WatchDog`](crate::WatchDog) too. Where the server answers no more, this takes until the ttls have done the same: put it
-    /// under a timeout where that is too long.
+    /// held and are renewed on, those of a [`WatchDog`](crate::WatchDog) too. Where the server doesn't answer any more,
+    /// this takes until the ttls have done the same; [`close_within`](Locker::close_within) doesn't.
     ///
     /// # Cancel safety
     ///
@@ -467,8 +475,40 @@ impl Locker {
     /// # }
     /// ```
     pub async fn close(&self) {
-        self.refuse_new_work();
-        self.shared.upkeep.releases.wait().await;
+        self.refuse_new_requests().wait().await;
+    }
+
+    /// Closes as [`close`](Locker::close) does, and waits no longer than `limit`. Returns how many releases it had to
+    /// leave; zero when all are done.
+    ///
+    /// What is left goes on in the background for as long as the runtime lives; after that the ttls free the locks.
+    /// Outside a tokio runtime there is no clock to wait by: then it doesn't wait at all.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`close`](Locker::close).
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let locker = tenure::Locker::in_memory();
+    /// drop(locker.lock("k").await?);
+    /// let left = locker.close_within(Duration::from_secs(5)).await;
+    /// if left > 0 {
+    ///     eprintln!("{left} locks stay until their ttl ends");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn close_within(&self, limit: Duration) -> usize {
+        let releases = self.refuse_new_requests();
+        if Upkeep::check_runtime().is_ok() {
+            // What is left when the time is up is counted below.
+            drop(tokio::time::timeout(limit, releases.wait()).await);
+        }
+        releases.len()
     }
 
     /// Closes the locker when the returned value is dropped, and waits for the releases in flight, up to `limit`.
@@ -492,10 +532,12 @@ impl Locker {
         CloseOnDrop::new(self.clone(), limit)
     }
 
-    /// Ends what waits, and refuses what comes.
-    pub(crate) fn refuse_new_work(&self) {
+    /// Ends what waits, and refuses what comes. Returns what keeps count of the releases that are still in flight.
+    pub(crate) fn refuse_new_requests(&self) -> &TaskTracker {
         self.shared.closed.cancel();
-        self.shared.upkeep.releases.close();
+        let releases = &self.shared.upkeep.releases;
+        releases.close();
+        releases
     }
 
     /// The patience of `obtain`.

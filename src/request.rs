@@ -18,6 +18,7 @@ use tracing::{Instrument, debug, info, info_span, warn};
 
 use crate::attempt::{Attempt, Outcome};
 use crate::hold::{GrantId, Owned};
+use crate::keeper::Upkeep;
 use crate::locker::Locker;
 use crate::queue::{Learned, Place};
 use crate::retry::Pauses;
@@ -54,6 +55,7 @@ use crate::{Error, Key, LockGuard, Retry, Token, schedule};
 /// - [`Error::Unsupported`]: replicas are asked for where there can be none; nothing was sent.
 /// - [`Error::CrossSlot`]: several keys that lie in different slots of a cluster; nothing was sent.
 /// - [`Error::Closed`]: the locker was closed before or meanwhile.
+/// - [`Error::NoRuntime`]: it was polled outside a tokio runtime.
 ///
 /// # Examples
 ///
@@ -411,6 +413,7 @@ impl LockRequest {
         let drift = self.locker.settings().drift;
         let ttl = drift.validate(self.ttl)?;
         self.renewal.validate(ttl, drift)?;
+        Upkeep::check_runtime()?;
         Ok((ttl, self.locker.upkeep().runtime()?))
     }
 }

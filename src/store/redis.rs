@@ -13,6 +13,7 @@ mod replicas;
 mod router;
 mod script;
 mod subscriber;
+pub(crate) mod url;
 mod vote;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,7 +29,7 @@ use tracing::debug;
 
 use self::clock::ServerClock;
 use self::combiner::{Answers, Carrier, Combiner, Refused};
-use self::connection::Connection;
+use self::connection::{Connection, Sent};
 use self::operation::{Decision, NO_ID, Operation, What, unexpected};
 use self::replicas::{Writing, within};
 use self::router::Router;
@@ -65,24 +66,23 @@ impl RedisStore {
         timeout: Duration,
         min_replicas: usize,
     ) -> Result<Self, Error> {
-        // The connection lives on the runtime that it was opened on.
-        let store = Self::on(Connection::open(url, timeout).await?, Handle::try_current().ok(), prefix, min_replicas);
+        let store = Self::on(Connection::open(url, timeout).await?, prefix, min_replicas);
         store.check_replicas()?;
         Ok(store)
     }
 
     /// Uses the caller's client. Nothing is assumed of its settings: each call brings its own.
     pub(crate) fn with_client(client: Client, prefix: String, min_replicas: usize) -> Self {
-        Self::on(Connection::borrowed(client), None, prefix, min_replicas)
+        Self::on(Connection::borrowed(client), prefix, min_replicas)
     }
 
-    fn on(connection: Connection, home: Option<Handle>, prefix: String, min_replicas: usize) -> Self {
+    fn on(connection: Connection, prefix: String, min_replicas: usize) -> Self {
         use fred::interfaces::ClientLike;
         let subscriber = Subscriber::new(connection.client().client_config());
-        let router = Router::new(connection.client().clone(), home.clone());
+        let router = Router::new(connection.client().clone());
         let (scripts, takes_one_slot) = (Scripts::new(), AtomicBool::new(false));
         let server = Server { connection, router, scripts, clock: ServerClock::new(), min_replicas, takes_one_slot };
-        Self { prefix, combiner: Combiner::new(server, home), subscriber }
+        Self { prefix, combiner: Combiner::new(server), subscriber }
     }
 
     fn server(&self) -> &Server {
@@ -471,15 +471,16 @@ impl Server {
         sending: impl Fn(u64),
         timeout: Duration,
     ) -> Result<Reply, Error> {
-        self.connection.check()?;
         let until = Instant::now() + timeout;
         let mut reading = self.clock.reading();
         let mut refused = 0;
         loop {
-            let sent = Instant::now();
+            let now = Instant::now();
+            let sent = self.connection.begin()?;
+            self.router.live_on(|| self.connection.runtime());
             let latest = self.clock.at(until, reading);
             sending(latest);
-            let (mark, left) = (self.scripts.next_mark(), until.saturating_duration_since(sent));
+            let (mark, left) = (self.scripts.next_mark(), until.saturating_duration_since(now));
             // fred's futures are several kilobytes large, and those around them would be as large, on every path.
             let answer = Box::pin(script.run(&self.router, &call, mark, latest, left)).await;
             let reply = self.connection.heard(sent, answer).inspect_err(|error| {
@@ -507,7 +508,7 @@ impl Server {
 
     async fn replicated(&self, writing: Option<Writing>, until: Instant) -> Result<(), Error> {
         let Some(writing) = writing else { return Ok(()) };
-        let sent = Instant::now();
+        let sent = Sent::in_part();
         let answer = Box::pin(writing.acknowledged(self.client(), until)).await;
         match self.connection.heard(sent, answer) {
             // The write was answered: whatever keeps us from asking who has it, it is there and must be given back.
@@ -579,6 +580,15 @@ impl Server {
 impl Carrier for Server {
     type Operation = Operation;
     type Answer = Decision;
+
+    fn home(&self) -> Option<Handle> {
+        self.connection.runtime()
+    }
+
+    fn waits(&self) -> impl FnOnce() -> Error + Send {
+        let sent = self.connection.will_wait();
+        move || self.connection.unheard(sent)
+    }
 
     async fn one(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
         let (until, writing) = self.writing(timeout);

@@ -43,8 +43,36 @@ async fn a_dead_server_is_told_at_once() {
     let refused = soon(Locker::connect(&server.url())).await.unwrap_err();
     assert!(matches!(&refused, Error::Redis(_)) && refused.is_transient(), "{refused}");
     for url in ["nonsense", "http://", "redis://", "redis-sentinel://127.0.0.1:1"] {
-        assert!(matches!(soon(Locker::connect(url)).await, Err(Error::Redis(_))), "{url}");
+        assert!(matches!(soon(Locker::connect(url)).await, Err(Error::InvalidUrl(_))), "{url}");
     }
+}
+
+#[tokio::test]
+async fn what_a_url_says_in_vain_is_refused_by_name_and_nothing_is_sent() {
+    let server = Server::start();
+    let address = format!("127.0.0.1:{}", server.port());
+    let sent = || {
+        server
+            .cli(&["INFO", "stats"])
+            .lines()
+            .find_map(|l| l.strip_prefix("total_connections_received:").map(String::from))
+    };
+    let before: u32 = sent().unwrap().trim().parse().unwrap();
+    for (url, culprit) in [
+        (format!("http://{address}"), "`http`"),
+        (format!("reddis://{address}"), "`reddis`"),
+        (format!("redis+tls://{address}"), "`redis+tls`"),
+        (format!("redis://{address}?db=3"), "`db`"),
+        (address, "no scheme"),
+    ] {
+        let refused = soon(Locker::connect(&url)).await.unwrap_err();
+        assert!(matches!(&refused, Error::InvalidUrl(_)) && !refused.is_transient(), "{url}: {refused}");
+        assert!(refused.to_string().contains(culprit), "{url}: {refused}");
+        let refused = soon(Locker::quorum([&url])).await.unwrap_err();
+        assert!(matches!(&refused, Error::InvalidUrl(what) if what.contains(culprit)), "{url}: {refused}");
+    }
+    // That of redis-cli, each time.
+    assert_eq!(sent().unwrap().trim().parse(), Ok(before + 1));
 }
 
 #[cfg(not(any(feature = "rustls", feature = "native-tls")))]
@@ -272,4 +300,192 @@ async fn the_reply_to_another_request_is_never_taken_for_an_answer() {
         guard.release().await.unwrap();
     }
     held.release().await.unwrap();
+}
+
+/// What a user sees of an error: its text, and those of its sources.
+fn told(error: &Error) -> String {
+    let mut told = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(error) = source {
+        assert!(!told.contains(&error.to_string()), "told twice: {told} / {error}");
+        told = format!("{told}: {error}");
+        source = error.source();
+    }
+    told
+}
+
+#[tokio::test]
+async fn a_connection_error_names_the_server_and_what_to_look_at() {
+    let mut dead = Server::start();
+    dead.kill();
+    let guarded = Server::start_with(&["--requirepass", "right"]);
+    let open = Server::start();
+    // A service of another kind, and one that closes every connection at once, as one does that wants TLS.
+    let other = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let closing = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let silent = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let port_of = |listener: &tokio::net::TcpListener| listener.local_addr().unwrap().port();
+    let (other_port, closing_port, silent_port) = (port_of(&other), port_of(&closing), port_of(&silent));
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = other.accept().await {
+            tokio::io::AsyncWriteExt::write_all(&mut stream, b"HTTP/1.1 400 Bad Request\r\n\r\n").await.unwrap();
+        }
+    });
+    tokio::spawn(async move { while closing.accept().await.is_ok() {} });
+    for (url, at, about) in [
+        (dead.url(), format!("127.0.0.1:{}", dead.port()), "connection refused"),
+        ("redis://no.such.host.invalid:7".to_owned(), "no.such.host.invalid:7".to_owned(), "does not resolve"),
+        (format!("redis://:wrong@127.0.0.1:{}", guarded.port()), format!("127.0.0.1:{}", guarded.port()), "WRONGPASS"),
+        (guarded.url(), format!("127.0.0.1:{}", guarded.port()), "redis://:password@host"),
+        (format!("{}/99", open.url()), format!("127.0.0.1:{}", open.port()), "database in the URL"),
+        (format!("redis://127.0.0.1:{other_port}"), format!("127.0.0.1:{other_port}"), "no Redis or Valkey server"),
+        (format!("redis://127.0.0.1:{closing_port}"), format!("127.0.0.1:{closing_port}"), "rediss://"),
+        (format!("redis://127.0.0.1:{silent_port}"), format!("127.0.0.1:{silent_port}"), "in time"),
+        ("redis+unix:///no/such/socket".to_owned(), "/no/such/socket".to_owned(), "no socket"),
+        (
+            format!("redis-cluster://127.0.0.1:{}", open.port()),
+            format!("the cluster at 127.0.0.1:{}", open.port()),
+            "no cluster",
+        ),
+        (
+            format!("redis-sentinel://127.0.0.1:{}?sentinelServiceName=locks", dead.port()),
+            format!("`locks` by the Sentinels at 127.0.0.1:{}", dead.port()),
+            "entinel",
+        ),
+        ("localhost".to_owned(), "`localhost`".to_owned(), "redis://localhost"),
+    ] {
+        let builder = || Locker::builder().command_timeout(ms(1_000));
+        let refused = soon(builder().connect(&url)).await.map(drop).unwrap_err();
+        let text = told(&refused);
+        println!("{url}: {text}");
+        assert!(text.contains(&at) && text.contains(about), "{url}: {text}");
+        assert!(!text.contains("wrong") && !format!("{refused:?}").contains("wrong"), "{text}");
+        assert!(!text.contains("Os {"), "{text}");
+        if !url.contains("cluster") && !url.contains("sentinel") && url != "localhost" {
+            let text = told(&soon(builder().quorum([&url])).await.map(drop).unwrap_err());
+            assert!(text.contains(&at) && text.contains(about), "quorum of {url}: {text}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_call_that_cannot_be_made_names_the_server_and_why() {
+    let mut server = Server::start();
+    let at = format!("127.0.0.1:{}", server.port());
+    let locker = Locker::builder().command_timeout(ms(1_000)).connect(&server.url()).await.unwrap();
+    let guard = locker.lock("held").ttl(ms(60_000)).await.unwrap();
+    server.freeze();
+    let text = told(&soon(guard.refresh()).await.unwrap_err());
+    assert!(text.contains(&format!("{at} did not answer in time")), "{text}");
+    server.thaw();
+    server.kill();
+    tenure_test_support::eventually("refused", async || {
+        let text = told(&soon(locker.try_lock("k")).await.unwrap_err());
+        assert!(text.contains(&at), "{text}");
+        text.contains("connection refused").then_some(())
+    })
+    .await;
+    // All that wait for one call, and not only the one that makes it.
+    let many: Vec<_> = (0..20).map(|n| tokio::spawn(locker.try_lock(format!("k:{n}")).into_future())).collect();
+    for one in many {
+        let text = told(&soon(one).await.unwrap().unwrap_err());
+        assert!(text.contains(&at), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn what_was_never_sent_is_not_waited_for_in_the_end() {
+    let mut server = Server::start();
+    for pause in [0, 20, 500] {
+        for at_once in [1, 20] {
+            let locker = Locker::builder().command_timeout(ms(600)).connect(&server.url()).await.unwrap();
+            soon(locker.lock("warm")).await.unwrap().release().await.unwrap();
+            server.kill();
+            tokio::time::sleep(ms(pause)).await;
+            let many: Vec<_> = (0..at_once)
+                .map(|n| tokio::spawn(locker.try_lock(format!("k:{n}")).ttl(ms(30_000)).into_future()))
+                .collect();
+            for one in many {
+                let refused = soon(one).await.unwrap().unwrap_err();
+                assert!(refused.is_transient(), "{refused}");
+                // Right after the kill a request may have been written, into a connection that nobody reads.
+                assert!(
+                    pause < 20 || refused.to_string().contains("nothing was sent"),
+                    "{pause}, {at_once}: {refused}"
+                );
+            }
+            let closing = Instant::now();
+            if pause >= 20 {
+                soon(locker.close()).await;
+                assert!(closing.elapsed() < ms(1_000), "{pause}, {at_once}: {:?}", closing.elapsed());
+            } else {
+                drop(timeout(ms(100), locker.close()).await);
+            }
+            server.restart();
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_was_never_sent_to_a_quorum_is_not_waited_for_in_the_end() {
+    let mut servers = [0; 3].map(|_| Server::start());
+    let builder = Locker::builder().command_timeout(ms(600)).restart_window(Duration::ZERO);
+    let urls = [0, 1, 2].map(|n: usize| servers[n].url());
+    let locker = builder.quorum(urls).await.unwrap();
+    soon(locker.lock("warm")).await.unwrap().release().await.unwrap();
+    servers.iter_mut().for_each(Server::kill);
+    tokio::time::sleep(ms(500)).await;
+    let refused = soon(locker.try_lock("k").ttl(ms(60_000))).await.unwrap_err();
+    assert!(matches!(&refused, Error::Quorum { granted: 0, .. }), "{refused}");
+    // A majority that fails is enough to know.
+    assert!(refused.to_string().matches("connection refused by 127.0.0.1:").count() >= 2, "{refused}");
+    let closing = Instant::now();
+    soon(locker.close()).await;
+    assert!(closing.elapsed() < ms(1_000), "{:?}", closing.elapsed());
+}
+
+#[tokio::test]
+async fn what_may_have_been_sent_is_undone() {
+    let mut server = Server::start();
+    let proxy = Proxy::start(server.port()).await;
+    let locker = Locker::builder().command_timeout(ms(400)).connect(&proxy.url()).await.unwrap();
+    soon(locker.lock("warm")).await.unwrap().release().await.unwrap();
+    for round in 0..5 {
+        let key = format!("k:{round}");
+        proxy.set(Mode::LoseNext);
+        let unknown = soon(locker.try_lock(key.as_str()).ttl(ms(60_000))).await.unwrap_err();
+        assert!(!unknown.to_string().contains("nothing was sent"), "{unknown}");
+        let undone = async || (server.cli(&["EXISTS", &key]) == "0").then_some(());
+        tenure_test_support::eventually("undone", undone).await;
+    }
+    // Away when it begins, and back before its end: then it was sent, and its answer is lost.
+    server.kill();
+    tokio::time::sleep(ms(200)).await;
+    let waits = tokio::spawn(locker.try_lock("late").ttl(ms(60_000)).into_future());
+    tokio::time::sleep(ms(20)).await;
+    server.restart();
+    server.freeze();
+    let unknown = soon(waits).await.unwrap().unwrap_err();
+    println!("{unknown}");
+    server.thaw();
+    soon(locker.close()).await;
+    assert_eq!(server.cli(&["EXISTS", "late"]), "0");
+}
+
+#[tokio::test]
+async fn closing_can_be_limited_and_says_what_it_had_to_leave() {
+    let server = Server::start();
+    let locker = Locker::builder().command_timeout(ms(200)).connect(&server.url()).await.unwrap();
+    let [a, b] = [locker.lock("a").await.unwrap(), locker.lock("b").await.unwrap()];
+    server.freeze();
+    drop((a, b));
+    let closing = Instant::now();
+    assert_eq!(soon(locker.close_within(ms(300))).await, 2);
+    assert!((ms(300)..ms(2_000)).contains(&closing.elapsed()), "{:?}", closing.elapsed());
+    assert!(matches!(locker.try_lock("k").await, Err(Error::Closed)));
+    // They go on.
+    server.thaw();
+    assert_eq!(soon(locker.close_within(Duration::MAX)).await, 0);
+    assert_eq!(server.cli(&["EXISTS", "a", "b"]), "0");
+    assert_eq!(soon(locker.close_within(Duration::ZERO)).await, 0);
 }

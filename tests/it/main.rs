@@ -16,5 +16,6 @@ mod loss;
 mod ownership;
 mod permissions;
 mod replicas;
+mod runtimes;
 mod servers;
 mod waiting;

@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
 use super::Node;
-use crate::store::redis::RedisStore;
+use crate::store::redis::{RedisStore, url};
 use crate::{Error, NodeError};
 
 /// For how long the others are waited for once a majority is connected.
@@ -19,7 +19,7 @@ const GRACE: Duration = Duration::from_millis(250);
 ///
 /// # Errors
 ///
-/// [`Error::InvalidNodes`] for a list that makes no quorum, [`Error::Redis`] for a URL that makes no sense, and
+/// [`Error::InvalidNodes`] for a list that makes no quorum, [`Error::InvalidUrl`] for a URL that makes no sense, and
 /// [`Error::Quorum`] when no majority could be reached within `timeout`.
 pub(crate) async fn connect(
     urls: &[String],
@@ -28,8 +28,8 @@ pub(crate) async fn connect(
 ) -> Result<Vec<(String, Arc<dyn Node>)>, Error> {
     let configs = check(urls)?;
     let mut nodes: Vec<(String, Arc<RedisStore>)> = Vec::with_capacity(configs.len());
-    for (url, (address, config)) in urls.iter().zip(configs) {
-        let store = RedisStore::open_lazily(url, config, prefix.to_owned(), timeout)?;
+    for (address, config) in configs {
+        let store = RedisStore::open_lazily(config, prefix.to_owned(), timeout)?;
         nodes.push((address, Arc::new(store)));
     }
 
@@ -76,16 +76,13 @@ fn check(urls: &[String]) -> Result<Vec<(String, Config)>, Error> {
     }
     let mut nodes: Vec<(String, Config)> = Vec::with_capacity(urls.len());
     for url in urls {
-        let config = Config::from_url(url)?;
-        let address = match &config.server {
-            ServerConfig::Centralized { server } => format!("{}:{}", server.host, server.port),
-            ServerConfig::Unix { path } => path.display().to_string(),
-            ServerConfig::Clustered { .. } | ServerConfig::Sentinel { .. } => {
-                return Err(Error::InvalidNodes(
-                    "a cluster or a server under Sentinels is no node of a quorum: a failover forgets; use plain servers",
-                ));
-            }
-        };
+        let config = url::parse(url)?;
+        if matches!(&config.server, ServerConfig::Clustered { .. } | ServerConfig::Sentinel { .. }) {
+            return Err(Error::InvalidNodes(
+                "a cluster or a server under Sentinels is no node of a quorum: a failover forgets; use plain servers",
+            ));
+        }
+        let address = url::address(&config);
         let same = nodes.iter().find(|(other, _)| *other == address);
         match same.map(|(_, other)| other.database.unwrap_or(0) == config.database.unwrap_or(0)) {
             Some(true) => return Err(Error::InvalidNodes("one is named twice, and would have two votes")),
@@ -120,7 +117,9 @@ mod tests {
         ] {
             assert!(matches!(check(urls), Err(Error::InvalidNodes(_))), "{urls:?}");
         }
-        assert!(matches!(check(&["redis://a:port"]), Err(Error::Redis(_))));
+        for url in ["redis://a:port", "reddis://a", "redis://a?db=3"] {
+            assert!(matches!(check(&[url]), Err(Error::InvalidUrl(_))), "{url}");
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ async fn client(servers: &[Server], skew: i64) -> Locker {
     let mut nodes = Vec::new();
     for server in servers {
         let config = Config::from_url(&server.url()).unwrap();
-        let node = RedisStore::open_lazily(&server.url(), config, String::new(), Duration::from_secs(1)).unwrap();
+        let node = RedisStore::open_lazily(config, String::new(), Duration::from_secs(1)).unwrap();
         node.ready(Duration::from_secs(20)).await.unwrap();
         nodes.push((server.url(), Arc::new(node) as Arc<dyn Node>));
     }

@@ -48,6 +48,18 @@ pub(super) trait Carrier: fmt::Debug + Send + Sync + 'static {
     type Operation: Send + Sync;
     type Answer: Send;
 
+    /// The runtime without which it can bring nothing, as of now; drivers run there. Where there is none, they run on
+    /// those of the operations that wait.
+    fn home(&self) -> Option<Handle> {
+        None
+    }
+
+    /// Called when an operation begins to wait; what it returns says in the end what is known of one that had no
+    /// answer.
+    fn waits(&self) -> impl FnOnce() -> Error + Send {
+        Error::timeout
+    }
+
     /// Brings one. Ends within `timeout`.
     fn one(
         &self,
@@ -81,16 +93,12 @@ pub(super) struct Combiner<C: Carrier> {
 #[derive(Debug)]
 struct Shared<C: Carrier> {
     carrier: C,
-    /// Where the connection is driven, if that is known. Drivers run there: with it gone there is nothing to drive.
-    home: Option<Handle>,
     lines: Mutex<Lines<C>>,
 }
 
 impl<C: Carrier> Combiner<C> {
-    /// `home` is the runtime without which the carrier can bring nothing; where there is none, drivers run on those of
-    /// the operations that wait.
-    pub(super) fn new(carrier: C, home: Option<Handle>) -> Self {
-        Self { shared: Arc::new(Shared { carrier, home, lines: Mutex::default() }) }
+    pub(super) fn new(carrier: C) -> Self {
+        Self { shared: Arc::new(Shared { carrier, lines: Mutex::default() }) }
     }
 
     pub(super) fn carrier(&self) -> &C {
@@ -103,19 +111,22 @@ impl<C: Carrier> Combiner<C> {
     pub(super) async fn run(&self, line: u16, operation: C::Operation, timeout: Duration) -> Result<C::Answer, Error> {
         let now = Instant::now();
         let until = now + timeout;
+        // Nobody knows how far those came that are not answered: out of time, or their driver has come to its end.
+        let unanswered = self.shared.carrier.waits();
         let (mut answer, mut relief) = match self.shared.enter(line, operation, now, until)? {
             Entered::First(operation, _call) => return self.shared.carrier.one(&operation, timeout).await,
             Entered::Waits { answer, relief } => (answer, relief),
         };
-        // Nobody knows how far those came that are not answered: out of time, or their driver has come to its end.
-        let unknown = |_| Error::timeout();
         while let Some(at) = relief.filter(|at| *at < until) {
             match timeout_at(at, &mut answer).await {
-                Ok(answer) => return answer.map_err(unknown)?,
+                Ok(answer) => return answer.unwrap_or_else(|_| Err(unanswered())),
                 Err(_) => relief = self.shared.relieve(line),
             }
         }
-        timeout_at(until, answer).await.map_err(|_| Error::timeout())?.map_err(unknown)?
+        match timeout_at(until, answer).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) | Err(_) => Err(unanswered()),
+        }
     }
 
     /// Brings all of them, in as many calls as it takes. Answers for each in its place.
@@ -131,6 +142,7 @@ impl<C: Carrier> Combiner<C> {
         let until = now + timeout;
         let count = operations.len();
         let mut answers: Vec<_> = (0..count).map(|_| None).collect();
+        let unanswered = self.shared.carrier.waits();
         let (mut told, mut relief) = match self.shared.enter_all(line, operations, now, until) {
             Ok(entered) => entered,
             Err(error) => return (0..count).map(|_| Err(error.clone())).collect(),
@@ -152,7 +164,11 @@ impl<C: Carrier> Combiner<C> {
                 Err(_) => relief = self.shared.relieve(line),
             }
         }
-        answers.into_iter().map(|answer| answer.unwrap_or_else(|| Err(Error::timeout()))).collect()
+        if answers.iter().all(Option::is_some) {
+            return answers.into_iter().flatten().collect();
+        }
+        let unanswered = unanswered();
+        answers.into_iter().map(|answer| answer.unwrap_or_else(|| Err(unanswered.clone()))).collect()
     }
 }
 
@@ -215,7 +231,7 @@ impl<C: Carrier> Shared<C> {
     /// Where a driver can run.
     fn runtime(&self) -> Result<Handle, Error> {
         let runtime = Handle::try_current().map_err(|_| Error::NoRuntime)?;
-        Ok(self.home.clone().unwrap_or(runtime))
+        Ok(self.carrier.home().unwrap_or(runtime))
     }
 
     /// Replaces calls that are not trusted any more. Answers when to look again.

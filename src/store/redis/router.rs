@@ -98,10 +98,16 @@ pub(super) struct Sent<'a> {
 }
 
 impl Router {
-    /// `home` is the runtime for further connections. Without one they live on the runtime of the call that needs them.
-    pub(super) fn new(client: Client, home: Option<Handle>) -> Self {
-        let cluster = client.is_clustered().then(|| Cluster::new(client.clone(), home));
+    pub(super) fn new(client: Client) -> Self {
+        let cluster = client.is_clustered().then(|| Cluster::new(client.clone()));
         Self { client, cluster }
+    }
+
+    /// Further connections to nodes live on the runtime that the client's own connections live on.
+    pub(super) fn live_on(&self, runtime: impl FnOnce() -> Option<Handle>) {
+        if let Some(cluster) = &self.cluster {
+            cluster.state().home = runtime();
+        }
     }
 
     /// Sends a command and returns the reply of the node that ran it. It runs at most once, and the call ends by
@@ -212,7 +218,6 @@ fn options(until: Instant) -> Result<Options, Error> {
 /// The nodes of a cluster, one by one.
 struct Cluster {
     client: Client,
-    home: Option<Handle>,
     /// The client's configuration, for connections to single nodes.
     config: Config,
     state: Mutex<State>,
@@ -222,6 +227,8 @@ struct Cluster {
 
 #[derive(Default)]
 struct State {
+    /// The runtime for further connections. Without one they live on the runtime of the call that needs them.
+    home: Option<Handle>,
     nodes: HashMap<(Server, Asking), Arc<Node>>,
     /// The owners of the slots that were used, as far as they are known to be well.
     owners: HashMap<u16, Server>,
@@ -237,9 +244,9 @@ struct Failed {
 }
 
 impl Cluster {
-    fn new(client: Client, home: Option<Handle>) -> Self {
+    fn new(client: Client) -> Self {
         let config = client.client_config();
-        Self { client, home, config, state: Mutex::default(), any_moves: AtomicBool::new(false) }
+        Self { client, config, state: Mutex::default(), any_moves: AtomicBool::new(false) }
     }
 
     async fn send<F: Fn() -> Vec<Value> + Sync>(
@@ -354,7 +361,7 @@ impl Cluster {
                 return Err(error.clone());
             }
         }
-        let runtime = self.home.clone().map_or_else(Handle::try_current, Ok).map_err(|_| Error::NoRuntime)?;
+        let runtime = state.home.clone().map_or_else(Handle::try_current, Ok).map_err(|_| Error::NoRuntime)?;
         let node = Arc::new(Node::open(&self.client, &self.config, server, asking, &runtime));
         let in_use = node.usage.begin().ok_or_else(Error::timeout)?;
         state.nodes.retain(|_, node| !node.usage.is_over());

@@ -5,9 +5,8 @@ use std::time::Duration;
 use fred::bytes::Bytes;
 use fred::types::Value;
 use fred::types::config::Config;
-use tokio::runtime::Handle;
 
-use super::connection::{Connection, check_tls};
+use super::connection::Connection;
 use super::script::Call;
 use super::{FENCE_TTL, RedisStore, from_millis, integers, millis, names, record_ttl, unexpected, value_of};
 use crate::Error;
@@ -17,15 +16,9 @@ use crate::store::{Answer, Wanted};
 
 impl RedisStore {
     /// Connects in the background, now or whenever the server comes.
-    pub(crate) fn open_lazily(
-        url: &str,
-        config: Config,
-        prefix: String,
-        command_timeout: Duration,
-    ) -> Result<Self, Error> {
-        check_tls(url)?;
+    pub(crate) fn open_lazily(config: Config, prefix: String, command_timeout: Duration) -> Result<Self, Error> {
         let connection = Connection::open_lazily(config, command_timeout)?;
-        Ok(Self::on(connection, Handle::try_current().ok(), prefix, 0))
+        Ok(Self::on(connection, prefix, 0))
     }
 
     /// Waits until it is connected.

@@ -58,6 +58,7 @@ struct Sent {
 #[derive(Debug, Default)]
 struct Fake {
     calls: Mutex<Vec<Sent>>,
+    home: Option<Handle>,
 }
 
 /// Notes when the call ends, also when it is dropped.
@@ -105,6 +106,10 @@ impl Carrier for Fake {
     type Operation = Task;
     type Answer = usize;
 
+    fn home(&self) -> Option<Handle> {
+        self.home.clone()
+    }
+
     async fn one(&self, task: &Task, timeout: Duration) -> Result<usize, Error> {
         self.bring(std::slice::from_ref(task), false, timeout).await?;
         match task.fate {
@@ -147,7 +152,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        Self { combiner: Arc::new(Combiner::new(Fake::default(), None)), start: Instant::now() }
+        Self { combiner: Arc::new(Combiner::new(Fake::default())), start: Instant::now() }
     }
 
     fn run(&self, task: Task, patience: Duration) -> impl Future<Output = Answered> + Send + use<> {
@@ -641,8 +646,8 @@ async fn a_runtime_that_ends_under_a_driver_leaves_the_rest_to_another() {
 #[tokio::test]
 async fn what_waits_for_a_driver_whose_home_has_ended_fails_at_once() {
     let mut home = Elsewhere::new();
-    let bench =
-        Bench { combiner: Arc::new(Combiner::new(Fake::default(), Some(home.handle.clone()))), start: Instant::now() };
+    let carrier = Fake { home: Some(home.handle.clone()), ..Fake::default() };
+    let bench = Bench { combiner: Arc::new(Combiner::new(carrier)), start: Instant::now() };
     let [first, _second] = busy(&bench, [ms(60_000), ms(60_000)]).await;
     let waits = tokio::spawn(bench.run(task(1), ms(60_000)));
     let wait_together = tokio::spawn(bench.run_all(vec![task(2), task(3)], ms(60_000)));

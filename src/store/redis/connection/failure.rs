@@ -1,0 +1,409 @@
+//! What fred says of a connection that failed, in words: at which server, why, and what to look at.
+//!
+//! fred hands on the `Debug` text of what the system or the TLS library said. Its kind is set right here too: of what a
+//! TLS library says, only what nobody but the operator can change is [`ErrorKind::Tls`], and not transient.
+
+use std::borrow::Cow;
+
+use fred::error::{Error, ErrorKind};
+use fred::types::config::{Config, Server, ServerConfig};
+
+use super::url;
+
+/// The server, or the servers, at the other end.
+pub(super) struct Peer {
+    address: String,
+    has_password: bool,
+    has_tls: bool,
+    /// Never shown, though a server may repeat them.
+    secrets: Vec<String>,
+}
+
+impl Peer {
+    pub(super) fn of(config: &Config) -> Self {
+        let mut secrets: Vec<String> = config.password.iter().cloned().collect();
+        if let ServerConfig::Sentinel { password, .. } = &config.server {
+            secrets.extend(password.clone());
+        }
+        let (address, has_password) = (url::address(config), config.password.is_some());
+        Self { address, has_password, has_tls: config.uses_tls(), secrets }
+    }
+
+    /// Says why there is no connection. The server is that of several which fred has named, if it has.
+    pub(super) fn unreachable(&self, error: &Error, server: Option<&Server>) -> Error {
+        let at: Cow<'_, str> = match server {
+            Some(server) if server.port != 0 => format!("{}:{}", server.host, server.port).into(),
+            _ => (&*self.address).into(),
+        };
+        let said = self.without_secrets(error.details());
+        let (kind, text) = self.explain(error.kind(), &said, &at);
+        Error::new(kind, text)
+    }
+
+    /// Says why a call has no answer, unless the server has given one.
+    pub(super) fn unanswered(&self, error: Error) -> Error {
+        let at = &self.address;
+        match error.kind() {
+            ErrorKind::Timeout => self.silent(),
+            ErrorKind::IO => self.unreachable(&error, None),
+            kind if is_tls(kind) => self.unreachable(&error, None),
+            kind @ (ErrorKind::Canceled | ErrorKind::Routing | ErrorKind::Protocol) => {
+                Error::new(kind.clone(), format!("{} ({at})", self.without_secrets(error.details())))
+            }
+            _ => error,
+        }
+    }
+
+    /// Nothing was heard of it.
+    pub(super) fn silent(&self) -> Error {
+        Error::new(ErrorKind::Timeout, format!("{} did not answer in time", self.address))
+    }
+
+    /// Nothing drives the connection. Where it is ours, it will go on with the next call.
+    pub(super) fn gone(&self, ours: bool) -> Error {
+        let at = &self.address;
+        match ours {
+            true => Error::new(ErrorKind::Canceled, format!("the runtime that drove the connection to {at} has ended")),
+            false => Error::new(
+                ErrorKind::Config,
+                format!(
+                    "the client of {at} is not running: call `init`, on a runtime that lives as long as the locker"
+                ),
+            ),
+        }
+    }
+
+    fn without_secrets<'a>(&self, said: &'a str) -> Cow<'a, str> {
+        let mut said = Cow::Borrowed(said);
+        for secret in &self.secrets {
+            if !secret.is_empty() && said.contains(secret.as_str()) {
+                said = said.replace(secret.as_str(), "***").into();
+            }
+        }
+        said
+    }
+
+    fn explain(&self, kind: &ErrorKind, said: &str, at: &str) -> (ErrorKind, String) {
+        // What the server itself has said begins with its word for it, and goes on doing so.
+        if let Some(hint) = self.refusal(said) {
+            return (kind.clone(), format!("{said} ({at}: {hint})"));
+        }
+        match kind {
+            ErrorKind::Timeout => {
+                // A plain server waits for the rest of what it takes for a command.
+                let tls = if self.has_tls { ", and whether it speaks TLS" } else { "" };
+                let look = format!("look at the address, at firewalls, and whether the server hangs{tls}");
+                (ErrorKind::Timeout, format!("no answer from {at} in time: {look}"))
+            }
+            ErrorKind::IO => explain_io(said, at),
+            ErrorKind::Protocol | ErrorKind::Parse => {
+                (kind.clone(), format!("what answers at {at} is no Redis or Valkey server: {said}"))
+            }
+            kind if is_tls(kind) => explain_tls(said, at),
+            kind => (kind.clone(), format!("{said} ({at})")),
+        }
+    }
+
+    /// What to look at after a refusal of the server.
+    fn refusal(&self, said: &str) -> Option<&'static str> {
+        match said.split_ascii_whitespace().next()? {
+            "NOAUTH" => Some("it wants a password in the URL, as in redis://:password@host"),
+            "WRONGPASS" => Some("look at the user and the password in the URL"),
+            "ERR" if said.contains("DB index") => Some("look at the database in the URL"),
+            "ERR" if said.contains("AUTH") && self.has_password => Some("look at the user and the password in the URL"),
+            "ERR" if said.contains("cluster support disabled") => Some("it is no cluster: use redis://"),
+            _ => None,
+        }
+    }
+}
+
+fn explain_io(said: &str, at: &str) -> (ErrorKind, String) {
+    let is = |kinds: &[&str]| kinds.iter().any(|kind| said.contains(kind));
+    let text = match () {
+        () if is(&["kind: ConnectionRefused"]) => {
+            format!("connection refused by {at}: is a server running there, and is this its port?")
+        }
+        () if is(&["failed to lookup address", "Failed to resolve", "invalid socket address"]) => {
+            format!("the host name of {at} does not resolve: look at the name and the DNS")
+        }
+        () if is(&["kind: NotFound"]) => {
+            format!("there is no socket {at}: look at the path, and whether a server is running")
+        }
+        () if is(&["kind: PermissionDenied"]) => format!("no permission to connect to {at}"),
+        () if is(&["kind: HostUnreachable", "kind: NetworkUnreachable", "kind: NetworkDown"]) => {
+            format!("no way to {at}: look at the address, the routes and firewalls")
+        }
+        () if is(&["kind: TimedOut"]) => format!("no answer from {at} in time: look at the address and at firewalls"),
+        () if is(&["kind: ConnectionReset", "kind: BrokenPipe", "kind: ConnectionAborted", "kind: UnexpectedEof"])
+            || said.starts_with("Connection closed")
+            || said.starts_with("Connection Closed") =>
+        {
+            format!(
+                "{at} closed the connection: has it been stopped, does it want TLS (rediss://), is it another service?"
+            )
+        }
+        () if RUSTLS.iter().any(|error| said.contains(error)) || said.contains(OPENSSL) => {
+            return explain_tls(said, at);
+        }
+        () => format!("{} ({at})", message_in(said)),
+    };
+    (ErrorKind::IO, text)
+}
+
+/// What rustls says through an I/O error.
+const RUSTLS: [&str; 7] = [
+    "InvalidCertificate(",
+    "NoCertificatesPresented",
+    "AlertReceived(",
+    "PeerIncompatible(",
+    "PeerMisbehaved(",
+    "InvalidMessage(",
+    "UnsupportedNameType",
+];
+
+/// What OpenSSL says through one, as it does once the handshake is over.
+const OPENSSL: &str = "SSL routines";
+
+fn explain_tls(said: &str, at: &str) -> (ErrorKind, String) {
+    let is = |signs: &[&str]| signs.iter().any(|sign| said.contains(sign));
+    // Last: what a library says besides, be it of an expired certificate, may contain any of the other signs.
+    let text = match () {
+        () if is(&[
+            "InvalidCertificate(",
+            "NoCertificatesPresented",
+            "certificate verify failed",
+            "CertificateVerif",
+        ]) =>
+        {
+            format!("the certificate of {at} is not accepted: {}", certificate_fault(said))
+        }
+        () if is(&["InvalidMessage(", "wrong version number", "packet length too long", "record layer failure"]) => {
+            format!("{at} does not speak TLS: use redis://, or the port where it does")
+        }
+        () if is(&["AlertReceived(", " alert "]) => {
+            format!("{at} refused the TLS handshake: {}", alert_in(said))
+        }
+        // The connection broke while the handshake was under way.
+        () if is(&[
+            "ErrorCode(5)",
+            "unexpected eof",
+            "UnexpectedEof",
+            "Io(",
+            "Os {",
+            "ConnectionReset",
+            "closed via error",
+        ]) =>
+        {
+            return (ErrorKind::IO, format!("{at} closed the connection in the TLS handshake"));
+        }
+        () => format!("no TLS connection to {at}: {}", message_in(said)),
+    };
+    (tls_kind(), text)
+}
+
+/// Why it isn't accepted, as far as the libraries' texts are known.
+fn certificate_fault(said: &str) -> Cow<'_, str> {
+    for (sign, fault) in [
+        ("UnknownIssuer", "it is signed by an unknown issuer"),
+        ("NotValidForName", "it is for another name"),
+        ("NotValidYet", "it is not valid yet"),
+        ("Expired", "it has expired"),
+        ("Revoked", "it was revoked"),
+        ("NoCertificatesPresented", "there is none"),
+    ] {
+        if said.contains(sign) {
+            return fault.into();
+        }
+    }
+    // OpenSSL: `X509VerifyResult { code: 10, error: "certificate has expired" }`.
+    let verified = said.split_once("X509VerifyResult").and_then(|(_, result)| quoted(result, "error: "));
+    verified.unwrap_or(said).into()
+}
+
+/// `AlertReceived(HandshakeFailure)`, or `reason: "sslv3 alert handshake failure"`.
+fn alert_in(said: &str) -> &str {
+    let rustls = said.split_once("AlertReceived(").and_then(|(_, rest)| rest.split_once(')')).map(|(alert, _)| alert);
+    rustls.or_else(|| quoted(said, "reason: ")).unwrap_or(said)
+}
+
+/// What stands for people in the `Debug` text of an I/O error.
+fn message_in(said: &str) -> &str {
+    quoted(said, "message: ").or_else(|| quoted(said, "error: ")).unwrap_or(said)
+}
+
+fn quoted<'a>(said: &'a str, before: &str) -> Option<&'a str> {
+    let (_, rest) = said.split_once(before)?;
+    let (text, _) = rest.strip_prefix('"')?.split_once('"')?;
+    Some(text)
+}
+
+#[cfg(any(feature = "rustls", feature = "native-tls"))]
+pub(super) fn is_tls(kind: &ErrorKind) -> bool {
+    *kind == ErrorKind::Tls
+}
+
+#[cfg(not(any(feature = "rustls", feature = "native-tls")))]
+pub(super) fn is_tls(_: &ErrorKind) -> bool {
+    false
+}
+
+#[cfg(any(feature = "rustls", feature = "native-tls"))]
+fn tls_kind() -> ErrorKind {
+    ErrorKind::Tls
+}
+
+/// There is no TLS to fail then; configured wrongly is what comes next to it.
+#[cfg(not(any(feature = "rustls", feature = "native-tls")))]
+fn tls_kind() -> ErrorKind {
+    ErrorKind::Config
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(url: &str) -> Peer {
+        Peer::of(&url::parse(url).unwrap())
+    }
+
+    fn explained(kind: ErrorKind, said: &'static str) -> crate::Error {
+        peer("redis://:secret@10.0.0.1:6380").unreachable(&Error::new(kind, said), None).into()
+    }
+
+    #[test]
+    fn a_connection_error_names_the_server_and_what_to_look_at() {
+        for (said, about) in [
+            (r#"Os { code: 111, kind: ConnectionRefused, message: "Connection refused" }"#, "connection refused"),
+            (
+                r#"Custom { kind: Uncategorized, error: "failed to lookup address information: unknown" }"#,
+                "does not resolve",
+            ),
+            (r#"Os { code: 113, kind: HostUnreachable, message: "No route to host" }"#, "routes"),
+            (r#"Os { code: 104, kind: ConnectionReset, message: "Connection reset by peer" }"#, "TLS"),
+            ("Connection closed.", "TLS"),
+            (r#"Os { code: 24, kind: Uncategorized, message: "Too many open files" }"#, "Too many open files (10."),
+        ] {
+            let error = explained(ErrorKind::IO, said);
+            let text = error.to_string();
+            assert!(text.contains("10.0.0.1:6380") && text.contains(about), "{text}");
+            assert!(!text.contains("Os {") && !text.contains("kind:"), "{text}");
+            assert!(error.is_transient(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_of_the_server_keeps_its_name_and_says_what_to_look_at() {
+        for (said, about) in [
+            ("WRONGPASS invalid username-password pair or user is disabled.", "password in the URL"),
+            ("NOAUTH Authentication required.", "redis://:password@host"),
+            ("ERR DB index is out of range", "database in the URL"),
+        ] {
+            let error = explained(ErrorKind::Auth, said);
+            assert_eq!(error.code(), said.split(' ').next());
+            let text = error.to_string();
+            assert!(text.contains("10.0.0.1:6380") && text.contains(about), "{text}");
+            assert!(!error.is_transient());
+        }
+    }
+
+    #[test]
+    fn a_password_that_the_server_repeats_is_not_shown() {
+        let error = explained(ErrorKind::Unknown, "ERR unknown command 'AUTH', with args beginning with: 'secret' ");
+        assert!(!format!("{error:?} {error}").contains("secret"), "{error}");
+    }
+
+    #[test]
+    fn of_several_servers_the_one_that_failed_is_named() {
+        let cluster = peer("redis-cluster://a:1?node=b:2");
+        let refused = Error::new(ErrorKind::IO, "kind: ConnectionRefused");
+        let text = cluster.unreachable(&refused, Some(&Server::new("b", 2))).to_string();
+        assert!(text.contains("by b:2:"), "{text}");
+        let text = cluster.unreachable(&refused, None).to_string();
+        assert!(text.contains("the cluster at b:2, a:1"), "{text}");
+    }
+
+    /// As rustls 0.23 says it, through an I/O error, and OpenSSL 3, through native-tls.
+    #[cfg(any(feature = "rustls", feature = "native-tls"))]
+    #[test]
+    fn a_certificate_that_is_not_accepted_is_not_waited_for() {
+        let openssl = |code, error| {
+            format!(
+                "Ssl(Error {{ code: ErrorCode(1), cause: Some(Ssl(ErrorStack([Error {{ code: 167772294, library: \
+                 \"SSL routines\", function: \"tls_post_process_server_certificate\", reason: \
+                 \"certificate verify failed\", file: \"statem_clnt.c\", line: 1889 }}]))) }}, \
+                 X509VerifyResult {{ code: {code}, error: \"{error}\" }})"
+            )
+        };
+        for (kind, said, about) in [
+            (
+                ErrorKind::IO,
+                "Custom { kind: InvalidData, error: InvalidCertificate(UnknownIssuer) }".to_owned(),
+                "unknown issuer",
+            ),
+            (
+                ErrorKind::IO,
+                "Custom { kind: InvalidData, error: InvalidCertificate(NotValidForNameContext { expected: \
+                 DnsName(\"redis.internal\"), presented: [\"DnsName(\\\"other\\\")\"] }) }"
+                    .to_owned(),
+                "another name",
+            ),
+            (
+                ErrorKind::IO,
+                "Custom { kind: InvalidData, error: InvalidCertificate(ExpiredContext { time: UnixTime(2), not_after: \
+                 UnixTime(1) }) }"
+                    .to_owned(),
+                "expired",
+            ),
+            (ErrorKind::Tls, openssl(20, "unable to get local issuer certificate"), "unable to get local issuer"),
+            (ErrorKind::Tls, openssl(62, "hostname mismatch"), "hostname mismatch"),
+            (ErrorKind::Tls, openssl(10, "certificate has expired"), "certificate has expired"),
+        ] {
+            let error: crate::Error = peer("redis://10.0.0.1:6380").unreachable(&Error::new(kind, said), None).into();
+            let text = error.to_string();
+            assert!(text.contains("certificate of 10.0.0.1:6380") && text.contains(about), "{text}");
+            assert!(!error.is_transient(), "{text}");
+            assert!(error.code().is_none());
+        }
+    }
+
+    #[cfg(any(feature = "rustls", feature = "native-tls"))]
+    #[test]
+    fn a_handshake_that_can_never_succeed_is_told_from_one_that_was_cut_off() {
+        for (kind, said, about) in [
+            (
+                ErrorKind::IO,
+                "Custom { kind: InvalidData, error: InvalidMessage(InvalidContentType) }",
+                "does not speak TLS",
+            ),
+            (
+                ErrorKind::Tls,
+                r#"Ssl(.. ErrorStack([Error { library: "SSL routines", reason: "packet length too long" }])..)"#,
+                "does not speak TLS",
+            ),
+            (
+                ErrorKind::IO,
+                "Custom { kind: InvalidData, error: AlertReceived(CertificateRequired) }",
+                "CertificateRequired",
+            ),
+        ] {
+            let error = explained(kind, said);
+            assert!(!error.is_transient() && error.to_string().contains(about), "{error}");
+        }
+        for (kind, said) in [
+            (ErrorKind::IO, r#"Custom { kind: UnexpectedEof, error: "tls handshake eof" }"#),
+            (ErrorKind::IO, r#"Os { code: 104, kind: ConnectionReset, message: "Connection reset by peer" }"#),
+            (
+                ErrorKind::Tls,
+                r#"Ssl(Error { code: ErrorCode(5), cause: None }, X509VerifyResult { code: 0, error: "ok" })"#,
+            ),
+            (
+                ErrorKind::Tls,
+                r#"Ssl(.. ErrorStack([Error { library: "SSL routines", reason: "unexpected eof while reading" }])..)"#,
+            ),
+        ] {
+            let error = explained(kind, said);
+            assert!(error.is_transient(), "{error}");
+            assert!(error.to_string().contains("10.0.0.1:6380"), "{error}");
+        }
+    }
+}
