@@ -99,8 +99,8 @@ impl LockerBuilder {
         self
     }
 
-    /// How often who waits looks at the lock although nothing was heard of it: 1 s unless set, at least 10 ms, at most 365
-    /// days.
+    /// How often who waits looks at the lock although nothing was heard of it: 1 s unless set, at least 10 ms, at most
+    /// 365 days.
     ///
     /// A lock that is released by tenure is heard of at once, and the end of a dead holder's ttl is known. This is for locks
     /// that other libraries release, which send no message, and for servers whose messages can't be had.

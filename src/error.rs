@@ -42,8 +42,8 @@ pub enum Error {
     NotObtained {
         /// The key that was held; of several, the first that was found to be.
         key: Key,
-        /// How often this request asked the server. Zero for one that waited behind another request of this process, which
-        /// asked for both.
+        /// How often this request asked the server. Zero for one that waited behind another request of this process,
+        /// which asked for both.
         attempts: u32,
         /// From the first attempt until giving up.
         waited: Duration,

@@ -21,8 +21,8 @@ use crate::{Error, Key, Lease, Loss, Token};
 ///
 /// Made by awaiting a [`LockRequest`](crate::LockRequest). A guard never believes longer than the server: it counts as
 /// held until its [`deadline`](LockGuard::deadline), which only a confirmed renewal moves, and which lies before the moment
-/// at which the server lets go. [`is_held`](LockGuard::is_held), [`check`](LockGuard::check), [`lost`](LockGuard::lost) and
-/// [`protect`](LockGuard::protect) read that one deadline themselves, on whatever runtime they are used;
+/// at which the server lets go. [`is_held`](LockGuard::is_held), [`check`](LockGuard::check), [`lost`](LockGuard::lost)
+/// and [`protect`](LockGuard::protect) read that one deadline themselves, on whatever runtime they are used;
 /// [`cancellation_token`](LockGuard::cancellation_token) depends on a task that runs.
 ///
 /// # Dropping
@@ -245,8 +245,8 @@ impl LockGuard {
         self.hold.check()
     }
 
-    /// Returns why the latest renewal failed, if none has succeeded since: in the background or by a call of this guard. Where
-    /// the lock [expired](Loss::Expired), that is what led to it.
+    /// Returns why the latest renewal failed, if none has succeeded since: in the background or by a call of this
+    /// guard. Where the lock [expired](Loss::Expired), that is what led to it.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -266,8 +266,8 @@ impl LockGuard {
     /// Waits until the lock is held no more, and says why. Lives on its own: it may outlast the guard, and then says
     /// [`Loss::Released`].
     ///
-    /// It watches the deadline by itself, on the runtime that polls it: it is on time also when the runtime that the lock
-    /// was obtained on is blocked or not driven.
+    /// It watches the deadline by itself, on the runtime that polls it: it is on time also when the runtime that the
+    /// lock was obtained on is blocked or not driven.
     ///
     /// # Cancel safety
     ///
@@ -291,8 +291,8 @@ impl LockGuard {
 
     /// A token that fires when the lock is held no more: lost, released or dropped. For code that already takes one.
     ///
-    /// A task on the runtime that the lock was obtained on fires it at the deadline. While that runtime is blocked or not
-    /// driven, the token is late, and its `is_cancelled`, which does not read the clock, returns false after the
+    /// A task on the runtime that the lock was obtained on fires it at the deadline. While that runtime is blocked or
+    /// not driven, the token is late, and its `is_cancelled`, which does not read the clock, returns false after the
     /// deadline. [`is_held`](LockGuard::is_held), [`check`](LockGuard::check), [`lost`](LockGuard::lost) and
     /// [`protect`](LockGuard::protect) read the clock themselves; any of them that finds the deadline passed fires the
     /// token, too.
@@ -315,8 +315,8 @@ impl LockGuard {
     }
 
     /// Runs `work` for as long as the lock is held. On a loss the work is dropped at once, and the loss is the answer,
-    /// also when the work has become ready at the same time. As with [`lost`](LockGuard::lost), the deadline is watched on
-    /// the runtime that polls the future.
+    /// also when the work has become ready at the same time. As with [`lost`](LockGuard::lost), the deadline is watched
+    /// on the runtime that polls the future.
     ///
     /// # Cancel safety
     ///

@@ -340,7 +340,8 @@ impl Hold {
         }
     }
 
-    /// Returns a token that fires when the deadline next moves closer: a future that sleeps until then has to read it again.
+    /// Returns a token that fires when the deadline next moves closer: a future that sleeps until then has to read it
+    /// again.
     pub(crate) fn shortened(&self) -> CancellationToken {
         self.state().shortened.get_or_insert_default().clone()
     }

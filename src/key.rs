@@ -13,16 +13,16 @@ use crate::Error;
 ///
 /// # Reserved names
 ///
-/// The server keeps more keys beside a lock key, in the same hash slot of a cluster. None of them may be used as a lock key,
-/// or for anything else. For the key `job` they are
+/// The server keeps more keys beside a lock key, in the same hash slot of a cluster. None of them may be used as a lock
+/// key, or for anything else. For the key `job` they are
 ///
 /// - `{job}:fence`, the last fencing token;
 /// - `{job}:grants`, the grants of a token that was [chosen](crate::LockRequest::token), which may have several;
 /// - `{job}:queue` and `{job}:alive`, the line of [fair](crate::LockRequest::fair) requests and who in it is alive.
 ///
-/// A key with a hash tag of its own keeps it: `{user:1}:job` has `{user:1}:job:fence`. A key that is nothing but a tag gets
-/// empty braces: `{job}` has `{job}{}:fence`. A key with a `}` but without a tag gets a stand-in of four letters that hash to
-/// its slot, and a tilde: `a}b` has `{jnhl}a}b:fence~`. No two keys share such a name.
+/// A key with a hash tag of its own keeps it: `{user:1}:job` has `{user:1}:job:fence`. A key that is nothing but a tag
+/// gets empty braces: `{job}` has `{job}{}:fence`. A key with a `}` but without a tag gets a stand-in of four letters
+/// that hash to its slot, and a tilde: `a}b` has `{jnhl}a}b:fence~`. No two keys share such a name.
 ///
 /// # Examples
 ///

@@ -145,8 +145,8 @@ impl Timer {
         if runtime.is_none() {
             return Poll::Pending;
         }
-        // Tokio panics where the runtime has no timers or is shutting down. Without a timer the cancellation token still
-        // wakes the future.
+        // Tokio panics where the runtime has no timers or is shutting down. Without a timer the cancellation token
+        // still wakes the future.
         let polled = catch_unwind(AssertUnwindSafe(|| {
             loop {
                 match this.sleep.as_mut().as_pin_mut() {

@@ -44,9 +44,9 @@ use crate::{Error, Key, LockGuard, Retry, Token, schedule};
 /// # Errors
 ///
 /// - [`Error::NotObtained`]: another holds it, as the server last reported, and the request's patience is at an end.
-/// - [`Error::Redis`]: the server refused for good, or the last attempt failed, or the server did not answer at all within
-///   the time that the request may wait. One that waits behind others in this process has the errors of those that asked
-///   before it. [`Error::Quorum`] where that is true of so many nodes that no majority was left.
+/// - [`Error::Redis`]: the server refused for good, or the last attempt failed, or the server did not answer at all
+///   within the time that the request may wait. One that waits behind others in this process has the errors of those
+///   that asked before it. [`Error::Quorum`] where that is true of so many nodes that no majority was left.
 /// - [`Error::NotReplicated`]: too few [replicas](crate::LockerBuilder::min_replicas) acknowledged it in time, and it was
 ///   released again (but see [`token`](LockRequest::token)).
 /// - [`Error::ValidityExpired`]: the answer came so late that too little of the ttl was left, several times in a row
@@ -377,8 +377,8 @@ impl LockRequest {
                     Known::Held { key, remaining }
                 }
                 Err(error) => {
-                    // An attempt that the limit ends before the server usually answers says nothing about the server, nor
-                    // about the lock: then the answer before it counts.
+                    // An attempt that the limit ends before the server usually answers says nothing about the server,
+                    // nor about the lock: then the answer before it counts.
                     let is_cut_short = asked.elapsed() < took * 2 && limit.is_some_and(|limit| Instant::now() >= limit);
                     if !(is_cut_short && error.is_timeout()) {
                         learned = Some(Learned::Unknown(error.clone()));

@@ -37,8 +37,8 @@ use crate::{Error, Key, Lease, LockGuard, Locker};
 /// [`on_event`](WatchDogBuilder::on_event) sets a callback, [`subscribe`](WatchDog::subscribe) gives a stream. Both get the
 /// events of one key in order. The callback misses none, whatever it does: [`WatchEvent`] says what is told when.
 ///
-/// Events come from the tasks that renew the locks. While the runtime that a lock was obtained on is blocked or not driven,
-/// its loss is reported late; [`status`](WatchDog::status) reads the clock, and so is right all the same.
+/// Events come from the tasks that renew the locks. While the runtime that a lock was obtained on is blocked or not
+/// driven, its loss is reported late; [`status`](WatchDog::status) reads the clock, and so is right all the same.
 ///
 /// # Dropping
 ///
@@ -224,9 +224,9 @@ impl WatchDog {
     ///
     /// # Cancel safety
     ///
-    /// It waits for tasks that end at once (and no longer than the [command timeout](crate::LockerBuilder::command_timeout),
-    /// should their runtime stand still), and then stops all in one step: dropped before, it has closed the watchdog, and
-    /// what is held stays with the other handles.
+    /// It waits for tasks that end at once (and no longer than the [command
+    /// timeout](crate::LockerBuilder::command_timeout), should their runtime stand still), and then stops all in one
+    /// step: dropped before, it has closed the watchdog, and what is held stays with the other handles.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]

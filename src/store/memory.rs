@@ -307,8 +307,9 @@ impl Store for MemoryStore {
     }
 }
 
-/// Runs an operation, which is never pending for itself. It takes part in tokio's cooperative budget: a task that does nothing
-/// but lock and release gives others their turn. Yields before it runs, so one that is dropped has not been run.
+/// Runs an operation, which is never pending for itself. It takes part in tokio's cooperative budget: a task that does
+/// nothing but lock and release gives others their turn. Yields before it runs, so one that is dropped has not been
+/// run.
 fn in_turn<'a, T: Send + 'a>(run: impl FnOnce() -> T + Send + 'a) -> Answer<'a, T> {
     Box::pin(async {
         consume_budget().await;

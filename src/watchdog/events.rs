@@ -77,8 +77,8 @@ pub enum WatchEvent {
         key: Key,
     },
 
-    /// The lock is watched no more, and was neither lost nor released: somebody else has to renew it now. Or it was only
-    /// waited for, and is so no more.
+    /// The lock is watched no more, and was neither lost nor released: somebody else has to renew it now. Or it was
+    /// only waited for, and is so no more.
     Stopped {
         /// The lock's key; of several, the first.
         key: Key,

@@ -219,8 +219,8 @@ impl Registry {
         Some(released)
     }
 
-    /// Cancels tasks that wait for a lock, and waits until they have ended. The wait is bounded: a runtime that nobody drives
-    /// never ends its tasks, but it does not run them either.
+    /// Cancels tasks that wait for a lock, and waits until they have ended. The wait is bounded: a runtime that nobody
+    /// drives never ends its tasks, but it does not run them either.
     async fn end(&self, tasks: impl IntoIterator<Item = AbortOnDropHandle<()>>) {
         let mut tasks: Vec<_> = tasks.into_iter().collect();
         tasks.iter().for_each(AbortOnDropHandle::abort);

@@ -55,10 +55,10 @@ fn beside(key: &Bytes, suffix: &str) -> Bytes {
 
 /// The channel on which releases of a lock key are published, where it is not called as the key.
 ///
-/// fred takes only text for the name of a channel. So what is no text in a key is escaped, and a stand-in is put before it
-/// where the key has no hash tag, or one that is no text: on a cluster the channel must lie in the slot of the key, whose node
-/// publishes. Where the key begins with text, as with the locker's prefix, so does the channel, and permissions for `prefix*`
-/// suffice.
+/// fred takes only text for the name of a channel. So what is no text in a key is escaped, and a stand-in is put before
+/// it where the key has no hash tag, or one that is no text: on a cluster the channel must lie in the slot of the key,
+/// whose node publishes. Where the key begins with text, as with the locker's prefix, so does the channel, and
+/// permissions for `prefix*` suffice.
 ///
 /// Two keys may share a channel: then a waiter for one is woken in vain by a release of the other.
 pub(super) fn channel_of(key: &Bytes) -> Option<Bytes> {
@@ -103,8 +103,8 @@ fn is_only_a_tag(key: &[u8], tag: &[u8]) -> bool {
 
 /// Four letters that hash to this slot.
 ///
-/// CRC16, which makes the slot, is linear: bits that change in a text change the same bits of the slot, whatever the text.
-/// So the letters are found bit by bit, from those that hash to another slot.
+/// CRC16, which makes the slot, is linear: bits that change in a text change the same bits of the slot, whatever the
+/// text. So the letters are found bit by bit, from those that hash to another slot.
 fn stand_in(slot: u16) -> [u8; 4] {
     let mut letters = FIRST;
     let mut wrong = slot ^ redis_keyslot(&letters);

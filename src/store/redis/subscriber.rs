@@ -1,8 +1,8 @@
 //! News of released locks, by message.
 //!
 //! Every release publishes an empty message on the channel that is called as the key, or, where the key is no text, as
-//! `names.rs` says. Who waits has it subscribed to, on one connection of the store, which is opened when somebody first waits and closed when nobody has for a while. On a cluster
-//! both are sharded, as its other messages go to every node.
+//! `names.rs` says. Who waits has it subscribed to, on one connection of the store, which is opened when somebody first
+//! waits and closed when nobody has for a while. On a cluster both are sharded, as its other messages go to every node.
 //!
 //! 1. A channel's line is open only once the server has confirmed the subscription; a waiter looks at the lock after that.
 //! 2. Whenever messages may have been missed (a new connection, a full buffer), everybody is told to look.

@@ -1,8 +1,8 @@
 -- Releases those of the keys that hold the token, whoever else relies on them.
 --
 -- KEYS  n lock keys, then other keys to delete with them: the records of grants, where the token may be used again.
--- ARGV  token, n, 'PUBLISH' or 'SPUBLISH': how waiters are notified, by an empty message; then the n channels for that, where
---       they are not called as the lock keys.
+-- ARGV  token, n, 'PUBLISH' or 'SPUBLISH': how waiters are notified, by an empty message; then the n channels for that,
+--       where they are not called as the lock keys.
 -- Reply 1  all were ours and are free.  0  a key was gone.  -1  a key holds something else.
 --
 -- Idempotent: a repeat finds nothing of ours, says so, and touches nothing. A key of another type is not ours, and keeps none of
