@@ -143,12 +143,13 @@ impl Held {
         let Owned { keys, token, grant, .. } = &wanted.owned;
         // Never shorter than it is: another of the same token may rely on it.
         let mut expires = now + wanted.ttl;
-        let mut repeated = None;
+        // The greatest, where a twin was granted some of the keys later; none, where one key has none.
+        let mut repeated = Some(0);
         for (place, key) in keys.iter().enumerate() {
             match self.live(key, now) {
                 Some(entry) if entry.token == *token => {
                     expires = expires.max(entry.expires);
-                    repeated = entry.fence;
+                    repeated = repeated.zip(entry.fence).map(|(one, other)| one.max(other));
                 }
                 Some(entry) => return Acquired::Held { place, remaining: Some(entry.expires - now) },
                 None => {}
