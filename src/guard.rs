@@ -533,7 +533,7 @@ impl LockGuard {
                 self.place.call();
                 renewing
             }
-            ttl => self.hold.renewing(ttl),
+            ttl => self.hold.renewing(ttl, self.upkeep.patience()),
         };
         let renewed = self.upkeep.renew(&self.hold, renewing).await;
         let renewed = renewed.inspect_err(|error| self.hold.failed(&Arc::new(error.clone())));

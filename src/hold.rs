@@ -105,6 +105,8 @@ struct State {
     /// For how long the lock is surely held from then on, before drift.
     worth: Duration,
     deadline: Instant,
+    /// Until when the server may keep the lock, by all that was ever asked for, confirmed or not.
+    kept_until: Instant,
     /// Counts the requests that set the ttl: an answer from an earlier epoch moves no deadline (invariant 4).
     epoch: u32,
     /// Requests that set the ttl, and whose outcome is unknown (invariant 5).
@@ -198,6 +200,7 @@ impl Hold {
                 sent: grant.sent,
                 worth: grant.ttl,
                 deadline: drift.deadline(grant.sent, grant.ttl),
+                kept_until: Instant::now() + grant.ttl,
                 epoch: 0,
                 unresolved: Vec::new(),
                 recorded: grant.sent,
@@ -231,6 +234,11 @@ impl Hold {
 
     pub(crate) fn deadline(&self) -> Instant {
         self.state().deadline
+    }
+
+    /// Until when the server may keep the lock, unless it is released: never before the deadline.
+    pub(crate) fn kept_until(&self) -> Instant {
+        self.state().kept_until
     }
 
     pub(crate) fn ttl(&self) -> Duration {
@@ -271,12 +279,13 @@ impl Hold {
         self.state().observer.clone()
     }
 
-    /// A renewal is about to be sent, for the ttl as it is or for at least `ttl`.
-    pub(crate) fn renewing(&self, ttl: Option<Duration>) -> Renewing {
-        let state = self.state();
-        let sent = Instant::now();
+    /// A renewal is about to be sent, for the ttl as it is or for at least `ttl`. The server refuses to run it after `patience`.
+    pub(crate) fn renewing(&self, ttl: Option<Duration>, patience: Duration) -> Renewing {
+        let mut state = self.state();
+        let (sent, ttl) = (Instant::now(), ttl.unwrap_or(state.ttl));
+        state.kept_until = state.kept_until.max(sent + patience + ttl);
         let keeps_record = self.must_keep_record(&state, sent);
-        Renewing { sent, ttl: ttl.unwrap_or(state.ttl), exact: false, keeps_record, epoch: state.epoch }
+        Renewing { sent, ttl, exact: false, keeps_record, epoch: state.epoch }
     }
 
     /// Whether the record of grants comes of age.
@@ -287,10 +296,13 @@ impl Hold {
     /// The renewal that is due, if one is and it may take `time`: else the deadline comes first. `sent` is now, or a moment
     /// ago.
     pub(crate) fn renewing_when_due(&self, sent: Instant, time: Duration) -> Option<Renewing> {
-        let state = self.state();
+        let mut state = self.state();
         state.verdict(sent).ok()?;
         let due = state.due(self.origin)?;
         let is_one_of_many = due <= sent && time <= state.deadline - sent && !self.must_keep_record(&state, sent);
+        if is_one_of_many {
+            state.kept_until = state.kept_until.max(sent + time + state.ttl);
+        }
         is_one_of_many.then_some(Renewing {
             sent,
             ttl: state.ttl,
@@ -307,6 +319,7 @@ impl Hold {
         let sent = Instant::now();
         state.epoch = state.epoch.wrapping_add(1);
         state.deadline = state.deadline.min(self.drift.deadline(sent, ttl));
+        state.kept_until = state.kept_until.max(sent + patience + ttl);
         state.ttl = state.ttl.min(ttl);
         let epoch = state.epoch;
         state.unresolved.retain(|earlier| sent < earlier.until);
@@ -501,7 +514,7 @@ mod tests {
     async fn a_confirmation_counts_from_its_send() {
         let hold = hold();
         advance(ms(300)).await;
-        let renewing = hold.renewing(None);
+        let renewing = hold.renewing(None, Duration::ZERO);
         advance(ms(600)).await;
         hold.renewed(renewing).unwrap();
         assert_eq!(hold.deadline(), renewing.sent + ms(1_000));
@@ -510,7 +523,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_confirmation_after_the_deadline_revives_nothing() {
         let hold = hold();
-        let renewing = hold.renewing(None);
+        let renewing = hold.renewing(None, Duration::ZERO);
         advance(ms(1_000)).await;
         assert_eq!(hold.renewed(renewing), Err(Loss::Expired));
         assert!(hold.over().is_cancelled());
@@ -536,7 +549,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_shorter_ttl_counts_from_its_send_and_outdates_what_was_sent_before() {
         let hold = hold();
-        let before = hold.renewing(None);
+        let before = hold.renewing(None, Duration::ZERO);
         advance(ms(100)).await;
         let shorter = hold.setting_ttl(ms(200), ms(500));
         assert_eq!(hold.deadline(), shorter.sent + ms(200), "before any answer");
@@ -544,7 +557,7 @@ mod tests {
         hold.renewed(before).unwrap();
         assert_eq!(hold.deadline(), shorter.sent + ms(200), "the older answer counts for nothing");
         advance(ms(50)).await;
-        let after = hold.renewing(None);
+        let after = hold.renewing(None, Duration::ZERO);
         hold.renewed(after).unwrap();
         assert_eq!(hold.deadline(), after.sent + ms(200), "later renewals follow the new ttl");
     }
@@ -583,13 +596,13 @@ mod tests {
         assert_eq!(hold.deadline(), longer.sent + ms(200), "the first may come after the second");
         assert!(hold.next_duty() < longer.sent + ms(100), "renewed as a lock with this little time is");
         advance(ms(50)).await;
-        let renewal = hold.renewing(None);
+        let renewal = hold.renewing(None, Duration::ZERO);
         hold.renewed(renewal).unwrap();
         assert_eq!(hold.deadline(), renewal.sent + ms(200));
         // At 600 ms the server refuses the first.
         for _ in 0..4 {
             advance(ms(120)).await;
-            let renewal = hold.renewing(None);
+            let renewal = hold.renewing(None, Duration::ZERO);
             hold.renewed(renewal).unwrap();
         }
         assert_eq!(hold.deadline(), Instant::now() + ms(9_000));

@@ -407,7 +407,7 @@ impl Keeper {
             if Instant::now() >= hold.deadline() {
                 continue;
             }
-            let renewing = hold.renewing(None);
+            let renewing = hold.renewing(None, self.upkeep.patience());
             let renewal = select! {
                 biased;
                 // Given up on: should it still be run, it finds the lock released, or extends it once more.
@@ -476,8 +476,8 @@ impl Keeper {
             Cleanup::Nothing => return,
         };
         if releases {
-            // Until the ttl has done the same; for one call, at least.
-            let until = self.hold.deadline().max(Instant::now() + self.upkeep.command_timeout);
+            // Until the ttl has done the same, whichever of those that were asked for; for one call, at least.
+            let until = self.hold.kept_until().max(Instant::now() + self.upkeep.command_timeout);
             match self.upkeep.release(owned, Ending::Grant, until).await {
                 Ok(outcome) => info!(name: "tenure.released", ?outcome, "released in the background"),
                 Err(error) => {
@@ -486,7 +486,8 @@ impl Keeper {
             }
         }
         if let Some(latest) = &self.hold.doubt {
-            self.upkeep.undo(owned, latest, self.hold.ttl()).await;
+            let left = self.hold.kept_until().saturating_duration_since(Instant::now());
+            self.upkeep.undo(owned, latest, left).await;
         }
     }
 }

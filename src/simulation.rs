@@ -249,6 +249,22 @@ async fn a_server_that_is_away_for_a_while_still_has_what_was_dropped_released()
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_was_dropped_is_released_for_as_long_as_the_server_may_keep_it_not_only_until_the_deadline() {
+    let back = Instant::now() + ms(9_000);
+    let locker = locker(move |operation| match operation {
+        // A shorter ttl that never gets there: the guard must reckon with it, the server knows nothing of it.
+        Operation::Renew => Fault::Refused,
+        Operation::Release if Instant::now() < back => Fault::Refused,
+        _ => Fault::None,
+    });
+    let guard = locker.lock("k").ttl(ms(600_000)).no_renewal().await.unwrap();
+    assert!(guard.refresh_for(ms(1_000)).await.is_err());
+    drop(guard);
+    sleep(ms(10_000)).await;
+    assert_eq!(locker.inspect("k").await.unwrap(), None);
+}
+
+#[tokio::test(start_paused = true)]
 async fn waiting_ends_within_fifty_milliseconds_of_its_limit_even_when_the_store_ignores_its_timeout() {
     let locker = locker(only(Operation::Acquire, Fault::Hung));
     for limit in [0, 10, 499, 501, 5_000] {
