@@ -168,6 +168,13 @@ impl Attempt {
         }
     }
 
+    /// Whether a token that may be used again holds the lock: then nobody who waits is before this one. Where the server can't be
+    /// asked, it isn't.
+    pub(crate) async fn is_held_already(&self) -> bool {
+        let owned = &self.wanted.owned;
+        !owned.own_token && matches!(self.upkeep.store.remaining(owned, self.upkeep.command_timeout).await, Ok(Some(_)))
+    }
+
     /// Stands in line with those of other processes, also while others of this one come first.
     pub(crate) async fn stand_in_line(&self) {
         if let (Queueing::Queued, Some(key)) = (self.wanted.queueing, self.only_key()) {

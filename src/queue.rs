@@ -46,8 +46,8 @@ struct Queue {
 /// What an answer of the server says about a lock.
 #[derive(Clone, Debug)]
 pub(crate) enum Learned {
-    /// Another holds this key.
-    Held(Key),
+    /// Another holds this key, at least until then unless it is released; without a time, for ever.
+    Held { key: Key, until: Option<Instant> },
     /// Nothing, for this reason.
     Unknown(Error),
 }
@@ -212,6 +212,15 @@ impl Place {
         }
     }
 
+    /// The server is about to be asked: what was learned before was true until now.
+    pub(crate) fn ask(&self) {
+        let mut queues = lock(&self.queues);
+        if let Some(Learned::Held { until, .. }) = queues.get_mut(&self.key).and_then(|queue| queue.learned.as_mut()) {
+            let now = Instant::now();
+            *until = Some(until.map_or(now, |until| until.min(now)));
+        }
+    }
+
     /// Returns what was last learned by this request, or by one that was before it.
     pub(crate) fn learned(&self) -> Option<Learned> {
         let queues = lock(&self.queues);
@@ -224,7 +233,7 @@ impl Place {
             let mut queues = lock(&self.queues);
             let Some(queue) = queues.get_mut(&self.key) else { return };
             queue.missed = Some(0);
-            queue.learned = Some(Learned::Held(self.key.clone()));
+            queue.learned = Some(Learned::Held { key: self.key.clone(), until: Some(held_until) });
             queue.held_until = listening.is_some().then_some(held_until);
             std::mem::replace(&mut queue.listening, listening)
         };
@@ -439,7 +448,7 @@ mod tests {
         assert!(matches!(b.learned(), Some(Learned::Unknown(Error::Closed))));
         let c = enter(&queues, Queueing::None);
         b.pass_on(None, Instant::now());
-        assert!(matches!(c.learned(), Some(Learned::Held(key)) if key == "k".into()));
+        assert!(matches!(c.learned(), Some(Learned::Held { key, .. }) if key == "k".into()));
         c.learn(None);
         assert!(c.learned().is_none());
     }

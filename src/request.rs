@@ -326,6 +326,7 @@ impl LockRequest {
             let outcome = match woken {
                 Woken::Ask => {
                     attempts += 1;
+                    attempt.place().inspect(|place| place.ask());
                     attempt.make(limit, closed).await
                 }
                 Woken::Granted(grant) => Ok(Outcome::Granted(grant)),
@@ -333,9 +334,12 @@ impl LockRequest {
                 Woken::Late => {
                     // In a queue, those before this request may have asked after it did, or in its place.
                     return Err(match attempt.place().and_then(Place::learned).or(learned) {
-                        Some(Learned::Held(key)) => Error::NotObtained { key, attempts, waited: started.elapsed() },
+                        // What was true before this request began is nothing that it has waited for.
+                        Some(Learned::Held { key, until }) if until.is_none_or(|until| until >= started) => {
+                            Error::NotObtained { key, attempts, waited: started.elapsed() }
+                        }
                         Some(Learned::Unknown(error)) => error,
-                        None => Error::timeout(),
+                        Some(Learned::Held { .. }) | None => Error::timeout(),
                     });
                 }
             };
@@ -365,7 +369,8 @@ impl LockRequest {
                     (late, failures) = (0, 0);
                     took = asked.elapsed();
                     debug!(name: "tenure.held", %key, attempts, ?waited, ?remaining, "held by another");
-                    learned = Some(Learned::Held(key.clone()));
+                    let until = remaining.and_then(|remaining| Instant::now().checked_add(remaining));
+                    learned = Some(Learned::Held { key: key.clone(), until });
                     attempt.place().inspect(|place| place.learn(learned.clone()));
                     Known::Held { key, remaining }
                 }

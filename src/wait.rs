@@ -62,6 +62,14 @@ impl<'a> Waiting<'a> {
         select! {
             biased;
             () = self.closed.cancelled() => return Woken::Closed,
+            is_held = attempt.is_held_already() => if is_held {
+                return Woken::Ask;
+            },
+            () = at(self.limit) => return Woken::Late,
+        }
+        select! {
+            biased;
+            () = self.closed.cancelled() => return Woken::Closed,
             () = attempt.stand_in_line() => {}
             () = at(self.limit) => return Woken::Late,
         }

@@ -118,3 +118,32 @@ async fn a_request_for_several_keys_names_the_one_that_is_held() {
     let error = locker.lock_all(["a", "b"]).wait_at_most(ms(300)).await.unwrap_err();
     assert!(matches!(&error, Error::NotObtained { key, .. } if *key == "b".into()), "{error}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_was_true_only_before_a_request_began_is_not_what_it_is_told() {
+    // Held, released, and from then on the server is silent to those who ask.
+    let locker = locker(|call| if call <= 3 { Fault::None } else { Fault::Hung });
+    let held = locker.obtain("k").token("worker-7".parse().unwrap()).await.unwrap();
+    let first = waits(locker.lock("k").token("worker-8".parse().unwrap())).await;
+    let before = waits(locker.lock("k").wait_at_most(ms(200))).await;
+    tokio::time::sleep(ms(50)).await;
+    held.release().await.unwrap();
+    tokio::time::sleep(ms(50)).await;
+    let after = locker.lock("k").wait_at_most(ms(50)).await.unwrap_err();
+    assert!(after.is_timeout(), "{after}");
+    assert!(matches!(before.await.unwrap(), Err(Error::NotObtained { .. })), "it was held while this one waited");
+    first.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_holds_the_lock_already_waits_behind_nobody() {
+    let locker = locker(|_| Fault::None);
+    let token: Token = "worker-7".parse().unwrap();
+    let held = locker.obtain("k").token(token.clone()).await.unwrap();
+    let first = waits(locker.lock("k")).await;
+    let started = Instant::now();
+    let again = locker.lock("k").token(token).await.unwrap();
+    assert_eq!(started.elapsed(), Duration::ZERO);
+    assert_eq!(again.fencing_token(), held.fencing_token());
+    first.abort();
+}
