@@ -68,6 +68,8 @@ impl LockGuard {
     /// A lock that was just obtained or adopted: from here on its keeper sees to it.
     pub(crate) fn start(hold: Hold, upkeep: &Arc<Upkeep>, runtime: &Handle) -> Self {
         let hold = Arc::new(hold);
+        #[cfg(test)]
+        crate::simulation::born(&hold, Arc::as_ptr(upkeep) as usize);
         let place = upkeep.keep(hold.clone(), runtime);
         Self { hold, upkeep: upkeep.clone(), place }
     }

@@ -447,10 +447,25 @@ impl Hold {
         state.cleanup.as_mut().map(|cleanup| std::mem::replace(cleanup, Cleanup::Nothing))
     }
 
+    /// What [`check`](Hold::check) would say, without telling anybody.
+    #[cfg(test)]
+    pub(crate) fn peek(&self) -> Peek {
+        let state = self.state();
+        Peek { verdict: state.verdict(Instant::now()), deadline: state.deadline, sent: state.sent }
+    }
+
     /// No code panics while it holds this mutex, so a poisoned one would be as good as any.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A hold as it stands.
+#[cfg(test)]
+pub(crate) struct Peek {
+    pub(crate) verdict: Result<(), Loss>,
+    pub(crate) deadline: Instant,
+    pub(crate) sent: Instant,
 }
 
 impl State {

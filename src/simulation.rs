@@ -1,7 +1,10 @@
 //! What happens when, to the millisecond: locks on a store that fails as told, under paused time. And thousands of
 //! random histories, none of which may have two holders at once.
 
+mod actor;
+mod oracle;
 mod ownership;
+mod universe;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -14,6 +17,8 @@ use crate::hold::Hold;
 use crate::store::faulty::{Fault, FaultyStore, Operation};
 use crate::store::memory::MemoryStore;
 use crate::{Error, LockGuard, Locker, Loss, Retry};
+
+pub(crate) use self::oracle::born;
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)

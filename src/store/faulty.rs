@@ -24,6 +24,8 @@ pub(crate) enum Fault {
     Refused,
     /// It is never answered, nor given up on, nor run.
     Hung,
+    /// It is never run, and given up on when its time is over.
+    Lost,
     /// It is run at once, and its answer is lost with the connection.
     AnswerLost,
     /// It is run at once, and its answer takes so long. Whoever gives up earlier never learns it.
@@ -33,6 +35,8 @@ pub(crate) enum Fault {
     RunAfter(Duration),
     /// It arrives twice: at once, and so much later.
     Doubled(Duration),
+    /// It arrives twice, and is answered the second time.
+    Twice(Duration),
     /// Before it is run, the server forgets everything.
     Forgotten,
 }
@@ -41,27 +45,80 @@ pub(crate) enum Fault {
 pub(crate) enum Operation {
     Acquire,
     Renew,
+    /// Also one that hands the lock over.
     Release,
+    /// What only reads: the ttl that is left, and who holds the key.
+    Read,
+}
+
+/// What the server has done for a call.
+pub(crate) enum Ran<'a> {
+    Acquire(&'a Wanted, &'a Acquired),
+    Renew(&'a Owned, Duration, Extending, &'a Renewed),
+    Release(&'a Owned, Ending, &'a Released),
+    Undo(&'a Owned, &'a Undone),
+    HandOver(&'a Owned, Ending, &'a Wanted, &'a HandedOver),
+}
+
+/// Learns when calls are sent, and what the server does for them and when.
+pub(crate) trait Witness: Send + Sync {
+    /// A call is on its way. Returns what it is told by later.
+    fn sent(&self, operation: Operation, fault: Fault) -> u64;
+
+    /// The server has just run the call.
+    fn ran(&self, call: u64, ran: Ran<'_>);
+
+    /// Somebody listens to the store.
+    fn listens(&self, listening: Listening) -> Listening;
 }
 
 /// The embedded store, behind a line that does what `plan` says to each call.
 pub(crate) struct FaultyStore {
     store: Arc<MemoryStore>,
     plan: Box<dyn Fn(Operation) -> Fault + Send + Sync>,
+    witness: Option<Arc<dyn Witness>>,
+    /// For how many of its timeouts the server runs a request.
+    lives: u32,
 }
 
 impl FaultyStore {
     pub(crate) fn new(store: Arc<MemoryStore>, plan: impl Fn(Operation) -> Fault + Send + Sync + 'static) -> Self {
-        Self { store, plan: Box::new(plan) }
+        Self { store, plan: Box::new(plan), witness: None, lives: 1 }
     }
 
+    /// The same, with a witness of all that goes over the line.
+    pub(crate) fn witnessed(self, witness: Arc<dyn Witness>) -> Self {
+        Self { witness: Some(witness), ..self }
+    }
+
+    /// The same, whose requests are run for so many of their timeouts after they were sent: the time by which a client's idea of
+    /// the server's clock is late counts, too.
+    pub(crate) fn living(self, lives: u32) -> Self {
+        Self { lives, ..self }
+    }
+
+    /// The latest time at which a request may be run.
+    fn latest(&self, timeout: Duration) -> u64 {
+        self.store.millis(Instant::now() + timeout * self.lives)
+    }
+
+    /// `ran` puts the reply in words for the witness.
     async fn call<T: Send + 'static>(
         &self,
         operation: Operation,
         timeout: Duration,
-        run: impl Fn(&MemoryStore) -> T + Send + 'static,
+        run: impl Fn(&MemoryStore, &dyn Fn(Ran<'_>)) -> T + Send + 'static,
     ) -> Result<T, Error> {
-        call((self.plan)(operation), &self.store, timeout, run, MemoryStore::forget).await
+        let fault = (self.plan)(operation);
+        let witness = self.witness.clone().map(|witness| (witness.sent(operation, fault), witness));
+        let run = move |store: &MemoryStore| {
+            run(store, &|ran| {
+                if let Some((call, witness)) = &witness {
+                    witness.ran(*call, ran);
+                }
+            })
+        };
+        call_within(fault, &self.store, timeout, timeout * self.lives, run, MemoryStore::forget).await
     }
 }
 
@@ -73,8 +130,20 @@ pub(super) async fn call<S: Send + Sync + 'static, T: Send + 'static>(
     run: impl Fn(&S) -> T + Send + 'static,
     forget: impl Fn(&S),
 ) -> Result<T, Error> {
+    call_within(fault, store, timeout, timeout, run, forget).await
+}
+
+/// The same, where the server refuses to run it after `life`.
+async fn call_within<S: Send + Sync + 'static, T: Send + 'static>(
+    fault: Fault,
+    store: &Arc<S>,
+    timeout: Duration,
+    life: Duration,
+    run: impl Fn(&S) -> T + Send + 'static,
+    forget: impl Fn(&S),
+) -> Result<T, Error> {
     let store = store.clone();
-    let until = Instant::now() + timeout;
+    let until = Instant::now() + life;
     match fault {
         Fault::None => Ok(run(&store)),
         Fault::Refused => Err(Error::timeout()),
@@ -83,6 +152,10 @@ pub(super) async fn call<S: Send + Sync + 'static, T: Send + 'static>(
             Err(Error::timeout())
         }
         Fault::Hung => std::future::pending().await,
+        Fault::Lost => {
+            sleep(timeout).await;
+            Err(Error::timeout())
+        }
         Fault::AnsweredAfter(delay) => {
             let answer = run(&store);
             tokio::time::timeout(timeout, sleep(delay)).await.map_err(|_| Error::timeout())?;
@@ -106,6 +179,15 @@ pub(super) async fn call<S: Send + Sync + 'static, T: Send + 'static>(
             });
             Ok(answer)
         }
+        Fault::Twice(delay) => {
+            run(&store);
+            let later = tokio::spawn(async move {
+                sleep(delay).await;
+                (Instant::now() <= until).then(|| run(&store))
+            });
+            let answer = tokio::time::timeout(timeout, later).await.map_err(|_| Error::timeout())?;
+            answer.expect("it doesn't panic").ok_or_else(Error::timeout)
+        }
         Fault::Forgotten => {
             forget(&store);
             Ok(run(&store))
@@ -116,13 +198,21 @@ pub(super) async fn call<S: Send + Sync + 'static, T: Send + 'static>(
 impl Store for FaultyStore {
     fn acquire<'a>(&'a self, wanted: &'a Wanted, timeout: Duration) -> Answer<'a, Acquired> {
         let wanted = wanted.clone();
-        wanted.latest.extend(self.store.millis(Instant::now() + timeout));
-        Box::pin(self.call(Operation::Acquire, timeout, move |store| store.acquire_now(&wanted)))
+        wanted.latest.extend(self.latest(timeout));
+        Box::pin(self.call(Operation::Acquire, timeout, move |store, ran| {
+            let acquired = store.acquire_now(&wanted);
+            ran(Ran::Acquire(&wanted, &acquired));
+            acquired
+        }))
     }
 
     fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Renewed> {
         let owned = owned.clone();
-        Box::pin(self.call(Operation::Renew, timeout, move |store| store.renew_now(&owned, ttl, how)))
+        Box::pin(self.call(Operation::Renew, timeout, move |store, ran| {
+            let renewed = store.renew_now(&owned, ttl, how);
+            ran(Ran::Renew(&owned, ttl, how, &renewed));
+            renewed
+        }))
     }
 
     fn together(&self) -> Option<&dyn Together> {
@@ -131,13 +221,21 @@ impl Store for FaultyStore {
 
     fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Released> {
         let owned = owned.clone();
-        Box::pin(self.call(Operation::Release, timeout, move |store| store.release_now(&owned, ending)))
+        Box::pin(self.call(Operation::Release, timeout, move |store, ran| {
+            let released = store.release_now(&owned, ending);
+            ran(Ran::Release(&owned, ending, &released));
+            released
+        }))
     }
 
     fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, timeout: Duration) -> Answer<'a, Undone> {
         let (owned, copy) = (owned.clone(), Latest::default());
         copy.extend(latest.get());
-        Box::pin(self.call(Operation::Release, timeout, move |store| store.undo_now(&owned, &copy)))
+        Box::pin(self.call(Operation::Release, timeout, move |store, ran| {
+            let undone = store.undo_now(&owned, &copy);
+            ran(Ran::Undo(&owned, &undone));
+            undone
+        }))
     }
 
     fn hands_over(&self) -> bool {
@@ -152,20 +250,30 @@ impl Store for FaultyStore {
         timeout: Duration,
     ) -> Answer<'a, HandedOver> {
         let (from, to) = (from.clone(), to.clone());
-        to.latest.extend(self.store.millis(Instant::now() + timeout));
-        Box::pin(self.call(Operation::Release, timeout, move |store| store.hand_over_now(&from, ending, &to)))
+        to.latest.extend(self.latest(timeout));
+        Box::pin(self.call(Operation::Release, timeout, move |store, ran| {
+            let handed_over = store.hand_over_now(&from, ending, &to);
+            ran(Ran::HandOver(&from, ending, &to, &handed_over));
+            handed_over
+        }))
     }
 
     fn listen(&self, key: &Key) -> Listening {
-        self.store.listen_now(key)
+        let listening = self.store.listen_now(key);
+        match &self.witness {
+            Some(witness) => witness.listens(listening),
+            None => listening,
+        }
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
-        self.store.remaining(owned, timeout)
+        let owned = owned.clone();
+        Box::pin(self.call(Operation::Read, timeout, move |store, _| store.remaining_now(&owned)))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {
-        self.store.inspect(key, timeout)
+        let key = key.clone();
+        Box::pin(self.call(Operation::Read, timeout, move |store, _| store.inspect_now(&key)))
     }
 }
 
@@ -173,8 +281,13 @@ impl Together for FaultyStore {
     /// They share a call, and what becomes of it.
     fn renew_all<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], timeout: Duration) -> Each<'a, Renewed> {
         let owned: Vec<_> = locks.iter().map(|&(owned, ttl)| (owned.clone(), ttl)).collect();
-        let call = self.call(Operation::Renew, timeout, move |store| -> Vec<_> {
-            owned.iter().map(|(owned, ttl)| store.renew_now(owned, *ttl, Extending::AtLeast)).collect()
+        let call = self.call(Operation::Renew, timeout, move |store, ran| -> Vec<_> {
+            let renew = |(owned, ttl): &(Owned, Duration)| {
+                let renewed = store.renew_now(owned, *ttl, Extending::AtLeast);
+                ran(Ran::Renew(owned, *ttl, Extending::AtLeast, &renewed));
+                renewed
+            };
+            owned.iter().map(renew).collect()
         });
         Box::pin(async {
             match call.await {

@@ -108,6 +108,26 @@ impl Listening {
         })
         .await;
     }
+
+    /// The same news, each so much later. The future carries them, as long as somebody listens.
+    #[cfg(test)]
+    pub(crate) fn later(mut self, delay: std::time::Duration) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        let own = Listeners::new();
+        let (listening, _) = own.listen(Bytes::new(), Line::Open);
+        let sender = own.listeners().values().next().cloned().expect("somebody listens");
+        let carry = async move {
+            loop {
+                tokio::select! {
+                    biased;
+                    () = sender.closed() => return,
+                    () = self.news() => {}
+                }
+                tokio::time::sleep(delay).await;
+                sender.send_modify(|news| news.count += 1);
+            }
+        };
+        (listening, carry)
+    }
 }
 
 impl fmt::Debug for Listening {

@@ -98,8 +98,34 @@ impl MemoryStore {
         }
     }
 
+    pub(super) fn remaining_now(&self, owned: &Owned) -> Option<Duration> {
+        self.held().remaining(owned)
+    }
+
+    pub(super) fn inspect_now(&self, key: &Key) -> Option<Holder> {
+        self.held().inspect(key)
+    }
+
     pub(super) fn listen_now(&self, key: &Key) -> Listening {
         self.listeners.listen(key.to_bytes(), Line::Open).0
+    }
+
+    /// Who holds the key now, and until when unless renewed.
+    #[cfg(test)]
+    pub(crate) fn holder(&self, key: &Key) -> Option<(Token, Instant)> {
+        self.held().live(key, Instant::now()).map(|entry| (entry.token.clone(), entry.expires))
+    }
+
+    /// As somebody does who deletes a key by hand: nobody is told.
+    #[cfg(test)]
+    pub(crate) fn delete(&self, key: &Key) {
+        self.held().locks.remove(key);
+    }
+
+    /// To how many keys somebody listens, or is thought to.
+    #[cfg(test)]
+    pub(crate) fn listeners(&self) -> usize {
+        self.listeners.len()
     }
 
     /// As a server does that is restarted without its data.
@@ -273,11 +299,11 @@ impl Store for MemoryStore {
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, _: Duration) -> Answer<'a, Option<Duration>> {
-        in_turn(move || self.held().remaining(owned))
+        in_turn(move || self.remaining_now(owned))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, _: Duration) -> Answer<'a, Option<Holder>> {
-        in_turn(move || self.held().inspect(key))
+        in_turn(move || self.inspect_now(key))
     }
 }
 

@@ -96,10 +96,12 @@ impl Entries {
         self.entries.len() - self.reserved
     }
 
-    /// Which are watched, each by the first of its keys.
+    /// Which are watched, each by the first of its keys, in the order in which they came.
     pub(super) fn watched(&self) -> Vec<(Id, Key)> {
         let watched = self.entries.iter().filter(|(_, entry)| !matches!(entry.keeping, Keeping::Reserved));
-        watched.map(|(&id, entry)| (id, entry.owned.key())).collect()
+        let mut watched: Vec<_> = watched.map(|(&id, entry)| (id, entry.owned.key())).collect();
+        watched.sort_unstable_by_key(|&(id, _)| id);
+        watched
     }
 
     /// What is watched under the key.

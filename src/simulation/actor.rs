@@ -1,0 +1,526 @@
+//! What tasks do in a universe: any public call, in any order, given up at any point.
+
+use std::future::{Future, IntoFuture, poll_fn};
+use std::pin::pin;
+use std::sync::{Arc, Mutex};
+use std::task::Poll;
+use std::time::Duration;
+
+use tokio::time::{Instant, advance, sleep, timeout};
+
+use super::ms;
+use super::oracle::{Doing, World, doing};
+use crate::{Error, Key, Lease, LockGuard, LockRequest, Locker, Loss, Retry, Token, WatchDog};
+
+/// How long a call to the server may take, as the lockers of a universe are built.
+pub(super) const COMMAND_TIMEOUT: Duration = ms(500);
+/// What calls may take longer than they should.
+const TOLERANCE: Duration = ms(60);
+
+/// What the tasks of one universe are inclined to do.
+#[derive(Debug)]
+pub(super) struct Habits {
+    /// How likely each step is.
+    steps: Vec<(Step, u32)>,
+    ttls: Vec<Duration>,
+    tokens: Vec<Token>,
+    /// Out of ten requests, so many bring a token of their own.
+    named: u8,
+    /// Out of ten calls, so many are given up before they end.
+    given_up: u8,
+    keys: Vec<Key>,
+    /// The longest time that a task does nothing.
+    rest: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Obtain,
+    ObtainAll,
+    Twins,
+    Scope,
+    Refresh,
+    RefreshFor,
+    Ensure,
+    ServerTtl,
+    Protect,
+    Release,
+    Drop,
+    IntoLease,
+    Adopt,
+    EnsureLease,
+    Inspect,
+    Watch,
+    WatchLease,
+    Unwatch,
+    DogReleases,
+    DogReleasesAll,
+    DogShutsDown,
+    DogIsDropped,
+    Close,
+    Rest,
+    DeleteKey,
+    Stall,
+}
+
+/// Steps that belong together, for the universes that do little else. The others mix what there is.
+const THEMES: &[&[Step]] = &[
+    &[],
+    &[],
+    &[],
+    &[],
+    // Sets of which one key is lost.
+    &[Step::ObtainAll, Step::Refresh, Step::DeleteKey],
+    // Ttls that are set exactly, one after the other.
+    &[Step::RefreshFor, Step::Protect],
+    // The same token, again and again.
+    &[Step::Twins, Step::IntoLease, Step::Adopt],
+    // Watchdogs.
+    &[Step::Watch, Step::WatchLease, Step::Unwatch, Step::DogReleases, Step::DogShutsDown, Step::DogIsDropped],
+];
+
+impl Habits {
+    /// Every universe leaves out much of what there is, so that what is left meets each other more often.
+    pub(super) fn new(rng: &mut fastrand::Rng, keys: &[Key], tokens: Vec<Token>) -> Self {
+        let mut steps = vec![(Step::Obtain, 6), (Step::Release, 2), (Step::Drop, 2), (Step::Rest, 3)];
+        let optional = [
+            (Step::ObtainAll, 4, 3),
+            (Step::Twins, 2, 3),
+            (Step::Scope, 1, 3),
+            (Step::Refresh, 2, 3),
+            (Step::RefreshFor, 4, 3),
+            (Step::Ensure, 2, 3),
+            (Step::ServerTtl, 1, 3),
+            (Step::Protect, 2, 3),
+            (Step::IntoLease, 2, 3),
+            (Step::Adopt, 3, 3),
+            (Step::EnsureLease, 1, 3),
+            (Step::Inspect, 1, 3),
+            (Step::Watch, 3, 3),
+            (Step::WatchLease, 3, 3),
+            (Step::Unwatch, 1, 3),
+            (Step::DogReleases, 2, 3),
+            (Step::DogReleasesAll, 1, 3),
+            (Step::DogShutsDown, 1, 3),
+            (Step::DogIsDropped, 1, 3),
+            (Step::Close, 1, 8),
+            (Step::DeleteKey, 1, 4),
+            (Step::Stall, 1, 6),
+        ];
+        let theme = *rng.choice(THEMES).unwrap();
+        for (step, weight, one_in) in optional {
+            if theme.contains(&step) {
+                steps.push((step, weight * 2));
+            } else if theme.is_empty() && rng.u8(..one_in) == 0 {
+                steps.push((step, weight));
+            }
+        }
+        let mut ttls = vec![*rng.choice(&[ms(300), ms(1_000), ms(2_000)]).unwrap()];
+        if rng.bool() {
+            ttls.push(*rng.choice(&[ms(60), ms(500), ms(2_000), ms(4_000)]).unwrap());
+        }
+        if rng.bool() {
+            ttls.push(*rng.choice(&[ms(600_000), ms(3_600_000)]).unwrap());
+        }
+        let named = *rng.choice(&[0, 3, 8]).unwrap();
+        let given_up = *rng.choice(&[0, 2, 5]).unwrap();
+        let rest = *rng.choice(&[50, 800, 4_000]).unwrap();
+        Self { steps, ttls, tokens, named, given_up, keys: keys.to_vec(), rest }
+    }
+
+    fn step(&self, rng: &mut fastrand::Rng) -> Step {
+        let all: u32 = self.steps.iter().map(|(_, weight)| weight).sum();
+        let mut chance = rng.u32(..all);
+        for &(step, weight) in &self.steps {
+            match chance.checked_sub(weight) {
+                Some(less) => chance = less,
+                None => return step,
+            }
+        }
+        Step::Rest
+    }
+}
+
+/// A process: its own locker, behind a line of its own, and a watchdog.
+pub(super) struct Process {
+    pub(super) number: usize,
+    pub(super) locker: Locker,
+    pub(super) dog: Mutex<Dog>,
+}
+
+/// A watchdog, and what it was given as a lease.
+pub(super) struct Dog {
+    dog: WatchDog,
+    leases: Vec<Lease>,
+}
+
+impl Dog {
+    pub(super) fn new(locker: &Locker) -> Self {
+        Self { dog: WatchDog::builder(locker).build(), leases: Vec::new() }
+    }
+
+    /// Nobody is left to ask for anything: what was watched as a lease is let be.
+    pub(super) fn abandon(self, world: &World) {
+        for lease in self.leases {
+            world.leave(lease);
+        }
+    }
+}
+
+impl Process {
+    fn dog(&self) -> WatchDog {
+        self.dog.lock().unwrap().dog.clone()
+    }
+
+    fn next_dog(&self) -> Dog {
+        std::mem::replace(&mut *self.dog.lock().unwrap(), Dog::new(&self.locker))
+    }
+}
+
+/// One task of a process.
+pub(super) struct Actor {
+    pub(super) world: Arc<World>,
+    pub(super) habits: Arc<Habits>,
+    pub(super) process: Arc<Process>,
+    pub(super) rng: fastrand::Rng,
+    pub(super) guards: Vec<LockGuard>,
+}
+
+/// When a call is given up.
+#[derive(Clone, Copy, Debug)]
+enum GivenUp {
+    Never,
+    /// After it was polled so often.
+    Polls(u32),
+    After(Duration),
+}
+
+impl Actor {
+    pub(super) async fn run(mut self, steps: usize) {
+        for _ in 0..steps {
+            let step = self.habits.step(&mut self.rng);
+            let process = self.process.number;
+            self.world.trace(|| format!("client {process}: {step:?}"));
+            self.take(step).await;
+            self.world.check();
+        }
+        while !self.guards.is_empty() {
+            let last = *self.rng.choice(&[Step::Release, Step::Drop]).unwrap();
+            self.take(last).await;
+        }
+    }
+
+    async fn take(&mut self, step: Step) {
+        match step {
+            Step::Obtain => self.obtain().await,
+            Step::ObtainAll => self.obtain_all().await,
+            Step::Twins => self.twins().await,
+            Step::Scope => self.scope().await,
+            Step::Refresh | Step::RefreshFor | Step::Ensure | Step::ServerTtl | Step::Protect => {
+                self.use_guard(step).await;
+            }
+            Step::Release | Step::Drop | Step::IntoLease => self.end_guard(step).await,
+            Step::Adopt | Step::EnsureLease => self.use_lease(step).await,
+            Step::Inspect => {
+                let (locker, key) = (self.process.locker.clone(), self.key());
+                drop(self.bounded(COMMAND_TIMEOUT, Doing::default(), "inspect", locker.inspect(key)).await);
+            }
+            Step::Watch => self.watch(),
+            Step::WatchLease => self.watch_lease().await,
+            Step::Unwatch => {
+                let key = self.key();
+                if let Some(lease) = self.process.dog().unwatch(key) {
+                    self.world.leave(lease);
+                }
+            }
+            Step::DogReleases | Step::DogReleasesAll => self.dog_releases(step).await,
+            Step::DogShutsDown => {
+                let Dog { dog, leases } = self.process.next_dog();
+                for lease in leases {
+                    self.world.leave(lease);
+                }
+                for lease in dog.shutdown().await {
+                    self.world.leave(lease);
+                }
+            }
+            Step::DogIsDropped => self.process.next_dog().abandon(&self.world),
+            Step::Close => {
+                let locker = self.process.locker.clone();
+                drop(timeout(ms(self.rng.u64(..2_000)), locker.close()).await);
+            }
+            Step::Rest => sleep(ms(self.rng.u64(..=self.habits.rest))).await,
+            Step::DeleteKey => {
+                let key = self.key();
+                self.world.delete(&key);
+            }
+            Step::Stall => {
+                self.world.stalled();
+                advance(ms(self.rng.u64(..3_000))).await;
+                self.world.stalled();
+            }
+        }
+    }
+
+    fn key(&mut self) -> Key {
+        self.rng.choice(&self.habits.keys).unwrap().clone()
+    }
+
+    fn ttl(&mut self) -> Duration {
+        *self.rng.choice(&self.habits.ttls).unwrap()
+    }
+
+    fn given_up(&mut self) -> GivenUp {
+        match self.rng.u8(..10) {
+            n if n >= self.habits.given_up => GivenUp::Never,
+            n if n % 2 == 0 => GivenUp::Polls(self.rng.u32(..6)),
+            _ => GivenUp::After(ms(self.rng.u64(..1_500))),
+        }
+    }
+
+    /// Some settings for a request, and what it is limited to, if it is.
+    fn set(&mut self, request: LockRequest, waits: bool) -> (LockRequest, Option<Duration>, Option<Token>) {
+        let mut request = request.ttl(self.ttl());
+        let mut token = None;
+        if self.rng.u8(..10) < self.habits.named {
+            let seen = if self.rng.u8(..5) == 0 { self.world.some_token(&mut self.rng) } else { None };
+            let named = seen.unwrap_or_else(|| self.rng.choice(&self.habits.tokens).unwrap().clone());
+            request = request.token(named.clone());
+            token = Some(named);
+        }
+        match self.rng.u8(..12) {
+            0..=3 => request = request.no_renewal(),
+            4 => request = request.renew_every(ms(20)),
+            9 => request = request.renew_every(ms(200)),
+            5 => request = request.fenced(false),
+            6 => request = request.fair(true),
+            7 => request = request.metadata("metadata"),
+            8 if !waits => request = request.retry(Retry::linear(ms(self.rng.u64(10..300))).limit(self.rng.usize(..5))),
+            _ => {}
+        }
+        let limit = match self.rng.u8(..4) {
+            0 => ms(self.rng.u64(..100)),
+            1 => ms(self.rng.u64(..1_000)),
+            _ => ms(self.rng.u64(..10_000)),
+        };
+        if waits {
+            return (request.wait_at_most(limit), Some(limit), token);
+        }
+        (request, None, token)
+    }
+
+    async fn ask(&mut self, request: LockRequest, limit: Option<Duration>, token: Option<Token>) {
+        let from = Instant::now();
+        let limit = limit.unwrap_or(ms(4_000));
+        let asked = request.into_future();
+        let answer = self.bounded(limit.max(COMMAND_TIMEOUT.min(ms(30))), Doing::default(), "a request", asked).await;
+        match answer {
+            Some(Ok(guard)) => self.guards.push(guard),
+            Some(Err(error)) => self.told(&error, from, token.as_ref()),
+            None => {}
+        }
+    }
+
+    async fn obtain(&mut self) {
+        let (locker, key) = (self.process.locker.clone(), self.key());
+        let (request, waits) = match self.rng.u8(..4) {
+            0 => (locker.try_lock(key), false),
+            1 => (locker.obtain(key), false),
+            _ => (locker.lock(key), true),
+        };
+        let (request, limit, token) = self.set(request, waits);
+        self.ask(request, limit, token).await;
+    }
+
+    async fn obtain_all(&mut self) {
+        let mut keys = self.habits.keys.clone();
+        self.rng.shuffle(&mut keys);
+        keys.truncate(self.rng.usize(1..=keys.len()));
+        let locker = self.process.locker.clone();
+        let waits = self.rng.bool();
+        let request = if waits { locker.lock_all(keys) } else { locker.obtain_all(keys) };
+        let (request, limit, token) = self.set(request, waits);
+        self.ask(request, limit, token).await;
+    }
+
+    /// The same token twice at once.
+    async fn twins(&mut self) {
+        let (locker, key, from) = (self.process.locker.clone(), self.key(), Instant::now());
+        let token = self.rng.choice(&self.habits.tokens).unwrap().clone();
+        let (one, _, _) = self.set(locker.lock(key.clone()), true);
+        let (other, _, _) = self.set(locker.obtain(key), false);
+        let one = one.token(token.clone()).into_future();
+        let other = other.token(token.clone()).into_future();
+        let (one_given_up, other_given_up) = (self.given_up(), self.given_up());
+        let (one, other) = tokio::join!(until(one_given_up, one), until(other_given_up, other));
+        for answer in [one, other].into_iter().flatten() {
+            match answer {
+                Ok(guard) => self.guards.push(guard),
+                Err(error) => self.told(&error, from, Some(&token)),
+            }
+        }
+    }
+
+    async fn scope(&mut self) {
+        let (locker, key) = (self.process.locker.clone(), self.key());
+        let (work, patience) = (ms(self.rng.u64(..1_000)), ms(self.rng.u64(..4_000)));
+        let scope = locker.scope(key, async |guard| {
+            sleep(work).await;
+            guard.is_held()
+        });
+        let given_up = self.given_up();
+        let what = Doing { release: true, guard: None };
+        drop(timeout(patience, until(given_up, doing(what, scope))).await);
+    }
+
+    async fn use_guard(&mut self, step: Step) {
+        let Some(place) = self.rng.choice(0..self.guards.len()) else { return };
+        let guard = self.guards.swap_remove(place);
+        let what = Doing { release: false, guard: self.world.id(&guard) };
+        let (ttl, time) = (self.ttl(), ms(self.rng.u64(..2_000)));
+        self.world.trace(|| format!("  to guard {:?}: {ttl:?}, {time:?}", what.guard));
+        match step {
+            Step::Refresh => drop(self.bounded(COMMAND_TIMEOUT, what, "refresh", guard.refresh()).await),
+            // One after the other, as the answer to the first may not have come when the next is sent.
+            Step::RefreshFor => {
+                for _ in 0..self.rng.u8(1..4) {
+                    let ttl = self.ttl();
+                    drop(match self.rng.u8(..3) {
+                        0 => self.bounded(COMMAND_TIMEOUT, what, "ensure", guard.ensure(ttl)).await,
+                        _ => self.bounded(COMMAND_TIMEOUT, what, "refresh_for", guard.refresh_for(ttl)).await,
+                    });
+                }
+            }
+            Step::Ensure => drop(self.bounded(COMMAND_TIMEOUT, what, "ensure", guard.ensure(ttl)).await),
+            Step::ServerTtl => drop(self.bounded(COMMAND_TIMEOUT, what, "server_ttl", guard.server_ttl()).await),
+            _ if guard.is_held() && self.rng.bool() => {
+                let stalls = self.world.stalls();
+                let lost = timeout(time, guard.lost()).await;
+                let late = Instant::now().saturating_duration_since(guard.deadline());
+                // Promise 6. The timer rounds up.
+                if self.world.stalls() == stalls && late > ms(1) && (lost.is_err() || lost == Ok(Loss::Expired)) {
+                    self.world.violate("the end of a lock is told late", format!("guard {:?}, {late:?}", what.guard));
+                }
+            }
+            _ => {
+                let protected = guard.protect(sleep(time)).await;
+                if protected.is_ok() && !guard.is_held() {
+                    self.world.violate("work that was not protected to its end", format!("guard {:?}", what.guard));
+                }
+            }
+        }
+        self.guards.push(guard);
+    }
+
+    async fn end_guard(&mut self, step: Step) {
+        let Some(place) = self.rng.choice(0..self.guards.len()) else { return };
+        let guard = self.guards.swap_remove(place);
+        let id = self.world.id(&guard);
+        self.world.trace(|| format!("  guard {id:?} ends: {step:?}"));
+        match step {
+            Step::Release => {
+                let what = Doing { release: true, guard: id };
+                let released = self.bounded(COMMAND_TIMEOUT, what, "release", guard.release()).await;
+                if let (Some(Err(error)), Some(id)) = (released, id) {
+                    self.world.not_released(id, &error);
+                }
+            }
+            Step::Drop => drop(guard),
+            _ => self.world.leave(guard.into_lease()),
+        }
+    }
+
+    async fn use_lease(&mut self, step: Step) {
+        let locker = self.process.locker.clone();
+        let Some((place, lease)) = self.world.some_lease(&mut self.rng) else { return };
+        if step == Step::EnsureLease {
+            let ttl = self.ttl();
+            drop(self.bounded(COMMAND_TIMEOUT, Doing::default(), "ensure", locker.ensure(&lease, ttl)).await);
+            return;
+        }
+        let adopted = self.bounded(COMMAND_TIMEOUT, Doing::default(), "adopt", locker.adopt(lease)).await;
+        if let Some(Ok(guard)) = adopted {
+            self.world.taken_up(place);
+            self.guards.push(guard);
+        }
+    }
+
+    fn watch(&mut self) {
+        let Some(place) = self.rng.choice(0..self.guards.len()) else { return };
+        let guard = self.guards.swap_remove(place);
+        let lease = Lease::from_parts(guard.hold().owned.clone(), guard.ttl(), None);
+        if let Err(Error::AlreadyWatched { .. }) = self.process.dog().watch(guard) {
+            // Where a twin is watched, it is let be.
+            self.world.leave(lease);
+        }
+    }
+
+    async fn watch_lease(&mut self) {
+        let dog = self.process.dog();
+        let seen = if self.rng.bool() { self.world.some_lease(&mut self.rng) } else { None };
+        let (place, lease) = match seen {
+            Some((place, lease)) => (Some(place), lease),
+            None => {
+                let token = self.rng.choice(&self.habits.tokens).unwrap().clone();
+                (None, Lease::new(self.key(), token, self.ttl()))
+            }
+        };
+        let request = dog.watch_lease(lease.clone()).obtain_when_free(self.rng.bool()).into_future();
+        let watched = self.bounded(COMMAND_TIMEOUT, Doing::default(), "watch_lease", request).await;
+        if let Some(Ok(())) = watched {
+            place.into_iter().for_each(|place| self.world.taken_up(place));
+            self.process.dog.lock().unwrap().leases.push(lease);
+        }
+    }
+
+    async fn dog_releases(&mut self, step: Step) {
+        let (dog, key, number) = (self.process.dog(), self.key(), self.process.number);
+        if step == Step::DogReleases {
+            let what = Doing { release: true, guard: None };
+            drop(self.bounded(COMMAND_TIMEOUT, what, "a watchdog's release", dog.release(key)).await);
+            return;
+        }
+        self.world.releasing_all(number, true);
+        let given_up = self.given_up();
+        until(given_up, dog.release_all()).await;
+        self.world.releasing_all(number, false);
+    }
+
+    fn told(&self, error: &Error, from: Instant, own: Option<&Token>) {
+        self.world.trace(|| format!("  failed: {error}"));
+        self.world.failed(error, from, own);
+    }
+
+    /// Does it, unless it is given up before. Promise 6: it ends in its time.
+    async fn bounded<F: Future>(&mut self, limit: Duration, what: Doing, name: &str, work: F) -> Option<F::Output> {
+        let (given_up, start, stalls) = (self.given_up(), Instant::now(), self.world.stalls());
+        let done = until(given_up, doing(what, work));
+        let Ok(done) = timeout(limit + ms(30_000), done).await else {
+            self.world.violate(format!("{name} does not end"), String::new());
+            return None;
+        };
+        let took = start.elapsed();
+        if took > limit + TOLERANCE && self.world.stalls() == stalls {
+            self.world.violate(format!("{name} takes too long"), format!("{took:?}, more than {limit:?}"));
+        }
+        done
+    }
+}
+
+/// Nothing where it was given up before it was done.
+async fn until<F: Future>(given_up: GivenUp, work: F) -> Option<F::Output> {
+    match given_up {
+        GivenUp::Never => Some(work.await),
+        GivenUp::After(time) => timeout(time, work).await.ok(),
+        GivenUp::Polls(polls) => {
+            let (mut work, mut left) = (pin!(work), polls);
+            let polled = poll_fn(|context| {
+                if left == 0 {
+                    return Poll::Ready(None);
+                }
+                left -= 1;
+                work.as_mut().poll(context).map(Some)
+            });
+            polled.await
+        }
+    }
+}

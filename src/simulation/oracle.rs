@@ -1,0 +1,675 @@
+//! What is true in a universe, by what its server did and what its guards say; and what must not be.
+//!
+//! At every event (a call is run at the server, a lock is obtained, an actor has done something):
+//!
+//! 1. Two guards of one key and of different tokens are not both held.
+//! 2. A guard that is held has its keys at the server until its deadline. Excepted are guards whose lock somebody ended on
+//!    purpose: by an explicit release in the name of the same token, or by deleting the key by hand. They are told late.
+//! 3. Fencing tokens grow in the order of grants.
+//!
+//! Whenever a call fails, and in the end:
+//!
+//! 4. When all delays have passed, nothing is left but the leases that were left on purpose: no key that would stay for
+//!    long, no queue, no listener, no task. When those have expired, nothing is left at all.
+//! 5. `NotObtained` is told only where another held the lock at some time during the call.
+//! 6. Every call ends in its time.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::hold::Hold;
+use crate::store::faulty::{Fault, Operation, Ran};
+use crate::store::memory::MemoryStore;
+use crate::store::{Acquired, Ending, Extending, HandedOver, Renewed};
+use crate::{Error, Key, Lease, LockGuard, Loss, Token};
+
+/// What the calls of this moment are part of.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Doing {
+    /// Somebody has asked for the lock to be released.
+    pub(super) release: bool,
+    /// Something is done to this guard.
+    pub(super) guard: Option<usize>,
+}
+
+thread_local! {
+    static WORLD: RefCell<Option<Arc<World>>> = const { RefCell::new(None) };
+    static DOING: Cell<Doing> = const { Cell::new(Doing { release: false, guard: None }) };
+}
+
+/// Does the work, and says of all its calls what they are part of.
+pub(super) async fn doing<F: Future>(what: Doing, work: F) -> F::Output {
+    let mut work = pin!(work);
+    poll_fn(|context| {
+        let before = DOING.replace(what);
+        let polled = work.as_mut().poll(context);
+        DOING.set(before);
+        polled
+    })
+    .await
+}
+
+/// A lock was obtained or adopted. Called by the crate, so that no guard is missed wherever it is; does nothing outside a
+/// universe. `locker` tells lockers apart.
+pub(crate) fn born(hold: &Arc<Hold>, locker: usize) {
+    let world = WORLD.with_borrow(Clone::clone);
+    if let Some(world) = world {
+        world.born(hold, locker);
+    }
+}
+
+/// Something that must not be.
+#[derive(Clone, Debug)]
+pub(super) struct Violation {
+    /// The promise that is broken, and by what: the same for all that have one cause.
+    pub(super) what: String,
+    pub(super) details: String,
+}
+
+pub(super) struct World {
+    pub(super) store: Arc<MemoryStore>,
+    pub(super) keys: Vec<Key>,
+    start: Instant,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    guards: Vec<Tracked>,
+    calls: Vec<Call>,
+    /// The lockers, by what tells them apart.
+    lockers: Vec<usize>,
+    /// Who held a key at the server.
+    history: BTreeMap<Key, Vec<Span>>,
+    /// What happened last to a key that a token held.
+    last: HashMap<(Key, Token), Last>,
+    /// Locks that were ended on purpose: all of the token that were asked for before that.
+    ended: Vec<(Key, Token, Instant)>,
+    /// Keys that were deleted by hand at some time.
+    deleted: HashSet<Key>,
+    fences: HashMap<Key, u64>,
+    /// The first of them all. It is taken from the clock: the trace counts from it.
+    first_fence: Option<u64>,
+    granted: HashMap<Token, HashSet<u64>>,
+    /// How many calls of a token were granted, or took up its lease.
+    grants: HashMap<Token, usize>,
+    leases: Vec<Left>,
+    labels: HashMap<Token, String>,
+    /// How many are about to release all that a locker's watchdogs watch.
+    releasing_all: HashMap<usize, usize>,
+    violations: Vec<Violation>,
+    trace: Option<Vec<String>>,
+    /// When the last call is run that is late.
+    late_until: Option<Instant>,
+    stalls: usize,
+    /// Each that listens has a time of its own that news take.
+    delays: BTreeSet<u64>,
+}
+
+struct Tracked {
+    hold: Weak<Hold>,
+    /// Where it is: tells apart those that are there at one time.
+    at: usize,
+    client: usize,
+    keys: Box<[Key]>,
+    token: Token,
+    sent: Instant,
+    born: Instant,
+    /// How it ended, as far as it was seen.
+    loss: Option<Loss>,
+}
+
+struct Call {
+    client: usize,
+    sent: Instant,
+    /// When it was run last.
+    ran: Option<Instant>,
+    doing: Doing,
+    fault: Fault,
+}
+
+struct Span {
+    token: Token,
+    from: Instant,
+    until: Instant,
+}
+
+/// What happened last to a key that a token held.
+#[derive(Clone, Debug)]
+enum Last {
+    Granted(u64),
+    SetTtl(u64),
+    Released(u64),
+}
+
+struct Left {
+    lease: Lease,
+    /// Nobody has taken it up yet.
+    left: bool,
+}
+
+impl World {
+    /// From here on it learns of all that happens on this thread.
+    pub(super) fn begin(keys: Vec<Key>, traced: bool) -> Arc<Self> {
+        let state = State { trace: traced.then(Vec::new), ..State::default() };
+        let (store, start) = (Arc::new(MemoryStore::new()), Instant::now());
+        let world = Arc::new(Self { store, keys, start, state: Mutex::new(state) });
+        WORLD.set(Some(world.clone()));
+        world
+    }
+
+    /// What it has seen.
+    pub(super) fn end(&self) -> (Vec<Violation>, Vec<String>) {
+        WORLD.set(None);
+        let mut state = self.state();
+        (std::mem::take(&mut state.violations), state.trace.take().unwrap_or_default())
+    }
+
+    /// Gives a token a name for the trace.
+    pub(super) fn name(&self, token: &Token, name: String) {
+        self.state().labels.insert(token.clone(), name);
+    }
+
+    pub(super) fn knows_locker(&self, locker: usize) {
+        self.state().lockers.push(locker);
+    }
+
+    pub(super) fn trace(&self, line: impl FnOnce() -> String) {
+        if self.state().trace.is_some() {
+            let line = line();
+            self.state().note(self.start, line);
+        }
+    }
+
+    pub(super) fn stalled(&self) {
+        self.state().stalls += 1;
+    }
+
+    pub(super) fn stalls(&self) -> usize {
+        self.state().stalls
+    }
+
+    pub(super) fn violate(&self, what: impl Into<String>, details: String) {
+        self.state().violate(self.start, what.into(), details);
+    }
+
+    /// By what others name a guard.
+    pub(super) fn id(&self, guard: &LockGuard) -> Option<usize> {
+        let at = Arc::as_ptr(&guard.hold()) as usize;
+        self.state().guards.iter().rposition(|tracked| tracked.at == at)
+    }
+
+    fn born(&self, hold: &Arc<Hold>, locker: usize) {
+        let mut state = self.state();
+        let client = state.lockers.iter().position(|&known| known == locker).unwrap_or(usize::MAX);
+        let (at, sent) = (Arc::as_ptr(hold) as usize, hold.peek().sent);
+        let (keys, token) = (hold.owned.keys.clone(), hold.owned.token.clone());
+        let id = state.guards.len();
+        let label = state.label(&token);
+        state.note(self.start, format!("guard {id} of client {client}: {keys:?} by {label}, {hold:?}"));
+        if let Some(fence) = hold.fencing_token {
+            let known = state.granted.get(&token).is_some_and(|fences| fences.contains(&fence));
+            if !known {
+                state.violate(self.start, "a fencing token that was not granted".into(), format!("guard {id}"));
+            }
+        }
+        state.guards.push(Tracked {
+            hold: Arc::downgrade(hold),
+            at,
+            client,
+            keys,
+            token,
+            sent,
+            born: Instant::now(),
+            loss: None,
+        });
+        drop(state);
+        self.check();
+    }
+
+    pub(super) fn sent(&self, client: usize, operation: Operation, fault: Fault) -> u64 {
+        let mut state = self.state();
+        let now = Instant::now();
+        let late = match fault {
+            Fault::RunAfter(delay) | Fault::Doubled(delay) | Fault::Twice(delay) => Some(now + delay),
+            _ => None,
+        };
+        state.late_until = state.late_until.max(late);
+        let mut doing = DOING.get();
+        doing.release |= state.releasing_all.get(&client).is_some_and(|&n| n > 0);
+        state.calls.push(Call { client, sent: now, ran: None, doing, fault });
+        let call = state.calls.len() - 1;
+        state.note_with(self.start, || format!("call {call} of client {client}: {operation:?}, {fault:?}, {doing:?}"));
+        call as u64
+    }
+
+    pub(super) fn releasing_all(&self, client: usize, begins: bool) {
+        let mut state = self.state();
+        let count = state.releasing_all.entry(client).or_default();
+        *count = if begins { *count + 1 } else { *count - 1 };
+    }
+
+    /// The server has run a call.
+    pub(super) fn ran(&self, call: u64, ran: &Ran<'_>) {
+        let mut state = self.state();
+        let now = Instant::now();
+        state.calls[call as usize].ran = Some(now);
+        match ran {
+            Ran::Acquire(wanted, acquired) => {
+                if let Acquired::Granted { fencing_token } = acquired {
+                    state.granted(self, call, &wanted.owned.keys, &wanted.owned.token, *fencing_token);
+                }
+                let (label, first) = (state.label(&wanted.owned.token), state.first_fence);
+                state.note_with(self.start, || {
+                    let acquired = relative(&format!("{acquired:?}"), first);
+                    format!("  call {call}: {label} acquires {:?} for {:?}: {acquired}", wanted.owned.keys, wanted.ttl)
+                });
+            }
+            Ran::Renew(owned, ttl, how, renewed) => {
+                if let (Extending::Claim { .. }, Renewed::Extended) = (how, renewed) {
+                    *state.grants.entry(owned.token.clone()).or_default() += 1;
+                }
+                if let (Extending::Exactly, Renewed::Extended) = (how, renewed) {
+                    for key in &owned.keys {
+                        state.last.insert((key.clone(), owned.token.clone()), Last::SetTtl(call));
+                    }
+                }
+                let label = state.label(&owned.token);
+                state.note_with(self.start, || {
+                    format!("  call {call}: {label} renews {:?} {how:?} {ttl:?}: {renewed:?}", owned.keys)
+                });
+            }
+            Ran::Release(owned, ending, released) => {
+                state.released(call, &owned.keys, &owned.token, *ending, self);
+                let label = state.label(&owned.token);
+                state.note_with(self.start, || {
+                    format!("  call {call}: {label} releases {:?}, {ending:?}: {released:?}", owned.keys)
+                });
+            }
+            Ran::Undo(owned, undone) => {
+                state.released(call, &owned.keys, &owned.token, Ending::Grant, self);
+                let label = state.label(&owned.token);
+                state.note_with(self.start, || format!("  call {call}: {label} undoes {:?}: {undone:?}", owned.keys));
+            }
+            Ran::HandOver(from, ending, to, handed_over) => {
+                if let HandedOver::Done { fencing_token } = handed_over {
+                    state.released(call, &from.keys, &from.token, *ending, self);
+                    state.granted(self, call, &to.owned.keys, &to.owned.token, *fencing_token);
+                }
+                let (one, other) = (state.label(&from.token), state.label(&to.owned.token));
+                let first = state.first_fence;
+                state.note_with(self.start, || {
+                    let handed_over = relative(&format!("{handed_over:?}"), first);
+                    format!("  call {call}: {one} hands {:?} over to {other}, {ending:?}: {handed_over}", from.keys)
+                });
+            }
+        }
+        state.look(self);
+        drop(state);
+        self.check();
+    }
+
+    /// Somebody deletes a key by hand.
+    pub(super) fn delete(&self, key: &Key) {
+        let mut state = self.state();
+        if let Some((token, _)) = self.store.holder(key) {
+            state.ended.push((key.clone(), token, Instant::now()));
+        }
+        state.deleted.insert(key.clone());
+        self.store.delete(key);
+        state.note(self.start, format!("{key} is deleted by hand"));
+        state.look(self);
+        drop(state);
+        self.check();
+    }
+
+    /// Promises 1 and 2.
+    pub(super) fn check(&self) {
+        let mut state = self.state();
+        let mut holders: HashMap<Key, (usize, Token)> = HashMap::new();
+        for id in 0..state.guards.len() {
+            let Some(hold) = state.guards[id].hold.upgrade() else { continue };
+            let seen = hold.peek();
+            if let Err(loss) = seen.verdict {
+                if state.guards[id].loss.replace(loss).is_none() {
+                    state.note_with(self.start, || format!("guard {id} is over: {loss:?}"));
+                    if let (Loss::Taken | Loss::Missing, true) = (loss, state.has_been_there(id)) {
+                        state.violate(
+                            self.start,
+                            format!("a guard is told {loss:?} though it was held all along"),
+                            format!("guard {id}"),
+                        );
+                    }
+                }
+                continue;
+            }
+            let Tracked { keys, token, sent, .. } = &state.guards[id];
+            for key in keys.clone() {
+                let ended = |(of, by, at): &(Key, Token, Instant)| *of == key && by == token && sent <= at;
+                if state.ended.iter().any(ended) {
+                    continue;
+                }
+                let holder = self.store.holder(&key);
+                let is_there = matches!(&holder, Some((by, until)) if by == token && *until >= seen.deadline);
+                let mut violations = Vec::new();
+                if let Some((other, by)) = holders.get(&key).filter(|(_, by)| by != token) {
+                    let labels = (state.peek_label(by), state.peek_label(token));
+                    violations.push(("two holders at once".to_owned(), format!("guards {other} and {id}: {labels:?}")));
+                } else {
+                    holders.insert(key.clone(), (id, token.clone()));
+                }
+                if !is_there {
+                    violations.push(state.why_not_there(id, &key, seen.deadline, self.start, holder));
+                }
+                if !violations.is_empty() {
+                    let (token, sent) = (token.clone(), Instant::now().max(*sent));
+                    // Once is enough.
+                    state.ended.push((key.clone(), token, sent));
+                    for (what, details) in violations {
+                        state.violate(self.start, what, details);
+                    }
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Promise 5.
+    pub(super) fn failed(&self, error: &Error, from: Instant, own: Option<&Token>) {
+        let Error::NotObtained { key, attempts, .. } = error else { return };
+        let mut state = self.state();
+        // Nobody hears of what is done by hand: what the server said before is all that is known.
+        if state.deleted.contains(key) {
+            return;
+        }
+        let spans = state.history.get(key).into_iter().flatten();
+        let during: Vec<_> = spans.filter(|span| span.until >= from).collect();
+        let what = match own {
+            _ if during.is_empty() => {
+                format!("NotObtained though nobody held it, {}", if *attempts == 0 { "never asked" } else { "asked" })
+            }
+            // Whom the server told so. Others may not have been able to ask.
+            Some(own) if during.iter().all(|span| span.token == *own) && *attempts > 0 => {
+                "NotObtained though only its own token held it".into()
+            }
+            _ => return,
+        };
+        state.violate(self.start, what, format!("{error}"));
+    }
+
+    /// Promise 5, for a release.
+    pub(super) fn not_released(&self, id: usize, error: &Error) {
+        let Error::NotHeld { loss: Loss::Taken | Loss::Missing, .. } = error else { return };
+        let mut state = self.state();
+        let Tracked { keys, token, .. } = &state.guards[id];
+        let by_itself = |key: &Key| match state.last.get(&(key.clone(), token.clone())) {
+            Some(&Last::Released(call)) => state.calls[call as usize].doing.guard == Some(id),
+            _ => false,
+        };
+        if keys.iter().all(by_itself) {
+            state.violate(
+                self.start,
+                "a release is told that it lost what it has released".into(),
+                format!("guard {id}"),
+            );
+        }
+    }
+
+    /// The lock is left on purpose, until it expires.
+    pub(super) fn leave(&self, lease: Lease) {
+        let mut state = self.state();
+        let label = state.label(lease.token());
+        state.note(self.start, format!("left: {:?} by {label}", lease.keys()));
+        state.leases.push(Left { lease, left: true });
+    }
+
+    /// Some lease, that may have been taken up before.
+    pub(super) fn some_lease(&self, rng: &mut fastrand::Rng) -> Option<(usize, Lease)> {
+        let state = self.state();
+        let place = rng.choice(0..state.leases.len())?;
+        Some((place, state.leases[place].lease.clone()))
+    }
+
+    /// From here on somebody sees to it.
+    pub(super) fn taken_up(&self, place: usize) {
+        self.state().leases[place].left = false;
+    }
+
+    /// A token that somebody was seen to hold.
+    pub(super) fn some_token(&self, rng: &mut fastrand::Rng) -> Option<Token> {
+        let state = self.state();
+        let place = rng.choice(0..state.guards.len())?;
+        Some(state.guards[place].token.clone())
+    }
+
+    /// The shortest time that no other's news take now: whom tokio wakes first is left to chance, and would not be the same
+    /// each time.
+    pub(super) fn take_delay(&self) -> u64 {
+        let mut state = self.state();
+        let delay = (1..).find(|delay| !state.delays.contains(delay)).unwrap();
+        state.delays.insert(delay);
+        delay
+    }
+
+    pub(super) fn give_back_delay(&self, delay: u64) {
+        self.state().delays.remove(&delay);
+    }
+
+    pub(super) fn late_until(&self) -> Instant {
+        self.state().late_until.unwrap_or(self.start)
+    }
+
+    pub(super) fn obtained(&self) -> usize {
+        self.state().guards.len()
+    }
+
+    /// Promise 4: all is over and all delays have passed.
+    pub(super) fn look_for_leftovers(&self) {
+        let mut state = self.state();
+        for key in &self.keys {
+            let Some((token, until)) = self.store.holder(key) else { continue };
+            let left = |left: &Left| left.left && *left.lease.token() == token && left.lease.keys().contains(key);
+            if state.leases.iter().any(left) {
+                continue;
+            }
+            let label = state.label(&token);
+            let (how, call) = match state.last.get(&(key.clone(), token.clone())) {
+                Some(&(Last::Granted(call) | Last::SetTtl(call))) => (state.how_left(call, &token), Some(call)),
+                _ => ("otherwise".to_owned(), None),
+            };
+            let details = format!("{key} of {label} for another {:?}; by call {call:?}", until - Instant::now());
+            state.violate(self.start, format!("a key is left behind: {how}"), details);
+        }
+    }
+
+    /// Promise 4: the leases that were left have expired too.
+    pub(super) fn look_for_anything(&self, lockers: &str) {
+        for key in &self.keys {
+            if self.store.holder(key).is_some() {
+                self.violate("a key outlives its ttl", key.to_string());
+            }
+        }
+        if self.store.listeners() > 0 {
+            self.violate("a listener is left behind", String::new());
+        }
+        if !lockers.is_empty() {
+            self.violate("a queue is left behind", lockers.to_owned());
+        }
+    }
+
+    /// No code panics while it holds this mutex, other than by a fault of the oracle's own.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn label(&mut self, token: &Token) -> String {
+        let next = self.labels.len();
+        self.labels.entry(token.clone()).or_insert_with(|| format!("token {next}")).clone()
+    }
+
+    fn peek_label(&self, token: &Token) -> String {
+        self.labels.get(token).cloned().unwrap_or_default()
+    }
+
+    fn note(&mut self, start: Instant, line: String) {
+        if let Some(trace) = &mut self.trace {
+            trace.push(format!("{:>12.3?} {line}", start.elapsed()));
+        }
+    }
+
+    fn note_with(&mut self, start: Instant, line: impl FnOnce() -> String) {
+        if self.trace.is_some() {
+            self.note(start, line());
+        }
+    }
+
+    fn violate(&mut self, start: Instant, what: String, details: String) {
+        let details = format!("after {:?}: {details}", start.elapsed());
+        self.note_with(start, || format!("VIOLATION: {what}: {details}"));
+        self.violations.push(Violation { what, details });
+    }
+
+    fn granted(&mut self, world: &World, call: u64, keys: &[Key], token: &Token, fence: Option<u64>) {
+        *self.grants.entry(token.clone()).or_default() += 1;
+        for key in keys {
+            self.last.insert((key.clone(), token.clone()), Last::Granted(call));
+            let Some(fence) = fence else { continue };
+            self.first_fence.get_or_insert(fence);
+            self.granted.entry(token.clone()).or_default().insert(fence);
+            let spans = self.history.get(key).map(Vec::as_slice).unwrap_or_default();
+            // Promise 3. A grant to who holds it already may repeat its number.
+            let repeated = spans.last().is_some_and(|span| span.until > Instant::now() && span.token == *token);
+            let before = self.fences.insert(key.clone(), fence);
+            if before.is_some_and(|before| before > fence || before == fence && !repeated) {
+                let label = self.label(token);
+                self.violate(world.start, "fencing tokens don't grow".into(), format!("{key} by {label}"));
+            }
+        }
+    }
+
+    /// Some of the keys may be held on, for other grants of the token.
+    fn released(&mut self, call: u64, keys: &[Key], token: &Token, ending: Ending, world: &World) {
+        let now = Instant::now();
+        let explicit = ending == Ending::Lock && self.calls[call as usize].doing.release;
+        for key in keys {
+            if explicit {
+                self.ended.push((key.clone(), token.clone(), now));
+            }
+            let spans = self.history.get(key).map(Vec::as_slice).unwrap_or_default();
+            let is_gone = world.store.holder(key).is_none_or(|(holder, _)| holder != *token);
+            if is_gone && spans.last().is_some_and(|span| span.until > now && span.token == *token) {
+                self.last.insert((key.clone(), token.clone()), Last::Released(call));
+            }
+        }
+    }
+
+    /// Brings the history up to date.
+    fn look(&mut self, world: &World) {
+        let now = Instant::now();
+        for key in &world.keys {
+            let spans = self.history.entry(key.clone()).or_default();
+            let holder = world.store.holder(key);
+            if let Some(last) = spans.last_mut() {
+                match &holder {
+                    Some((token, until)) if *token == last.token && last.until > now => {
+                        last.until = *until;
+                        continue;
+                    }
+                    _ => last.until = last.until.min(now),
+                }
+            }
+            spans.extend(holder.map(|(token, until)| Span { token, from: now, until }));
+        }
+    }
+
+    /// Whether the lock has been held at the server without a gap, by all that was seen.
+    fn has_been_there(&self, id: usize) -> bool {
+        let Tracked { keys, token, sent, born, .. } = &self.guards[id];
+        let now = Instant::now();
+        keys.iter().all(|key| {
+            let ended = self.ended.iter().any(|(of, by, at)| of == key && by == token && sent <= at);
+            let last = self.history.get(key).and_then(|spans| spans.last());
+            !ended && last.is_some_and(|last| last.token == *token && last.from <= *born && now < last.until)
+        })
+    }
+
+    /// Why a guard that is held is not held at the server.
+    fn why_not_there(
+        &self,
+        id: usize,
+        key: &Key,
+        deadline: Instant,
+        start: Instant,
+        holder: Option<(Token, Instant)>,
+    ) -> (String, String) {
+        let what = match self.last.get(&(key.clone(), self.guards[id].token.clone())) {
+            Some(&Last::Released(call)) => {
+                let client = self.calls[call as usize].client;
+                let whose = if client == self.guards[id].client { "its own client" } else { "another client" };
+                let token = &self.guards[id].token;
+                let releasing = self.guards.iter().enumerate().rev().find(|(other, guard)| {
+                    *other != id && guard.client == client && guard.token == *token && guard.keys.contains(key)
+                });
+                let by = match releasing
+                    .map(|(_, guard)| guard.loss.or_else(|| guard.hold.upgrade()?.peek().verdict.err()))
+                {
+                    Some(Some(Loss::Expired)) => "an expired guard",
+                    Some(Some(Loss::Released)) => "a dropped guard",
+                    Some(_) => "another guard",
+                    None => "an attempt",
+                };
+                format!("a guard is held, its key released in the background for {by} of {whose}")
+            }
+            Some(&Last::SetTtl(call)) => {
+                let own = self.calls[call as usize].doing.guard == Some(id);
+                let whose = if own { "its own" } else { "a twin's" };
+                format!("a guard is held, its ttl made shorter by {whose} request")
+            }
+            Some(Last::Granted(_)) => "a guard is held for longer than at the server".to_owned(),
+            None => "a guard is held that was never granted".to_owned(),
+        };
+        let holder = holder.map(|(token, until)| (self.peek_label(&token), until - start));
+        let details = format!("guard {id} and {key}, held until {:?}; at the server: {holder:?}", deadline - start);
+        (what, details)
+    }
+
+    /// How the call that was the last to give a key its ttl came to leave it.
+    fn how_left(&self, call: u64, token: &Token) -> String {
+        let Call { client, sent, ran, fault, .. } = self.calls[call as usize];
+        let is_its = |guard: &&Tracked| guard.token == *token && guard.client == client && guard.sent == sent;
+        let of_token = self.guards.iter().find(is_its);
+        let of_a_set = of_token.is_some_and(|guard| guard.keys.len() > 1);
+        let told = of_token.and_then(|guard| guard.loss);
+        let late = ran.is_some_and(|ran| ran - sent > Duration::from_millis(500));
+        let grants = self.grants.get(token).copied().unwrap_or_default();
+        let how = match fault {
+            _ if grants > 1 => "of a token that was granted it more than once",
+            Fault::Doubled(_) | Fault::Twice(_) => "an attempt that was run twice",
+            Fault::RunAfter(_) if late => "an attempt that was run late",
+            _ if of_a_set && matches!(told, Some(Loss::Missing | Loss::Taken)) => "one of a set that was lost",
+            _ if of_token.is_some() => "one that a guard had",
+            _ => "an attempt that nobody undid",
+        };
+        how.to_owned()
+    }
+}
+
+/// With fencing tokens that are counted from the first of all, so that a history reads the same each time.
+fn relative(text: &str, first: Option<u64>) -> String {
+    let number = text.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| Some((digits, digits.parse().ok()?)));
+    let fence = number.max_by_key(|&(_, number): &(&str, u64)| number).zip(first);
+    match fence {
+        Some(((digits, number), first)) if number > 1_000_000_000_000_000 => {
+            text.replace(digits, &format!("+{}", number.saturating_sub(first)))
+        }
+        _ => text.to_owned(),
+    }
+}
