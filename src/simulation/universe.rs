@@ -229,7 +229,7 @@ const OPEN: [&str; 2] = [
     "a listener is left behind",
 ];
 
-fn number(variable: &str) -> Option<u64> {
+pub(super) fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().unwrap())
 }
 
