@@ -4,6 +4,7 @@
 mod actor;
 mod oracle;
 mod ownership;
+mod real;
 mod universe;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use crate::hold::Hold;
 use crate::store::faulty::{Fault, Operation, Ran};
 use crate::store::memory::MemoryStore;
-use crate::store::{Acquired, Ending, Extending, HandedOver, Renewed};
+use crate::store::{Acquired, Ending, Extending, HandedOver, Holder, Renewed};
 use crate::{Error, Key, Lease, LockGuard, Loss, Token};
 
 /// What the calls of this moment are part of.
@@ -75,6 +75,8 @@ pub(super) struct Violation {
 pub(super) struct World {
     pub(super) store: Arc<MemoryStore>,
     pub(super) keys: Vec<Key>,
+    /// The server is another one, that can only be asked.
+    is_outside: bool,
     start: Instant,
     state: Mutex<State>,
 }
@@ -157,9 +159,18 @@ struct Left {
 impl World {
     /// From here on it learns of all that happens on this thread.
     pub(super) fn begin(keys: Vec<Key>, traced: bool) -> Arc<Self> {
+        Self::new(keys, traced, false)
+    }
+
+    /// The same, with a server that can only be asked.
+    pub(super) fn begin_outside(keys: Vec<Key>) -> Arc<Self> {
+        Self::new(keys, false, true)
+    }
+
+    fn new(keys: Vec<Key>, traced: bool, is_outside: bool) -> Arc<Self> {
         let state = State { trace: traced.then(Vec::new), ..State::default() };
         let (store, start) = (Arc::new(MemoryStore::new()), Instant::now());
-        let world = Arc::new(Self { store, keys, start, state: Mutex::new(state) });
+        let world = Arc::new(Self { store, keys, is_outside, start, state: Mutex::new(state) });
         WORLD.set(Some(world.clone()));
         world
     }
@@ -214,7 +225,7 @@ impl World {
         let label = state.label(&token);
         state.note(self.start, format!("guard {id} of client {client}: {keys:?} by {label}, {hold:?}"));
         if let Some(fence) = hold.fencing_token {
-            let known = state.granted.get(&token).is_some_and(|fences| fences.contains(&fence));
+            let known = self.is_outside || state.granted.get(&token).is_some_and(|fences| fences.contains(&fence));
             if !known {
                 state.violate(self.start, "a fencing token that was not granted".into(), format!("guard {id}"));
             }
@@ -364,7 +375,7 @@ impl World {
                 } else {
                     holders.insert(key.clone(), (id, token.clone()));
                 }
-                if !is_there {
+                if !is_there && !self.is_outside {
                     violations.push(state.why_not_there(id, &key, seen.deadline, self.start, holder));
                 }
                 if !violations.is_empty() {
@@ -385,7 +396,7 @@ impl World {
         let Error::NotObtained { key, attempts, .. } = error else { return };
         let mut state = self.state();
         // Nobody hears of what is done by hand: what the server said before is all that is known.
-        if state.deleted.contains(key) {
+        if self.is_outside || state.deleted.contains(key) {
             return;
         }
         let spans = state.history.get(key).into_iter().flatten();
@@ -467,6 +478,67 @@ impl World {
 
     pub(super) fn obtained(&self) -> usize {
         self.state().guards.len()
+    }
+
+    /// Somebody is about to end, on purpose, whatever these tokens hold; all of them, where none is given.
+    pub(super) fn ends_outside(&self, token: Option<&Token>) {
+        if !self.is_outside {
+            return;
+        }
+        let mut state = self.state();
+        // The call may take so long.
+        let until = Instant::now() + Duration::from_secs(2);
+        let State { guards, ended, .. } = &mut *state;
+        for guard in guards.iter().filter(|guard| token.is_none_or(|token| guard.token == *token)) {
+            ended.extend(guard.keys.iter().map(|key| (key.clone(), guard.token.clone(), until)));
+        }
+    }
+
+    /// The guards of a key that are held, and until when.
+    pub(super) fn claims(&self, key: &Key) -> Vec<(usize, Instant)> {
+        let state = self.state();
+        let claim = |(id, guard): (usize, &Tracked)| {
+            let seen = guard.hold.upgrade()?.peek();
+            (seen.verdict.is_ok() && guard.keys.contains(key)).then_some((id, seen.deadline))
+        };
+        state.guards.iter().enumerate().filter_map(claim).collect()
+    }
+
+    /// Promise 2, where the server was asked who holds the key after these claims were made. Those that are held still were so
+    /// when it answered.
+    pub(super) fn compare(&self, key: &Key, claims: Vec<(usize, Instant)>, holder: Option<&Holder>) {
+        let mut state = self.state();
+        for (id, deadline) in claims {
+            let guard = &state.guards[id];
+            let Some(hold) = guard.hold.upgrade() else { continue };
+            let seen = hold.peek();
+            let ended = |(of, by, at): &(Key, Token, Instant)| of == key && *by == guard.token && guard.sent <= *at;
+            if seen.verdict.is_err() || state.ended.iter().any(ended) {
+                continue;
+            }
+            let remaining = holder.filter(|holder| holder.token == guard.token).and_then(|holder| holder.remaining);
+            // The server counts in milliseconds.
+            let until = remaining.map(|remaining| Instant::now() + remaining + Duration::from_millis(1));
+            if until.is_none_or(|until| until < deadline.min(seen.deadline)) {
+                let details = format!("guard {id} and {key}, held for {:?}; at the server: {remaining:?}", hold.ttl());
+                state.ended.push((key.clone(), hold.owned.token.clone(), Instant::now()));
+                state.violate(self.start, "a guard is held, but not at the server".into(), details);
+            }
+        }
+    }
+
+    /// Promise 4, by what the server says.
+    pub(super) fn left_outside(&self, key: &Key, holder: &Holder) {
+        let mut state = self.state();
+        let left = |left: &Left| left.left && *left.lease.token() == holder.token && left.lease.keys().contains(key);
+        let is_short = holder.remaining.is_some_and(|remaining| remaining < Duration::from_secs(5));
+        // Those that have more than one grant are an open matter (`universe.rs`).
+        let grants = state.guards.iter().filter(|guard| guard.token == holder.token).count();
+        let is_shared = holder.token.as_str().starts_with("shared") || grants > 1;
+        if !is_short && !is_shared && !state.leases.iter().any(left) {
+            let details = format!("{key}, for {:?}, after {grants} guards", holder.remaining);
+            state.violate(self.start, "a key is left behind".into(), details);
+        }
     }
 
     /// Promise 4: all is over and all delays have passed.

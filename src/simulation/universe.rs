@@ -222,14 +222,12 @@ async fn end(world: &World, processes: Vec<Arc<Process>>) {
 }
 
 /// What the histories have found and is not cured yet.
-const OPEN: [&str; 2] = [
+const OPEN: [&str; 1] = [
     // A grant that ended by its ttl alone stays in the record of grants, and keeps a key that a twin has made to live longer.
     "a key is left behind: of a token that was granted it more than once",
-    // Of a key whose last holder ended by its ttl.
-    "a listener is left behind",
 ];
 
-fn number(variable: &str) -> Option<u64> {
+pub(super) fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().unwrap())
 }
 
