@@ -400,7 +400,9 @@ impl World {
             return;
         }
         let spans = state.history.get(key).into_iter().flatten();
-        let during: Vec<_> = spans.filter(|span| span.until >= from).collect();
+        // News take some time, and until they come, what the server said before is all that is known to one that waits.
+        let heard = if *attempts == 0 { Duration::from_millis(25) } else { Duration::ZERO };
+        let during: Vec<_> = spans.filter(|span| span.until + heard >= from).collect();
         let what = match own {
             _ if during.is_empty() => {
                 format!("NotObtained though nobody held it, {}", if *attempts == 0 { "never asked" } else { "asked" })
