@@ -483,12 +483,11 @@ impl Server {
             let (mark, left) = (self.scripts.next_mark(), until.saturating_duration_since(now));
             // fred's futures are several kilobytes large, and those around them would be as large, on every path.
             let answer = Box::pin(script.run(&self.router, &call, mark, latest, left)).await;
-            let reply = self.connection.heard(sent, answer).inspect_err(|error| {
-                if is_mixed_up(error) {
-                    self.connection.replace();
-                    self.router.replace();
-                }
-            })?;
+            if answer.as_ref().is_err_and(is_mixed_up) {
+                self.connection.replace();
+                self.router.replace();
+            }
+            let reply = self.connection.heard(sent, answer)?;
             let learned = self.clock.learn(reply.now);
             match &reply.outcome {
                 // Another server's clock, or one that was not known yet. If it is too late by ours, there is no time left.

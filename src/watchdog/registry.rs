@@ -18,6 +18,7 @@ use super::events::WatchEvent;
 use super::outbox::{Id, Outbox};
 use super::watcher::Watcher;
 use crate::hold::Hold;
+use crate::keeper::Upkeep;
 use crate::schedule::Renewal;
 use crate::store::Ending;
 use crate::{Error, Key, Lease, LockGuard, Locker, Loss};
@@ -230,7 +231,10 @@ impl Registry {
                 drop(task.await);
             }
         };
-        drop(timeout(self.locker.upkeep().command_timeout, gone).await);
+        // Outside a runtime nobody can wait; the tasks are cancelled all the same.
+        if Upkeep::check_runtime().is_ok() {
+            drop(timeout(self.locker.upkeep().command_timeout, gone).await);
+        }
     }
 
     /// An attempt may have left the lock at the server, and nobody has learned of it.
