@@ -96,7 +96,7 @@ impl Attempt {
         let refused = match &answer {
             Ok(Acquired::Held { .. } | Acquired::NotNext { .. }) => true,
             Ok(Acquired::Granted { .. }) => false,
-            Err(error) => settles || error.is_refusal() || error.was_not_sent(),
+            Err(error) => settles || error.has_not_run(),
         };
         // After an earlier attempt of unknown outcome, this answer doesn't speak for that one.
         if refused && !doubtful {

@@ -61,6 +61,9 @@ impl Drop for CloseOnDrop {
             releases.wait().await;
             drop(ended);
         });
+        // On a worker thread, what was spawned or woken last waits in a place that no other worker looks at, while this one
+        // blocks: another takes that place.
+        runtime.spawn(async {});
         // Ends without a message, when the task does or when its runtime has dropped it.
         wait.recv_timeout(self.limit).ok();
     }

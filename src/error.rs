@@ -240,6 +240,11 @@ impl Error {
         self.code().is_some() && !self.is_timeout()
     }
 
+    /// Whether the operation was surely not run: refused, or never sent.
+    pub(crate) fn has_not_run(&self) -> bool {
+        self.is_refusal() || self.was_not_sent()
+    }
+
     /// Whether the operation has surely not been sent to the server: there was no connection from its beginning to its
     /// end.
     pub(crate) fn was_not_sent(&self) -> bool {

@@ -43,8 +43,11 @@ pub(crate) struct Owned {
 pub(crate) struct GrantId(u64);
 
 impl GrantId {
+    /// Of a lease that was made by hand: nobody knows which grant its token has the lock by.
+    pub(crate) const UNKNOWN: Self = Self(0);
+
     pub(crate) fn random() -> Self {
-        Self(fastrand::u64(..))
+        Self(fastrand::u64(1..))
     }
 }
 
@@ -88,6 +91,8 @@ pub(crate) struct Hold {
     pub(crate) doubt: Option<Arc<Latest>>,
     /// A part of it may be left at the server when the server says that it is not held: one of several keys, a few nodes.
     has_parts: bool,
+    /// Several servers decide, each by itself.
+    is_voted_on: bool,
     drift: Drift,
     /// Where the grid of renewals begins, for all locks of one locker.
     origin: Instant,
@@ -111,8 +116,9 @@ struct State {
     epoch: u32,
     /// Requests that set the ttl, and whose outcome is unknown (invariant 5).
     unresolved: Vec<Unresolved>,
-    /// When the record of grants was last written.
+    /// When the record of grants was last written, and the longest ttl that it knows of.
     recorded: Instant,
+    recorded_ttl: Duration,
     /// Why the latest renewal failed, if none has succeeded since.
     last_error: Option<Arc<Error>>,
     loss: Option<Loss>,
@@ -188,6 +194,7 @@ impl Hold {
     ) -> Self {
         Self {
             has_parts: is_voted_on || owned.keys.len() > 1,
+            is_voted_on,
             owned,
             metadata,
             fencing_token: grant.fencing_token,
@@ -204,6 +211,7 @@ impl Hold {
                 epoch: 0,
                 unresolved: Vec::new(),
                 recorded: grant.sent,
+                recorded_ttl: grant.ttl,
                 last_error: None,
                 loss: None,
                 cleanup: None,
@@ -284,13 +292,14 @@ impl Hold {
         let mut state = self.state();
         let (sent, ttl) = (Instant::now(), ttl.unwrap_or(state.ttl));
         state.kept_until = state.kept_until.max(sent + patience + ttl);
-        let keeps_record = self.must_keep_record(&state, sent);
+        let keeps_record = self.must_keep_record(&state, sent, ttl);
         Renewing { sent, ttl, exact: false, keeps_record, epoch: state.epoch }
     }
 
-    /// Whether the record of grants comes of age.
-    fn must_keep_record(&self, state: &State, now: Instant) -> bool {
-        self.owned.grant.is_some() && now.saturating_duration_since(state.recorded) > RECORD_TTL / 4
+    /// Whether the record of grants comes of age, or does not know of this ttl.
+    fn must_keep_record(&self, state: &State, now: Instant, ttl: Duration) -> bool {
+        let is_old = now.saturating_duration_since(state.recorded) > RECORD_TTL / 4;
+        self.owned.grant.is_some() && (is_old || ttl > state.recorded_ttl)
     }
 
     /// The renewal that is due, if one is and it may take `time`: else the deadline comes first. `sent` is now, or a moment
@@ -299,7 +308,8 @@ impl Hold {
         let mut state = self.state();
         state.verdict(sent).ok()?;
         let due = state.due(self.origin)?;
-        let is_one_of_many = due <= sent && time <= state.deadline - sent && !self.must_keep_record(&state, sent);
+        let is_one_of_many =
+            due <= sent && time <= state.deadline - sent && !self.must_keep_record(&state, sent, state.ttl);
         if is_one_of_many {
             state.kept_until = state.kept_until.max(sent + time + state.ttl);
         }
@@ -356,12 +366,11 @@ impl Hold {
             return Err(loss);
         }
         state.last_error = None;
-        if renewing.exact {
-            state.unresolved.retain(|request| request.epoch != renewing.epoch);
-        }
         if renewing.epoch == state.epoch {
             // One that may be run after this one counts from this one at the earliest (invariant 5).
-            let may_follow = state.unresolved.iter().filter(|request| renewing.sent < request.until);
+            let may_follow = state.unresolved.iter().filter(|request| {
+                renewing.sent < request.until && !(renewing.exact && request.epoch == renewing.epoch)
+            });
             let worth = may_follow.map(|request| request.ttl).fold(renewing.ttl, Duration::min);
             let deadline = self.drift.deadline(renewing.sent, worth);
             state.deadline = state.deadline.max(deadline);
@@ -372,9 +381,16 @@ impl Hold {
             if renewing.exact {
                 state.ttl = renewing.ttl;
             }
-            if renewing.keeps_record {
+            if renewing.keeps_record || renewing.exact {
                 state.recorded = renewing.sent;
+                state.recorded_ttl = state.recorded_ttl.max(renewing.ttl);
             }
+        }
+        if renewing.exact && !self.is_voted_on {
+            // It has been run. What was sent before now may have been so before it, and be answered after it. Of several
+            // servers, some may not have run it yet.
+            let has_run = state.unresolved.iter_mut().filter(|request| request.epoch == renewing.epoch);
+            has_run.for_each(|request| request.until = request.until.min(now));
         }
         drop(state);
         if renewing.exact {
@@ -415,7 +431,7 @@ impl Hold {
                 Loss::Released => None,
                 // A renewal that nobody heard of may have been run, and would hold the key for a whole ttl.
                 Loss::Expired => Some(Cleanup::Release(None)),
-                Loss::Taken | Loss::Missing if self.has_parts => Some(Cleanup::Release(None)),
+                Loss::Taken | Loss::Missing if self.has_parts || self.doubt.is_some() => Some(Cleanup::Release(None)),
                 Loss::Taken | Loss::Missing => Some(Cleanup::Nothing),
             };
         }
@@ -637,6 +653,22 @@ mod tests {
         let longer = hold.setting_ttl(ms(9_000), ms(600));
         hold.renewed(longer).unwrap();
         assert_eq!(hold.deadline(), longer.sent + ms(9_000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_comes_after_that_of_an_exact_ttl_but_was_asked_for_before_is_worth_no_more() {
+        let hold = hold();
+        let shorter = hold.setting_ttl(ms(200), ms(500));
+        let longer = hold.renewing(Some(ms(9_000)), ms(500));
+        advance(ms(50)).await;
+        hold.renewed(shorter).unwrap();
+        // It may have been run before the other.
+        hold.renewed(longer).unwrap();
+        assert_eq!(hold.deadline(), longer.sent + ms(200));
+        advance(ms(1)).await;
+        let after = hold.renewing(Some(ms(9_000)), ms(500));
+        hold.renewed(after).unwrap();
+        assert_eq!(hold.deadline(), after.sent + ms(9_000));
     }
 
     #[tokio::test(start_paused = true)]

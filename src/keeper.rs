@@ -69,14 +69,14 @@ impl Upkeep {
         let call = self.store.renew(&hold.owned, renewing.ttl, renewing.how(), timeout);
         // The store keeps to its timeout; should it not, the deadline still holds.
         let answer = timeout_at(deadline, call).await.unwrap_or_else(|_| Err(Error::timeout()));
-        if answer.as_ref().is_err_and(|error| error.is_refusal() || error.was_not_sent()) {
+        if answer.as_ref().is_err_and(Error::has_not_run) {
             hold.was_refused(renewing);
         }
         answer.map(|renewed| learn(hold, renewing, renewed))
     }
 
-    /// For how long the server may run a request after it was sent: the timeout of its call, and by how much our idea of the
-    /// server's clock may be late, which is the time that one answer took.
+    /// For how long the server may run a request after it was sent: the timeout of its call, and as much again for what our idea of
+    /// the server's clock has drifted by since it last answered.
     pub(crate) fn patience(&self) -> Duration {
         self.command_timeout.saturating_mul(2)
     }
@@ -99,32 +99,49 @@ impl Upkeep {
     /// Renews a lock that no guard of ours holds, to at least this ttl.
     pub(crate) async fn extend(&self, owned: &Owned, ttl: Duration) -> Result<(), Error> {
         Self::check_runtime()?;
-        match self.store.renew(owned, ttl, Extending::AtLeast, self.command_timeout).await? {
+        // A grant that has an id relies on the lock for as long as its record says.
+        let how = match owned.grant {
+            None | Some(GrantId::UNKNOWN) => Extending::AtLeast,
+            Some(_) => Extending::KeepRecord,
+        };
+        match self.store.renew(owned, ttl, how, self.command_timeout).await? {
             Renewed::Extended => Ok(()),
             Renewed::NotOurs(loss) => Err(Error::NotHeld { key: owned.key(), loss }),
         }
     }
 
-    /// Takes a lease's lock over for a grant of our own, `owned`. Where that fails or is given up, it is taken back in the
-    /// background.
+    /// Takes a lease's lock over for a grant of our own, `owned`. The claim is given back in the background when it is dropped
+    /// before a guard [keeps](Claim::keep) it.
     pub(crate) async fn claim(
         self: &Arc<Self>,
-        owned: &Owned,
+        owned: Owned,
         earlier: Option<GrantId>,
         ttl: Duration,
         runtime: &Handle,
-    ) -> Result<(), Error> {
-        let (upkeep, runtime, owned) = (self.clone(), runtime.clone(), owned.clone());
-        let mut claim = Claim { upkeep, runtime, owned, earlier, ttl, unsettled: Some(self.releases.token()) };
+    ) -> Result<Claim, Error> {
+        let unsettled = Some(self.releases.token());
+        let mut claim = Claim { upkeep: self.clone(), runtime: runtime.clone(), owned, earlier, ttl, unsettled };
         let how = Extending::Claim { earlier };
-        let answer = self.store.renew(&claim.owned, ttl, how, self.command_timeout).await;
-        if !matches!(&answer, Err(error) if !(error.is_refusal() || error.was_not_sent())) {
-            claim.unsettled = None;
+        match self.store.renew(&claim.owned, ttl, how, self.command_timeout).await {
+            Ok(Renewed::Extended) => Ok(claim),
+            Ok(Renewed::NotOurs(loss)) => {
+                claim.unsettled = None;
+                Err(Error::NotHeld { key: claim.owned.key(), loss })
+            }
+            Err(error) => {
+                if error.has_not_run() {
+                    claim.unsettled = None;
+                }
+                Err(error)
+            }
         }
-        match answer? {
-            Renewed::Extended => Ok(()),
-            Renewed::NotOurs(loss) => Err(Error::NotHeld { key: claim.owned.key(), loss }),
-        }
+    }
+
+    /// Gives the lock back to the lease that a guard had it from, in the background: nobody will hold it by `owned`.
+    pub(crate) fn give_back(self: &Arc<Self>, owned: Owned, earlier: Option<GrantId>, ttl: Duration) {
+        let Ok(runtime) = self.runtime() else { return };
+        let unsettled = Some(self.releases.token());
+        drop(Claim { upkeep: self.clone(), runtime, owned, earlier, ttl, unsettled });
     }
 
     /// Releases, trying again after failures, until then.
@@ -183,13 +200,15 @@ impl Upkeep {
         let until = Instant::now() + self.command_timeout + ttl;
         let mut failures = 0;
         let error = loop {
-            let timeout = schedule::call_timeout(self.command_timeout, Instant::now(), until);
+            let timeout = schedule::call_timeout(self.command_timeout, Instant::now(), until).max(LAST_LOOK);
             let call = self.store.undo(owned, latest, timeout);
-            let pause = match timeout_at(until, call).await.unwrap_or_else(|_| Err(Error::timeout())) {
+            let pause = match timeout_at(until + LAST_LOOK, call).await.unwrap_or_else(|_| Err(Error::timeout())) {
                 Ok(Undone::Settled) => {
                     debug!(name: "tenure.undone", key = %owned.key(), "undid an attempt of unknown outcome");
                     return;
                 }
+                // What it left until now is gone, and what it leaves later ends by its ttl.
+                Ok(Undone::MayRun(_)) if Instant::now() >= until => return,
                 Ok(Undone::MayRun(within)) => {
                     failures = 0;
                     within
@@ -204,7 +223,8 @@ impl Upkeep {
                     pause
                 }
             };
-            sleep(pause).await;
+            // A server whose clock was set back, or another's, may say that this takes long: no longer than the ttl.
+            sleep_until(until.min(Instant::now() + pause)).await;
         };
         warn!(
             name: "tenure.undo_failed", key = %owned.key(), %error,
@@ -229,7 +249,7 @@ impl Upkeep {
                 Err(error) => error,
             };
             failures += 1;
-            if !(error.is_refusal() || error.was_not_sent()) {
+            if !error.has_not_run() {
                 (doubtful, ending) = (true, Ending::Grant);
             }
             let remaining = until.saturating_duration_since(Instant::now());
@@ -250,32 +270,42 @@ fn learn(hold: &Hold, renewing: Renewing, renewed: Renewed) -> Result<(), Loss> 
     }
 }
 
-/// A lease on its way to a grant of our own.
-struct Claim {
+/// The time for a call that is made when its own is over.
+const LAST_LOOK: Duration = Duration::from_millis(100);
+
+/// A lease's lock, which a grant of our own has taken over.
+pub(crate) struct Claim {
     upkeep: Arc<Upkeep>,
     runtime: Handle,
     owned: Owned,
     /// The lease's.
     earlier: Option<GrantId>,
     ttl: Duration,
-    /// There while nobody knows whether it was claimed. Makes [`Locker::close`](crate::Locker::close) wait until it is given back.
+    /// There while no guard has it. Makes [`Locker::close`](crate::Locker::close) wait until it is given back.
     unsettled: Option<TaskTrackerToken>,
 }
 
+impl Claim {
+    /// From here on a guard sees to it.
+    pub(crate) fn keep(mut self) {
+        self.unsettled = None;
+    }
+}
+
 impl Drop for Claim {
-    /// Nobody will hold by this grant: the lease's takes its place again, or the lock would be kept for the one that is not there.
+    /// Nobody will hold by this grant: the lease's takes its place again, or the lock would be kept for one that is not there.
     fn drop(&mut self) {
         let Some(unsettled) = self.unsettled.take() else { return };
-        let lease = Owned { grant: self.earlier, ..self.owned.clone() };
-        let (upkeep, how) = (self.upkeep.clone(), Extending::Claim { earlier: self.owned.grant });
-        let until = Instant::now() + self.ttl;
+        let (upkeep, owned, ttl) = (self.upkeep.clone(), self.owned.clone(), self.ttl);
+        let how = Extending::GiveBack { earlier: self.earlier };
         self.runtime.spawn(async move {
-            let mut failures = 0;
-            // What was sent may be run until then: after that, once more.
+            let until = Instant::now() + ttl;
+            // The claim itself may be run until then: after that, once more.
             let settled = Instant::now() + upkeep.patience();
+            let mut failures = 0;
             loop {
                 let timeout = schedule::call_timeout(upkeep.command_timeout, Instant::now(), until);
-                let given_back = upkeep.store.renew(&lease, MIN_TTL, how, timeout).await;
+                let given_back = upkeep.store.renew(&owned, ttl, how, timeout).await;
                 let remaining = until.saturating_duration_since(Instant::now());
                 let pause = match given_back {
                     Ok(Renewed::NotOurs(_)) => break,
@@ -296,9 +326,6 @@ impl Drop for Claim {
         });
     }
 }
-
-/// A renewal to at least this changes no ttl.
-const MIN_TTL: Duration = Duration::from_millis(1);
 
 /// Keeps one lock.
 pub(crate) struct Keeper {

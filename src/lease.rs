@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
 
-use crate::hold::Owned;
+use crate::hold::{GrantId, Owned};
 use crate::{Error, Key, Token};
 
 /// What identifies a held lock, apart from any guard: its keys and token, its ttl and fencing token.
@@ -58,7 +58,11 @@ impl Lease {
     /// assert_eq!(lease.fencing_token(), None);
     /// ```
     pub fn new(key: impl Into<Key>, token: Token, ttl: Duration) -> Self {
-        Self::from_parts(Owned { keys: Box::new([key.into()]), token, own_token: false, grant: None }, ttl, None)
+        Self::from_parts(
+            Owned { keys: Box::new([key.into()]), token, own_token: false, grant: Some(GrantId::UNKNOWN) },
+            ttl,
+            None,
+        )
     }
 
     pub(crate) fn from_parts(mut owned: Owned, ttl: Duration, fencing_token: Option<u64>) -> Self {
@@ -115,8 +119,10 @@ impl fmt::Display for Lease {
         if let Some(fence) = self.fencing_token {
             write!(f, "{fence}")?;
         }
-        if let Some(grant) = self.owned.grant {
-            write!(f, "~{grant}")?;
+        match self.owned.grant {
+            Some(GrantId::UNKNOWN) => {}
+            Some(grant) => write!(f, "~{grant}")?,
+            None => f.write_str("~-")?,
         }
         write!(f, ":{}", percent_encode(self.token().as_str().as_bytes(), ESCAPED))?;
         self.keys().iter().try_for_each(|key| write!(f, ":{}", percent_encode(key.as_bytes(), ESCAPED)))
@@ -146,7 +152,11 @@ impl FromStr for Lease {
             "" => None,
             fence => Some(fence.parse().map_err(|_| Error::InvalidLease("its fencing token is no number"))?),
         };
-        let grant = grant.map(str::parse).transpose().map_err(|_| Error::InvalidLease("its grant is no number"))?;
+        let grant = match grant {
+            None => Some(GrantId::UNKNOWN),
+            Some("-") => None,
+            Some(grant) => Some(grant.parse().map_err(|_| Error::InvalidLease("its grant is no number"))?),
+        };
         let token =
             percent_decode_str(part()?).decode_utf8().map_err(|_| Error::InvalidLease("its token is no text"))?;
         let token = token.parse().map_err(|_| Error::InvalidLease("its token is none"))?;

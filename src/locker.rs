@@ -349,13 +349,14 @@ impl Locker {
         let runtime = upkeep.runtime()?;
         let sent = Instant::now();
         let owned = Owned { grant: Some(GrantId::random()), ..lease.owned().clone() };
-        upkeep.claim(&owned, lease.owned().grant, ttl, &runtime).await?;
+        let claim = upkeep.claim(owned.clone(), lease.owned().grant, ttl, &runtime).await?;
         if !drift.suffices(drift.deadline(sent, ttl).saturating_duration_since(Instant::now()), ttl) {
             return Err(Error::ValidityExpired);
         }
         let grant = Grant { sent, ttl, fencing_token: lease.fencing_token(), doubt: None };
         let is_voted_on = upkeep.store.settles();
         let hold = Hold::new(owned, Box::default(), &grant, drift, renewal, upkeep.origin, is_voted_on);
+        claim.keep();
         Ok(LockGuard::start(hold, upkeep, &runtime))
     }
 

@@ -153,6 +153,9 @@ pub(crate) enum Extending {
     Claim { earlier: Option<GrantId> },
     /// To at least this, and the record of grants lives on as well.
     KeepRecord,
+    /// Not at all: the owner's grant ends, and this one, which it took the place of, takes its place where no other has the
+    /// lock. The ttl is that of this one.
+    GiveBack { earlier: Option<GrantId> },
 }
 
 /// What has become of a grant that is being undone.

@@ -107,8 +107,7 @@ impl WatchDog {
     /// - [`Error::NotHeld`]: the lock is lost. That is no event, as it was never watched.
     /// - [`Error::Closed`]: the watchdog was shut down.
     ///
-    /// A guard that is refused is dropped and so released in the background; unless the lock that is watched has the same
-    /// token, which would be released by that too.
+    /// A guard that is refused is dropped, and so released in the background. A lock that is watched by the same token stays.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]

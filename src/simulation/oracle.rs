@@ -101,6 +101,8 @@ struct State {
     granted: HashMap<Token, HashSet<u64>>,
     /// How many calls of a token were granted, or took up its lease.
     grants: HashMap<Token, usize>,
+    /// Tokens that one request made for itself, and was granted a lock by.
+    own: HashSet<Token>,
     leases: Vec<Left>,
     labels: HashMap<Token, String>,
     /// How many are about to release all that a locker's watchdogs watch.
@@ -274,6 +276,9 @@ impl World {
         match ran {
             Ran::Acquire(wanted, acquired) => {
                 if let Acquired::Granted { fencing_token } = acquired {
+                    if wanted.owned.grant.is_none() {
+                        state.own.insert(wanted.owned.token.clone());
+                    }
                     state.granted(self, call, &wanted.owned.keys, &wanted.owned.token, *fencing_token);
                 }
                 let (label, first) = (state.label(&wanted.owned.token), state.first_fence);
@@ -725,6 +730,7 @@ impl State {
         let late = ran.is_some_and(|ran| ran - sent > Duration::from_millis(500));
         let grants = self.grants.get(token).copied().unwrap_or_default();
         let how = match fault {
+            _ if grants > 1 && self.own.contains(token) => "of one request's own token that was granted it again",
             _ if grants > 1 => "of a token that was granted it more than once",
             Fault::Doubled(_) | Fault::Twice(_) => "an attempt that was run twice",
             Fault::RunAfter(_) if late => "an attempt that was run late",

@@ -109,3 +109,40 @@ async fn an_adoption_that_failed_is_taken_back() {
         assert_eq!(store.inspect(&"k".into(), ms(500)).await.unwrap(), None, "{fault:?}");
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_holder_that_died_does_not_keep_the_key_for_as_long_as_one_that_had_the_same_token_later() {
+    let store = Arc::new(MemoryStore::new());
+    let token = token();
+    let dies = locker_on(store.clone(), |operation| match operation {
+        Operation::Acquire => Fault::None,
+        _ => Fault::Lost,
+    });
+    drop(dies.obtain("k").token(token.clone()).ttl(ms(1_000)).await.unwrap());
+    // Started again, it comes back by its token, and drops the lock some time after the ttl of its life before.
+    let locker = locker_on(store, |_| Fault::None);
+    let guard = locker.obtain("k").token(token).ttl(ms(600_000)).await.unwrap();
+    sleep(ms(5_000)).await;
+    drop(guard);
+    sleep(ms(1_000)).await;
+    assert_eq!(locker.inspect("k").await.unwrap(), None);
+}
+
+/// The first adoption is given back while a second one has the lock.
+#[tokio::test(start_paused = true)]
+async fn an_adoption_that_failed_takes_nothing_from_the_next() {
+    for fault in [Fault::AnswerLost, Fault::RunAfter(ms(300))] {
+        let store = Arc::new(MemoryStore::new());
+        let locker = locker_on(store.clone(), first(Operation::Renew, fault));
+        let lease = locker.lock("k").ttl(ms(600_000)).await.unwrap().into_lease();
+        let failed = timeout(ms(200), locker.adopt(lease.clone())).await;
+        assert!(!matches!(failed, Ok(Ok(_))), "{fault:?}");
+        drop(failed);
+        let guard = locker.adopt(lease).await.unwrap();
+        sleep(ms(3_000)).await;
+        guard.refresh().await.unwrap();
+        drop(guard);
+        locker.close().await;
+        assert_eq!(store.inspect(&"k".into(), ms(500)).await.unwrap(), None, "{fault:?}");
+    }
+}

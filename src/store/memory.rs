@@ -38,15 +38,37 @@ struct Entry {
     expires: Instant,
     fence: Option<u64>,
     /// Which grants rely on it. Empty: that of the request that made the token, alone.
-    grants: Vec<Option<GrantId>>,
+    grants: Vec<Reliance>,
+}
+
+/// A grant that relies on a lock: as in the record that `grants.lua` keeps.
+#[derive(Clone, Copy, Debug)]
+struct Reliance {
+    grant: Option<GrantId>,
+    /// The longest ttl that it has asked for. `None` where that is not known, as with the grant that has no id.
+    ttl: Option<Duration>,
 }
 
 impl Entry {
+    fn grants(&self) -> Vec<Reliance> {
+        match self.grants.is_empty() {
+            true => vec![Reliance { grant: None, ttl: None }],
+            false => self.grants.clone(),
+        }
+    }
+
     /// The grants that rely on it, other than this one.
-    fn others(&self, grant: Option<GrantId>) -> Vec<Option<GrantId>> {
-        let implied = [None];
-        let all = if self.grants.is_empty() { &implied[..] } else { &self.grants };
-        all.iter().copied().filter(|other| *other != grant).collect()
+    fn others(&self, grant: Option<GrantId>) -> Vec<Reliance> {
+        self.grants().into_iter().filter(|other| other.grant != grant).collect()
+    }
+
+    /// The grant relies on it as well, for at least so long.
+    fn rely(&mut self, grant: Option<GrantId>, ttl: Duration) {
+        let known = self.grants.iter().find(|known| known.grant == grant).and_then(|known| known.ttl);
+        let mut grants = self.others(grant);
+        let ttl = grant.map(|_| known.map_or(ttl, |known| known.max(ttl)));
+        grants.push(Reliance { grant, ttl });
+        self.grants = grants;
     }
 }
 
@@ -186,13 +208,15 @@ impl Held {
         let fence = wanted.fenced.then(|| repeated.unwrap_or_else(|| self.next_fence(now)));
         for key in keys {
             let metadata = wanted.metadata.clone();
-            let ours = self.live(key, now).map(|entry| entry.others(*grant));
-            // That of the request that made the token needs no list, as long as it is alone.
-            let mut grants = ours.unwrap_or_default();
-            if grant.is_some() || !grants.is_empty() {
-                grants.push(*grant);
+            let ours = self.live(key, now).map(|entry| entry.grants.clone());
+            let (is_first, grants) = (ours.is_none(), ours.unwrap_or_default());
+            let mut entry = Entry { token: token.clone(), metadata, expires, fence, grants };
+            match grant {
+                Some(_) if is_first => entry.grants = vec![Reliance { grant: *grant, ttl: Some(wanted.ttl) }],
+                Some(_) => entry.rely(*grant, wanted.ttl),
+                None => {}
             }
-            self.locks.insert(key.clone(), Entry { token: token.clone(), metadata, expires, fence, grants });
+            self.locks.insert(key.clone(), entry);
         }
         if self.locks.len() >= self.sweep_at {
             self.locks.retain(|_, entry| now < entry.expires);
@@ -215,11 +239,27 @@ impl Held {
         }
         for key in &owned.keys {
             if let Some(entry) = self.locks.get_mut(key) {
-                if let Extending::Claim { earlier } = how {
-                    let mut grants = entry.others(earlier);
-                    grants.retain(|grant| *grant != owned.grant);
-                    grants.push(owned.grant);
-                    entry.grants = grants;
+                match how {
+                    Extending::Claim { earlier } => {
+                        let ttl = owned.grant.map(|_| ttl);
+                        entry.grants = entry.others(earlier);
+                        entry.grants.push(Reliance { grant: owned.grant, ttl });
+                    }
+                    Extending::GiveBack { earlier } => {
+                        let others = entry.others(owned.grant);
+                        if others.len() < entry.grants().len() {
+                            let ttl = earlier.map(|_| ttl);
+                            entry.grants = others;
+                            if entry.grants.is_empty() {
+                                entry.grants.push(Reliance { grant: earlier, ttl });
+                            }
+                        }
+                        continue;
+                    }
+                    Extending::Exactly | Extending::KeepRecord if owned.grant.is_some() => {
+                        entry.rely(owned.grant, ttl);
+                    }
+                    Extending::AtLeast | Extending::Exactly | Extending::KeepRecord => {}
                 }
                 let is_exact = how == Extending::Exactly && entry.others(owned.grant).is_empty();
                 entry.expires = if is_exact { now + ttl } else { entry.expires.max(now + ttl) };
@@ -239,7 +279,12 @@ impl Held {
             let others = entry.others(owned.grant);
             if ending == Ending::Lock || others.is_empty() {
                 self.locks.remove(key);
-            } else {
+            } else if others.len() < entry.grants().len() {
+                // Each of them renews it for its own ttl, or has died.
+                let longest = others.iter().try_fold(Duration::ZERO, |longest, other| Some(longest.max(other.ttl?)));
+                if let Some(longest) = longest {
+                    entry.expires = entry.expires.min(now + longest);
+                }
                 entry.grants = others;
             }
         }

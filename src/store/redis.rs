@@ -179,7 +179,7 @@ impl RedisStore {
             None => (&self.server().scripts.renew, Call::new(self.names(owned), [token, millis(ttl).into()])),
             Some(name) => {
                 let earlier = match how {
-                    Extending::Claim { earlier } => id_of(earlier),
+                    Extending::Claim { earlier } | Extending::GiveBack { earlier } => id_of(earlier),
                     _ => "".into(),
                 };
                 let (grant, record_ttl) = (id_of(owned.grant), record_ttl(ttl).into());
@@ -333,13 +333,15 @@ impl RedisStore {
             };
             match answer {
                 Ok(verdict) => (all, done) = (all.and(verdict), done + 1),
-                Err(error) => failure = Some(error),
+                // A refusal says nothing of another key's outcome that is unknown.
+                Err(error) if failure.as_ref().is_none_or(Error::has_not_run) => failure = Some(error),
+                Err(_) => {}
             }
         }
         match failure {
             None => Ok(all),
             // A refusal would mean that nothing has run.
-            Some(error) if done > 0 && error.is_refusal() => Err(Error::timeout()),
+            Some(error) if done > 0 && error.has_not_run() => Err(Error::timeout()),
             Some(error) => Err(error),
         }
     }
@@ -471,6 +473,18 @@ impl Server {
         sending: impl Fn(u64),
         timeout: Duration,
     ) -> Result<Reply, Error> {
+        self.run_by_clocks(CLOCKS, script, call, sending, timeout).await
+    }
+
+    /// As [`run`](Self::run); sent again only so often where it meets another clock than the last server's.
+    async fn run_by_clocks(
+        &self,
+        clocks: u32,
+        script: &Script,
+        call: impl Fn() -> Call + Sync,
+        sending: impl Fn(u64),
+        timeout: Duration,
+    ) -> Result<Reply, Error> {
         let until = Instant::now() + timeout;
         let mut reading = self.clock.reading();
         let mut refused = 0;
@@ -491,7 +505,7 @@ impl Server {
             let learned = self.clock.learn(reply.now);
             match &reply.outcome {
                 // Another server's clock, or one that was not known yet. If it is too late by ours, there is no time left.
-                Err(error) if error.code() == Some("LATE") && refused < CLOCKS => {
+                Err(error) if error.code() == Some("LATE") && refused < clocks => {
                     refused += 1;
                     reading = Some(learned);
                 }
@@ -601,9 +615,13 @@ impl Carrier for Server {
     async fn many(&self, operations: &[Operation], timeout: Duration) -> Result<Answers<Decision>, Refused> {
         let (until, writing) = self.writing(timeout);
         let sending = |until| operations.iter().for_each(|operation| operation.is_sent(until));
-        let answer = self.run(&self.scripts.many, || operation::together(operations), sending, timeout).await;
+        let answer =
+            self.run_by_clocks(0, &self.scripts.many, || operation::together(operations), sending, timeout).await;
         match answer.and_then(|reply| reply.outcome).and_then(|answer| operation::read_together(operations, &answer)) {
             Ok(answers) => Ok(self.all_replicated(operations, answers, writing, until).await),
+            // The server's clock was not known yet, or it is another server. Nothing was run. Not sent again as it is: some of
+            // those who asked may have gone by now, and have been undone.
+            Err(error) if error.code() == Some("LATE") => Ok(operations.iter().map(|_| None).collect()),
             // From a proxy before a cluster. Nothing was run. What comes from now on travels by slots.
             Err(Error::CrossSlot) => {
                 self.takes_one_slot.store(true, Ordering::Relaxed);
@@ -706,6 +724,7 @@ impl Extending {
             Self::Exactly => Some("exactly"),
             Self::Claim { .. } => Some("claim"),
             Self::KeepRecord => Some("keep"),
+            Self::GiveBack { .. } => Some("return"),
         }
     }
 }

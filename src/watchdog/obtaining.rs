@@ -8,7 +8,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::entries::{Entry, Keeping};
 use super::events::WatchEvent;
 use super::outbox::Id;
-use super::registry::{End, Registry, let_be};
+use super::registry::{End, Registry};
 use crate::schedule::{self, Renewal};
 use crate::{Error, Lease, LockGuard};
 
@@ -23,7 +23,7 @@ impl Registry {
         let reservation = Reservation::new(self, &lease)?;
         let id = reservation.id;
         let failed = match self.locker.adopt_and_renew(&lease, renewal).await {
-            Ok(guard) => return reservation.take_up(guard, obtain_when_free),
+            Ok(guard) => return reservation.take_up(guard, obtain_when_free, Some(&lease)),
             Err(error) => error,
         };
         if !(obtain_when_free && may_pass(&failed)) {
@@ -69,18 +69,18 @@ impl Reservation {
             let attempt = match &failed {
                 Error::NotHeld { .. } => {
                     let request = locker.lock_all(lease.keys().to_vec()).token(lease.token().clone());
-                    request.ttl(lease.ttl()).renewal(renewal).await
+                    request.ttl(lease.ttl()).renewal(renewal).await.map(|guard| (guard, None))
                 }
                 passing if may_pass(passing) => {
                     // It may well be held: a renewal, other than an attempt, leaves its metadata as it is.
                     attempts += 1;
                     sleep(schedule::poll_after(attempts, None, fastrand::f64())).await;
-                    locker.adopt_and_renew(&lease, renewal).await
+                    locker.adopt_and_renew(&lease, renewal).await.map(|guard| (guard, Some(&lease)))
                 }
                 _ => break failed,
             };
             // Lost again before it could be taken up, it is waited for again.
-            match attempt.and_then(|guard| self.take_up(guard, true)) {
+            match attempt.and_then(|(guard, lease)| self.take_up(guard, true, lease)) {
                 Ok(()) => return,
                 Err(error) => failed = error,
             }
@@ -88,8 +88,8 @@ impl Reservation {
         self.give_up(given_up);
     }
 
-    /// The lock is held: from here on it is watched.
-    fn take_up(&self, guard: LockGuard, tell: bool) -> Result<(), Error> {
+    /// The lock is held: from here on it is watched. `lease` is what it was adopted from, if it was.
+    fn take_up(&self, guard: LockGuard, tell: bool, lease: Option<&Lease>) -> Result<(), Error> {
         let (registry, id, hold) = (&self.registry, self.id, guard.hold());
         let (key, fencing_token) = (hold.owned.key(), hold.fencing_token);
         let taken = registry.change(|entries| {
@@ -114,8 +114,11 @@ impl Reservation {
                 Ok(())
             }
             Err((error, guard)) => {
-                // It is a lease's.
-                drop(let_be(guard));
+                match lease {
+                    Some(lease) => drop(registry.return_to(guard, lease.owned().grant)),
+                    // Obtained for nobody: it is released.
+                    None => drop(guard),
+                }
                 Err(error)
             }
         }

@@ -17,6 +17,7 @@ use super::entries::{Entries, Keeping};
 use super::events::WatchEvent;
 use super::outbox::{Id, Outbox};
 use super::watcher::Watcher;
+use crate::hold::GrantId;
 use crate::hold::Hold;
 use crate::keeper::Upkeep;
 use crate::schedule::Renewal;
@@ -145,18 +146,28 @@ impl Registry {
     pub(super) fn stop(&self) {
         self.change(|entries| entries.closed = true);
         for (id, _) in self.watched() {
-            let leased = self.entries().get(id).is_some_and(|entry| entry.leased);
-            let end = match self.take_out(id) {
-                Some(Keeping::Held(guard)) if leased => let_be(guard).1,
-                Some(Keeping::Held(guard)) => match guard.hold().end(Loss::Released) {
+            let leased = self.entries().get(id).filter(|entry| entry.leased).map(|entry| entry.owned.grant);
+            let end = match (self.take_out(id), leased) {
+                (Some(Keeping::Held(guard)), Some(grant)) => self.return_to(guard, grant),
+                (Some(Keeping::Held(guard)), None) => match guard.hold().end(Loss::Released) {
                     Loss::Released => End::Released,
                     loss => End::lost(loss, &guard.hold()),
                 },
-                Some(Keeping::Obtaining(_)) => End::Stopped(None),
+                (Some(Keeping::Obtaining(_)), _) => End::Stopped(None),
                 _ => continue,
             };
             self.finish(id, end);
         }
+    }
+
+    /// Stops the renewal, and leaves the lock to the lease that the guard had it from.
+    pub(super) fn return_to(&self, guard: LockGuard, lease: Option<GrantId>) -> End {
+        let (owned, ttl) = (guard.hold().owned.clone(), guard.ttl());
+        let (kept, end) = let_be(guard);
+        if kept.is_some() {
+            self.locker.upkeep().give_back(owned, lease, ttl);
+        }
+        end
     }
 
     pub(super) fn len(&self) -> usize {

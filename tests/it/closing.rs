@@ -42,6 +42,30 @@ fn closing_on_drop_does_not_wait_where_nothing_could_be_released_meanwhile() {
     assert!(started.elapsed() < LIMIT / 2, "{:?}", started.elapsed());
 }
 
+/// Which would run the releases itself, if it were not blocked.
+#[test]
+fn a_worker_thread_may_close_on_drop_as_well() {
+    let server = Server::start();
+    let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let url = server.url();
+    for _ in 0..20 {
+        let url = url.clone();
+        let waited = runtime.block_on(async {
+            let task = async move {
+                let locker = Locker::connect(&url).await.unwrap();
+                let closes = locker.close_on_drop(LIMIT);
+                drop(locker.lock("k").await.unwrap());
+                let started = Instant::now();
+                drop(closes);
+                started.elapsed()
+            };
+            tokio::spawn(task).await.unwrap()
+        });
+        assert!(waited < LIMIT / 2, "{waited:?}");
+        assert_eq!(server.cli(&["EXISTS", "k"]), "0");
+    }
+}
+
 #[test]
 fn closing_on_drop_gives_up_at_its_limit() {
     let server = Server::start();

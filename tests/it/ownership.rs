@@ -200,9 +200,94 @@ async fn a_key_of_ours_with_a_wrong_type_is_named_and_nothing_is_taken() {
             request = request.token(token());
         }
         let refused = soon(request).await.unwrap_err();
-        assert_eq!(refused.code(), Some("WRONGTYPE"), "{poisoned}: {refused}");
+        let code = if poisoned.ends_with("grants") { "ERR" } else { "WRONGTYPE" };
+        assert_eq!(refused.code(), Some(code), "{poisoned}: {refused}");
         assert!(refused.to_string().contains(poisoned), "{poisoned}: {refused}");
         assert_eq!(server.cli(&["EXISTS", "k"]), "0", "{poisoned}");
         server.cli(&["FLUSHALL"]);
     }
+}
+
+/// A holder that died costs what its own ttl costs, not what the ttl of one with the same token does that came later.
+#[tokio::test]
+async fn a_holder_that_died_keeps_the_key_for_its_own_ttl_at_most() {
+    let (server, here, there) = start().await;
+    // Nobody is left to release it.
+    let dead = here.obtain("k").token(token()).ttl(ms(1_500)).no_renewal().await.unwrap();
+    std::mem::forget(dead);
+    let guard = there.obtain("k").token(token()).ttl(ms(600_000)).await.unwrap();
+    guard.ensure(ms(900_000)).await.unwrap();
+    drop(guard);
+    soon(there.close()).await;
+    let left = server.cli(&["PTTL", "k"]).parse::<i64>().unwrap();
+    assert!(left <= 1_500, "{left} ms");
+}
+
+#[tokio::test]
+async fn a_holder_that_lives_is_not_cut_short_by_the_end_of_one_with_a_longer_ttl() {
+    let (server, here, _) = start().await;
+    let short = here.obtain("k").token(token()).ttl(ms(1_500)).await.unwrap();
+    let end_another = async || {
+        let there = Locker::connect(&server.url()).await.unwrap();
+        drop(there.obtain("k").token(token()).ttl(ms(600_000)).await.unwrap());
+        soon(there.close()).await;
+    };
+    end_another().await;
+    for _ in 0..25 {
+        sleep(ms(100)).await;
+        assert!(short.is_held());
+        assert_eq!(server.cli(&["GET", "k"]), token().as_str());
+    }
+    // One that was promised more keeps it.
+    short.ensure(ms(300_000)).await.unwrap();
+    end_another().await;
+    assert!(server.cli(&["PTTL", "k"]).parse::<i64>().unwrap() > 250_000);
+    short.release().await.unwrap();
+}
+
+/// A lease made by hand names a token, and not which grant has the lock by it: that one may be a guard that lives.
+#[tokio::test]
+async fn a_lease_made_by_hand_ends_no_guard_that_it_was_not_made_from() {
+    let (server, here, there) = start().await;
+    let guard = here.lock("k").ttl(ms(30_000)).await.unwrap();
+    let lease = Lease::new("k", guard.token().clone(), ms(30_000));
+    let adopted = there.adopt(lease.to_string().parse().unwrap()).await.unwrap();
+    adopted.refresh_for(ms(200)).await.unwrap();
+    assert!(server.cli(&["PTTL", "k"]).parse::<i64>().unwrap() > 25_000);
+    drop(adopted);
+    soon(there.close()).await;
+    guard.refresh().await.unwrap();
+    let there = Locker::connect(&server.url()).await.unwrap();
+    there.adopt(lease).await.unwrap().release().await.unwrap();
+    assert_eq!(server.cli(&["EXISTS", "k"]), "0", "who asks for it ends it");
+}
+
+#[tokio::test]
+async fn a_record_that_holds_something_else_is_named_and_never_taken_for_a_loss() {
+    let (server, here, _) = start().await;
+    let guard = here.lock_all(["a", "b", "c"]).ttl(ms(60_000)).await.unwrap();
+    server.cli(&["LPUSH", "{b}:grants", "x"]);
+    let refused = guard.refresh_for(ms(50_000)).await.unwrap_err();
+    assert!(refused.to_string().contains("{b}:grants"), "{refused}");
+    assert!(guard.is_held());
+    drop(guard);
+    soon(here.close()).await;
+    assert_eq!(server.cli(&["EXISTS", "a", "c"]), "0");
+}
+
+/// Whether the server says nothing of the lock, because we may not ask, or that it is another's, is not the same.
+#[tokio::test]
+async fn a_right_that_was_taken_away_is_no_loss() {
+    let server = Server::start();
+    let user = ["ACL", "SETUSER", "app", "on", ">secret", "~*", "&*", "+@all"];
+    server.cli(&user);
+    let locker = Locker::connect(&server.url().replace("redis://", "redis://app:secret@")).await.unwrap();
+    let guard = locker.lock("k").await.unwrap();
+    server.cli(&[&user[..], &["-get"]].concat());
+    for refused in [guard.refresh().await.unwrap_err(), guard.server_ttl().await.unwrap_err()] {
+        assert_eq!(refused.code(), Some("NOPERM"), "{refused}");
+    }
+    assert!(guard.is_held());
+    server.cli(&user);
+    guard.release().await.unwrap();
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::debug;
 
 use super::Quorum;
@@ -48,7 +48,8 @@ impl Quorum {
             let done = loop {
                 match retry(&arrears, until, |timeout| node.undo(&owned, &latest, timeout)).await {
                     Ok(Undone::Settled) => break Ok(()),
-                    Ok(Undone::MayRun(within)) => sleep(within).await,
+                    Ok(Undone::MayRun(_)) if Instant::now() >= until => break Ok(()),
+                    Ok(Undone::MayRun(within)) => sleep_until(until.min(Instant::now() + within)).await,
                     Err(error) => break Err(error),
                 }
             };

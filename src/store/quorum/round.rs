@@ -141,7 +141,7 @@ impl Round {
         standing.calls -= 1;
         match answer {
             Ok(reply) => standing.touched |= matches!(reply.vote, Vote::Granted { .. }),
-            Err(error) if error.is_refusal() || error.was_not_sent() => {}
+            Err(error) if error.has_not_run() => {}
             Err(_) => {
                 standing.touched = true;
                 standing.doubtful = true;

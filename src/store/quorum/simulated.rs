@@ -141,6 +141,14 @@ impl Server {
         }
         let until = Instant::now() + ttl;
         for key in &owned.keys {
+            if let Extending::GiveBack { earlier } = how {
+                let mut grants = state.others(key, owned.grant);
+                if grants.is_empty() {
+                    grants.push(earlier);
+                }
+                state.grants.insert(key.clone(), grants);
+                continue;
+            }
             if let Extending::Claim { earlier } = how {
                 let mut grants = state.others(key, earlier);
                 grants.push(owned.grant);

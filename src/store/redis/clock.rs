@@ -5,8 +5,9 @@
 //! for that reason, or because the server's clock was set forward, or because another server answers now, was not run; its
 //! reply tells the time, and it is sent again.
 //!
-//! Nothing is safe only because this is right: what a late request may leave is undone until the server's own clock has passed
-//! the time that the request carried.
+//! What a late request may leave is undone until the server's own clock has passed the time that the request carried, so that
+//! does not depend on this. What an exact ttl of unknown outcome is worth does (`hold.rs`): that a reading is not older than
+//! [`TRUSTED`], and that clocks are not set back and the nodes of a cluster agree to within the command timeout, is assumed.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -15,6 +16,9 @@ use tokio::time::Instant;
 
 /// For how long the earliest bound of all is kept. Clocks drift: by less than a millisecond in this time.
 const KEPT: Duration = Duration::from_secs(1);
+
+/// For how long a reading is good. Clocks that are wrong by 500 ppm, as much as is corrected for, drift by 0.3 s meanwhile.
+const TRUSTED: Duration = Duration::from_secs(600);
 
 /// A server's clock, as its replies show it.
 #[derive(Debug)]
@@ -51,7 +55,8 @@ impl ServerClock {
     }
 
     pub(super) fn reading(&self) -> Option<Reading> {
-        *self.reading.lock().unwrap_or_else(PoisonError::into_inner)
+        let reading = *self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        reading.filter(|reading| reading.taken.elapsed() < TRUSTED)
     }
 
     /// What the server's clock shows at that instant, by this reading. 0, which is long ago, where there is none.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use fred::bytes::Bytes;
 use fred::types::Value;
+use tokio::time::Instant;
 
 use super::operation::{channels, unexpected};
 use super::script::Call;
@@ -59,7 +60,9 @@ impl RedisStore {
                 Ok(granted(fence))
             }
             // The key holds the token already, which is in the queue no more.
-            Value::String(said) if *said == *"ALONE" => self.acquire_whole(wanted, timeout).await,
+            Value::String(said) if *said == *"ALONE" => {
+                self.acquire_whole(wanted, until.saturating_duration_since(Instant::now())).await
+            }
             _ => Err(unexpected()),
         }
     }

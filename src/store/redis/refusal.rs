@@ -37,7 +37,7 @@ fn without_wrapper(said: &str) -> Option<&str> {
 }
 
 fn without_position(said: &str) -> Option<&str> {
-    let line = said.strip_prefix("@user_script:")?.trim_start_matches(' ');
+    let line = said.strip_prefix('@').unwrap_or(said).strip_prefix("user_script:")?.trim_start_matches(' ');
     line.trim_start_matches(|c: char| c.is_ascii_digit()).strip_prefix(": ")
 }
 

@@ -44,14 +44,15 @@ const OWNER: &str = include_str!("scripts/owner.lua");
 const FENCE: &str = include_str!("scripts/fence.lua");
 const GRANTS: &str = include_str!("scripts/grants.lua");
 const EXTEND: &str = include_str!("scripts/extend.lua");
+const QUEUE: &str = include_str!("scripts/queue.lua");
 
 impl Scripts {
     pub(super) fn new() -> Self {
         Self {
             acquire: Script::new(&[OWNER, FENCE, GRANTS, include_str!("scripts/acquire.lua")]),
             acquire_one: Script::new(&[FENCE, include_str!("scripts/acquire_one.lua")]),
-            acquire_fair: Script::new(&[OWNER, FENCE, GRANTS, include_str!("scripts/acquire_fair.lua")]),
-            attend: Script::new(&[include_str!("scripts/attend.lua")]),
+            acquire_fair: Script::new(&[OWNER, FENCE, GRANTS, QUEUE, include_str!("scripts/acquire_fair.lua")]),
+            attend: Script::new(&[QUEUE, include_str!("scripts/attend.lua")]),
             leave: Script::new(&[include_str!("scripts/leave.lua")]),
             renew: Script::new(&[OWNER, EXTEND, include_str!("scripts/renew.lua")]),
             renew_grant: Script::new(&[OWNER, GRANTS, EXTEND, include_str!("scripts/renew_grant.lua")]),
@@ -62,7 +63,8 @@ impl Scripts {
             inspect: Script::new(&[include_str!("scripts/inspect.lua")]),
             many: Script { is_batch: true, ..Script::new(&[OWNER, include_str!("scripts/many.lua")]) },
             vote: Script::new(&[OWNER, FENCE, GRANTS, include_str!("scripts/vote.lua")]),
-            mark: AtomicU32::new(0),
+            // Others may use the same connection, and must not count alike.
+            mark: AtomicU32::new(fastrand::u32(..)),
         }
     }
 

@@ -30,10 +30,10 @@ for i = 1, n do
     end
 end
 
-local ids = {}
+local grants = {}
 for i = 1, records do
     local before = grants_of(KEYS[n + i], token)
-    ids[i] = ours[i] and with(before, grant) or {grant}
+    grants[i] = with(ours[i] and before or NONE, grant, ARGV[3])
 end
 
 -- The number is at once a counter and a clock (max(last + 1, TIME in microseconds)), so it grows also where the counter
@@ -56,7 +56,7 @@ if #KEYS > fences then
 end
 
 for i = 1, records do
-    write_grants(KEYS[n + i], token, ids[i], record_ttl)
+    write_grants(KEYS[n + i], token, grants[i], record_ttl)
 end
 local px = string.format('%.0f', ttl)
 for i = 1, n do

@@ -16,15 +16,7 @@ local fence_key, record_key = KEYS[5], KEYS[4]
 local known = fence_key and fence_in(fence_key)
 grants_of(record_key, token)
 
--- Refuses a key of the queue that holds something else.
-local function check(key, command, ...)
-    local found = redis.pcall(command, key, ...)
-    if type(found) == 'table' and found.err then
-        error({err = string.match(found.err, '^%u+') .. ' the key ' .. key .. ' holds no queue of a lock'})
-    end
-end
-check(KEYS[2], 'ZRANGE', 0, 0)
-check(KEYS[3], 'HGET', token)
+check_queue(KEYS[2], KEYS[3])
 
 local function leave(who)
     redis.call('ZREM', KEYS[2], who)
@@ -71,7 +63,7 @@ if fence_key then
     redis.call('SET', fence_key, string.format('%.0f', fence), 'PX', ARGV[3])
 end
 if ARGV[6] ~= '' then
-    write_grants(record_key, token, {ARGV[6]}, ARGV[7])
+    write_grants(record_key, token, with(NONE, ARGV[6], ARGV[2]), ARGV[7])
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return fence

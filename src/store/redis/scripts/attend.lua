@@ -6,6 +6,7 @@
 --
 -- Idempotent: who is in the queue keeps its place.
 
+check_queue(KEYS[1], KEYS[2])
 local alive = string.format('%.0f', now_ms + ARGV[1])
 for i = 2, #ARGV do
     -- In the order in which they are told.

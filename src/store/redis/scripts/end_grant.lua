@@ -3,28 +3,47 @@
 -- KEYS  n lock keys, then their n records of grants.
 -- ARGV  token, n, 'PUBLISH' or 'SPUBLISH' as in release.lua, id of the grant (`-`: it has none), channels as in
 --       release.lua.
--- Reply as release.lua. A key that is left to others counts as released.
+-- Reply as release.lua. A key that is left to others counts as released; it lives no longer than they may need it.
 --
 -- Idempotent: a repeat finds this grant ended.
 
 local token, n, grant = ARGV[1], tonumber(ARGV[2]), ARGV[4]
-local reply = 1
+local reply, failure = 1, nil
 
-for i = 1, n do
-    local held = redis.pcall('GET', KEYS[i])
-    if not held then
+local function end_grant(i)
+    local record_key = KEYS[n + i]
+    local held = held_by(KEYS[i])
+    if held == nil then
         reply = math.min(reply, 0)
-    elseif held.err or not is_owner(token, held) then
+        local record = redis.pcall('GET', record_key)
+        if record and not record.err and is_owner(token, record) then
+            redis.pcall('DEL', record_key)
+        end
+        return
+    elseif not held or not is_owner(token, held) then
         reply = -1
-    else
-        local others, was_there = without(grants_of(KEYS[n + i], token), grant)
-        if #others == 0 then
-            redis.call('DEL', KEYS[i])
-            redis.pcall('DEL', KEYS[n + i])
-            redis.pcall(ARGV[3], ARGV[4 + i] or KEYS[i], '')
-        elseif was_there then
-            write_grants(KEYS[n + i], token, others, redis.call('PTTL', KEYS[n + i]))
+        return
+    end
+    local record = grants_of(record_key, token)
+    local others = without(record, grant)
+    if #others.ids == 0 then
+        redis.call('DEL', KEYS[i])
+        redis.pcall('DEL', record_key)
+        redis.pcall(ARGV[3], ARGV[4 + i] or KEYS[i], '')
+    elseif #others.ids < #record.ids then
+        write_grants(record_key, token, others, 0)
+        local longest = longest_of(others)
+        if longest and redis.call('PTTL', KEYS[i]) > longest then
+            redis.call('PEXPIRE', KEYS[i], string.format('%.0f', longest))
         end
     end
+end
+
+for i = 1, n do
+    local done, why = pcall(end_grant, i)
+    failure = failure or not done and why
+end
+if failure then
+    error(failure, 0)
 end
 return reply

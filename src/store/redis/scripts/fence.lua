@@ -9,7 +9,10 @@ local function fence_in(fence_key)
     local known = not last.err and tonumber(last)
     -- From 2^53 on, Lua's numbers are not exact.
     if not known or known >= 2 ^ 53 - 1 then
-        local code = last.err and string.match(last.err, '^%u+') or 'ERR'
+        if last.err and not string.find(last.err, '^WRONGTYPE') then
+            error(last)
+        end
+        local code = last.err and 'WRONGTYPE' or 'ERR'
         error({err = code .. ' the fence key ' .. fence_key .. ' holds no fencing token'})
     end
     return known

@@ -4,21 +4,21 @@
 --       where it wants a fencing token.
 -- ARGV  token that holds it, value for the next (its token; with metadata: token, newline, metadata), ttl in ms, ttl of the
 --       fence key in ms, '1' where it has queued up, '1' where it wants a fencing token, and as in release.lua the id of the grant
---       to end in the background, or ''.
+--       to end in the background, '' to end the lock, or '*' to end it with its record of grants.
 -- Reply a number. Done: the fencing token, or 0.  -1  the key was gone.  -2  it held something else.  -3  it is the turn of
 --       another, or others rely on the lock, and nothing has been changed.
 --
 -- Idempotent: a repeat finds the next token, says so, and touches nothing. As in acquire_one.lua, what may be wrong with
 -- the fence is looked at first; should it not take the number after all, nothing has been changed.
 
-local held = redis.pcall('GET', KEYS[1])
-if not held then
+local held = held_by(KEYS[1])
+if held == nil then
     return -1
 end
-if held.err or not is_owner(ARGV[1], held) then
+if not held or not is_owner(ARGV[1], held) then
     return -2
 end
-if ARGV[7] ~= '' and #without(grants_of(KEYS[2], ARGV[1]), ARGV[7]) > 0 then
+if ARGV[7] ~= '' and ARGV[7] ~= '*' and #without(grants_of(KEYS[2], ARGV[1]), ARGV[7]).ids > 0 then
     return -3
 end
 
@@ -41,6 +41,10 @@ end
 if queued then
     redis.call('ZREM', KEYS[3], token)
     redis.pcall('HDEL', KEYS[4], token)
+end
+if ARGV[7] ~= '' then
+    -- Of the token that is gone.
+    redis.pcall('DEL', KEYS[2])
 end
 redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
 return fence

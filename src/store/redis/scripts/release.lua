@@ -6,16 +6,16 @@
 -- Reply 1  all were ours and are free.  0  a key was gone.  -1  a key holds something else.
 --
 -- Idempotent: a repeat finds nothing of ours, says so, and touches nothing. A key of another type is not ours, and keeps none of
--- the others from being released.
+-- the others from being released, nor does one that can't be looked at.
 
 local token, n = ARGV[1], tonumber(ARGV[2])
-local reply = 1
+local reply, failure = 1, nil
 
-for i = 1, n do
-    local held = redis.pcall('GET', KEYS[i])
-    if not held then
+local function release(i)
+    local held = held_by(KEYS[i])
+    if held == nil then
         reply = math.min(reply, 0)
-    elseif held.err or not is_owner(token, held) then
+    elseif not held or not is_owner(token, held) then
         reply = -1
     else
         redis.call('DEL', KEYS[i])
@@ -25,5 +25,13 @@ for i = 1, n do
         -- A release is a release, also where messages are not allowed.
         redis.pcall(ARGV[3], ARGV[3 + i] or KEYS[i], '')
     end
+end
+
+for i = 1, n do
+    local done, why = pcall(release, i)
+    failure = failure or not done and why
+end
+if failure then
+    error(failure, 0)
 end
 return reply

@@ -10,8 +10,8 @@ local token = ARGV[1]
 local shortest = -1
 
 for i = 1, #KEYS do
-    local held = redis.pcall('GET', KEYS[i])
-    if not held or held.err or not is_owner(token, held) then
+    local held = held_by(KEYS[i])
+    if not held or not is_owner(token, held) then
         return -2
     end
     local ttl = redis.call('PTTL', KEYS[i])

@@ -10,10 +10,10 @@
 local missing = false
 
 for i = 1, #KEYS do
-    local held = redis.pcall('GET', KEYS[i])
-    if not held then
+    local held = held_by(KEYS[i])
+    if held == nil then
         missing = true
-    elseif held.err or not is_owner(ARGV[1], held) then
+    elseif not held or not is_owner(ARGV[1], held) then
         return -1
     end
 end

@@ -4,7 +4,8 @@
 -- ARGV  token, ttl in ms, n, how, id of the grant (`-`: it has none), ttl of the records in ms, id of an earlier grant. How:
 --       'exactly'  the keys live for the ttl, or for at least the ttl while other grants rely on them.
 --       'claim'    they live for at least the ttl, and the grant takes the place of the earlier one.
---       'keep'     they live for at least the ttl, and the records live on, too.
+--       'keep'     they live for at least the ttl, and the records live on, too, and know of that ttl.
+--       'return'   nothing of theirs changes; the grant ends, and the earlier one takes its place where there is no other.
 -- Reply as renew.lua.
 --
 -- Idempotent, as renew.lua is.
@@ -12,30 +13,41 @@
 local token, ttl, n, how, grant = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 local record_ttl, earlier = ARGV[6], ARGV[7]
 local missing = false
-local ids = {}
+local grants = {}
 
 for i = 1, n do
-    local held = redis.pcall('GET', KEYS[i])
-    if not held then
+    local held = held_by(KEYS[i])
+    if held == nil then
         missing = true
-    elseif held.err or not is_owner(token, held) then
+    elseif not held or not is_owner(token, held) then
         return -1
     end
-    ids[i] = grants_of(KEYS[n + i], token)
+    grants[i] = grants_of(KEYS[n + i], token)
 end
 if missing then
     return 0
 end
 
-for i = 1, n do
+local function rewrite(record_key, record)
     if how == 'claim' then
-        write_grants(KEYS[n + i], token, with(without(ids[i], earlier), grant), record_ttl)
-    elseif how == 'keep' then
-        redis.call('PEXPIRE', KEYS[n + i], record_ttl)
+        return write_grants(record_key, token, with(without(record, earlier), grant, ttl), record_ttl)
+    elseif how ~= 'return' then
+        -- `-` is in no record of its own making.
+        return grant ~= '-' and write_grants(record_key, token, with(record, grant, ttl), record_ttl)
     end
-    if how == 'exactly' and #without(ids[i], grant) == 0 then
+    local others = without(record, grant)
+    if #others.ids < #record.ids then
+        others = #others.ids > 0 and others or with(others, earlier, ttl)
+        write_grants(record_key, token, others, record_ttl)
+    end
+end
+
+for i = 1, n do
+    local record = grants[i]
+    rewrite(KEYS[n + i], record)
+    if how == 'exactly' and #without(record, grant).ids == 0 then
         redis.call('PEXPIRE', KEYS[i], ttl)
-    else
+    elseif how ~= 'return' then
         extend(KEYS[i], ttl)
     end
 end

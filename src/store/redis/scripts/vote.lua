@@ -69,10 +69,10 @@ for i = 1, n do
 end
 
 local records = grant ~= '' and #KEYS - n
-local ids = {}
+local grants = {}
 for i = 1, records and n or 0 do
     local before = grants_of(KEYS[records + i], token)
-    ids[i] = ours[i] and with(before, grant) or {grant}
+    grants[i] = with(ours[i] and before or NONE, grant, ARGV[3])
 end
 
 if number > 0 then
@@ -92,8 +92,8 @@ if number > 0 then
 end
 
 local px = string.format('%.0f', ttl)
-for i = 1, #ids do
-    write_grants(KEYS[records + i], token, ids[i], ARGV[11])
+for i = 1, #grants do
+    write_grants(KEYS[records + i], token, grants[i], ARGV[11])
 end
 for i = 1, n do
     local done = redis.pcall('SET', KEYS[i], value, 'PX', px)
