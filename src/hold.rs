@@ -91,8 +91,6 @@ pub(crate) struct Hold {
     pub(crate) doubt: Option<Arc<Latest>>,
     /// A part of it may be left at the server when the server says that it is not held: one of several keys, a few nodes.
     has_parts: bool,
-    /// Several servers decide, each by itself.
-    is_voted_on: bool,
     drift: Drift,
     /// Where the grid of renewals begins, for all locks of one locker.
     origin: Instant,
@@ -194,7 +192,6 @@ impl Hold {
     ) -> Self {
         Self {
             has_parts: is_voted_on || owned.keys.len() > 1,
-            is_voted_on,
             owned,
             metadata,
             fencing_token: grant.fencing_token,
@@ -386,9 +383,8 @@ impl Hold {
                 state.recorded_ttl = state.recorded_ttl.max(renewing.ttl);
             }
         }
-        if renewing.exact && !self.is_voted_on {
-            // It has been run. What was sent before now may have been so before it, and be answered after it. Of several
-            // servers, some may not have run it yet.
+        if renewing.exact {
+            // It has been run. What was sent before now may have been so before it, and be answered after it.
             let has_run = state.unresolved.iter_mut().filter(|request| request.epoch == renewing.epoch);
             has_run.for_each(|request| request.until = request.until.min(now));
         }
