@@ -41,6 +41,7 @@ pub(super) struct Scripts {
 }
 
 const OWNER: &str = include_str!("scripts/owner.lua");
+const HELD: &str = include_str!("scripts/held.lua");
 const FENCE: &str = include_str!("scripts/fence.lua");
 const GRANTS: &str = include_str!("scripts/grants.lua");
 const EXTEND: &str = include_str!("scripts/extend.lua");
@@ -55,11 +56,11 @@ impl Scripts {
             attend: Script::new(&[QUEUE, include_str!("scripts/attend.lua")]),
             leave: Script::new(&[include_str!("scripts/leave.lua")]),
             renew: Script::new(&[OWNER, EXTEND, include_str!("scripts/renew.lua")]),
-            renew_grant: Script::new(&[OWNER, GRANTS, EXTEND, include_str!("scripts/renew_grant.lua")]),
+            renew_grant: Script::new(&[OWNER, HELD, GRANTS, EXTEND, include_str!("scripts/renew_grant.lua")]),
             release: Script::new(&[OWNER, include_str!("scripts/release.lua")]),
-            end_grant: Script::new(&[OWNER, GRANTS, include_str!("scripts/end_grant.lua")]),
-            hand_over: Script::new(&[OWNER, FENCE, GRANTS, include_str!("scripts/hand_over.lua")]),
-            remaining: Script::new(&[OWNER, include_str!("scripts/remaining.lua")]),
+            end_grant: Script::new(&[OWNER, HELD, GRANTS, include_str!("scripts/end_grant.lua")]),
+            hand_over: Script::new(&[OWNER, HELD, FENCE, GRANTS, include_str!("scripts/hand_over.lua")]),
+            remaining: Script::new(&[OWNER, HELD, include_str!("scripts/remaining.lua")]),
             inspect: Script::new(&[include_str!("scripts/inspect.lua")]),
             many: Script { is_batch: true, ..Script::new(&[OWNER, include_str!("scripts/many.lua")]) },
             vote: Script::new(&[OWNER, FENCE, GRANTS, include_str!("scripts/vote.lua")]),

@@ -12,6 +12,7 @@
 -- set last.
 
 local token = string.match(ARGV[1], '^[^\n]*')
+local now_ms = math.floor(now / 1000)
 local fence_key, record_key = KEYS[5], KEYS[4]
 local known = fence_key and fence_in(fence_key)
 grants_of(record_key, token)

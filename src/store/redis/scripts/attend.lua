@@ -7,7 +7,7 @@
 -- Idempotent: who is in the queue keeps its place.
 
 check_queue(KEYS[1], KEYS[2])
-local alive = string.format('%.0f', now_ms + ARGV[1])
+local alive = string.format('%.0f', math.floor(now / 1000) + ARGV[1])
 for i = 2, #ARGV do
     -- In the order in which they are told.
     redis.call('ZADD', KEYS[1], 'NX', string.format('%.0f', now + i), ARGV[i])

@@ -3,7 +3,7 @@ end
 local done, reply = pcall(script)
 local failure = not done and reply or type(reply) == 'table' and reply.err
 if not failure then
-    return {mark, now_ms, reply}
+    return {mark, now / 1000, reply}
 end
 -- An error that ended the script is a table since Redis 7, and text before.
-return {mark, now_ms, false, tostring(type(failure) == 'table' and failure.err or failure)}
+return {mark, now / 1000, false, tostring(type(failure) == 'table' and failure.err or failure)}

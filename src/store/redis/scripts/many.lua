@@ -17,7 +17,8 @@
 -- ends in an error after it has begun to write. Releases come first, so that who waits in the same call finds the key free.
 
 local n_end, n_renew, n_fenced, n_plain = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local n_release = ARGV[1] + n_end
+local n_explicit = tonumber(ARGV[1])
+local n_release = n_explicit + n_end
 local n_locks = n_release + n_renew + n_fenced + n_plain
 local fence_ttl = ARGV[6]
 local publish = ARGV[7]
@@ -60,7 +61,7 @@ for i = 1, n_release do
     at = at + 1
     local value = held[key]
     -- Of a release in the background.
-    local record = i > ARGV[1] + 0 and held[KEYS[n_locks + i - ARGV[1]]]
+    local record = i > n_explicit and held[KEYS[n_locks + i - n_explicit]]
     if not value then
         reply[i] = was[key] and 0 or absent(key)
     elseif record and is_owner(token, record) then

@@ -11,15 +11,17 @@
 --
 -- `now`, the server time in us, is for the script to use. TIME stands still while a script runs.
 
-local latest, mark = tonumber(table.remove(ARGV)), tonumber(table.remove(ARGV))
+local last = #ARGV
+local latest, mark = tonumber(ARGV[last]), tonumber(ARGV[last - 1])
+ARGV[last], ARGV[last - 1] = nil, nil
 local time = redis.pcall('TIME')
 if time.err then
     return {mark, 0, false, time.err}
 end
 local now = time[1] * 1000000 + time[2]
-local now_ms = math.floor(now / 1000)
-if now_ms > latest then
-    return {mark, now_ms, false, 'LATE the request arrived after its time; the server did not run it'}
+-- Numbers in a reply lose what is behind their point.
+if now >= (latest + 1) * 1000 then
+    return {mark, now / 1000, false, 'LATE the request arrived after its time; the server did not run it'}
 end
 
 local function script()

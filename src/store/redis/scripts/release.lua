@@ -11,27 +11,25 @@
 local token, n = ARGV[1], tonumber(ARGV[2])
 local reply, failure = 1, nil
 
-local function release(i)
-    local held = held_by(KEYS[i])
-    if held == nil then
+for i = 1, n do
+    local held = redis.pcall('GET', KEYS[i])
+    if not held then
         reply = math.min(reply, 0)
-    elseif not held or not is_owner(token, held) then
+    elseif held.err and not string.find(held.err, '^WRONGTYPE') then
+        failure = held
+    elseif held.err or not is_owner(token, held) then
         reply = -1
     else
-        redis.call('DEL', KEYS[i])
-        if KEYS[n + i] then
-            redis.pcall('DEL', KEYS[n + i])
+        local done = redis.pcall('DEL', KEYS[i])
+        if type(done) == 'table' then
+            failure = done
+        else
+            if KEYS[n + i] then
+                redis.pcall('DEL', KEYS[n + i])
+            end
+            -- A release is a release, also where messages are not allowed.
+            redis.pcall(ARGV[3], ARGV[3 + i] or KEYS[i], '')
         end
-        -- A release is a release, also where messages are not allowed.
-        redis.pcall(ARGV[3], ARGV[3 + i] or KEYS[i], '')
     end
 end
-
-for i = 1, n do
-    local done, why = pcall(release, i)
-    failure = failure or not done and why
-end
-if failure then
-    error(failure, 0)
-end
-return reply
+return failure or reply

@@ -10,10 +10,12 @@
 local missing = false
 
 for i = 1, #KEYS do
-    local held = held_by(KEYS[i])
-    if held == nil then
+    local held = redis.pcall('GET', KEYS[i])
+    if not held then
         missing = true
-    elseif not held or not is_owner(ARGV[1], held) then
+    elseif held.err and not string.find(held.err, '^WRONGTYPE') then
+        return held
+    elseif held.err or not is_owner(ARGV[1], held) then
         return -1
     end
 end
