@@ -1,9 +1,9 @@
 //! How a contended lock goes from hand to hand: how fast, how fairly, and at what cost to the server.
 //!
-//! A few waiters want one key, each again as soon as it has released it, in one process or in several. The program starts
-//! itself for every process; the copies log their turns by a clock that all of them read alike, and one look at all logs
-//! together tells how long each hand-off took. Contenders take turns, in rounds and in random order. What is printed are
-//! medians over the rounds. `-- --quick` runs one short round.
+//! A few waiters want one key, each again as soon as it has released it, in one process or in several. The program
+//! starts itself for every process; the copies log their turns by a clock that all of them read alike, and one look at
+//! all logs together tells how long each hand-off took. Contenders take turns, in rounds and in random order. What is
+//! printed are medians over the rounds. `-- --quick` runs one short round.
 
 #![expect(clippy::expect_used, reason = "a benchmark that can't measure has nothing else to say")]
 

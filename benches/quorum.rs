@@ -1,11 +1,11 @@
-//! What a lock on a quorum costs: obtaining alone, and obtain + release pairs, by one task on three and on five nodes, beside
-//! one server.
+//! What a lock on a quorum costs: obtaining alone, and obtain + release pairs, by one task on three and on five nodes,
+//! beside one server.
 //!
-//! All on one machine, which has to do the work of all nodes one after the other: on machines of their own they would do it
-//! at the same time. So it is measured a second time with every answer kept back for a while, as by a network: what counts
-//! then is how often, and not for how many, a lock has to wait. As in `versus.rs`, whoever is measured takes turns with the
-//! others, in rounds and in random order; what is printed are medians over the rounds, and ratios are taken within a round.
-//! `-- --quick` runs one short round.
+//! All on one machine, which has to do the work of all nodes one after the other: on machines of their own they would
+//! do it at the same time. So it is measured a second time with every answer kept back for a while, as by a network:
+//! what counts then is how often, and not for how many, a lock has to wait. As in `versus.rs`, whoever is measured
+//! takes turns with the others, in rounds and in random order; what is printed are medians over the rounds, and ratios
+//! are taken within a round. `-- --quick` runs one short round.
 
 #![expect(clippy::expect_used, reason = "a benchmark that can't measure has nothing else to say")]
 

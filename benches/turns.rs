@@ -17,7 +17,8 @@ use crate::statistics::median;
 use crate::waiters::Contender;
 use crate::{Crowd, WAIT};
 
-/// Nanoseconds of the system's monotonic clock, which is one for all processes. `Instant` reads it too, but can't be sent.
+/// Nanoseconds of the system's monotonic clock, which is one for all processes. `Instant` reads it too, but can't be
+/// sent.
 pub(crate) type Nanos = u64;
 
 pub(crate) fn now() -> Nanos {

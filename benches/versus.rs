@@ -1,7 +1,8 @@
 //! What a lock costs: obtain + release pairs on keys of their own, beside the raw clients and the nearest rival.
 //!
-//! One server, one process, one run: each rival in turn, in rounds and in random order, so that a noisy machine is noisy for all of them.
-//! What is printed are medians over the rounds; ratios are taken within a round. `-- --quick` runs one short round.
+//! One server, one process, one run: each rival in turn, in rounds and in random order, so that a noisy machine is
+//! noisy for all of them. What is printed are medians over the rounds; ratios are taken within a round. `-- --quick`
+//! runs one short round.
 
 #![expect(clippy::expect_used, reason = "a benchmark that can't measure has nothing else to say")]
 

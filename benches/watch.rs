@@ -1,4 +1,5 @@
-//! What it costs to hold many locks: the client's and the server's processor, memory, and whether renewals come in time.
+//! What it costs to hold many locks: the client's and the server's processor, memory, and whether renewals come in
+//! time.
 //!
 //! The locks are obtained one after another, with so many at a time, and then held for a minute. Each contender has a
 //! server and a process of its own, so that its processor time and its memory are its alone: the program starts itself,

@@ -2,8 +2,8 @@
 //!
 //!     cargo run --example lost_in_select
 //!
-//! On the embedded store the lock is lost by its ttl: nobody renews it. With `REDIS_URL` set, it is also lost by its key,
-//! which somebody deletes on that server.
+//! On the embedded store the lock is lost by its ttl: nobody renews it. With `REDIS_URL` set, it is also lost by its
+//! key, which somebody deletes on that server.
 
 use std::env;
 use std::error::Error;

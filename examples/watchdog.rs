@@ -2,9 +2,9 @@
 //!
 //!     cargo run --example watchdog
 //!
-//! The locks are kept on the server that `REDIS_URL` names, or else embedded. The second part needs a server that may be
-//! killed: a redis-server of its own, where that is installed. It writes all that it does to a file, as a server must
-//! whose locks shall survive its restart.
+//! The locks are kept on the server that `REDIS_URL` names, or else embedded. The second part needs a server that may
+//! be killed: a redis-server of its own, where that is installed. It writes all that it does to a file, as a server
+//! must whose locks shall survive its restart.
 
 use std::env;
 use std::error::Error;

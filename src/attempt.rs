@@ -28,8 +28,8 @@ const GRACE: Duration = Duration::from_millis(10);
 
 /// Asks the server for one lock, as often as its request wants to.
 ///
-/// Whatever was sent may take effect, whether its answer came or not. So an attempt is *unsettled* from before it is sent
-/// until its answer says what became of it, and one that is dropped unsettled is undone.
+/// Whatever was sent may take effect, whether its answer came or not. So an attempt is *unsettled* from before it is
+/// sent until its answer says what became of it, and one that is dropped unsettled is undone.
 pub(crate) struct Attempt {
     wanted: Arc<Wanted>,
     upkeep: Arc<Upkeep>,
@@ -168,8 +168,8 @@ impl Attempt {
         }
     }
 
-    /// Whether a token that may be used again holds the lock: then nobody who waits is before this one. Where the server can't be
-    /// asked, it isn't.
+    /// Whether a token that may be used again holds the lock: then nobody who waits is before this one. Where the
+    /// server can't be asked, it isn't.
     pub(crate) async fn is_held_already(&self) -> bool {
         let owned = &self.wanted.owned;
         !owned.own_token && matches!(self.upkeep.store.remaining(owned, self.upkeep.command_timeout).await, Ok(Some(_)))
@@ -219,8 +219,8 @@ impl Attempt {
         self.upkeep.command_timeout
     }
 
-    /// Another attempt is about to be made. A store that takes attempts back by itself may still do so with the last one,
-    /// and must not take this one for it.
+    /// Another attempt is about to be made. A store that takes attempts back by itself may still do so with the last
+    /// one, and must not take this one for it.
     fn renew_token(&mut self) {
         if !self.upkeep.store.settles() {
             return;

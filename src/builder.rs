@@ -92,7 +92,8 @@ impl LockerBuilder {
     ///
     /// ```
     /// # use std::time::Duration;
-    /// let locker = tenure::Locker::builder().retry(tenure::Retry::linear(Duration::from_millis(100)).limit(9)).in_memory();
+    /// let locker =
+    /// tenure::Locker::builder().retry(tenure::Retry::linear(Duration::from_millis(100)).limit(9)).in_memory();
     /// ```
     pub fn retry(mut self, retry: Retry) -> Self {
         self.settings.retry = Some(retry);
@@ -102,8 +103,8 @@ impl LockerBuilder {
     /// How often who waits looks at the lock although nothing was heard of it: 1 s unless set, at least 10 ms, at most
     /// 365 days.
     ///
-    /// A lock that is released by tenure is heard of at once, and the end of a dead holder's ttl is known. This is for locks
-    /// that other libraries release, which send no message, and for servers whose messages can't be had.
+    /// A lock that is released by tenure is heard of at once, and the end of a dead holder's ttl is known. This is for
+    /// locks that other libraries release, which send no message, and for servers whose messages can't be had.
     ///
     /// ```
     /// use std::time::Duration;
@@ -174,21 +175,22 @@ impl LockerBuilder {
         self
     }
 
-    /// How many replicas of the server must have acknowledged a lock before it is held, and each of its renewals before it
-    /// counts. Default: 0.
+    /// How many replicas of the server must have acknowledged a lock before it is held, and each of its renewals before
+    /// it counts. Default: 0.
     ///
-    /// Too few, and a request fails with [`Error::NotReplicated`] (one that waits goes on), having released what it got;
-    /// a renewal is tried again, and the guard is lost by its deadline as if the server were away. So a failover to any of
-    /// those replicas finds the lock, and a primary that is cut off from all of them keeps nobody's lock alive.
+    /// Too few, and a request fails with [`Error::NotReplicated`] (one that waits goes on), having released what it
+    /// got; a renewal is tried again, and the guard is lost by its deadline as if the server were away. So a failover
+    /// to any of those replicas finds the lock, and a primary that is cut off from all of them keeps nobody's lock
+    /// alive.
     ///
-    /// It is no consensus: where there are more replicas than these, it may be another one that is promoted, and it knows
-    /// nothing of the lock. What a failover forgets is told by the guard at its next renewal, and kept from doing harm by
-    /// [fencing tokens](crate::LockGuard::fencing_token). With as many as there are replicas nothing is forgotten, and
-    /// nothing can be locked while one of them is away.
+    /// It is no consensus: where there are more replicas than these, it may be another one that is promoted, and it
+    /// knows nothing of the lock. What a failover forgets is told by the guard at its next renewal, and kept from doing
+    /// harm by [fencing tokens](crate::LockGuard::fencing_token). With as many as there are replicas nothing is
+    /// forgotten, and nothing can be locked while one of them is away.
     ///
-    /// Each request and renewal asks the server to `WAIT`: another round trip, and, while replicas are behind, a wait for
-    /// them for most of the [command timeout](LockerBuilder::command_timeout), or of the ttl where that is shorter. All that
-    /// this locker sends meanwhile waits behind it, on the same connection; also what others send by a
+    /// Each request and renewal asks the server to `WAIT`: another round trip, and, while replicas are behind, a wait
+    /// for them for most of the [command timeout](LockerBuilder::command_timeout), or of the ttl where that is shorter.
+    /// All that this locker sends meanwhile waits behind it, on the same connection; also what others send by a
     /// [client](LockerBuilder::client) of your own, so give it one for itself.
     ///
     /// It is for one server, with Sentinels or without. A cluster, and a [quorum](Locker::quorum), whose nodes have no
@@ -209,9 +211,9 @@ impl LockerBuilder {
     /// For how long a quorum's node doesn't vote after a restart, in which it may have forgotten what it had granted.
     /// Rounded up to whole seconds; default: 60 s, at most 365 days.
     ///
-    /// No ttl may be longer, or what a node has forgotten could be held still when it votes again. Zero is for nodes that
-    /// write every change to disk before they answer (`appendfsync always`), and for tests: nodes vote at once then, and
-    /// any ttl will do. All who share locks must set the same.
+    /// No ttl may be longer, or what a node has forgotten could be held still when it votes again. Zero is for nodes
+    /// that write every change to disk before they answer (`appendfsync always`), and for tests: nodes vote at once
+    /// then, and any ttl will do. All who share locks must set the same.
     ///
     /// ```no_run
     /// # use std::time::Duration;

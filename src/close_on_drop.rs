@@ -10,13 +10,13 @@ use crate::Locker;
 
 /// Closes a [`Locker`] when it is dropped, and waits for the releases in flight; made by [`Locker::close_on_drop`].
 ///
-/// A guard that is dropped is released in the background, by a task. A runtime that shuts down ends that task, and then the key
-/// stays until its ttl ends: so it is with a guard that lives until the end of `main`. Declare this before the guards, so that it
-/// is dropped after them.
+/// A guard that is dropped is released in the background, by a task. A runtime that shuts down ends that task, and then
+/// the key stays until its ttl ends: so it is with a guard that lives until the end of `main`. Declare this before the
+/// guards, so that it is dropped after them.
 ///
-/// Dropping it blocks the thread for as long as the releases take, up to the limit. On a `current_thread` runtime nothing could
-/// be released meanwhile, so there it does not wait: end such a program with [`Locker::close`], or use [`Locker::scope`]. The same
-/// is true where the only worker thread of a runtime drops it.
+/// Dropping it blocks the thread for as long as the releases take, up to the limit. On a `current_thread` runtime
+/// nothing could be released meanwhile, so there it does not wait: end such a program with [`Locker::close`], or use
+/// [`Locker::scope`]. The same is true where the only worker thread of a runtime drops it.
 ///
 /// # Examples
 ///
@@ -61,8 +61,8 @@ impl Drop for CloseOnDrop {
             releases.wait().await;
             drop(ended);
         });
-        // On a worker thread, what was spawned or woken last waits in a place that no other worker looks at, while this one
-        // blocks: another takes that place.
+        // On a worker thread, what was spawned or woken last waits in a place that no other worker looks at, while this
+        // one blocks: another takes that place.
         runtime.spawn(async {});
         // Ends without a message, when the task does or when its runtime has dropped it.
         wait.recv_timeout(self.limit).ok();

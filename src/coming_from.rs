@@ -1,8 +1,8 @@
 //! For those who know one of the Go libraries that tenure learned from: their first page, and the same thing here.
 //!
-//! Only what is different in kind is commented on. What all of them leave to the caller and tenure does by itself: the lock is
-//! renewed in the background, work learns of its loss, a lock that is forgotten about is released, and a server that can't
-//! be asked is told apart from one that says no.
+//! Only what is different in kind is commented on. What all of them leave to the caller and tenure does by itself: the
+//! lock is renewed in the background, work learns of its loss, a lock that is forgotten about is released, and a server
+//! that can't be asked is told apart from one that says no.
 //!
 //! # bsm/redislock
 //!
@@ -37,8 +37,8 @@
 //! # }
 //! ```
 //!
-//! Its README's watchdog (a ticker, a refresh, a cancelled context) is what every guard does. Work that must stop goes under
-//! [`protect`](crate::LockGuard::protect), or is handed a
+//! Its README's watchdog (a ticker, a refresh, a cancelled context) is what every guard does. Work that must stop goes
+//! under [`protect`](crate::LockGuard::protect), or is handed a
 //! [`cancellation_token`](crate::LockGuard::cancellation_token).
 //!
 //! | there | here |
@@ -76,8 +76,8 @@
 //! # }
 //! ```
 //!
-//! A manager that remembers by name what it holds is a [`WatchDog`](crate::WatchDog). It needs no cache to be chosen, sized or
-//! swept: a lock that is lost leaves it at once, and its name then releases no successor's.
+//! A manager that remembers by name what it holds is a [`WatchDog`](crate::WatchDog). It needs no cache to be chosen,
+//! sized or swept: a lock that is lost leaves it at once, and its name then releases no successor's.
 //!
 //! # redislock (AttemptLock)
 //!
@@ -106,8 +106,8 @@
 //! # }
 //! ```
 //!
-//! That library warns of races that it accepts. What is left of them here is what the server forgets, and what a process does
-//! that stands still in the middle of a write; a store that refuses lower fencing tokens closes both.
+//! That library warns of races that it accepts. What is left of them here is what the server forgets, and what a
+//! process does that stands still in the middle of a write; a store that refuses lower fencing tokens closes both.
 //!
 //! # trviph/redlock, on one server
 //!
@@ -167,11 +167,11 @@
 //! ```
 //!
 //! There it may start before the lock is obtained, and in return never ends by itself. Here
-//! [`obtain_when_free`](crate::WatchRequest::obtain_when_free) says so, failures that pass are survived until the deadline, and
-//! a lock that is lost is told once and watched no more.
+//! [`obtain_when_free`](crate::WatchRequest::obtain_when_free) says so, failures that pass are survived until the
+//! deadline, and a lock that is lost is told once and watched no more.
 //!
-//! What it calls fencing is the owner's [`token`](crate::LockGuard::token), random and good for nothing but ownership. A
-//! [`fencing_token`](crate::LockGuard::fencing_token) is a number that grows.
+//! What it calls fencing is the owner's [`token`](crate::LockGuard::token), random and good for nothing but ownership.
+//! A [`fencing_token`](crate::LockGuard::fencing_token) is a number that grows.
 //!
 //! | there | here |
 //! | --- | --- |
@@ -185,7 +185,8 @@
 //! # trviph/redlock, on several servers
 //!
 //! ```text
-//! dl := redlock.NewDistributedLock([]*redlock.Lock{redlock.NewLock(redis1), redlock.NewLock(redis2), redlock.NewLock(redis3)},
+//! dl := redlock.NewDistributedLock([]*redlock.Lock{redlock.NewLock(redis1), redlock.NewLock(redis2),
+//! redlock.NewLock(redis3)},
 //!     redlock.WithClockDriftFactor(0.01), redlock.WithClockDriftBuffer(2*time.Millisecond),
 //!     redlock.WithReleaseTimeout(5*time.Second))
 //! fencing, err := dl.Acquire(ctx, "my-resource", 30*time.Second)
@@ -229,8 +230,8 @@
 //! # amyangfei/redlock-go
 //!
 //! ```text
-//! lockMgr, err := redlock.NewRedLock(ctx, []string{"tcp://127.0.0.1:6379", "tcp://127.0.0.1:6380", "tcp://127.0.0.1:6381"})
-//! expiry, err := lockMgr.Lock(ctx, "resource_name", 200*time.Millisecond)
+//! lockMgr, err := redlock.NewRedLock(ctx, []string{"tcp://127.0.0.1:6379", "tcp://127.0.0.1:6380",
+//! "tcp://127.0.0.1:6381"}) expiry, err := lockMgr.Lock(ctx, "resource_name", 200*time.Millisecond)
 //! err = lockMgr.UnLock(ctx, "resource_name")
 //! ```
 //!
@@ -279,4 +280,5 @@
 //! # }
 //! ```
 //!
-//! Its minimal client interface, with which tests do without a server, is [`Locker::in_memory`](crate::Locker::in_memory).
+//! Its minimal client interface, with which tests do without a server, is
+//! [`Locker::in_memory`](crate::Locker::in_memory).

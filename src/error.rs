@@ -62,8 +62,8 @@ pub enum Error {
     #[error("the lock was lost: {0}")]
     Lost(Loss),
 
-    /// No majority of a quorum's nodes has done what it was asked for: too many could not be asked, refused, or have been
-    /// up for too short a time to vote. That others hold the lock is [`NotObtained`](Error::NotObtained), as ever.
+    /// No majority of a quorum's nodes has done what it was asked for: too many could not be asked, refused, or have
+    /// been up for too short a time to vote. That others hold the lock is [`NotObtained`](Error::NotObtained), as ever.
     #[error("{needed} of {} nodes needed, {granted} granted: {}", 2 * needed - 1, Nodes(nodes))]
     Quorum {
         /// How many nodes make a majority.
@@ -99,8 +99,8 @@ pub enum Error {
     #[error("the server's answer took so long that too little of the ttl was left; use a longer ttl")]
     ValidityExpired,
 
-    /// Fewer replicas than [wanted](crate::LockerBuilder::min_replicas) acknowledged the lock, or its renewal, in time. A lock
-    /// that was to be obtained has been released again; one that is held stays so until its deadline.
+    /// Fewer replicas than [wanted](crate::LockerBuilder::min_replicas) acknowledged the lock, or its renewal, in time.
+    /// A lock that was to be obtained has been released again; one that is held stays so until its deadline.
     #[error("{acknowledged} of {needed} replicas acknowledged it in time; see to the others, or ask for fewer")]
     NotReplicated {
         /// How many must.
@@ -144,8 +144,8 @@ pub enum Error {
         key: Key,
     },
 
-    /// [`Locker::close`](crate::Locker::close) or [`WatchDog::shutdown`](crate::WatchDog::shutdown) was called before or
-    /// meanwhile.
+    /// [`Locker::close`](crate::Locker::close) or [`WatchDog::shutdown`](crate::WatchDog::shutdown) was called before
+    /// or meanwhile.
     #[error("the locker, or the watchdog, is closed")]
     Closed,
 
@@ -181,8 +181,8 @@ impl Error {
     ///
     /// True of timeouts, lost connections, servers that are loading, read-only, busy, out of memory or electing, and of
     /// replicas that are behind. Not of a certificate that is not accepted, nor of a refused password.
-    /// While it waits, [`Locker::lock`](crate::Locker::lock) goes on through all of these by itself. A quorum's failure is
-    /// transient when a majority could be had without the nodes whose own errors are not.
+    /// While it waits, [`Locker::lock`](crate::Locker::lock) goes on through all of these by itself. A quorum's failure
+    /// is transient when a majority could be had without the nodes whose own errors are not.
     ///
     /// ```
     /// use tenure::fred::error::{Error, ErrorKind};
@@ -234,8 +234,8 @@ impl Error {
         is_code.then_some(word)
     }
 
-    /// Whether the server itself has refused the command, so that it was surely not run. Of any other failure the outcome
-    /// is unknown; also of a timeout that is explained by what keeps the connection from being made again.
+    /// Whether the server itself has refused the command, so that it was surely not run. Of any other failure the
+    /// outcome is unknown; also of a timeout that is explained by what keeps the connection from being made again.
     pub(crate) fn is_refusal(&self) -> bool {
         self.code().is_some() && !self.is_timeout()
     }

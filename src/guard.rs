@@ -20,16 +20,16 @@ use crate::{Error, Key, Lease, Loss, Token};
 /// A held lock: renewed in the background until it is released, dropped or lost.
 ///
 /// Made by awaiting a [`LockRequest`](crate::LockRequest). A guard never believes longer than the server: it counts as
-/// held until its [`deadline`](LockGuard::deadline), which only a confirmed renewal moves, and which lies before the moment
-/// at which the server lets go. [`is_held`](LockGuard::is_held), [`check`](LockGuard::check), [`lost`](LockGuard::lost)
-/// and [`protect`](LockGuard::protect) read that one deadline themselves, on whatever runtime they are used;
-/// [`cancellation_token`](LockGuard::cancellation_token) depends on a task that runs.
+/// held until its [`deadline`](LockGuard::deadline), which only a confirmed renewal moves, and which lies before the
+/// moment at which the server lets go. [`is_held`](LockGuard::is_held), [`check`](LockGuard::check),
+/// [`lost`](LockGuard::lost) and [`protect`](LockGuard::protect) read that one deadline themselves, on whatever runtime
+/// they are used; [`cancellation_token`](LockGuard::cancellation_token) depends on a task that runs.
 ///
 /// # Dropping
 ///
 /// Dropping a guard releases the lock in the background, on the runtime that it was obtained on, whatever thread it is
-/// dropped on. The release is not immediate: [`release`](LockGuard::release) waits for it and tells how it went. Where the
-/// server can't be asked, it is tried until the ttl has freed the lock; with the runtime gone, the ttl alone does.
+/// dropped on. The release is not immediate: [`release`](LockGuard::release) waits for it and tells how it went. Where
+/// the server can't be asked, it is tried until the ttl has freed the lock; with the runtime gone, the ttl alone does.
 ///
 /// # What it does not do
 ///
@@ -450,8 +450,8 @@ impl LockGuard {
     /// # Errors
     ///
     /// [`Error::NotHeld`] when it was lost before or turned out to be: what was done under it may not have been alone.
-    /// [`Error::Redis`] when the server could not be asked within the command timeout; the background goes on trying then,
-    /// until the ttl has freed the lock.
+    /// [`Error::Redis`] when the server could not be asked within the command timeout; the background goes on trying
+    /// then, until the ttl has freed the lock.
     ///
     /// # Cancel safety
     ///

@@ -9,9 +9,10 @@
 //! 4. A request that makes the ttl shorter counts from the moment it is sent, since the server may obey at any time
 //!    after; and an answer to a request sent before it, which the server may have obeyed before it too, counts for
 //!    nothing.
-//! 5. While the outcome of such a request is unknown, the server may still obey it, after what it confirms meanwhile: no
-//!    confirmation is worth more than that ttl.
-//! 6. The loss and what is left to do about it are decided in one step: whoever learns of the one can rely on the other.
+//! 5. While the outcome of such a request is unknown, the server may still obey it, after what it confirms meanwhile:
+//!    no confirmation is worth more than that ttl.
+//! 6. The loss and what is left to do about it are decided in one step: whoever learns of the one can rely on the
+//!    other.
 
 use std::fmt;
 use std::str::FromStr;
@@ -89,7 +90,8 @@ pub(crate) struct Hold {
     pub(crate) fencing_token: Option<u64>,
     /// What is left of it may come to pass after the release.
     pub(crate) doubt: Option<Arc<Latest>>,
-    /// A part of it may be left at the server when the server says that it is not held: one of several keys, a few nodes.
+    /// A part of it may be left at the server when the server says that it is not held: one of several keys, a few
+    /// nodes.
     has_parts: bool,
     drift: Drift,
     /// Where the grid of renewals begins, for all locks of one locker.
@@ -149,8 +151,8 @@ struct Unresolved {
 
 /// What the keeper still has to do once the lock is held no more.
 pub(crate) enum Cleanup {
-    /// Release it. The token makes [`Locker::close`](crate::Locker::close) wait for that; the keeper takes one where there is
-    /// none yet.
+    /// Release it. The token makes [`Locker::close`](crate::Locker::close) wait for that; the keeper takes one where
+    /// there is none yet.
     Release(Option<TaskTrackerToken>),
     /// It is released: undo what an earlier attempt of unknown outcome may still leave.
     Undo(TaskTrackerToken),
@@ -220,8 +222,8 @@ impl Hold {
         }
     }
 
-    /// Whether the lock is held now, by the clock: right even when no task of ours has run for a while. The first to find
-    /// that it is not tells all others.
+    /// Whether the lock is held now, by the clock: right even when no task of ours has run for a while. The first to
+    /// find that it is not tells all others.
     pub(crate) fn check(&self) -> Result<(), Loss> {
         let (verdict, told) = {
             let state = self.state();
@@ -284,7 +286,8 @@ impl Hold {
         self.state().observer.clone()
     }
 
-    /// A renewal is about to be sent, for the ttl as it is or for at least `ttl`. The server refuses to run it after `patience`.
+    /// A renewal is about to be sent, for the ttl as it is or for at least `ttl`. The server refuses to run it after
+    /// `patience`.
     pub(crate) fn renewing(&self, ttl: Option<Duration>, patience: Duration) -> Renewing {
         let mut state = self.state();
         let (sent, ttl) = (Instant::now(), ttl.unwrap_or(state.ttl));
@@ -299,8 +302,8 @@ impl Hold {
         self.owned.grant.is_some() && (is_old || ttl > state.recorded_ttl)
     }
 
-    /// The renewal that is due, if one is and it may take `time`: else the deadline comes first. `sent` is now, or a moment
-    /// ago.
+    /// The renewal that is due, if one is and it may take `time`: else the deadline comes first. `sent` is now, or a
+    /// moment ago.
     pub(crate) fn renewing_when_due(&self, sent: Instant, time: Duration) -> Option<Renewing> {
         let mut state = self.state();
         state.verdict(sent).ok()?;
@@ -319,8 +322,8 @@ impl Hold {
         })
     }
 
-    /// A renewal is about to be sent that sets the ttl to exactly `ttl` (invariant 4). The server refuses to run it after
-    /// `patience`.
+    /// A renewal is about to be sent that sets the ttl to exactly `ttl` (invariant 4). The server refuses to run it
+    /// after `patience`.
     pub(crate) fn setting_ttl(&self, ttl: Duration, patience: Duration) -> Renewing {
         let mut state = self.state();
         let sent = Instant::now();

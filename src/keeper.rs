@@ -2,9 +2,9 @@
 //!
 //! The keeper is there from the moment the lock is obtained, and runs as a task while there is something to do for it
 //! (`roster.rs`). It renews until the lock is held no more, says why, does what is left to do at the server, and ends.
-//! Renewals that are due at the same time are sent together, while their keepers rest: one of them runs when its renewal
-//! fails, or is not the next thing to do. Dropping a guard only calls it: so a guard may be dropped on any thread, in a
-//! panic, or while the runtime shuts down.
+//! Renewals that are due at the same time are sent together, while their keepers rest: one of them runs when its
+//! renewal fails, or is not the next thing to do. Dropping a guard only calls it: so a guard may be dropped on any
+//! thread, in a panic, or while the runtime shuts down.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -75,8 +75,8 @@ impl Upkeep {
         answer.map(|renewed| learn(hold, renewing, renewed))
     }
 
-    /// For how long the server may run a request after it was sent: the timeout of its call, and as much again for what our idea of
-    /// the server's clock has drifted by since it last answered.
+    /// For how long the server may run a request after it was sent: the timeout of its call, and as much again for what
+    /// our idea of the server's clock has drifted by since it last answered.
     pub(crate) fn patience(&self) -> Duration {
         self.command_timeout.saturating_mul(2)
     }
@@ -110,8 +110,8 @@ impl Upkeep {
         }
     }
 
-    /// Takes a lease's lock over for a grant of our own, `owned`. The claim is given back in the background when it is dropped
-    /// before a guard [keeps](Claim::keep) it.
+    /// Takes a lease's lock over for a grant of our own, `owned`. The claim is given back in the background when it is
+    /// dropped before a guard [keeps](Claim::keep) it.
     pub(crate) async fn claim(
         self: &Arc<Self>,
         owned: Owned,
@@ -146,8 +146,8 @@ impl Upkeep {
 
     /// Releases, trying again after failures, until then.
     ///
-    /// After a try of unknown outcome the lock may be free by that very try, and whoever has it now got it rightly: then
-    /// "not ours" is a success.
+    /// After a try of unknown outcome the lock may be free by that very try, and whoever has it now got it rightly:
+    /// then "not ours" is a success.
     ///
     /// Whatever comes after the first try ends the owner's grant alone: the lock may have been obtained again by then.
     pub(crate) async fn release(&self, owned: &Owned, ending: Ending, until: Instant) -> Result<Released, Error> {
@@ -193,9 +193,9 @@ impl Upkeep {
         }
     }
 
-    /// Undoes what a request has left whose outcome nobody has learned, as often as it takes: it may still wait somewhere to be
-    /// run, on a connection that has broken or behind another call, but not after `latest` by the server's clock. Gives up when
-    /// the ttl has done the same.
+    /// Undoes what a request has left whose outcome nobody has learned, as often as it takes: it may still wait
+    /// somewhere to be run, on a connection that has broken or behind another call, but not after `latest` by the
+    /// server's clock. Gives up when the ttl has done the same.
     pub(crate) async fn undo(&self, owned: &Owned, latest: &Latest, ttl: Duration) {
         let until = Instant::now() + self.command_timeout + ttl;
         let mut failures = 0;
@@ -293,7 +293,8 @@ impl Claim {
 }
 
 impl Drop for Claim {
-    /// Nobody will hold by this grant: the lease's takes its place again, or the lock would be kept for one that is not there.
+    /// Nobody will hold by this grant: the lease's takes its place again, or the lock would be kept for one that is not
+    /// there.
     fn drop(&mut self) {
         let Some(unsettled) = self.unsettled.take() else { return };
         let (upkeep, owned, ttl) = (self.upkeep.clone(), self.owned.clone(), self.ttl);

@@ -11,15 +11,15 @@ use crate::{Error, Key, Token};
 
 /// What identifies a held lock, apart from any guard: its keys and token, its ttl and fencing token.
 ///
-/// A lease keeps nothing alive. It is made by [`LockGuard::into_lease`](crate::LockGuard::into_lease), or from a token that
-/// came from elsewhere, and taken up by [`Locker::adopt`](crate::Locker::adopt), in this process or another. Its keys are
-/// without the locker's [prefix](crate::LockerBuilder::prefix).
+/// A lease keeps nothing alive. It is made by [`LockGuard::into_lease`](crate::LockGuard::into_lease), or from a token
+/// that came from elsewhere, and taken up by [`Locker::adopt`](crate::Locker::adopt), in this process or another. Its
+/// keys are without the locker's [prefix](crate::LockerBuilder::prefix).
 ///
 /// # Text
 ///
-/// [`Display`](fmt::Display) and [`FromStr`] turn it into one word of letters, digits and `:-._~%`, fit for an environment
-/// variable or the payload of a job, and back. The word tells its version, so that later ones can be told apart. It
-/// contains the token: whoever reads it can release the lock. `Debug` does not show it.
+/// [`Display`](fmt::Display) and [`FromStr`] turn it into one word of letters, digits and `:-._~%`, fit for an
+/// environment variable or the payload of a job, and back. The word tells its version, so that later ones can be told
+/// apart. It contains the token: whoever reads it can release the lock. `Debug` does not show it.
 ///
 /// With the feature `serde`, a lease is serialised as that text.
 ///
@@ -44,7 +44,11 @@ pub struct Lease {
 impl Lease {
     /// A lease from its parts, for a token that came from elsewhere.
     ///
-    /// Nothing is checked here; what can't work is refused by who is to work with it.
+    /// Nothing is checked here; what can't work is refused by whatever uses it.
+    ///
+    /// It names a token, and not the guard that has the lock by it, which may be alive. So a guard that
+    /// [adopted](crate::Locker::adopt) it ends that lock by an explicit [`release`](crate::LockGuard::release) only;
+    /// when it is dropped, the lock stays until its ttl ends. A lease that was made from a guard has no such limit.
     ///
     /// ```
     /// use std::time::Duration;
@@ -112,8 +116,8 @@ const VERSION: &str = "tenure:1:";
 const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 impl fmt::Display for Lease {
-    /// `tenure:1:` ttl in ms `:` fencing token or nothing `:` token `:` key, and more keys, each after a colon. After the fencing
-    /// token, `~` and what tells the grant from others of its token, where there is such.
+    /// `tenure:1:` ttl in ms `:` fencing token or nothing `:` token `:` key, and more keys, each after a colon. After
+    /// the fencing token, `~` and what tells the grant from others of its token, where there is such.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{VERSION}{}:", self.ttl.as_millis())?;
         if let Some(fence) = self.fencing_token {

@@ -22,16 +22,16 @@
 //! # }
 //! ```
 //!
-//! A release in the background needs a runtime that runs. A guard that is dropped as `main` returns is not released: its key stays
-//! until the ttl ends. [`Locker::scope`] releases before it returns, [`Locker::close`] waits for what was dropped, and
-//! [`Locker::close_on_drop`] does so at the end of a scope.
+//! A release in the background needs a runtime that runs. A guard that is dropped as `main` returns is not released:
+//! its key stays until the ttl ends. [`Locker::scope`] releases before it returns, [`Locker::close`] waits for what was
+//! dropped, and [`Locker::close_on_drop`] does so at the end of a scope.
 //!
 //! # The promise
 //!
 //! A [`LockGuard`] is *held* from the moment an attempt succeeded until its local deadline: the instant just before the
-//! last confirmed request was sent, plus the ttl, less an allowance for clock drift. Only a confirmed renewal moves that
-//! deadline, so every guard stops believing before the server lets go, whatever the network, the server or a hung reply
-//! does. [`is_held`](LockGuard::is_held), [`check`](LockGuard::check), [`lost`](LockGuard::lost) and
+//! last confirmed request was sent, plus the ttl, less an allowance for clock drift. Only a confirmed renewal moves
+//! that deadline, so every guard stops believing before the server lets go, whatever the network, the server or a hung
+//! reply does. [`is_held`](LockGuard::is_held), [`check`](LockGuard::check), [`lost`](LockGuard::lost) and
 //! [`protect`](LockGuard::protect) read that one deadline themselves, on whatever runtime they are used. The
 //! [`cancellation_token`](LockGuard::cancellation_token) is fired by a task, and so is late when that task can't run.
 //!
@@ -59,16 +59,20 @@
 //! - The server's clock and ours run at about the same speed: [`LockerBuilder::drift`].
 //! - The server doesn't forget. One that loses its memory (restarted without persistence, failed over to a replica that
 //!   was behind, told to evict or flush) may let a second holder in before the first has noticed at its next renewal.
-//!   Fencing tokens grow all the same. [`Locker::quorum`] survives it, as long as it happens to fewer than half of the nodes.
+//!   Fencing tokens grow all the same. [`Locker::quorum`] survives it, as long as it happens to fewer than half of the
+//!   nodes.
 //! - The machine is not suspended: the monotonic clock stands still then, and the deadline with it.
 //!
 //! # Observing
 //!
-//! Through [`tracing`](https://docs.rs/tracing): a span `tenure.obtain` per request (`key`, `ttl`) and `tenure.keep` per
-//! held lock (`key`), with the events `tenure.obtained`, `tenure.held`, `tenure.attempt_failed`, `tenure.renewed`,
-//! `tenure.renew_failed`, `tenure.lost` (with the `cause` of an expiry), `tenure.released`, `tenure.release_failed`, `tenure.handed_over`,
-//! `tenure.undone`, `tenure.undo_failed`, `tenure.no_news` where releases can't be heard of, `tenure.callback_panicked`, `tenure.callback_delayed`; and of a quorum, `tenure.ballot`,
-//! `tenure.node_away`. No token is ever shown.
+//! Through [`tracing`](https://docs.rs/tracing): a span `tenure.obtain` per request (`key`, `ttl`) and `tenure.keep`
+//! per held lock (`key`), with the events `tenure.obtained`, `tenure.held`, `tenure.attempt_failed`, `tenure.renewed`,
+//! `tenure.renew_failed`, `tenure.lost`, `tenure.released`, `tenure.release_failed`, `tenure.handed_over`,
+//! `tenure.too_late`, `tenure.undone`, `tenure.undo_failed`, `tenure.no_news` where releases can't be heard of,
+//! `tenure.attend_failed` and `tenure.leave_failed` of fair requests, `tenure.wait_failed` where replicas can't be
+//! asked for, `tenure.callback_panicked`, `tenure.callback_delayed`; of connections, `tenure.reconnect`,
+//! `tenure.revive` and `tenure.mixed_up`; and of a quorum, `tenure.ballot`, `tenure.node_away`, `tenure.same_node`. No
+//! token is ever shown.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

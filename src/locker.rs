@@ -69,8 +69,8 @@ impl Locker {
     /// `redis://user:password@host:6379/1`. Other schemes and parameters are refused.
     ///
     /// Behind Sentinels and in a cluster, a server that dies takes locks with it that none of its replicas has yet:
-    /// [`min_replicas`](LockerBuilder::min_replicas), [`quorum`](Locker::quorum). To keep those that a replica has, their
-    /// ttl must be longer than a failover takes.
+    /// [`min_replicas`](LockerBuilder::min_replicas), [`quorum`](Locker::quorum). To keep those that a replica has,
+    /// their ttl must be longer than a failover takes.
     ///
     /// The connection is driven on the runtime that this is called on. When that one ends, or nobody drives it any
     /// more, the connection is opened anew on the runtime of whoever uses the locker next; so a locker may be a static
@@ -100,11 +100,12 @@ impl Locker {
     /// request waits any more, as one that does can't tell that client from one whose server is away.
     ///
     /// Give it a [reconnect policy](fred::types::Builder::set_policy): without one, fred never connects again after an
-    /// interruption. Its other settings matter little, as every command brings its own timeout and is written only once.
+    /// interruption. Its other settings matter little, as every command brings its own timeout and is written only
+    /// once.
     ///
-    /// A client of a cluster is only asked for its configuration and its map of the slots. Commands go over connections to
-    /// the nodes that the locker opens itself, on the runtime that uses it: while a slot moves, fred gives replies to the
-    /// wrong callers.
+    /// A client of a cluster is only asked for its configuration and its map of the slots. Commands go over connections
+    /// to the nodes that the locker opens itself, on the runtime that uses it: while a slot moves, fred gives replies
+    /// to the wrong callers.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -122,8 +123,8 @@ impl Locker {
         Self::builder().client(client)
     }
 
-    /// The embedded store, with the default settings: locks within this process, by the same contract, on tokio's clock.
-    /// For tests (also under `tokio::time::pause`), and for running without a server.
+    /// The embedded store, with the default settings: locks within this process, by the same contract, on tokio's
+    /// clock. For tests (also under `tokio::time::pause`), and for running without a server.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -141,31 +142,31 @@ impl Locker {
     /// Locks on a majority of independent servers, with the default settings: for locks that must outlive the loss of a
     /// server and its memory.
     ///
-    /// One server, or one under Sentinels, does for most: a lock is lost now and then, and its guard says so. A quorum costs
-    /// as many servers as it has nodes, and every lock, renewal and release a call to each; in return a lock stays held,
-    /// and stays exclusive, while fewer than half of the nodes are away or have lost their memory. The guard is the same:
-    /// renewed by a majority, lost by its own deadline at the latest.
+    /// One server, or one under Sentinels, does for most: a lock is lost now and then, and its guard says so. A quorum
+    /// costs as many servers as it has nodes, and every lock, renewal and release a call to each; in return a lock
+    /// stays held, and stays exclusive, while fewer than half of the nodes are away or have lost their memory. The
+    /// guard is the same: renewed by a majority, lost by its own deadline at the latest.
     ///
-    /// The URLs are those of plain servers ([`connect`](Locker::connect)): no replicas of each other, no cluster, not under
-    /// Sentinels. Their number is odd: 3 or 5, or 1 where there will be more one day. The nodes that are away when this is
-    /// called join when they come, as long as a majority is there.
+    /// The URLs are those of plain servers ([`connect`](Locker::connect)): no replicas of each other, no cluster, not
+    /// under Sentinels. Their number is odd: 3 or 5, or 1 where there will be more one day. The nodes that are away
+    /// when this is called join when they come, as long as a majority is there.
     ///
     /// # How it works, and what it rests on
     ///
-    /// It is [Redlock](https://redis.io/docs/latest/develop/clients/patterns/distributed-locks/): a lock is held when more
-    /// than half of the nodes have granted it, within a time that is small against the ttl. On top of it:
+    /// It is [Redlock](https://redis.io/docs/latest/develop/clients/patterns/distributed-locks/): a lock is held when
+    /// more than half of the nodes have granted it, within a time that is small against the ttl. On top of it:
     ///
     /// - **Restart window.** A node that has been up for less than the
     ///   [restart window](LockerBuilder::restart_window) (60 s) may have forgotten what it granted, and doesn't vote:
     ///   [`Error::NotVoting`]. No [ttl](LockRequest::ttl) can be longer. So a new quorum grants its first lock when its
     ///   nodes have been up for a window.
-    /// - **Fencing tokens** ([what for](https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html)) are
-    ///   agreed on by ballot: the client proposes one number to all nodes, and each grants only what is greater than the
-    ///   last that it knows, or than its own clock where it knows none, and no further ahead than the restart window. Two
-    ///   majorities share a node. Either it remembers the earlier number, and has granted a greater one; or it has
-    ///   forgotten, and its clock has passed the earlier number before it voted again. So tokens grow from holder to holder.
-    ///   A number that a node may have from before a restart, from an old dump or a file that was cut off, counts for no
-    ///   more than its clock.
+    /// - **Fencing tokens** ([what for](https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html))
+    ///   are agreed on by ballot: the client proposes one number to all nodes, and each grants only what is greater
+    ///   than the last that it knows, or than its own clock where it knows none, and no further ahead than the restart
+    ///   window. Two majorities share a node. Either it remembers the earlier number, and has granted a greater one; or
+    ///   it has forgotten, and its clock has passed the earlier number before it voted again. So tokens grow from
+    ///   holder to holder. A number that a node may have from before a restart, from an old dump or a file that was cut
+    ///   off, counts for no more than its clock.
     ///   It rests on this: the clock of a node is not set back by more than the time it was away, nor put forward right
     ///   after a restart; a node forgets only in a restart, not by a flush or an eviction; and all who share locks have
     ///   set the same window. Clients' clocks may be wrong by hours: that costs their first request another round trip.
@@ -174,12 +175,12 @@ impl Locker {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidNodes`] for no nodes, an even number of them (it tolerates no more failures than one node less), one
-    /// node twice (the same address and database), a cluster or Sentinels. [`Error::InvalidUrl`] for a URL that makes
-    /// no sense.
+    /// [`Error::InvalidNodes`] for no nodes, an even number of them (it tolerates no more failures than one node less),
+    /// one node twice (the same address and database), a cluster or Sentinels. [`Error::InvalidUrl`] for a URL that
+    /// makes no sense.
     /// [`Error::Quorum`] when no majority could be reached within the [command
-    /// timeout](LockerBuilder::command_timeout), with each node's own error. Later, wherever [`Error::Redis`] is documented,
-    /// it is [`Error::Quorum`] that tells of failed nodes.
+    /// timeout](LockerBuilder::command_timeout), with each node's own error. Later, wherever [`Error::Redis`] is
+    /// documented, it is [`Error::Quorum`] that tells of failed nodes.
     ///
     /// # Cancel safety
     ///
@@ -198,7 +199,8 @@ impl Locker {
     }
 
     /// Starts from the default settings; ends in one of [`connect`](LockerBuilder::connect),
-    /// [`quorum`](LockerBuilder::quorum), [`client`](LockerBuilder::client) and [`in_memory`](LockerBuilder::in_memory).
+    /// [`quorum`](LockerBuilder::quorum), [`client`](LockerBuilder::client) and
+    /// [`in_memory`](LockerBuilder::in_memory).
     ///
     /// ```
     /// use std::time::Duration;
@@ -212,8 +214,8 @@ impl Locker {
     /// Asks for a lock and waits for it, without limit unless one is [set](LockRequest::wait_at_most).
     ///
     /// It doesn't poll: a release is told by a message, and the end of a dead holder's ttl is known
-    /// ([`poll_every`](LockerBuilder::poll_every) is for what neither tells of). In this process those who wait for the key
-    /// are served in the order of their arrival, and only the first talks to the server; see
+    /// ([`poll_every`](LockerBuilder::poll_every) is for what neither tells of). In this process those who wait for the
+    /// key are served in the order of their arrival, and only the first talks to the server; see
     /// [`fair`](LockRequest::fair) for others.
     ///
     /// While it waits it goes on through whatever may pass: lost connections, failovers, servers that are loading. See
@@ -271,12 +273,13 @@ impl Locker {
         LockRequest::new(self.clone(), vec![key.into()], self.obtains())
     }
 
-    /// Asks for several locks at once, all or none, and waits for them: one guard, one renewal, one loss for the whole set.
+    /// Asks for several locks at once, all or none, and waits for them: one guard, one renewal, one loss for the whole
+    /// set.
     ///
     /// They are taken in one step at the server, so that requests for overlapping sets can't block each other for ever,
-    /// in whatever order they name their keys. On a cluster, all keys must lie in one slot, which a common hash tag sees
-    /// to: `{invoices}:1`, `{invoices}:2`. See [`LockRequest`] for options, errors and cancel safety; no keys, or one
-    /// twice, is [`Error::InvalidKey`].
+    /// in whatever order they name their keys. On a cluster, all keys must lie in one slot, which a common hash tag
+    /// sees to: `{invoices}:1`, `{invoices}:2`. See [`LockRequest`] for options, errors and cancel safety; no keys, or
+    /// one twice, is [`Error::InvalidKey`].
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -318,8 +321,8 @@ impl Locker {
     /// # Errors
     ///
     /// [`Error::NotHeld`] when the lock is the lease's no more; it is not obtained again then, for which there is
-    /// [`obtain`](Locker::obtain) with the lease's [`token`](LockRequest::token). [`Error::InvalidTtl`] and the like when
-    /// the lease can't work; [`Error::ValidityExpired`] when too little of the ttl was left at the answer;
+    /// [`obtain`](Locker::obtain) with the lease's [`token`](LockRequest::token). [`Error::InvalidTtl`] and the like
+    /// when the lease can't work; [`Error::ValidityExpired`] when too little of the ttl was left at the answer;
     /// [`Error::Redis`] when the server could not be asked; [`Error::Closed`].
     ///
     /// # Cancel safety
@@ -394,8 +397,8 @@ impl Locker {
     /// # Errors
     ///
     /// [`Error::Lost`] when the lock is lost meanwhile; the body is dropped then, wherever it was. What the request for
-    /// the lock may fail with ([`LockRequest`]). When the body is done and only the release could not be confirmed, that
-    /// is no error: it goes on in the background.
+    /// the lock may fail with ([`LockRequest`]). When the body is done and only the release could not be confirmed,
+    /// that is no error: it goes on in the background.
     ///
     /// # Cancel safety
     ///
@@ -457,9 +460,9 @@ impl Locker {
     /// Refuses all new requests, ends those that wait with [`Error::Closed`], and waits for the releases that are in
     /// flight: those of guards that were dropped, and of attempts that were given up.
     ///
-    /// For the end of a program: what the runtime's shutdown would cut off is done then. Guards that are still held stay
-    /// held and are renewed on, those of a [`WatchDog`](crate::WatchDog) too. Where the server doesn't answer any more,
-    /// this takes until the ttls have done the same; [`close_within`](Locker::close_within) doesn't.
+    /// For the end of a program: what the runtime's shutdown would cut off is done then. Guards that are still held
+    /// stay held and are renewed on, those of a [`WatchDog`](crate::WatchDog) too. Where the server doesn't answer any
+    /// more, this takes until the ttls have done the same; [`close_within`](Locker::close_within) doesn't.
     ///
     /// # Cancel safety
     ///

@@ -1,11 +1,12 @@
 //! Who waits for a key in this process: first in, first out, and only the first talks to the server.
 //!
-//! A lock that is released while somebody here waits for it is handed over: the release and the first waiter's acquire are
-//! one step at the server. After [`IN_A_ROW`] of those it is released for all, so that other processes get their turn.
+//! A lock that is released while somebody here waits for it is handed over: the release and the first waiter's acquire
+//! are one step at the server. After [`IN_A_ROW`] of those it is released for all, so that other processes get their
+//! turn.
 //!
 //! 1. A place is first, or behind another that will tell it when it is.
-//! 2. A lock is handed over to a place that is in the queue at that moment, and is the first. Who leaves after that, and
-//!    hasn't learned how it went, takes it that its token may hold the lock.
+//! 2. A lock is handed over to a place that is in the queue at that moment, and is the first. Who leaves after that,
+//!    and hasn't learned how it went, takes it that its token may hold the lock.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;

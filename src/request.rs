@@ -29,8 +29,8 @@ use crate::{Error, Key, LockGuard, Retry, Token, schedule};
 
 /// A lock that is asked for: set what you need, then `.await` it for the [`LockGuard`].
 ///
-/// Made by [`Locker::lock`], [`Locker::try_lock`] and [`Locker::obtain`], which differ in nothing but their patience, and
-/// by [`Locker::lock_all`] and [`Locker::obtain_all`] for several keys.
+/// Made by [`Locker::lock`], [`Locker::try_lock`] and [`Locker::obtain`], which differ in nothing but their patience,
+/// and by [`Locker::lock_all`] and [`Locker::obtain_all`] for several keys.
 /// Nothing happens before it is awaited. What is not set here is as the [`Locker`] was built.
 ///
 /// # Cancel safety
@@ -38,8 +38,8 @@ use crate::{Error, Key, LockGuard, Retry, Token, schedule};
 /// The future may be dropped at any time. What an attempt may have left at the server is then released in the
 /// background, on the runtime that polled it (but see [`token`](LockRequest::token)); nothing else is left behind.
 ///
-/// While it is neither polled nor dropped, it keeps its place: those who wait for the key behind it in this process wait
-/// for it, as they do with tokio's `Mutex`.
+/// While it is neither polled nor dropped, it keeps its place: those who wait for the key behind it in this process
+/// wait for it, as they do with tokio's `Mutex`.
 ///
 /// # Errors
 ///
@@ -47,8 +47,8 @@ use crate::{Error, Key, LockGuard, Retry, Token, schedule};
 /// - [`Error::Redis`]: the server refused for good, or the last attempt failed, or the server did not answer at all
 ///   within the time that the request may wait. One that waits behind others in this process has the errors of those
 ///   that asked before it. [`Error::Quorum`] where that is true of so many nodes that no majority was left.
-/// - [`Error::NotReplicated`]: too few [replicas](crate::LockerBuilder::min_replicas) acknowledged it in time, and it was
-///   released again (but see [`token`](LockRequest::token)).
+/// - [`Error::NotReplicated`]: too few [replicas](crate::LockerBuilder::min_replicas) acknowledged it in time, and it
+///   was released again (but see [`token`](LockRequest::token)).
 /// - [`Error::ValidityExpired`]: the answer came so late that too little of the ttl was left, several times in a row
 ///   where the request waits.
 /// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`]: no such lock can work; nothing was sent.
@@ -186,11 +186,13 @@ impl LockRequest {
         Self { metadata: metadata.into(), ..self }
     }
 
-    /// Obtains the lock in the name of this token: at once also where the same token holds it already, which then has it
-    /// renewed. Default: a fresh [random](Token::random) one.
+    /// Obtains the lock in the name of this token: at once also where the same token holds it already, which then has
+    /// it renewed. Default: a fresh [random](Token::random) one.
     ///
-    /// Several guards may hold the lock by one token. Each is released in the background, when it is dropped or expires, without
-    /// ending the others; an explicit [`release`](LockGuard::release) of any of them ends the lock for all.
+    /// Several guards may hold the lock by one token. Each is released in the background, when it is dropped or
+    /// expires, without ending the others; an explicit [`release`](LockGuard::release) of any of them ends the lock for
+    /// all. A holder that died counts until its own ttl has passed: where its token is used again before, the key stays
+    /// for that long after a drop.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -260,15 +262,15 @@ impl LockRequest {
 
     /// Whether the request stands in line with those of other processes. Default: false.
     ///
-    /// In one process who waits is served in the order of arrival anyway, and a lock that is released there is handed over
-    /// to the next one there, sixteen times in a row at most; between processes it is a matter of chance. Fair requests are
-    /// served in the order of their arrival wherever they are, at about two commands more for each. One that doesn't wait
-    /// ([`try_lock`](crate::Locker::try_lock)) is refused while others are in the line.
+    /// In one process who waits is served in the order of arrival anyway, and a lock that is released there is handed
+    /// over to the next one there, sixteen times in a row at most; between processes it is a matter of chance. Fair
+    /// requests are served in the order of their arrival wherever they are, at about two commands more for each. One
+    /// that doesn't wait ([`try_lock`](crate::Locker::try_lock)) is refused while others are in the line.
     ///
-    /// A process that dies while it waits delays the others by 1.5 s at most, when it would be its turn; one that drops its
-    /// request, by nothing. Plain requests for the same key don't look at the line, and may overtake those who stand in it:
-    /// for fairness, all have to be fair. For several keys, in a quorum, and on the embedded store this setting changes
-    /// nothing.
+    /// A process that dies while it waits delays the others by 1.5 s at most, when it would be its turn; one that drops
+    /// its request, by nothing. Plain requests for the same key don't look at the line, and may overtake those who
+    /// stand in it: for fairness, all have to be fair. For several keys, in a quorum, and on the embedded store this
+    /// setting changes nothing.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -304,8 +306,8 @@ impl LockRequest {
         // A token that others may use as well needs something else to tell its grants apart.
         let grant = (!own_token).then(GrantId::random);
         let owned = Owned { keys: self.keys.into(), token, own_token, grant };
-        // Who comes back by the same token, and wants a fencing token then, must not be told that of the holder before: so
-        // what is held by a token that can come back has one of its own, wanted or not.
+        // Who comes back by the same token, and wants a fencing token then, must not be told that of the holder before:
+        // so what is held by a token that can come back has one of its own, wanted or not.
         let fenced = self.fenced || !own_token;
         let (metadata, latest) = (self.metadata.into(), Arc::default());
         let wanted = Wanted { owned, metadata, ttl, fenced, queueing, latest };
@@ -356,8 +358,8 @@ impl LockRequest {
                         return Ok(attempt.succeed(grant, drift, self.renewal));
                     }
                     debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");
-                    // Once can be a stall of the server, which waiting helps against. A ttl that is always too short for
-                    // the way to the server would be waited with for ever.
+                    // Once can be a stall of the server, which waiting helps against. A ttl that is always too short
+                    // for the way to the server would be waited with for ever.
                     late += 1;
                     if late == LATE_GRANTS {
                         return Err(Error::ValidityExpired);

@@ -1,17 +1,18 @@
 //! Keepers that have nothing to do for now.
 //!
-//! Most locks are released long before their first renewal, and the others rest from one renewal to the next. A task for
-//! each of them, with a timer of its own, would cost more than all else that the client does for it. So a keeper runs while
-//! there is something to do: a renewal or the deadline is due, or the guard was dropped. Otherwise it stands in the roster
-//! of its runtime, whose one task sleeps until the first of them is due.
+//! Most locks are released long before their first renewal, and the others rest from one renewal to the next. A task
+//! for each of them, with a timer of its own, would cost more than all else that the client does for it. So a keeper
+//! runs while there is something to do: a renewal or the deadline is due, or the guard was dropped. Otherwise it stands
+//! in the roster of its runtime, whose one task sleeps until the first of them is due.
 //!
 //! What is due for several at a time is done for all of them at once, and none of them needs to run.
 //!
-//! 1. A keeper stands in the roster, or aside while its errand is run, or runs, or is gone. Whoever takes it out decides which.
-//! 2. One that was called while it ran does not rest before it has looked again. One that was called while it stood aside
-//!    runs at once, and its errand concerns it no more.
-//! 3. A roster ends when nobody stands in it nor may come back, and with its runtime. What stands in it then is dropped, as
-//!    a task is whose runtime ends.
+//! 1. A keeper stands in the roster, or aside while its errand is run, or runs, or is gone. Whoever takes it out
+//!    decides which.
+//! 2. One that was called while it ran does not rest before it has looked again. One that was called while it stood
+//!    aside runs at once, and its errand concerns it no more.
+//! 3. A roster ends when nobody stands in it nor may come back, and with its runtime. What stands in it then is
+//!    dropped, as a task is whose runtime ends.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -34,8 +35,8 @@ pub(crate) trait Work: Sized + Send + 'static {
     /// Why it has to be done again.
     type Failure: Send + 'static;
 
-    /// Does what there is to do; first of all about this failure of an errand. Answers itself, and when there is more, or
-    /// nothing if there never will be.
+    /// Does what there is to do; first of all about this failure of an errand. Answers itself, and when there is more,
+    /// or nothing if there never will be.
     fn run(self, failure: Option<Self::Failure>) -> impl Future<Output = Option<(Self, Instant)>> + Send + 'static;
 
     /// What can be done along with others', if that is all there is to do. Asked under the roster's mutex.
@@ -93,12 +94,13 @@ enum Phase<W> {
     },
 }
 
-/// How long the task stays when nothing stands in the roster any more: who obtains lock after lock would start one after
-/// the other.
+/// How long the task stays when nothing stands in the roster any more: who obtains lock after lock would start one
+/// after the other.
 const LINGER: Duration = Duration::from_millis(500);
 
-/// So many are started at a time, and then others after [`PAUSE`]. Locks that were obtained together are due together: were
-/// they all started at once, the memory that they take while they run would be many times what they take while they rest.
+/// So many are started at a time, and then others after [`PAUSE`]. Locks that were obtained together are due together:
+/// were they all started at once, the memory that they take while they run would be many times what they take while
+/// they rest.
 const AT_A_TIME: usize = 288;
 /// Less than so many calls take, so that this delays nothing that would not have to wait for its turn anyway.
 const PAUSE: Duration = Duration::from_millis(1);
@@ -243,8 +245,8 @@ impl<W: Work> State<W> {
         None
     }
 
-    /// Takes out some that have something to do: those for whom it is time, and those who were called. The first come first,
-    /// as renewals can come too late.
+    /// Takes out some that have something to do: those for whom it is time, and those who were called. The first come
+    /// first, as renewals can come too late.
     fn take_due(&mut self, now: Instant) -> Taken<W> {
         let mut taken = Taken { runs: Vec::new(), members: Vec::new(), errands: Vec::new() };
         while taken.len() < AT_A_TIME {

@@ -19,7 +19,8 @@ pub(crate) fn after(now: Instant, time: Duration) -> Instant {
 
 /// How much faster than ours the server's clock may run: what is cut off a ttl before we trust it.
 ///
-/// Redlock's safety argument calls it the clock drift: <https://redis.io/docs/latest/develop/clients/patterns/distributed-locks/>.
+/// Redlock's safety argument calls it the clock drift:
+/// <https://redis.io/docs/latest/develop/clients/patterns/distributed-locks/>.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Drift {
     pub(crate) factor: f64,
@@ -123,8 +124,8 @@ pub(crate) fn call_timeout(command_timeout: Duration, now: Instant, deadline: In
     command_timeout.min(deadline.saturating_duration_since(now))
 }
 
-/// How long one renewal may take: half of what is left, at most. One that hangs on a connection that is dead must leave time for
-/// another on a new connection.
+/// How long one renewal may take: half of what is left, at most. One that hangs on a connection that is dead must leave
+/// time for another on a new connection.
 pub(crate) fn renewal_timeout(command_timeout: Duration, now: Instant, deadline: Instant) -> Duration {
     command_timeout.min(deadline.saturating_duration_since(now) / 2)
 }
@@ -161,8 +162,9 @@ impl Reminders {
     }
 }
 
-/// When to look at a lock again that is held for so long: when its ttl ends, or so often, whichever comes first. A lock that
-/// is released by who sends no messages is found by that alone. Those who wait on other machines shall not come at once.
+/// When to look at a lock again that is held for so long: when its ttl ends, or so often, whichever comes first. A lock
+/// that is released by who sends no messages is found by that alone. Those who wait on other machines shall not come at
+/// once.
 pub(crate) fn look_after(held: Option<Duration>, every: Duration, chance: f64) -> Duration {
     const SPREAD: Duration = Duration::from_millis(9);
     let poll = every.mul_f64(0.75 + chance / 2.0);

@@ -1,7 +1,8 @@
 //! Where locks live: the contract between the crate and a server.
 //!
-//! **Verdicts are values, failures are errors.** `Ok` carries what the server has decided. `Err` means that nobody knows:
-//! the operation may have taken effect, may yet, or never will. Unknown is never taken for refused, nor for lost.
+//! **Verdicts are values, failures are errors.** `Ok` carries what the server has decided. `Err` means that nobody
+//! knows: the operation may have taken effect, may yet, or never will. Unknown is never taken for refused, nor for
+//! lost.
 //!
 //! Every operation may be repeated with the same token: a repeat after a lost answer does no harm and answers what the
 //! first one would have.
@@ -46,7 +47,8 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     /// Releases those of the keys that hold the token.
     fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Released>;
 
-    /// Ends a grant whose request may not have been run yet, until `latest`: what it has left at the server, if anything.
+    /// Ends a grant whose request may not have been run yet, until `latest`: what it has left at the server, if
+    /// anything.
     fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, timeout: Duration) -> Answer<'a, Undone>;
 
     /// Whether a lock can be handed over.
@@ -61,8 +63,8 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
         timeout: Duration,
     ) -> Answer<'a, HandedOver>;
 
-    /// Those who queue for the key give a sign of life, and take the last places if they have none. For stores that know who
-    /// queues in other processes.
+    /// Those who queue for the key give a sign of life, and take the last places if they have none. For stores that
+    /// know who queues in other processes.
     fn attend<'a>(&'a self, _key: &'a Key, _tokens: &'a [Token], _timeout: Duration) -> Answer<'a, ()> {
         Box::pin(async { Ok(()) })
     }
@@ -81,8 +83,8 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     /// Who holds the key.
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>>;
 
-    /// Whether an acquire that is not granted leaves nothing that others have to undo, whatever became of it. Each attempt
-    /// must have a token of its own then: what is taken back may be so after the answer.
+    /// Whether an acquire that is not granted leaves nothing that others have to undo, whatever became of it. Each
+    /// attempt must have a token of its own then: what is taken back may be so after the answer.
     fn settles(&self) -> bool {
         false
     }
@@ -109,8 +111,8 @@ pub(crate) struct Wanted {
 
 /// The latest time, in ms by the server's clock, at which the server may run what was sent of one request.
 ///
-/// A server refuses what arrives later. So once its clock has passed this, and what the request left until then is undone,
-/// nothing of the request can come to pass any more.
+/// A server refuses what arrives later. So once its clock has passed this, and what the request left until then is
+/// undone, nothing of the request can come to pass any more.
 #[derive(Debug, Default)]
 pub(crate) struct Latest(AtomicU64);
 
@@ -153,8 +155,8 @@ pub(crate) enum Extending {
     Claim { earlier: Option<GrantId> },
     /// To at least this, and the record of grants lives on as well.
     KeepRecord,
-    /// Not at all: the owner's grant ends, and this one, which it took the place of, takes its place where no other has the
-    /// lock. The ttl is that of this one.
+    /// Not at all: the owner's grant ends, and this one, which it took the place of, takes its place where no other has
+    /// the lock. The ttl is that of this one.
     GiveBack { earlier: Option<GrantId> },
 }
 

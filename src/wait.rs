@@ -193,9 +193,9 @@ impl<'a> Waiting<'a> {
         }
     }
 
-    /// Who has had the lock last comes a moment later than others do, who hear of the release at the same time; who had it
-    /// not long before, by chance: or those whom the server tells first would have it in turns, and others never. And where
-    /// votes can be split, those who come at once split them again and again.
+    /// Who has had the lock last comes a moment later than others do, who hear of the release at the same time; who had
+    /// it not long before, by chance: or those whom the server tells first would have it in turns, and others never.
+    /// And where votes can be split, those who come at once split them again and again.
     async fn let_others_go_first(&self, attempt: &Attempt) {
         const LONGEST: Duration = Duration::from_millis(5);
         let moment = match attempt.place() {

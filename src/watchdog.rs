@@ -26,24 +26,25 @@ use crate::{Error, Key, Lease, LockGuard, Locker};
 
 /// Keeps many locks at once, by key, and reports what becomes of them.
 ///
-/// For programs whose locks are no matter of a scope: a worker that owns a changing set of shards, a pool of sessions. Every
-/// lock is renewed on its own, by the same loop as a guard's. It is given either as a guard, which belongs to the watchdog
-/// from then on, or as a [`Lease`], and found again under each of its keys. A lock that is lost leaves by itself.
+/// For programs whose locks are no matter of a scope: a worker that owns a changing set of shards, a pool of sessions.
+/// Every lock is renewed on its own, by the same loop as a guard's. It is given either as a guard, which belongs to the
+/// watchdog from then on, or as a [`Lease`], and found again under each of its keys. A lock that is lost leaves by
+/// itself.
 ///
 /// Where a piece of code holds a lock while it works, use the [`LockGuard`] itself: it needs nobody to watch it.
 ///
 /// # Events
 ///
-/// [`on_event`](WatchDogBuilder::on_event) sets a callback, [`subscribe`](WatchDog::subscribe) gives a stream. Both get the
-/// events of one key in order. The callback misses none, whatever it does: [`WatchEvent`] says what is told when.
+/// [`on_event`](WatchDogBuilder::on_event) sets a callback, [`subscribe`](WatchDog::subscribe) gives a stream. Both get
+/// the events of one key in order. The callback misses none, whatever it does: [`WatchEvent`] says what is told when.
 ///
 /// Events come from the tasks that renew the locks. While the runtime that a lock was obtained on is blocked or not
 /// driven, its loss is reported late; [`status`](WatchDog::status) reads the clock, and so is right all the same.
 ///
 /// # Dropping
 ///
-/// Clones are handles on one watchdog. Dropping the last stops it: what came as a guard is released in the background, what
-/// came as a lease is let be. A callback must not own a handle, which would then never be the last: give it a
+/// Clones are handles on one watchdog. Dropping the last stops it: what came as a guard is released in the background,
+/// what came as a lease is let be. A callback must not own a handle, which would then never be the last: give it a
 /// [`WeakWatchDog`]. [`shutdown`](WatchDog::shutdown) lets all be, [`release_all`](WatchDog::release_all) releases all.
 ///
 /// # Examples
@@ -86,8 +87,8 @@ impl Drop for Owner {
 }
 
 impl WatchDog {
-    /// Starts from a locker, whose server, prefix, drift and renewal the watchdog's leases have. It is kept open as long as
-    /// the watchdog is there.
+    /// Starts from a locker, whose server, prefix, drift and renewal the watchdog's leases have. It is kept open as
+    /// long as the watchdog is there.
     ///
     /// ```
     /// let locker = tenure::Locker::in_memory();
@@ -107,7 +108,8 @@ impl WatchDog {
     /// - [`Error::NotHeld`]: the lock is lost. That is no event, as it was never watched.
     /// - [`Error::Closed`]: the watchdog was shut down.
     ///
-    /// A guard that is refused is dropped, and so released in the background. A lock that is watched by the same token stays.
+    /// A guard that is refused is dropped, and so released in the background. A lock that is watched by the same token
+    /// stays.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -123,8 +125,8 @@ impl WatchDog {
         self.registry().watch(guard)
     }
 
-    /// Asks for the lock of a lease to be watched: held already, or [obtained](WatchRequest::obtain_when_free) as soon as it
-    /// is free.
+    /// Asks for the lock of a lease to be watched: held already, or [obtained](WatchRequest::obtain_when_free) as soon
+    /// as it is free.
     ///
     /// See [`WatchRequest`] for options, errors and cancel safety.
     ///
@@ -142,8 +144,8 @@ impl WatchDog {
         WatchRequest::new(self.clone(), lease, self.registry().renewal)
     }
 
-    /// Stops the renewal and keeps the lock, as [`LockGuard::into_lease`] does. `None` where the key isn't watched, or the
-    /// lock isn't held: one that is waited for is so no more, and its lease is the one that you gave.
+    /// Stops the renewal and keeps the lock, as [`LockGuard::into_lease`] does. `None` where the key isn't watched, or
+    /// the lock isn't held: one that is waited for is so no more, and its lease is the one that you gave.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -160,15 +162,15 @@ impl WatchDog {
         self.registry().unwatch(&key.into())
     }
 
-    /// Releases a lock and waits for the server's word on it, as [`LockGuard::release`] does. Of several keys, any will do:
-    /// they are released together. Until then the key counts as watched, though not as held.
+    /// Releases a lock and waits for the server's word on it, as [`LockGuard::release`] does. Of several keys, any will
+    /// do: they are released together. Until then the key counts as watched, though not as held.
     ///
     /// # Errors
     ///
-    /// - [`Error::NotHeld`]: it turned out to be lost; or the key isn't watched, which reads as [`Released`]: it never was,
-    ///   or its end was reported before.
-    /// - [`Error::Redis`]: the server could not be asked within the command timeout. The background goes on trying, until the
-    ///   ttl has freed the lock.
+    /// - [`Error::NotHeld`]: it turned out to be lost; or the key isn't watched, which reads as [`Released`]: it never
+    ///   was, or its end was reported before.
+    /// - [`Error::Redis`]: the server could not be asked within the command timeout. The background goes on trying,
+    ///   until the ttl has freed the lock.
     ///
     /// A lock that is waited for is so no more, which is no error, and is reported as [`Stopped`](WatchEvent::Stopped).
     ///
@@ -193,8 +195,8 @@ impl WatchDog {
         self.registry().release(&key.into()).await
     }
 
-    /// Releases all that are watched now, many at a time, and answers what went wrong. A lock of several keys is named by the
-    /// first. The watchdog goes on: what is added meanwhile stays.
+    /// Releases all that are watched now, many at a time, and answers what went wrong. A lock of several keys is named
+    /// by the first. The watchdog goes on: what is added meanwhile stays.
     ///
     /// # Cancel safety
     ///
@@ -218,8 +220,8 @@ impl WatchDog {
         self.registry().release_all().await
     }
 
-    /// Stops renewing and keeps the locks: answers a lease for each that is held, to be taken up elsewhere before its ttl
-    /// ends. Other handles see an empty watchdog, and [`Error::Closed`] from [`watch`](WatchDog::watch).
+    /// Stops renewing and keeps the locks: answers a lease for each that is held, to be taken up elsewhere before its
+    /// ttl ends. Other handles see an empty watchdog, and [`Error::Closed`] from [`watch`](WatchDog::watch).
     ///
     /// # Cancel safety
     ///
@@ -331,8 +333,8 @@ impl WatchDog {
         self.len() == 0
     }
 
-    /// How it stands with a lock; `None` where the key isn't watched. Whether it is held is read from the clock, and so is
-    /// right even when the runtime has been blocked.
+    /// How it stands with a lock; `None` where the key isn't watched. Whether it is held is read from the clock, and so
+    /// is right even when the runtime has been blocked.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -389,13 +391,13 @@ pub struct WatchDogBuilder {
 impl WatchDogBuilder {
     /// Called with every event, one at a time, those of one key in order. Set twice, the latter counts.
     ///
-    /// It may block, panic, and call the watchdog: it runs on a thread for blocking work (`tokio::task::spawn_blocking`) of the
-    /// runtime that the watchdog was last given a lock on, and no renewal waits for it. While it is busy, the renewals of a lock and its failures are each merged into one event,
-    /// which says how many it stands for; all other events are told one by one. A panic is logged, and the next event is
-    /// told.
+    /// It may block, panic, and call the watchdog: it runs on a thread for blocking work
+    /// (`tokio::task::spawn_blocking`) of the runtime that the watchdog was last given a lock on, and no renewal waits
+    /// for it. While it is busy, the renewals of a lock and its failures are each merged into one event, which says how
+    /// many it stands for; all other events are told one by one. A panic is logged, and the next event is told.
     ///
-    /// As with all blocking work, a runtime that is dropped waits for the callback to return. Where there is no runtime, or
-    /// none any more, it runs on a thread of its own.
+    /// As with all blocking work, a runtime that is dropped waits for the callback to return. Where there is no
+    /// runtime, or none any more, it runs on a thread of its own.
     ///
     /// ```
     /// # let locker = tenure::Locker::in_memory();

@@ -1,5 +1,5 @@
-//! Many operations that share calls, on real servers: none pays for another, whatever goes wrong. A program of its own, as it
-//! needs the machine for itself.
+//! Many operations that share calls, on real servers: none pays for another, whatever goes wrong. A program of its own,
+//! as it needs the machine for itself.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
@@ -203,7 +203,8 @@ async fn a_server_that_takes_one_slot_at_a_time_serves_everyone_although_it_is_n
 async fn ten_thousand_guards_on_a_slow_line_are_all_kept() {
     let server = Server::start();
     let proxy = Proxy::start(server.port()).await;
-    // Renewed as often as with a ttl of ten seconds; the rest is what a busy machine may need for ten thousand requests.
+    // Renewed as often as with a ttl of ten seconds; the rest is what a busy machine may need for ten thousand
+    // requests.
     let builder = Locker::builder().ttl(ms(40_000)).renew_every(ms(3_333));
     let locker = builder.connect(&proxy.url()).await.unwrap();
     proxy.set(Mode::Delay(ms(20)));

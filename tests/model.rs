@@ -2,7 +2,8 @@
 //! promises, and of the safeguards that keep them.
 //!
 //! Each message may be lost, late, overtaken and doubled; each node may restart at any time and as often as it likes,
-//! with all of its memory, with what it had saved, or with none; each client may fall silent or give up at any time. Time passes for all alike, in ticks.
+//! with all of its memory, with what it had saved, or with none; each client may fall silent or give up at any time.
+//! Time passes for all alike, in ticks.
 //!
 //! | in the model                       | in the crate                                                  |
 //! | ---------------------------------- | ------------------------------------------------------------- |
@@ -16,8 +17,8 @@
 //!   is one that does nothing more. So none of these needs an action.
 //! - Drift. The crate takes it off the deadline; here clocks run alike and nothing is taken off.
 //! - One ttl for all. A ttl that a request makes shorter (`hold.rs`, invariant 4) is not modelled.
-//! - Without `proposals`, nodes grant whatever a fenced request would be granted, and more. What excludes there excludes
-//!   with fencing too.
+//! - Without `proposals`, nodes grant whatever a fenced request would be granted, and more. What excludes there
+//!   excludes with fencing too.
 //!
 //! Sizes are bounded, lengths are not: see [`State`](state::State). Steps and numbers of states are printed with
 //! `--nocapture`. Larger sizes: `cargo test --release --test model -- --ignored --nocapture`.

@@ -1,5 +1,5 @@
-//! What the Go libraries that tenure learned from let a user do, one test per thing. How each of them reads there and here is
-//! shown in `tenure::coming_from`.
+//! What the Go libraries that tenure learned from let a user do, one test per thing. How each of them reads there and
+//! here is shown in `tenure::coming_from`.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "these are tests")]
 

@@ -1,8 +1,8 @@
-//! Contenders on a quorum whose nodes are frozen, killed and restarted, empty or with old data, at random never hold one
-//! lock together, and their fencing tokens grow.
+//! Contenders on a quorum whose nodes are frozen, killed and restarted, empty or with old data, at random never hold
+//! one lock together, and their fencing tokens grow.
 //!
-//! The witness is a server apart from the quorum, with the mark and the ledger of `exclusion.rs`. For a minute; longer, to
-//! look for what is rare, with
+//! The witness is a server apart from the quorum, with the mark and the ledger of `exclusion.rs`. For a minute; longer,
+//! to look for what is rare, with
 //!
 //!     TENURE_SOAK_SECONDS=600 cargo test --release --test soak
 
@@ -130,7 +130,8 @@ async fn hold(guard: &LockGuard, witness: &Client, key: &str, work: Duration) ->
     }
     let fence = guard.fencing_token().unwrap().to_string();
     let (mark, ledger) = (format!("mark:{key}"), format!("ledger:{key}"));
-    // In one step: whoever stands still in the middle of it must not be taken for inside. The mark ends with the deadline.
+    // In one step: whoever stands still in the middle of it must not be taken for inside. The mark ends with the
+    // deadline.
     let until = guard.remaining().as_millis().to_string();
     let enter = "if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then redis.call('RPUSH', KEYS[2], ARGV[1])
         return 'alone' end return redis.call('GET', KEYS[1])";

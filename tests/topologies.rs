@@ -216,8 +216,8 @@ async fn when_a_primary_of_a_cluster_dies_locks_on_the_others_are_kept_and_its_o
     end(contenders).await;
 }
 
-/// Locks on the other nodes live on with a ttl that is much shorter than the failover, and those of the primary are found
-/// on its replica.
+/// Locks on the other nodes live on with a ttl that is much shorter than the failover, and those of the primary are
+/// found on its replica.
 async fn one_primary_away(mut cluster: Cluster, locker: Locker, go_away: impl FnOnce(&mut Cluster)) {
     let replica = cluster.start_replica(1);
     cluster.tolerate_loss(&replica);

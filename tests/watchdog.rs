@@ -1,5 +1,5 @@
-//! The watchdog on real servers: through restarts, and with ten thousand locks. A program of its own, as the latter need the
-//! machine for themselves.
+//! The watchdog on real servers: through restarts, and with ten thousand locks. A program of its own, as the latter
+//! need the machine for themselves.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
 

@@ -3,8 +3,9 @@
 //! At every event (a call is run at the server, a lock is obtained, an actor has done something):
 //!
 //! 1. Two guards of one key and of different tokens are not both held.
-//! 2. A guard that is held has its keys at the server until its deadline. Excepted are guards whose lock somebody ended on
-//!    purpose: by an explicit release in the name of the same token, or by deleting the key by hand. They are told late.
+//! 2. A guard that is held has its keys at the server until its deadline. Excepted are guards whose lock somebody ended
+//!    on purpose: by an explicit release in the name of the same token, or by deleting the key by hand. They are told
+//!    late.
 //! 3. Fencing tokens grow in the order of grants.
 //!
 //! Whenever a call fails, and in the end:
@@ -55,8 +56,8 @@ pub(super) async fn doing<F: Future>(what: Doing, work: F) -> F::Output {
     .await
 }
 
-/// A lock was obtained or adopted. Called by the crate, so that no guard is missed wherever it is; does nothing outside a
-/// universe. `locker` tells lockers apart.
+/// A lock was obtained or adopted. Called by the crate, so that no guard is missed wherever it is; does nothing outside
+/// a universe. `locker` tells lockers apart.
 pub(crate) fn born(hold: &Arc<Hold>, locker: usize) {
     let world = WORLD.with_borrow(Clone::clone);
     if let Some(world) = world {
@@ -466,8 +467,8 @@ impl World {
         Some(state.guards[place].token.clone())
     }
 
-    /// The shortest time that no other's news take now: whom tokio wakes first is left to chance, and would not be the same
-    /// each time.
+    /// The shortest time that no other's news take now: whom tokio wakes first is left to chance, and would not be the
+    /// same each time.
     pub(super) fn take_delay(&self) -> u64 {
         let mut state = self.state();
         let delay = (1..).find(|delay| !state.delays.contains(delay)).unwrap();
@@ -511,8 +512,8 @@ impl World {
         state.guards.iter().enumerate().filter_map(claim).collect()
     }
 
-    /// Promise 2, where the server was asked who holds the key after these claims were made. Those that are held still were so
-    /// when it answered.
+    /// Promise 2, where the server was asked who holds the key after these claims were made. Those that are held still
+    /// were so when it answered.
     pub(super) fn compare(&self, key: &Key, claims: Vec<(usize, Instant)>, holder: Option<&Holder>) {
         let mut state = self.state();
         for (id, deadline) in claims {

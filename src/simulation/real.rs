@@ -1,5 +1,6 @@
-//! The same histories on a real server, through a proxy for each process: slower, and never twice the same, so only a few of
-//! them. What the server does is seen from outside, by asking it, so that promises 2 and 4 are looked at now and then.
+//! The same histories on a real server, through a proxy for each process: slower, and never twice the same, so only a
+//! few of them. What the server does is seen from outside, by asking it, so that promises 2 and 4 are looked at now and
+//! then.
 
 use std::future::pending;
 use std::sync::{Arc, Mutex};

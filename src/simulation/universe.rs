@@ -1,5 +1,5 @@
-//! Random histories of everything: several processes that do all that the crate can, on a server that they reach by lines
-//! that lose, delay, double and reorder what they carry. One seed, one history.
+//! Random histories of everything: several processes that do all that the crate can, on a server that they reach by
+//! lines that lose, delay, double and reorder what they carry. One seed, one history.
 //!
 //! A seed that fails is played again, and told, by `TENURE_HISTORY=seed cargo test --lib universe -- --nocapture`.
 //! `TENURE_HISTORIES=100000` plays so many instead of a few, and `TENURE_FIRST_HISTORY` is the first of them.
@@ -80,8 +80,8 @@ impl Climate {
 impl Line {
     fn plan(&self, operation: Operation) -> Fault {
         match (operation, self.whatever()) {
-            // No network sends a request again that was answered, and what was obtained by one would not be undone. What is
-            // harmless by itself stays so.
+            // No network sends a request again that was answered, and what was obtained by one would not be undone.
+            // What is harmless by itself stays so.
             (Operation::Acquire, Fault::Doubled(delay)) => Fault::Twice(delay),
             (_, fault) => fault,
         }
@@ -223,8 +223,8 @@ async fn end(world: &World, processes: Vec<Arc<Process>>) {
 
 /// What the histories have found and is not cured yet.
 const OPEN: [&str; 1] = [
-    // Who has died is not told from who lives, where the one has the lock by its own request's token, and another had it by the same
-    // for longer: renewals of most locks are to cost no record of their ttl.
+    // Who has died is not told from who lives, where the one has the lock by its own request's token, and another had
+    // it by the same for longer: renewals of most locks are to cost no record of their ttl.
     "a key is left behind: of one request's own token that was granted it again",
 ];
 

@@ -30,8 +30,8 @@ pub(crate) enum Fault {
     AnswerLost,
     /// It is run at once, and its answer takes so long. Whoever gives up earlier never learns it.
     AnsweredAfter(Duration),
-    /// It arrives so much later, whether anybody still waits for it or not, and is answered then. After its timeout the server
-    /// refuses to run it.
+    /// It arrives so much later, whether anybody still waits for it or not, and is answered then. After its timeout the
+    /// server refuses to run it.
     RunAfter(Duration),
     /// It arrives twice: at once, and so much later.
     Doubled(Duration),
@@ -91,8 +91,8 @@ impl FaultyStore {
         Self { witness: Some(witness), ..self }
     }
 
-    /// The same, whose requests are run for so many of their timeouts after they were sent: the time by which a client's idea of
-    /// the server's clock is late counts, too.
+    /// The same, whose requests are run for so many of their timeouts after they were sent: the time by which a
+    /// client's idea of the server's clock is late counts, too.
     pub(crate) fn living(self, lives: u32) -> Self {
         Self { lives, ..self }
     }

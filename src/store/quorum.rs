@@ -1,44 +1,47 @@
 //! Locks on a majority of independent servers: Redlock, fenced by ballots.
 //!
-//! The algorithm is that of <https://redis.io/docs/latest/develop/clients/patterns/distributed-locks/>: every node is asked
-//! at once, a lock is held when a majority has granted it, and what a failed attempt got is given back. Two majorities share
-//! a node, so there is one holder at a time, for as long as the nodes remember and their clocks run at about the same
-//! speed. The critique at <https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html> is that it mints no
-//! fencing tokens, without which no lock protects a store from a holder who woke too late. Here it does.
+//! The algorithm is that of <https://redis.io/docs/latest/develop/clients/patterns/distributed-locks/>: every node is
+//! asked at once, a lock is held when a majority has granted it, and what a failed attempt got is given back. Two
+//! majorities share a node, so there is one holder at a time, for as long as the nodes remember and their clocks run at
+//! about the same speed. The critique at <https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html>
+//! is that it mints no fencing tokens, without which no lock protects a store from a holder who woke too late. Here it
+//! does.
 //!
 //! # Fencing by ballots
 //!
-//! The client proposes one number P to all nodes, a little ahead of the clocks that it knows ([`clocks`]). A node grants
-//! when the keys are free or ours, P is greater than the last number that it has granted for them, and P is not further
-//! ahead of its own clock than the restart window. It then remembers P, for longer than the window. A node that remembers
-//! no last number takes its own clock for it; so does one whose last number may be from before it was last started, which
-//! is any that is no further ahead of that moment than a window. The fencing token is a P that a majority has granted.
+//! The client proposes one number P to all nodes, a little ahead of the clocks that it knows ([`clocks`]). A node
+//! grants when the keys are free or ours, P is greater than the last number that it has granted for them, and P is not
+//! further ahead of its own clock than the restart window. It then remembers P, for longer than the window. A node that
+//! remembers no last number takes its own clock for it; so does one whose last number may be from before it was last
+//! started, which is any that is no further ahead of that moment than a window. The fencing token is a P that a
+//! majority has granted.
 //!
 //! Why tokens grow: the majority that grants a later P' shares a node with the one that granted P. Either that node
-//! remembers P; then P' > P. Or it has forgotten P, in one of two ways. It was restarted, without its data or with older
-//! data: then it votes again only after a window. Or the number's own ttl has passed, which is longer than the window.
-//! When it granted P, P was at most one window ahead of its clock, so by now the clock has passed P, and P' is greater
-//! than the clock: also where it has found an older number on its disk.
+//! remembers P; then P' > P. Or it has forgotten P, in one of two ways. It was restarted, without its data or with
+//! older data: then it votes again only after a window. Or the number's own ttl has passed, which is longer than the
+//! window. When it granted P, P was at most one window ahead of its clock, so by now the clock has passed P, and P' is
+//! greater than the clock: also where it has found an older number on its disk.
 //!
-//! Assumed: the clock of a node that has forgotten has not been set back by more than the time that it was away, nor put
-//! forward since, as it tells its age by it; a node's memory goes only in a restart or with the ttls, not by a flush or an
-//! eviction; and all who share locks have set the same window. The clocks of clients, and differences between the nodes'
-//! below the window, cost another round, never the order. Another round was needed by none of a hundred locks in a row
-//! whose client's clock was right or wrong by 20 ms, and by the first alone where it was wrong by an hour: the client
-//! learns the nodes' clocks from their answers. After a restart of a majority, a client whose clock is behind needs one
-//! for each key that was locked before.
+//! Assumed: the clock of a node that has forgotten has not been set back by more than the time that it was away, nor
+//! put forward since, as it tells its age by it; a node's memory goes only in a restart or with the ttls, not by a
+//! flush or an eviction; and all who share locks have set the same window. The clocks of clients, and differences
+//! between the nodes' below the window, cost another round, never the order. Another round was needed by none of a
+//! hundred locks in a row whose client's clock was right or wrong by 20 ms, and by the first alone where it was wrong
+//! by an hour: the client learns the nodes' clocks from their answers. After a restart of a majority, a client whose
+//! clock is behind needs one for each key that was locked before.
 //!
-//! A node that has been up for less than the window does not vote at all, since it may have forgotten locks as well. That
-//! is enough as long as no ttl is longer than the window: then what it has forgotten has expired. For the same reason a
-//! renewal never brings a key back where it is gone: such a node counts as "not ours".
+//! A node that has been up for less than the window does not vote at all, since it may have forgotten locks as well.
+//! That is enough as long as no ttl is longer than the window: then what it has forgotten has expired. For the same
+//! reason a renewal never brings a key back where it is gone: such a node counts as "not ours".
 //!
 //! # What is left behind
 //!
-//! 1. Every call to a node ends within its own timeout, listened to or not, and is never dropped: fred would run it later.
+//! 1. Every call to a node ends within its own timeout, listened to or not, and is never dropped: fred would run it
+//!    later.
 //! 2. An attempt that is not granted, or whose asker has gone, is taken back on every node that granted it or may have,
 //!    as soon as all its calls to that node have ended ([`round`]).
-//! 3. No token is used for two attempts, so whatever comes late of one can't touch the next. Where the user has chosen the
-//!    token, grants have ids instead, and a node takes back only what the grant of this id alone holds.
+//! 3. No token is used for two attempts, so whatever comes late of one can't touch the next. Where the user has chosen
+//!    the token, grants have ids instead, and a node takes back only what the grant of this id alone holds.
 
 mod ballot;
 mod calls;
@@ -100,7 +103,8 @@ struct Member {
     address: String,
     node: Arc<dyn Node>,
     calls: Arc<Semaphore>,
-    /// How many locks it may be behind with at a time. Its own affair: a node that is gone takes nothing from the others.
+    /// How many locks it may be behind with at a time. Its own affair: a node that is gone takes nothing from the
+    /// others.
     arrears: Arc<Semaphore>,
 }
 
@@ -287,7 +291,8 @@ fn summary(same: &[Holder]) -> Option<Holder> {
     Some(Holder { remaining, fencing_token: fence.flatten(), ..holder })
 }
 
-/// Where any node knows another holder, the lock was taken: a successor's majority and the one that answers share a node.
+/// Where any node knows another holder, the lock was taken: a successor's majority and the one that answers share a
+/// node.
 fn worse(one: Loss, other: Loss) -> Loss {
     if one == Loss::Taken { one } else { other }
 }

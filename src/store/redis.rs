@@ -312,8 +312,8 @@ impl RedisStore {
         about_owned(self.run(Operation { name: self.name(key), token: token.clone(), what }, timeout).await?)
     }
 
-    /// Does to each of the keys by itself what could not be done to all at once, because they are on two nodes while their
-    /// slot moves. Returns the loss of any key that is not ours any more.
+    /// Does to each of the keys by itself what could not be done to all at once, because they are on two nodes while
+    /// their slot moves. Returns the loss of any key that is not ours any more.
     async fn one_by_one(&self, owned: &Owned, what: Apart, until: Instant) -> Result<Result<(), Loss>, Error> {
         let (mut all, mut done, mut failure) = (Ok(()), 0, None);
         for key in &*owned.keys {
@@ -464,8 +464,8 @@ impl Server {
         self.client().is_clustered() || self.takes_one_slot.load(Ordering::Relaxed)
     }
 
-    /// Runs a script once, within `timeout` by our clock and by the server's. `sending` is told the latest time at which the server
-    /// may run it, in ms by the server's clock, before anything is sent.
+    /// Runs a script once, within `timeout` by our clock and by the server's. `sending` is told the latest time at
+    /// which the server may run it, in ms by the server's clock, before anything is sent.
     async fn run(
         &self,
         script: &Script,
@@ -504,7 +504,8 @@ impl Server {
             let reply = self.connection.heard(sent, answer)?;
             let learned = self.clock.learn(reply.now);
             match &reply.outcome {
-                // Another server's clock, or one that was not known yet. If it is too late by ours, there is no time left.
+                // Another server's clock, or one that was not known yet. If it is too late by ours, there is no time
+                // left.
                 Err(error) if error.code() == Some("LATE") && refused < clocks => {
                     refused += 1;
                     reading = Some(learned);
@@ -619,8 +620,8 @@ impl Carrier for Server {
             self.run_by_clocks(0, &self.scripts.many, || operation::together(operations), sending, timeout).await;
         match answer.and_then(|reply| reply.outcome).and_then(|answer| operation::read_together(operations, &answer)) {
             Ok(answers) => Ok(self.all_replicated(operations, answers, writing, until).await),
-            // The server's clock was not known yet, or it is another server. Nothing was run. Not sent again as it is: some of
-            // those who asked may have gone by now, and have been undone.
+            // The server's clock was not known yet, or it is another server. Nothing was run. Not sent again as it is:
+            // some of those who asked may have gone by now, and have been undone.
             Err(error) if error.code() == Some("LATE") => Ok(operations.iter().map(|_| None).collect()),
             // From a proxy before a cluster. Nothing was run. What comes from now on travels by slots.
             Err(Error::CrossSlot) => {

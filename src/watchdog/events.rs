@@ -9,8 +9,9 @@ use crate::{Error, Key, Loss};
 
 /// What a [`WatchDog`](crate::WatchDog) reports of a lock that it watches.
 ///
-/// For each time that a lock is watched they come in one order: `Obtained`, if the lock was to be waited for; any number of
-/// `Renewed` and `RenewFailed`; and one of `Lost`, `Released` and `Stopped`, after which there is nothing more.
+/// For each time that a lock is watched they come in one order: `Obtained`, if the lock was to be waited for; any
+/// number of `Renewed` and `RenewFailed`; and one of `Lost`, `Released` and `Stopped`, after which there is nothing
+/// more.
 ///
 /// # Examples
 ///

@@ -1,10 +1,10 @@
 //! How events get to the callback, and nobody has to wait for it.
 //!
 //! 1. The callback runs on a thread for blocking work, never on one that renews, and with no lock of ours held.
-//! 2. One job at a time calls it. It takes the locks that have events in turn, and all events of one lock together: so the
-//!    events of one key come in order, also when it is watched again, and no key has to wait for a busier one.
-//! 3. What waits is bounded for each time that a lock is watched ([`WatchEvent::add_to`]). Only the last event of each can't
-//!    be merged, as none may be missed.
+//! 2. One job at a time calls it. It takes the locks that have events in turn, and all events of one lock together: so
+//!    the events of one key come in order, also when it is watched again, and no key has to wait for a busier one.
+//! 3. What waits is bounded for each time that a lock is watched ([`WatchEvent::add_to`]). Only the last event of each
+//!    can't be merged, as none may be missed.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -46,8 +46,8 @@ struct Queue {
     taken: u64,
     /// A job calls the callback, or is about to.
     delivering: bool,
-    /// Where the watchdog was last used from. Not where renewals run, if that is a runtime of their own: what the callback
-    /// spawns would run there too.
+    /// Where the watchdog was last used from. Not where renewals run, if that is a runtime of their own: what the
+    /// callback spawns would run there too.
     runtime: Option<Handle>,
 }
 
@@ -69,12 +69,12 @@ impl Outbox {
         }
     }
 
-    /// Puts an event where it will be told from. The caller sees to the order, and calls [`deliver`](Outbox::deliver) when it
-    /// holds no lock any more.
+    /// Puts an event where it will be told from. The caller sees to the order, and calls [`deliver`](Outbox::deliver)
+    /// when it holds no lock any more.
     pub(super) fn put(&self, id: Id, event: WatchEvent) {
         if let Some(subscribers) = self.subscribers.get() {
-            // Under the caller's mutex, as the order would be lost otherwise; the wakers of tasks only schedule them. Without
-            // any subscriber left it comes back, and is not needed.
+            // Under the caller's mutex, as the order would be lost otherwise; the wakers of tasks only schedule them.
+            // Without any subscriber left it comes back, and is not needed.
             drop(subscribers.send(event.clone()));
         }
         if self.callback.is_none() {

@@ -1,7 +1,7 @@
 //! Which locks are watched, and what becomes of each.
 //!
-//! 1. A lock is entered under all its keys or none, and stays so until its last event has been put out, in the same step:
-//!    so the events of one key come in order, whoever watches it next.
+//! 1. A lock is entered under all its keys or none, and stays so until its last event has been put out, in the same
+//!    step: so the events of one key come in order, whoever watches it next.
 //! 2. Whoever ends the watching first takes the guard out of the entry, and alone says how it ended.
 //! 3. Nothing is dropped under the mutex that runs code of others: guards, tasks and reservations are handed out first.
 

@@ -57,8 +57,8 @@ impl WatchRequest {
         Self { dog, lease, renewal, obtain_when_free: false }
     }
 
-    /// The time between renewals: at least 1 ms, and shorter than the lease's ttl less drift. Default: the watchdog's, or
-    /// else the locker's, or a third of the ttl.
+    /// The time between renewals: at least 1 ms, and shorter than the lease's ttl less drift. Default: the watchdog's,
+    /// or else the locker's, or a third of the ttl.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -76,12 +76,12 @@ impl WatchRequest {
         Self { renewal: Renewal::Every(interval), ..self }
     }
 
-    /// Where the lock isn't held by the lease's token: watches the lease all the same, and obtains the lock in its name as
-    /// soon as it is to be had, however long that takes, through whatever failures of the server.
+    /// Where the lock isn't held by the lease's token: watches the lease all the same, and obtains the lock in its name
+    /// as soon as it is to be had, however long that takes, through whatever failures of the server.
     ///
     /// Awaiting the request waits for the first try alone. That the lock is held is told by
-    /// [`WatchEvent::Obtained`](crate::WatchEvent::Obtained), or by [`status`](WatchDog::status). Errors that no waiting
-    /// helps against are answered if the first try finds them; later ones end it with
+    /// [`WatchEvent::Obtained`](crate::WatchEvent::Obtained), or by [`status`](WatchDog::status). Errors that no
+    /// waiting helps against are answered if the first try finds them; later ones end it with
     /// [`WatchEvent::Stopped`](crate::WatchEvent::Stopped), which has the reason. Default: false.
     ///
     /// ```

@@ -1,4 +1,5 @@
-//! The order of events, and what becomes of locks, to the millisecond: on a store that fails as told, under paused time.
+//! The order of events, and what becomes of locks, to the millisecond: on a store that fails as told, under paused
+//! time.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock, mpsc};
@@ -595,8 +596,8 @@ async fn the_callback_runs_beside_who_uses_the_watchdog_and_not_where_renewals_d
     assert_eq!(receiver.recv().await.unwrap(), std::thread::current().id());
 }
 
-/// Whatever is done to a watchdog, at whatever moment, and whatever the store does: each time that a lock is watched, what is
-/// told is a beginning, a middle and one end.
+/// Whatever is done to a watchdog, at whatever moment, and whatever the store does: each time that a lock is watched,
+/// what is told is a beginning, a middle and one end.
 async fn random_life(seed: u64) {
     let rng = Mutex::new(fastrand::Rng::with_seed(seed));
     let locker = locker(move |_| {

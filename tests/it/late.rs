@@ -1,4 +1,5 @@
-//! Requests that are delivered late, on connections that have broken: they change nothing, or what they change is undone.
+//! Requests that are delivered late, on connections that have broken: they change nothing, or what they change is
+//! undone.
 
 use std::time::{Duration, Instant};
 

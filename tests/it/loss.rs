@@ -240,3 +240,24 @@ async fn an_expiry_says_that_the_server_has_taken_the_rights_away() {
     let cause = cause.await.unwrap();
     assert_eq!(cause.code(), Some("WRONGPASS"), "{cause}");
 }
+
+/// With the settings as they come, a call may take 2 s: less is left of these.
+#[tokio::test]
+async fn a_line_that_has_gone_silent_is_replaced_before_a_lock_of_a_short_ttl_is_lost() {
+    let server = Server::start();
+    let mut locks = tokio::task::JoinSet::new();
+    for ttl in [1_500, 2_000, 3_000, 6_000] {
+        let proxy = Proxy::start(server.port()).await;
+        let locker = Locker::connect(&proxy.url()).await.unwrap();
+        let guard = locker.lock(format!("k:{ttl}")).ttl(ms(ttl)).await.unwrap();
+        let start = Instant::now();
+        proxy.set(Mode::Silence);
+        locks.spawn(async move {
+            sleep_until(start + ms(ttl * 3 / 2)).await;
+            assert_eq!(guard.check(), Ok(()), "{ttl} ms");
+            guard.release().await.unwrap();
+            drop(proxy);
+        });
+    }
+    locks.join_all().await;
+}

@@ -1,5 +1,5 @@
-//! Several guards by one token: what one leaves in the background never ends what another relies on. And a request that fails
-//! half way leaves nothing.
+//! Several guards by one token: what one leaves in the background never ends what another relies on. And a request that
+//! fails half way leaves nothing.
 
 use std::time::Duration;
 

@@ -68,8 +68,8 @@ pub(crate) struct Protocol {
     /// By how much one node's clock is ahead.
     pub(crate) skew: i8,
     pub(crate) renewals: bool,
-    /// What clients propose, as the distance from now: any of it at any time, whatever clocks they have and whatever they
-    /// were told. None: they ask for no fencing token, and the nodes grant more freely.
+    /// What clients propose, as the distance from now: any of it at any time, whatever clocks they have and whatever
+    /// they were told. None: they ask for no fencing token, and the nodes grant more freely.
     pub(crate) proposals: Option<RangeInclusive<i8>>,
     /// Whether a client may propose twice by the same token.
     pub(crate) second_round: bool,

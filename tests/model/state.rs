@@ -21,8 +21,8 @@ pub(crate) struct State {
     pub(crate) in_order: bool,
 }
 
-/// A server, and its answers that are under way. Only a yes matters: a refusal changes nothing, and a client may give up
-/// or propose again whether it was refused or not.
+/// A server, and its answers that are under way. Only a yes matters: a refusal changes nothing, and a client may give
+/// up or propose again whether it was refused or not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Node {
     /// Its own `TIME`, ahead of the others' by so much. Never changes.

@@ -1,7 +1,7 @@
 //! Calls to nodes: sent in order, bounded in time and number, and seen to their end whether anybody listens or not.
 //!
-//! Whoever asks drives the calls by itself: with a task for each, every answer would have to wake one thread more. Those
-//! that are left when it has heard enough, or is dropped, are seen to their end by a task.
+//! Whoever asks drives the calls by itself: with a task for each, every answer would have to wake one thread more.
+//! Those that are left when it has heard enough, or is dropped, are seen to their end by a task.
 
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};

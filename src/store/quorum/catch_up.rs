@@ -1,7 +1,7 @@
 //! What nodes still owe when a majority has decided: releases that have not reached them, and attempts to take back.
 //!
-//! All of it is for promptness alone: where it comes to nothing, the ttl frees the key. So it is bounded, in time and in
-//! number, and nobody waits for it but [`Locker::close`](crate::Locker::close).
+//! All of it is for promptness alone: where it comes to nothing, the ttl frees the key. So it is bounded, in time and
+//! in number, and nobody waits for it but [`Locker::close`](crate::Locker::close).
 
 use std::sync::Arc;
 use std::time::Duration;

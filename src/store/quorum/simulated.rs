@@ -1,5 +1,5 @@
-//! Quorums of nodes that live on tokio's clock, with clocks of their own that are wrong as told, and lines that fail: what
-//! happens when, to the millisecond, and thousands of random histories.
+//! Quorums of nodes that live on tokio's clock, with clocks of their own that are wrong as told, and lines that fail:
+//! what happens when, to the millisecond, and thousands of random histories.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -533,9 +533,9 @@ const FAULTS: &[fn(&mut fastrand::Rng) -> Fault] = &[
     |rng| Fault::Doubled(ms(rng.u64(..5_000))),
 ];
 
-/// Three clients whose clocks are wrong by up to an hour, on three nodes that are restarted now and then, empty or with what
-/// they had saved some time ago. Answers how often one obtained the lock while another still believed to hold it or had a higher fencing token, and how often
-/// the lock was obtained.
+/// Three clients whose clocks are wrong by up to an hour, on three nodes that are restarted now and then, empty or with
+/// what they had saved some time ago. Answers how often one obtained the lock while another still believed to hold it
+/// or had a higher fencing token, and how often the lock was obtained.
 async fn history(seed: u64, window: Duration) -> (u32, u32) {
     let mut rng = fastrand::Rng::with_seed(seed);
     let skews = [(); 3].map(|()| rng.i64(-SECOND / 2..SECOND / 2));

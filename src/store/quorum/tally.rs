@@ -187,8 +187,8 @@ mod tests {
     }
 
     proptest! {
-        /// What is decided early is what would have been decided with all answers in, but for grants that could be late:
-        /// those are never decided against.
+        /// What is decided early is what would have been decided with all answers in, but for grants that could be
+        /// late: those are never decided against.
         #[test]
         fn an_early_decision_never_refuses_what_the_others_could_still_grant(
             kinds in prop::collection::vec(0_u8..6, 1..8),

@@ -1,13 +1,14 @@
 //! What we know of the server's clock: enough to tell a server until when it may run a request.
 //!
-//! Every reply carries the server's time. It was read before the reply arrived, so at any later instant the server's clock shows
-//! at least as much more as has passed since: a bound that is too early by the reply's way at most. A request that is refused
-//! for that reason, or because the server's clock was set forward, or because another server answers now, was not run; its
-//! reply tells the time, and it is sent again.
+//! Every reply carries the server's time. It was read before the reply arrived, so at any later instant the server's
+//! clock shows at least as much more as has passed since: a bound that is too early by the reply's way at most. A
+//! request that is refused for that reason, or because the server's clock was set forward, or because another server
+//! answers now, was not run; its reply tells the time, and it is sent again.
 //!
-//! What a late request may leave is undone until the server's own clock has passed the time that the request carried, so that
-//! does not depend on this. What an exact ttl of unknown outcome is worth does (`hold.rs`): that a reading is not older than
-//! [`TRUSTED`], and that clocks are not set back and the nodes of a cluster agree to within the command timeout, is assumed.
+//! What a late request may leave is undone until the server's own clock has passed the time that the request carried,
+//! so that does not depend on this. What an exact ttl of unknown outcome is worth does (`hold.rs`): that a reading is
+//! not older than [`TRUSTED`], and that clocks are not set back and the nodes of a cluster agree to within the command
+//! timeout, is assumed.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -17,7 +18,8 @@ use tokio::time::Instant;
 /// For how long the earliest bound of all is kept. Clocks drift: by less than a millisecond in this time.
 const KEPT: Duration = Duration::from_secs(1);
 
-/// For how long a reading is good. Clocks that are wrong by 500 ppm, as much as is corrected for, drift by 0.3 s meanwhile.
+/// For how long a reading is good. Clocks that are wrong by 500 ppm, as much as is corrected for, drift by 0.3 s
+/// meanwhile.
 const TRUSTED: Duration = Duration::from_secs(600);
 
 /// A server's clock, as its replies show it.

@@ -1,17 +1,19 @@
 //! Many operations, one round trip.
 //!
-//! A client pays for each command it sends, and a server for each script it runs. So an operation that finds few calls on
-//! their way is sent at once, by its own caller; what arrives meanwhile waits, and goes together in the next call. Tasks that
-//! do one operation after the other fall into step by that: answered together, they ask for the next together. And what is
-//! asked for together from the start waits as one, and goes in as few calls as it takes.
+//! A client pays for each command it sends, and a server for each script it runs. So an operation that finds few calls
+//! on their way is sent at once, by its own caller; what arrives meanwhile waits, and goes together in the next call.
+//! Tasks that do one operation after the other fall into step by that: answered together, they ask for the next
+//! together. And what is asked for together from the start waits as one, and goes in as few calls as it takes.
 //!
 //! 1. No more than [`CALLS`] are on their way on one line, and no more than [`OPERATIONS`] in each.
 //! 2. While operations wait, a call is on its way: its end starts the next one.
-//! 3. That end must be noticed. A call counts for [`TRUSTED`] at most while it depends on a task that may not be polled: its
-//!    caller's, or that of a driver which has not begun. And none counts for longer than its operations have time.
+//! 3. That end must be noticed. A call counts for [`TRUSTED`] at most while it depends on a task that may not be
+//!    polled: its caller's, or that of a driver which has not begun. And none counts for longer than its operations
+//!    have time.
 //! 4. Each operation ends within its own timeout. One whose caller is gone before it was sent is not sent.
 //! 5. Those that run out of time first go first.
-//! 6. A failure is told to the operation that it is about. A call that is refused as such is halved until that is clear.
+//! 6. A failure is told to the operation that it is about. A call that is refused as such is halved until that is
+//!    clear.
 //! 7. A runtime that ends takes along what was on it, and no more.
 
 mod lines;
@@ -34,13 +36,14 @@ use crate::Error;
 /// On their way at a time. With one, client and server would wait for each other in turns; with more, the calls get
 /// smaller and dearer.
 const CALLS: usize = 2;
-/// In one call. Larger ones gain nothing more: what is waited for comes later, and all at once, so that server and client
-/// work less at the same time. And they keep the server from its other clients for longer.
+/// In one call. Larger ones gain nothing more: what is waited for comes later, and all at once, so that server and
+/// client work less at the same time. And they keep the server from its other clients for longer.
 pub(super) const OPERATIONS: usize = 96;
 /// With fewer than these a call is worth a moment's wait for more.
 const ENOUGH: usize = OPERATIONS / 2;
 /// A future that was polled once and is put aside holds its call for ever; a worker thread that blocks holds the driver
-/// that it was about to poll. Others wait for them no longer than this: more than most calls take, little for a timeout.
+/// that it was about to poll. Others wait for them no longer than this: more than most calls take, little for a
+/// timeout.
 const TRUSTED: Duration = Duration::from_millis(50);
 
 /// What brings operations to the server.
@@ -241,8 +244,8 @@ impl<C: Carrier> Shared<C> {
         self.drive(lines, line, now)
     }
 
-    /// Starts a call for what waits, if there is room for one (invariant 2). Answers how long those are trusted that are
-    /// on their way then: when to look again.
+    /// Starts a call for what waits, if there is room for one (invariant 2). Answers how long those are trusted that
+    /// are on their way then: when to look again.
     fn drive(self: &Arc<Self>, mut lines: MutexGuard<'_, Lines<C>>, line: u16, now: Instant) -> Option<Instant> {
         let Some(runtime) = lines.runtime_of_next(line) else { return lines.relief(line) };
         let Some(number) = lines.begin(line, now + TRUSTED) else { return lines.relief(line) };
@@ -299,8 +302,8 @@ impl<C: Carrier> Driver<C> {
         }
     }
 
-    /// The next to be sent. When there are none, the call is over: said under the same mutex, so that who comes a moment
-    /// later sends by itself.
+    /// The next to be sent. When there are none, the call is over: said under the same mutex, so that who comes a
+    /// moment later sends by itself.
     fn next(&mut self) -> Option<Vec<Brought<C>>> {
         self.has_begun = true;
         let mut given_up = Vec::new();

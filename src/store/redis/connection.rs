@@ -399,8 +399,11 @@ impl Events {
     }
 }
 
-/// Whether the server still speaks to us. A line that was silently cut (by a firewall that forgot it, a peer that vanished)
-/// looks like any other until the system gives up on it, which takes minutes.
+/// No silence is shorter: a server far away may take so long.
+const SHORTEST_SILENCE: Duration = Duration::from_millis(150);
+
+/// Whether the server still speaks to us. A line that was silently cut (by a firewall that forgot it, a peer that
+/// vanished) looks like any other until the system gives up on it, which takes minutes.
 #[derive(Default)]
 struct Line {
     /// How long nothing may be heard while something was asked.
@@ -417,15 +420,18 @@ impl Line {
         self.unanswered = None;
     }
 
-    /// A call that was sent then has had no answer: is the line dead? Says so once for each connection: to open one after
-    /// the other while all are slow would make nothing faster.
+    /// A call that was sent then has had no answer: is the line dead? Says so once for each connection: to open one
+    /// after the other while all are slow would make nothing faster.
     fn is_silent(&mut self, sent: Instant) -> bool {
         // Others were answered meanwhile: slow, not dead.
         if self.heard.is_some_and(|heard| heard >= sent) {
             return false;
         }
         let since = *self.unanswered.get_or_insert(sent);
-        let silent = since.elapsed() >= self.patience;
+        // A call that had less time than others needs its answer sooner: a lock of a short ttl is lost otherwise.
+        let waited = sent.elapsed();
+        let patience = if waited * 2 < self.patience { waited.max(SHORTEST_SILENCE) } else { self.patience };
+        let silent = since.elapsed() >= patience;
         if silent {
             self.heard();
         }
@@ -500,6 +506,20 @@ mod tests {
         let second = Instant::now();
         advance(ms(200)).await;
         assert!(line.is_silent(second));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_has_little_time_finds_a_line_dead_sooner() {
+        let mut line = Line { patience: ms(4_000), ..Line::default() };
+        line.heard();
+        advance(ms(1_000)).await;
+        let first = Instant::now();
+        advance(ms(30)).await;
+        assert!(!line.is_silent(first), "it may be far away");
+        let second = Instant::now();
+        advance(ms(300)).await;
+        assert!(line.is_silent(second));
+        assert!(!line.is_silent(second), "once for each connection");
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,5 +1,5 @@
-//! Many operations in one call do what the scripts for one do: random batches run once through `many.lua`, and on a second
-//! server one by one, in the order that `many.lua` documents.
+//! Many operations in one call do what the scripts for one do: random batches run once through `many.lua`, and on a
+//! second server one by one, in the order that `many.lua` documents.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,8 +1,8 @@
 //! The queue for a key that all processes stand in.
 //!
-//! A sorted set beside the lock key holds the tokens of those who wait, by their arrival; a hash says until when each counts
-//! as alive. Who is next takes the lock when it is free, nobody else who queues does. One that has died is skipped
-//! [`ALIVE`] after its last sign of life.
+//! A sorted set beside the lock key holds the tokens of those who wait, by their arrival; a hash says until when each
+//! counts as alive. Who is next takes the lock when it is free, nobody else who queues does. One that has died is
+//! skipped [`ALIVE`] after its last sign of life.
 
 use std::time::Duration;
 

@@ -3,8 +3,8 @@
 //! 1. `WAIT` counts the replicas that have all that its own connection has seen of the primary, and no more: asked on
 //!    another, it may count one that has nothing of what was written here. So an answer counts only when the connection
 //!    was the same from before the write until after the answer.
-//! 2. It blocks its connection, and all that is sent behind it: for a part of its call's time, so that there is some left to
-//!    give back what was not replicated.
+//! 2. It blocks its connection, and all that is sent behind it: for a part of its call's time, so that there is some
+//!    left to give back what was not replicated.
 //! 3. What was refused, or released, waits for no replica.
 
 use std::time::Duration;
@@ -35,8 +35,8 @@ impl Writing {
     ///
     /// # Errors
     ///
-    /// [`Error::NotReplicated`] when too few have, or the connection is another; and whatever keeps the server from being
-    /// asked. What was written is written all the same.
+    /// [`Error::NotReplicated`] when too few have, or the connection is another; and whatever keeps the server from
+    /// being asked. What was written is written all the same.
     pub(super) async fn acknowledged(self, client: &Client, until: Instant) -> Result<(), Error> {
         let left = until.saturating_duration_since(Instant::now());
         let patience = left.mul_f64(PATIENCE);

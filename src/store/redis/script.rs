@@ -90,8 +90,8 @@ impl Script {
         Self { hash: fred::util::sha1_hash(&source).into(), source: source.into(), is_batch: false }
     }
 
-    /// Runs the script once, within `timeout`, and not after `latest` by the server's clock. `call` is made anew for each time that
-    /// it is sent: it is almost always sent once, and to copy it for that would cost more.
+    /// Runs the script once, within `timeout`, and not after `latest` by the server's clock. `call` is made anew for
+    /// each time that it is sent: it is almost always sent once, and to copy it for that would cost more.
     ///
     /// By its hash; where the server has forgotten it (a restart, a failover, SCRIPT FLUSH) whole, which makes the
     /// server remember it again. NOSCRIPT means that nothing was run, so this is still one run.

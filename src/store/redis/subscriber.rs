@@ -4,7 +4,8 @@
 //! `names.rs` says. Who waits has it subscribed to, on one connection of the store, which is opened when somebody first
 //! waits and closed when nobody has for a while. On a cluster both are sharded, as its other messages go to every node.
 //!
-//! 1. A channel's line is open only once the server has confirmed the subscription; a waiter looks at the lock after that.
+//! 1. A channel's line is open only once the server has confirmed the subscription; a waiter looks at the lock after
+//!    that.
 //! 2. Whenever messages may have been missed (a new connection, a full buffer), everybody is told to look.
 //! 3. Where it can't be had (no permission, an old cluster) the lines are refused: waiters go by time then.
 
@@ -54,7 +55,8 @@ struct Shared {
     listeners: Listeners,
     /// There is a channel that nobody has listened to before.
     added: Notify,
-    /// Somebody will see to what is added. Said under its mutex: nobody comes too late to be seen and too soon to start.
+    /// Somebody will see to what is added. Said under its mutex: nobody comes too late to be seen and too soon to
+    /// start.
     running: Mutex<bool>,
     config: Config,
 }

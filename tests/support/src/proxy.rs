@@ -16,8 +16,8 @@ pub enum Mode {
     Pass,
     /// Loses the next one, cuts that connection, and passes all others on.
     LoseNext,
-    /// Loses the next one, and passes all others on as if nothing had happened: each then looks like the answer to the request
-    /// before its own.
+    /// Loses the next one, and passes all others on as if nothing had happened: each then looks like the answer to the
+    /// request before its own.
     SwallowNext,
     /// Keeps each of them back for so long.
     Delay(Duration),

@@ -1,5 +1,5 @@
-//! What is on its way and what waits, line by line: the combiner's books, kept under its mutex. Nothing here has an effect
-//! outside, and what wakes a caller when it is dropped is handed out.
+//! What is on its way and what waits, line by line: the combiner's books, kept under its mutex. Nothing here has an
+//! effect outside, and what wakes a caller when it is dropped is handed out.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BinaryHeap, HashMap};

@@ -1,7 +1,8 @@
 -- Takes all keys for one token, or none.
 --
--- KEYS  n lock keys; where the grant has an id, their n records of grants; where a fencing token is wanted, their n fence keys.
--- ARGV  token, value (the token; with metadata: token, newline, metadata), ttl in ms, n, ttl of the fence keys in ms, id of the
+-- KEYS  n lock keys; where the grant has an id, their n records of grants; where a fencing token is wanted, their n
+-- fence keys. ARGV  token, value (the token; with metadata: token, newline, metadata), ttl in ms, n, ttl of the fence
+-- keys in ms, id of the
 --       grant or '', ttl of the records in ms.
 -- Reply {1, fencing token or 0}  granted.
 --       {0, ttl in ms, i}        the ith key is held by another, for so long; -1: for ever.
@@ -9,7 +10,8 @@
 -- Idempotent: where all keys hold the token already, they are taken again, with the same fencing token, and live for
 -- the ttl from now, or as long as they would have, whichever is longer.
 --
--- Scripts do not roll back. So: look first, write the fences and records next, the locks last, and undo those where one fails.
+-- Scripts do not roll back. So: look first, write the fences and records next, the locks last, and undo those where one
+-- fails.
 
 local token, value, ttl, n = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local fence_ttl, grant, record_ttl = ARGV[5], ARGV[6], ARGV[7]

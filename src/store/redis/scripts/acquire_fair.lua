@@ -1,15 +1,18 @@
 -- Takes one key if it is free and nobody else's turn; otherwise queues up for it.
 --
--- KEYS  the lock key, its queue (a sorted set: token, arrival), its signs of life (a hash: token, until when), its record of
+-- KEYS  the lock key, its queue (a sorted set: token, arrival), its signs of life (a hash: token, until when), its
+-- record of
 --       grants, then, where a fencing token is wanted, its fence key.
--- ARGV  value (the token; with metadata: token, newline, metadata), ttl in ms, ttl of the fence key in ms, for how long in ms
---       a waiter counts as alive after a sign of life, '1' to queue up or '0' not to, id of the grant or '', ttl of the record in ms.
+-- ARGV  value (the token; with metadata: token, newline, metadata), ttl in ms, ttl of the fence key in ms, for how long
+-- in ms
+--       a waiter counts as alive after a sign of life, '1' to queue up or '0' not to, id of the grant or '', ttl of the
+--       record in ms.
 -- Reply a number. Granted: the fencing token, or 0. Held by another: -1 for ever, -2 - ttl for so many ms.
 --       {token, ms}: it is free, and the turn of this one, who has so long to take it.
 --       'ALONE': the key holds this token already. It is in the queue no more: acquire.lua knows the rest.
 --
--- Idempotent: who is in the queue keeps its place. Scripts do not roll back: so all keys are looked at first, and the lock is
--- set last.
+-- Idempotent: who is in the queue keeps its place. Scripts do not roll back: so all keys are looked at first, and the
+-- lock is set last.
 
 local token = string.match(ARGV[1], '^[^\n]*')
 local now_ms = math.floor(now / 1000)

@@ -5,8 +5,8 @@
 -- Reply a number. Granted: the fencing token, or 0. Held by another: -1 for ever, -2 - ttl for so many ms.
 --       'ALONE': the key holds this token already. Nothing was done: acquire.lua knows how.
 --
--- Idempotent: a repeat finds its own token, says so, and touches nothing. Scripts do not roll back: so the fence is looked
--- at first, and should it not take the number after all, the lock is given back.
+-- Idempotent: a repeat finds its own token, says so, and touches nothing. Scripts do not roll back: so the fence is
+-- looked at first, and should it not take the number after all, the lock is given back.
 
 local known, refusal
 if KEYS[2] then

@@ -1,7 +1,7 @@
 -- Put before the scripts that need it.
 
--- GT and NX, of Redis 7, do what takes PTTL on older servers, which refuse them: the ttl becomes this if it was less, or if there
--- was none. So a renewal that has nothing to do needs no other permission than one that has.
+-- GT and NX, of Redis 7, do what takes PTTL on older servers, which refuse them: the ttl becomes this if it was less,
+-- or if there was none. So a renewal that has nothing to do needs no other permission than one that has.
 local knows_gt = true
 
 -- Makes a key live for at least so long. A key without a ttl gets one.

@@ -1,22 +1,24 @@
 -- Who relies on a lock that several grants hold by one token. Put before the scripts that need it, after owner.lua.
 --
--- Most locks are held by a token that one request made for itself, and need no record. Where a token is used again (one that the
--- user chose, a lease that is adopted), each grant has an id, and a record beside the lock key lists those that have not ended:
--- the token, a newline, and for each `id=ttl`, with commas between them. The ttl in ms is the longest that the grant has asked for.
--- `-` is the grant of the request that made the token; it has no ttl here, as its renewals don't know of the record. No record,
--- or one of another token, means that `-` is the only one.
+-- Most locks are held by a token that one request made for itself, and need no record. Where a token is used again (one
+-- that the user chose, a lease that is adopted), each grant has an id, and a record beside the lock key lists those
+-- that have not ended: the token, a newline, and for each `id=ttl`, with commas between them. The ttl in ms is the
+-- longest that the grant has asked for. `-` is the grant of the request that made the token; it has no ttl here, as its
+-- renewals don't know of the record. No record, or one of another token, means that `-` is the only one.
 --
 -- 1. A release in the background ends its own grant, and frees the key only if no other is left.
 -- 2. A grant of a free key begins the record anew; a grant of a key that its token holds already is added.
--- 3. Of those that are left, each renews the key for its own ttl, or has died. So when one ends, the key need not live longer than
---    the longest ttl of the others: a holder that died costs what its own ttl costs.
--- 4. A grant with an id that doesn't find itself in the record, as that was lost, and one of a record that is full (`*`), leave the
---    key to its ttl: too long is safe, too short is not. `-` can't know: that records are not evicted is assumed.
+-- 3. Of those that are left, each renews the key for its own ttl, or has died. So when one ends, the key need not live
+--    longer than the longest ttl of the others: a holder that died costs what its own ttl costs.
+-- 4. A grant with an id that doesn't find itself in the record, as that was lost, and one of a record that is full
+--    (`*`), leave the key to its ttl: too long is safe, too short is not. `-` can't know: that records are not evicted
+--    is assumed.
 
 local MOST_GRANTS = 64
 local NONE = {ids = {}, ttls = {}}
 
--- The ids of those that rely on a key which `token` holds, in their order, and the ttl of each; false where it is not known.
+-- The ids of those that rely on a key which `token` holds, in their order, and the ttl of each; false where it is not
+-- known.
 local function grants_of(record_key, token)
     local record = redis.pcall('GET', record_key)
     if record and record.err then

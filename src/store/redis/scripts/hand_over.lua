@@ -1,15 +1,18 @@
 -- Releases a lock, and takes it for another token: as release.lua and then acquire.lua, with nobody in between.
 --
--- KEYS  the lock key, its record of grants; the queue and its signs of life, where the next one has queued up; its fence key,
+-- KEYS  the lock key, its record of grants; the queue and its signs of life, where the next one has queued up; its
+-- fence key,
 --       where it wants a fencing token.
--- ARGV  token that holds it, value for the next (its token; with metadata: token, newline, metadata), ttl in ms, ttl of the
---       fence key in ms, '1' where it has queued up, '1' where it wants a fencing token, and as in release.lua the id of the grant
---       to end in the background, '' to end the lock, or '*' to end it with its record of grants.
--- Reply a number. Done: the fencing token, or 0.  -1  the key was gone.  -2  it held something else.  -3  it is the turn of
+-- ARGV  token that holds it, value for the next (its token; with metadata: token, newline, metadata), ttl in ms, ttl of
+-- the
+--       fence key in ms, '1' where it has queued up, '1' where it wants a fencing token, and as in release.lua the id
+--       of the grant to end in the background, '' to end the lock, or '*' to end it with its record of grants.
+-- Reply a number. Done: the fencing token, or 0.  -1  the key was gone.  -2  it held something else.  -3  it is the
+-- turn of
 --       another, or others rely on the lock, and nothing has been changed.
 --
--- Idempotent: a repeat finds the next token, says so, and touches nothing. As in acquire_one.lua, what may be wrong with
--- the fence is looked at first; should it not take the number after all, nothing has been changed.
+-- Idempotent: a repeat finds the next token, says so, and touches nothing. As in acquire_one.lua, what may be wrong
+-- with the fence is looked at first; should it not take the number after all, nothing has been changed.
 
 local held = held_by(KEYS[1])
 if held == nil then

@@ -1,8 +1,11 @@
 -- Many operations in one call, each on a key of its own choice: what release.lua, renew.lua and acquire.lua do for one.
 --
--- KEYS  the lock keys: of the releases, the releases in the background, the renewals, the acquires with a fencing token, the
---       acquires without; then the records of grants of the releases in the background, and the fence keys of the acquires with one.
--- ARGV  how many of each kind, in this order; the ttl of fence keys in ms; 'PUBLISH' or 'SPUBLISH', as release.lua; the ttl of
+-- KEYS  the lock keys: of the releases, the releases in the background, the renewals, the acquires with a fencing
+-- token, the
+--       acquires without; then the records of grants of the releases in the background, and the fence keys of the
+--       acquires with one.
+-- ARGV  how many of each kind, in this order; the ttl of fence keys in ms; 'PUBLISH' or 'SPUBLISH', as release.lua; the
+-- ttl of
 --       all renewals in ms, or '' where each has its own; then for each
 --       release: token.  renewal: token, and the ttl if each has its own: at least this.
 --       acquire: value (the token; with metadata: token, newline, metadata), ttl in ms.
@@ -10,11 +13,12 @@
 -- Reply for each, in this order: a number, or a string that says why it could not be done.
 --       release, renewal: 1 done, 0 the key is gone, -1 it holds something else.
 --       acquire: granted: the fencing token, or 0. Held by another: -1 for ever, -2 - ttl for so many ms.
---       'ALONE': an acquire that meets what is no lock, or no fencing token, or a release in the background of a lock that other
---       grants may rely on. Nothing was done: acquire.lua says why, and end_grant.lua knows how.
+--       'ALONE': an acquire that meets what is no lock, or no fencing token, or a release in the background of a lock
+--       that other grants may rely on. Nothing was done: acquire.lua says why, and end_grant.lua knows how.
 --
--- Idempotent, as each operation is. One that fails fails alone: whatever may be refused is called by pcall, so the script never
--- ends in an error after it has begun to write. Releases come first, so that who waits in the same call finds the key free.
+-- Idempotent, as each operation is. One that fails fails alone: whatever may be refused is called by pcall, so the
+-- script never ends in an error after it has begun to write. Releases come first, so that who waits in the same call
+-- finds the key free.
 
 local n_end, n_renew, n_fenced, n_plain = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local n_explicit = tonumber(ARGV[1])
@@ -30,8 +34,8 @@ local function refused(answer)
     return type(answer) == 'table' and answer.err
 end
 
--- What the keys hold; false also for what is no string. MGET is cheaper than GET for each, but who may use the other scripts
--- may not be allowed to call it.
+-- What the keys hold; false also for what is no string. MGET is cheaper than GET for each, but who may use the other
+-- scripts may not be allowed to call it.
 local values = redis.pcall('MGET', unpack(KEYS))
 if values.err then
     values = {}
@@ -41,7 +45,8 @@ if values.err then
     end
 end
 
--- The same by key, kept up to date below, as a key may be in here twice. Renewals need it only where a release came before.
+-- The same by key, kept up to date below, as a key may be in here twice. Renewals need it only where a release came
+-- before.
 local held = {}
 for i = 1, n_release do
     held[KEYS[i]] = values[i]

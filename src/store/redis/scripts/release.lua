@@ -5,8 +5,8 @@
 --       where they are not called as the lock keys.
 -- Reply 1  all were ours and are free.  0  a key was gone.  -1  a key holds something else.
 --
--- Idempotent: a repeat finds nothing of ours, says so, and touches nothing. A key of another type is not ours, and keeps none of
--- the others from being released, nor does one that can't be looked at.
+-- Idempotent: a repeat finds nothing of ours, says so, and touches nothing. A key of another type is not ours, and
+-- keeps none of the others from being released, nor does one that can't be looked at.
 
 local token, n = ARGV[1], tonumber(ARGV[2])
 local reply, failure = 1, nil

@@ -4,8 +4,8 @@
 -- ARGV  token, ttl in ms: they live for at least this.
 -- Reply 1  extended.  0  a key is gone.  -1  a key holds something else.
 --
--- Idempotent: a repeat extends again. One that comes after a release changes nothing. PEXPIRE and never SET: it works on a
--- server that is out of memory, and can't bring back a key.
+-- Idempotent: a repeat extends again. One that comes after a release changes nothing. PEXPIRE and never SET: it works
+-- on a server that is out of memory, and can't bring back a key.
 
 local missing = false
 

@@ -1,11 +1,13 @@
 -- Makes the keys live on for one grant of several, if all of them hold the token.
 --
 -- KEYS  n lock keys, then their n records of grants.
--- ARGV  token, ttl in ms, n, how, id of the grant (`-`: it has none), ttl of the records in ms, id of an earlier grant. How:
+-- ARGV  token, ttl in ms, n, how, id of the grant (`-`: it has none), ttl of the records in ms, id of an earlier grant.
+-- How:
 --       'exactly'  the keys live for the ttl, or for at least the ttl while other grants rely on them.
 --       'claim'    they live for at least the ttl, and the grant takes the place of the earlier one.
 --       'keep'     they live for at least the ttl, and the records live on, too, and know of that ttl.
---       'return'   nothing of theirs changes; the grant ends, and the earlier one takes its place where there is no other.
+--       'return'   nothing of theirs changes; the grant ends, and the earlier one takes its place where there is no
+--       other.
 -- Reply as renew.lua.
 --
 -- Idempotent, as renew.lua is.

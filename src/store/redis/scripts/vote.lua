@@ -1,7 +1,8 @@
 -- One node's part in a quorum: takes all keys for one token, by ballot, or none.
 --
--- KEYS  n lock keys; where a fencing token is wanted, their n fence keys; where the grant has an id, their n records of grants.
--- ARGV  token, value (the token; with metadata: token, newline, metadata), ttl in ms, n, ttl of the fence keys in ms,
+-- KEYS  n lock keys; where a fencing token is wanted, their n fence keys; where the grant has an id, their n records of
+-- grants. ARGV  token, value (the token; with metadata: token, newline, metadata), ttl in ms, n, ttl of the fence keys
+-- in ms,
 --       restart window in s (0: none), how far in us a number may be ahead, the number (0: no fencing token wanted),
 --       '1' to have this number and no earlier one, id of the grant or '', ttl of the records in ms.
 -- Reply {1, now, last, number}   granted, with this number or, where the keys hold the token already, an earlier one.
@@ -12,17 +13,18 @@
 --
 -- now is this server's clock in us; last is the highest number that it remembers for the keys.
 --
--- Idempotent: where all keys hold the token already, they are taken again, with the same number, and live for the ttl from
--- now, or as long as they would have, whichever is longer.
+-- Idempotent: where all keys hold the token already, they are taken again, with the same number, and live for the ttl
+-- from now, or as long as they would have, whichever is longer.
 --
--- Why numbers grow is argued in quorum.rs. Scripts do not roll back. So: look first, write the fences and records next, the
--- locks last, and undo those where one fails.
+-- Why numbers grow is argued in quorum.rs. Scripts do not roll back. So: look first, write the fences and records next,
+-- the locks last, and undo those where one fails.
 
 local token, value, ttl, n = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local window, ahead, number, grant = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[10]
 
--- What this server granted before it was last started was no greater than this: as far ahead of its clock as is allowed.
--- A number that it still knows from then, from an old dump or a file that was cut off, need not be the last of them.
+-- What this server granted before it was last started was no greater than this: as far ahead of its clock as is
+-- allowed. A number that it still knows from then, from an old dump or a file that was cut off, need not be the last of
+-- them.
 local before = 0
 if window > 0 then
     -- The difference of two times in whole seconds, so it may be almost one too many.
