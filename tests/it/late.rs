@@ -12,8 +12,10 @@ const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// From well within the time of a call to far beyond.
-const DELAYS: [u64; 7] = [100, 300, 800, 1_900, 2_500, 8_000, 30_000];
+/// From well within the time of a call to beyond it.
+const DELAYS: [u64; 6] = [100, 300, 800, 1_900, 2_500, 6_000];
+/// And far beyond.
+const LONGEST: u64 = 30_000;
 
 struct Late {
     server: Server,
@@ -52,8 +54,12 @@ impl Late {
 
 /// Each delay on a server of its own, all at once.
 async fn for_each_delay<F: Future<Output = ()> + Send + 'static>(case: impl Fn(Late) -> F) {
+    for_each_of(&DELAYS, case).await;
+}
+
+async fn for_each_of<F: Future<Output = ()> + Send + 'static>(delays: &[u64], case: impl Fn(Late) -> F) {
     let mut cases = JoinSet::new();
-    for delay in DELAYS {
+    for &delay in delays {
         cases.spawn(case(Late::start(ms(delay)).await));
     }
     cases.join_all().await;
@@ -61,7 +67,8 @@ async fn for_each_delay<F: Future<Output = ()> + Send + 'static>(case: impl Fn(L
 
 #[tokio::test]
 async fn an_attempt_that_failed_and_comes_late_leaves_nothing_however_late() {
-    for_each_delay(|mut late| async move {
+    let delays = [&DELAYS[..], &[LONGEST]].concat();
+    for_each_of(&delays, |mut late| async move {
         late.next_is_late();
         soon(late.locker.try_lock("k")).await.unwrap_err();
         late.assert_nothing_left().await;
