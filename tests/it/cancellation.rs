@@ -140,6 +140,10 @@ async fn an_attempt_whose_answer_was_lost_meets_itself_and_gets_the_lock() {
         assert_eq!(server.cli(&["GET", &key]), guard.token().as_str());
         guard.release().await.unwrap();
     }
+    // What undoes the attempts above has ended.
+    soon(locker.close()).await;
+    let locker = Locker::connect(&proxy.url()).await.unwrap();
+    locker.lock("warm").await.unwrap().release().await.unwrap();
     // Asked once only, it says that nobody knows, and leaves nothing.
     proxy.set(Mode::LoseNext);
     let unknown = soon(locker.try_lock("once")).await.unwrap_err();
