@@ -69,13 +69,14 @@ RUSTDOCFLAGS="-D warnings" cargo doc --package tenure --no-deps --all-features
 
 heading "tests, no features, on $other"
 # Features concern no server, so this run is also the one on another server. All but those that take longest: the soak,
-# the model, the contest of processes, the random histories, the large numbers, and the examples in the documentation.
+# the model, the contest of processes, the random histories, the large numbers, requests that are late by up to 30 s,
+# and the examples in the documentation.
 on "$other" cargo test --package tenure --no-default-features --lib --tests -- \
     --skip no_two_hold_a_lock_while_nodes_freeze_die_and_forget \
     --skip two_hundred_tasks_in_four_processes_never_hold_one_lock_together \
     --skip nothing_breaks:: --skip each_safeguard_is_needed:: --skip each_bound_is_tight:: \
     --skip simulation::no_history --skip simulation::a_server_that_forgets --skip every_history --skip differential:: \
-    --skip a_hundred_thousand_waiters_come_and_go --skip ten_thousand_
+    --skip a_hundred_thousand_waiters_come_and_go --skip ten_thousand_ --skip late::
 
 heading "tests, all features, on $installed"
 on "$installed" cargo test --package tenure --all-features
