@@ -366,6 +366,9 @@ impl LockGuard {
     ///
     /// A shorter ttl counts from the moment of the call, even when the server can't be asked.
     ///
+    /// While the outcome of such a call is unknown, the server may still set this ttl: until then, for up to twice the
+    /// [command timeout](crate::LockerBuilder::command_timeout), later renewals move the deadline by no more than it.
+    ///
     /// # Errors
     ///
     /// Those of [`refresh`](LockGuard::refresh), and [`Error::InvalidTtl`] for a ttl that can't work; nothing is

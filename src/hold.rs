@@ -33,7 +33,7 @@ use crate::{Error, Key, Loss, Token};
 pub(crate) struct Owned {
     pub(crate) keys: Box<[Key]>,
     pub(crate) token: Token,
-    /// The token was made for one request, which nobody else has used it before.
+    /// The token was made for one request, and nobody has used it before.
     pub(crate) own_token: bool,
     /// Tells this grant from others of the same token. `None`: that of the request that made the token.
     pub(crate) grant: Option<GrantId>,

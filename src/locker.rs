@@ -316,7 +316,9 @@ impl Locker {
 
     /// Takes up a lock that is held by a lease: renews it at once, and from then on as any other guard.
     ///
-    /// The guard has no metadata. It is renewed at the [locker's interval](LockerBuilder::renew_every).
+    /// The guard has no metadata. It is renewed at the [locker's interval](LockerBuilder::renew_every). When it is
+    /// dropped, the lock is released in the background, unless another guard relies on it by the same token; or the lease
+    /// was [made by hand](Lease::new), and not from a guard: then only an explicit release ends it.
     ///
     /// # Errors
     ///
@@ -327,7 +329,7 @@ impl Locker {
     ///
     /// # Cancel safety
     ///
-    /// Dropping it leaves the lock as it is; it may have been renewed once.
+    /// Dropping it leaves the lock to the lease, as a failure does; it may have been renewed once.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]

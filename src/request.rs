@@ -36,7 +36,7 @@ use crate::{Error, Key, LockGuard, Retry, Token, schedule};
 /// # Cancel safety
 ///
 /// The future may be dropped at any time. What an attempt may have left at the server is then released in the
-/// background, on the runtime that polled it (but see [`token`](LockRequest::token)); nothing else is left behind.
+/// background, on the runtime that polled it; nothing else is left behind.
 ///
 /// While it is neither polled nor dropped, it keeps its place: those who wait for the key behind it in this process
 /// wait for it, as they do with tokio's `Mutex`.
@@ -48,7 +48,7 @@ use crate::{Error, Key, LockGuard, Retry, Token, schedule};
 ///   within the time that the request may wait. One that waits behind others in this process has the errors of those
 ///   that asked before it. [`Error::Quorum`] where that is true of so many nodes that no majority was left.
 /// - [`Error::NotReplicated`]: too few [replicas](crate::LockerBuilder::min_replicas) acknowledged it in time, and it
-///   was released again (but see [`token`](LockRequest::token)).
+///   was released again.
 /// - [`Error::ValidityExpired`]: the answer came so late that too little of the ttl was left, several times in a row
 ///   where the request waits.
 /// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`]: no such lock can work; nothing was sent.
