@@ -109,6 +109,7 @@ impl RedisStore {
         if matches!(answer, Err(Error::NotReplicated { .. })) {
             // Given back before it is told. Should that fail, it is the caller's to do, as ever when an attempt fails.
             let left = until.saturating_duration_since(Instant::now());
+            // Not by the script for one key: this token may be used by the next attempt, so it must not end late.
             drop(self.release(&wanted.owned, Ending::Grant, left).await);
         }
         answer
@@ -155,7 +156,7 @@ impl RedisStore {
         let (until, writing) = self.server().writing(timeout);
         let sending = |until| wanted.latest.extend(until);
         let answer =
-            self.server().run(&self.server().scripts.acquire, || call.clone(), sending, timeout).await?.outcome?;
+            self.server().run(&self.server().scripts.acquire, || call.clone(), sending, timeout).await?.value()?;
         match integers(&answer)?[..] {
             [1, fence] => {
                 self.server().replicated(writing, until).await?;
@@ -192,7 +193,7 @@ impl RedisStore {
             Err(error) if error.is_redirection() && owned.keys.len() > 1 => {
                 return self.one_by_one(owned, Apart::Renew(ttl, how), until).await.map(renewed);
             }
-            answer => answer?.outcome,
+            answer => answer?.value(),
         };
         let verdict = verdict(answer);
         if matches!(verdict, Ok(Ok(()))) {
@@ -237,8 +238,9 @@ impl RedisStore {
             }
         };
         call.args(operation::channels(&locks));
-        let Reply { now, outcome } = self.server().run(script, || call.clone(), |_| {}, timeout).await?;
-        Ok((released(verdict(outcome)?), now))
+        let reply = self.server().run(script, || call.clone(), |_| {}, timeout).await?;
+        let now = reply.now.unwrap_or_default();
+        Ok((released(verdict(reply.value())?), now))
     }
 
     async fn undo(&self, owned: &Owned, latest: &Latest, timeout: Duration) -> Result<Undone, Error> {
@@ -290,7 +292,7 @@ impl RedisStore {
         let call = Call::new(keys.into_iter(), args);
         let sending = |until| to.latest.extend(until);
         let answer = self.server().run(&self.server().scripts.hand_over, || call.clone(), sending, timeout).await;
-        let answer = answer.and_then(|reply| reply.outcome);
+        let answer = answer.and_then(Reply::value);
         Ok(match answer {
             Err(error) => return Err(error),
             Ok(answer) => match integer(&answer)? {
@@ -371,7 +373,7 @@ impl RedisStore {
     async fn remaining(&self, owned: &Owned, timeout: Duration) -> Result<Option<Duration>, Error> {
         let call = Call::new(self.names(owned), [owned.token.to_text().into()]);
         let reply = self.server().run(&self.server().scripts.remaining, || call.clone(), |_| {}, timeout).await?;
-        let answer = reply.outcome?;
+        let answer = reply.value()?;
         Ok(match integer(&answer)? {
             -2 => None,
             // Somebody has taken the ttl away; the next renewal gives it back.
@@ -385,7 +387,7 @@ impl RedisStore {
         let fence = names::fence_of(&name);
         let call = Call::new([name, fence].map(Value::Bytes).into_iter(), []);
         let reply = self.server().run(&self.server().scripts.inspect, || call.clone(), |_| {}, timeout).await?;
-        let answer = reply.outcome?;
+        let answer = reply.value()?;
         if answer.is_null() {
             return Ok(None);
         }
@@ -485,30 +487,30 @@ impl Server {
         sending: impl Fn(u64),
         timeout: Duration,
     ) -> Result<Reply, Error> {
-        let until = Instant::now() + timeout;
-        let mut reading = self.clock.reading();
+        let now = Instant::now();
+        let until = now + timeout;
+        let mut reading = self.clock.reading(now);
         let mut refused = 0;
         loop {
-            let now = Instant::now();
             let sent = self.connection.begin()?;
             self.router.live_on(|| self.connection.runtime());
             let latest = self.clock.at(until, reading);
             sending(latest);
-            let (mark, left) = (self.scripts.next_mark(), until.saturating_duration_since(now));
+            let stamp = self.scripts.stamp(latest);
             // fred's futures are several kilobytes large, and those around them would be as large, on every path.
-            let answer = Box::pin(script.run(&self.router, &call, mark, latest, left)).await;
+            let answer = Box::pin(script.run(&self.router, &call, stamp, until)).await;
             if answer.as_ref().is_err_and(is_mixed_up) {
                 self.connection.replace();
                 self.router.replace();
             }
             let reply = self.connection.heard(sent, answer)?;
-            let learned = self.clock.learn(reply.now);
+            let learned = reply.now.map(|now| self.clock.learn(now));
             match &reply.outcome {
                 // Another server's clock, or one that was not known yet. If it is too late by ours, there is no time
                 // left.
                 Err(error) if error.code() == Some("LATE") && refused < clocks => {
                     refused += 1;
-                    reading = Some(learned);
+                    reading = learned;
                 }
                 _ => return Ok(reply),
             }
@@ -558,32 +560,37 @@ impl Server {
 
     async fn decide(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
         let script = match operation.what {
-            What::Release { .. } => &self.scripts.release,
-            What::EndGrant { .. } => &self.scripts.end_grant,
-            What::Renew { .. } => &self.scripts.renew,
+            What::Release { .. } | What::EndGrant { .. } => &self.scripts.release_one,
+            What::Renew { .. } => &self.scripts.renew_one,
             What::Acquire { .. } => &self.scripts.acquire_one,
         };
         let until = Instant::now() + timeout;
         let sending = |until| operation.is_sent(until);
         let answer = self.run(script, || operation.alone(), sending, timeout).await?;
         let answer = match answer.outcome {
-            Ok(answer) => operation.read(&answer),
+            Ok(said) => operation.read_alone(&said),
             Err(error) => Some(operation.read_error(error)),
         };
         match answer {
             Some(answer) => answer,
             None => {
                 let left = until.saturating_duration_since(Instant::now());
-                self.acquire_again(operation, left).await
+                self.decide_again(operation, left).await
             }
         }
     }
 
-    /// An acquire that meets its own token.
-    async fn acquire_again(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
+    /// What the script for one key leaves to others: an acquire that meets its own token, and the end of a grant beside
+    /// others.
+    async fn decide_again(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
         let sending = |until| operation.is_sent(until);
-        let answer = self.run(&self.scripts.acquire, || operation.again(), sending, timeout).await?.outcome?;
-        match integers(&answer)?[..] {
+        let is_acquire = matches!(operation.what, What::Acquire { .. });
+        let script = if is_acquire { &self.scripts.acquire } else { &self.scripts.end_grant };
+        let answer = self.run(script, || operation.again(), sending, timeout).await?.value();
+        if !is_acquire {
+            return verdict(answer).map(Decision::Owned);
+        }
+        match integers(&answer?)?[..] {
             [1, fence] => Ok(Decision::Granted(fence)),
             [0, ttl, _] => Ok(Decision::Held(ttl)),
             _ => Err(unexpected()),
@@ -618,7 +625,7 @@ impl Carrier for Server {
         let sending = |until| operations.iter().for_each(|operation| operation.is_sent(until));
         let answer =
             self.run_by_clocks(0, &self.scripts.many, || operation::together(operations), sending, timeout).await;
-        match answer.and_then(|reply| reply.outcome).and_then(|answer| operation::read_together(operations, &answer)) {
+        match answer.and_then(Reply::value).and_then(|answer| operation::read_together(operations, &answer)) {
             Ok(answers) => Ok(self.all_replicated(operations, answers, writing, until).await),
             // The server's clock was not known yet, or it is another server. Nothing was run. Not sent again as it is:
             // some of those who asked may have gone by now, and have been undone.

@@ -56,9 +56,9 @@ impl ServerClock {
         new
     }
 
-    pub(super) fn reading(&self) -> Option<Reading> {
+    pub(super) fn reading(&self, now: Instant) -> Option<Reading> {
         let reading = *self.reading.lock().unwrap_or_else(PoisonError::into_inner);
-        reading.filter(|reading| reading.taken.elapsed() < TRUSTED)
+        reading.filter(|reading| now.saturating_duration_since(reading.taken) < TRUSTED)
     }
 
     /// What the server's clock shows at that instant, by this reading. 0, which is long ago, where there is none.
@@ -85,7 +85,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_server_whose_clock_is_unknown_runs_nothing() {
         let clock = ServerClock::new();
-        assert_eq!(clock.at(Instant::now() + ms(5_000), clock.reading()), 0);
+        assert_eq!(clock.at(Instant::now() + ms(5_000), clock.reading(Instant::now())), 0);
     }
 
     #[tokio::test(start_paused = true)]
@@ -94,7 +94,7 @@ mod tests {
         advance(ms(700)).await;
         clock.learn(1_000_000);
         advance(ms(50)).await;
-        assert_eq!(clock.at(Instant::now() + ms(300), clock.reading()), 1_000_350);
+        assert_eq!(clock.at(Instant::now() + ms(300), clock.reading(Instant::now())), 1_000_350);
     }
 
     #[tokio::test(start_paused = true)]
@@ -104,10 +104,10 @@ mod tests {
         advance(ms(400)).await;
         // Read 300 ms before it arrived.
         clock.learn(1_000_100);
-        assert_eq!(clock.at(Instant::now(), clock.reading()), 1_000_400);
+        assert_eq!(clock.at(Instant::now(), clock.reading(Instant::now())), 1_000_400);
         advance(ms(700)).await;
         clock.learn(900_000);
-        assert_eq!(clock.at(Instant::now(), clock.reading()), 900_000);
+        assert_eq!(clock.at(Instant::now(), clock.reading(Instant::now())), 900_000);
     }
 
     #[tokio::test(start_paused = true)]
@@ -115,6 +115,6 @@ mod tests {
         let clock = ServerClock::new();
         clock.learn(1_000_000);
         clock.learn(5_000_000);
-        assert_eq!(clock.at(Instant::now(), clock.reading()), 5_000_000);
+        assert_eq!(clock.at(Instant::now(), clock.reading(Instant::now())), 5_000_000);
     }
 }

@@ -294,9 +294,12 @@ async fn a_renewal_that_has_nothing_to_do_needs_no_right_that_another_does_not_n
 fn a_server_that_does_not_know_gt_renews_all_the_same() {
     let server = Process::start();
     let scripts = Scripts::new();
-    let mark_and_latest = ["0", "9999999999999"];
-    let renew: [(_, &[&str]); 2] =
-        [(&scripts.renew, &["x", "60000"]), (&scripts.many, &["0", "0", "1", "0", "0", "0", "PUBLISH", "60000", "x"])];
+    let stamp = ["9000000000000000"];
+    let renew: [(_, &[&str]); 3] = [
+        (&scripts.renew, &["x", "60000"]),
+        (&scripts.renew_one, &["x", "60000"]),
+        (&scripts.many, &["0", "0", "1", "0", "0", "0", "PUBLISH", "60000", "x"]),
+    ];
     for (script, args) in renew {
         let older = script.source.replace("'GT'", "'NOT-KNOWN'");
         assert_ne!(older, *script.source);
@@ -304,7 +307,7 @@ fn a_server_that_does_not_know_gt_renews_all_the_same() {
             for (before, after) in [(Some("20000"), 60_000), (Some("90000"), 90_000), (None, 60_000)] {
                 server.cli(&["SET", "k", "x"]);
                 before.map(|ttl| server.cli(&["PEXPIRE", "k", ttl]));
-                server.cli(&[&["EVAL", source, "1", "k"], args, &mark_and_latest].concat());
+                server.cli(&[&["EVAL", source, "1", "k"], args, &stamp].concat());
                 let left: i64 = server.cli(&["PTTL", "k"]).parse().unwrap();
                 assert!(same_ttl(left, after), "{left} instead of {after}, {before:?} before");
             }

@@ -42,7 +42,7 @@ impl RedisStore {
             .server()
             .run(&self.server().scripts.acquire_fair, || call.clone(), |until| wanted.latest.extend(until), timeout)
             .await?
-            .outcome?;
+            .value()?;
         if let Value::Array(parts) = &answer {
             return match &parts[..] {
                 [Value::String(next), Value::Integer(remaining)] => Ok(Acquired::NotNext {
@@ -72,7 +72,7 @@ impl RedisStore {
         let tokens = tokens.iter().map(|token| Value::from(token.to_text()));
         let args = std::iter::once(millis(ALIVE).into()).chain(tokens);
         let call = Call::new([queue, alive].map(Value::Bytes).into_iter(), args);
-        self.server().run(&self.server().scripts.attend, || call.clone(), |_| {}, timeout).await?.outcome.map(drop)
+        self.server().run(&self.server().scripts.attend, || call.clone(), |_| {}, timeout).await?.value().map(drop)
     }
 
     pub(super) async fn leave(&self, owned: &Owned, timeout: Duration) -> Result<(), Error> {
@@ -81,7 +81,7 @@ impl RedisStore {
         let keys = lock_and_queue(&name).map(Value::Bytes);
         let mut call = Call::new(keys.into_iter(), [owned.token.to_text().into(), self.publish().into()]);
         call.args(channels([&name]));
-        self.server().run(&self.server().scripts.leave, || call.clone(), |_| {}, timeout).await?.outcome.map(drop)
+        self.server().run(&self.server().scripts.leave, || call.clone(), |_| {}, timeout).await?.value().map(drop)
     }
 }
 

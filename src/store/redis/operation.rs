@@ -8,7 +8,7 @@ use fred::types::Value;
 
 use super::names;
 use super::refusal::normalize;
-use super::script::Call;
+use super::script::{Call, Said, decimal};
 use crate::store::Latest;
 use crate::{Error, Loss, Token};
 
@@ -56,42 +56,49 @@ pub(super) enum Decision {
 }
 
 impl Operation {
-    /// For `release.lua`, `end_grant.lua`, `renew.lua` or `acquire_one.lua`.
+    /// For `release_one.lua`, `renew_one.lua` or `acquire_one.lua`.
     pub(super) fn alone(&self) -> Call {
         let key = Value::Bytes(self.name.clone());
         let token = || Value::from(self.token.to_text());
+        let notify = |publish: &'static str| {
+            let channel = names::channel_of(&self.name).map(Value::Bytes);
+            [token(), Value::from_static_str(publish)].into_iter().chain(channel)
+        };
         match &self.what {
-            What::Release { publish } => {
-                let args = [token(), Value::Integer(1), (*publish).into()];
-                Call::new([key].into_iter(), args.into_iter().chain(channels([&self.name])))
-            }
-            What::EndGrant { publish, record } => {
-                let keys = [key, record.clone().into()];
-                let args = [token(), Value::Integer(1), (*publish).into(), NO_ID.into()];
-                Call::new(keys.into_iter(), args.into_iter().chain(channels([&self.name])))
-            }
-            What::Renew { ttl } => Call::new([key].into_iter(), [token(), (*ttl).into()]),
+            What::Release { publish } => Call::new([key].into_iter(), notify(publish)),
+            What::EndGrant { publish, record } => Call::new([key, record.clone().into()].into_iter(), notify(publish)),
+            What::Renew { ttl } => Call::new([key].into_iter(), [token(), decimal(*ttl)]),
             What::Acquire { value, ttl, fence: None, .. } => {
-                Call::new([key].into_iter(), [value.clone(), (*ttl).into()])
+                Call::new([key].into_iter(), [value.clone(), decimal(*ttl)])
             }
             What::Acquire { value, ttl, fence: Some((fence, fence_ttl)), .. } => {
                 let keys = [key, fence.clone().into()];
-                Call::new(keys.into_iter(), [value.clone(), (*ttl).into(), (*fence_ttl).into()])
+                Call::new(keys.into_iter(), [value.clone(), decimal(*ttl), decimal(*fence_ttl)])
             }
         }
     }
 
-    /// For `acquire.lua`: an acquire that `acquire_one.lua` is not for.
+    /// For `acquire.lua` or `end_grant.lua`: what the script for one key leaves to them.
     pub(super) fn again(&self) -> Call {
         let key = Value::Bytes(self.name.clone());
-        let What::Acquire { value, ttl, fence, .. } = &self.what else { return self.alone() };
-        let args = |fence_ttl: i64| {
-            let token = Value::from(self.token.to_text());
-            [token, value.clone(), (*ttl).into(), Value::Integer(1), fence_ttl.into(), "".into(), "".into()]
-        };
-        match fence {
-            None => Call::new([key].into_iter(), args(0)),
-            Some((fence, fence_ttl)) => Call::new([key, fence.clone().into()].into_iter(), args(*fence_ttl)),
+        let token = || Value::from(self.token.to_text());
+        match &self.what {
+            What::Acquire { value, ttl, fence, .. } => {
+                let args = |fence_ttl: i64| {
+                    let ttls = [decimal(*ttl), Value::Integer(1), decimal(fence_ttl)];
+                    [token(), value.clone()].into_iter().chain(ttls).chain(["".into(), "".into()])
+                };
+                match fence {
+                    None => Call::new([key].into_iter(), args(0)),
+                    Some((fence, fence_ttl)) => Call::new([key, fence.clone().into()].into_iter(), args(*fence_ttl)),
+                }
+            }
+            What::EndGrant { publish, record } => {
+                let args = [token(), Value::Integer(1), (*publish).into(), NO_ID.into()];
+                let keys = [key, record.clone().into()];
+                Call::new(keys.into_iter(), args.into_iter().chain(channels([&self.name])))
+            }
+            What::Release { .. } | What::Renew { .. } => self.alone(),
         }
     }
 
@@ -122,16 +129,28 @@ impl Operation {
         }
     }
 
-    fn push_args(&self, call: &mut Call) {
+    fn push_args(&self, call: &mut Call, decimals: &mut Decimals) {
         let token = || Value::from(self.token.to_text());
         match &self.what {
             What::Release { .. } | What::EndGrant { .. } | What::Renew { .. } => call.args([token()]),
-            What::Acquire { value, ttl, .. } => call.args([value.clone(), (*ttl).into()]),
+            What::Acquire { value, ttl, .. } => call.args([value.clone(), decimals.get(*ttl)]),
         }
     }
 
-    /// What a script has answered for this operation, among others or alone; `None` where it says that the operation is
-    /// not for it.
+    /// What its own script has said; `None` where it leaves the operation to [another](Self::again).
+    pub(super) fn read_alone(&self, said: &Said) -> Option<Result<Decision, Error>> {
+        match (&self.what, said) {
+            (_, Said::Code(3)) => None,
+            (What::Acquire { .. }, Said::Code(1)) => Some(Ok(Decision::Granted(0))),
+            (What::Acquire { .. }, Said::FencingToken(token)) => Some(Ok(Decision::Granted(*token))),
+            (What::Acquire { .. }, Said::Value(answer)) => self.read(answer),
+            (_, Said::Code(2)) => Some(Ok(Decision::Owned(Err(Loss::Taken)))),
+            (_, Said::Code(verdict)) => Some(Ok(Decision::Owned(owned(*verdict)))),
+            _ => Some(Err(unexpected())),
+        }
+    }
+
+    /// What `many.lua` has said of this operation; `None` where it says that the operation is not for it.
     pub(super) fn read(&self, answer: &Value) -> Option<Result<Decision, Error>> {
         match (&self.what, answer) {
             (What::Acquire { .. }, Value::Integer(fence @ 0..)) => Some(Ok(Decision::Granted(*fence))),
@@ -186,18 +205,32 @@ pub(super) fn together(operations: &[Operation]) -> Call {
     let renewed_ttl = renewed.filter(|_| have_one_ttl);
     let mut call = Call::with_room_for(operations.len() * 4 + counts.len() + 3);
     call.keys(names.chain(others).map(|name| Value::Bytes(name.clone())));
-    call.args(counts.into_iter().chain([longest]).map(Value::Integer));
-    call.args([how.into(), renewed_ttl.map_or_else(|| "".into(), Value::Integer)]);
+    call.args(counts.into_iter().chain([longest]).map(decimal));
+    call.args([Value::from_static_str(how), renewed_ttl.map_or_else(|| "".into(), decimal)]);
+    let mut decimals = Decimals::default();
     for operation in operations {
-        operation.push_args(&mut call);
+        operation.push_args(&mut call, &mut decimals);
         if let (What::Renew { ttl }, None) = (&operation.what, renewed_ttl) {
-            call.args([(*ttl).into()]);
+            call.args([decimals.get(*ttl)]);
         }
     }
     let releases =
         operations.iter().filter(|operation| matches!(operation.what, What::Release { .. } | What::EndGrant { .. }));
     call.args(channels(releases.map(|operation| &operation.name)));
     call
+}
+
+/// The last number that was written as text: most operations of a call have the same ttl.
+#[derive(Default)]
+struct Decimals(Option<(i64, Value)>);
+
+impl Decimals {
+    fn get(&mut self, number: i64) -> Value {
+        match &self.0 {
+            Some((last, text)) if *last == number => text.clone(),
+            _ => self.0.insert((number, decimal(number))).1.clone(),
+        }
+    }
 }
 
 /// The channels on which the releases of these keys are published: nothing where they are called as the keys.

@@ -2,13 +2,13 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use fred::bytes_utils::Str;
 use fred::error::ErrorKind;
 use fred::types::Value;
 use tokio::time::Instant;
 
+use super::operation::unexpected;
 use super::refusal::normalize;
 use super::router::{Router, Sent};
 use crate::Error;
@@ -28,15 +28,17 @@ pub(super) struct Scripts {
     pub(super) attend: Script,
     pub(super) leave: Script,
     pub(super) renew: Script,
+    pub(super) renew_one: Script,
     pub(super) renew_grant: Script,
     pub(super) release: Script,
+    pub(super) release_one: Script,
     pub(super) end_grant: Script,
     pub(super) hand_over: Script,
     pub(super) remaining: Script,
     pub(super) inspect: Script,
     pub(super) many: Script,
     pub(super) vote: Script,
-    /// The mark of the last request.
+    /// How many requests have been stamped.
     mark: AtomicU32,
 }
 
@@ -51,13 +53,15 @@ impl Scripts {
     pub(super) fn new() -> Self {
         Self {
             acquire: Script::new(&[OWNER, FENCE, GRANTS, include_str!("scripts/acquire.lua")]),
-            acquire_one: Script::new(&[FENCE, include_str!("scripts/acquire_one.lua")]),
+            acquire_one: Script::for_one_key(include_str!("scripts/acquire_one.lua")),
             acquire_fair: Script::new(&[OWNER, FENCE, GRANTS, QUEUE, include_str!("scripts/acquire_fair.lua")]),
             attend: Script::new(&[QUEUE, include_str!("scripts/attend.lua")]),
             leave: Script::new(&[include_str!("scripts/leave.lua")]),
             renew: Script::new(&[OWNER, EXTEND, include_str!("scripts/renew.lua")]),
+            renew_one: Script::for_one_key(include_str!("scripts/renew_one.lua")),
             renew_grant: Script::new(&[OWNER, HELD, GRANTS, EXTEND, include_str!("scripts/renew_grant.lua")]),
             release: Script::new(&[OWNER, include_str!("scripts/release.lua")]),
+            release_one: Script::for_one_key(include_str!("scripts/release_one.lua")),
             end_grant: Script::new(&[OWNER, HELD, GRANTS, include_str!("scripts/end_grant.lua")]),
             hand_over: Script::new(&[OWNER, HELD, FENCE, GRANTS, include_str!("scripts/hand_over.lua")]),
             remaining: Script::new(&[OWNER, HELD, include_str!("scripts/remaining.lua")]),
@@ -69,9 +73,11 @@ impl Scripts {
         }
     }
 
-    /// A mark that no other request of late has had.
-    pub(super) fn next_mark(&self) -> u32 {
-        self.mark.fetch_add(1, Ordering::Relaxed)
+    /// The stamp of a request that may run until `latest`, by the server's clock in ms. No other request of late has had
+    /// the same.
+    pub(super) fn stamp(&self, latest: u64) -> Stamp {
+        let mark = self.mark.fetch_add(1, Ordering::Relaxed);
+        Stamp(latest.min(Stamp::LATEST) * Stamp::MARKS + u64::from(mark) % Stamp::MARKS)
     }
 }
 
@@ -82,16 +88,40 @@ impl fmt::Debug for Scripts {
     }
 }
 
+/// What a request carries beside the arguments of its script: until when it may run, and what tells its reply from
+/// those to others, in one number (`prologue.lua`).
+#[derive(Clone, Copy)]
+pub(super) struct Stamp(u64);
+
+impl Stamp {
+    /// Requests that may run until the same millisecond are told apart by so many marks.
+    const MARKS: u64 = 2_048;
+    /// Lua's numbers are exact below 2^53. As a time in ms, this is in the year 2109.
+    const LATEST: u64 = (1 << 42) - 1;
+
+    /// What the reply shows.
+    fn mark(self) -> i64 {
+        i64::try_from(self.0 & u64::from(u32::MAX)).unwrap_or_default()
+    }
+}
+
 impl Script {
     /// A script from its parts, with what all of them begin and end with.
     fn new(parts: &[&str]) -> Self {
         let source = [&[include_str!("scripts/prologue.lua")], parts, &[include_str!("scripts/epilogue.lua")]];
-        let source = source.concat().concat();
+        Self::whole(source.concat().concat())
+    }
+
+    fn for_one_key(source: &str) -> Self {
+        Self::whole([include_str!("scripts/prologue_one.lua"), source].concat())
+    }
+
+    fn whole(source: String) -> Self {
         Self { hash: fred::util::sha1_hash(&source).into(), source: source.into(), is_batch: false }
     }
 
-    /// Runs the script once, within `timeout`, and not after `latest` by the server's clock. `call` is made anew for
-    /// each time that it is sent: it is almost always sent once, and to copy it for that would cost more.
+    /// Runs the script once, and ends by `until`. `call` is made anew for each time that it is sent: it is almost always
+    /// sent once, and to copy it for that would cost more.
     ///
     /// By its hash; where the server has forgotten it (a restart, a failover, SCRIPT FLUSH) whole, which makes the
     /// server remember it again. NOSCRIPT means that nothing was run, so this is still one run.
@@ -99,18 +129,16 @@ impl Script {
         &self,
         router: &Router,
         call: impl Fn() -> Call + Sync,
-        mark: u32,
-        latest: u64,
-        timeout: Duration,
+        stamp: Stamp,
+        until: Instant,
     ) -> Result<Reply, Error> {
-        let until = Instant::now() + timeout;
-        let answer = match router.send(self.sent(EVALSHA), || call().of(&self.hash, mark, latest), until).await {
+        let answer = match router.send(self.sent(EVALSHA), || call().of(&self.hash, stamp), until).await {
             Err(error) if error.code() == Some("NOSCRIPT") => {
-                router.send(self.sent(EVAL), || call().of(&self.source, mark, latest), until).await
+                router.send(self.sent(EVAL), || call().of(&self.source, stamp), until).await
             }
             answer => answer,
         };
-        Reply::read(answer?, mark)
+        Reply::read(answer?, stamp.mark())
     }
 
     fn sent(&self, command: &'static str) -> Sent<'_> {
@@ -118,35 +146,64 @@ impl Script {
     }
 }
 
-/// What a script has answered.
+/// What a script has replied.
 pub(super) struct Reply {
-    /// The server's clock in ms.
-    pub(super) now: u64,
+    /// The server's clock in ms, where the reply tells.
+    pub(super) now: Option<u64>,
     /// What the script returned, or why it failed.
-    pub(super) outcome: Result<Value, Error>,
+    pub(super) outcome: Result<Said, Error>,
+}
+
+/// What a script returns.
+pub(super) enum Said {
+    /// One for one key: a number that it has a meaning for.
+    Code(i64),
+    /// One for one key: the fencing token of a lock that it has taken.
+    FencingToken(i64),
+    /// Any other.
+    Value(Value),
 }
 
 impl Reply {
     /// # Errors
     ///
     /// [`mixed_up`] where this is no reply to the request with this mark: nobody knows what became of that.
-    fn read(answer: Value, mark: u32) -> Result<Self, Error> {
-        let Value::Array(parts) = answer else { return Err(mixed_up()) };
+    fn read(answer: Value, mark: i64) -> Result<Self, Error> {
+        let is_ours = |of: i64| if of == mark { Ok(()) } else { Err(mixed_up()) };
+        let parts = match answer {
+            Value::Integer(number) => {
+                is_ours(number >> 2)?;
+                return Ok(Self { now: None, outcome: Ok(Said::Code(number & 3)) });
+            }
+            Value::Array(parts) => parts,
+            _ => return Err(mixed_up()),
+        };
         let mut parts = parts.into_iter();
-        let (Some(Value::Integer(of)), Some(Value::Integer(now))) = (parts.next(), parts.next()) else {
+        let (Some(Value::Integer(of)), Some(Value::Integer(number))) = (parts.next(), parts.next()) else {
             return Err(mixed_up());
         };
-        if of != i64::from(mark) {
-            return Err(mixed_up());
-        }
+        is_ours(of)?;
         let outcome = match (parts.next(), parts.next()) {
-            (reply, None) => Ok(reply.unwrap_or(Value::Null)),
+            (None, _) => {
+                let now = u64::try_from(number / 1_000).ok();
+                return Ok(Self { now, outcome: Ok(Said::FencingToken(number)) });
+            }
+            (Some(value), None) => Ok(Said::Value(value)),
             (_, Some(failure)) => {
                 let failure = failure.into_string().unwrap_or_default();
                 Err(into_ours(fred::error::Error::new(ErrorKind::Unknown, failure)))
             }
         };
-        Ok(Self { now: u64::try_from(now).unwrap_or_default(), outcome })
+        // Zero where the server may not be asked.
+        Ok(Self { now: u64::try_from(number).ok().filter(|now| *now > 0), outcome })
+    }
+
+    /// What a script returns that is not for one key only.
+    pub(super) fn value(self) -> Result<Value, Error> {
+        match self.outcome? {
+            Said::Value(value) => Ok(value),
+            Said::Code(_) | Said::FencingToken(_) => Err(unexpected()),
+        }
     }
 }
 
@@ -206,14 +263,23 @@ impl Call {
         self.args.extend(args);
     }
 
-    fn of(mut self, script: &Str, mark: u32, latest: u64) -> Vec<Value> {
-        let latest = Value::Integer(i64::try_from(latest).unwrap_or(i64::MAX));
-        self.args.extend([Value::Integer(mark.into()), latest]);
-        let count = i64::try_from(self.keys).unwrap_or(i64::MAX);
-        let head = [Value::String(script.clone()), Value::Integer(count)];
+    fn of(mut self, script: &Str, stamp: Stamp) -> Vec<Value> {
+        self.args.push(stamp.0.to_string().into());
+        let count = match self.keys {
+            1 => Value::from_static_str("1"),
+            2 => Value::from_static_str("2"),
+            others => others.to_string().into(),
+        };
+        let head = [Value::String(script.clone()), count];
         self.args.iter_mut().zip(head).for_each(|(place, value)| *place = value);
         self.args
     }
+}
+
+/// A number as an argument. As text: fred takes ten times as long for an integer, which it counts the digits of by a
+/// logarithm.
+pub(super) fn decimal(number: i64) -> Value {
+    number.to_string().into()
 }
 
 pub(super) fn into_ours(error: fred::error::Error) -> Error {

@@ -59,7 +59,8 @@ impl RedisStore {
             ],
         );
         let sending = |until| wanted.latest.extend(until);
-        let answer = self.server().run(&self.server().scripts.vote, || call.clone(), sending, timeout).await?.outcome?;
+        let answer =
+            self.server().run(&self.server().scripts.vote, || call.clone(), sending, timeout).await?.value()?;
         let integers = integers(&answer)?;
         let [kind, now, last, rest @ ..] = &integers[..] else { return Err(unexpected()) };
         let number = |integer: i64| u64::try_from(integer).map_err(|_| unexpected());
