@@ -280,7 +280,7 @@ impl fmt::Debug for Listeners {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     use tokio::time::timeout;
 
@@ -332,6 +332,52 @@ mod tests {
         listeners.set_line([&key()], Line::Refused);
         listening.opened().await;
         assert!(!listening.is_open());
+    }
+
+    /// Counts how often it is asked to run.
+    #[derive(Default)]
+    struct Counting(AtomicU32);
+
+    impl Messenger for Counting {
+        fn keep_running(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_who_wait_keep_their_messenger_running() {
+        let (listeners, messenger) = (Listeners::new(), Arc::new(Counting::default()));
+        let asked = || messenger.0.swap(0, Ordering::Relaxed);
+        let mut listening = listeners.listen(key(), Line::Opening).0.brought_by(&messenger);
+        assert!(timeout(LOOK_EVERY * 10 + LOOK_EVERY / 2, listening.opened()).await.is_err());
+        assert!(asked() > 10);
+        listeners.set_line([&key()], Line::Open);
+        listening.opened().await;
+        listening.mark();
+        asked();
+        assert!(timeout(LOOK_EVERY * 10 + LOOK_EVERY / 2, listening.news()).await.is_err());
+        assert_eq!(asked(), 11);
+        // Nobody waits.
+        sleep(LOOK_EVERY * 10).await;
+        assert_eq!(asked(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_line_that_closes_is_news_once() {
+        let listeners = Listeners::new();
+        let (mut listening, _) = listeners.listen(key(), Line::Open);
+        listeners.close(Line::Opening);
+        assert!(has_news(&mut listening).await && !listening.is_open());
+        listeners.close(Line::Opening);
+        assert!(!has_news(&mut listening).await);
+        listeners.close(Line::Refused);
+        assert!(has_news(&mut listening).await);
+        for line in [Line::Refused, Line::Opening] {
+            listeners.close(line);
+            assert!(!has_news(&mut listening).await);
+        }
+        listeners.open([&key()], &[]);
+        assert!(has_news(&mut listening).await && listening.is_open());
     }
 
     #[test]

@@ -114,7 +114,7 @@ fn waiters_hear_of_releases_when_the_runtime_of_the_first_waiter_stands_still() 
 fn waiters_hear_of_releases_when_the_runtime_of_the_first_waiter_has_ended() {
     let main = running();
     for home in HOMES {
-        let (server, ends) = (Server::start(), runtime());
+        let (server, ends) = (Server::start(), running());
         let (locker, other) = main.block_on(async { (connect(&server, home).await, patient_on(&server).await) });
         let held = main.block_on(other.lock("waits").into_future()).unwrap();
         wait_in_vain(&ends, &server, &locker, &other);
@@ -123,9 +123,36 @@ fn waiters_hear_of_releases_when_the_runtime_of_the_first_waiter_has_ended() {
         drop(ends);
         main.block_on(async {
             a_waiter_hears(&locker, &other, "k").await;
-            held.release().await.unwrap();
-            soon(waiter).await.unwrap().release().await.unwrap();
+            soon(held.release()).await.unwrap();
+            let released = Instant::now();
+            soon(soon(waiter).await.unwrap().release()).await.unwrap();
+            assert!(released.elapsed() < ms(1_000), "{home:?}: heard after {:?}", released.elapsed());
         });
+    }
+}
+
+#[test]
+fn who_waits_alone_hears_of_a_release_after_the_runtime_that_listened_has_ended() {
+    let (server, main) = (Server::start(), running());
+    for home in [Home::Runtime, Home::Client] {
+        let ends = running();
+        let other = main.block_on(patient_on(&server));
+        let locker = match home {
+            Home::Client => main.block_on(connect(&server, home)),
+            _ => ends.block_on(connect(&server, home)),
+        };
+        wait_in_vain(&ends, &server, &locker, &other);
+        let held = main.block_on(other.lock("waits").into_future()).unwrap();
+        let waiter = main.block_on(wait_and_listen(&server, &locker, "waits"));
+        drop(ends);
+        main.block_on(async {
+            eventually("it listens again", async || (listening(&server).len() == 1).then_some(())).await;
+            sleep(ms(500)).await;
+            soon(held.release()).await.unwrap();
+            soon(soon(waiter).await.unwrap().release()).await.unwrap();
+        });
+        drop(locker);
+        main.block_on(eventually("nobody listens", async || listening(&server).is_empty().then_some(())));
     }
 }
 
@@ -184,6 +211,9 @@ async fn silence(server: &Server, proxies: &[Proxy], locker: &Locker, other: &Lo
     let held = soon(other.lock("k")).await.unwrap();
     let waiter = wait_and_listen(server, locker, "k").await;
     let before = listening(server);
+    // As long as the server answers it is left alone.
+    sleep(ms(2_500)).await;
+    assert_eq!(listening(server), before);
     proxies.iter().for_each(|proxy| proxy.set(Mode::Silence));
     let silent = Instant::now();
     if let Some(client) = own {
@@ -246,6 +276,24 @@ async fn on_a_cluster_a_connection_that_falls_silent_while_its_key_is_hot_is_rep
     let other = patient().connect(&cluster.url()).await.unwrap();
     let place = cluster.place_of("k");
     silence(&cluster.nodes[place], &proxies[place..=place], &locker, &other, None).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waiters_for_a_key_whose_slot_has_moved_listen_on_its_new_node() {
+    let cluster = Cluster::start();
+    let locker = patient().connect(&cluster.url()).await.unwrap();
+    let other = patient().connect(&cluster.url()).await.unwrap();
+    let held = soon(other.lock("k")).await.unwrap();
+    let (from, waiter) =
+        (cluster.place_of("k"), wait_and_listen(&cluster.nodes[cluster.place_of("k")], &locker, "k").await);
+    let to = (from + 1) % 3;
+    cluster.migrate("k", from, to, || {});
+    eventually("it listens there", async || {
+        cluster.nodes[to].cli(&["PUBSUB", "SHARDCHANNELS", "k"]).lines().any(|channel| channel == "k").then_some(())
+    })
+    .await;
+    soon(held.release()).await.unwrap();
+    soon(soon(waiter).await.unwrap().release()).await.unwrap();
 }
 
 #[tokio::test]
