@@ -156,7 +156,7 @@ impl Listening {
 
     /// The same news, each so much later. The future carries them, as long as somebody listens.
     #[cfg(test)]
-    pub(crate) fn later(mut self, delay: std::time::Duration) -> (Self, impl Future<Output = ()> + Send + 'static) {
+    pub(crate) fn later(mut self, delay: Duration) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let sender = watch::Sender::new(News { count: 0, line: Line::Open });
         let entry = Entry { senders: Arc::default(), key: Bytes::new() };
         let listening = Self(vec![Source { news: sender.subscribe(), messenger: None, _entry: entry }]);
@@ -167,7 +167,7 @@ impl Listening {
                     () = sender.closed() => return,
                     () = self.news() => {}
                 }
-                tokio::time::sleep(delay).await;
+                sleep(delay).await;
                 sender.send_modify(|news| news.count += 1);
             }
         };

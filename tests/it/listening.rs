@@ -4,6 +4,7 @@
 //! Nobody here looks at a lock more often than once a minute unless it hears something, and no lock expires sooner. So
 //! a waiter that gets its lock within the patience of a test has heard of its release.
 
+use std::thread;
 use std::time::Duration;
 
 use tenure::fred::clients::Client;
@@ -81,6 +82,12 @@ enum Home {
 
 const HOMES: [Home; 3] = [Home::Runtime, Home::ItsOwn, Home::Client];
 
+/// Each on a thread of its own: they wait most of the time.
+fn each<const N: usize>(homes: [Home; N], test: impl Fn(Home) + Sync) {
+    let test = &test;
+    thread::scope(|scope| homes.map(|home| drop(scope.spawn(move || test(home)))));
+}
+
 async fn connect(server: &Server, home: Home) -> Locker {
     match home {
         Home::Runtime => patient().connect(&server.url()).await.unwrap(),
@@ -99,68 +106,47 @@ async fn client(url: &str, version: RespVersion) -> Client {
 
 #[test]
 fn waiters_hear_of_releases_when_the_runtime_of_the_first_waiter_stands_still() {
-    let main = running();
-    for home in HOMES {
-        let (server, idle) = (Server::start(), runtime());
+    each(HOMES, |home| {
+        let (server, main, idle) = (Server::start(), running(), runtime());
         let (locker, other) = main.block_on(async { (connect(&server, home).await, patient_on(&server).await) });
         wait_in_vain(&idle, &server, &locker, &other);
         main.block_on(a_waiter_hears(&locker, &other, "k"));
         drop(idle);
         main.block_on(a_waiter_hears(&locker, &other, "k"));
-    }
-}
-
-#[test]
-fn waiters_hear_of_releases_when_the_runtime_of_the_first_waiter_has_ended() {
-    let main = running();
-    for home in HOMES {
-        let (server, ends) = (Server::start(), running());
-        let (locker, other) = main.block_on(async { (connect(&server, home).await, patient_on(&server).await) });
-        let held = main.block_on(other.lock("waits").into_future()).unwrap();
-        wait_in_vain(&ends, &server, &locker, &other);
-        // It waits before that runtime ends, and after it.
-        let waiter = main.block_on(wait_and_listen(&server, &locker, "waits"));
-        drop(ends);
-        main.block_on(async {
-            a_waiter_hears(&locker, &other, "k").await;
-            soon(held.release()).await.unwrap();
-            let released = Instant::now();
-            soon(soon(waiter).await.unwrap().release()).await.unwrap();
-            assert!(released.elapsed() < ms(1_000), "{home:?}: heard after {:?}", released.elapsed());
-        });
-    }
+    });
 }
 
 #[test]
 fn who_waits_alone_hears_of_a_release_after_the_runtime_that_listened_has_ended() {
-    let (server, main) = (Server::start(), running());
-    for home in [Home::Runtime, Home::Client] {
-        let ends = running();
+    each(HOMES, |home| {
+        let (server, main, ends) = (Server::start(), running(), running());
         let other = main.block_on(patient_on(&server));
         let locker = match home {
-            Home::Client => main.block_on(connect(&server, home)),
-            _ => ends.block_on(connect(&server, home)),
+            Home::Runtime => ends.block_on(connect(&server, home)),
+            Home::ItsOwn | Home::Client => main.block_on(connect(&server, home)),
         };
         wait_in_vain(&ends, &server, &locker, &other);
         let held = main.block_on(other.lock("waits").into_future()).unwrap();
         let waiter = main.block_on(wait_and_listen(&server, &locker, "waits"));
         drop(ends);
         main.block_on(async {
-            eventually("it listens again", async || (listening(&server).len() == 1).then_some(())).await;
-            sleep(ms(500)).await;
+            // Time enough for it to find that out.
+            sleep(ms(2_500)).await;
             soon(held.release()).await.unwrap();
+            let released = Instant::now();
             soon(soon(waiter).await.unwrap().release()).await.unwrap();
+            assert!(released.elapsed() < ms(1_000), "{home:?}: heard after {:?}", released.elapsed());
+            a_waiter_hears(&locker, &other, "k").await;
+            // And not by more than one connection.
+            assert_eq!(listening(&server).len(), 1, "{home:?}");
         });
-        drop(locker);
-        main.block_on(eventually("nobody listens", async || listening(&server).is_empty().then_some(())));
-    }
+    });
 }
 
 #[test]
 fn who_waits_for_long_hears_of_a_release_after_the_runtime_that_listened_has_stood_still() {
-    let (server, main) = (Server::start(), running());
-    for home in [Home::Runtime, Home::Client] {
-        let idle = runtime();
+    each([Home::Runtime, Home::Client], |home| {
+        let (server, main, idle) = (Server::start(), running(), runtime());
         let other = main.block_on(patient_on(&server));
         // It connects and listens there: with a client of one's own, the connection itself goes on.
         let locker = match home {
@@ -177,7 +163,7 @@ fn who_waits_for_long_hears_of_a_release_after_the_runtime_that_listened_has_sto
             soon(waiter).await.unwrap().unwrap().release().await.unwrap();
             assert!(released.elapsed() < ms(1_000), "{home:?}: heard after {:?}", released.elapsed());
         });
-    }
+    });
 }
 
 #[test]

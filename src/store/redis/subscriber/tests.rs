@@ -1,5 +1,6 @@
 use fred::types::Builder;
 use tenure_test_support::{Mode, Proxy, Server, eventually, soon};
+use tokio::time::timeout;
 
 use super::super::connection::Connection;
 use super::*;
@@ -16,6 +17,13 @@ fn listening(server: &Server) -> Vec<String> {
     clients.lines().filter_map(|client| client.split(' ').next()).map(str::to_owned).collect()
 }
 
+/// Waits until the line is not open.
+async fn closed(listening: &mut Listening) {
+    while listening.is_open() {
+        listening.news().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_server_is_doubted_and_its_connection_kept() {
     let server = Server::start();
@@ -26,19 +34,9 @@ async fn a_slow_server_is_doubted_and_its_connection_kept() {
     assert!(listening_here.is_open());
     let before = listening(&server);
     // Asked twice and more, it has answered at once.
-    let closes = tokio::time::timeout(ASK_EVERY * 5 / 2, async {
-        while listening_here.is_open() {
-            listening_here.news().await;
-        }
-    });
-    assert!(closes.await.is_err());
+    assert!(timeout(ASK_EVERY * 5 / 2, closed(&mut listening_here)).await.is_err());
     proxy.set(Mode::Delay((DOUBT + TIMEOUT) / 2));
-    soon(async {
-        while listening_here.is_open() {
-            listening_here.news().await;
-        }
-    })
-    .await;
+    soon(closed(&mut listening_here)).await;
     soon(listening_here.opened()).await;
     assert!(listening_here.is_open());
     assert_eq!(listening(&server), before);
@@ -52,15 +50,12 @@ async fn a_listener_that_stays_when_all_is_over_starts_nothing() {
     soon(listening_here.opened()).await;
     let shared = Arc::downgrade(&subscriber.0);
     drop(subscriber);
-    assert!(
-        tokio::time::timeout(LOOK_EVERY * 4, async {
-            loop {
-                listening_here.news().await;
-            }
-        })
-        .await
-        .is_err()
-    );
+    let waits_on = async {
+        loop {
+            listening_here.news().await;
+        }
+    };
+    assert!(timeout(LOOK_EVERY * 4, waits_on).await.is_err());
     eventually("its connection is closed", async || listening(&server).is_empty().then_some(())).await;
     drop(listening_here);
     eventually("nothing is left", async || (shared.strong_count() == 0).then_some(())).await;
@@ -82,7 +77,7 @@ fn a_task_that_wakes_up_after_another_was_started_changes_nothing() {
     assert_eq!(starts(), 1);
     runs.block_on(async {
         // Not with a short silence.
-        assert!(tokio::time::timeout(STALLED / 2, listening_here.news()).await.is_err());
+        assert!(timeout(STALLED / 2, listening_here.news()).await.is_err());
         soon(async {
             while starts() == 1 {
                 listening_here.news().await;
@@ -97,7 +92,7 @@ fn a_task_that_wakes_up_after_another_was_started_changes_nothing() {
     idle.block_on(eventually("one is left", async || (listening(&server).len() == 1).then_some(())));
     assert!(listening_here.is_open());
     runs.block_on(async {
-        assert!(tokio::time::timeout(STALLED * 2, listening_here.news()).await.is_err(), "no news");
+        assert!(timeout(STALLED * 2, listening_here.news()).await.is_err(), "no news");
         server.cli(&["PUBLISH", "k", ""]);
         soon(listening_here.news()).await;
     });
