@@ -220,11 +220,11 @@ impl Task {
         }
     }
 
-    /// Says something of the lines, unless another start has something to say by now.
-    fn if_last(&self, say: impl FnOnce(&Listeners)) {
+    /// Changes the lines, unless there was another start: then they are no longer this one's to change.
+    fn if_last(&self, change: impl FnOnce(&Listeners)) {
         let running = self.shared.running();
         if running.starts == self.start {
-            say(&self.shared.listeners);
+            change(&self.shared.listeners);
         }
     }
 }
