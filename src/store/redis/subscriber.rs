@@ -18,8 +18,8 @@
 //!    something every [`ASK_EVERY`], however many messages come. Without an answer for [`DOUBT`] no line counts as open
 //!    and everybody looks; without one for [`TIMEOUT`] the connection is replaced. So a silent connection is doubted
 //!    within 1.5 s, and replaced within 3 s.
-//! 7. The connection is closed [`LINGER`] after nobody listens any more, or up to [`ASK_EVERY`] later, whatever messages
-//!    come. One that is left on a runtime that stands still is closed when that runtime runs again, or ends.
+//! 7. The connection is closed [`LINGER`] after nobody listens any more, or up to [`ASK_EVERY`] later, whatever
+//!    messages come. One that is left on a runtime that stands still is closed when that runtime runs again, or ends.
 
 mod line;
 #[cfg(test)]
