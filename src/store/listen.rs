@@ -1,15 +1,24 @@
 //! News of a key: that it may have become free.
 //!
-//! A key is known here as long as somebody listens to it: the last listener that goes removes it.
+//! 1. A key is known here as long as somebody listens to it: the last listener that goes removes it.
+//! 2. Those who wait for news keep what brings them running: before they wait, and every [`LOOK_EVERY`] while they do,
+//!    they ask each [`Messenger`] to start again if it has ended or stands still. So a line that is not open opens
+//!    again while anybody waits, and whoever waits is notified when it does.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
+use std::time::Duration;
 
 use fred::bytes::Bytes;
+use tokio::select;
 use tokio::sync::watch;
+use tokio::time::sleep;
+
+/// How often a waiter makes sure that its news can reach it.
+pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 /// What is known of the news of one key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,12 +31,19 @@ pub(crate) struct News {
 /// Whether what happens is heard of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Line {
-    /// Not yet.
+    /// Not yet, or not for the moment.
     #[default]
     Opening,
     Open,
-    /// It can't be had.
+    /// It can't be had for now.
     Refused,
+}
+
+/// Brings the news from elsewhere, with a task that may end or stand still.
+pub(crate) trait Messenger: Send + Sync {
+    /// Starts the task again, on a runtime that runs, if it has ended or stands still. Called from within a runtime,
+    /// by those who wait; it is cheap, and keeps nobody waiting.
+    fn keep_running(self: Arc<Self>);
 }
 
 /// Listens to the news of one key, from one source or several.
@@ -35,6 +51,8 @@ pub(crate) struct Listening(Vec<Source>);
 
 struct Source {
     news: watch::Receiver<News>,
+    /// `None` for news from within this process.
+    messenger: Option<Arc<dyn Messenger>>,
     /// Dropped after the receiver, which is then counted no more.
     _entry: Entry,
 }
@@ -65,6 +83,14 @@ impl Listening {
         Self(parts.into_iter().flat_map(|part| part.0).collect())
     }
 
+    /// The same news, brought by this messenger.
+    pub(crate) fn brought_by(mut self, messenger: &Arc<impl Messenger + 'static>) -> Self {
+        for source in &mut self.0 {
+            source.messenger = Some(messenger.clone());
+        }
+        self
+    }
+
     /// From here on, news are what comes later.
     pub(crate) fn mark(&mut self) {
         for source in &mut self.0 {
@@ -81,6 +107,8 @@ impl Listening {
     /// Waits until it is open, or can't be.
     pub(crate) async fn opened(&mut self) {
         loop {
+            // A line that was refused for want of somebody who opens it is opening then.
+            self.keep_running();
             // Marked before the look: what changes after it is news.
             self.mark();
             if self.is_open() || self.0.iter().all(|source| source.news.borrow().line != Line::Opening) {
@@ -90,8 +118,25 @@ impl Listening {
         }
     }
 
-    /// Waits for news since the last [`mark`](Listening::mark), or news that came.
+    /// Waits for news since the last [`mark`](Listening::mark), or news that came. Has lines opened that are not.
     pub(crate) async fn news(&mut self) {
+        loop {
+            let has_messenger = self.keep_running();
+            select! {
+                biased;
+                () = self.changed() => return,
+                () = async { sleep(LOOK_EVERY).await }, if has_messenger => {}
+            }
+        }
+    }
+
+    /// Returns whether there is anything to keep running.
+    fn keep_running(&self) -> bool {
+        let messengers = self.0.iter().filter_map(|source| source.messenger.clone());
+        messengers.map(Messenger::keep_running).count() > 0
+    }
+
+    async fn changed(&mut self) {
         let mut sources: Vec<_> = self.0.iter_mut().map(|source| Box::pin(source.news.changed())).collect();
         poll_fn(|context| {
             let mut heard = false;
@@ -111,10 +156,10 @@ impl Listening {
 
     /// The same news, each so much later. The future carries them, as long as somebody listens.
     #[cfg(test)]
-    pub(crate) fn later(mut self, delay: std::time::Duration) -> (Self, impl Future<Output = ()> + Send + 'static) {
+    pub(crate) fn later(mut self, delay: Duration) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let sender = watch::Sender::new(News { count: 0, line: Line::Open });
         let entry = Entry { senders: Arc::default(), key: Bytes::new() };
-        let listening = Self(vec![Source { news: sender.subscribe(), _entry: entry }]);
+        let listening = Self(vec![Source { news: sender.subscribe(), messenger: None, _entry: entry }]);
         let carry = async move {
             loop {
                 tokio::select! {
@@ -122,7 +167,7 @@ impl Listening {
                     () = sender.closed() => return,
                     () = self.news() => {}
                 }
-                tokio::time::sleep(delay).await;
+                sleep(delay).await;
                 sender.send_modify(|news| news.count += 1);
             }
         };
@@ -156,7 +201,7 @@ impl Listeners {
         let news = sender.subscribe();
         drop(listeners);
         let _entry = Entry { senders: self.0.clone(), key };
-        (Listening(vec![Source { news, _entry }]), first)
+        (Listening(vec![Source { news, messenger: None, _entry }]), first)
     }
 
     /// Tells who listens to the key.
@@ -172,8 +217,21 @@ impl Listeners {
         self.listeners().values().for_each(|sender| sender.send_modify(|news| news.count += 1));
     }
 
+    /// No line is open any more, and what was on its way may have been missed. `line` says what is to be expected.
+    ///
+    /// Who waited for a line to open is notified when it won't; who has heard that before, is not.
+    pub(crate) fn close(&self, line: Line) {
+        for sender in self.listeners().values() {
+            sender.send_if_modified(|news| {
+                let tells = news.line == Line::Open || (news.line, line) == (Line::Opening, Line::Refused);
+                *news = News { count: news.count + u64::from(tells), line };
+                tells
+            });
+        }
+    }
+
     /// The line to these keys is as told from now on. Who listens looks for itself what has happened before.
-    pub(crate) fn set_line<'a>(&self, keys: impl IntoIterator<Item = &'a Bytes>, line: Line) {
+    fn set_line<'a>(&self, keys: impl IntoIterator<Item = &'a Bytes>, line: Line) {
         let listeners = self.listeners();
         for sender in keys.into_iter().filter_map(|key| listeners.get(key)) {
             sender.send_modify(|news| *news = News { count: news.count + 1, line });
@@ -222,7 +280,7 @@ impl fmt::Debug for Listeners {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     use tokio::time::timeout;
 
@@ -274,6 +332,52 @@ mod tests {
         listeners.set_line([&key()], Line::Refused);
         listening.opened().await;
         assert!(!listening.is_open());
+    }
+
+    /// Counts how often it is asked to run.
+    #[derive(Default)]
+    struct Counting(AtomicU32);
+
+    impl Messenger for Counting {
+        fn keep_running(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_who_wait_keep_their_messenger_running() {
+        let (listeners, messenger) = (Listeners::new(), Arc::new(Counting::default()));
+        let asked = || messenger.0.swap(0, Ordering::Relaxed);
+        let mut listening = listeners.listen(key(), Line::Opening).0.brought_by(&messenger);
+        assert!(timeout(LOOK_EVERY * 10 + LOOK_EVERY / 2, listening.opened()).await.is_err());
+        assert!(asked() > 10);
+        listeners.set_line([&key()], Line::Open);
+        listening.opened().await;
+        listening.mark();
+        asked();
+        assert!(timeout(LOOK_EVERY * 10 + LOOK_EVERY / 2, listening.news()).await.is_err());
+        assert_eq!(asked(), 11);
+        // Nobody waits.
+        sleep(LOOK_EVERY * 10).await;
+        assert_eq!(asked(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_line_that_closes_is_news_once() {
+        let listeners = Listeners::new();
+        let (mut listening, _) = listeners.listen(key(), Line::Open);
+        listeners.close(Line::Opening);
+        assert!(has_news(&mut listening).await && !listening.is_open());
+        listeners.close(Line::Opening);
+        assert!(!has_news(&mut listening).await);
+        listeners.close(Line::Refused);
+        assert!(has_news(&mut listening).await);
+        for line in [Line::Refused, Line::Opening] {
+            listeners.close(line);
+            assert!(!has_news(&mut listening).await);
+        }
+        listeners.open([&key()], &[]);
+        assert!(has_news(&mut listening).await && listening.is_open());
     }
 
     #[test]

@@ -78,7 +78,7 @@ impl RedisStore {
 
     fn on(connection: Connection, prefix: String, min_replicas: usize) -> Self {
         use fred::interfaces::ClientLike;
-        let subscriber = Subscriber::new(connection.client().client_config());
+        let subscriber = Subscriber::new(connection.client().client_config(), connection.home());
         let router = Router::new(connection.client().clone());
         let (scripts, takes_one_slot) = (Scripts::new(), AtomicBool::new(false));
         let server = Server { connection, router, scripts, clock: ServerClock::new(), min_replicas, takes_one_slot };

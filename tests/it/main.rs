@@ -12,6 +12,7 @@ mod errors;
 mod failover;
 mod interop;
 mod late;
+mod listening;
 mod loss;
 mod ownership;
 mod permissions;

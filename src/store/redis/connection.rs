@@ -5,7 +5,7 @@ mod failure;
 use std::fmt;
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use fred::clients::Client;
@@ -36,7 +36,7 @@ pub(super) struct Connection {
     /// What they have said last, for those who can't take the mutex.
     is_broken: AtomicBool,
     /// Drives the connection, where it is ours.
-    driver: Option<Driver>,
+    driver: Option<Arc<Driver>>,
     /// Whether calls wait while there is no connection. Where others can stand in, they fail at once.
     waits: bool,
     line: Mutex<Line>,
@@ -65,7 +65,7 @@ impl Connection {
         // It listens to what fred tells before there can be anything.
         let mut connection = Self::ours(build(url::parse(url)?, timeout)?, timeout);
         let driver = connect(&connection.client).await.map_err(|error| connection.peer.unreachable(&error, None))?;
-        connection.driver = Some(Driver::new(driver)?);
+        connection.driver = Some(Arc::new(Driver::new(driver)?));
         connection.ping(timeout).await?;
         Ok(connection)
     }
@@ -79,7 +79,7 @@ impl Connection {
     pub(super) fn open_lazily(config: Config, timeout: Duration) -> Result<Self, Error> {
         let connection = Self::ours(build(Config { fail_fast: false, ..config }, timeout)?, timeout);
         let driver = Driver::new(AbortOnDropHandle::new(connection.client.connect()))?;
-        Ok(Self { driver: Some(driver), waits: false, ..connection })
+        Ok(Self { driver: Some(Arc::new(driver)), waits: false, ..connection })
     }
 
     /// Of a client that doesn't connect yet.
@@ -139,6 +139,11 @@ impl Connection {
     /// The runtime that the connection is driven on, where it is ours.
     pub(super) fn runtime(&self) -> Option<Handle> {
         self.driver.as_ref().map(|driver| driver.go_on(&self.client))
+    }
+
+    /// Where the connection lives, for what is to live beside it.
+    pub(super) fn home(&self) -> Home {
+        Home(self.driver.as_ref().map(|driver| (Arc::downgrade(driver), self.client.clone())))
     }
 
     /// Begins a call. Refuses one that would have to wait for a connection, where none is to.
@@ -275,6 +280,17 @@ const UNRECEIVED: [&str; 2] = ["Failed to send command to router.", "Client is n
 
 fn not_sent(error: &fred::error::Error) -> fred::error::Error {
     fred::error::Error::new(error.kind().clone(), format!("{}{NOT_SENT}", error.details()))
+}
+
+/// Where a connection lives. Doesn't keep it open.
+pub(super) struct Home(Option<(Weak<Driver>, Client)>);
+
+impl Home {
+    /// The runtime that the connection is driven on, where it is ours and still there.
+    pub(super) fn runtime(&self) -> Option<Handle> {
+        let (driver, client) = self.0.as_ref()?;
+        Some(driver.upgrade()?.go_on(client))
+    }
 }
 
 /// What drives the connection: a task, on the runtime of whoever has needed it first.
@@ -453,7 +469,7 @@ fn build(config: Config, timeout: Duration) -> Result<Client, Error> {
 /// Connects, and owns the task that drives the connection from the first moment: who stops waiting for `init` leaves it
 /// running for ever.
 #[expect(clippy::async_yields_async, reason = "the handle is what is wanted; the task ends with the connection")]
-async fn connect(client: &Client) -> FredResult<AbortOnDropHandle<FredResult<()>>> {
+pub(super) async fn connect(client: &Client) -> FredResult<AbortOnDropHandle<FredResult<()>>> {
     let (connected, driver) = join!(
         // It listens from its first poll on, so it comes before what it listens to.
         biased;

@@ -6,244 +6,256 @@
 //!
 //! 1. A channel's line is open only once the server has confirmed the subscription; a waiter looks at the lock after
 //!    that.
-//! 2. Whenever messages may have been missed (a new connection, a full buffer), everybody is told to look.
-//! 3. Where it can't be had (no permission, an old cluster) the lines are refused: waiters go by time then.
+//! 2. Whenever messages may have been missed (a new connection, a full buffer), everybody is notified and looks.
+//! 3. Where it can't be had (no permission, an old cluster) the lines are refused: waiters go by time then. It is tried
+//!    again as long as anybody waits.
+//! 4. One task serves all. It lives where the connection of the store lives (see `Home`), or, where the client is the
+//!    caller's, on the runtime of whoever waits. Its own connection lives with it.
+//! 5. Those who wait make sure that it runs, every [`LOOK_EVERY`]: when its runtime has ended, or has run nothing for
+//!    [`STALLED`], it starts again on one that runs. Only the last start counts: an earlier task that wakes up later
+//!    changes no line.
+//! 6. A connection that breaks is replaced, and so is one that is silent: while anybody listens the server is asked
+//!    something every [`ASK_EVERY`], however many messages come. Without an answer for [`DOUBT`] no line counts as open
+//!    and everybody looks; without one for [`TIMEOUT`] the connection is replaced. So a silent connection is doubted
+//!    within 1.5 s, and replaced within 3 s.
+//! 7. The connection is closed [`LINGER`] after nobody listens any more, or up to [`ASK_EVERY`] later, whatever
+//!    messages come. One that is left on a runtime that stands still is closed when that runtime runs again, or ends.
 
-use std::collections::HashSet;
+mod line;
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
-use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use fred::bytes::Bytes;
-use fred::bytes_utils::Str;
-use fred::clients::Client;
-use fred::error::ErrorKind;
-use fred::interfaces::{ClientLike, EventInterface, PubsubInterface};
-use fred::types::Builder;
-use fred::types::config::{Config, ReconnectPolicy};
+use fred::types::config::Config;
 use tokio::runtime::Handle;
 use tokio::select;
 use tokio::sync::Notify;
-use tokio::sync::broadcast::error::RecvError;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, warn};
 
+use super::connection::Home;
 use super::names;
-use crate::Error;
-use crate::store::listen::{Line, Listeners, Listening};
+use crate::store::listen::{LOOK_EVERY, Line, Listeners, Listening, Messenger};
 
-/// For how long a subscription is kept when nobody listens, and the connection when there is none.
+/// For how long the connection is kept when nobody listens. And how long after a refusal it is tried again.
 const LINGER: Duration = Duration::from_secs(5);
-/// So many subscriptions that nobody needs are kept.
-const UNUSED: usize = 256;
-/// Messages that may wait to be looked at. More, and everybody is told.
-const BACKLOG: usize = 4_096;
 /// How long the server may take to answer. No lock depends on it.
 const TIMEOUT: Duration = Duration::from_secs(2);
-/// How long after a failure it is tried again.
-const RETRY: Duration = Duration::from_millis(500);
+/// How long it may take before messages may have been missed.
+const DOUBT: Duration = Duration::from_millis(500);
+/// How often the server is asked whether it is still there.
+const ASK_EVERY: Duration = Duration::from_secs(1);
+/// How long after a failure it is tried again: at first, and at most.
+const RETRY: [Duration; 2] = [Duration::from_millis(25), Duration::from_millis(500)];
+/// A runtime that has run nothing for so long stands still.
+const STALLED: Duration = Duration::from_secs(1);
 
-pub(super) struct Subscriber {
-    shared: Arc<Shared>,
-    /// What runs, or has run.
-    task: Mutex<Option<AbortOnDropHandle<()>>>,
-}
+pub(super) struct Subscriber(Arc<Shared>);
 
 struct Shared {
     listeners: Listeners,
-    /// There is a channel that nobody has listened to before.
-    added: Notify,
-    /// Somebody will see to what is added. Said under its mutex: nobody comes too late to be seen and too soon to
-    /// start.
-    running: Mutex<bool>,
     config: Config,
+    home: Home,
+    /// Taken before the mutex of the listeners, and before that of the connection's driver.
+    running: Mutex<Running>,
+}
+
+/// What runs.
+#[derive(Default)]
+struct Running {
+    /// How often it was started.
+    starts: u64,
+    task: Option<Started>,
+    /// The store is gone.
+    is_closed: bool,
+}
+
+struct Started {
+    handle: AbortOnDropHandle<()>,
+    runtime: Handle,
+    /// There is a channel that nobody has listened to before. One for each start: a task that stands still would take
+    /// what is meant for the next.
+    added: Arc<Notify>,
+    /// Shows whether the runtime runs its tasks.
+    probe: Option<(Instant, AbortOnDropHandle<()>)>,
 }
 
 impl Subscriber {
-    pub(super) fn new(config: Config) -> Self {
-        let (listeners, added, running) = (Listeners::new(), Notify::new(), Mutex::new(false));
-        Self { shared: Arc::new(Shared { listeners, added, running, config }), task: Mutex::new(None) }
+    pub(super) fn new(config: Config, home: Home) -> Self {
+        Self(Arc::new(Shared { listeners: Listeners::new(), config, home, running: Mutex::default() }))
     }
 
     /// Listens to the channel of the key. Outside a runtime nothing will be heard.
     pub(super) fn listen(&self, key: Bytes) -> Listening {
-        let Ok(runtime) = Handle::try_current() else { return Listening::join([]) };
+        let Ok(here) = Handle::try_current() else { return Listening::join([]) };
         let channel = names::channel_of(&key).unwrap_or(key);
-        let mut running = self.shared.running();
-        let (listening, first) = self.shared.listeners.listen(channel, Line::Opening);
-        if !std::mem::replace(&mut *running, true) {
-            let task = AbortOnDropHandle::new(runtime.spawn(Task::run(self.shared.clone())));
-            *self.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
-        } else if first {
-            self.shared.added.notify_one();
+        // Under the mutex nobody comes too late to be seen and too soon to start.
+        let mut running = self.0.running();
+        let (listening, first) = self.0.listeners.listen(channel, Line::Opening);
+        let before = self.0.clone().start_if_needed(&mut running, &here);
+        if let (None, true, Some(task)) = (&before, first, &running.task) {
+            task.added.notify_one();
         }
-        listening
+        drop(running);
+        drop(before);
+        listening.brought_by(&self.0)
+    }
+}
+
+impl Drop for Subscriber {
+    fn drop(&mut self) {
+        let mut running = self.0.running();
+        running.is_closed = true;
+        let task = running.task.take();
+        drop(running);
+        drop(task);
+    }
+}
+
+impl Messenger for Shared {
+    fn keep_running(self: Arc<Self>) {
+        let Ok(here) = Handle::try_current() else { return };
+        let shared = self.clone();
+        let mut running = shared.running();
+        let before = self.start_if_needed(&mut running, &here);
+        drop(running);
+        drop(before);
     }
 }
 
 impl Shared {
-    fn refuse_all(&self) {
-        self.listeners.set_line(&self.listeners.keys(), Line::Refused);
+    /// Starts the task, unless it runs. Returns what has run until now, to be dropped without the mutex.
+    fn start_if_needed(self: Arc<Self>, running: &mut Running, here: &Handle) -> Option<Started> {
+        if running.is_closed || running.task.as_mut().is_some_and(|task| task.runs(here)) {
+            return None;
+        }
+        let before = running.task.take();
+        let stalled = before.as_ref().filter(|task| !task.handle.is_finished()).map(|task| task.runtime.id());
+        if before.is_some() {
+            debug!(name: "tenure.revive", stalled = stalled.is_some(), "somebody listens to releases again");
+        }
+        self.listeners.close(Line::Opening);
+        let home = self.home.runtime().filter(|home| Some(home.id()) != stalled);
+        for runtime in home.iter().chain([here]) {
+            running.starts += 1;
+            let added = Arc::new(Notify::new());
+            let task = Task { shared: self.clone(), start: running.starts, added: added.clone() };
+            let handle = AbortOnDropHandle::new(runtime.spawn(task.run()));
+            // A runtime that has ended ends at once what is spawned on it.
+            let has_started = !handle.is_finished();
+            running.task = Some(Started { handle, runtime: runtime.clone(), added, probe: None });
+            if has_started {
+                break;
+            }
+        }
+        before
     }
 
     /// No code panics while it holds this mutex, so a poisoned one would be as good as any.
-    fn running(&self) -> MutexGuard<'_, bool> {
+    fn running(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The connection, and what it is subscribed to.
+impl Started {
+    /// Whether it runs, as far as is known here.
+    fn runs(&mut self, here: &Handle) -> bool {
+        if self.handle.is_finished() {
+            return false;
+        }
+        if self.runtime.id() == here.id() {
+            // It runs the one who asks.
+            self.probe = None;
+            return true;
+        }
+        match &self.probe {
+            Some((since, probe)) if !probe.is_finished() => since.elapsed() < STALLED,
+            Some((since, _)) if since.elapsed() < LOOK_EVERY => true,
+            _ => {
+                self.probe = Some((Instant::now(), AbortOnDropHandle::new(self.runtime.spawn(async {}))));
+                true
+            }
+        }
+    }
+}
+
+/// One start of the task.
 struct Task {
     shared: Arc<Shared>,
-    client: Client,
-    subscribed: HashSet<Bytes>,
+    start: u64,
+    added: Arc<Notify>,
 }
 
 impl Task {
-    async fn run(shared: Arc<Shared>) {
-        let mut end = End { shared, over: false };
-        let mut warned = false;
+    async fn run(self) {
+        let mut end = End { task: self, over: false };
+        let (mut warned, mut failures) = (false, 0_u32);
         while !end.if_unused() {
-            let Err(error) = Self::serve(end.shared.clone()).await else { continue };
-            if warned {
+            let task = &end.task;
+            let mut was_open = false;
+            let Err(error) = line::serve(task, &mut was_open).await else { continue };
+            failures = if was_open { 0 } else { failures + 1 };
+            // The first failure of a connection that has worked is mended at once.
+            if warned || failures == 0 {
                 debug!(name: "tenure.no_news", %error, "releases are not heard of");
             } else {
                 warn!(name: "tenure.no_news", %error, "releases are not heard of; waiting goes by time");
                 warned = true;
             }
-            let again = Instant::now() + if error.is_transient() { RETRY } else { LINGER };
+            let [shortest, longest] = RETRY;
+            let pause = if error.is_transient() { longest.min(shortest * (1 << failures.min(8))) } else { LINGER };
+            let again = Instant::now() + pause;
             loop {
-                end.shared.refuse_all();
+                task.if_last(|listeners| listeners.close(Line::Refused));
                 select! {
-                    () = end.shared.added.notified() => {}
+                    () = task.added.notified() => {}
                     () = sleep_until(again) => break,
                 }
             }
         }
     }
 
-    /// Until nobody has listened for a while.
-    async fn serve(shared: Arc<Shared>) -> Result<(), Error> {
-        let client = Builder::from_config(shared.config.clone())
-            .with_connection_config(|config| {
-                config.connection_timeout = TIMEOUT;
-                config.internal_command_timeout = TIMEOUT;
-                config.max_command_attempts = 1;
-            })
-            .with_performance_config(|config| {
-                config.default_command_timeout = TIMEOUT;
-                config.broadcast_channel_capacity = BACKLOG;
-            })
-            .set_policy(ReconnectPolicy::new_exponential(0, 50, 2_000, 2))
-            .build()?;
-        let (mut messages, mut reconnects) = (client.message_rx(), client.reconnect_rx());
-        let _driver = AbortOnDropHandle::new(client.connect());
-        within(client.wait_for_connect()).await?;
-        let mut task = Self { shared, client, subscribed: HashSet::new() };
-        let mut last_used = Instant::now();
-        let mut changed = true;
-        loop {
-            if changed {
-                if task.settle().await? {
-                    last_used = Instant::now();
-                } else if last_used.elapsed() >= LINGER {
-                    return Ok(());
-                }
-            }
-            changed = true;
-            select! {
-                message = messages.recv() => match message {
-                    Ok(message) => {
-                        task.shared.listeners.tell(message.channel.as_bytes());
-                        changed = false;
-                    }
-                    Err(RecvError::Lagged(_)) => task.shared.listeners.tell_all(),
-                    Err(RecvError::Closed) => return Err(Error::timeout()),
-                },
-                // What was subscribed to is so no more, and messages may have been missed.
-                _ = reconnects.recv() => task.subscribed.clear(),
-                () = task.shared.added.notified() => {}
-                () = sleep(LINGER) => {}
-            }
+    /// Changes the lines, unless there was another start: then they are no longer this one's to change.
+    fn if_last(&self, change: impl FnOnce(&Listeners)) {
+        let running = self.shared.running();
+        if running.starts == self.start {
+            change(&self.shared.listeners);
         }
     }
-
-    /// Subscribes to what is listened to. Answers whether anything is.
-    async fn settle(&mut self) -> Result<bool, Error> {
-        let wanted: HashSet<Bytes> = self.shared.listeners.keys().into_iter().collect();
-        let added: Vec<Bytes> = wanted.difference(&self.subscribed).cloned().collect();
-        if !added.is_empty() {
-            self.subscribe(&added).await?;
-        }
-        // Those that were subscribed to for others before, too.
-        self.shared.listeners.open(&wanted, &added);
-        self.subscribed.extend(added);
-        // Not at once: who obtains lock after lock would subscribe again and again.
-        let unused: Vec<Bytes> = self.subscribed.difference(&wanted).cloned().collect();
-        if unused.len() > wanted.len().max(UNUSED) {
-            self.unsubscribe(&unused).await?;
-            self.subscribed = wanted.clone();
-        }
-        Ok(!wanted.is_empty())
-    }
-
-    async fn subscribe(&self, channels: &[Bytes]) -> Result<(), Error> {
-        if self.client.is_clustered() {
-            for channel in texts(channels) {
-                within(self.client.ssubscribe(channel)).await?;
-            }
-            return Ok(());
-        }
-        within(self.client.subscribe(texts(channels))).await?;
-        // fred says so before the server has. What comes behind it on the same connection is answered after it.
-        within(self.client.ping::<()>(None)).await
-    }
-
-    async fn unsubscribe(&self, channels: &[Bytes]) -> Result<(), Error> {
-        if self.client.is_clustered() {
-            for channel in texts(channels) {
-                within(self.client.sunsubscribe(channel)).await?;
-            }
-            return Ok(());
-        }
-        within(self.client.unsubscribe(texts(channels))).await
-    }
-}
-
-/// As fred wants them. They are text, all of them.
-fn texts(channels: &[Bytes]) -> Vec<Str> {
-    channels.iter().filter_map(|channel| Str::from_inner(channel.clone()).ok()).collect()
-}
-
-async fn within<T>(call: impl Future<Output = Result<T, fred::error::Error>>) -> Result<T, Error> {
-    let late = |_| Err(fred::error::Error::new(ErrorKind::Timeout, "the server did not answer in time"));
-    timeout(TIMEOUT, call).await.unwrap_or_else(late).map_err(Error::Redis)
 }
 
 /// The end of the task.
 struct End {
-    shared: Arc<Shared>,
+    task: Task,
     over: bool,
 }
 
 impl End {
-    /// Ends when nobody listens.
+    /// Ends when nobody listens, or another has taken over.
     fn if_unused(&mut self) -> bool {
-        let mut running = self.shared.running();
-        self.over = self.shared.listeners.len() == 0;
-        *running = !self.over;
+        let mut running = self.task.shared.running();
+        let is_last = running.starts == self.task.start;
+        self.over = !is_last || self.task.shared.listeners.len() == 0;
+        let ended = if self.over && is_last { running.task.take() } else { None };
+        drop(running);
+        if let Some(ended) = ended {
+            // It ends by itself.
+            drop(ended.handle.detach());
+        }
         self.over
     }
 }
 
 impl Drop for End {
-    /// With its runtime: nobody is left who would hear anything.
+    /// With its runtime: nothing will be heard until one of those who wait, and look now, starts it again.
     fn drop(&mut self) {
         if !self.over {
-            *self.shared.running() = false;
-            self.shared.refuse_all();
+            self.task.if_last(|listeners| listeners.close(Line::Refused));
         }
     }
 }
@@ -251,6 +263,6 @@ impl Drop for End {
 impl fmt::Debug for Subscriber {
     /// Says nothing of the configuration: fred would print the password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Subscriber").field("channels", &self.shared.listeners.len()).finish()
+        f.debug_struct("Subscriber").field("channels", &self.0.listeners.len()).finish()
     }
 }

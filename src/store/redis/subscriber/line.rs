@@ -1,0 +1,212 @@
+//! One connection of the subscriber, from its opening until it breaks, falls silent, or nobody needs it any more.
+
+use std::collections::{HashMap, HashSet};
+use std::future::Future;
+use std::pin::pin;
+
+use fred::bytes::Bytes;
+use fred::bytes_utils::Str;
+use fred::clients::Client;
+use fred::error::ErrorKind;
+use fred::interfaces::{ClientLike, ClusterInterface, EventInterface, PubsubInterface};
+use fred::types::config::{ReconnectPolicy, Server};
+use fred::types::{Builder, Message};
+use fred::util::redis_keyslot;
+use tokio::select;
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use super::super::connection::connect;
+use super::{ASK_EVERY, DOUBT, LINGER, TIMEOUT, Task};
+use crate::Error;
+use crate::store::listen::{Line, Listeners};
+
+/// So many subscriptions that nobody needs are kept.
+const UNUSED: usize = 256;
+/// Messages that may wait to be looked at. More, and everybody is told.
+const BACKLOG: usize = 4_096;
+
+/// A connection, and what it is subscribed to.
+struct Connected<'a> {
+    task: &'a Task,
+    client: Client,
+    /// fred tells of connections that broke,
+    errors: Receiver<(fred::error::Error, Option<Server>)>,
+    /// and of connections that were made.
+    reconnects: Receiver<Server>,
+    subscribed: HashSet<Bytes>,
+}
+
+/// Opens a connection and brings the news on it, until nobody has listened for a while.
+///
+/// Sets `was_open` once a line was open.
+pub(super) async fn serve(task: &Task, was_open: &mut bool) -> Result<(), Error> {
+    let client = Builder::from_config(task.shared.config.clone())
+        .with_connection_config(|config| {
+            config.connection_timeout = TIMEOUT;
+            config.internal_command_timeout = TIMEOUT;
+            config.max_command_attempts = 1;
+        })
+        .with_performance_config(|config| {
+            config.default_command_timeout = TIMEOUT;
+            config.broadcast_channel_capacity = BACKLOG;
+        })
+        // fred follows the nodes of a cluster only if it may reconnect.
+        .set_policy(ReconnectPolicy::new_exponential(0, 50, 2_000, 2))
+        .build()?;
+    let mut driver = within(connect(&client)).await?;
+    // Nothing is subscribed to yet: what happened until now doesn't matter.
+    let (messages, errors, reconnects) = (client.message_rx(), client.error_rx(), client.reconnect_rx());
+    let connected = Connected { task, client, errors, reconnects, subscribed: HashSet::new() };
+    select! {
+        // Messages are passed on also while the server is asked something.
+        error = hear(messages, &task.shared.listeners) => Err(error),
+        ended = connected.serve(was_open) => ended,
+        // fred has given up.
+        _ = &mut driver => Err(Error::timeout()),
+    }
+}
+
+async fn hear(mut messages: Receiver<Message>, listeners: &Listeners) -> Error {
+    loop {
+        match messages.recv().await {
+            Ok(message) => listeners.tell(message.channel.as_bytes()),
+            Err(RecvError::Lagged(_)) => listeners.tell_all(),
+            Err(RecvError::Closed) => return Error::timeout(),
+        }
+    }
+}
+
+impl Connected<'_> {
+    async fn serve(mut self, was_open: &mut bool) -> Result<(), Error> {
+        let (mut is_used, mut last_used) = (false, Instant::now());
+        let mut ask_at = last_used + ASK_EVERY;
+        loop {
+            if is_used && Instant::now() >= ask_at {
+                self.ask().await?;
+                ask_at = Instant::now() + ASK_EVERY;
+            }
+            is_used = self.settle().await?;
+            *was_open |= is_used;
+            if is_used {
+                last_used = Instant::now();
+            } else if last_used.elapsed() >= LINGER {
+                return Ok(());
+            }
+            // That nobody listens any more is noticed then, too.
+            let look_at = if is_used { ask_at } else { last_used + LINGER };
+            select! {
+                broken = self.errors.recv() => return Err(broken.map_or_else(|_| Error::timeout(), |it| it.0.into())),
+                // What was subscribed to is so no more, and messages may have been missed.
+                _ = self.reconnects.recv() => self.subscribe_again(),
+                () = self.task.added.notified() => {}
+                () = sleep_until(look_at) => {}
+            }
+        }
+    }
+
+    /// Subscribes to what is listened to, and opens the lines. Returns whether anything is.
+    async fn settle(&mut self) -> Result<bool, Error> {
+        let wanted: HashSet<Bytes> = self.task.shared.listeners.keys().into_iter().collect();
+        let added: Vec<Bytes> = wanted.difference(&self.subscribed).cloned().collect();
+        if !added.is_empty() {
+            self.doubting(self.subscribe(&added)).await?;
+        }
+        // A connection that broke meanwhile may have been subscribed on before, and asked after.
+        if self.errors.is_empty() && self.reconnects.is_empty() {
+            // Those that were subscribed to for others before, too.
+            self.task.if_last(|listeners| listeners.open(&wanted, &added));
+        }
+        self.subscribed.extend(added);
+        // Not at once: who obtains lock after lock would subscribe again and again.
+        let unused: Vec<Bytes> = self.subscribed.difference(&wanted).cloned().collect();
+        if unused.len() > wanted.len().max(UNUSED) {
+            self.unsubscribe(&unused).await?;
+            self.subscribed = wanted.clone();
+        }
+        Ok(!wanted.is_empty())
+    }
+
+    /// Everything has to be subscribed to once more; until then nothing is heard.
+    fn subscribe_again(&mut self) {
+        self.subscribed.clear();
+        self.task.if_last(|listeners| listeners.close(Line::Opening));
+    }
+
+    /// Asks the server something. While no answer comes, the connection may be silent: no line is open then, and
+    /// everybody looks. Who calls this has to settle afterwards.
+    async fn doubting(&self, call: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
+        let mut call = pin!(call);
+        select! {
+            biased;
+            answer = &mut call => return answer,
+            () = sleep(DOUBT) => self.task.if_last(|listeners| listeners.close(Line::Opening)),
+        }
+        call.await
+    }
+
+    /// Makes sure that the server still speaks to us; of a cluster, every node that is listened to.
+    async fn ask(&mut self) -> Result<(), Error> {
+        if !self.client.is_clustered() {
+            return self.doubting(async { answered(within(self.client.ping(None)).await) }).await;
+        }
+        // Nobody is told by fred that a slot has moved and its subscriptions have ended. So each node is asked for a
+        // channel that it should have, another each time; fred follows when it has moved, and knows all slots then.
+        let mut channels: Vec<Bytes> = self.task.shared.listeners.keys();
+        channels.retain(|channel| self.subscribed.contains(channel));
+        fastrand::shuffle(&mut channels);
+        let owners = self.owners_of(&channels);
+        let asked: HashMap<&Server, &Bytes> = owners.iter().flatten().zip(&channels).collect();
+        let asked: Vec<Bytes> = asked.into_values().cloned().collect();
+        self.doubting(self.subscribe(&asked)).await?;
+        if self.owners_of(&channels) != owners {
+            self.subscribe_again();
+        }
+        Ok(())
+    }
+
+    /// Whose the channels are, as far as is known here.
+    fn owners_of(&self, channels: &[Bytes]) -> Vec<Option<Server>> {
+        let routing = self.client.cached_cluster_state();
+        let owner = |channel: &Bytes| routing.as_ref()?.get_server(redis_keyslot(channel)).cloned();
+        channels.iter().map(owner).collect()
+    }
+
+    async fn subscribe(&self, channels: &[Bytes]) -> Result<(), Error> {
+        if self.client.is_clustered() {
+            for channel in texts(channels) {
+                within(self.client.ssubscribe(channel)).await?;
+            }
+            return Ok(());
+        }
+        within(self.client.subscribe(texts(channels))).await?;
+        // fred says so before the server has. What comes behind it on the same connection is answered after it.
+        answered(within(self.client.ping(None)).await)
+    }
+
+    async fn unsubscribe(&self, channels: &[Bytes]) -> Result<(), Error> {
+        if self.client.is_clustered() {
+            for channel in texts(channels) {
+                within(self.client.sunsubscribe(channel)).await?;
+            }
+            return Ok(());
+        }
+        within(self.client.unsubscribe(texts(channels))).await
+    }
+}
+
+/// Any answer of the server will do, also that it is not allowed to ask.
+fn answered(answer: Result<(), Error>) -> Result<(), Error> {
+    answer.or_else(|error| if error.is_refusal() { Ok(()) } else { Err(error) })
+}
+
+/// As fred wants them. They are text, all of them.
+fn texts(channels: &[Bytes]) -> Vec<Str> {
+    channels.iter().filter_map(|channel| Str::from_inner(channel.clone()).ok()).collect()
+}
+
+async fn within<T>(call: impl Future<Output = Result<T, fred::error::Error>>) -> Result<T, Error> {
+    let late = |_| Err(fred::error::Error::new(ErrorKind::Timeout, "the server did not answer in time"));
+    timeout(TIMEOUT, call).await.unwrap_or_else(late).map_err(Error::Redis)
+}

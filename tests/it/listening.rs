@@ -1,0 +1,309 @@
+//! Waiters hear of releases for as long as they wait: whatever becomes of the runtime that listened for them, or of the
+//! connection.
+//!
+//! Nobody here looks at a lock more often than once a minute unless it hears something, and no lock expires sooner. So
+//! a waiter that gets its lock within the patience of a test has heard of its release.
+
+use std::thread;
+use std::time::Duration;
+
+use tenure::fred::clients::Client;
+use tenure::fred::interfaces::ClientLike;
+use tenure::fred::types::config::{Config, ReconnectPolicy};
+use tenure::fred::types::{Builder as FredBuilder, RespVersion};
+use tenure::{LockGuard, Locker, LockerBuilder};
+use tenure_test_support::{Cluster, Mode, Proxy, Server, Version, eventually, soon};
+use tokio::runtime::{Builder, Runtime};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// Runs only what is driven by `block_on`, and while it is.
+fn runtime() -> Runtime {
+    Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// Runs by itself.
+fn running() -> Runtime {
+    Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
+fn patient() -> LockerBuilder {
+    Locker::builder().ttl(ms(60_000)).poll_every(ms(60_000))
+}
+
+/// The connections to the server that are subscribed to anything, by their ids.
+fn listening(server: &Server) -> Vec<String> {
+    let clients = server.cli(&["CLIENT", "LIST", "TYPE", "pubsub"]);
+    clients.lines().filter_map(|client| client.split(' ').next()).map(str::to_owned).collect()
+}
+
+/// Waits for a lock that another holds. Returns once somebody in that process listens.
+async fn wait_and_listen(server: &Server, locker: &Locker, key: &str) -> JoinHandle<LockGuard> {
+    let request = locker.lock(key);
+    let waiter = tokio::spawn(async move { request.await.unwrap() });
+    let channels = |kind| server.cli(&["PUBSUB", kind, key]).lines().any(|channel| channel == key);
+    eventually("it listens", async || (channels("CHANNELS") || channels("SHARDCHANNELS")).then_some(())).await;
+    waiter
+}
+
+/// A waiter on this runtime gets the lock when it is released.
+async fn a_waiter_hears(locker: &Locker, other: &Locker, key: &str) {
+    let held = soon(other.lock(key)).await.unwrap();
+    let mut waiter = tokio::spawn(locker.lock(key).into_future());
+    // Time enough for it to listen, and to find out that nobody does.
+    assert!(timeout(ms(2_500), &mut waiter).await.is_err());
+    soon(held.release()).await.unwrap();
+    let released = Instant::now();
+    soon(soon(waiter).await.unwrap().unwrap().release()).await.unwrap();
+    assert!(released.elapsed() < ms(1_000), "{key}: heard after {:?}", released.elapsed());
+}
+
+/// The first waiter of a locker is on this runtime, and gives up.
+fn wait_in_vain(on: &Runtime, server: &Server, locker: &Locker, other: &Locker) {
+    on.block_on(async {
+        let held = soon(other.lock("first")).await.unwrap();
+        wait_and_listen(server, locker, "first").await.abort();
+        soon(held.release()).await.unwrap();
+    });
+}
+
+/// What a locker's connection lives on.
+#[derive(Clone, Copy, Debug)]
+enum Home {
+    Runtime,
+    ItsOwn,
+    /// It is the caller's, who has it on a runtime.
+    Client,
+}
+
+const HOMES: [Home; 3] = [Home::Runtime, Home::ItsOwn, Home::Client];
+
+/// Each on a thread of its own: they wait most of the time.
+fn each<const N: usize>(homes: [Home; N], test: impl Fn(Home) + Sync) {
+    let test = &test;
+    thread::scope(|scope| homes.map(|home| drop(scope.spawn(move || test(home)))));
+}
+
+async fn connect(server: &Server, home: Home) -> Locker {
+    match home {
+        Home::Runtime => patient().connect(&server.url()).await.unwrap(),
+        Home::ItsOwn => patient().isolated(true).connect(&server.url()).await.unwrap(),
+        Home::Client => patient().client(client(&server.url(), RespVersion::RESP2).await),
+    }
+}
+
+async fn client(url: &str, version: RespVersion) -> Client {
+    let config = Config { version, ..Config::from_url(url).unwrap() };
+    let policy = ReconnectPolicy::new_exponential(0, 50, 2_000, 2);
+    let client = FredBuilder::from_config(config).set_policy(policy).build().unwrap();
+    client.init().await.unwrap();
+    client
+}
+
+#[test]
+fn waiters_hear_of_releases_when_the_runtime_of_the_first_waiter_stands_still() {
+    each(HOMES, |home| {
+        let (server, main, idle) = (Server::start(), running(), runtime());
+        let (locker, other) = main.block_on(async { (connect(&server, home).await, patient_on(&server).await) });
+        wait_in_vain(&idle, &server, &locker, &other);
+        main.block_on(a_waiter_hears(&locker, &other, "k"));
+        drop(idle);
+        main.block_on(a_waiter_hears(&locker, &other, "k"));
+    });
+}
+
+#[test]
+fn who_waits_alone_hears_of_a_release_after_the_runtime_that_listened_has_ended() {
+    each(HOMES, |home| {
+        let (server, main, ends) = (Server::start(), running(), running());
+        let other = main.block_on(patient_on(&server));
+        let locker = match home {
+            Home::Runtime => ends.block_on(connect(&server, home)),
+            Home::ItsOwn | Home::Client => main.block_on(connect(&server, home)),
+        };
+        wait_in_vain(&ends, &server, &locker, &other);
+        let held = main.block_on(other.lock("waits").into_future()).unwrap();
+        let waiter = main.block_on(wait_and_listen(&server, &locker, "waits"));
+        drop(ends);
+        main.block_on(async {
+            // Time enough for it to find that out.
+            sleep(ms(2_500)).await;
+            soon(held.release()).await.unwrap();
+            let released = Instant::now();
+            soon(soon(waiter).await.unwrap().release()).await.unwrap();
+            assert!(released.elapsed() < ms(1_000), "{home:?}: heard after {:?}", released.elapsed());
+            a_waiter_hears(&locker, &other, "k").await;
+            // And not by more than one connection.
+            assert_eq!(listening(&server).len(), 1, "{home:?}");
+        });
+    });
+}
+
+#[test]
+fn who_waits_for_long_hears_of_a_release_after_the_runtime_that_listened_has_stood_still() {
+    each([Home::Runtime, Home::Client], |home| {
+        let (server, main, idle) = (Server::start(), running(), runtime());
+        let other = main.block_on(patient_on(&server));
+        // It connects and listens there: with a client of one's own, the connection itself goes on.
+        let locker = match home {
+            Home::Client => main.block_on(connect(&server, home)),
+            _ => idle.block_on(connect(&server, home)),
+        };
+        let held = main.block_on(other.lock("waits").into_future()).unwrap();
+        wait_in_vain(&idle, &server, &locker, &other);
+        main.block_on(async {
+            let waiter = tokio::spawn(locker.lock("waits").into_future());
+            sleep(ms(4_000)).await;
+            held.release().await.unwrap();
+            let released = Instant::now();
+            soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+            assert!(released.elapsed() < ms(1_000), "{home:?}: heard after {:?}", released.elapsed());
+        });
+    });
+}
+
+#[test]
+fn listening_moves_on_as_often_as_it_has_to() {
+    let (server, main) = (Server::start(), running());
+    let (locker, other) = main.block_on(async { (connect(&server, Home::Client).await, patient_on(&server).await) });
+    let mut idle = Vec::new();
+    for round in 0..3 {
+        let runtime = runtime();
+        wait_in_vain(&runtime, &server, &locker, &other);
+        runtime.block_on(a_waiter_hears(&locker, &other, &format!("k:{round}")));
+        idle.push(runtime);
+    }
+    main.block_on(a_waiter_hears(&locker, &other, "k"));
+    // Those that wake up again disturb nobody.
+    for runtime in &idle {
+        runtime.block_on(async { sleep(ms(50)).await });
+    }
+    main.block_on(async {
+        a_waiter_hears(&locker, &other, "k").await;
+        eventually("one is left", async || (listening(&server).len() == 1).then_some(())).await;
+    });
+}
+
+async fn patient_on(server: &Server) -> Locker {
+    patient().connect(&server.url()).await.unwrap()
+}
+
+/// The connections that there are fall silent while a waiter listens and messages keep coming.
+async fn silence(server: &Server, proxies: &[Proxy], locker: &Locker, other: &Locker, own: Option<&Client>) {
+    let held = soon(other.lock("k")).await.unwrap();
+    let waiter = wait_and_listen(server, locker, "k").await;
+    let before = listening(server);
+    // As long as the server answers it is left alone.
+    sleep(ms(2_500)).await;
+    assert_eq!(listening(server), before);
+    proxies.iter().for_each(|proxy| proxy.set(Mode::Silence));
+    let silent = Instant::now();
+    if let Some(client) = own {
+        // Its own connection is the caller's to replace.
+        soon(client.force_reconnection()).await.unwrap();
+    }
+    eventually("another listens", async || {
+        // The key is hot.
+        server.cli(&["PUBLISH", "k", ""]);
+        server.cli(&["SPUBLISH", "k", ""]);
+        listening(server).iter().any(|id| !before.contains(id)).then_some(())
+    })
+    .await;
+    assert!(silent.elapsed() < ms(6_000), "found after {:?}", silent.elapsed());
+    assert!(!waiter.is_finished());
+    // Released in the background: the connections for commands may have to be found silent first.
+    drop(held);
+    soon(soon(waiter).await.unwrap().release()).await.unwrap();
+    a_waiter_hears(locker, other, "k").await;
+    eventually("the silent one is closed", async || {
+        (!listening(server).iter().any(|id| before.contains(id))).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_falls_silent_while_its_key_is_hot_is_replaced() {
+    let server = Server::start();
+    let other = patient_on(&server).await;
+    let proxies = [Proxy::start(server.port()).await];
+    let locker = patient().connect(&proxies[0].url()).await.unwrap();
+    silence(&server, &proxies, &locker, &other, None).await;
+    for version in [RespVersion::RESP2, RespVersion::RESP3] {
+        let client = client(&proxies[0].url(), version).await;
+        silence(&server, &proxies, &patient().client(client.clone()), &other, Some(&client)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn on_a_cluster_a_connection_that_falls_silent_while_its_key_is_hot_is_replaced() {
+    // Before Redis 7 a cluster's waiters hear of no release.
+    if !Version::of_this_run().has_redis(7, 0) {
+        return;
+    }
+    let cluster = Cluster::start();
+    let mut proxies = Vec::new();
+    for node in &cluster.nodes {
+        let proxy = Proxy::start(node.port()).await;
+        let port = proxy.url().rsplit(':').next().unwrap().to_owned();
+        assert_eq!(node.cli(&["CONFIG", "SET", "cluster-announce-port", &port]), "OK");
+        proxies.push((proxy, port));
+    }
+    // All of them send clients through the proxies.
+    eventually("all know of the proxies", async || {
+        let knows = |node: &Server| {
+            let slots = node.cli(&["CLUSTER", "SLOTS"]);
+            proxies.iter().all(|(_, port)| slots.lines().any(|line| line == port))
+        };
+        cluster.nodes.iter().all(knows).then_some(())
+    })
+    .await;
+    let proxies: Vec<Proxy> = proxies.into_iter().map(|(proxy, _)| proxy).collect();
+    let locker = patient().connect(&cluster.url()).await.unwrap();
+    let other = patient().connect(&cluster.url()).await.unwrap();
+    let place = cluster.place_of("k");
+    silence(&cluster.nodes[place], &proxies[place..=place], &locker, &other, None).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waiters_for_a_key_whose_slot_has_moved_listen_on_its_new_node() {
+    // Before Redis 7 a cluster's waiters hear of no release.
+    if !Version::of_this_run().has_redis(7, 0) {
+        return;
+    }
+    let cluster = Cluster::start();
+    let locker = patient().connect(&cluster.url()).await.unwrap();
+    let other = patient().connect(&cluster.url()).await.unwrap();
+    let held = soon(other.lock("k")).await.unwrap();
+    let (from, waiter) =
+        (cluster.place_of("k"), wait_and_listen(&cluster.nodes[cluster.place_of("k")], &locker, "k").await);
+    let to = (from + 1) % 3;
+    cluster.migrate("k", from, to, || {});
+    eventually("it listens there", async || {
+        cluster.nodes[to].cli(&["PUBSUB", "SHARDCHANNELS", "k"]).lines().any(|channel| channel == "k").then_some(())
+    })
+    .await;
+    soon(held.release()).await.unwrap();
+    soon(soon(waiter).await.unwrap().release()).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_connection_is_closed_when_nobody_listens_any_more_although_messages_come() {
+    let server = Server::start();
+    let (locker, other) = (patient_on(&server).await, patient_on(&server).await);
+    let held = other.lock("k").await.unwrap();
+    let waiter = wait_and_listen(&server, &locker, "k").await;
+    held.release().await.unwrap();
+    soon(waiter).await.unwrap().release().await.unwrap();
+    eventually("it is closed", async || {
+        // It is subscribed to still.
+        server.cli(&["PUBLISH", "k", ""]);
+        listening(&server).is_empty().then_some(())
+    })
+    .await;
+    // And opened again.
+    a_waiter_hears(&locker, &other, "k").await;
+}
