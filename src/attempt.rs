@@ -7,15 +7,15 @@ use tokio::runtime::Handle;
 use tokio::select;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::debug;
 
+use crate::debts::{Debt, Work};
 use crate::hold::{Grant, GrantId, Hold};
 use crate::keeper::Upkeep;
-use crate::queue::{Place, Turn};
+use crate::queue::{HEARTBEAT, Place, Turn};
 use crate::schedule::{Drift, Renewal};
 use crate::store::listen::Listening;
-use crate::store::{Acquired, Queueing, Wanted};
+use crate::store::{Acquired, InLine, LinePlace, Queueing, Wanted};
 use crate::wait::Woken;
 use crate::{Error, Key, LockGuard, Token};
 
@@ -36,14 +36,17 @@ pub(crate) struct Attempt {
     runtime: Handle,
     /// An attempt had an unknown outcome, so that it may be run after the lock is released.
     doubt: bool,
-    /// There while unsettled. The token makes [`Locker::close`](crate::Locker::close) wait until that is over.
-    unsettled: Option<TaskTrackerToken>,
+    /// There while unsettled. [`Locker::close`](crate::Locker::close) waits until that is over, or undoes it.
+    unsettled: Option<Debt>,
     /// The token has been used.
     made: bool,
     /// Where it stands among those in this process who wait for the key.
     place: Option<Place>,
-    /// It may stand in the line of all processes.
-    in_line: bool,
+    /// The server has said that the lock is held by another, so there is something to wait for.
+    was_refused: bool,
+    /// Where it may stand in the line of all processes with a place of its own: for this of its keys, with this place,
+    /// and the next sign of life is due then.
+    in_line: Option<(Key, LinePlace, Instant)>,
 }
 
 /// What the server has decided.
@@ -66,7 +69,8 @@ impl Attempt {
             unsettled: None,
             made: false,
             place: None,
-            in_line: false,
+            was_refused: false,
+            in_line: None,
         }
     }
 
@@ -83,8 +87,12 @@ impl Attempt {
         let patience = limit.map_or(Duration::MAX, |limit| limit.saturating_duration_since(sent));
         let timeout = self.upkeep.command_timeout.min(patience.max(FIRST_ATTEMPT));
         let doubtful = self.unsettled.is_some();
-        self.unsettle();
-        let call = self.upkeep.store.acquire(&self.wanted, timeout);
+        if !doubtful {
+            self.unsettled = Some(self.upkeep.debts.owe_since(sent, Work::Undo(self.wanted.clone())));
+        }
+        self.expect(sent + timeout + GRACE);
+        let in_line = self.in_line();
+        let call = self.upkeep.store.acquire(&self.wanted, in_line, timeout);
         let (answer, settles) = select! {
             biased;
             () = closed.cancelled() => return Err(Error::Closed),
@@ -94,7 +102,7 @@ impl Attempt {
             },
         };
         let refused = match &answer {
-            Ok(Acquired::Held { .. } | Acquired::NotNext { .. }) => true,
+            Ok(Acquired::Held { .. }) => true,
             Ok(Acquired::Granted { .. }) => false,
             Err(error) => settles || error.has_not_run(),
         };
@@ -108,24 +116,70 @@ impl Attempt {
                 Outcome::Granted(Grant { sent, ttl: self.wanted.ttl, fencing_token, doubt: None })
             }
             Acquired::Held { place, remaining } => {
+                self.was_refused = true;
+                if self.place.is_some() {
+                    self.upkeep.look_after_queues(&self.runtime);
+                }
                 let key = self.wanted.owned.keys.get(place).cloned().unwrap_or_else(|| self.key());
                 Outcome::Held { key, remaining }
             }
-            Acquired::NotNext { next, remaining } => {
-                // It may be one of ours, who came later here and was faster there.
-                if let Some(place) = &self.place {
-                    place.let_pass(&next);
-                }
-                Outcome::Held { key: self.key(), remaining: Some(remaining) }
-            }
         })
+    }
+
+    /// How it asks: with its place in the line, if it has one or shall have one from now on.
+    fn in_line(&mut self) -> InLine {
+        let queueing = self.wanted.queueing;
+        if !self.upkeep.store.has_line() || queueing == Queueing::None {
+            return InLine::No;
+        }
+        match (&self.place, self.only_key()) {
+            (Some(place), Some(key)) if queueing == Queueing::Own || self.was_refused || place.may_be_in_line() => {
+                place.enters_line();
+                let place = place.in_line();
+                if !place.is_shared {
+                    self.in_line = Some((key, place, Instant::now() + HEARTBEAT));
+                }
+                InLine::At { key: 0, place }
+            }
+            (None, Some(_)) if queueing == Queueing::Behind => InLine::Behind,
+            (None, None) => match &self.in_line {
+                Some((key, place, _)) => {
+                    let at = self.wanted.owned.keys.iter().position(|other| other == key);
+                    InLine::At { key: at.unwrap_or_default(), place: *place }
+                }
+                None => InLine::No,
+            },
+            _ => InLine::No,
+        }
     }
 
     /// Takes the last place among those who wait for the key. Requests for several keys stand in no queue.
     pub(crate) fn queue_up(&mut self) {
         if let (None, Some(key)) = (&self.place, self.only_key()) {
-            self.in_line = true;
-            self.place = Some(self.upkeep.queues.enter(key, self.wanted.clone()));
+            let place = self.upkeep.queues.enter(key, self.wanted.clone());
+            if !place.is_first() {
+                self.upkeep.look_after_queues(&self.runtime);
+            }
+            self.was_refused = place.is_contended();
+            self.place = Some(place);
+        }
+    }
+
+    /// The lock was handed over, and taken back because nobody took it. Begins as a new request would, behind all who
+    /// wait: what the token may still do at the server must not be this one's.
+    pub(crate) fn start_over(&mut self) {
+        self.leave_queue();
+        self.leave_line();
+        let mut owned = self.wanted.owned.clone();
+        owned.token = Token::random();
+        self.wanted = Arc::new(Wanted { owned, latest: Arc::default(), ..Wanted::clone(&self.wanted) });
+        (self.made, self.was_refused) = (false, false);
+    }
+
+    /// It will be polled until then, unless nobody polls it any more.
+    pub(crate) fn expect(&self, until: Instant) {
+        if let Some(place) = &self.place {
+            place.expect(until);
         }
     }
 
@@ -147,24 +201,47 @@ impl Attempt {
                 Woken::Ask
             }
             Turn::AskAgain { settled: true } | Turn::First => Woken::Ask,
+            Turn::TakenBack => Woken::TakenBack,
         }
     }
 
     fn unsettle(&mut self) {
         if self.unsettled.is_none() {
-            self.unsettled = Some(self.upkeep.releases.token());
+            self.unsettled = Some(self.upkeep.debts.owe(Work::Undo(self.wanted.clone())));
         }
     }
 
-    /// Gives signs of life of all in this process who stand in line with others.
-    pub(crate) async fn attend(&self) {
-        let (Some(key), Some(place)) = (self.only_key(), &self.place) else { return };
-        let queued = place.queued();
-        for some in queued.chunks(128) {
-            if let Err(error) = self.upkeep.store.attend(&key, some, self.upkeep.command_timeout).await {
-                debug!(name: "tenure.attend_failed", %key, %error, "no sign of life; the place in the queue may be lost");
-                return;
+    /// When the next sign of life is due, where it is in the line.
+    pub(crate) fn next_heartbeat(&self) -> Option<Instant> {
+        match &self.place {
+            Some(place) => place.next_heartbeat(),
+            None => self.in_line.as_ref().map(|(_, _, at)| *at),
+        }
+    }
+
+    /// Gives a sign of life of this process. Returns whether there is more to wait for: else it has to ask.
+    pub(crate) async fn heartbeat(&mut self) -> bool {
+        let sent = Instant::now();
+        let (key, place) = match (&self.place, &mut self.in_line) {
+            (Some(place), _) => {
+                place.enters_line();
+                (self.wanted.owned.key(), place.in_line())
             }
+            (None, Some((key, place, at))) => {
+                *at = sent + HEARTBEAT;
+                (key.clone(), *place)
+            }
+            (None, None) => return true,
+        };
+        let timeout = self.upkeep.command_timeout;
+        self.expect(sent + timeout + GRACE);
+        match timeout_at(sent + timeout + GRACE, self.upkeep.store.heartbeat(&key, place, timeout)).await {
+            Ok(Ok(waits)) => waits,
+            Ok(Err(error)) => {
+                debug!(name: "tenure.heartbeat_failed", %key, %error, "no sign of life; the place in the line may be lost");
+                true
+            }
+            Err(_) => true,
         }
     }
 
@@ -175,26 +252,66 @@ impl Attempt {
         !owned.own_token && matches!(self.upkeep.store.remaining(owned, self.upkeep.command_timeout).await, Ok(Some(_)))
     }
 
-    /// Stands in line with those of other processes, also while others of this one come first.
-    pub(crate) async fn stand_in_line(&self) {
-        if let (Queueing::Queued, Some(key)) = (self.wanted.queueing, self.only_key()) {
-            let token = std::slice::from_ref(&self.wanted.owned.token);
-            if let Err(error) = self.upkeep.store.attend(&key, token, self.upkeep.command_timeout).await {
-                debug!(name: "tenure.attend_failed", %key, %error, "not in the queue yet");
-            }
+    /// Takes its own place in the line, also while others of this process come first.
+    pub(crate) async fn stand_in_line(&mut self) {
+        let (Queueing::Own, Some(key), Some(place)) = (self.wanted.queueing, self.only_key(), &self.place) else {
+            return;
+        };
+        let place = place.in_line();
+        if self.upkeep.store.has_line() {
+            self.enter_line(key, place).await;
+        }
+    }
+
+    /// Takes a place in the line for one of several keys, the one that is held by another, and leaves that for the one
+    /// before. Does nothing for a request of one key.
+    pub(crate) async fn stand_in_line_for(&mut self, key: &Key) {
+        let waits = matches!(self.wanted.queueing, Queueing::Shared | Queueing::Own);
+        if self.only_key().is_some() || !waits || !self.upkeep.store.has_line() {
+            return;
+        }
+        if self.in_line.as_ref().is_some_and(|(other, ..)| other == key) {
+            return;
+        }
+        self.leave_line();
+        let place = self.upkeep.queues.line_place();
+        self.enter_line(key.clone(), place).await;
+    }
+
+    async fn enter_line(&mut self, key: Key, place: LinePlace) {
+        self.in_line = Some((key.clone(), place, Instant::now() + HEARTBEAT));
+        if let Err(error) = self.upkeep.store.enter(&key, place, self.upkeep.command_timeout).await {
+            debug!(name: "tenure.heartbeat_failed", %key, %error, "not in the line yet");
+        }
+    }
+
+    fn leave_queue(&mut self) {
+        let Some(place) = self.place.take() else { return };
+        let left = place.leave();
+        if left.may_hold {
+            self.unsettle();
+        }
+        // The last of those who shared a place.
+        if let Some(place) = left.line.filter(|place| place.is_shared) {
+            self.leave(self.wanted.owned.key(), place);
         }
     }
 
     /// Leaves nothing in the line, in the background. Where that fails, the others need a moment to skip it.
-    fn leave_line(&self) {
-        if self.wanted.queueing != Queueing::Queued || !self.in_line {
+    fn leave_line(&mut self) {
+        if let Some((key, place, _)) = self.in_line.take() {
+            self.leave(key, place);
+        }
+    }
+
+    fn leave(&self, key: Key, place: LinePlace) {
+        if !self.upkeep.store.has_line() {
             return;
         }
-        let (wanted, upkeep, owed) = (self.wanted.clone(), self.upkeep.clone(), self.upkeep.releases.token());
+        let work = Work::Leave(key, place);
+        let (upkeep, owed) = (self.upkeep.clone(), self.upkeep.debts.owe(work.clone()));
         self.runtime.spawn(async move {
-            if let Err(error) = upkeep.store.leave(&wanted.owned, upkeep.command_timeout).await {
-                debug!(name: "tenure.leave_failed", key = %wanted.owned.key(), %error, "the place in the queue ends by its time");
-            }
+            upkeep.perform(work).await;
             drop(owed);
         });
     }
@@ -237,6 +354,9 @@ impl Attempt {
     /// Undoes what is unsettled, in the background.
     fn undo(&mut self) {
         let Some(unsettled) = self.unsettled.take() else { return };
+        if unsettled.is_taken_over() {
+            return;
+        }
         let (wanted, upkeep) = (self.wanted.clone(), self.upkeep.clone());
         // Where the runtime is gone, this does nothing, and the ttl frees the lock.
         self.runtime.spawn(async move {
@@ -246,27 +366,33 @@ impl Attempt {
     }
 
     /// The lock is ours: from here on its guard and its keeper see to it.
-    pub(crate) fn succeed(mut self, mut grant: Grant, drift: Drift, renewal: Renewal) -> LockGuard {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Closed`], where the locker is closed and the attempt is being undone.
+    pub(crate) fn succeed(mut self, mut grant: Grant, drift: Drift, renewal: Renewal) -> Result<LockGuard, Error> {
+        if !self.unsettled.take().is_none_or(Debt::settle) {
+            return Err(Error::Closed);
+        }
         let Wanted { owned, metadata, latest, .. } = &*self.wanted;
         let is_voted_on = self.is_voted_on();
         grant.doubt = (self.doubt && !is_voted_on).then(|| latest.clone());
         let origin = self.upkeep.origin;
         let hold = Hold::new(owned.clone(), metadata.clone(), &grant, drift, renewal, origin, is_voted_on);
         let guard = LockGuard::start(hold, &self.upkeep, &self.runtime);
-        self.unsettled = None;
-        self.in_line = false;
+        // It left the line when the lock was granted.
+        self.in_line = None;
         if let Some(place) = self.place.take() {
+            // With those who shared a place with it, if it was the last; but that is in the line no more.
             place.leave();
         }
-        guard
+        Ok(guard)
     }
 }
 
 impl Drop for Attempt {
     fn drop(&mut self) {
-        if self.place.take().is_some_and(|place| place.leave()) {
-            self.unsettle();
-        }
+        self.leave_queue();
         self.leave_line();
         self.undo();
     }

@@ -6,6 +6,8 @@ use fred::clients::Client;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
+use crate::attendant::Attendant;
+use crate::debts::Debts;
 use crate::isolated::Isolated;
 use crate::keeper::Upkeep;
 use crate::locker::Settings;
@@ -341,7 +343,17 @@ impl LockerBuilder {
         let (command_timeout, origin) = (self.command_timeout, Instant::now());
         let (queues, rosters) = (Queues::default(), Rosters::new());
         Locker::from_parts(
-            Upkeep { store, command_timeout, releases, queues, origin, rosters, isolated },
+            Upkeep {
+                store,
+                command_timeout,
+                debts: Debts::new(releases.clone()),
+                releases,
+                queues,
+                attendant: Attendant::default(),
+                origin,
+                rosters,
+                isolated,
+            },
             self.settings,
         )
     }

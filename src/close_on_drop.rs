@@ -57,8 +57,9 @@ impl Drop for CloseOnDrop {
             return;
         }
         let (ended, wait) = mpsc::channel::<()>();
+        let locker = self.locker.clone();
         runtime.spawn(async move {
-            releases.wait().await;
+            locker.close().await;
             drop(ended);
         });
         // On a worker thread, what was spawned or woken last waits in a place that no other worker looks at, while this

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
+use crate::debts::Work;
 use crate::hold::{Cleanup, Hold};
 use crate::keeper::{Keeper, Upkeep};
 use crate::lost::{Lost, Protected};
@@ -479,7 +480,7 @@ impl LockGuard {
         let until = Instant::now() + self.upkeep.command_timeout;
         let released = self.upkeep.release(&self.hold.owned, Ending::Lock, until).await?;
         self.hold.settle(match self.hold.doubt {
-            Some(_) => Cleanup::Undo(self.upkeep.releases.token()),
+            Some(_) => Cleanup::Undo(self.upkeep.debts.owe(Work::UndoAttempt(self.hold.clone()))),
             None => Cleanup::Nothing,
         });
         match released {
@@ -561,7 +562,8 @@ impl Drop for LockGuard {
     /// Only calls the keeper: nothing here spawns, blocks or panics.
     fn drop(&mut self) {
         self.hold.end(Loss::Released);
-        match self.hold.settle(Cleanup::Release(Some(self.upkeep.releases.token()))) {
+        let owed = self.upkeep.debts.owe(Work::Release(self.hold.clone()));
+        match self.hold.settle(Cleanup::Release(Some(owed))) {
             true => self.place.call(),
             false => self.place.leave(),
         }

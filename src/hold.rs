@@ -22,8 +22,8 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use crate::debts::Debt;
 use crate::schedule::{Drift, Renewal};
 use crate::store::{Extending, Latest, RECORD_TTL};
 use crate::{Error, Key, Loss, Token};
@@ -151,11 +151,11 @@ struct Unresolved {
 
 /// What the keeper still has to do once the lock is held no more.
 pub(crate) enum Cleanup {
-    /// Release it. The token makes [`Locker::close`](crate::Locker::close) wait for that; the keeper takes one where
-    /// there is none yet.
-    Release(Option<TaskTrackerToken>),
+    /// Release it. [`Locker::close`](crate::Locker::close) waits for what is owed; the keeper owes it where nobody does
+    /// yet.
+    Release(Option<Debt>),
     /// It is released: undo what an earlier attempt of unknown outcome may still leave.
-    Undo(TaskTrackerToken),
+    Undo(Debt),
     /// Nothing: it is released, or shall stay as it is.
     Nothing,
 }
@@ -452,7 +452,7 @@ impl Hold {
             (refused, !matches!(state.cleanup, Some(Cleanup::Nothing)))
         };
         self.changed.notify_one();
-        // A tracker's token, which wakes others when it is dropped: not under the mutex.
+        // What is owed wakes others when it is dropped: not under the mutex.
         drop(refused);
         is_left
     }

@@ -14,13 +14,14 @@ use tokio::runtime::Handle;
 use tokio::select;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_util::task::TaskTracker;
-use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{Instrument, Span, debug, info, info_span, warn};
 
+use crate::attendant::Attendant;
+use crate::debts::{Debt, Debts, Work};
 use crate::hold::{Cleanup, Grant, GrantId, Hold, Owned, Renewing};
 use crate::isolated::Isolated;
 use crate::queue::{HandOver, Queues};
-use crate::roster::{Place, Rosters, Work};
+use crate::roster::{self, Place, Rosters};
 use crate::store::{Ending, Extending, HandedOver, Latest, Released, Renewed, Store, Undone};
 use crate::{Error, Loss, schedule};
 
@@ -29,10 +30,12 @@ use crate::{Error, Loss, schedule};
 pub(crate) struct Upkeep {
     pub(crate) store: Box<dyn Store>,
     pub(crate) command_timeout: Duration,
-    /// Every release that is still owed holds a token of it, so that closing can wait for them.
+    /// Counts the releases that are in flight, and all that is owed, so that closing can wait for them.
     pub(crate) releases: TaskTracker,
+    pub(crate) debts: Debts,
     /// Who waits for what in this process.
     pub(crate) queues: Queues,
+    pub(crate) attendant: Attendant,
     /// Where the grid of renewals begins.
     pub(crate) origin: Instant,
     /// Keepers that have nothing to do for now.
@@ -119,7 +122,7 @@ impl Upkeep {
         ttl: Duration,
         runtime: &Handle,
     ) -> Result<Claim, Error> {
-        let unsettled = Some(self.releases.token());
+        let unsettled = Some(self.debts.owe(Work::GiveBack { owned: owned.clone(), earlier, ttl }));
         let mut claim = Claim { upkeep: self.clone(), runtime: runtime.clone(), owned, earlier, ttl, unsettled };
         let how = Extending::Claim { earlier };
         match self.store.renew(&claim.owned, ttl, how, self.command_timeout).await {
@@ -140,7 +143,7 @@ impl Upkeep {
     /// Gives the lock back to the lease that a guard had it from, in the background: nobody will hold it by `owned`.
     pub(crate) fn give_back(self: &Arc<Self>, owned: Owned, earlier: Option<GrantId>, ttl: Duration) {
         let Ok(runtime) = self.runtime() else { return };
-        let unsettled = Some(self.releases.token());
+        let unsettled = Some(self.debts.owe(Work::GiveBack { owned: owned.clone(), earlier, ttl }));
         drop(Claim { upkeep: self.clone(), runtime, owned, earlier, ttl, unsettled });
     }
 
@@ -150,7 +153,12 @@ impl Upkeep {
     /// then "not ours" is a success.
     ///
     /// Whatever comes after the first try ends the owner's grant alone: the lock may have been obtained again by then.
-    pub(crate) async fn release(&self, owned: &Owned, ending: Ending, until: Instant) -> Result<Released, Error> {
+    pub(crate) async fn release(
+        self: &Arc<Self>,
+        owned: &Owned,
+        ending: Ending,
+        until: Instant,
+    ) -> Result<Released, Error> {
         Self::check_runtime()?;
         let mut handed_over = None;
         if let Some(hand_over) = self.store.hands_over().then(|| self.queues.next(owned)).flatten() {
@@ -165,9 +173,9 @@ impl Upkeep {
         Ok(if doubtful || matches!(handed_over, Some(Err(_))) { Released::Freed } else { released })
     }
 
-    /// Releases the lock and gives it to one who waits for it here, in one step, unless one of another process is next.
+    /// Releases the lock and gives it to one who waits for it here, in one step, or to another process whose turn it is.
     async fn hand_over(
-        &self,
+        self: &Arc<Self>,
         owned: &Owned,
         ending: Ending,
         hand_over: HandOver,
@@ -175,19 +183,28 @@ impl Upkeep {
     ) -> Result<Option<Released>, Error> {
         let (sent, wanted) = (Instant::now(), hand_over.wanted().clone());
         // Should it fail, or be dropped, the next one is told that nobody knows.
-        let call = self.store.hand_over(owned, ending, &wanted, timeout);
+        let next = *hand_over.next();
+        let call = self.store.hand_over(owned, ending, &wanted, &next, timeout);
         match timeout_at(sent + timeout, call).await.unwrap_or_else(|_| Err(Error::timeout()))? {
-            HandedOver::Done { fencing_token } => {
+            HandedOver::Done { fencing_token, alone } => {
                 debug!(name: "tenure.handed_over", key = %owned.key(), "handed over");
-                hand_over.granted(Grant { sent, ttl: wanted.ttl, fencing_token, doubt: None });
+                hand_over.granted(Grant { sent, ttl: wanted.ttl, fencing_token, doubt: None }, alone);
+                // In case that it isn't polled.
+                if let Ok(runtime) = self.runtime() {
+                    self.look_after_queues(&runtime);
+                }
                 Ok(Some(Released::Freed))
             }
             HandedOver::NotOurs(loss) => {
                 hand_over.refused();
                 Ok(Some(Released::NotOurs(loss)))
             }
-            HandedOver::NotNext => {
-                hand_over.not_next();
+            HandedOver::PassedBy => {
+                hand_over.passed_by();
+                Ok(Some(Released::Freed))
+            }
+            HandedOver::NotNow => {
+                hand_over.not_now();
                 Ok(None)
             }
         }
@@ -282,13 +299,13 @@ pub(crate) struct Claim {
     earlier: Option<GrantId>,
     ttl: Duration,
     /// There while no guard has it. Makes [`Locker::close`](crate::Locker::close) wait until it is given back.
-    unsettled: Option<TaskTrackerToken>,
+    unsettled: Option<Debt>,
 }
 
 impl Claim {
-    /// From here on a guard sees to it.
-    pub(crate) fn keep(mut self) {
-        self.unsettled = None;
+    /// From here on a guard sees to it. Returns false where it was given back already: the locker is closed.
+    pub(crate) fn keep(mut self) -> bool {
+        self.unsettled.take().is_none_or(Debt::settle)
     }
 }
 
@@ -297,34 +314,59 @@ impl Drop for Claim {
     /// there.
     fn drop(&mut self) {
         let Some(unsettled) = self.unsettled.take() else { return };
-        let (upkeep, owned, ttl) = (self.upkeep.clone(), self.owned.clone(), self.ttl);
-        let how = Extending::GiveBack { earlier: self.earlier };
+        let (upkeep, owned, earlier, ttl) = (self.upkeep.clone(), self.owned.clone(), self.earlier, self.ttl);
         self.runtime.spawn(async move {
-            let until = Instant::now() + ttl;
-            // The claim itself may be run until then: after that, once more.
-            let settled = Instant::now() + upkeep.patience();
-            let mut failures = 0;
-            loop {
-                let timeout = schedule::call_timeout(upkeep.command_timeout, Instant::now(), until);
-                let given_back = upkeep.store.renew(&owned, ttl, how, timeout).await;
-                let remaining = until.saturating_duration_since(Instant::now());
-                let pause = match given_back {
-                    Ok(Renewed::NotOurs(_)) => break,
-                    Ok(Renewed::Extended) if Instant::now() >= settled => break,
-                    Ok(Renewed::Extended) => settled.saturating_duration_since(Instant::now()),
-                    Err(error) if !error.is_transient() => break,
-                    Err(_) => {
-                        failures += 1;
-                        schedule::pause_after(failures, upkeep.command_timeout, remaining, fastrand::f64())
-                    }
-                };
-                if pause >= remaining {
-                    break;
-                }
-                sleep(pause).await;
-            }
+            upkeep.return_claim(&owned, earlier, ttl).await;
             drop(unsettled);
         });
+    }
+}
+
+impl Upkeep {
+    /// Gives the lock back to the lease that the grant `owned` took it over from.
+    pub(crate) async fn return_claim(&self, owned: &Owned, earlier: Option<GrantId>, ttl: Duration) {
+        let until = Instant::now() + ttl;
+        // The claim itself may be run until then: after that, once more.
+        let settled = Instant::now() + self.patience();
+        let mut failures = 0;
+        loop {
+            let timeout = schedule::call_timeout(self.command_timeout, Instant::now(), until);
+            let given_back = self.store.renew(owned, ttl, Extending::GiveBack { earlier }, timeout).await;
+            let remaining = until.saturating_duration_since(Instant::now());
+            let pause = match given_back {
+                Ok(Renewed::NotOurs(_)) => return,
+                Ok(Renewed::Extended) if Instant::now() >= settled => return,
+                Ok(Renewed::Extended) => settled.saturating_duration_since(Instant::now()),
+                Err(error) if !error.is_transient() => return,
+                Err(_) => {
+                    failures += 1;
+                    schedule::pause_after(failures, self.command_timeout, remaining, fastrand::f64())
+                }
+            };
+            if pause >= remaining {
+                return;
+            }
+            sleep(pause).await;
+        }
+    }
+
+    /// Does what the end of a lock has left to do: ends its grant, if that is not done, and then undoes what an attempt
+    /// of unknown outcome may leave.
+    pub(crate) async fn clean_up(self: &Arc<Self>, hold: &Hold, releases: bool) {
+        if releases {
+            // Until the ttl has done the same, whichever of those that were asked for; for one call, at least.
+            let until = hold.kept_until().max(Instant::now() + self.command_timeout);
+            match self.release(&hold.owned, Ending::Grant, until).await {
+                Ok(outcome) => info!(name: "tenure.released", ?outcome, "released in the background"),
+                Err(error) => {
+                    warn!(name: "tenure.release_failed", %error, "could not release; the ttl will free the lock");
+                }
+            }
+        }
+        if let Some(latest) = &hold.doubt {
+            let left = hold.kept_until().saturating_duration_since(Instant::now());
+            self.undo(&hold.owned, latest, left).await;
+        }
     }
 }
 
@@ -341,7 +383,7 @@ pub(crate) struct Errand {
     renewing: Renewing,
 }
 
-impl Work for Keeper {
+impl roster::Work for Keeper {
     type Errand = Errand;
     type Outcome = (Renewing, Result<Renewed, Error>);
     type Failure = Error;
@@ -505,25 +547,14 @@ impl Keeper {
                 None => self.hold.changed().await,
             }
         };
-        let owned = &self.hold.owned;
-        let (releases, _owed) = match cleanup {
-            Cleanup::Release(owed) => (true, owed.unwrap_or_else(|| self.upkeep.releases.token())),
+        let owe = || self.upkeep.debts.owe(Work::Release(self.hold.clone()));
+        let (releases, owed) = match cleanup {
+            Cleanup::Release(owed) => (true, owed.unwrap_or_else(owe)),
             Cleanup::Undo(owed) => (false, owed),
             Cleanup::Nothing => return,
         };
-        if releases {
-            // Until the ttl has done the same, whichever of those that were asked for; for one call, at least.
-            let until = self.hold.kept_until().max(Instant::now() + self.upkeep.command_timeout);
-            match self.upkeep.release(owned, Ending::Grant, until).await {
-                Ok(outcome) => info!(name: "tenure.released", ?outcome, "released in the background"),
-                Err(error) => {
-                    warn!(name: "tenure.release_failed", %error, "could not release; the ttl will free the lock");
-                }
-            }
-        }
-        if let Some(latest) = &self.hold.doubt {
-            let left = self.hold.kept_until().saturating_duration_since(Instant::now());
-            self.upkeep.undo(owned, latest, left).await;
+        if !owed.is_taken_over() {
+            self.upkeep.clean_up(&self.hold, releases).await;
         }
     }
 }

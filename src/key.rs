@@ -18,7 +18,7 @@ use crate::Error;
 ///
 /// - `{job}:fence`, the last fencing token;
 /// - `{job}:grants`, the grants of a token that was [chosen](crate::LockRequest::token), which may have several;
-/// - `{job}:queue` and `{job}:alive`, the line of [fair](crate::LockRequest::fair) requests and who in it is alive.
+/// - `{job}:queue` and `{job}:alive`, the line of those who wait, and who in it is alive.
 ///
 /// A key with a hash tag of its own keeps it: `{user:1}:job` has `{user:1}:job:fence`. A key that is nothing but a tag
 /// gets empty braces: `{job}` has `{job}{}:fence`. A key with a `}` but without a tag gets a stand-in of four letters

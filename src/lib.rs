@@ -45,7 +45,7 @@
 //! | wait for a lock | [`Locker::lock`] |
 //! | have it now or not at all | [`Locker::try_lock`] |
 //! | try for a while, by a strategy | [`Locker::obtain`] with a [`Retry`] |
-//! | wait in the order of arrival, in whatever process | [`LockRequest::fair`] |
+//! | wait in strict order of arrival, in whatever process | [`LockRequest::fair`] |
 //! | run a block of code under a lock | [`Locker::scope`] |
 //! | stop work when the lock is lost | [`LockGuard::protect`], [`LockGuard::lost`], [`LockGuard::cancellation_token`] |
 //! | hold several locks, all or none | [`Locker::lock_all`], [`Locker::obtain_all`] |
@@ -69,8 +69,9 @@
 //! per held lock (`key`), with the events `tenure.obtained`, `tenure.held`, `tenure.attempt_failed`, `tenure.renewed`,
 //! `tenure.renew_failed`, `tenure.lost`, `tenure.released`, `tenure.release_failed`, `tenure.handed_over`,
 //! `tenure.too_late`, `tenure.undone`, `tenure.undo_failed`, `tenure.no_news` where releases can't be heard of,
-//! `tenure.attend_failed` and `tenure.leave_failed` of fair requests, `tenure.wait_failed` where replicas can't be
-//! asked for, `tenure.callback_panicked`, `tenure.callback_delayed`; of connections, `tenure.reconnect`,
+//! `tenure.heartbeat_failed`, `tenure.leave_failed` and `tenure.without_line` of the line for a lock,
+//! `tenure.taken_back` and `tenure.taken_over` where a future or a runtime is not driven, `tenure.wait_failed` where
+//! replicas can't be asked for, `tenure.callback_panicked`, `tenure.callback_delayed`; of connections, `tenure.reconnect`,
 //! `tenure.revive` and `tenure.mixed_up`; and of a quorum, `tenure.ballot`, `tenure.node_away`, `tenure.same_node`. No
 //! token is ever shown.
 
@@ -83,6 +84,7 @@ mod close_on_drop;
 mod locker;
 
 mod attempt;
+mod attendant;
 mod request;
 mod wait;
 
@@ -100,6 +102,7 @@ mod schedule;
 
 mod store;
 
+mod debts;
 mod error;
 mod key;
 mod retry;

@@ -213,10 +213,19 @@ impl Locker {
 
     /// Asks for a lock and waits for it, without limit unless one is [set](LockRequest::wait_at_most).
     ///
-    /// It doesn't poll: a release is told by a message, and the end of a dead holder's ttl is known
-    /// ([`poll_every`](LockerBuilder::poll_every) is for what neither tells of). In this process those who wait for the
-    /// key are served in the order of their arrival, and only the first talks to the server; see
-    /// [`fair`](LockRequest::fair) for others.
+    /// # Turns
+    ///
+    /// Waiters are notified of releases; they don't poll ([`poll_every`](LockerBuilder::poll_every) is for locks of other
+    /// libraries, which notify nobody). In this process they are served first in, first out. Between processes there is
+    /// a line at the server, in which each process that waits has one place, by the time of its arrival. Whoever
+    /// releases the lock gives it to the head of the line in the same step, so nobody who waits is overtaken by one who
+    /// comes later, with these exceptions: a process that has the lock serves its own waiters for up to 16 turns or
+    /// 100 ms in a row, whichever is over first, before it goes to the end of the line ([`fair`](LockRequest::fair)
+    /// requests have one turn each); and when a lock ends by its ttl, or another library has released it, the next one
+    /// who asks may get it. A process that dies in the line, or doesn't poll its request, costs the others 1.5 s when it
+    /// would be its turn, once. Another library sees an ordinary key all the while, also in the moment between the
+    /// release and the next holder's confirmation. On a quorum there is no line: whoever comes at the right time gets
+    /// the lock. Requests for [several keys](Locker::lock_all) stand in line for one of them at a time.
     ///
     /// While it waits it goes on through whatever may pass: lost connections, failovers, servers that are loading. See
     /// [`LockRequest`] for options, errors and cancel safety.
@@ -361,7 +370,9 @@ impl Locker {
         let grant = Grant { sent, ttl, fencing_token: lease.fencing_token(), doubt: None };
         let is_voted_on = upkeep.store.settles();
         let hold = Hold::new(owned, Box::default(), &grant, drift, renewal, upkeep.origin, is_voted_on);
-        claim.keep();
+        if !claim.keep() {
+            return Err(Error::Closed);
+        }
         Ok(LockGuard::start(hold, upkeep, &runtime))
     }
 
@@ -462,6 +473,9 @@ impl Locker {
     /// Refuses all new requests, ends those that wait with [`Error::Closed`], and waits for the releases that are in
     /// flight: those of guards that were dropped, and of attempts that were given up.
     ///
+    /// It waits for nobody who doesn't run: what is owed by a future that is not polled, or on a runtime that is not
+    /// driven, it does itself.
+    ///
     /// For the end of a program: what the runtime's shutdown would cut off is done then. Guards that are still held
     /// stay held and are renewed on, those of a [`WatchDog`](crate::WatchDog) too. Where the server doesn't answer any
     /// more, this takes until the ttls have done the same; [`close_within`](Locker::close_within) doesn't.
@@ -481,7 +495,8 @@ impl Locker {
     /// # }
     /// ```
     pub async fn close(&self) {
-        self.refuse_new_requests().wait().await;
+        self.refuse_new_requests();
+        self.shared.upkeep.settle_all().await;
     }
 
     /// Closes as [`close`](Locker::close) does, and waits no longer than `limit`. Returns how many releases it had to
@@ -512,7 +527,7 @@ impl Locker {
         let releases = self.refuse_new_requests();
         if Upkeep::check_runtime().is_ok() {
             // What is left when the time is up is counted below.
-            drop(tokio::time::timeout(limit, releases.wait()).await);
+            drop(tokio::time::timeout(limit, self.shared.upkeep.settle_all()).await);
         }
         releases.len()
     }

@@ -1,47 +1,100 @@
 //! Who waits for a key in this process: first in, first out, and only the first talks to the server.
 //!
-//! A lock that is released while somebody here waits for it is handed over: the release and the first waiter's acquire
-//! are one step at the server. After [`IN_A_ROW`] of those it is released for all, so that other processes get their
-//! turn.
+//! Waiters of a process share one place in the line of all processes, or have one each, if they asked for that: two
+//! lanes of one queue. A lock that is released while somebody here waits for it is handed over: the release and the
+//! next one's acquire are one step at the server. That goes on for [`IN_A_ROW`] turns or [`TURN`], whichever is over
+//! first, while other processes wait; then the server gives the lock to the next process in the line.
 //!
-//! 1. A place is first, or behind another that will tell it when it is.
-//! 2. A lock is handed over to a place that is in the queue at that moment, and is the first. Who leaves after that,
-//!    and hasn't learned how it went, takes it that its token may hold the lock.
+//! 1. A waiter is the first of its lane, or behind another that will tell it when it is.
+//! 2. A lock is handed over to a waiter that is in the queue at that moment, and is the first of its lane. One that
+//!    leaves after that, and hasn't learned how it went, takes it that its token may hold the lock.
+//! 3. The first of a lane is polled at the instant that it has [announced](Place::expect), or is *parked*: its future is
+//!    kept somewhere and not polled. It goes to the end of its lane then, if others wait ([`Queues::look_after`]).
+//! 4. A lock that was handed over to a waiter which doesn't take it within [`TAKEN_WITHIN`] is taken back.
+//! 5. Locks are taken in this order: the map, a queue, a waiter. No other is taken under one of them, and nothing that
+//!    takes longer with more waiters is done under any, but by `look_after` and under the map alone.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::hold::{Grant, Owned};
 use crate::store::listen::Listening;
-use crate::store::{Queueing, Wanted};
-use crate::{Error, Key, Token};
+use crate::store::{LinePlace, Next, Queueing, Wanted};
+use crate::{Error, Key};
 
-/// So many hand-overs, then the lock is offered to other processes. More would be faster, and less fair.
+/// So many turns, then the lock goes to another process that waits. More would be faster, and less fair.
 const IN_A_ROW: u32 = 16;
+
+/// For so long a process hands the lock over to its own waiters while another process waits: with locks that are held
+/// for long, turns go round one by one.
+const TURN: Duration = Duration::from_millis(100);
+
+/// So much later than announced a waiter may be polled.
+const LATE: Duration = Duration::from_millis(700);
+
+/// How long a lock waits for the one that it was handed over to.
+const TAKEN_WITHIN: Duration = Duration::from_millis(500);
+
+/// For how long it is remembered that a lock was held by another when it was asked for. Who comes back within this time
+/// asks with its place in the line at once, and need not subscribe again.
+const CONTENDED: Duration = Duration::from_secs(1);
+
+/// How often the first of a lane that is in the line gives a sign of life: thrice as often as it has to.
+pub(crate) const HEARTBEAT: Duration = Duration::from_millis(500);
 
 /// The queues of one locker.
 #[derive(Default)]
-pub(crate) struct Queues(Arc<Mutex<HashMap<Key, Queue>>>);
+pub(crate) struct Queues {
+    by_key: Arc<Mutex<HashMap<Key, Arc<Queue>>>>,
+    /// The last place in the line that was given to a waiter of this locker.
+    last_place: AtomicU64,
+}
+
+struct Queue {
+    key: Key,
+    state: Mutex<State>,
+}
 
 #[derive(Default)]
-struct Queue {
-    /// In the order in which they came.
-    places: BTreeMap<i64, Arc<Waiter>>,
-    count: i64,
+struct State {
+    /// Those who share one place in the line.
+    shared: Lane,
+    /// Those who have one each.
+    own: Lane,
+    /// How many turns there were here since the lock came from elsewhere, or nobody else waited for it.
     in_a_row: u32,
-    /// How often the lock was released for all since one of these had it, if one had.
-    missed: Option<u32>,
+    /// Since when.
+    since: Option<Instant>,
+    /// When a request was last refused, because another had the lock.
+    refused: Option<Instant>,
+    /// What the last of these that asked the server learned, for those whose time runs out before they have asked.
+    learned: Option<Learned>,
+}
+
+#[derive(Default)]
+struct Lane {
+    /// In the order in which they came.
+    waiters: BTreeMap<i64, Arc<Waiter>>,
+    /// How many have come.
+    count: i64,
+    /// Their place in the line, where they share it.
+    place: Option<LinePlace>,
+    /// They may be in the line with it.
+    in_line: bool,
+    /// When the first of them has to be polled again, at the latest.
+    expected: Option<Instant>,
+    /// When the server has to hear the next time that they are alive.
+    heartbeat: Option<Instant>,
     /// Kept from one first to the next, so that the next has nothing to ask before it listens.
     listening: Option<Listening>,
     /// What the last that was first has learned of the lock: it is held until then, unless renewed or released.
     held_until: Option<Instant>,
-    /// What the last of these that asked the server learned, for those whose time runs out before they have asked.
-    learned: Option<Learned>,
 }
 
 /// What an answer of the server says about a lock.
@@ -55,9 +108,11 @@ pub(crate) enum Learned {
 
 struct Waiter {
     wanted: Arc<Wanted>,
-    /// Where it stands in the queue. Changes under the queue's mutex alone.
+    /// In the line of all processes.
+    place: LinePlace,
+    /// Where it stands in its lane. Changes under the queue's mutex alone.
     number: AtomicI64,
-    state: Mutex<Handing>,
+    handing: Mutex<Handing>,
     /// It is the first now, or the lock was handed over to it.
     changed: Notify,
 }
@@ -68,17 +123,22 @@ enum Handing {
     No,
     /// The server is being asked.
     Asked,
-    Done(Grant),
+    Done {
+        grant: Grant,
+        at: Instant,
+    },
     /// It was not to be handed over, or nobody knows.
     Failed {
         settled: bool,
     },
+    /// It was handed over, and taken back (invariant 4).
+    TakenBack,
 }
 
 /// A place in the queue for a key.
 pub(crate) struct Place {
-    queues: Arc<Mutex<HashMap<Key, Queue>>>,
-    key: Key,
+    queues: Arc<Mutex<HashMap<Key, Arc<Queue>>>>,
+    queue: Arc<Queue>,
     waiter: Arc<Waiter>,
 }
 
@@ -90,63 +150,193 @@ pub(crate) enum Turn {
     Granted(Grant),
     /// A hand-over has failed. The lock may be free, or, where that is not settled, this one's already.
     AskAgain { settled: bool },
+    /// It had the lock, and was not polled: it is in the queue no more, and its token must not be used again.
+    TakenBack,
 }
 
-/// A lock on its way to the first in the queue. Dropped, it has gone wrong in a way that nobody knows.
+/// A lock on its way to the first of a lane. Dropped, it has gone wrong in a way that nobody knows.
 pub(crate) struct HandOver {
+    queue: Arc<Queue>,
     waiter: Arc<Waiter>,
+    next: Next,
     over: bool,
 }
 
 impl Queues {
     /// Takes the last place.
     pub(crate) fn enter(&self, key: Key, wanted: Arc<Wanted>) -> Place {
-        let mut queues = lock(&self.0);
-        let queue = queues.entry(key.clone()).or_default();
-        queue.count += 1;
-        let number = AtomicI64::new(queue.count);
-        let waiter = Arc::new(Waiter { wanted, number, state: Mutex::default(), changed: Notify::new() });
-        queue.places.insert(queue.count, waiter.clone());
+        let is_shared = wanted.queueing != Queueing::Own;
+        let number = self.last_place.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut queues = lock(&self.by_key);
+        let new = || Arc::new(Queue { key: key.clone(), state: Mutex::default() });
+        let queue = queues.entry(key.clone()).or_insert_with(new).clone();
+        let mut state = lock(&queue.state);
         drop(queues);
-        Place { queues: self.0.clone(), key, waiter }
+        let lane = state.lane(is_shared);
+        let place = LinePlace { number, is_shared };
+        let place = if is_shared { *lane.place.get_or_insert(place) } else { place };
+        lane.count += 1;
+        let number = AtomicI64::new(lane.count);
+        let waiter = Arc::new(Waiter { wanted, place, number, handing: Mutex::default(), changed: Notify::new() });
+        lane.waiters.insert(lane.count, waiter.clone());
+        drop(state);
+        Place { queues: self.by_key.clone(), queue, waiter }
     }
 
-    /// Whom the lock is to be handed over to, if anybody here waits for it, and it is not the others' turn.
+    /// A place in the line for a request that stands in no queue.
+    pub(crate) fn line_place(&self) -> LinePlace {
+        LinePlace { number: self.last_place.fetch_add(1, Ordering::Relaxed) + 1, is_shared: false }
+    }
+
+    /// Whom the lock is to be handed over to, if anybody here waits for it.
     pub(crate) fn next(&self, owned: &Owned) -> Option<HandOver> {
         let [key] = &*owned.keys else { return None };
-        let mut queues = lock(&self.0);
-        let queue = queues.get_mut(key)?;
-        let waiter = queue.places.first_key_value()?.1.clone();
-        // A token from elsewhere may hold another lock of this key: what it got by a hand-over couldn't be undone.
-        if queue.in_a_row >= IN_A_ROW && waiter.wanted.queueing == Queueing::None || !waiter.wanted.owned.own_token {
-            queue.in_a_row = 0;
-            return None;
-        }
-        let mut state = lock(&waiter.state);
-        // What it has not heard of yet may be that its token has got the lock already.
-        if !matches!(*state, Handing::No | Handing::Failed { settled: true }) {
-            return None;
-        }
-        queue.in_a_row += 1;
-        *state = Handing::Asked;
+        let queue = lock(&self.by_key).get(key)?.clone();
+        let now = Instant::now();
+        let mut state = lock(&queue.state);
+        let since = *state.since.get_or_insert(now);
+        let has_turn = state.in_a_row < IN_A_ROW && now.saturating_duration_since(since) < TURN;
+        let shared = state.shared.next();
+        let (waiter, may_keep) = match (shared, state.own.next()) {
+            (Some(waiter), _) if has_turn => (waiter, true),
+            (_, Some(waiter)) => (waiter, false),
+            (Some(waiter), None) => (waiter, false),
+            (None, None) => return None,
+        };
+        state.in_a_row += 1;
+        *lock(&waiter.handing) = Handing::Asked;
+        let lane = state.lane(waiter.place.is_shared);
+        let next = Next { place: waiter.place, in_line: lane.in_line || !waiter.place.is_shared, may_keep };
         drop(state);
-        Some(HandOver { waiter, over: false })
+        Some(HandOver { queue, waiter, next, over: false })
+    }
+
+    /// Forgets what nobody waits for, puts those who are parked behind the others (invariant 3), and takes back what was handed over to one that
+    /// doesn't take it (invariant 4): returns what that is. `None`: there is nobody to look after.
+    pub(crate) fn look_after(&self, now: Instant) -> Option<Vec<Arc<Wanted>>> {
+        let queues: Vec<_> = {
+            let mut by_key = lock(&self.by_key);
+            let queues = by_key.values().cloned().collect();
+            by_key.retain(|_, queue| !lock(&queue.state).is_unused(now));
+            queues
+        };
+        let (mut taken_back, mut firsts, mut has_work) = (Vec::new(), Vec::new(), false);
+        for queue in queues {
+            let mut state = lock(&queue.state);
+            has_work |= state.refused.is_some();
+            for is_shared in [true, false] {
+                let lane = state.lane(is_shared);
+                let Some(first) = lane.waiters.values().next().cloned() else { continue };
+                let mut handing = lock(&first.handing);
+                has_work |= lane.waiters.len() > 1 || !matches!(*handing, Handing::No | Handing::Failed { .. });
+                match &*handing {
+                    Handing::Done { at, .. } if now.saturating_duration_since(*at) >= TAKEN_WITHIN => {
+                        *handing = Handing::TakenBack;
+                        lane.waiters.remove(&first.number());
+                        taken_back.push(first.wanted.clone());
+                    }
+                    Handing::No | Handing::Failed { .. } if lane.waiters.len() > 1 => {
+                        if lane.expected.is_none_or(|expected| now.saturating_duration_since(expected) < LATE) {
+                            continue;
+                        }
+                        lane.waiters.remove(&first.number());
+                        lane.count += 1;
+                        first.number.store(lane.count, Ordering::Relaxed);
+                        lane.waiters.insert(lane.count, first.clone());
+                    }
+                    _ => continue,
+                }
+                drop(handing);
+                lane.expected = Some(now);
+                firsts.extend(lane.waiters.values().next().cloned());
+            }
+        }
+        firsts.iter().for_each(|first| first.changed.notify_one());
+        has_work.then_some(taken_back)
+    }
+}
+
+impl State {
+    fn lane(&mut self, is_shared: bool) -> &mut Lane {
+        if is_shared { &mut self.shared } else { &mut self.own }
+    }
+
+    /// The lock has come here from elsewhere, or nobody else waits for it.
+    fn begin_turn(&mut self) {
+        (self.in_a_row, self.since) = (1, Some(Instant::now()));
+    }
+
+    fn is_empty(&self) -> bool {
+        self.shared.waiters.is_empty() && self.own.waiters.is_empty()
+    }
+
+    fn is_unused(&self, now: Instant) -> bool {
+        self.is_empty() && !self.is_contended(now)
+    }
+
+    fn is_contended(&self, now: Instant) -> bool {
+        self.refused.is_some_and(|refused| now.saturating_duration_since(refused) < CONTENDED)
+    }
+}
+
+impl Lane {
+    /// The first, if the lock can be handed over to it.
+    fn next(&self) -> Option<Arc<Waiter>> {
+        let waiter = self.waiters.values().next()?;
+        // A token from elsewhere may hold another lock of this key: what it got by a hand-over couldn't be undone. And
+        // what one has not heard of yet may be that its token has got the lock already.
+        let is_free = matches!(*lock(&waiter.handing), Handing::No | Handing::Failed { settled: true });
+        (is_free && waiter.wanted.owned.own_token).then(|| waiter.clone())
+    }
+
+    fn is_first(&self, waiter: &Waiter) -> bool {
+        self.waiters.keys().next() == Some(&waiter.number())
     }
 }
 
 impl Place {
-    pub(crate) fn is_first(&self) -> bool {
-        let queues = lock(&self.queues);
-        let first = queues.get(&self.key).and_then(|queue| queue.places.first_key_value());
-        first.is_some_and(|(number, _)| *number == self.waiter.number())
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.queue.state)
     }
 
-    /// The lock was released for all. Answers how often that has been since one of this queue had it, if one had.
-    pub(crate) fn released_for_all(&self) -> Option<u32> {
-        let mut queues = lock(&self.queues);
-        let missed = queues.get_mut(&self.key)?.missed.as_mut()?;
-        *missed = missed.saturating_add(1);
-        Some(*missed)
+    fn with_lane<T>(&self, look: impl FnOnce(&mut Lane) -> T) -> T {
+        look(self.state().lane(self.waiter.place.is_shared))
+    }
+
+    pub(crate) fn is_first(&self) -> bool {
+        self.with_lane(|lane| lane.is_first(&self.waiter))
+    }
+
+    /// Its place in the line of all processes.
+    pub(crate) fn in_line(&self) -> LinePlace {
+        self.waiter.place
+    }
+
+    /// The server is asked with its place in the line, and has it in the line from now on unless the lock is granted.
+    pub(crate) fn enters_line(&self) {
+        self.with_lane(|lane| {
+            lane.in_line = true;
+            lane.heartbeat = Some(Instant::now() + HEARTBEAT);
+        });
+    }
+
+    /// Whether it may be in the line already.
+    pub(crate) fn may_be_in_line(&self) -> bool {
+        self.with_lane(|lane| lane.in_line)
+    }
+
+    /// When the next sign of life is due, where it is in the line.
+    pub(crate) fn next_heartbeat(&self) -> Option<Instant> {
+        self.with_lane(|lane| lane.heartbeat.filter(|_| lane.in_line))
+    }
+
+    /// The first announces that it will be polled until then (invariant 3).
+    pub(crate) fn expect(&self, until: Instant) {
+        self.with_lane(|lane| {
+            if lane.is_first(&self.waiter) {
+                lane.expected = Some(until);
+            }
+        });
     }
 
     /// Waits until it is the first, or has got the lock already.
@@ -172,51 +362,42 @@ impl Place {
 
     /// How a hand-over went, once.
     pub(crate) fn handed(&self) -> Option<Turn> {
-        let mut state = lock(&self.waiter.state);
-        match std::mem::take(&mut *state) {
+        let mut handing = lock(&self.waiter.handing);
+        match std::mem::take(&mut *handing) {
             Handing::No => None,
             Handing::Asked => {
-                *state = Handing::Asked;
+                *handing = Handing::Asked;
                 None
             }
-            Handing::Done(grant) => Some(Turn::Granted(grant)),
+            Handing::Done { grant, .. } => Some(Turn::Granted(grant)),
             Handing::Failed { settled } => Some(Turn::AskAgain { settled }),
+            Handing::TakenBack => Some(Turn::TakenBack),
         }
     }
 
-    /// Whether anybody here stands in line with others.
-    pub(crate) fn stands_in_line(&self) -> bool {
-        let queues = lock(&self.queues);
-        let mut waiters = queues.get(&self.key).into_iter().flat_map(|queue| queue.places.values());
-        waiters.any(|waiter| waiter.wanted.queueing == Queueing::Queued)
-    }
-
-    /// Those here who stand in line with others, and have to give signs of life.
-    pub(crate) fn queued(&self) -> Vec<Token> {
-        let queues = lock(&self.queues);
-        let waiters = queues.get(&self.key).into_iter().flat_map(|queue| queue.places.values());
-        let queued = waiters.filter(|waiter| waiter.wanted.queueing == Queueing::Queued);
-        queued.map(|waiter| waiter.wanted.owned.token.clone()).collect()
+    /// Whether another had the lock not long ago.
+    pub(crate) fn is_contended(&self) -> bool {
+        let state = self.state();
+        state.refused.is_some() && state.is_contended(Instant::now())
     }
 
     /// What the one before has listened with, if it has, and until when it knew the lock held.
     pub(crate) fn take_over(&self) -> (Option<Listening>, Option<Instant>) {
-        let mut queues = lock(&self.queues);
-        queues.get_mut(&self.key).map(|queue| (queue.listening.take(), queue.held_until.take())).unwrap_or_default()
+        self.with_lane(|lane| (lane.listening.take(), lane.held_until.take()))
     }
 
     /// Keeps what the server answered. `None`: what was learned before is no longer true.
     pub(crate) fn learn(&self, learned: Option<Learned>) {
-        let mut queues = lock(&self.queues);
-        if let Some(queue) = queues.get_mut(&self.key) {
-            queue.learned = learned;
+        let mut state = self.state();
+        if let Some(Learned::Held { .. }) = learned {
+            state.refused = Some(Instant::now());
         }
+        state.learned = learned;
     }
 
     /// The server is about to be asked: what was learned before was true until now.
     pub(crate) fn ask(&self) {
-        let mut queues = lock(&self.queues);
-        if let Some(Learned::Held { until, .. }) = queues.get_mut(&self.key).and_then(|queue| queue.learned.as_mut()) {
+        if let Some(Learned::Held { until, .. }) = &mut self.state().learned {
             let now = Instant::now();
             *until = Some(until.map_or(now, |until| until.min(now)));
         }
@@ -224,56 +405,84 @@ impl Place {
 
     /// Returns what was last learned by this request, or by one that was before it.
     pub(crate) fn learned(&self) -> Option<Learned> {
-        let queues = lock(&self.queues);
-        queues.get(&self.key)?.learned.clone()
+        self.state().learned.clone()
     }
 
-    /// It has got the lock. Leaves what the next one can use.
-    pub(crate) fn pass_on(&self, listening: Option<Listening>, held_until: Instant) {
+    /// It has got the lock, from the server or by a hand-over. Leaves what the next one can use.
+    pub(crate) fn pass_on(&self, listening: Option<Listening>, held_until: Instant, was_handed_over: bool) {
         let before = {
-            let mut queues = lock(&self.queues);
-            let Some(queue) = queues.get_mut(&self.key) else { return };
-            queue.missed = Some(0);
-            queue.learned = Some(Learned::Held { key: self.key.clone(), until: Some(held_until) });
-            queue.held_until = listening.is_some().then_some(held_until);
-            std::mem::replace(&mut queue.listening, listening)
+            let mut state = self.state();
+            if !was_handed_over {
+                state.begin_turn();
+            }
+            state.learned = Some(Learned::Held { key: self.queue.key.clone(), until: Some(held_until) });
+            let lane = state.lane(self.waiter.place.is_shared);
+            lane.in_line &= !self.waiter.place.is_shared;
+            lane.held_until = listening.is_some().then_some(held_until);
+            std::mem::replace(&mut lane.listening, listening)
         };
         drop(before);
     }
 
-    /// Lets the one with this token go first, if it stands in this queue: in the line of all processes it does.
-    pub(crate) fn let_pass(&self, token: &Token) {
-        let mut queues = lock(&self.queues);
-        let Some(queue) = queues.get_mut(&self.key) else { return };
-        let found = queue.places.values().find(|waiter| waiter.wanted.owned.token == *token).cloned();
-        let first = queue.places.first_key_value().map(|(number, _)| *number);
-        let (Some(waiter), Some(first)) = (found, first) else { return };
-        if let Some(waiter) = queue.places.remove(&waiter.number()) {
-            waiter.number.store(first - 1, Ordering::Relaxed);
-            queue.places.insert(first - 1, waiter);
-        }
-        drop(queues);
-        waiter.changed.notify_one();
-    }
-
-    /// Leaves the queue, and tells whether its token may have got the lock by a hand-over that it hasn't heard of.
-    pub(crate) fn leave(&self) -> bool {
-        let (next, emptied) = {
-            let mut queues = lock(&self.queues);
-            let Some(queue) = queues.get_mut(&self.key) else { return false };
-            let first = queue.places.first_key_value().map(|(number, _)| *number);
-            queue.places.remove(&self.waiter.number());
-            let next = queue.places.first_key_value().filter(|_| first == Some(self.waiter.number()));
-            let next = next.map(|(_, waiter)| waiter.clone());
-            (next, queue.places.is_empty().then(|| queues.remove(&self.key)))
+    /// Leaves the queue.
+    pub(crate) fn leave(&self) -> Left {
+        let mut left = Left { may_hold: false, line: None };
+        let (next, listening, is_empty) = {
+            let mut state = self.state();
+            let lane = state.lane(self.waiter.place.is_shared);
+            let was_first = lane.is_first(&self.waiter);
+            lane.waiters.remove(&self.waiter.number());
+            let next = lane.waiters.values().next().filter(|_| was_first).cloned();
+            if was_first {
+                lane.expected = Some(Instant::now());
+            }
+            let mut listening = None;
+            if !self.waiter.place.is_shared {
+                left.line = Some(self.waiter.place);
+            } else if lane.waiters.is_empty() {
+                left.line = lane.place.take().filter(|_| lane.in_line);
+                lane.in_line = false;
+            }
+            let is_empty = lane.waiters.is_empty();
+            let is_contended = state.refused.is_some() && state.is_contended(Instant::now());
+            if is_empty && !is_contended {
+                listening = state.lane(self.waiter.place.is_shared).listening.take();
+            }
+            (next, listening, state.is_empty() && !is_contended)
         };
         // What listens locks the list of listeners when it is dropped: not under the mutex.
-        drop(emptied);
+        drop(listening);
+        if is_empty {
+            self.remove_queue();
+        }
         if let Some(next) = next {
             next.changed.notify_one();
         }
-        !matches!(&*lock(&self.waiter.state), Handing::No | Handing::Failed { settled: true })
+        left.may_hold = !matches!(
+            *lock(&self.waiter.handing),
+            Handing::No | Handing::Failed { settled: true } | Handing::TakenBack
+        );
+        left
     }
+
+    /// Unless somebody has come meanwhile.
+    fn remove_queue(&self) {
+        let mut queues = lock(&self.queues);
+        let is_ours = queues.get(&self.queue.key).is_some_and(|queue| Arc::ptr_eq(queue, &self.queue));
+        let is_unused = is_ours && self.state().is_empty();
+        let removed = is_unused.then(|| queues.remove(&self.queue.key));
+        drop(queues);
+        // As above.
+        drop(removed);
+    }
+}
+
+/// What is left of a place in the queue.
+pub(crate) struct Left {
+    /// Its token may have got the lock by a hand-over that it hasn't heard of.
+    pub(crate) may_hold: bool,
+    /// It may be in the line with this place, which nobody has any more.
+    pub(crate) line: Option<LinePlace>,
 }
 
 impl Waiter {
@@ -287,8 +496,21 @@ impl HandOver {
         &self.waiter.wanted
     }
 
-    pub(crate) fn granted(self, grant: Grant) {
-        self.tell(Handing::Done(grant));
+    pub(crate) fn next(&self) -> &Next {
+        &self.next
+    }
+
+    /// `alone`: nobody else waits for the lock.
+    pub(crate) fn granted(self, grant: Grant, alone: bool) {
+        {
+            let mut state = lock(&self.queue.state);
+            if alone {
+                state.begin_turn();
+            }
+            let lane = state.lane(self.waiter.place.is_shared);
+            lane.in_line &= !self.waiter.place.is_shared;
+        }
+        self.tell(Handing::Done { grant, at: Instant::now() });
     }
 
     /// The lock was not ours to hand over.
@@ -296,15 +518,34 @@ impl HandOver {
         self.tell(Handing::Failed { settled: true });
     }
 
-    /// Another is next, and nothing has happened.
-    pub(crate) fn not_next(mut self) {
+    /// Others rely on the lock, and nothing has happened.
+    pub(crate) fn not_now(mut self) {
         self.over = true;
-        *lock(&self.waiter.state) = Handing::No;
+        *lock(&self.waiter.handing) = Handing::No;
     }
 
-    fn tell(mut self, state: Handing) {
+    /// The lock went to another process, and the place is in the line.
+    pub(crate) fn passed_by(mut self) {
         self.over = true;
-        *lock(&self.waiter.state) = state;
+        *lock(&self.waiter.handing) = Handing::No;
+        let mut state = lock(&self.queue.state);
+        (state.in_a_row, state.since) = (0, None);
+        let heartbeat = Some(Instant::now() + HEARTBEAT);
+        let lane = state.lane(self.waiter.place.is_shared);
+        (lane.in_line, lane.heartbeat) = (true, lane.heartbeat.or(heartbeat));
+        let is_shared = self.waiter.place.is_shared;
+        let others = (!is_shared && !state.shared.in_line).then(|| state.shared.next()).flatten();
+        drop(state);
+        // Those of the other lane are not in the line yet: the first has to ask.
+        if let Some(first) = others {
+            *lock(&first.handing) = Handing::Failed { settled: true };
+            first.changed.notify_one();
+        }
+    }
+
+    fn tell(mut self, handing: Handing) {
+        self.over = true;
+        *lock(&self.waiter.handing) = handing;
         self.waiter.changed.notify_one();
     }
 }
@@ -312,7 +553,7 @@ impl HandOver {
 impl Drop for HandOver {
     fn drop(&mut self) {
         if !self.over {
-            *lock(&self.waiter.state) = Handing::Failed { settled: false };
+            *lock(&self.waiter.handing) = Handing::Failed { settled: false };
             self.waiter.changed.notify_one();
         }
     }
@@ -325,152 +566,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl fmt::Debug for Queues {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Queues").field("keys", &lock(&self.0).len()).finish()
+        f.debug_struct("Queues").field("keys", &lock(&self.by_key).len()).finish()
     }
 }
 
 impl fmt::Debug for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Place").field("key", &self.key).field("first", &self.is_first()).finish()
+        f.debug_struct("Place").field("key", &self.queue.key).field("first", &self.is_first()).finish()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-
-    fn wanted(queueing: Queueing) -> Arc<Wanted> {
-        let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true, grant: None };
-        let ttl = Duration::from_secs(1);
-        Arc::new(Wanted { owned, metadata: Box::default(), ttl, fenced: false, queueing, latest: Arc::default() })
-    }
-
-    fn grant() -> Grant {
-        Grant { sent: Instant::now(), ttl: Duration::from_secs(1), fencing_token: None, doubt: None }
-    }
-
-    fn enter(queues: &Queues, queueing: Queueing) -> Place {
-        queues.enter(Key::from("k"), wanted(queueing))
-    }
-
-    #[test]
-    fn the_first_to_come_is_the_first_and_the_next_when_it_leaves() {
-        let queues = Queues::default();
-        let [a, b, c] = [0; 3].map(|_| enter(&queues, Queueing::None));
-        assert!(a.is_first() && !b.is_first());
-        assert!(!b.leave() && !a.leave());
-        assert!(c.is_first());
-        assert!(!c.leave());
-        assert!(lock(&queues.0).is_empty());
-    }
-
-    #[test]
-    fn a_hand_over_is_for_the_first_and_one_at_a_time() {
-        let queues = Queues::default();
-        let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::None));
-        let from = wanted(Queueing::None).owned.clone();
-        let hand_over = queues.next(&from).unwrap();
-        assert_eq!(hand_over.wanted().owned.token, a.waiter.wanted.owned.token);
-        assert!(queues.next(&from).is_none(), "nobody knows yet how the first one goes");
-        hand_over.granted(grant());
-        assert!(queues.next(&from).is_none(), "it has not heard of it yet");
-        assert!(matches!(a.handed(), Some(Turn::Granted(_))));
-        assert!(!a.leave());
-        assert!(b.is_first() && queues.next(&from).is_some());
-    }
-
-    #[test]
-    fn who_leaves_while_the_lock_is_on_its_way_may_have_got_it() {
-        let from = wanted(Queueing::None).owned.clone();
-        let (asked, given, lost, refused) = (0, 1, 2, 3);
-        for what in [asked, given, lost, refused] {
-            let queues = Queues::default();
-            let place = enter(&queues, Queueing::None);
-            let hand_over = queues.next(&from).unwrap();
-            let mut pending = None;
-            match what {
-                0 => pending = Some(hand_over),
-                1 => hand_over.granted(grant()),
-                2 => drop(hand_over),
-                _ => hand_over.refused(),
-            }
-            assert_eq!(place.leave(), what != refused, "{what}");
-            drop(pending);
-        }
-    }
-
-    #[test]
-    fn a_hand_over_that_went_wrong_unheard_is_not_forgotten_for_the_next() {
-        let queues = Queues::default();
-        let place = enter(&queues, Queueing::None);
-        let from = wanted(Queueing::None).owned.clone();
-        drop(queues.next(&from));
-        assert!(queues.next(&from).is_none());
-        assert!(matches!(place.handed(), Some(Turn::AskAgain { settled: false })));
-        assert!(queues.next(&from).is_some());
-    }
-
-    #[test]
-    fn after_many_in_a_row_it_is_the_turn_of_others_unless_all_stand_in_one_line() {
-        for (queueing, others) in [(Queueing::None, true), (Queueing::Queued, false)] {
-            let queues = Queues::default();
-            let place = enter(&queues, queueing);
-            let from = wanted(Queueing::None).owned.clone();
-            for _ in 0..IN_A_ROW {
-                queues.next(&from).unwrap().granted(grant());
-                assert!(matches!(place.handed(), Some(Turn::Granted(_))));
-            }
-            assert_eq!(queues.next(&from).is_none(), others);
-        }
-    }
-
-    #[test]
-    fn it_is_counted_how_often_others_could_have_had_the_lock() {
-        let queues = Queues::default();
-        let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::None));
-        assert_eq!(a.released_for_all(), None);
-        a.pass_on(None, Instant::now());
-        assert!(!a.leave());
-        assert_eq!(b.released_for_all(), Some(1));
-        assert_eq!(b.released_for_all(), Some(2));
-        b.pass_on(None, Instant::now());
-        assert_eq!(b.released_for_all(), Some(1));
-    }
-
-    #[test]
-    fn what_the_first_learned_is_known_to_those_behind_it_and_after_it() {
-        let queues = Queues::default();
-        let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::None));
-        assert!(b.learned().is_none());
-        a.learn(Some(Learned::Unknown(Error::Closed)));
-        assert!(!a.leave());
-        assert!(matches!(b.learned(), Some(Learned::Unknown(Error::Closed))));
-        let c = enter(&queues, Queueing::None);
-        b.pass_on(None, Instant::now());
-        assert!(matches!(c.learned(), Some(Learned::Held { key, .. }) if key == "k".into()));
-        c.learn(None);
-        assert!(c.learned().is_none());
-    }
-
-    #[test]
-    fn a_token_from_elsewhere_is_handed_nothing() {
-        let queues = Queues::default();
-        let mut wanted = Wanted::clone(&wanted(Queueing::None));
-        wanted.owned.own_token = false;
-        let _place = queues.enter(Key::from("k"), Arc::new(wanted.clone()));
-        assert!(queues.next(&wanted.owned).is_none());
-    }
-
-    #[test]
-    fn who_is_first_in_the_line_of_all_is_let_pass() {
-        let queues = Queues::default();
-        let [a, b, c] = [0; 3].map(|_| enter(&queues, Queueing::Queued));
-        a.let_pass(&c.waiter.wanted.owned.token);
-        assert!(c.is_first() && !a.is_first());
-        a.let_pass(&Token::random());
-        assert!(!c.leave());
-        assert!(a.is_first() && !b.is_first());
-    }
-}
+mod tests;

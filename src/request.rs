@@ -260,17 +260,15 @@ impl LockRequest {
         Self { fenced, ..self }
     }
 
-    /// Whether the request stands in line with those of other processes. Default: false.
+    /// Whether the request has a place of its own in the line for the lock. Default: false.
     ///
-    /// In one process who waits is served in the order of arrival anyway, and a lock that is released there is handed
-    /// over to the next one there, sixteen times in a row at most; between processes it is a matter of chance. Fair
-    /// requests are served in the order of their arrival wherever they are, at about two commands more for each. One
-    /// that doesn't wait ([`try_lock`](crate::Locker::try_lock)) is refused while others are in the line.
+    /// All that wait in one process share a place in the line, and a process that has the lock may serve several of them
+    /// in a row ([turns](crate::Locker::lock)). Fair requests have one place and one turn each, in the order of their
+    /// arrival in whatever process, at about one call more for each. One that doesn't wait
+    /// ([`try_lock`](crate::Locker::try_lock)) is refused while others are in the line.
     ///
-    /// A process that dies while it waits delays the others by 1.5 s at most, when it would be its turn; one that drops
-    /// its request, by nothing. Plain requests for the same key don't look at the line, and may overtake those who
-    /// stand in it: for fairness, all have to be fair. For several keys, in a quorum, and on the embedded store this
-    /// setting changes nothing.
+    /// Plain and fair requests for one key stand in the same line. For several keys, in a quorum, and on the embedded
+    /// store this setting changes nothing.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -298,9 +296,10 @@ impl LockRequest {
         let limit = self.wait_at_most.map(|limit| schedule::after(started, limit));
         let own_token = self.token.is_none();
         let queueing = match self.patience {
-            _ if !self.fair => Queueing::None,
-            Patience::Wait => Queueing::Queued,
-            Patience::Once | Patience::Retry(_) => Queueing::Behind,
+            Patience::Wait if self.fair => Queueing::Own,
+            Patience::Wait => Queueing::Shared,
+            Patience::Once | Patience::Retry(_) if self.fair => Queueing::Behind,
+            Patience::Once | Patience::Retry(_) => Queueing::None,
         };
         let token = self.token.unwrap_or_else(Token::random);
         // A token that others may use as well needs something else to tell its grants apart.
@@ -326,14 +325,23 @@ impl LockRequest {
         let (mut learned, mut took) = (None, Duration::ZERO);
         let mut reminders = Reminders::default();
         loop {
-            let asked = Instant::now();
+            let (asked, mut was_handed_over) = (Instant::now(), false);
             let outcome = match woken {
                 Woken::Ask => {
                     attempts += 1;
                     attempt.place().inspect(|place| place.ask());
                     attempt.make(limit, closed).await
                 }
-                Woken::Granted(grant) => Ok(Outcome::Granted(grant)),
+                Woken::Granted(grant) => {
+                    was_handed_over = true;
+                    Ok(Outcome::Granted(grant))
+                }
+                Woken::TakenBack => {
+                    attempt.start_over();
+                    waiting.start_over();
+                    woken = waiting.behind_others(&mut attempt).await;
+                    continue;
+                }
                 Woken::Closed => return Err(Error::Closed),
                 Woken::Late => {
                     // In a queue, those before this request may have asked after it did, or in its place.
@@ -354,8 +362,8 @@ impl LockRequest {
                     let remaining = drift.deadline(grant.sent, ttl).saturating_duration_since(Instant::now());
                     if drift.suffices(remaining, ttl) {
                         info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
-                        waiting.pass_on(&attempt, grant.sent + ttl);
-                        return Ok(attempt.succeed(grant, drift, self.renewal));
+                        waiting.pass_on(&attempt, grant.sent + ttl, was_handed_over);
+                        return attempt.succeed(grant, drift, self.renewal);
                     }
                     debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");
                     // Once can be a stall of the server, which waiting helps against. A ttl that is always too short

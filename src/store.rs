@@ -34,7 +34,7 @@ pub(crate) type Each<'a, T> = Pin<Box<dyn Future<Output = Vec<Result<T, Error>>>
 /// The operations of a lock's life. Each ends within its `timeout`, whatever the server does.
 pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     /// Takes all keys for the token, or none.
-    fn acquire<'a>(&'a self, wanted: &'a Wanted, timeout: Duration) -> Answer<'a, Acquired>;
+    fn acquire<'a>(&'a self, wanted: &'a Wanted, in_line: InLine, timeout: Duration) -> Answer<'a, Acquired>;
 
     /// Makes the keys live on, if all hold the token.
     fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Renewed>;
@@ -54,23 +54,35 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     /// Whether a lock can be handed over.
     fn hands_over(&self) -> bool;
 
-    /// Releases a lock of one key, and acquires it for another owner, in one step.
+    /// Releases a lock of one key, and acquires it for another owner of this process, in one step, or gives it to another
+    /// process whose turn it is.
     fn hand_over<'a>(
         &'a self,
         from: &'a Owned,
         ending: Ending,
         to: &'a Wanted,
+        next: &'a Next,
         timeout: Duration,
     ) -> Answer<'a, HandedOver>;
 
-    /// Those who queue for the key give a sign of life, and take the last places if they have none. For stores that
-    /// know who queues in other processes.
-    fn attend<'a>(&'a self, _key: &'a Key, _tokens: &'a [Token], _timeout: Duration) -> Answer<'a, ()> {
+    /// Whether those who wait in different processes stand in one line for a key.
+    fn has_line(&self) -> bool {
+        false
+    }
+
+    /// Takes the last place in the line for the key.
+    fn enter<'a>(&'a self, _key: &'a Key, _place: LinePlace, _timeout: Duration) -> Answer<'a, ()> {
         Box::pin(async { Ok(()) })
     }
 
-    /// Leaves the queue for the key.
-    fn leave<'a>(&'a self, _owned: &'a Owned, _timeout: Duration) -> Answer<'a, ()> {
+    /// Gives a sign of life of this process, which waits for the key. Returns whether its place is in the line, and not
+    /// next.
+    fn heartbeat<'a>(&'a self, _key: &'a Key, _place: LinePlace, _timeout: Duration) -> Answer<'a, bool> {
+        Box::pin(async { Ok(true) })
+    }
+
+    /// Leaves the line for the key.
+    fn leave<'a>(&'a self, _key: &'a Key, _place: LinePlace, _timeout: Duration) -> Answer<'a, ()> {
         Box::pin(async { Ok(()) })
     }
 
@@ -182,11 +194,6 @@ pub(crate) enum Acquired {
         place: usize,
         remaining: Option<Duration>,
     },
-    /// It is free, and the turn of this one, who has so long to take it.
-    NotNext {
-        next: Token,
-        remaining: Duration,
-    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -204,22 +211,58 @@ pub(crate) enum Released {
 /// How a request stands in line with those of other processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Queueing {
-    /// Not at all: whoever comes at the right time gets the lock.
+    /// Not at all: it tries, and gets the lock if that is free.
     None,
-    /// It doesn't overtake those who queue.
+    /// Not at all, but it doesn't overtake those who do.
     Behind,
-    /// It queues.
-    Queued,
+    /// All that wait for the key in its process have one place.
+    Shared,
+    /// It has a place of its own.
+    Own,
+}
+
+/// A place in the line of all processes for a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LinePlace {
+    /// Tells it from others of its process.
+    pub(crate) number: u64,
+    /// Whether all that wait in the process have it, or one request.
+    pub(crate) is_shared: bool,
+}
+
+/// How an acquire stands in the line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum InLine {
+    /// It doesn't.
+    No,
+    /// It takes nothing that others are in line for.
+    Behind,
+    /// It has this place in the line for one of its keys, or takes it if it is not granted.
+    At { key: usize, place: LinePlace },
+}
+
+/// Who is to get a lock that is handed over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Next {
+    pub(crate) place: LinePlace,
+    /// The place may be in the line.
+    pub(crate) in_line: bool,
+    /// Other processes have to wait, whether they are in the line or not.
+    pub(crate) may_keep: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum HandedOver {
     Done {
         fencing_token: Option<u64>,
+        /// Nobody else is in the line.
+        alone: bool,
     },
     NotOurs(Loss),
-    /// It is the turn of another, and nothing has been changed.
-    NotNext,
+    /// Others rely on the lock, and nothing has been changed.
+    NotNow,
+    /// It was released, and went to another process. The place is in the line.
+    PassedBy,
 }
 
 /// Who holds a lock; answered by [`Locker::inspect`](crate::Locker::inspect).

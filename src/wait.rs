@@ -8,12 +8,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::attempt::Attempt;
 use crate::hold::Grant;
-use crate::queue::{Place, Turn};
+use crate::queue::{HEARTBEAT, Place, Turn};
 use crate::store::listen::Listening;
 use crate::{Key, schedule};
-
-/// How often those who queue across processes say that they are alive: thrice as often as they have to.
-const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
 
 /// The waiting of one request.
 pub(crate) struct Waiting<'a> {
@@ -34,6 +31,8 @@ pub(crate) enum Woken {
     Ask,
     /// It was handed over.
     Granted(Grant),
+    /// It was handed over, and taken back.
+    TakenBack,
     /// The limit has passed.
     Late,
     Closed,
@@ -52,11 +51,22 @@ impl<'a> Waiting<'a> {
         Self { poll_every, limit, closed, listening: None, first: false, took: Duration::ZERO }
     }
 
+    /// It waits as a new request does.
+    pub(crate) fn start_over(&mut self) {
+        (self.first, self.listening) = (false, None);
+    }
+
     /// Takes its place in this process, and waits behind those who came before.
     pub(crate) async fn behind_others(&mut self, attempt: &mut Attempt) -> Woken {
         attempt.queue_up();
         if attempt.place().is_none_or(Place::is_first) {
             self.first = true;
+            // What was listened with not long ago: it hears of what happens after the request is sent.
+            let (listening, _) = attempt.place().map(Place::take_over).unwrap_or_default();
+            self.listening = attempt.only_key().zip(listening);
+            if let Some((_, listening)) = &mut self.listening {
+                listening.mark();
+            }
             return Woken::Ask;
         }
         select! {
@@ -83,6 +93,9 @@ impl<'a> Waiting<'a> {
         match known {
             Known::Held { key, remaining } => {
                 let key = attempt.only_key().unwrap_or(key);
+                if let Some(woken) = self.stand_in_line_for(attempt, &key).await {
+                    return woken;
+                }
                 let held_until = remaining.map(|remaining| Instant::now() + remaining);
                 self.wait_as_next(attempt, Some((key, held_until))).await
             }
@@ -90,6 +103,16 @@ impl<'a> Waiting<'a> {
                 let pause = schedule::poll_after(failures, None, fastrand::f64());
                 self.until(attempt, Instant::now() + pause, true).await
             }
+        }
+    }
+
+    /// Takes a place in the line for one of several keys.
+    async fn stand_in_line_for(&self, attempt: &mut Attempt, key: &Key) -> Option<Woken> {
+        select! {
+            biased;
+            () = self.closed.cancelled() => Some(Woken::Closed),
+            () = attempt.stand_in_line_for(key) => None,
+            () = at(self.limit) => Some(Woken::Late),
         }
     }
 
@@ -154,6 +177,7 @@ impl<'a> Waiting<'a> {
     /// Waits for the line to open, if it can be had.
     async fn open(&self, attempt: &mut Attempt, listening: &mut Listening) -> Option<Woken> {
         let patience = Instant::now() + attempt.command_timeout();
+        attempt.expect(patience);
         let turn = select! {
             biased;
             () = self.closed.cancelled() => return Some(Woken::Closed),
@@ -168,8 +192,10 @@ impl<'a> Waiting<'a> {
     async fn until(&mut self, attempt: &mut Attempt, wake: Instant, failed: bool) -> Woken {
         let limit = self.limit;
         loop {
-            // What has just been asked was a sign of life.
-            let sign_of_life = Instant::now() + SIGN_OF_LIFE;
+            // Also where it has no sign of life to give: who is polled no more is found out by that.
+            let poll = Instant::now() + HEARTBEAT;
+            let heartbeat = attempt.next_heartbeat();
+            attempt.expect(poll);
             let turn = select! {
                 biased;
                 () = self.closed.cancelled() => return Woken::Closed,
@@ -181,33 +207,31 @@ impl<'a> Waiting<'a> {
                     return Woken::Ask;
                 }
                 () = sleep_until(wake) => return Woken::Ask,
-                () = sleep_until(sign_of_life), if attempt.place().is_some_and(Place::stands_in_line) => {
+                () = at(heartbeat) => {
                     select! {
+                        biased;
                         () = self.closed.cancelled() => return Woken::Closed,
-                        () = attempt.attend() => continue,
+                        waits = attempt.heartbeat() => match waits {
+                            true => continue,
+                            false => return Woken::Ask,
+                        },
                         () = at(limit) => return Woken::Late,
                     }
                 }
+                () = sleep_until(poll) => continue,
             };
             return attempt.handed(turn);
         }
     }
 
-    /// Who has had the lock last comes a moment later than others do, who hear of the release at the same time; who had
-    /// it not long before, by chance: or those whom the server tells first would have it in turns, and others never.
-    /// And where votes can be split, those who come at once split them again and again.
+    /// Where votes can be split, those who come at once split them again and again: so one comes a moment later than
+    /// another, by chance.
     async fn let_others_go_first(&self, attempt: &Attempt) {
         const LONGEST: Duration = Duration::from_millis(5);
-        let moment = match attempt.place() {
-            _ if attempt.is_voted_on() => self.took.mul_f64(2.0 * fastrand::f64()),
-            // The line has its own order.
-            Some(place) if !place.stands_in_line() => match place.released_for_all() {
-                Some(1) => self.took * 2,
-                Some(2..=4) if fastrand::bool() => self.took * 2,
-                _ => return,
-            },
-            _ => return,
-        };
+        if !attempt.is_voted_on() {
+            return;
+        }
+        let moment = self.took.mul_f64(2.0 * fastrand::f64());
         select! {
             () = self.closed.cancelled() => {}
             () = sleep_until(Instant::now() + moment.min(LONGEST)) => {}
@@ -215,9 +239,9 @@ impl<'a> Waiting<'a> {
     }
 
     /// The lock is held from now on, for so long at least: who comes next needs to know no more.
-    pub(crate) fn pass_on(self, attempt: &Attempt, held_until: Instant) {
+    pub(crate) fn pass_on(self, attempt: &Attempt, held_until: Instant, was_handed_over: bool) {
         if let Some(place) = attempt.place() {
-            place.pass_on(self.listening.map(|(_, listening)| listening), held_until);
+            place.pass_on(self.listening.map(|(_, listening)| listening), held_until, was_handed_over);
         }
     }
 }

@@ -315,7 +315,7 @@ impl World {
                 state.note_with(self.start, || format!("  call {call}: {label} undoes {:?}: {undone:?}", owned.keys));
             }
             Ran::HandOver(from, ending, to, handed_over) => {
-                if let HandedOver::Done { fencing_token } = handed_over {
+                if let HandedOver::Done { fencing_token, .. } = handed_over {
                     state.released(call, &from.keys, &from.token, *ending, self);
                     state.granted(self, call, &to.owned.keys, &to.owned.token, *fencing_token);
                 }

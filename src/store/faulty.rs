@@ -9,8 +9,8 @@ use tokio::time::{Instant, sleep};
 use super::listen::Listening;
 use super::memory::MemoryStore;
 use super::{
-    Acquired, Answer, Each, Ending, Extending, HandedOver, Holder, Latest, Released, Renewed, Store, Together, Undone,
-    Wanted,
+    Acquired, Answer, Each, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Released, Renewed, Store,
+    Together, Undone, Wanted,
 };
 use crate::hold::Owned;
 use crate::{Error, Key};
@@ -196,7 +196,7 @@ async fn call_within<S: Send + Sync + 'static, T: Send + 'static>(
 }
 
 impl Store for FaultyStore {
-    fn acquire<'a>(&'a self, wanted: &'a Wanted, timeout: Duration) -> Answer<'a, Acquired> {
+    fn acquire<'a>(&'a self, wanted: &'a Wanted, _: InLine, timeout: Duration) -> Answer<'a, Acquired> {
         let wanted = wanted.clone();
         wanted.latest.extend(self.latest(timeout));
         Box::pin(self.call(Operation::Acquire, timeout, move |store, ran| {
@@ -247,6 +247,7 @@ impl Store for FaultyStore {
         from: &'a Owned,
         ending: Ending,
         to: &'a Wanted,
+        _: &'a Next,
         timeout: Duration,
     ) -> Answer<'a, HandedOver> {
         let (from, to) = (from.clone(), to.clone());

@@ -10,8 +10,8 @@ use tokio::time::Instant;
 
 use super::listen::{Line, Listeners, Listening};
 use super::{
-    Acquired, Answer, Each, Ending, Extending, HandedOver, Holder, Latest, Released, Renewed, Store, Together, Undone,
-    Wanted,
+    Acquired, Answer, Each, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Released, Renewed, Store,
+    Together, Undone, Wanted,
 };
 use crate::hold::{GrantId, Owned};
 use crate::{Key, Loss, Token};
@@ -108,15 +108,15 @@ impl MemoryStore {
     pub(super) fn hand_over_now(&self, from: &Owned, ending: Ending, to: &Wanted) -> HandedOver {
         let mut held = self.held();
         if ending == Ending::Grant && held.is_shared(from) {
-            return HandedOver::NotNext;
+            return HandedOver::NotNow;
         }
         if let Released::NotOurs(loss) = held.release(from, ending) {
             return HandedOver::NotOurs(loss);
         }
         match held.acquire(to) {
-            Acquired::Granted { fencing_token } => HandedOver::Done { fencing_token },
+            Acquired::Granted { fencing_token } => HandedOver::Done { fencing_token, alone: true },
             // Nobody can have come in between.
-            Acquired::Held { .. } | Acquired::NotNext { .. } => HandedOver::NotOurs(Loss::Taken),
+            Acquired::Held { .. } => HandedOver::NotOurs(Loss::Taken),
         }
     }
 
@@ -311,7 +311,7 @@ impl Held {
 }
 
 impl Store for MemoryStore {
-    fn acquire<'a>(&'a self, wanted: &'a Wanted, _: Duration) -> Answer<'a, Acquired> {
+    fn acquire<'a>(&'a self, wanted: &'a Wanted, _: InLine, _: Duration) -> Answer<'a, Acquired> {
         in_turn(move || self.acquire_now(wanted))
     }
 
@@ -335,7 +335,14 @@ impl Store for MemoryStore {
         true
     }
 
-    fn hand_over<'a>(&'a self, from: &'a Owned, ending: Ending, to: &'a Wanted, _: Duration) -> Answer<'a, HandedOver> {
+    fn hand_over<'a>(
+        &'a self,
+        from: &'a Owned,
+        ending: Ending,
+        to: &'a Wanted,
+        _: &'a Next,
+        _: Duration,
+    ) -> Answer<'a, HandedOver> {
         in_turn(move || self.hand_over_now(from, ending, to))
     }
 
@@ -449,6 +456,8 @@ mod tests {
             locker.lock(format!("k{n}")).wait_at_most(ms(500)).await.unwrap_err();
             waiter.await.unwrap().unwrap().into_lease();
         }
+        // A queue is kept for a moment: who waited often waits again.
+        sleep(ms(1_500)).await;
         assert_eq!(store.listeners.len(), 0);
     }
 }

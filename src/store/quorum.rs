@@ -69,7 +69,8 @@ pub(crate) use self::nodes::connect;
 use self::tally::{Tally, Verdict};
 use super::listen::Listening;
 use super::{
-    Acquired, Answer, Ending, Extending, HandedOver, Holder, Latest, Released, Renewed, Store, Undone, Wanted,
+    Acquired, Answer, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Released, Renewed, Store, Undone,
+    Wanted,
 };
 use crate::hold::Owned;
 use crate::{Error, Key, Loss, NodeError, Token};
@@ -359,7 +360,7 @@ impl Quorum {
 }
 
 impl Store for QuorumStore {
-    fn acquire<'a>(&'a self, wanted: &'a Wanted, timeout: Duration) -> Answer<'a, Acquired> {
+    fn acquire<'a>(&'a self, wanted: &'a Wanted, _: InLine, timeout: Duration) -> Answer<'a, Acquired> {
         Box::pin(self.acquire(wanted, timeout))
     }
 
@@ -381,7 +382,14 @@ impl Store for QuorumStore {
         false
     }
 
-    fn hand_over<'a>(&'a self, _: &'a Owned, _: Ending, _: &'a Wanted, _: Duration) -> Answer<'a, HandedOver> {
+    fn hand_over<'a>(
+        &'a self,
+        _: &'a Owned,
+        _: Ending,
+        _: &'a Wanted,
+        _: &'a Next,
+        _: Duration,
+    ) -> Answer<'a, HandedOver> {
         Box::pin(async { Ok(HandedOver::NotOurs(Loss::Missing)) })
     }
 

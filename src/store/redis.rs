@@ -5,7 +5,7 @@ mod combiner;
 mod connection;
 #[cfg(test)]
 mod differential;
-mod fair;
+mod line;
 mod names;
 mod operation;
 mod refusal;
@@ -33,12 +33,12 @@ use self::connection::{Connection, Sent};
 use self::operation::{Decision, NO_ID, Operation, What, unexpected};
 use self::replicas::{Writing, within};
 use self::router::Router;
-use self::script::{Call, Reply, Script, Scripts, is_mixed_up};
+use self::script::{Call, Reply, Script, Scripts, decimal, is_mixed_up};
 use self::subscriber::Subscriber;
 use super::listen::Listening;
 use super::{
-    Acquired, Answer, Each, Ending, Extending, HandedOver, Holder, Latest, Queueing, RECORD_TTL, Released, Renewed,
-    Store, Together, Undone, Wanted,
+    Acquired, Answer, Each, Ending, Extending, HandedOver, Holder, InLine, Latest, LinePlace, Next, RECORD_TTL,
+    Released, Renewed, Store, Together, Undone, Wanted,
 };
 use crate::hold::{GrantId, Owned};
 use crate::{Error, Key, Loss, Token};
@@ -53,6 +53,10 @@ const FENCE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 #[derive(Debug)]
 pub(crate) struct RedisStore {
     prefix: String,
+    /// Tells the waiters of this locker from those of others.
+    process: String,
+    /// The server doesn't allow us to stand in line.
+    without_line: AtomicBool,
     /// Operations on one key share calls. The rest goes by itself.
     combiner: Combiner<Server>,
     subscriber: Subscriber,
@@ -78,11 +82,12 @@ impl RedisStore {
 
     fn on(connection: Connection, prefix: String, min_replicas: usize) -> Self {
         use fred::interfaces::ClientLike;
-        let subscriber = Subscriber::new(connection.client().client_config(), connection.home());
+        let process = format!("{:016x}", fastrand::u64(..));
+        let subscriber = Subscriber::new(connection.client().client_config(), connection.home(), process.clone());
         let router = Router::new(connection.client().clone());
         let (scripts, takes_one_slot) = (Scripts::new(), AtomicBool::new(false));
         let server = Server { connection, router, scripts, clock: ServerClock::new(), min_replicas, takes_one_slot };
-        Self { prefix, combiner: Combiner::new(server), subscriber }
+        Self { prefix, process, without_line: AtomicBool::new(false), combiner: Combiner::new(server), subscriber }
     }
 
     fn server(&self) -> &Server {
@@ -101,11 +106,11 @@ impl RedisStore {
         owned.keys.iter().map(|key| Value::Bytes(self.name(key)))
     }
 
-    async fn acquire(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
+    async fn acquire(&self, wanted: &Wanted, in_line: InLine, timeout: Duration) -> Result<Acquired, Error> {
         self.check_replicas()?;
         let timeout = within(timeout, wanted.ttl, self.server().min_replicas);
         let until = Instant::now() + timeout;
-        let answer = self.take(wanted, timeout).await;
+        let answer = self.take(wanted, in_line, timeout).await;
         if matches!(answer, Err(Error::NotReplicated { .. })) {
             // Given back before it is told. Should that fail, it is the caller's to do, as ever when an attempt fails.
             let left = until.saturating_duration_since(Instant::now());
@@ -115,10 +120,27 @@ impl RedisStore {
         answer
     }
 
-    async fn take(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
+    async fn take(&self, wanted: &Wanted, in_line: InLine, timeout: Duration) -> Result<Acquired, Error> {
         let Owned { keys, token, grant, .. } = &wanted.owned;
-        if let (Queueing::Behind | Queueing::Queued, [key]) = (wanted.queueing, &**keys) {
-            return self.acquire_in_line(wanted, key, timeout).await;
+        let place = match in_line {
+            InLine::At { place, .. } => Some(place),
+            InLine::No | InLine::Behind => None,
+        };
+        let is_shared = place.is_some_and(|place| place.is_shared);
+        if let (InLine::Behind | InLine::At { .. }, [key]) = (in_line, &**keys) {
+            if !is_shared {
+                return self.acquire_in_line(wanted, key, place, timeout).await;
+            }
+            if !self.without_line.load(Ordering::Relaxed) {
+                match self.acquire_in_line(wanted, key, place, timeout).await {
+                    // Who may not use the line waits without one, unless it was asked for.
+                    Err(error) if error.code() == Some("NOPERM") => {
+                        debug!(name: "tenure.without_line", %error, "may not stand in line");
+                        self.without_line.store(true, Ordering::Relaxed);
+                    }
+                    answer => return answer,
+                }
+            }
         }
         let (ttl, fence_ttl) = (millis(wanted.ttl), fence_ttl(wanted.ttl));
         if let ([key], None) = (&**keys, grant) {
@@ -127,11 +149,16 @@ impl RedisStore {
             let what = What::Acquire { value: value_of(wanted), ttl, fence, latest: wanted.latest.clone() };
             return acquired(self.run(Operation { name, token: token.clone(), what }, timeout).await?);
         }
-        self.acquire_whole(wanted, timeout).await
+        self.acquire_whole(wanted, place, timeout).await
     }
 
     /// By the script that knows all there is to know.
-    async fn acquire_whole(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
+    async fn acquire_whole(
+        &self,
+        wanted: &Wanted,
+        place: Option<LinePlace>,
+        timeout: Duration,
+    ) -> Result<Acquired, Error> {
         let Owned { keys, token, grant, .. } = &wanted.owned;
         let mut names: Vec<Bytes> = keys.iter().map(|key| self.name(key)).collect();
         self.check_slots(&names)?;
@@ -151,6 +178,7 @@ impl RedisStore {
             fence_ttl(wanted.ttl).into(),
             grant.map_or_else(|| "".into(), |grant| grant.to_string().into()),
             record_ttl(wanted.ttl).into(),
+            place.map_or_else(|| "".into(), |place| self.place(place)),
         ];
         let call = Call::new(names.into_iter().map(Value::Bytes), args);
         let (until, writing) = self.server().writing(timeout);
@@ -204,9 +232,13 @@ impl RedisStore {
 
     async fn release(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<Released, Error> {
         let what = match (&*owned.keys, owned.grant, ending) {
-            ([_], None, Ending::Lock) if owned.own_token => What::Release { publish: self.publish() },
+            ([key], None, Ending::Lock) if owned.own_token => {
+                What::Release { publish: self.publish(), line: names::line_of(&self.name(key)) }
+            }
             ([key], None, Ending::Grant) => {
-                What::EndGrant { publish: self.publish(), record: names::grants_of(&self.name(key)) }
+                let name = self.name(key);
+                let (line, record) = (names::line_of(&name), names::grants_of(&name));
+                What::EndGrant { publish: self.publish(), line, record }
             }
             _ => {
                 let until = Instant::now() + timeout;
@@ -227,15 +259,13 @@ impl RedisStore {
         let publish = self.publish().into();
         let locks: Vec<Bytes> = owned.keys.iter().map(|key| self.name(key)).collect();
         let scripts = &self.server().scripts;
+        let lines = locks.iter().map(names::line_of);
+        let records = locks.iter().filter(|_| ending == Ending::Grant || !owned.own_token).map(names::grants_of);
+        let keys: Vec<Bytes> = locks.iter().cloned().chain(lines).chain(records).collect();
+        let keys = keys.into_iter().map(Value::Bytes);
         let (script, mut call) = match ending {
-            Ending::Lock if owned.own_token => {
-                (&scripts.release, Call::new(self.names(owned), [token, count, publish]))
-            }
-            Ending::Lock => (&scripts.release, Call::new(self.names_with_records(owned), [token, count, publish])),
-            Ending::Grant => {
-                let args = [token, count, publish, id_of(owned.grant)];
-                (&scripts.end_grant, Call::new(self.names_with_records(owned), args))
-            }
+            Ending::Lock => (&scripts.release, Call::new(keys, [token, count, publish])),
+            Ending::Grant => (&scripts.end_grant, Call::new(keys, [token, count, publish, id_of(owned.grant)])),
         };
         call.args(operation::channels(&locks));
         let reply = self.server().run(script, || call.clone(), |_| {}, timeout).await?;
@@ -269,38 +299,41 @@ impl RedisStore {
         from: &Owned,
         ending: Ending,
         to: &Wanted,
+        next: &Next,
         timeout: Duration,
     ) -> Result<HandedOver, Error> {
         let [key] = &*from.keys else { return Ok(HandedOver::NotOurs(Loss::Missing)) };
         let name = self.name(key);
-        let fence = to.fenced.then(|| Value::Bytes(names::fence_of(&name)));
-        let queued = to.queueing != Queueing::None;
-        let mut keys = vec![Value::Bytes(name.clone()), Value::Bytes(names::grants_of(&name))];
-        if queued {
-            let [_, queue, alive] = fair::lock_and_queue(&name);
-            keys.extend([queue, alive].map(Value::Bytes));
-        }
-        keys.extend(fence);
+        let fence = to.fenced.then(|| names::fence_of(&name));
+        let keys = [name.clone(), names::line_of(&name), names::grants_of(&name)].into_iter().chain(fence);
+        let keys: Vec<Value> = keys.map(Value::Bytes).collect();
         let grant = match ending {
             Ending::Grant => id_of(from.grant),
             Ending::Lock if from.own_token => "".into(),
             Ending::Lock => "*".into(),
         };
-        let (queued, fenced) = (Value::Integer(queued.into()), Value::Integer(to.fenced.into()));
-        let (ttl, fence_ttl) = (millis(to.ttl).into(), fence_ttl(to.ttl).into());
-        let args = [from.token.to_text().into(), value_of(to), ttl, fence_ttl, queued, fenced, grant];
-        let call = Call::new(keys.into_iter(), args);
+        let args = [
+            from.token.to_text().into(),
+            value_of(to),
+            decimal(millis(to.ttl)),
+            decimal(fence_ttl(to.ttl)),
+            self.place(next.place),
+            line::alive(),
+            flag(next.may_keep),
+            flag(to.fenced),
+            grant,
+            flag(next.in_line),
+        ];
+        let call = Call::new(keys.into_iter(), args.into_iter().chain(self.notify(&name)));
         let sending = |until| to.latest.extend(until);
-        let answer = self.server().run(&self.server().scripts.hand_over, || call.clone(), sending, timeout).await;
-        let answer = answer.and_then(Reply::value);
-        Ok(match answer {
-            Err(error) => return Err(error),
-            Ok(answer) => match integer(&answer)? {
-                -1 => HandedOver::NotOurs(Loss::Missing),
-                -2 => HandedOver::NotOurs(Loss::Taken),
-                -3 => HandedOver::NotNext,
-                fence => HandedOver::Done { fencing_token: fencing_token(fence) },
-            },
+        let reply = self.server().run(&self.server().scripts.hand_over, || call.clone(), sending, timeout).await?;
+        Ok(match integers(&reply.value()?)?[..] {
+            [-1] => HandedOver::NotOurs(Loss::Missing),
+            [-2] => HandedOver::NotOurs(Loss::Taken),
+            [-3] => HandedOver::NotNow,
+            [-4] => HandedOver::PassedBy,
+            [fence, alone] => HandedOver::Done { fencing_token: fencing_token(fence), alone: alone == 1 },
+            _ => return Err(unexpected()),
         })
     }
 
@@ -737,6 +770,10 @@ impl Extending {
     }
 }
 
+fn flag(is_set: bool) -> Value {
+    Value::from_static_str(if is_set { "1" } else { "0" })
+}
+
 fn integer(answer: &Value) -> Result<i64, Error> {
     answer.as_i64().ok_or_else(unexpected)
 }
@@ -758,8 +795,11 @@ fn from_millis(ttl: i64) -> Option<Duration> {
 }
 
 impl Store for RedisStore {
-    fn acquire<'a>(&'a self, wanted: &'a Wanted, timeout: Duration) -> Answer<'a, Acquired> {
-        Box::pin(router::patiently(timeout, move |left| self.acquire(wanted, left)))
+    fn acquire<'a>(&'a self, wanted: &'a Wanted, in_line: InLine, timeout: Duration) -> Answer<'a, Acquired> {
+        if !self.server().router.is_clustered() {
+            return Box::pin(self.acquire(wanted, in_line, timeout));
+        }
+        Box::pin(router::patiently(timeout, move |left| self.acquire(wanted, in_line, left)))
     }
 
     fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Renewed> {
@@ -790,17 +830,26 @@ impl Store for RedisStore {
         from: &'a Owned,
         ending: Ending,
         to: &'a Wanted,
+        next: &'a Next,
         timeout: Duration,
     ) -> Answer<'a, HandedOver> {
-        Box::pin(self.hand_over(from, ending, to, timeout))
+        Box::pin(self.hand_over(from, ending, to, next, timeout))
     }
 
-    fn attend<'a>(&'a self, key: &'a Key, tokens: &'a [Token], timeout: Duration) -> Answer<'a, ()> {
-        Box::pin(self.attend(key, tokens, timeout))
+    fn has_line(&self) -> bool {
+        !self.without_line.load(Ordering::Relaxed)
     }
 
-    fn leave<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, ()> {
-        Box::pin(self.leave(owned, timeout))
+    fn enter<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, ()> {
+        Box::pin(self.enter(key, place, timeout))
+    }
+
+    fn heartbeat<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, bool> {
+        Box::pin(self.heartbeat(key, place, timeout))
+    }
+
+    fn leave<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, ()> {
+        Box::pin(self.leave(key, place, timeout))
     }
 
     fn listen(&self, key: &Key) -> Listening {

@@ -420,7 +420,8 @@ async fn waiting_ends_with_its_reason_and_leaves_no_task() {
     held.release().await.unwrap();
     closing.await.unwrap();
     drop(dog);
-    sleep(ms(500)).await;
+    // Those who waited are looked after for a moment longer.
+    sleep(ms(2_000)).await;
     assert_eq!(Handle::current().metrics().num_alive_tasks(), before);
 }
 

@@ -16,7 +16,8 @@ use crate::hold::{GrantId, Hold, Owned};
 use crate::store::faulty::{Fault, call};
 use crate::store::listen::Listening;
 use crate::store::{
-    Acquired, Answer, Ending, Extending, HandedOver, Holder, Latest, Released, Renewed, Store, Undone, Wanted,
+    Acquired, Answer, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Released, Renewed, Store, Undone,
+    Wanted,
 };
 use crate::{Error, Key, Locker, Loss, Token};
 
@@ -264,7 +265,7 @@ impl Node for Line {
 }
 
 impl Store for Line {
-    fn acquire<'a>(&'a self, _: &'a Wanted, _: Duration) -> Answer<'a, Acquired> {
+    fn acquire<'a>(&'a self, _: &'a Wanted, _: InLine, _: Duration) -> Answer<'a, Acquired> {
         unreachable!("nodes are asked for votes")
     }
 
@@ -292,7 +293,14 @@ impl Store for Line {
         false
     }
 
-    fn hand_over<'a>(&'a self, _: &'a Owned, _: Ending, _: &'a Wanted, _: Duration) -> Answer<'a, HandedOver> {
+    fn hand_over<'a>(
+        &'a self,
+        _: &'a Owned,
+        _: Ending,
+        _: &'a Wanted,
+        _: &'a Next,
+        _: Duration,
+    ) -> Answer<'a, HandedOver> {
         unreachable!("a quorum doesn't")
     }
 

@@ -383,6 +383,9 @@ impl Events {
     ///
     /// Returns whether a connection was lost by that, or found.
     fn take_in(&mut self) -> bool {
+        if self.connections.is_empty() && self.failures.is_empty() {
+            return false;
+        }
         let (before, was_broken) = (self.made, self.is_broken);
         loop {
             match self.connections.try_recv() {

@@ -25,10 +25,13 @@ pub(super) enum What {
     Release {
         /// How waiters are notified: `PUBLISH`, or on a cluster `SPUBLISH`.
         publish: &'static str,
+        /// The name of the line of those who wait.
+        line: Bytes,
     },
     /// In the background, of a grant that has no id.
     EndGrant {
         publish: &'static str,
+        line: Bytes,
         /// The name of the record that tells whether there are other grants.
         record: Bytes,
     },
@@ -60,13 +63,15 @@ impl Operation {
     pub(super) fn alone(&self) -> Call {
         let key = Value::Bytes(self.name.clone());
         let token = || Value::from(self.token.to_text());
-        let notify = |publish: &'static str| {
+        let release = |publish: &'static str, line: &Bytes| {
             let channel = names::channel_of(&self.name).map(Value::Bytes);
-            [token(), Value::from_static_str(publish)].into_iter().chain(channel)
+            [token(), Value::from_static_str(publish), Value::Bytes(line.clone())].into_iter().chain(channel)
         };
         match &self.what {
-            What::Release { publish } => Call::new([key].into_iter(), notify(publish)),
-            What::EndGrant { publish, record } => Call::new([key, record.clone().into()].into_iter(), notify(publish)),
+            What::Release { publish, line } => Call::new([key].into_iter(), release(publish, line)),
+            What::EndGrant { publish, line, record } => {
+                Call::new([key, record.clone().into()].into_iter(), release(publish, line))
+            }
             What::Renew { ttl } => Call::new([key].into_iter(), [token(), decimal(*ttl)]),
             What::Acquire { value, ttl, fence: None, .. } => {
                 Call::new([key].into_iter(), [value.clone(), decimal(*ttl)])
@@ -86,16 +91,16 @@ impl Operation {
             What::Acquire { value, ttl, fence, .. } => {
                 let args = |fence_ttl: i64| {
                     let ttls = [decimal(*ttl), Value::Integer(1), decimal(fence_ttl)];
-                    [token(), value.clone()].into_iter().chain(ttls).chain(["".into(), "".into()])
+                    [token(), value.clone()].into_iter().chain(ttls).chain(["".into(), "".into(), "".into()])
                 };
                 match fence {
                     None => Call::new([key].into_iter(), args(0)),
                     Some((fence, fence_ttl)) => Call::new([key, fence.clone().into()].into_iter(), args(*fence_ttl)),
                 }
             }
-            What::EndGrant { publish, record } => {
+            What::EndGrant { publish, line, record } => {
                 let args = [token(), Value::Integer(1), (*publish).into(), NO_ID.into()];
-                let keys = [key, record.clone().into()];
+                let keys = [key, line.clone().into(), record.clone().into()];
                 Call::new(keys.into_iter(), args.into_iter().chain(channels([&self.name])))
             }
             What::Release { .. } | What::Renew { .. } => self.alone(),
@@ -191,7 +196,7 @@ pub(super) fn together(operations: &[Operation]) -> Call {
         }
         match &operation.what {
             What::Acquire { fence: Some((_, ttl)), .. } => longest = longest.max(*ttl),
-            What::Release { publish } | What::EndGrant { publish, .. } => how = publish,
+            What::Release { publish, .. } | What::EndGrant { publish, .. } => how = publish,
             What::Renew { ttl } => have_one_ttl &= *renewed.get_or_insert(*ttl) == *ttl,
             What::Acquire { fence: None, .. } => {}
         }

@@ -138,6 +138,11 @@ impl Router {
         }
     }
 
+    /// Whether keys may be on the move from one node to another.
+    pub(super) fn is_clustered(&self) -> bool {
+        self.cluster.is_some()
+    }
+
     /// Returns whether a node has lately replied that the slot is half moved. Operations on its keys are sent one by
     /// one then: neither node could run a batch of them.
     pub(super) fn is_moving(&self, slot: u16) -> bool {

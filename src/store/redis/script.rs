@@ -24,8 +24,9 @@ pub(super) struct Script {
 pub(super) struct Scripts {
     pub(super) acquire: Script,
     pub(super) acquire_one: Script,
-    pub(super) acquire_fair: Script,
-    pub(super) attend: Script,
+    pub(super) acquire_in_line: Script,
+    pub(super) enter: Script,
+    pub(super) heartbeat: Script,
     pub(super) leave: Script,
     pub(super) renew: Script,
     pub(super) renew_one: Script,
@@ -47,23 +48,28 @@ const HELD: &str = include_str!("scripts/held.lua");
 const FENCE: &str = include_str!("scripts/fence.lua");
 const GRANTS: &str = include_str!("scripts/grants.lua");
 const EXTEND: &str = include_str!("scripts/extend.lua");
-const QUEUE: &str = include_str!("scripts/queue.lua");
+const LINE: &str = include_str!("scripts/line.lua");
 
 impl Scripts {
     pub(super) fn new() -> Self {
         Self {
             acquire: Script::new(&[OWNER, FENCE, GRANTS, include_str!("scripts/acquire.lua")]),
-            acquire_one: Script::for_one_key(include_str!("scripts/acquire_one.lua")),
-            acquire_fair: Script::new(&[OWNER, FENCE, GRANTS, QUEUE, include_str!("scripts/acquire_fair.lua")]),
-            attend: Script::new(&[QUEUE, include_str!("scripts/attend.lua")]),
-            leave: Script::new(&[include_str!("scripts/leave.lua")]),
+            acquire_one: Script::for_one_key(&[include_str!("scripts/acquire_one.lua")]),
+            acquire_in_line: Script::new(&[OWNER, FENCE, GRANTS, LINE, include_str!("scripts/acquire_in_line.lua")]),
+            enter: Script::new(&[LINE, include_str!("scripts/enter.lua")]),
+            heartbeat: Script::new(&[LINE, include_str!("scripts/heartbeat.lua")]),
+            leave: Script::new(&[LINE, include_str!("scripts/leave.lua")]),
             renew: Script::new(&[OWNER, EXTEND, include_str!("scripts/renew.lua")]),
-            renew_one: Script::for_one_key(include_str!("scripts/renew_one.lua")),
+            renew_one: Script::for_one_key(&[include_str!("scripts/renew_one.lua")]),
             renew_grant: Script::new(&[OWNER, HELD, GRANTS, EXTEND, include_str!("scripts/renew_grant.lua")]),
-            release: Script::new(&[OWNER, include_str!("scripts/release.lua")]),
-            release_one: Script::for_one_key(include_str!("scripts/release_one.lua")),
-            end_grant: Script::new(&[OWNER, HELD, GRANTS, include_str!("scripts/end_grant.lua")]),
-            hand_over: Script::new(&[OWNER, HELD, FENCE, GRANTS, include_str!("scripts/hand_over.lua")]),
+            release: Script::new(&[OWNER, LINE, include_str!("scripts/release.lua")]),
+            release_one: Script::for_one_key(&[
+                include_str!("scripts/release_one.lua"),
+                LINE,
+                include_str!("scripts/pass_on_one.lua"),
+            ]),
+            end_grant: Script::new(&[OWNER, HELD, GRANTS, LINE, include_str!("scripts/end_grant.lua")]),
+            hand_over: Script::new(&[OWNER, HELD, FENCE, GRANTS, LINE, include_str!("scripts/hand_over.lua")]),
             remaining: Script::new(&[OWNER, HELD, include_str!("scripts/remaining.lua")]),
             inspect: Script::new(&[include_str!("scripts/inspect.lua")]),
             many: Script { is_batch: true, ..Script::new(&[OWNER, include_str!("scripts/many.lua")]) },
@@ -112,8 +118,9 @@ impl Script {
         Self::whole(source.concat().concat())
     }
 
-    fn for_one_key(source: &str) -> Self {
-        Self::whole([include_str!("scripts/prologue_one.lua"), source].concat())
+    /// A script of those that run most, for one key.
+    fn for_one_key(parts: &[&str]) -> Self {
+        Self::whole([include_str!("scripts/prologue_one.lua"), &parts.concat()].concat())
     }
 
     fn whole(source: String) -> Self {

@@ -30,6 +30,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use fred::bytes::Bytes;
+use fred::types::Value;
 use fred::types::config::Config;
 use tokio::runtime::Handle;
 use tokio::select;
@@ -61,6 +62,8 @@ struct Shared {
     listeners: Listeners,
     config: Config,
     home: Home,
+    /// Whose turns are announced to us.
+    process: String,
     /// Taken before the mutex of the listeners, and before that of the connection's driver.
     running: Mutex<Running>,
 }
@@ -86,8 +89,8 @@ struct Started {
 }
 
 impl Subscriber {
-    pub(super) fn new(config: Config, home: Home) -> Self {
-        Self(Arc::new(Shared { listeners: Listeners::new(), config, home, running: Mutex::default() }))
+    pub(super) fn new(config: Config, home: Home, process: String) -> Self {
+        Self(Arc::new(Shared { listeners: Listeners::new(), config, home, process, running: Mutex::default() }))
     }
 
     /// Listens to the channel of the key. Outside a runtime nothing will be heard.
@@ -129,6 +132,12 @@ impl Messenger for Shared {
 }
 
 impl Shared {
+    /// Whether a message says that everybody has to look, or that it is the turn of one of ours.
+    fn is_for_us(&self, message: &Value) -> bool {
+        let place = message.as_bytes().unwrap_or_default();
+        place.is_empty() || place.strip_prefix(self.process.as_bytes()).is_some_and(|rest| rest.starts_with(b":"))
+    }
+
     /// Starts the task, unless it runs. Returns what has run until now, to be dropped without the mutex.
     fn start_if_needed(self: Arc<Self>, running: &mut Running, here: &Handle) -> Option<Started> {
         if running.is_closed || running.task.as_mut().is_some_and(|task| task.runs(here)) {

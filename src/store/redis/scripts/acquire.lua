@@ -3,7 +3,8 @@
 -- KEYS  n lock keys; where the grant has an id, their n records of grants; where a fencing token is wanted, their n
 -- fence keys. ARGV  token, value (the token; with metadata: token, newline, metadata), ttl in ms, n, ttl of the fence
 -- keys in ms, id of the
---       grant or '', ttl of the records in ms.
+--       grant or '', ttl of the records in ms, the place whose turn it may be at one of the
+--       keys, or ''.
 -- Reply {1, fencing token or 0}  granted.
 --       {0, ttl in ms, i}        the ith key is held by another, for so long; -1: for ever.
 --
@@ -22,7 +23,7 @@ local missing = 0
 
 for i = 1, n do
     local held = redis.call('GET', KEYS[i])
-    if not held then
+    if not held or ARGV[8] ~= '' and held == '\n' .. ARGV[8] then
         missing = missing + 1
     elseif is_owner(token, held) then
         ours[i] = true

@@ -1,6 +1,6 @@
 -- Ends one grant: releases those of the keys that hold the token, unless other grants rely on them.
 --
--- KEYS  n lock keys, then their n records of grants.
+-- KEYS  n lock keys, their n lines, and their n records of grants.
 -- ARGV  token, n, 'PUBLISH' or 'SPUBLISH' as in release.lua, id of the grant (`-`: it has none), channels as in
 --       release.lua.
 -- Reply as release.lua. A key that is left to others counts as released; it lives no longer than they may need it.
@@ -11,7 +11,7 @@ local token, n, grant = ARGV[1], tonumber(ARGV[2]), ARGV[4]
 local reply, failure = 1, nil
 
 local function end_grant(i)
-    local record_key = KEYS[n + i]
+    local record_key = KEYS[2 * n + i]
     local held = held_by(KEYS[i])
     if held == nil then
         reply = math.min(reply, 0)
@@ -27,9 +27,8 @@ local function end_grant(i)
     local record = grants_of(record_key, token)
     local others = without(record, grant)
     if #others.ids == 0 then
-        redis.call('DEL', KEYS[i])
+        pass_on(KEYS[i], KEYS[n + i], ARGV[3], ARGV[4 + i] or KEYS[i])
         redis.pcall('DEL', record_key)
-        redis.pcall(ARGV[3], ARGV[4 + i] or KEYS[i], '')
     elseif #others.ids < #record.ids then
         write_grants(record_key, token, others, 0)
         local longest = longest_of(others)

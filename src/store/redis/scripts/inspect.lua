@@ -1,12 +1,12 @@
 -- Who holds a key.
 --
 -- KEYS  the lock key, its fence key.
--- Reply nil, or {what the key holds, its ttl in ms or -1, what the fence key holds, or nil where that is no text}.
+-- Reply nil where nobody does, or the lock waits for the next one to confirm it; or {what the key holds, its ttl in ms or -1, what the fence key holds, or nil where that is no text}.
 --
 -- Idempotent: it only reads.
 
 local held = redis.call('GET', KEYS[1])
-if not held then
+if not held or string.sub(held, 1, 1) == '\n' then
     return false
 end
 local fence = redis.pcall('GET', KEYS[2])

@@ -1,15 +1,16 @@
--- Leaves the queue of a key.
+-- Leaves the line for a key.
 --
--- KEYS  the lock key, its queue, its signs of life.
--- ARGV  token, 'PUBLISH' or 'SPUBLISH', channel, as release.lua.
+-- KEYS  the lock key, its line.
+-- ARGV  place, 'PUBLISH' or 'SPUBLISH', channel.
 -- Reply 1.
 --
--- Idempotent: a repeat finds nothing to remove. If it was this one's turn, it is the next one's now, who is told.
+-- Idempotent: a repeat finds nothing to remove. If the lock was reserved for this place, or is free, it is the next
+-- one's now, who is told.
 
-local turn = redis.call('ZRANGE', KEYS[2], 0, 0)[1] == ARGV[1]
-redis.call('ZREM', KEYS[2], ARGV[1])
-redis.pcall('HDEL', KEYS[3], ARGV[1])
-if turn and redis.call('EXISTS', KEYS[1]) == 0 then
-    redis.pcall(ARGV[2], ARGV[3] or KEYS[1], '')
+check_line(KEYS[2])
+leave_line(KEYS[2], ARGV[1])
+local held = redis.call('GET', KEYS[1])
+if not held and redis.call('EXISTS', KEYS[2]) == 1 or held == '\n' .. ARGV[1] then
+    pass_on(KEYS[1], KEYS[2], ARGV[2], ARGV[3])
 end
 return 1

@@ -1,20 +1,18 @@
 -- Many operations in one call, each on a key of its own choice: what release.lua, renew.lua and acquire.lua do for one.
 --
 -- KEYS  the lock keys: of the releases, the releases in the background, the renewals, the acquires with a fencing
--- token, the
---       acquires without; then the records of grants of the releases in the background, and the fence keys of the
---       acquires with one.
+--       token, the acquires without; then the records of grants of the releases in the background, and the fence keys
+--       of the acquires with one.
 -- ARGV  how many of each kind, in this order; the ttl of fence keys in ms; 'PUBLISH' or 'SPUBLISH', as release.lua; the
--- ttl of
---       all renewals in ms, or '' where each has its own; then for each
+--       ttl of all renewals in ms, or '' where each has its own; then for each
 --       release: token.  renewal: token, and the ttl if each has its own: at least this.
 --       acquire: value (the token; with metadata: token, newline, metadata), ttl in ms.
 --       At the end the channels of all releases, as release.lua.
 -- Reply for each, in this order: a number, or a string that says why it could not be done.
 --       release, renewal: 1 done, 0 the key is gone, -1 it holds something else.
 --       acquire: granted: the fencing token, or 0. Held by another: -1 for ever, -2 - ttl for so many ms.
---       'ALONE': an acquire that meets what is no lock, or no fencing token, or a release in the background of a lock
---       that other grants may rely on. Nothing was done: acquire.lua says why, and end_grant.lua knows how.
+--       'ALONE': an acquire that meets what is no lock, or no fencing token; a release of a lock that others wait for,
+--       or one in the background that other grants may rely on. Nothing was done: the script for one knows how.
 --
 -- Idempotent, as each operation is. One that fails fails alone: whatever may be refused is called by pcall, so the
 -- script never ends in an error after it has begun to write. Releases come first, so that who waits in the same call
@@ -60,7 +58,22 @@ local function absent(key)
     return refused(redis.pcall('GET', key)) or 0
 end
 
-local freed, freed_by, was = {}, {}, {}
+-- Waiters listen to their lock: one that nobody listens to has none. The others are left to release_one.lua, and so are
+-- all where that can't be asked.
+local is_heard = {}
+if n_release > 0 then
+    local before = 8 + n_release + n_renew * (renewed_ttl == '' and 2 or 1) + 2 * (n_fenced + n_plain)
+    local channels = {}
+    for i = 1, n_release do
+        channels[i] = ARGV[before + i] or KEYS[i]
+    end
+    local heard = redis.pcall('PUBSUB', publish == 'PUBLISH' and 'NUMSUB' or 'SHARDNUMSUB', unpack(channels))
+    for i = 1, n_release do
+        is_heard[i] = heard.err or heard[2 * i] ~= 0
+    end
+end
+
+local freed, was = {}, {}
 for i = 1, n_release do
     local key, token = KEYS[i], ARGV[at]
     at = at + 1
@@ -71,11 +84,12 @@ for i = 1, n_release do
         reply[i] = was[key] and 0 or absent(key)
     elseif record and is_owner(token, record) then
         reply[i] = 'ALONE'
+    elseif is_owner(token, value) and is_heard[i] then
+        reply[i] = 'ALONE'
     elseif is_owner(token, value) then
         held[key] = false
         was[key] = value
         freed[#freed + 1] = key
-        freed_by[#freed] = i
         reply[i] = 1
     else
         reply[i] = -1
@@ -90,11 +104,6 @@ if #freed > 0 then
                 held[KEYS[i]] = value
                 reply[i] = reply[i] == 'ALONE' and 'ALONE' or is_owner(ARGV[8 + i], value) and err or -1
             end
-        end
-    else
-        local n_args = 8 + n_release + n_renew * (renewed_ttl == '' and 2 or 1) + 2 * (n_fenced + n_plain)
-        for i, key in ipairs(freed) do
-            redis.pcall(publish, ARGV[n_args + freed_by[i]] or key, '')
         end
     end
 end

@@ -1,8 +1,9 @@
 -- Releases those of the keys that hold the token, whoever else relies on them.
 --
--- KEYS  n lock keys, then other keys to delete with them: the records of grants, where the token may be used again.
--- ARGV  token, n, 'PUBLISH' or 'SPUBLISH': how waiters are notified, by an empty message; then the n channels for that,
---       where they are not called as the lock keys.
+-- KEYS  n lock keys, their n lines, then other keys to delete with them: the records of grants, where the token may be
+--       used again.
+-- ARGV  token, n, 'PUBLISH' or 'SPUBLISH': how waiters are notified; then the n channels for that, where they are not
+--       called as the lock keys.
 -- Reply 1  all were ours and are free.  0  a key was gone.  -1  a key holds something else.
 --
 -- Idempotent: a repeat finds nothing of ours, says so, and touches nothing. A key of another type is not ours, and
@@ -20,16 +21,15 @@ for i = 1, n do
     elseif held.err or not is_owner(token, held) then
         reply = -1
     else
-        local done = redis.pcall('DEL', KEYS[i])
-        if type(done) == 'table' then
-            failure = done
-        else
-            if KEYS[n + i] then
-                redis.pcall('DEL', KEYS[n + i])
-            end
-            -- A release is a release, also where messages are not allowed.
-            redis.pcall(ARGV[3], ARGV[3 + i] or KEYS[i], '')
+        local done, why = pcall(pass_on, KEYS[i], KEYS[n + i], ARGV[3], ARGV[3 + i] or KEYS[i])
+        if not done then
+            failure = why
+        elseif KEYS[2 * n + i] then
+            redis.pcall('DEL', KEYS[2 * n + i])
         end
     end
 end
-return failure or reply
+if failure then
+    error(failure, 0)
+end
+return reply

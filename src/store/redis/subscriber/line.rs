@@ -18,9 +18,9 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::super::connection::connect;
-use super::{ASK_EVERY, DOUBT, LINGER, TIMEOUT, Task};
+use super::{ASK_EVERY, DOUBT, LINGER, Shared, TIMEOUT, Task};
 use crate::Error;
-use crate::store::listen::{Line, Listeners};
+use crate::store::listen::Line;
 
 /// So many subscriptions that nobody needs are kept.
 const UNUSED: usize = 256;
@@ -61,18 +61,19 @@ pub(super) async fn serve(task: &Task, was_open: &mut bool) -> Result<(), Error>
     let connected = Connected { task, client, errors, reconnects, subscribed: HashSet::new() };
     select! {
         // Messages are passed on also while the server is asked something.
-        error = hear(messages, &task.shared.listeners) => Err(error),
+        error = hear(messages, &task.shared) => Err(error),
         ended = connected.serve(was_open) => ended,
         // fred has given up.
         _ = &mut driver => Err(Error::timeout()),
     }
 }
 
-async fn hear(mut messages: Receiver<Message>, listeners: &Listeners) -> Error {
+async fn hear(mut messages: Receiver<Message>, shared: &Shared) -> Error {
     loop {
         match messages.recv().await {
-            Ok(message) => listeners.tell(message.channel.as_bytes()),
-            Err(RecvError::Lagged(_)) => listeners.tell_all(),
+            Ok(message) if shared.is_for_us(&message.value) => shared.listeners.tell(message.channel.as_bytes()),
+            Ok(_) => {}
+            Err(RecvError::Lagged(_)) => shared.listeners.tell_all(),
             Err(RecvError::Closed) => return Error::timeout(),
         }
     }

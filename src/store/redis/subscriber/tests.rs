@@ -9,7 +9,7 @@ use super::*;
 fn subscriber(url: &str) -> Subscriber {
     let config = Config::from_url(url).unwrap();
     let home = Connection::borrowed(Builder::from_config(config.clone()).build().unwrap()).home();
-    Subscriber::new(config, home)
+    Subscriber::new(config, home, "process".into())
 }
 
 fn listening(server: &Server) -> Vec<String> {

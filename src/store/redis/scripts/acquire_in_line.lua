@@ -1,0 +1,70 @@
+-- Takes one key if it is free, and nobody else's turn; otherwise takes a place in the line for it.
+--
+-- KEYS  the lock key, its line, its record of grants, then, where a fencing token is wanted, its fence key.
+-- ARGV  value (the token; with metadata: token, newline, metadata), ttl in ms, ttl of the fence key in ms, place or '',
+--       for how long in ms its process counts as alive from now on, id of the grant or '', ttl of the record in ms,
+--       'PUBLISH' or 'SPUBLISH', channel.
+-- Reply a number. Granted: the fencing token, or 0. Held by another, or given to another: -1 for ever, -2 - ttl for so
+--       many ms.
+--       'ALONE': the key holds this token already. It is in the line no more: acquire.lua knows the rest.
+--
+-- A place `process:w7` is that of one waiter. Waiters of one process are served in their own order, and the first asks
+-- for all: so one that finds the turn of another waiter of its process takes it, and that one has its place.
+--
+-- Idempotent: who is in the line keeps its place. Scripts do not roll back: so all keys are looked at first, and the
+-- lock is set last.
+
+local token = string.match(ARGV[1], '^[^\n]*')
+local line_key, record_key, fence_key = KEYS[2], KEYS[3], KEYS[4]
+local place, alive = ARGV[4], tonumber(ARGV[5])
+local known = fence_key and fence_in(fence_key)
+grants_of(record_key, token)
+check_line(line_key)
+
+-- What has to be the same for a turn to be this one's.
+local kind = string.match(place, '^[^:]*:w') or place
+local function is_ours(other)
+    return other == place or kind ~= place and string.sub(other, 1, #kind) == kind
+end
+
+if place ~= '' and redis.call('ZSCORE', line_key, place) then
+    sign_of_life(line_key, place, alive)
+end
+local held = redis.call('GET', KEYS[1])
+if held and is_owner(token, held) then
+    leave_line(line_key, place)
+    return 'ALONE'
+end
+local turn
+if held then
+    turn = place ~= '' and string.sub(held, 1, 1) == '\n' and string.sub(held, 2)
+else
+    turn = head_of(line_key) or place
+end
+if not turn or not is_ours(turn) then
+    if place ~= '' then
+        enter_line(line_key, place, alive)
+    end
+    if not held then
+        pass_on(KEYS[1], line_key, ARGV[8], ARGV[9])
+    end
+    local left = redis.call('PTTL', KEYS[1])
+    return left < 0 and -1 or -2 - left
+end
+
+if turn ~= place and held then
+    -- Of another waiter of this process, who has no place any more.
+    redis.call('ZADD', line_key, redis.call('ZSCORE', line_key, place) or 1, turn)
+    sign_of_life(line_key, turn, alive)
+end
+leave_line(line_key, place)
+local fence = 0
+if fence_key then
+    fence = known and known >= now and known + 1 or now
+    redis.call('SET', fence_key, string.format('%.0f', fence), 'PX', ARGV[3])
+end
+if ARGV[6] ~= '' then
+    write_grants(record_key, token, with(NONE, ARGV[6], ARGV[2]), ARGV[7])
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return fence

@@ -1,0 +1,100 @@
+-- The line for a lock: who waits for it in which process. Put before the scripts that need it.
+--
+-- The line is a sorted set of places, `process:place`, by their arrival in us. Beside it lies a hash that says until when
+-- each process counts as alive, in ms. Its key is made of that of the line, and is in no KEYS: it lies in the same slot,
+-- and most calls never touch it.
+--
+-- While the lock is given to the head of the line, and its process hasn't confirmed that yet, the lock key holds a
+-- reservation: a newline and the place. No token is empty, so a reservation belongs to no token, and to every other
+-- library it is a lock.
+--
+-- 1. Whoever frees a lock gives it to the head of the line in the same step (`pass_on`), and tells that process alone.
+-- 2. A place is in the line or has a reservation, never both, and leaves the line in the step that gives it the lock.
+-- 3. A reservation ends after CONFIRM by itself. The next sign of life, or look, of any process in the line passes the
+--    lock on then.
+-- 4. A place whose process gave no sign of life for as long as it announced is dropped when it comes to the head.
+
+local CONFIRM = 1000
+-- So many dead places are dropped in one call; others want the server, too.
+local MOST_DROPPED = 1000
+
+local function alive_key_of(line_key)
+    return (string.gsub(line_key, ':queue(~?)$', ':alive%1'))
+end
+
+local function process_of(place)
+    return string.match(place, '^[^:]*')
+end
+
+-- Takes a place out of the line. With the last one, nothing is left of it.
+local function leave_line(line_key, place)
+    if redis.call('ZREM', line_key, place) == 1 and redis.call('EXISTS', line_key) == 0 then
+        redis.call('DEL', alive_key_of(line_key))
+    end
+end
+
+-- The head of the line, if anybody is in it.
+local function head_of(line_key)
+    for _ = 1, MOST_DROPPED do
+        local head = redis.call('ZRANGE', line_key, 0, 0)[1]
+        if not head then
+            return nil
+        end
+        local alive_until = redis.call('HGET', alive_key_of(line_key), process_of(head))
+        if alive_until and tonumber(alive_until) > now / 1000 then
+            return head
+        end
+        leave_line(line_key, head)
+    end
+end
+
+-- The process of this place is alive for so many ms.
+local function sign_of_life(line_key, place, alive)
+    local alive_key, process = alive_key_of(line_key), process_of(place)
+    local alive_until = redis.call('HGET', alive_key, process)
+    if alive_until and tonumber(alive_until) - now / 1000 > alive * 0.9 then
+        -- Said a moment ago. Where there are signs of life, there is a line.
+        return
+    end
+    local kept = string.format('%.0f', 10 * alive)
+    redis.call('HSET', alive_key, process, string.format('%.0f', math.floor(now / 1000) + alive))
+    redis.call('PEXPIRE', alive_key, kept)
+    redis.call('PEXPIRE', line_key, kept)
+end
+
+-- Takes the last place, or keeps the one that it has.
+local function enter_line(line_key, place, alive)
+    redis.call('ZADD', line_key, 'NX', string.format('%.0f', now), place)
+    sign_of_life(line_key, place, alive)
+end
+
+-- Frees the lock, which is free already or was ours: it goes to the head of the line, or, where nobody is in line, to
+-- whoever comes; then those who listen are told to look.
+local function pass_on(lock_key, line_key, publish, channel)
+    local looked, head = pcall(head_of, line_key)
+    if looked and head then
+        local done = redis.pcall('SET', lock_key, '\n' .. head, 'PX', CONFIRM)
+        if not done.err then
+            leave_line(line_key, head)
+            redis.pcall(publish, channel, head)
+            return head
+        end
+    end
+    local done = redis.pcall('DEL', lock_key)
+    if type(done) == 'table' then
+        error(done)
+    end
+    redis.pcall(publish, channel, '')
+end
+
+-- Refuses keys of a line that hold something else, before anything is written.
+local function check_line(line_key)
+    local alive_key = alive_key_of(line_key)
+    for key, command in pairs({[line_key] = {'ZRANGE', line_key, 0, 0}, [alive_key] = {'HGET', alive_key, ''}}) do
+        local found = redis.pcall(unpack(command))
+        if type(found) == 'table' and found.err then
+            local is_other = string.find(found.err, '^WRONGTYPE')
+            error(is_other and {err = 'WRONGTYPE the key ' .. key .. ' holds no line of a lock'} or found)
+        end
+    end
+end
