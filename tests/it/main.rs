@@ -15,6 +15,7 @@ mod late;
 mod listening;
 mod loss;
 mod ownership;
+mod parked;
 mod permissions;
 mod replicas;
 mod runtimes;

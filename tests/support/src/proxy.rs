@@ -6,8 +6,9 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until};
 
 /// What the proxy does, mostly with the server's answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,7 +139,27 @@ async fn forward_requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, contr
     }
 }
 
-async fn forward_answers(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, number: u64, control: Arc<Mutex<Control>>) {
+async fn forward_answers(from: OwnedReadHalf, mut to: OwnedWriteHalf, number: u64, control: Arc<Mutex<Control>>) {
+    // Those that are on their way overlap, as on a long line.
+    let (sender, mut under_way) = mpsc::unbounded_channel::<(Instant, Vec<u8>)>();
+    let arrivals = async {
+        while let Some((at, answer)) = under_way.recv().await {
+            sleep_until(at).await;
+            if to.write_all(&answer).await.is_err() {
+                return;
+            }
+        }
+    };
+    tokio::join!(read_answers(from, sender, number, control), arrivals);
+}
+
+/// Puts what the server says under way, until the connection is to end.
+async fn read_answers(
+    mut from: OwnedReadHalf,
+    under_way: mpsc::UnboundedSender<(Instant, Vec<u8>)>,
+    number: u64,
+    control: Arc<Mutex<Control>>,
+) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(length) = from.read(&mut buffer).await {
         let Some(answer) = buffer.get(..length).filter(|answer| !answer.is_empty()) else { return };
@@ -154,13 +175,13 @@ async fn forward_answers(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, number
             }
             mode
         };
-        match mode {
+        let delay = match mode {
             Mode::LoseNext => return,
             Mode::SwallowNext => continue,
-            Mode::Delay(delay) => sleep(delay).await,
-            Mode::Pass | Mode::Silence | Mode::DeliverNextLate(_) => {}
-        }
-        if to.write_all(answer).await.is_err() {
+            Mode::Delay(delay) => delay,
+            Mode::Pass | Mode::Silence | Mode::DeliverNextLate(_) => Duration::ZERO,
+        };
+        if under_way.send((Instant::now() + delay, answer.to_vec())).is_err() {
             return;
         }
     }

@@ -1,0 +1,246 @@
+//! Between processes, turns go round: nobody starves, whoever is near or far, polite or strict, alive or dead.
+//!
+//! The program starts itself as workers, which take the lock as often as they can, and say how often that was.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "this is a test")]
+
+use std::env;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use libtest_mimic::{Arguments, Trial};
+use tenure::{Error, Locker};
+use tenure_test_support::{Mode, Proxy, Server};
+use tokio::runtime::Runtime;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, sleep_until};
+
+/// Tells a worker from the test: its [`Work`], as text.
+const WORKER: &str = "TENURE_TURNS_WORKER";
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+fn main() -> ExitCode {
+    if let Ok(work) = env::var(WORKER) {
+        Runtime::new().unwrap().block_on(Work::from_text(&work).run());
+        return ExitCode::SUCCESS;
+    }
+    let tests: [(&str, fn()); 6] = [
+        ("processes_of_one_task_have_as_many_turns_each", processes_of_one_task_have_as_many_turns_each),
+        ("a_process_that_is_far_has_its_share", a_process_that_is_far_has_its_share),
+        (
+            "plain_waiters_have_turns_beside_a_stream_of_fair_ones",
+            plain_waiters_have_turns_beside_a_stream_of_fair_ones,
+        ),
+        ("a_process_that_dies_in_the_line_costs_a_moment", a_process_that_dies_in_the_line_costs_a_moment),
+        ("fair_waiters_of_different_processes_keep_their_order", fair_waiters_of_different_processes_keep_their_order),
+        ("nothing_is_left_of_any_line", nothing_is_left_of_any_line),
+    ];
+    let trials = tests.map(|(name, test)| {
+        Trial::test(name, move || {
+            test();
+            Ok(())
+        })
+    });
+    libtest_mimic::run(&Arguments::from_args(), trials.into()).exit_code()
+}
+
+/// What a worker does.
+#[derive(Clone, Debug)]
+struct Work {
+    url: String,
+    tasks: usize,
+    hold: Duration,
+    fair: bool,
+    length: Duration,
+}
+
+/// What it has done.
+#[derive(Clone, Copy, Debug)]
+struct Done {
+    turns: u32,
+    /// How often it waited a second in vain.
+    in_vain: u32,
+}
+
+impl Work {
+    fn new(url: &str, hold: Duration) -> Self {
+        Self { url: url.to_owned(), tasks: 1, hold, fair: false, length: ms(4_000) }
+    }
+
+    fn to_text(&self) -> String {
+        let Self { url, tasks, hold, fair, length } = self;
+        format!("{url} {tasks} {} {fair} {}", hold.as_micros(), length.as_millis())
+    }
+
+    fn from_text(text: &str) -> Self {
+        let parts: Vec<&str> = text.split(' ').collect();
+        let [url, tasks, hold, fair, length] = parts[..] else { panic!("{text}") };
+        Self {
+            url: url.to_owned(),
+            tasks: tasks.parse().unwrap(),
+            hold: Duration::from_micros(hold.parse().unwrap()),
+            fair: fair.parse().unwrap(),
+            length: ms(length.parse().unwrap()),
+        }
+    }
+
+    fn start(&self) -> Child {
+        let mut worker = Command::new(env::current_exe().unwrap());
+        worker.env(WORKER, self.to_text()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        worker.spawn().unwrap()
+    }
+
+    async fn run(self) {
+        let locker = Locker::connect(&self.url).await.unwrap();
+        // So that all begin at the same time.
+        let end = tokio::time::Instant::now() + ms(500) + self.length;
+        sleep(ms(500)).await;
+        let mut tasks = JoinSet::new();
+        for _ in 0..self.tasks {
+            let (locker, work) = (locker.clone(), self.clone());
+            tasks.spawn(async move {
+                let mut done = Done { turns: 0, in_vain: 0 };
+                while tokio::time::Instant::now() < end {
+                    match locker.lock("k").fair(work.fair).wait_at_most(ms(1_000)).await {
+                        Ok(guard) => {
+                            sleep_until(tokio::time::Instant::now() + work.hold).await;
+                            guard.release().await.unwrap();
+                            done.turns += 1;
+                        }
+                        Err(Error::NotObtained { .. }) => done.in_vain += 1,
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+                done
+            });
+        }
+        let done = tasks.join_all().await;
+        locker.close().await;
+        let all = |count: fn(&Done) -> u32| done.iter().map(count).sum::<u32>();
+        println!("{} {}", all(|done| done.turns), all(|done| done.in_vain));
+    }
+}
+
+fn done(worker: Child) -> Done {
+    let output = worker.wait_with_output().unwrap();
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stdout).unwrap();
+    let numbers: Vec<u32> = text.split_whitespace().map(|number| number.parse().unwrap()).collect();
+    Done { turns: numbers[0], in_vain: numbers[1] }
+}
+
+fn run_all(works: &[Work]) -> Vec<Done> {
+    let workers: Vec<Child> = works.iter().map(Work::start).collect();
+    workers.into_iter().map(done).collect()
+}
+
+fn processes_of_one_task_have_as_many_turns_each() {
+    for hold in [Duration::from_micros(500), ms(5)] {
+        let server = Server::start();
+        let done = run_all(&vec![Work::new(&server.url(), hold); 8]);
+        eprintln!("held for {hold:?}: {done:?}");
+        assert!(done.iter().all(|done| done.in_vain == 0), "{done:?}");
+        let turns = || done.iter().map(|done| done.turns);
+        let (most, fewest) = (turns().max().unwrap(), turns().min().unwrap());
+        assert!(fewest > 20, "{done:?}");
+        assert!(f64::from(most) <= 1.3 * f64::from(fewest), "{done:?}");
+    }
+}
+
+fn a_process_that_is_far_has_its_share() {
+    for (fair, share) in [(false, 17.0), (true, 2.0)] {
+        let server = Server::start();
+        let runtime = Runtime::new().unwrap();
+        let proxy = runtime.block_on(Proxy::start(server.port()));
+        proxy.set(Mode::Delay(ms(3)));
+        // In strict order the far one is back in the line before the near one's turn is over.
+        let hold = if fair { ms(10) } else { ms(1) };
+        let near = Work { tasks: if fair { 1 } else { 4 }, fair, ..Work::new(&server.url(), hold) };
+        let far = Work { url: proxy.url(), tasks: 1, ..near.clone() };
+        let done = run_all(&[near, far]);
+        eprintln!("fair {fair}: near and far {done:?}");
+        let [near, far] = [0, 1].map(|n| f64::from(done[n].turns));
+        assert!(far * 1.1 >= (near + far) / share, "fair {fair}: {done:?}");
+        assert_eq!(done[1].in_vain, 0, "{done:?}");
+    }
+}
+
+fn plain_waiters_have_turns_beside_a_stream_of_fair_ones() {
+    let server = Server::start();
+    let plain = Work { tasks: 2, ..Work::new(&server.url(), ms(1)) };
+    let fair = Work { tasks: 4, fair: true, ..plain.clone() };
+    let done = run_all(&[plain, fair]);
+    eprintln!("plain and fair {done:?}");
+    let [plain, fair] = [0, 1].map(|n| f64::from(done[n].turns));
+    // Turns go round: one for each fair one, and one of up to sixteen for the plain ones.
+    assert!(plain >= (plain + fair) / 6.0, "{done:?}");
+    assert!(fair >= (plain + fair) / 8.0, "{done:?}");
+}
+
+fn a_process_that_dies_in_the_line_costs_a_moment() {
+    let server = Server::start();
+    Runtime::new().unwrap().block_on(async {
+        let locker = Locker::connect(&server.url()).await.unwrap();
+        let guard = locker.lock("k").await.unwrap();
+        let mut dead = Work::new(&server.url(), ms(1)).start();
+        let other = Locker::connect(&server.url()).await.unwrap();
+        wait_for_places(&server, 1).await;
+        let waiter = tokio::spawn(other.lock("k").into_future());
+        wait_for_places(&server, 2).await;
+        dead.kill().unwrap();
+        dead.wait().unwrap();
+        let started = Instant::now();
+        guard.release().await.unwrap();
+        waiter.await.unwrap().unwrap().release().await.unwrap();
+        // A second for the reservation, half a second until the next sign of life; the rest is for a busy machine.
+        assert!(started.elapsed() < ms(2_500), "after {:?}", started.elapsed());
+    });
+}
+
+fn fair_waiters_of_different_processes_keep_their_order() {
+    let server = Server::start();
+    Runtime::new().unwrap().block_on(async {
+        let [here, there] =
+            [Locker::connect(&server.url()).await.unwrap(), Locker::connect(&server.url()).await.unwrap()];
+        let guard = here.lock("k").fair(true).await.unwrap();
+        let (sender, mut order) = tokio::sync::mpsc::unbounded_channel();
+        let mut waiters = JoinSet::new();
+        for n in 0..23 {
+            let request = if n < 20 { &here } else { &there }.lock("k").fair(true);
+            let sender = sender.clone();
+            waiters.spawn(async move {
+                let guard = request.await.unwrap();
+                sender.send(n).unwrap();
+                // Faster than they give signs of life.
+                sleep(ms(200)).await;
+                guard.release().await.unwrap();
+            });
+            wait_for_places(&server, n + 1).await;
+        }
+        guard.release().await.unwrap();
+        waiters.join_all().await;
+        for n in 0..23 {
+            assert_eq!(order.recv().await, Some(n));
+        }
+    });
+}
+
+fn nothing_is_left_of_any_line() {
+    let server = Server::start();
+    let plain = Work { tasks: 3, length: ms(1_500), ..Work::new(&server.url(), Duration::ZERO) };
+    let fair = Work { fair: true, ..plain.clone() };
+    run_all(&[plain.clone(), fair.clone(), plain, fair]);
+    assert_eq!(server.cli(&["KEYS", "*"]), "{k}:fence");
+    assert_eq!(server.cli(&["PUBSUB", "CHANNELS"]), "");
+}
+
+async fn wait_for_places(server: &Server, count: usize) {
+    let count = count.to_string();
+    tenure_test_support::eventually("it is in line", async || {
+        (server.cli(&["ZCARD", "{k}:queue"]) == count).then_some(())
+    })
+    .await;
+}
