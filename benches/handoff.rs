@@ -65,6 +65,7 @@ struct Crowd {
 
 const HOLDS: [Duration; 2] = [Duration::ZERO, Duration::from_millis(1)];
 const SIZES: [(usize, usize); 3] = [(1, 8), (1, 64), (4, 8)];
+const CROWDS: [usize; 2] = [10, 100_000];
 
 fn benchmark(args: Vec<String>) -> Result<(), String> {
     let plan = if machine::is_quick(args.into_iter())? { Plan::QUICK } else { Plan::FULL };
@@ -87,6 +88,28 @@ fn benchmark(args: Vec<String>) -> Result<(), String> {
             print_table(crowd, &samples);
         }
     }
+    compare_crowds(plan, &server, &mut observer)
+}
+
+/// What a hand-over costs in a small crowd and in a large one, in turn.
+fn compare_crowds(plan: Plan, server: &Server, observer: &mut Observer) -> Result<(), String> {
+    let Some(tenure) = Contender::ALL.first() else { return Ok(()) };
+    let mut samples = CROWDS.map(|_| Vec::new());
+    for _ in 0..plan.rounds {
+        for (waiters, samples) in CROWDS.into_iter().zip(&mut samples) {
+            let crowd = Crowd { processes: 1, waiters, hold: Duration::ZERO };
+            samples.push(turns::measure(tenure, crowd, plan.length, server, observer)?);
+        }
+    }
+    println!("\nCrowds in one process, who hold the lock for 0ns");
+    for (waiters, samples) in CROWDS.iter().zip(&samples) {
+        let of = |figure: fn(&Sample) -> f64| median(samples.iter().map(figure));
+        let (turns, p50) = (of(|sample| sample.turns_a_second), of(|sample| sample.p50_micros));
+        println!("  {waiters:>7} waiters | {turns:>7.0} turns/s | p50 {}", in_unit(p50));
+    }
+    let [few, many] = &samples;
+    let ratios = few.iter().zip(many).map(|(few, many)| many.p50_micros / few.p50_micros);
+    print_target("p50", median(ratios), 2.0);
     Ok(())
 }
 
@@ -172,7 +195,7 @@ fn print_targets(contender: &Contender, crowd: Crowd, samples: &[Sample]) {
     let of = |figure: fn(&Sample) -> f64| median(samples.iter().map(figure));
     let (to_ping, calls) = match crowd.processes {
         1 => (2.0, 2.0),
-        processes => (5.0, 4.0 + processes as f64),
+        _ => (3.0, 4.0),
     };
     println!("  targets for {}", contender.name);
     print_target("p50/PING", of(Sample::p50_to_ping), to_ping);

@@ -47,7 +47,7 @@ impl Contender {
         Self {
             name: "tenure",
             sends: TENURE_SENDS,
-            most_to_fewest: Some(3.0),
+            most_to_fewest: Some(1.2),
             way: Way::Tenure(|locker, key| locker.lock(key).ttl(TTL)),
         },
         Self {
