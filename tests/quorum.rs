@@ -507,3 +507,17 @@ async fn a_dropped_guard_does_not_end_what_its_token_obtains_next() {
     soon(locker.close()).await;
     is_on(&servers, "k", 0).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dropped_guard_lets_nobody_in_while_its_token_holds_again() {
+    let servers = start::<3>();
+    let (locker, rival) = (locker(&servers).await, locker_with(&servers, Duration::ZERO).await);
+    let token = || "worker-7".parse::<Token>().unwrap();
+    for round in 0..100 {
+        drop(soon(locker.lock("k").token(token())).await.unwrap());
+        let guard = soon(locker.lock("k").token(token())).await.unwrap();
+        let rivals = rival.try_lock("k").await;
+        assert!(rivals.is_err() || !guard.is_held(), "round {round}");
+        guard.release().await.unwrap();
+    }
+}

@@ -111,7 +111,7 @@ impl Server {
         let mut granted = ballot.number;
         if let Some(number) = ballot.number {
             let same = known.iter().all(|&fence| fence == Some(last));
-            if all_ours && same && (!ballot.exactly || last == number) {
+            if all_ours && same && last > before && (!ballot.exactly || last == number) {
                 granted = Some(last);
             } else if number <= bar {
                 return reply(Vote::Behind, bar);
