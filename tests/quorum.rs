@@ -521,3 +521,26 @@ async fn a_dropped_guard_lets_nobody_in_while_its_token_holds_again() {
         guard.release().await.unwrap();
     }
 }
+
+#[tokio::test]
+async fn a_lease_is_not_taken_up_by_what_a_restarted_node_remembers() {
+    let mut servers = start::<3>();
+    let (ttl, window) = (ms(5_000), Duration::from_secs(5));
+    let locker = locker_for(&servers, ttl, window).await;
+    let rival = locker_for(&servers, ttl, window).await;
+    let lease = lock_on_all(&servers, || locker.lock("k")).await.into_lease();
+    assert_eq!(servers[0].cli(&["SAVE"]), "OK");
+    // Released, while the third node was away.
+    servers[..2].iter().for_each(|server| drop(server.cli(&["DEL", "k"])));
+    let guard = lock(&rival, "k").await;
+    assert_eq!(count(&servers, "k"), 3);
+    servers[0].kill();
+    servers[0].restart();
+    assert_eq!(servers[0].cli(&["GET", "k"]), *lease.token().as_str(), "it has found its dump");
+    for _ in 0..20 {
+        assert!(locker.ensure(&lease, ms(3_000)).await.is_err());
+        assert!(locker.adopt(lease.clone()).await.is_err());
+        tokio::time::sleep(ms(50)).await;
+    }
+    drop(guard);
+}

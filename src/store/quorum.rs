@@ -33,6 +33,9 @@
 //! A node that has been up for less than the window does not vote at all, since it may have forgotten locks as well.
 //! That is enough as long as no ttl is longer than the window: then what it has forgotten has expired. For the same
 //! reason a renewal never brings a key back where it is gone: such a node counts as "not ours".
+//! And for the same reason its word does not count either where a lease is taken up: what it holds for the lease may be
+//! from an old dump. A guard that renews is another matter: it has held the lock without a gap, so that nobody else can
+//! have been granted it by a majority.
 //!
 //! # What is left behind
 //!
@@ -161,9 +164,16 @@ impl QuorumStore {
         let quorum = &self.quorum;
         quorum.check_ttl(ttl)?;
         let timeout = node_timeout(ttl, first(timeout));
+        // What a node remembers that was restarted lately may have been released since.
+        let window = quorum.window;
         let mut answers = quorum.ask(timeout, |node| {
             let owned = owned.clone();
-            Box::pin(async move { node.renew(&owned, ttl, how, timeout).await })
+            Box::pin(async move {
+                match how.begins() && !window.is_zero() {
+                    true => node.renew_if_it_votes(&owned, ttl, how, window, timeout).await,
+                    false => node.renew(&owned, ttl, how, timeout).await,
+                }
+            })
         })?;
         let mut tally = Tally::new(quorum);
         let mut not_ours = Loss::Missing;

@@ -134,6 +134,11 @@ impl Server {
         reply(Vote::Granted { number: granted }, last.max(granted.unwrap_or(0)))
     }
 
+    fn silent_for(&self, window: Duration) -> Option<Duration> {
+        let up = self.state.lock().unwrap().started.elapsed();
+        (up < window).then(|| window - up)
+    }
+
     fn renew(&self, owned: &Owned, ttl: Duration, how: Extending) -> Renewed {
         let mut state = self.state.lock().unwrap();
         if let Some(loss) = state.not_ours(owned) {
@@ -260,6 +265,22 @@ impl Node for Line {
         let (wanted, ballot) = (wanted.clone(), ballot.clone());
         wanted.latest.extend(self.server.millis(Instant::now() + timeout));
         Box::pin(self.call(timeout, move |server| server.vote(&wanted, &ballot)))
+    }
+
+    fn renew_if_it_votes<'a>(
+        &'a self,
+        owned: &'a Owned,
+        ttl: Duration,
+        how: Extending,
+        window: Duration,
+        timeout: Duration,
+    ) -> Answer<'a, Renewed> {
+        let owned = owned.clone();
+        let renewed = self.call(timeout, move |server| match server.silent_for(window) {
+            Some(remaining) => Err(Error::NotVoting { remaining }),
+            None => Ok(server.renew(&owned, ttl, how)),
+        });
+        Box::pin(async move { renewed.await? })
     }
 }
 

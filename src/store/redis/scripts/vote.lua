@@ -28,11 +28,7 @@ local window, ahead, number, grant = tonumber(ARGV[6]), tonumber(ARGV[7]), tonum
 -- them.
 local before = 0
 if window > 0 then
-    -- The difference of two times in whole seconds, so it may be almost one too many.
-    local up = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)'))
-    if not up then
-        return redis.error_reply('ERR the server does not say how long it has been up')
-    end
+    local up = uptime()
     if up <= window then
         return {4, now, 0, window - up + 1}
     end
