@@ -54,21 +54,27 @@ mod nodes;
 #[cfg(test)]
 mod restarted;
 mod round;
+mod rounds;
+mod shortened;
 #[cfg(test)]
 mod simulated;
 mod tally;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 pub(crate) use self::ballot::{Ballot, Node, Reply, Seen, Vote};
+use self::calls::Calls;
 use self::clocks::Clocks;
 pub(crate) use self::nodes::connect;
+use self::rounds::Rounds;
+use self::shortened::{RequestId, Shortened};
 use self::tally::{Tally, Verdict};
 use super::listen::Listening;
 use super::{
@@ -98,8 +104,8 @@ struct Quorum {
     calls: TaskTracker,
     /// What closing waits for: everything that may still have to be taken back.
     releases: TaskTracker,
-    /// The attempts whose calls have not all ended, by their token.
-    rounds: Mutex<HashMap<Token, Open>>,
+    rounds: Rounds,
+    shortened: Shortened,
 }
 
 struct Member {
@@ -109,13 +115,6 @@ struct Member {
     /// How many locks it may be behind with at a time. Its own affair: a node that is gone takes nothing from the
     /// others.
     arrears: Arc<Semaphore>,
-}
-
-#[derive(Default)]
-struct Open {
-    rounds: u32,
-    /// The lock was released meanwhile: what is granted late must be taken back.
-    released: bool,
 }
 
 impl QuorumStore {
@@ -150,7 +149,8 @@ impl QuorumStore {
                 clocks,
                 calls: TaskTracker::new(),
                 releases,
-                rounds: Mutex::default(),
+                rounds: Rounds::default(),
+                shortened: Shortened::default(),
             }),
         }
     }
@@ -163,6 +163,11 @@ impl QuorumStore {
     async fn renew(&self, owned: &Owned, ttl: Duration, how: Extending, timeout: Duration) -> Result<Renewed, Error> {
         let quorum = &self.quorum;
         quorum.check_ttl(ttl)?;
+        let exact = (how == Extending::Exactly).then(|| {
+            // As much again for what we don't know of the node's clock.
+            let until = Instant::now() + timeout.saturating_mul(2);
+            quorum.shortened.begin(owned, ttl, quorum.members.len(), until)
+        });
         let timeout = node_timeout(ttl, first(timeout));
         // What a node remembers that was restarted lately may have been released since.
         let window = quorum.window;
@@ -178,7 +183,11 @@ impl QuorumStore {
         let mut tally = Tally::new(quorum);
         let mut not_ours = Loss::Missing;
         while let Some((place, answer)) = answers.next().await {
+            quorum.note_exact(owned, exact, place, &answer);
             match answer {
+                Ok(Renewed::Extended) if quorum.shortened.may_shorten(owned, exact, place, ttl) => {
+                    tally.failed(place, shortened::may_be_set_late());
+                }
                 Ok(Renewed::Extended) => tally.yes(),
                 Ok(Renewed::NotOurs(loss)) => {
                     not_ours = worse(not_ours, loss);
@@ -187,7 +196,10 @@ impl QuorumStore {
                 Err(error) => tally.failed(place, error),
             }
             match tally.verdict() {
-                Some(Verdict::Yes) => return Ok(Renewed::Extended),
+                Some(Verdict::Yes) => {
+                    quorum.note_the_rest(owned, exact, answers);
+                    return Ok(Renewed::Extended);
+                }
                 Some(Verdict::No) => return Ok(Renewed::NotOurs(not_ours)),
                 Some(Verdict::Unknown) => break,
                 None => {}
@@ -203,7 +215,7 @@ impl QuorumStore {
             Box::pin(async move { node.release(&owned, ending, timeout).await })
         })?;
         // Only now: an open round that hears of it releases too, which must not be what frees the lock.
-        quorum.mark_released(&owned.token);
+        quorum.rounds.mark_released(owned, ending);
         let mut tally = Tally::new(quorum);
         let mut not_ours = Loss::Missing;
         let mut behind = Vec::new();
@@ -332,34 +344,25 @@ impl Quorum {
         if self.window.is_zero() { AHEAD } else { self.window }
     }
 
-    fn open_round(&self, token: &Token) {
-        let mut rounds = self.rounds();
-        let open = rounds.entry(token.clone()).or_default();
-        open.rounds += 1;
-        open.released = false;
-    }
-
-    fn mark_released(&self, token: &Token) {
-        if let Some(open) = self.rounds().get_mut(token) {
-            open.released = true;
+    /// What a node's answer says of a request for an exact ttl.
+    fn note_exact(&self, owned: &Owned, exact: Option<RequestId>, place: usize, answer: &Result<Renewed, Error>) {
+        if let Some(id) = exact.filter(|_| answer.as_ref().map_or_else(Error::has_not_run, |_| true)) {
+            self.shortened.settle(owned, id, place);
         }
     }
 
-    fn was_released(&self, token: &Token) -> bool {
-        self.rounds().get(token).is_some_and(|open| open.released)
-    }
-
-    fn close_round(&self, token: &Token) {
-        let mut rounds = self.rounds();
-        let Some(open) = rounds.get_mut(token) else { return };
-        open.rounds -= 1;
-        if open.rounds == 0 {
-            rounds.remove(token);
+    /// Learns from those that answer after the majority.
+    fn note_the_rest(self: &Arc<Self>, owned: &Owned, exact: Option<RequestId>, mut answers: Calls<usize, Renewed>) {
+        if exact.is_none() || answers.have_ended() {
+            return;
         }
-    }
-
-    fn rounds(&self) -> MutexGuard<'_, HashMap<Token, Open>> {
-        self.rounds.lock().unwrap_or_else(PoisonError::into_inner)
+        let (quorum, owned, runtime) = (self.clone(), owned.clone(), answers.runtime().clone());
+        let rest = async move {
+            while let Some((place, answer)) = answers.next().await {
+                quorum.note_exact(&owned, exact, place, &answer);
+            }
+        };
+        self.calls.spawn_on(rest, &runtime);
     }
 
     fn node_error(&self, place: usize, error: Error) -> NodeError {

@@ -10,6 +10,7 @@ use tracing::debug;
 
 use super::calls::Calls;
 use super::catch_up::Undo;
+use super::rounds::OpenRound;
 use super::tally::{Decision, decide};
 use super::{Ballot, Quorum, Reply, Vote, first, node_timeout};
 use crate::Error;
@@ -47,6 +48,7 @@ impl Drop for Asking {
 
 struct Round {
     quorum: Arc<Quorum>,
+    open: OpenRound,
     wanted: Arc<Wanted>,
     until: Instant,
     members: Vec<Standing>,
@@ -73,9 +75,9 @@ impl Round {
     fn new(quorum: Arc<Quorum>, wanted: Wanted, timeout: Duration) -> Result<Self, Error> {
         let calls = Calls::new(&quorum)?;
         let members = quorum.members.iter().map(|_| Standing::default()).collect();
-        quorum.open_round(&wanted.owned.token);
+        let open = quorum.rounds.open(&wanted.owned);
         let until = Instant::now() + first(timeout);
-        Ok(Self { quorum, wanted: Arc::new(wanted), until, members, calls, split: None })
+        Ok(Self { quorum, open, wanted: Arc::new(wanted), until, members, calls, split: None })
     }
 
     async fn ballots(&mut self) -> Result<Acquired, Error> {
@@ -186,6 +188,7 @@ impl Round {
     /// Nobody waits for the outcome any more. `taken`: it was the lock, and it has been told.
     fn leave(mut self, taken: bool) {
         if taken {
+            self.open.begin();
             // A release comes after these nodes' votes in any case.
             self.members
                 .iter_mut()
@@ -210,7 +213,7 @@ impl Round {
             }
         }
         // Released before its last vote had come: what that one took is taken back.
-        if taken && self.quorum.was_released(&self.wanted.owned.token) {
+        if taken && self.open.was_released() {
             drop(self.undo_settled());
         }
     }
@@ -237,11 +240,5 @@ impl Round {
             nodes.push(self.quorum.node_error(place, error));
         }
         Error::Quorum { needed: self.quorum.needed, granted, nodes }
-    }
-}
-
-impl Drop for Round {
-    fn drop(&mut self) {
-        self.quorum.close_round(&self.wanted.owned.token);
     }
 }

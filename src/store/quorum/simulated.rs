@@ -543,6 +543,45 @@ async fn what_a_node_missed_of_a_release_takes_nothing_from_who_comes_back_by_th
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_vote_that_comes_after_the_drop_is_taken_back_where_its_token_holds_again() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let calls = Arc::new(AtomicU32::new(0));
+    let locker = world.client(0, move |place| {
+        let first = place == 2 && calls.fetch_add(1, Ordering::Relaxed) == 0;
+        if first { Fault::RunAfter(ms(100)) } else { Fault::None }
+    });
+    let lock = || locker.lock("k").token("worker-7".parse().unwrap());
+    drop(lock().await.unwrap());
+    sleep(ms(10)).await;
+    let again = lock().await.unwrap();
+    sleep(ms(200)).await;
+    drop(again);
+    sleep(ms(10)).await;
+    assert!(world.is_free("k"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shorter_ttl_that_a_node_sets_late_is_not_followed_by_trust_in_it() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let calls = [(); 3].map(|()| AtomicU32::new(0));
+    // The second call is the shorter ttl, the third a longer one.
+    let locker = world.client(0, move |place| match (place, calls[place].fetch_add(1, Ordering::Relaxed)) {
+        (2, 1) => Fault::RunAfter(ms(20)),
+        (0, 2) => Fault::Refused,
+        _ => Fault::None,
+    });
+    let rival = world.client(0, |_| Fault::None);
+    let guard = locker.lock("k").no_renewal().await.unwrap();
+    sleep(ms(1)).await;
+    guard.refresh_for(ms(100)).await.unwrap();
+    sleep(ms(1)).await;
+    drop(guard.refresh_for(ms(2_000)).await);
+    sleep(ms(200)).await;
+    let rival = rival.try_lock("k").await;
+    assert!(!(guard.is_held() && rival.is_ok()));
+}
+
 /// What networks do.
 const FAULTS: &[fn(&mut fastrand::Rng) -> Fault] = &[
     |_| Fault::Refused,
