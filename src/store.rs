@@ -105,6 +105,8 @@ pub(crate) struct Wanted {
     pub(crate) fenced: bool,
     /// How to stand in line with those of other processes.
     pub(crate) queueing: Queueing,
+    /// It waits: where nobody can tell whether another has the lock, it asks again, and wants no error.
+    pub(crate) is_patient: bool,
     /// Until when what was sent of it may be run. Shared by all copies.
     pub(crate) latest: Arc<Latest>,
 }

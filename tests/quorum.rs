@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use tenure::{Error, LockGuard, LockRequest, Locker, Loss, NodeError, Token};
-use tenure_test_support::{Server, eventually, soon, within};
+use tenure_test_support::{Mode, Proxy, Server, eventually, soon, within};
 use tokio::time::Instant;
 
 const fn ms(n: u64) -> Duration {
@@ -543,4 +543,65 @@ async fn a_lease_is_not_taken_up_by_what_a_restarted_node_remembers() {
         tokio::time::sleep(ms(50)).await;
     }
     drop(guard);
+}
+
+#[tokio::test]
+async fn closing_waits_for_what_is_left_of_a_lost_lock() {
+    let servers = start::<3>();
+    let locker = locker_for(&servers, ms(60_000), Duration::ZERO).await;
+    let guard = lock_on_all(&servers, || locker.lock("k")).await;
+    servers[..2].iter().for_each(|server| drop(server.cli(&["DEL", "k"])));
+    assert!(matches!(guard.refresh().await, Err(Error::NotHeld { .. })));
+    drop(guard);
+    soon(locker.close()).await;
+    assert_eq!(count(&servers, "k"), 0);
+}
+
+#[tokio::test]
+async fn a_refusal_by_a_minority_is_no_refusal_while_another_node_is_away() {
+    let mut servers = start::<3>();
+    let locker = locker(&servers).await;
+    lock(&locker, "warm").await.release().await.unwrap();
+    servers[0].cli(&["SET", "k", "stray"]);
+    servers[2].kill();
+    let dead = address(&servers[2]);
+    let named: Vec<_> =
+        node_errors(locker.try_lock("k").await.unwrap_err()).into_iter().map(|node| node.address).collect();
+    assert_eq!(named, [dead]);
+    is_on(&servers[1..2], "k", 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_node_holds_up_no_turns_of_those_who_wait() {
+    let servers = start::<3>();
+    let proxy = Proxy::start(servers[2].port()).await;
+    let urls = [servers[0].url(), servers[1].url(), proxy.url()];
+    let lockers = [locker_of(&urls).await, locker_of(&urls).await];
+    lock(&lockers[0], "k").await.release().await.unwrap();
+    proxy.set(Mode::Delay(ms(500)));
+    let (started, length) = (Instant::now(), ms(4_000));
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0..8 {
+        let locker = lockers[task % 2].clone();
+        tasks.spawn(async move {
+            let (mut turns, mut longest) = (0, Duration::ZERO);
+            while started.elapsed() < length {
+                let asked = Instant::now();
+                let guard = lock(&locker, "k").await;
+                longest = longest.max(asked.elapsed());
+                turns += 1;
+                drop(guard.release().await);
+            }
+            (turns, longest)
+        });
+    }
+    let turns = tasks.join_all().await;
+    eprintln!("{turns:?}");
+    let sum: u32 = turns.iter().map(|(turns, _)| turns).sum();
+    // Twenty-five turns a second where each split vote waits for the slow node.
+    assert!(sum > 400, "{turns:?}");
+}
+
+async fn locker_of(urls: &[String]) -> Locker {
+    Locker::builder().restart_window(Duration::ZERO).quorum(urls).await.unwrap()
 }

@@ -330,6 +330,12 @@ fn node_timeout(ttl: Duration, timeout: Duration) -> Duration {
     timeout.min((ttl / 50).max(ENOUGH.min(ttl / 4))).max(Duration::from_millis(1))
 }
 
+/// For how long the rest of the nodes is waited for, where a majority has answered within `elapsed` and more would be
+/// known by all answers.
+fn grace(elapsed: Duration) -> Duration {
+    (elapsed * 4).max(Duration::from_millis(2))
+}
+
 impl Quorum {
     /// The nodes would forget the lock in a restart, and vote again before it has expired.
     fn check_ttl(&self, ttl: Duration) -> Result<(), Error> {

@@ -12,7 +12,7 @@ use super::calls::Calls;
 use super::catch_up::Undo;
 use super::rounds::OpenRound;
 use super::tally::{Decision, decide};
-use super::{Ballot, Quorum, Reply, Vote, first, node_timeout};
+use super::{Ballot, Quorum, Reply, Vote, first, grace, node_timeout};
 use crate::Error;
 use crate::store::{Acquired, Latest, Wanted};
 
@@ -89,8 +89,16 @@ impl Round {
             let number = self.wanted.fenced.then(|| self.quorum.clocks.propose(last));
             self.ask(ballot, number);
             votes = self.members.iter().map(|_| None).collect();
+            let mut wait_until = None;
             let decision = loop {
-                let Some(((of, place), answer)) = self.calls.next().await else { break Decision::Failed };
+                let next = match wait_until {
+                    None => self.calls.next().await,
+                    Some(until) => match timeout_at(until, self.calls.next()).await {
+                        Ok(next) => next,
+                        Err(_) => break decide(&votes, self.quorum.needed, true).unwrap_or(Decision::Failed),
+                    },
+                };
+                let Some(((of, place), answer)) = next else { break Decision::Failed };
                 self.settle(place, &answer);
                 if let Ok(reply) = &answer {
                     self.quorum.clocks.learn(place, asked, reply.seen);
@@ -101,15 +109,25 @@ impl Round {
                 if let Some(vote) = votes.get_mut(place) {
                     *vote = Some(answer);
                 }
-                if let Some(decision) = decide(&votes, self.quorum.needed) {
+                if let Some(decision) = decide(&votes, self.quorum.needed, false) {
                     break decision;
+                }
+                // Who waits asks again anyway: sooner than one slow node answers, which may be the last to be asked.
+                let answered = votes.iter().filter(|vote| matches!(vote, Some(Ok(_)))).count();
+                if self.wanted.is_patient && answered >= self.quorum.needed {
+                    wait_until = wait_until.or_else(|| Some(Instant::now() + grace(started.elapsed())));
                 }
             };
             match decision {
                 Decision::Granted { number } => return Ok(Acquired::Granted { fencing_token: number }),
-                Decision::Held { place, remaining, split } => {
-                    self.split = split.then(|| started.elapsed());
-                    return Ok(Acquired::Held { place, remaining });
+                Decision::Held { place, remaining } => return Ok(Acquired::Held { place, remaining }),
+                Decision::Split { place, remaining } => {
+                    self.split = Some(started.elapsed());
+                    if self.wanted.is_patient {
+                        return Ok(Acquired::Held { place, remaining });
+                    }
+                    // Unknown is no refusal.
+                    break;
                 }
                 Decision::Again => {
                     debug!(name: "tenure.ballot", ballot, "the nodes want another number");
