@@ -605,3 +605,18 @@ async fn a_slow_node_holds_up_no_turns_of_those_who_wait() {
 async fn locker_of(urls: &[String]) -> Locker {
     Locker::builder().restart_window(Duration::ZERO).quorum(urls).await.unwrap()
 }
+
+#[tokio::test]
+async fn a_lock_lives_as_long_as_a_majority_keeps_it() {
+    let servers = start::<3>();
+    let locker = locker_for(&servers, ms(30_000), Duration::ZERO).await;
+    let guard = lock_on_all(&servers, || locker.lock("k").no_renewal()).await;
+    servers[1].cli(&["PEXPIRE", "k", "5000"]);
+    for _ in 0..50 {
+        let remaining = guard.server_ttl().await.unwrap().unwrap();
+        assert!(remaining > ms(15_000), "{remaining:?}");
+        let holder = locker.inspect("k").await.unwrap().unwrap();
+        assert!(holder.remaining > Some(ms(15_000)), "{holder:?}");
+    }
+    guard.release().await.unwrap();
+}

@@ -75,7 +75,7 @@ use self::clocks::Clocks;
 pub(crate) use self::nodes::connect;
 use self::rounds::Rounds;
 use self::shortened::{RequestId, Shortened};
-use self::tally::{Tally, Verdict};
+use self::tally::{Kept, Tally, Verdict};
 use super::listen::Listening;
 use super::{
     Acquired, Answer, Ending, Extending, HandedOver, Holder, Latest, Released, Renewed, Store, Undone, Wanted,
@@ -251,24 +251,24 @@ impl QuorumStore {
             Box::pin(async move { node.remaining(&owned, timeout).await })
         })?;
         let mut tally = Tally::new(quorum);
-        let mut shortest = Duration::MAX;
-        while let Some((place, answer)) = answers.next().await {
+        let mut kept = Kept::new(quorum.needed);
+        while let Some((place, answer)) = kept.in_time(answers.next()).await {
             match answer {
                 Ok(Some(remaining)) => {
-                    shortest = shortest.min(remaining);
+                    kept.push(remaining);
                     tally.yes();
                 }
                 Ok(None) => tally.no(),
                 Err(error) => tally.failed(place, error),
             }
             match tally.verdict() {
-                Some(Verdict::Yes) => return Ok(Some(shortest)),
+                Some(Verdict::Yes) if kept.is_known(tally.unanswered()) => break,
+                Some(Verdict::Yes) | None => {}
                 Some(Verdict::No) => return Ok(None),
                 Some(Verdict::Unknown) => break,
-                None => {}
             }
         }
-        Err(tally.into_error())
+        kept.by_majority().map(Some).ok_or_else(|| tally.into_error())
     }
 
     /// Whoever holds the key on a majority; nobody, when nobody can.
@@ -279,32 +279,47 @@ impl QuorumStore {
             Box::pin(async move { node.inspect(&key, timeout).await })
         })?;
         let mut tally = Tally::new(quorum);
-        let mut holders: HashMap<Token, Vec<Holder>> = HashMap::new();
-        while let Some((place, answer)) = answers.next().await {
+        let mut holders: HashMap<Token, (Vec<Holder>, Kept)> = HashMap::new();
+        let mut holder_of_most: Option<Token> = None;
+        loop {
+            let next = match holder_of_most.as_ref().and_then(|token| holders.get_mut(token)) {
+                Some((_, kept)) => kept.in_time(answers.next()).await,
+                None => answers.next().await,
+            };
+            let Some((place, answer)) = next else { break };
             match answer {
                 Ok(Some(holder)) => {
                     tally.no();
-                    let same = holders.entry(holder.token.clone()).or_default();
-                    same.push(holder);
-                    if same.len() >= quorum.needed {
-                        return Ok(summary(same));
+                    let new = || (Vec::new(), Kept::new(quorum.needed));
+                    let (same, kept) = holders.entry(holder.token.clone()).or_insert_with(new);
+                    kept.push(holder.remaining.unwrap_or(Duration::MAX));
+                    if same.len() + 1 >= quorum.needed {
+                        holder_of_most = Some(holder.token.clone());
                     }
+                    same.push(holder);
                 }
                 Ok(None) => tally.no(),
                 Err(error) => tally.failed(place, error),
             }
-            let most = holders.values().map(Vec::len).max().unwrap_or_default();
+            let most = holders.values().map(|(same, _)| same.len()).max().unwrap_or_default();
             if most + tally.unanswered() + tally.failures() < quorum.needed {
                 return Ok(None);
             }
+            let known = holder_of_most.as_ref().and_then(|token| holders.get(token));
+            if known.is_some_and(|(_, kept)| kept.is_known(tally.unanswered())) {
+                break;
+            }
         }
-        Err(tally.into_error())
+        match holder_of_most.and_then(|token| holders.remove(&token)) {
+            Some((same, kept)) => Ok(summary(&same, kept.by_majority())),
+            None => Err(tally.into_error()),
+        }
     }
 }
 
-/// What a majority says of one holder. It has the lock until the first of them lets go.
-fn summary(same: &[Holder]) -> Option<Holder> {
-    let remaining = same.iter().filter_map(|holder| holder.remaining).min();
+/// What a majority says of one holder, and how long a majority keeps its lock.
+fn summary(same: &[Holder], kept: Option<Duration>) -> Option<Holder> {
+    let remaining = kept.filter(|kept| *kept < Duration::MAX);
     let fence = same.iter().map(|holder| holder.fencing_token).max_by_key(|fence| {
         // The token is the number that most of them know; a straggler may know an earlier or a later one.
         (same.iter().filter(|other| other.fencing_token == *fence).count(), *fence)

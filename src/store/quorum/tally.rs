@@ -1,9 +1,12 @@
-//! Counting answers: what a majority says, as soon as the others can't change it any more. No I/O, no clock.
+//! Counting answers: what a majority says, as soon as the others can't change it any more. No I/O.
 
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::time::Duration;
 
-use super::{Quorum, Reply, Vote};
+use tokio::time::{Instant, timeout_at};
+
+use super::{Quorum, Reply, Vote, grace};
 use crate::{Error, NodeError};
 
 /// The answers to a question of yes or no.
@@ -69,6 +72,52 @@ impl<'a> Tally<'a> {
 
     pub(super) fn into_error(self) -> Error {
         Error::Quorum { needed: self.quorum.needed, granted: self.yes, nodes: self.failed }
+    }
+}
+
+/// For how long nodes keep a lock, by their answers: a majority does until as many of them as it takes have let go.
+pub(super) struct Kept {
+    needed: usize,
+    started: Instant,
+    /// The longest first.
+    remaining: Vec<Duration>,
+    /// Until when more answers are waited for.
+    until: Option<Instant>,
+}
+
+impl Kept {
+    pub(super) fn new(needed: usize) -> Self {
+        Self { needed, started: Instant::now(), remaining: Vec::new(), until: None }
+    }
+
+    pub(super) fn push(&mut self, remaining: Duration) {
+        let place = self.remaining.partition_point(|other| *other >= remaining);
+        self.remaining.insert(place, remaining);
+        if self.until.is_none() && self.remaining.len() >= self.needed {
+            self.until = Some(Instant::now() + grace(self.started.elapsed()));
+        }
+    }
+
+    pub(super) fn by_majority(&self) -> Option<Duration> {
+        self.remaining.get(self.needed - 1).copied()
+    }
+
+    /// Whether so many more answers can't change it by much.
+    pub(super) fn is_known(&self, open: usize) -> bool {
+        let Some(known) = self.by_majority() else { return false };
+        let at_most = match self.needed.checked_sub(open + 1) {
+            Some(place) => self.remaining.get(place).copied().unwrap_or(known),
+            None => Duration::MAX,
+        };
+        at_most - known <= known / 16
+    }
+
+    /// The next answer, if a majority is still missing or it comes soon.
+    pub(super) async fn in_time<T>(&self, next: impl Future<Output = Option<T>>) -> Option<T> {
+        match self.until {
+            None => next.await,
+            Some(until) => timeout_at(until, next).await.unwrap_or(None),
+        }
     }
 }
 
