@@ -285,6 +285,7 @@ impl LockerBuilder {
         if self.min_replicas > 0 {
             return Err(Error::Unsupported("the nodes of a quorum have no replicas: more nodes do what those would"));
         }
+        quorum::check_ttl(self.settings.ttl, self.restart_window)?;
         Upkeep::check_runtime()?;
         let isolated = self.isolated.then(Isolated::start).transpose()?;
         let (prefix, timeout) = (self.prefix.clone(), self.connection_timeout());

@@ -620,3 +620,37 @@ async fn a_lock_lives_as_long_as_a_majority_keeps_it() {
     }
     guard.release().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thousands_of_free_locks_are_obtained_at_once() {
+    let servers = start::<3>();
+    let builder = Locker::builder().ttl(ms(900_000)).command_timeout(ms(18_000)).restart_window(Duration::ZERO);
+    let locker = builder.quorum(servers.iter().map(Server::url)).await.unwrap();
+    let mut requests = tokio::task::JoinSet::new();
+    for n in 0..6_000 {
+        let request = locker.try_lock(format!("k{n}")).no_renewal();
+        requests.spawn(async move { request.await.map(LockGuard::into_lease) });
+    }
+    let failed: Vec<_> = requests.join_all().await.into_iter().filter_map(Result::err).collect();
+    assert!(failed.is_empty(), "{} failed: {:?}", failed.len(), failed.first());
+}
+
+#[tokio::test]
+async fn closing_does_not_wait_long_for_a_node_that_is_dead() {
+    let mut servers = start::<3>();
+    let locker = locker(&servers).await;
+    let guard = lock_on_all(&servers, || locker.lock("k").ttl(ms(60_000))).await;
+    servers[2].kill();
+    decided(|| locker.try_lock("other")).await.unwrap().release().await.unwrap();
+    drop(guard);
+    let started = Instant::now();
+    soon(locker.close()).await;
+    assert!(started.elapsed() < ms(5_000), "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn a_ttl_longer_than_the_window_is_refused_before_any_lock_is() {
+    let servers = start::<3>();
+    let builder = Locker::builder().ttl(ms(120_000));
+    assert!(matches!(builder.quorum(servers.iter().map(Server::url)).await, Err(Error::InvalidTtl(_))));
+}

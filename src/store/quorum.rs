@@ -86,8 +86,11 @@ use crate::{Error, Key, Loss, NodeError, Token};
 /// How far ahead numbers may be where there is no restart window: less than nodes remember them for.
 const AHEAD: Duration = Duration::from_secs(60);
 
-/// So many calls may be on their way to one node. One that hangs fails all further ones at once.
+/// So many calls may be on their way to one node.
 const CALLS: usize = 4_096;
+
+/// And so many more may wait for that. One that hangs fails all further ones at once.
+const WAITING: usize = 4 * CALLS;
 
 /// A lock store over an odd number of independent nodes.
 pub(crate) struct QuorumStore {
@@ -112,6 +115,7 @@ struct Member {
     address: String,
     node: Arc<dyn Node>,
     calls: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
     /// How many locks it may be behind with at a time. Its own affair: a node that is gone takes nothing from the
     /// others.
     arrears: Arc<Semaphore>,
@@ -137,10 +141,11 @@ impl QuorumStore {
                 address,
                 node,
                 calls: Arc::new(Semaphore::new(CALLS)),
+                waiting: Arc::new(Semaphore::new(WAITING)),
                 arrears: Arc::new(Semaphore::new(catch_up::LOCKS)),
             })
             .collect();
-        let window = Duration::from_secs(window.as_secs().saturating_add(u64::from(window.subsec_nanos() > 0)));
+        let window = whole_seconds(window);
         Self {
             quorum: Arc::new(Quorum {
                 members,
@@ -351,13 +356,23 @@ fn grace(elapsed: Duration) -> Duration {
     (elapsed * 4).max(Duration::from_millis(2))
 }
 
+/// Refuses a ttl that is longer than the restart window: the nodes would forget the lock in a restart, and vote again
+/// before it has expired.
+pub(crate) fn check_ttl(ttl: Duration, window: Duration) -> Result<(), Error> {
+    if window.is_zero() || ttl <= whole_seconds(window) {
+        return Ok(());
+    }
+    Err(Error::InvalidTtl("it is longer than the quorum's restart window; use a shorter one, or a longer window"))
+}
+
+/// Rounded up.
+fn whole_seconds(window: Duration) -> Duration {
+    Duration::from_secs(window.as_secs().saturating_add(u64::from(window.subsec_nanos() > 0)))
+}
+
 impl Quorum {
-    /// The nodes would forget the lock in a restart, and vote again before it has expired.
     fn check_ttl(&self, ttl: Duration) -> Result<(), Error> {
-        if self.window.is_zero() || ttl <= self.window {
-            return Ok(());
-        }
-        Err(Error::InvalidTtl("it is longer than the quorum's restart window; use a shorter one, or a longer window"))
+        check_ttl(ttl, self.window)
     }
 
     /// How far ahead of a node's clock a number may be.
