@@ -654,3 +654,14 @@ async fn a_ttl_longer_than_the_window_is_refused_before_any_lock_is() {
     let builder = Locker::builder().ttl(ms(120_000));
     assert!(matches!(builder.quorum(servers.iter().map(Server::url)).await, Err(Error::InvalidTtl(_))));
 }
+
+#[tokio::test]
+async fn one_server_by_two_names_makes_no_quorum() {
+    let servers = start::<2>();
+    let localhost = format!("redis://localhost:{}", servers[0].port());
+    for twin in [localhost, servers[0].unix_url()] {
+        let urls = [servers[0].url(), twin, servers[1].url()];
+        let refused = Locker::quorum(urls).await;
+        assert!(matches!(refused, Err(Error::InvalidNodes(_))), "{refused:?}");
+    }
+}

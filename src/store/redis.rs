@@ -1,5 +1,6 @@
 //! Locks on one Redis or Valkey server, one that Sentinels watch over, or a cluster, through fred.
 
+mod about;
 mod clock;
 mod combiner;
 mod connection;
@@ -27,6 +28,7 @@ use tokio::runtime::Handle;
 use tokio::time::Instant;
 use tracing::debug;
 
+pub(crate) use self::about::About;
 use self::clock::ServerClock;
 use self::combiner::{Answers, Carrier, Combiner, Refused};
 use self::connection::{Connection, Sent};
