@@ -22,16 +22,16 @@
 //!
 //! What the code does and the model does not know:
 //!
-//! | not in the model                          | why, and what checks it instead                                    |
-//! | ----------------------------------------- | ------------------------------------------------------------------ |
-//! | ttls that a request makes shorter         | all have one ttl here; `hold.rs`, invariants 4 and 5, `quorum/shortened.rs`, the simulated quorum |
-//! | several guards of one token, and a token  | a client is one token and one grant; the records of grants are each server's own, `simulation/` and `quorum/restarted.rs` |
-//! | that comes back (`again` in `vote.lua`)   |                                                                    |
-//! | several keys of one lock                  | one script takes, renews and releases all of them on a node, or none: they are one key here |
-//! | several locks of one client               | they share nothing at a node but its uptime                        |
-//! | more than three nodes                     | the arguments need that two majorities share a node, and no more   |
-//! | a claim that is given up or given back    | it changes nothing that a renewal does not                         |
-//! | which nodes are healed                    | those that said that the key is gone; here any, which is more      |
+//! | not in the model                    | why, and what checks it instead                                         |
+//! | ----------------------------------- | ----------------------------------------------------------------------- |
+//! | ttls that a request makes shorter   | `hold.rs`, invariants 4 and 5; `quorum/shortened.rs`; simulated quorums |
+//! | several guards of one token         | a client here is one grant; the records of grants are each server's own |
+//! | a token that comes back (`again`)   | what a node found on disk is not told again: `quorum/restarted.rs`      |
+//! | several keys of one lock            | a script does to all of them what it does to one, or nothing            |
+//! | several locks of one client         | they share nothing at a node but its uptime                             |
+//! | more than three nodes               | all that is argued with is that two majorities share a node             |
+//! | a claim that is given back          | it changes nothing that a renewal does not                              |
+//! | which nodes are healed              | those that said that the key is gone; here any, which is more           |
 //!
 //! - Renewals may arrive for ever, except where leases are taken up: there for a tick, as servers refuse what is late.
 //!   With leases, a renewal from before the release could else keep alive what a node has found on its disk.
@@ -40,7 +40,8 @@
 //!
 //! Sizes are bounded, lengths are not: see [`State`](state::State). Steps and numbers of states are printed with
 //! `--nocapture`. CI explores up to 1.0 million states (releases of locks that heal, two clients), the larger searches
-//! 2.1 million and more (three clients that heal). Larger sizes: `cargo test --release --test model -- --ignored --nocapture`.
+//! 2.1 million and more (three clients that heal). Larger sizes:
+//! `cargo test --release --test model -- --ignored --nocapture`.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "these are tests")]
 

@@ -172,8 +172,8 @@ async fn a_guard_outlives_the_memory_of_a_minority_and_not_that_of_a_majority() 
     let guard = lock_on_all(&servers, || locker.lock("k")).await;
     servers[0].restart_empty();
     decided(|| guard.refresh()).await.unwrap();
-    // Brought back there, it would tell of a vote that the node knows nothing of.
-    is_on(&servers, "k", 2).await;
+    is_on(&servers, "k", 3).await;
+    servers[0].restart_empty();
     servers[1].restart_empty();
     eventually("both are connected to again", async || {
         matches!(guard.refresh().await, Err(Error::NotHeld { loss: Loss::Missing, .. })).then_some(())
@@ -664,4 +664,50 @@ async fn one_server_by_two_names_makes_no_quorum() {
         let refused = Locker::quorum(urls).await;
         assert!(matches!(refused, Err(Error::InvalidNodes(_))), "{refused:?}");
     }
+}
+
+#[tokio::test]
+async fn a_guard_outlives_nodes_that_freeze_or_forget_one_after_another() {
+    let mut servers = start::<3>();
+    let locker = locker_for(&servers, ms(1_000), Duration::ZERO).await;
+    let guard = lock_on_all(&servers, || locker.lock("k").metadata("host-3")).await;
+    let fence = guard.fencing_token();
+    for round in 0..6 {
+        let server = &mut servers[round % 3];
+        match round % 2 {
+            0 => {
+                server.freeze();
+                tokio::time::sleep(ms(1_300)).await;
+                server.thaw();
+            }
+            _ => server.restart_empty(),
+        }
+        is_on(&servers, "k", 3).await;
+        assert_eq!(guard.check(), Ok(()), "round {round}");
+        assert!(servers.iter().all(|server| server.cli(&["GET", "k"]).ends_with("\nhost-3")), "round {round}");
+    }
+    guard.release().await.unwrap();
+    is_on(&servers, "k", 0).await;
+    assert!(lock(&locker, "k").await.fencing_token() > fence);
+}
+
+#[tokio::test]
+async fn a_node_is_healed_once_it_votes_again() {
+    let mut servers = start::<3>();
+    let window = Duration::from_secs(3);
+    let locker = locker_for(&servers, ms(1_500), window).await;
+    let guard = lock_on_all(&servers, || locker.lock("k").token("worker-7".parse().unwrap())).await;
+    servers[1].restart_empty();
+    let restarted = Instant::now();
+    is_on(&servers, "k", 3).await;
+    assert!(restarted.elapsed() > window - ms(1_000), "{:?}", restarted.elapsed());
+    servers[2].restart_empty();
+    tokio::time::sleep(ms(2_000)).await;
+    assert_eq!(guard.check(), Ok(()));
+    // What one grant leaves, and what heals it, takes nothing from another.
+    let again = soon(locker.lock("k").token("worker-7".parse().unwrap())).await.unwrap();
+    drop(guard);
+    is_on(&servers, "k", 3).await;
+    drop(again);
+    is_on(&servers, "k", 0).await;
 }

@@ -32,10 +32,17 @@
 //!
 //! A node that has been up for less than the window does not vote at all, since it may have forgotten locks as well.
 //! That is enough as long as no ttl is longer than the window: then what it has forgotten has expired. For the same
-//! reason a renewal never brings a key back where it is gone: such a node counts as "not ours".
-//! And for the same reason its word does not count either where a lease is taken up: what it holds for the lease may be
-//! from an old dump. A guard that renews is another matter: it has held the lock without a gap, so that nobody else can
-//! have been granted it by a majority.
+//! reason its word does not count either where a lease is taken up: what it holds for the lease may be from an old
+//! dump. A guard that renews is another matter: it has held the lock without a gap, so that nobody else can have been
+//! granted it by a majority.
+//!
+//! # Renewals
+//!
+//! A renewal counts the nodes that confirm it now, and moves the guard's deadline when they are a majority. A node that
+//! says that the key is gone counts as "not ours". Once a majority has confirmed, such nodes are healed: they are asked
+//! for the key again, and confirm later renewals like any other ([`heal`], where it is said why that is safe). So a
+//! guard outlives any number of nodes that are away one after another, and a lock that was obtained on a bare majority
+//! is on all nodes soon after its first renewal.
 //!
 //! # What is left behind
 //!
@@ -50,6 +57,7 @@ mod ballot;
 mod calls;
 mod catch_up;
 mod clocks;
+mod heal;
 mod nodes;
 #[cfg(test)]
 mod restarted;
@@ -62,7 +70,7 @@ mod tally;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -72,6 +80,7 @@ use tokio_util::task::TaskTracker;
 pub(crate) use self::ballot::{Ballot, Node, Reply, Seen, Vote};
 use self::calls::Calls;
 use self::clocks::Clocks;
+use self::heal::Healing;
 pub(crate) use self::nodes::connect;
 use self::rounds::Rounds;
 use self::shortened::{RequestId, Shortened};
@@ -116,6 +125,8 @@ struct Member {
     node: Arc<dyn Node>,
     calls: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
+    /// It was restarted lately, and doesn't vote until then.
+    silent_until: Mutex<Option<Instant>>,
     /// How many locks it may be behind with at a time. Its own affair: a node that is gone takes nothing from the
     /// others.
     arrears: Arc<Semaphore>,
@@ -142,6 +153,7 @@ impl QuorumStore {
                 node,
                 calls: Arc::new(Semaphore::new(CALLS)),
                 waiting: Arc::new(Semaphore::new(WAITING)),
+                silent_until: Mutex::default(),
                 arrears: Arc::new(Semaphore::new(catch_up::LOCKS)),
             })
             .collect();
@@ -173,6 +185,7 @@ impl QuorumStore {
             let until = Instant::now() + timeout.saturating_mul(2);
             quorum.shortened.begin(owned, ttl, quorum.members.len(), until)
         });
+        let mut healing = Healing::begin(quorum, owned, ttl, how);
         let timeout = node_timeout(ttl, first(timeout));
         // What a node remembers that was restarted lately may have been released since.
         let window = quorum.window;
@@ -189,6 +202,9 @@ impl QuorumStore {
         let mut not_ours = Loss::Missing;
         while let Some((place, answer)) = answers.next().await {
             quorum.note_exact(owned, exact, place, &answer);
+            if let (Some(healing), Ok(renewed)) = (&mut healing, &answer) {
+                healing.note(place, *renewed);
+            }
             match answer {
                 Ok(Renewed::Extended) if quorum.shortened.may_shorten(owned, exact, place, ttl) => {
                     tally.failed(place, shortened::may_be_set_late());
@@ -202,7 +218,10 @@ impl QuorumStore {
             }
             match tally.verdict() {
                 Some(Verdict::Yes) => {
-                    quorum.note_the_rest(owned, exact, answers);
+                    match healing {
+                        Some(healing) => healing.confirmed(answers),
+                        None => quorum.note_the_rest(owned, exact, answers),
+                    }
                     return Ok(Renewed::Extended);
                 }
                 Some(Verdict::No) => return Ok(Renewed::NotOurs(not_ours)),

@@ -143,10 +143,7 @@ impl<K: Send + 'static, T: Send + 'static> Drop for Calls<K, T> {
 /// The line is first in, first out: a call is sent before all later ones.
 fn stand_in_line<T: 'static>(calls: Arc<Semaphore>, within: Duration, call: Answer<'static, T>) -> Answer<'static, T> {
     Box::pin(async move {
-        let _permit = match timeout(within, calls.acquire_owned()).await {
-            Ok(Ok(permit)) => permit,
-            Ok(Err(_)) | Err(_) => return Err(too_many_calls()),
-        };
+        let Ok(Ok(_permit)) = timeout(within, calls.acquire_owned()).await else { return Err(too_many_calls()) };
         call.await
     })
 }

@@ -17,9 +17,11 @@ use crate::{Error, Token};
 
 #[derive(Default)]
 pub(super) struct Shortened {
-    requests: Mutex<HashMap<(Token, Option<GrantId>), Vec<Request>>>,
+    requests: Mutex<HashMap<Grant, Vec<Request>>>,
     next: AtomicU64,
 }
+
+type Grant = (Token, Option<GrantId>);
 
 struct Request {
     id: RequestId,
@@ -66,7 +68,14 @@ impl Shortened {
         })
     }
 
-    fn all(&self) -> MutexGuard<'_, HashMap<(Token, Option<GrantId>), Vec<Request>>> {
+    /// Whether an exact ttl of this grant is, or may be, still to be set anywhere.
+    pub(super) fn concerns(&self, owned: &Owned) -> bool {
+        let all = self.all();
+        let now = Instant::now();
+        !all.is_empty() && all.get(&grant_of(owned)).into_iter().flatten().any(|request| now < request.until)
+    }
+
+    fn all(&self) -> MutexGuard<'_, HashMap<Grant, Vec<Request>>> {
         self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -77,6 +86,6 @@ pub(super) fn may_be_set_late() -> Error {
     fred::error::Error::new(ErrorKind::Timeout, details).into()
 }
 
-fn grant_of(owned: &Owned) -> (Token, Option<GrantId>) {
+fn grant_of(owned: &Owned) -> Grant {
     (owned.token.clone(), owned.grant)
 }

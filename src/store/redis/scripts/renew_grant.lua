@@ -1,9 +1,9 @@
 -- Makes the keys live on for one grant of several, if all of them hold the token.
 --
 -- KEYS  n lock keys, then their n records of grants.
--- ARGV  token, ttl in ms, n, how, id of the grant (`-`: it has none), ttl of the records in ms, id of an earlier grant,
---       restart window in s, where this server is a node of a quorum and its word shall count only if it has been up for
---       longer.
+-- ARGV  token, ttl in ms, n, how, id of the grant (`-`: it has none), ttl of the records in ms, id of an earlier
+--       grant, restart window in s, where this server is a node of a quorum and its word shall count only if it has
+--       been up for longer.
 -- How:
 --       'exactly'  the keys live for the ttl, or for at least the ttl while other grants rely on them.
 --       'claim'    they live for at least the ttl, and the grant takes the place of the earlier one.

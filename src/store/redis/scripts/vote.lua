@@ -13,9 +13,11 @@
 --
 -- now is this server's clock in us; last is the highest number that it remembers for the keys.
 --
--- Idempotent: where all keys hold the token already, they are taken again, with the same number (or a greater one, where
--- this server may have found it on its disk), and live for the ttl from now, or as long as they would have, whichever is
--- longer.
+-- Idempotent: where all keys hold the token already, they are taken again, with the same number (or a greater one,
+-- where this server may have found it on its disk), and live for the ttl from now, or as long as they would have,
+-- whichever is longer.
+--
+-- With the number 0 it is also how a lock that is held is brought back here (heal.rs): no fence is read or written.
 --
 -- Why numbers grow is argued in quorum.rs. Scripts do not roll back. So: look first, write the fences and records next,
 -- the locks last, and undo those where one fails.
@@ -75,8 +77,8 @@ for i = 1, records and n or 0 do
 end
 
 if number > 0 then
-    -- Ours already, by one number: that is answered again, unless it is known to be no use; or it may be from before the
-    -- restart, when others may have followed that are forgotten. Renewals keep keys alive that were found on disk.
+    -- Ours already, by one number: that is answered again, unless it is known to be no use; or it may be from before
+    -- the restart, when others may have followed that are forgotten. Renewals keep alive what was found on disk.
     local again = missing == 0 and last > before and lowest == last and (ARGV[9] == '0' or last == number)
     if again then
         number = last
