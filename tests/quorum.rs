@@ -711,3 +711,31 @@ async fn a_node_is_healed_once_it_votes_again() {
     drop(again);
     is_on(&servers, "k", 0).await;
 }
+
+/// How often each node has run a script.
+fn script_runs(servers: &[Server]) -> Vec<u32> {
+    let runs = |server: &Server| {
+        let stats = server.cli(&["INFO", "commandstats"]);
+        let lines = stats.lines().filter(|line| line.starts_with("cmdstat_eval"));
+        let calls = lines.filter_map(|line| line.split(['=', ',']).nth(1)?.parse::<u32>().ok());
+        calls.sum()
+    };
+    servers.iter().map(runs).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lock_on_free_keys_costs_each_node_one_call() {
+    let servers = start::<5>();
+    let locker = locker(&servers).await;
+    soon(locker.lock("warm")).await.unwrap().into_lease();
+    tokio::time::sleep(ms(100)).await;
+    let before = script_runs(&servers);
+    for n in 0..200 {
+        soon(locker.lock(format!("k{n}")).no_renewal()).await.unwrap().into_lease();
+    }
+    soon(locker.close()).await;
+    tokio::time::sleep(ms(300)).await;
+    let runs: Vec<u32> = script_runs(&servers).iter().zip(&before).map(|(after, before)| after - before).collect();
+    // A ballot more where the machine stood still.
+    assert!(runs.iter().all(|runs| (200..=210).contains(runs)), "{runs:?}");
+}
