@@ -239,11 +239,12 @@ impl QuorumStore {
             Box::pin(async move { node.release(&owned, ending, timeout).await })
         })?;
         // Only now: an open round that hears of it releases too, which must not be what frees the lock.
-        quorum.rounds.mark_released(owned, ending);
+        let releasing = quorum.rounds.mark_released(owned, ending);
         let mut tally = Tally::new(quorum);
         let mut not_ours = Loss::Missing;
         let mut behind = Vec::new();
         while let Some((place, answer)) = answers.next().await {
+            releasing.answered(place, matches!(answer, Ok(Released::Freed)));
             match answer {
                 Ok(Released::Freed) => tally.yes(),
                 Ok(Released::NotOurs(loss)) => {
@@ -262,7 +263,7 @@ impl QuorumStore {
                 Some(Verdict::Unknown) => break,
                 None => continue,
             };
-            quorum.release_the_rest(owned, timeout, behind, answers);
+            quorum.release_the_rest(owned, timeout, releasing, behind, answers);
             return Ok(released);
         }
         Err(tally.into_error_of_release())

@@ -15,6 +15,7 @@ use tracing::debug;
 
 use super::Quorum;
 use super::calls::{Calls, GRACE};
+use super::rounds::Releasing;
 use crate::hold::Owned;
 use crate::store::{Answer, Ending, Latest, Released, Undone};
 use crate::{Error, schedule};
@@ -71,6 +72,7 @@ impl Quorum {
         self: &Arc<Self>,
         owned: &Owned,
         timeout: Duration,
+        releasing: Releasing,
         mut behind: Vec<usize>,
         mut answers: Calls<usize, Released>,
     ) {
@@ -81,6 +83,7 @@ impl Quorum {
         let (quorum, owned) = (self.clone(), owned.clone());
         let rest = async move {
             while let Some((place, answer)) = answers.next().await {
+                releasing.answered(place, matches!(answer, Ok(Released::Freed)));
                 if answer.is_err() {
                     behind.push(place);
                 }

@@ -19,6 +19,9 @@ use crate::store::{Acquired, Latest, Wanted};
 /// So many ballots are held at most. The second suffices unless others vote for the same keys in between.
 const BALLOTS: usize = 4;
 
+/// For how long a release's answer is waited for where it may make another one needless.
+const ANSWER: Duration = Duration::from_secs(1);
+
 /// Asks once for what is wanted.
 pub(super) async fn attempt(quorum: &Arc<Quorum>, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
     let mut asking = Asking(Some(Round::new(quorum.clone(), wanted.clone(), timeout)?));
@@ -230,8 +233,15 @@ impl Round {
                 drop(self.undo_settled());
             }
         }
-        // Released before its last vote had come: what that one took is taken back.
+        // Released before its last vote had come: what that one took is taken back, unless the release has come to the
+        // node after it.
         if taken && self.open.was_released() {
+            let until = Instant::now() + ANSWER;
+            for (place, standing) in self.members.iter_mut().enumerate() {
+                if standing.touched && !standing.doubtful {
+                    standing.touched = !self.open.is_freed(place, until).await;
+                }
+            }
             drop(self.undo_settled());
         }
     }
