@@ -9,6 +9,7 @@
 
 #![expect(clippy::expect_used, reason = "a benchmark that can't measure has nothing else to say")]
 
+mod crowd;
 mod machine;
 mod statistics;
 
@@ -52,6 +53,7 @@ fn benchmark() -> Result<(), String> {
     let runtime = Runtime::new().map_err(|error| error.to_string())?;
     runtime.block_on(compare(rounds, length, None));
     runtime.block_on(compare(rounds, length, Some(AWAY)));
+    runtime.block_on(crowd::measure(length * 10));
     println!("\nTarget: obtaining on five nodes takes at most {TARGET} times as long as on one server.");
     Ok(())
 }

@@ -47,6 +47,32 @@ pub struct LockerBuilder {
     min_replicas: usize,
 }
 
+/// For how long a node of a quorum doesn't vote after a restart; for [`LockerBuilder::restart_window`].
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use tenure::{Locker, RestartWindow};
+///
+/// let usual = Locker::builder().restart_window(Duration::from_secs(120));
+/// let each_write_is_on_disk = Locker::builder().restart_window(RestartWindow::NodesNeverForget);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RestartWindow {
+    /// For so long. What [`Duration`]s convert into.
+    For(Duration),
+    /// Not at all: whatever a node has granted, it knows after any restart.
+    NodesNeverForget,
+}
+
+impl From<Duration> for RestartWindow {
+    fn from(window: Duration) -> Self {
+        Self::For(window)
+    }
+}
+
 impl Default for LockerBuilder {
     fn default() -> Self {
         Self {
@@ -213,9 +239,13 @@ impl LockerBuilder {
     /// For how long a quorum's node doesn't vote after a restart, in which it may have forgotten what it had granted.
     /// Rounded up to whole seconds; default: 60 s, at most 365 days.
     ///
-    /// No ttl may be longer, or what a node has forgotten could be held still when it votes again. Zero is for nodes
-    /// that write every change to disk before they answer (`appendfsync always`), and for tests: nodes vote at once
-    /// then, and any ttl will do. All who share locks must set the same.
+    /// No ttl may be longer, or what a node has forgotten could be held still when it votes again. All who share locks
+    /// must set the same.
+    ///
+    /// [`RestartWindow::NodesNeverForget`] is for nodes that write every change to disk before they answer
+    /// (`appendfsync always`), and for tests: nodes vote at once then, and any ttl will do. A node that does forget can
+    /// then give a lock to a second holder. Where the nodes can be asked, one of which it is untrue is logged as a
+    /// warning, `tenure.node_may_forget`. A duration of zero says the same as this, and less clearly.
     ///
     /// ```no_run
     /// # use std::time::Duration;
@@ -225,8 +255,11 @@ impl LockerBuilder {
     /// # Ok(())
     /// # }
     /// ```
-    pub fn restart_window(mut self, window: Duration) -> Self {
-        self.restart_window = window.min(MAX_TTL);
+    pub fn restart_window(mut self, window: impl Into<RestartWindow>) -> Self {
+        self.restart_window = match window.into() {
+            RestartWindow::For(window) => window.min(MAX_TTL),
+            RestartWindow::NodesNeverForget => Duration::ZERO,
+        };
         self
     }
 
@@ -287,10 +320,12 @@ impl LockerBuilder {
         if self.min_replicas > 0 {
             return Err(Error::Unsupported("the nodes of a quorum have no replicas: more nodes do what those would"));
         }
+        quorum::check_ttl(self.settings.ttl, self.restart_window)?;
         Upkeep::check_runtime()?;
         let isolated = self.isolated.then(Isolated::start).transpose()?;
         let (prefix, timeout) = (self.prefix.clone(), self.connection_timeout());
-        let connecting = async move { quorum::connect(&urls, &prefix, timeout).await };
+        let never_forget = self.restart_window.is_zero();
+        let connecting = async move { quorum::connect(&urls, &prefix, timeout, never_forget).await };
         let nodes = match &isolated {
             Some(isolated) => isolated.handle().spawn(connecting).await.unwrap_or(Err(Error::NoRuntime))?,
             None => connecting.await?,

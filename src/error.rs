@@ -74,8 +74,12 @@ pub enum Error {
         nodes: Vec<NodeError>,
     },
 
-    /// A node of a quorum was restarted less than the [restart window](crate::LockerBuilder::restart_window) ago.
-    #[error("restarted lately, it votes again in {remaining:?}")]
+    /// A node of a quorum was started less than the [restart window](crate::LockerBuilder::restart_window) ago.
+    ///
+    /// It may have forgotten locks, or it is new: it can't tell. So a quorum of new nodes grants nothing for a window.
+    #[error(
+        "it was started less than a restart window ago and may have forgotten locks; it votes again in {remaining:?}"
+    )]
     NotVoting {
         /// Until it votes again.
         remaining: Duration,

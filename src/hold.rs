@@ -447,6 +447,10 @@ impl Hold {
             let mut state = self.state();
             let refused = match state.cleanup {
                 None => state.cleanup.replace(cleanup),
+                // The same, and closing waits for it from now on.
+                Some(Cleanup::Release(None)) if matches!(cleanup, Cleanup::Release(Some(_))) => {
+                    state.cleanup.replace(cleanup)
+                }
                 Some(_) => Some(cleanup),
             };
             (refused, !matches!(state.cleanup, Some(Cleanup::Nothing)))

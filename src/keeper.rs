@@ -102,12 +102,7 @@ impl Upkeep {
     /// Renews a lock that no guard of ours holds, to at least this ttl.
     pub(crate) async fn extend(&self, owned: &Owned, ttl: Duration) -> Result<(), Error> {
         Self::check_runtime()?;
-        // A grant that has an id relies on the lock for as long as its record says.
-        let how = match owned.grant {
-            None | Some(GrantId::UNKNOWN) => Extending::AtLeast,
-            Some(_) => Extending::KeepRecord,
-        };
-        match self.store.renew(owned, ttl, how, self.command_timeout).await? {
+        match self.store.renew(owned, ttl, Extending::Ensure, self.command_timeout).await? {
             Renewed::Extended => Ok(()),
             Renewed::NotOurs(loss) => Err(Error::NotHeld { key: owned.key(), loss }),
         }

@@ -113,7 +113,7 @@ mod simulation;
 
 pub use fred;
 
-pub use self::builder::LockerBuilder;
+pub use self::builder::{LockerBuilder, RestartWindow};
 pub use self::close_on_drop::CloseOnDrop;
 pub use self::error::{Error, NodeError};
 pub use self::guard::LockGuard;

@@ -159,7 +159,11 @@ impl Locker {
     /// - **Restart window.** A node that has been up for less than the
     ///   [restart window](LockerBuilder::restart_window) (60 s) may have forgotten what it granted, and doesn't vote:
     ///   [`Error::NotVoting`]. No [ttl](LockRequest::ttl) can be longer. So a new quorum grants its first lock when its
-    ///   nodes have been up for a window.
+    ///   nodes have been up for a window; [`lock`](Locker::lock) waits through that. In tests, and on nodes that write
+    ///   everything to disk before they answer, [`RestartWindow::NodesNeverForget`](crate::RestartWindow) does without.
+    /// - **Healing.** A node that was away, or lost its memory, has the locks that are held again by their next
+    ///   renewals, once it votes. So a guard outlives any number of nodes that are away one after another, as long as
+    ///   each is back before a majority is away. After a restart that takes a window and a renewal.
     /// - **Fencing tokens** ([what for](https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html))
     ///   are agreed on by ballot: the client proposes one number to all nodes, and each grants only what is greater
     ///   than the last that it knows, or than its own clock where it knows none, and no further ahead than the restart
@@ -176,8 +180,9 @@ impl Locker {
     /// # Errors
     ///
     /// [`Error::InvalidNodes`] for no nodes, an even number of them (it tolerates no more failures than one node less),
-    /// one node twice (the same address and database), a cluster or Sentinels. [`Error::InvalidUrl`] for a URL that
-    /// makes no sense.
+    /// one node twice (whatever its addresses, as far as it says which server it is), a cluster or Sentinels.
+    /// [`Error::InvalidUrl`] for a URL that makes no sense. [`Error::InvalidTtl`] where the locker's ttl is longer than
+    /// the restart window.
     /// [`Error::Quorum`] when no majority could be reached within the [command
     /// timeout](LockerBuilder::command_timeout), with each node's own error. Later, wherever [`Error::Redis`] is
     /// documented, it is [`Error::Quorum`] that tells of failed nodes.

@@ -117,6 +117,8 @@ pub(crate) struct Wanted {
     pub(crate) fenced: bool,
     /// How to stand in line with those of other processes.
     pub(crate) queueing: Queueing,
+    /// It waits: where nobody can tell whether another has the lock, it asks again, and wants no error.
+    pub(crate) is_patient: bool,
     /// Until when what was sent of it may be run. Shared by all copies.
     pub(crate) latest: Arc<Latest>,
 }
@@ -167,9 +169,29 @@ pub(crate) enum Extending {
     Claim { earlier: Option<GrantId> },
     /// To at least this, and the record of grants lives on as well.
     KeepRecord,
+    /// To at least this, of a lock that a lease speaks of; and the record, where the lease's grant has an id. Unlike a
+    /// guard's, its renewal is no word that the lock was held until now.
+    Ensure,
     /// Not at all: the owner's grant ends, and this one, which it took the place of, takes its place where no other has
     /// the lock. The ttl is that of this one.
     GiveBack { earlier: Option<GrantId> },
+}
+
+impl Extending {
+    /// What is done at the server.
+    pub(crate) fn of(self, owned: &Owned) -> Self {
+        match (self, owned.grant) {
+            (Self::Ensure, None | Some(GrantId::UNKNOWN)) => Self::AtLeast,
+            // A grant that has an id relies on the lock for as long as its record says.
+            (Self::Ensure, Some(_)) => Self::KeepRecord,
+            (how, _) => how,
+        }
+    }
+
+    /// Whether it begins a hold, or confirms one that nobody here has seen held. Guards prolong theirs.
+    pub(crate) fn begins(self) -> bool {
+        matches!(self, Self::Claim { .. } | Self::Ensure)
+    }
 }
 
 /// What has become of a grant that is being undone.

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use tenure::{Error, LockGuard, LockRequest, Locker, Loss, NodeError, Token};
-use tenure_test_support::{Server, eventually, soon, within};
+use tenure_test_support::{Mode, Proxy, Server, eventually, soon, within};
 use tokio::time::Instant;
 
 const fn ms(n: u64) -> Duration {
@@ -172,8 +172,8 @@ async fn a_guard_outlives_the_memory_of_a_minority_and_not_that_of_a_majority() 
     let guard = lock_on_all(&servers, || locker.lock("k")).await;
     servers[0].restart_empty();
     decided(|| guard.refresh()).await.unwrap();
-    // Brought back there, it would tell of a vote that the node knows nothing of.
-    is_on(&servers, "k", 2).await;
+    is_on(&servers, "k", 3).await;
+    servers[0].restart_empty();
     servers[1].restart_empty();
     eventually("both are connected to again", async || {
         matches!(guard.refresh().await, Err(Error::NotHeld { loss: Loss::Missing, .. })).then_some(())
@@ -506,4 +506,243 @@ async fn a_dropped_guard_does_not_end_what_its_token_obtains_next() {
     }
     soon(locker.close()).await;
     is_on(&servers, "k", 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dropped_guard_lets_nobody_in_while_its_token_holds_again() {
+    let servers = start::<3>();
+    let (locker, rival) = (locker(&servers).await, locker_with(&servers, Duration::ZERO).await);
+    let token = || "worker-7".parse::<Token>().unwrap();
+    for round in 0..100 {
+        drop(soon(locker.lock("k").token(token())).await.unwrap());
+        let guard = soon(locker.lock("k").token(token())).await.unwrap();
+        let rivals = rival.try_lock("k").await;
+        assert!(rivals.is_err() || !guard.is_held(), "round {round}");
+        guard.release().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_lease_is_not_taken_up_by_what_a_restarted_node_remembers() {
+    let mut servers = start::<3>();
+    let (ttl, window) = (ms(5_000), Duration::from_secs(5));
+    let locker = locker_for(&servers, ttl, window).await;
+    let rival = locker_for(&servers, ttl, window).await;
+    let lease = lock_on_all(&servers, || locker.lock("k")).await.into_lease();
+    assert_eq!(servers[0].cli(&["SAVE"]), "OK");
+    // Released, while the third node was away.
+    servers[..2].iter().for_each(|server| drop(server.cli(&["DEL", "k"])));
+    let guard = lock(&rival, "k").await;
+    assert_eq!(count(&servers, "k"), 3);
+    servers[0].kill();
+    servers[0].restart();
+    assert_eq!(servers[0].cli(&["GET", "k"]), *lease.token().as_str(), "it has found its dump");
+    for _ in 0..20 {
+        assert!(locker.ensure(&lease, ms(3_000)).await.is_err());
+        assert!(locker.adopt(lease.clone()).await.is_err());
+        tokio::time::sleep(ms(50)).await;
+    }
+    drop(guard);
+}
+
+#[tokio::test]
+async fn closing_waits_for_what_is_left_of_a_lost_lock() {
+    let servers = start::<3>();
+    let locker = locker_for(&servers, ms(60_000), Duration::ZERO).await;
+    let guard = lock_on_all(&servers, || locker.lock("k")).await;
+    servers[..2].iter().for_each(|server| drop(server.cli(&["DEL", "k"])));
+    assert!(matches!(guard.refresh().await, Err(Error::NotHeld { .. })));
+    drop(guard);
+    soon(locker.close()).await;
+    assert_eq!(count(&servers, "k"), 0);
+}
+
+#[tokio::test]
+async fn a_refusal_by_a_minority_is_no_refusal_while_another_node_is_away() {
+    let mut servers = start::<3>();
+    let locker = locker(&servers).await;
+    lock(&locker, "warm").await.release().await.unwrap();
+    servers[0].cli(&["SET", "k", "stray"]);
+    servers[2].kill();
+    let dead = address(&servers[2]);
+    let named: Vec<_> =
+        node_errors(locker.try_lock("k").await.unwrap_err()).into_iter().map(|node| node.address).collect();
+    assert_eq!(named, [dead]);
+    is_on(&servers[1..2], "k", 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_node_holds_up_no_turns_of_those_who_wait() {
+    let servers = start::<3>();
+    let proxy = Proxy::start(servers[2].port()).await;
+    let urls = [servers[0].url(), servers[1].url(), proxy.url()];
+    let lockers = [locker_of(&urls).await, locker_of(&urls).await];
+    lock(&lockers[0], "k").await.release().await.unwrap();
+    proxy.set(Mode::Delay(ms(500)));
+    let (started, length) = (Instant::now(), ms(4_000));
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0..8 {
+        let locker = lockers[task % 2].clone();
+        tasks.spawn(async move {
+            let (mut turns, mut longest) = (0, Duration::ZERO);
+            while started.elapsed() < length {
+                let asked = Instant::now();
+                let guard = lock(&locker, "k").await;
+                longest = longest.max(asked.elapsed());
+                turns += 1;
+                drop(guard.release().await);
+            }
+            (turns, longest)
+        });
+    }
+    let turns = tasks.join_all().await;
+    eprintln!("{turns:?}");
+    let sum: u32 = turns.iter().map(|(turns, _)| turns).sum();
+    // Twenty-five turns a second where each split vote waits for the slow node.
+    assert!(sum > 400, "{turns:?}");
+}
+
+async fn locker_of(urls: &[String]) -> Locker {
+    Locker::builder().restart_window(Duration::ZERO).quorum(urls).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_lock_lives_as_long_as_a_majority_keeps_it() {
+    let servers = start::<3>();
+    let locker = locker_for(&servers, ms(30_000), Duration::ZERO).await;
+    let guard = lock_on_all(&servers, || locker.lock("k").no_renewal()).await;
+    servers[1].cli(&["PEXPIRE", "k", "5000"]);
+    for _ in 0..50 {
+        let remaining = guard.server_ttl().await.unwrap().unwrap();
+        assert!(remaining > ms(15_000), "{remaining:?}");
+        let holder = locker.inspect("k").await.unwrap().unwrap();
+        assert!(holder.remaining > Some(ms(15_000)), "{holder:?}");
+    }
+    guard.release().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thousands_of_free_locks_are_obtained_at_once() {
+    let servers = start::<3>();
+    let builder = Locker::builder().ttl(ms(900_000)).command_timeout(ms(18_000)).restart_window(Duration::ZERO);
+    let locker = builder.quorum(servers.iter().map(Server::url)).await.unwrap();
+    let mut requests = tokio::task::JoinSet::new();
+    for n in 0..6_000 {
+        let request = locker.try_lock(format!("k{n}")).no_renewal();
+        requests.spawn(async move { request.await.map(LockGuard::into_lease) });
+    }
+    let failed: Vec<_> = requests.join_all().await.into_iter().filter_map(Result::err).collect();
+    assert!(failed.is_empty(), "{} failed: {:?}", failed.len(), failed.first());
+}
+
+#[tokio::test]
+async fn closing_does_not_wait_long_for_a_node_that_is_dead() {
+    let mut servers = start::<3>();
+    let locker = locker(&servers).await;
+    let guard = lock_on_all(&servers, || locker.lock("k").ttl(ms(60_000))).await;
+    servers[2].kill();
+    decided(|| locker.try_lock("other")).await.unwrap().release().await.unwrap();
+    drop(guard);
+    let started = Instant::now();
+    soon(locker.close()).await;
+    assert!(started.elapsed() < ms(5_000), "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn a_ttl_longer_than_the_window_is_refused_before_any_lock_is() {
+    let servers = start::<3>();
+    let builder = Locker::builder().ttl(ms(120_000));
+    assert!(matches!(builder.quorum(servers.iter().map(Server::url)).await, Err(Error::InvalidTtl(_))));
+}
+
+#[tokio::test]
+async fn one_server_by_two_names_makes_no_quorum() {
+    let servers = start::<2>();
+    let localhost = format!("redis://localhost:{}", servers[0].port());
+    for twin in [localhost, servers[0].unix_url()] {
+        let urls = [servers[0].url(), twin, servers[1].url()];
+        let refused = Locker::quorum(urls).await;
+        assert!(matches!(refused, Err(Error::InvalidNodes(_))), "{refused:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_guard_outlives_nodes_that_freeze_or_forget_one_after_another() {
+    let mut servers = start::<3>();
+    let locker = locker_for(&servers, ms(1_000), Duration::ZERO).await;
+    let guard = lock_on_all(&servers, || locker.lock("k").metadata("host-3")).await;
+    let fence = guard.fencing_token();
+    for round in 0..6 {
+        let server = &mut servers[round % 3];
+        match round % 2 {
+            0 => {
+                server.freeze();
+                tokio::time::sleep(ms(1_300)).await;
+                server.thaw();
+            }
+            _ => server.restart_empty(),
+        }
+        is_on(&servers, "k", 3).await;
+        assert_eq!(guard.check(), Ok(()), "round {round}");
+        assert!(servers.iter().all(|server| server.cli(&["GET", "k"]).ends_with("\nhost-3")), "round {round}");
+    }
+    guard.release().await.unwrap();
+    is_on(&servers, "k", 0).await;
+    assert!(lock(&locker, "k").await.fencing_token() > fence);
+}
+
+#[tokio::test]
+async fn a_node_is_healed_once_it_votes_again() {
+    let mut servers = start::<3>();
+    let window = Duration::from_secs(3);
+    let locker = locker_for(&servers, ms(1_500), window).await;
+    let guard = lock_on_all(&servers, || locker.lock("k").token("worker-7".parse().unwrap())).await;
+    servers[1].restart_empty();
+    let restarted = Instant::now();
+    is_on(&servers, "k", 3).await;
+    assert!(restarted.elapsed() > window - ms(1_000), "{:?}", restarted.elapsed());
+    servers[2].restart_empty();
+    tokio::time::sleep(ms(2_000)).await;
+    assert_eq!(guard.check(), Ok(()));
+    // What one grant leaves, and what heals it, takes nothing from another.
+    let again = soon(locker.lock("k").token("worker-7".parse().unwrap())).await.unwrap();
+    drop(guard);
+    is_on(&servers, "k", 3).await;
+    drop(again);
+    is_on(&servers, "k", 0).await;
+}
+
+/// How often each node has run a script.
+fn script_runs(servers: &[Server]) -> Vec<u32> {
+    let runs = |server: &Server| {
+        let stats = server.cli(&["INFO", "commandstats"]);
+        let lines = stats.lines().filter(|line| line.starts_with("cmdstat_eval"));
+        let calls = lines.filter_map(|line| line.split(['=', ',']).nth(1)?.parse::<u32>().ok());
+        calls.sum()
+    };
+    servers.iter().map(runs).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lock_costs_each_node_one_call_and_its_release_another() {
+    let servers = start::<5>();
+    let locker = locker(&servers).await;
+    for (is_released, calls) in [(false, 200), (true, 400)] {
+        soon(locker.lock("warm")).await.unwrap().into_lease();
+        tokio::time::sleep(ms(100)).await;
+        let before = script_runs(&servers);
+        for n in 0..200 {
+            let guard = soon(locker.lock(format!("{is_released}{n}")).no_renewal()).await.unwrap();
+            // Also where the last votes have not come yet.
+            match is_released {
+                true => guard.release().await.unwrap(),
+                false => drop(guard.into_lease()),
+            }
+        }
+        tokio::time::sleep(ms(500)).await;
+        let runs: Vec<u32> = script_runs(&servers).iter().zip(&before).map(|(after, before)| after - before).collect();
+        // A ballot more, or two, where the machine stood still.
+        assert!(runs.iter().all(|runs| (calls..=calls + 10).contains(runs)), "{calls}: {runs:?}");
+        servers.iter().for_each(|server| drop(server.cli(&["DEL", "warm"])));
+    }
 }

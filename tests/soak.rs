@@ -9,12 +9,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "this is a test")]
 
 use std::env;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tenure::fred::prelude::{Builder, Client, ClientLike, Config, Value};
 use tenure::fred::types::{ClusterHash, CustomCommand};
 use tenure::{LockGuard, Locker};
-use tenure_test_support::Server;
+use tenure_test_support::{Mode, Proxy, Server};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -148,4 +150,125 @@ async fn ask(witness: &Client, command: &'static str, args: &[&str]) -> Value {
     let command = CustomCommand::new_static(command, ClusterHash::FirstKey, false);
     let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
     witness.custom(command, args).await.unwrap()
+}
+
+/// A holder's guards, for as long as the soak lasts.
+const HELD: usize = 8;
+
+/// Nodes are frozen, cut off and restarted empty one after another, each back before the next one goes: nothing is
+/// lost, nobody is inside together, and fencing tokens grow.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_guard_is_lost_while_nodes_are_away_one_after_another() {
+    let (three, five) = tokio::join!(one_after_another(3), one_after_another(5));
+    // All that was seen, before any of it fails.
+    eprintln!("three nodes: {three:?}\nfive nodes: {five:?}");
+    for seen in [three, five] {
+        assert_eq!((seen.lost, seen.together, seen.falls), (0, 0, 0), "{seen:?}");
+        assert!(seen.turns > seconds() && seen.faults.iter().sum::<u64>() > seconds() / 10, "{seen:?}");
+    }
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    /// Nodes that were frozen, cut off, and restarted empty.
+    faults: [u64; 3],
+    turns: u64,
+    lost: u64,
+    together: u64,
+    falls: u64,
+    /// The times that a node was not back within 20 s.
+    stuck: u64,
+}
+
+async fn one_after_another(nodes: usize) -> Seen {
+    let (ttl, window) = (Duration::from_secs(1), Duration::from_secs(2));
+    let mut servers: Vec<Server> = (0..nodes).map(|_| Server::start()).collect();
+    let mut proxies = Vec::new();
+    for server in &servers {
+        proxies.push(Proxy::start(server.port()).await);
+    }
+    let locker = async || {
+        let builder = Locker::builder().ttl(ttl).restart_window(window).command_timeout(Duration::from_millis(500));
+        builder.quorum(proxies.iter().map(Proxy::url)).await.unwrap()
+    };
+    let holder = locker().await;
+    let mut held = Vec::new();
+    for key in 0..HELD {
+        held.push(holder.lock(format!("held{key}")).await.unwrap());
+    }
+    let end = Instant::now() + Duration::from_secs(seconds());
+    let (inside, last, counts) =
+        (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)), Arc::<[AtomicU64; 4]>::default());
+    let mut tasks = JoinSet::new();
+    for _ in 0..2 {
+        let locker = locker().await;
+        for _ in 0..2 {
+            let (locker, inside, last, counts) = (locker.clone(), inside.clone(), last.clone(), counts.clone());
+            tasks.spawn(async move {
+                let [turns, lost, together, falls] = &*counts;
+                while Instant::now() < end {
+                    let Ok(guard) = locker.lock("turns").wait_at_most(Duration::from_secs(5)).await else { continue };
+                    let others = inside.fetch_add(1, Ordering::SeqCst);
+                    let fence = guard.fencing_token().unwrap();
+                    if guard.is_held() {
+                        together.fetch_add(u64::from(others > 0), Ordering::SeqCst);
+                        falls.fetch_add(u64::from(last.fetch_max(fence, Ordering::SeqCst) >= fence), Ordering::SeqCst);
+                    }
+                    sleep(Duration::from_millis(fastrand::u64(..30))).await;
+                    inside.fetch_sub(1, Ordering::SeqCst);
+                    lost.fetch_add(u64::from(!guard.is_held()), Ordering::SeqCst);
+                    turns.fetch_add(1, Ordering::SeqCst);
+                    drop(guard.release().await);
+                }
+            });
+        }
+    }
+    let mut seen = Seen::default();
+    let mut place = 0;
+    let mut lost = 0;
+    while Instant::now() < end {
+        let fault = fastrand::usize(..3);
+        seen.faults[fault] += 1;
+        match fault {
+            0 => {
+                servers[place].freeze();
+                sleep(Duration::from_millis(1_500)).await;
+                servers[place].thaw();
+            }
+            1 => {
+                proxies[place].set(Mode::Silence);
+                sleep(Duration::from_millis(1_500)).await;
+                proxies[place].set(Mode::Pass);
+            }
+            _ => tokio::task::block_in_place(|| servers[place].restart_empty()),
+        }
+        // What is lost is counted once, and obtained again.
+        let back_by = Instant::now() + Duration::from_secs(20);
+        while !is_back(&servers[place]) {
+            for guard in &mut held {
+                if !guard.is_held() {
+                    lost += 1;
+                    let key = guard.key().clone();
+                    *guard = holder.lock(key).await.unwrap();
+                }
+            }
+            if Instant::now() > back_by {
+                seen.stuck += 1;
+                break;
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+        place = (place + 1) % nodes;
+    }
+    tasks.join_all().await;
+    lost += held.iter().filter(|guard| !guard.is_held()).count() as u64;
+    let [turns, turns_lost, together, falls] = [0, 1, 2, 3].map(|index: usize| counts[index].load(Ordering::SeqCst));
+    Seen { turns, lost: lost + turns_lost, together, falls, ..seen }
+}
+
+/// The node votes, and has all that is held.
+fn is_back(server: &Server) -> bool {
+    let keys: Vec<String> = (0..HELD).map(|key| format!("held{key}")).collect();
+    let command: Vec<&str> = ["EXISTS"].into_iter().chain(keys.iter().map(String::as_str)).collect();
+    tokio::task::block_in_place(|| server.cli(&command)) == HELD.to_string()
 }

@@ -10,7 +10,8 @@ use crate::Token;
 fn wanted(queueing: Queueing) -> Arc<Wanted> {
     let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true, grant: None };
     let ttl = Duration::from_secs(1);
-    Arc::new(Wanted { owned, metadata: Box::default(), ttl, fenced: false, queueing, latest: Arc::default() })
+    let (metadata, latest) = (Box::default(), Arc::default());
+    Arc::new(Wanted { owned, metadata, ttl, fenced: false, queueing, is_patient: true, latest })
 }
 
 fn grant() -> Grant {

@@ -233,7 +233,7 @@ impl Held {
     }
 
     fn renew(&mut self, owned: &Owned, ttl: Duration, how: Extending) -> Renewed {
-        let now = Instant::now();
+        let (how, now) = (how.of(owned), Instant::now());
         if let Some(loss) = self.not_ours(owned, now) {
             return Renewed::NotOurs(loss);
         }
@@ -259,7 +259,7 @@ impl Held {
                     Extending::Exactly | Extending::KeepRecord if owned.grant.is_some() => {
                         entry.rely(owned.grant, ttl);
                     }
-                    Extending::AtLeast | Extending::Exactly | Extending::KeepRecord => {}
+                    Extending::AtLeast | Extending::Exactly | Extending::KeepRecord | Extending::Ensure => {}
                 }
                 let is_exact = how == Extending::Exactly && entry.others(owned.grant).is_empty();
                 entry.expires = if is_exact { now + ttl } else { entry.expires.max(now + ttl) };

@@ -32,7 +32,17 @@
 //!
 //! A node that has been up for less than the window does not vote at all, since it may have forgotten locks as well.
 //! That is enough as long as no ttl is longer than the window: then what it has forgotten has expired. For the same
-//! reason a renewal never brings a key back where it is gone: such a node counts as "not ours".
+//! reason its word does not count either where a lease is taken up: what it holds for the lease may be from an old
+//! dump. A guard that renews is another matter: it has held the lock without a gap, so that nobody else can have been
+//! granted it by a majority.
+//!
+//! # Renewals
+//!
+//! A renewal counts the nodes that confirm it now, and moves the guard's deadline when they are a majority. A node that
+//! says that the key is gone counts as "not ours". Once a majority has confirmed, such nodes are healed: they are asked
+//! for the key again, and confirm later renewals like any other ([`heal`], where it is said why that is safe). So a
+//! guard outlives any number of nodes that are away one after another, and a lock that was obtained on a bare majority
+//! is on all nodes soon after its first renewal.
 //!
 //! # What is left behind
 //!
@@ -47,26 +57,34 @@ mod ballot;
 mod calls;
 mod catch_up;
 mod clocks;
+mod heal;
 mod nodes;
 #[cfg(test)]
 mod restarted;
 mod round;
+mod rounds;
+mod shortened;
 #[cfg(test)]
 mod simulated;
 mod tally;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 pub(crate) use self::ballot::{Ballot, Node, Reply, Seen, Vote};
+use self::calls::Calls;
 use self::clocks::Clocks;
+use self::heal::Healing;
 pub(crate) use self::nodes::connect;
-use self::tally::{Tally, Verdict};
+use self::rounds::Rounds;
+use self::shortened::{RequestId, Shortened};
+use self::tally::{Kept, Tally, Verdict};
 use super::listen::Listening;
 use super::{
     Acquired, Answer, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Released, Renewed, Store, Undone,
@@ -78,8 +96,11 @@ use crate::{Error, Key, Loss, NodeError, Token};
 /// How far ahead numbers may be where there is no restart window: less than nodes remember them for.
 const AHEAD: Duration = Duration::from_secs(60);
 
-/// So many calls may be on their way to one node. One that hangs fails all further ones at once.
+/// So many calls may be on their way to one node.
 const CALLS: usize = 4_096;
+
+/// And so many more may wait for that. One that hangs fails all further ones at once.
+const WAITING: usize = 4 * CALLS;
 
 /// A lock store over an odd number of independent nodes.
 pub(crate) struct QuorumStore {
@@ -96,24 +117,20 @@ struct Quorum {
     calls: TaskTracker,
     /// What closing waits for: everything that may still have to be taken back.
     releases: TaskTracker,
-    /// The attempts whose calls have not all ended, by their token.
-    rounds: Mutex<HashMap<Token, Open>>,
+    rounds: Rounds,
+    shortened: Shortened,
 }
 
 struct Member {
     address: String,
     node: Arc<dyn Node>,
     calls: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
+    /// It was restarted lately, and doesn't vote until then.
+    silent_until: Mutex<Option<Instant>>,
     /// How many locks it may be behind with at a time. Its own affair: a node that is gone takes nothing from the
     /// others.
     arrears: Arc<Semaphore>,
-}
-
-#[derive(Default)]
-struct Open {
-    rounds: u32,
-    /// The lock was released meanwhile: what is granted late must be taken back.
-    released: bool,
 }
 
 impl QuorumStore {
@@ -136,10 +153,12 @@ impl QuorumStore {
                 address,
                 node,
                 calls: Arc::new(Semaphore::new(CALLS)),
+                waiting: Arc::new(Semaphore::new(WAITING)),
+                silent_until: Mutex::default(),
                 arrears: Arc::new(Semaphore::new(catch_up::LOCKS)),
             })
             .collect();
-        let window = Duration::from_secs(window.as_secs().saturating_add(u64::from(window.subsec_nanos() > 0)));
+        let window = whole_seconds(window);
         Self {
             quorum: Arc::new(Quorum {
                 members,
@@ -148,7 +167,8 @@ impl QuorumStore {
                 clocks,
                 calls: TaskTracker::new(),
                 releases,
-                rounds: Mutex::default(),
+                rounds: Rounds::default(),
+                shortened: Shortened::default(),
             }),
         }
     }
@@ -161,15 +181,35 @@ impl QuorumStore {
     async fn renew(&self, owned: &Owned, ttl: Duration, how: Extending, timeout: Duration) -> Result<Renewed, Error> {
         let quorum = &self.quorum;
         quorum.check_ttl(ttl)?;
+        let exact = (how == Extending::Exactly).then(|| {
+            // As much again for what we don't know of the node's clock.
+            let until = Instant::now() + timeout.saturating_mul(2);
+            quorum.shortened.begin(owned, ttl, quorum.members.len(), until)
+        });
+        let mut healing = Healing::begin(quorum, owned, ttl, how);
         let timeout = node_timeout(ttl, first(timeout));
+        // What a node remembers that was restarted lately may have been released since.
+        let window = quorum.window;
         let mut answers = quorum.ask(timeout, |node| {
             let owned = owned.clone();
-            Box::pin(async move { node.renew(&owned, ttl, how, timeout).await })
+            Box::pin(async move {
+                match how.begins() && !window.is_zero() {
+                    true => node.renew_if_it_votes(&owned, ttl, how, window, timeout).await,
+                    false => node.renew(&owned, ttl, how, timeout).await,
+                }
+            })
         })?;
         let mut tally = Tally::new(quorum);
         let mut not_ours = Loss::Missing;
         while let Some((place, answer)) = answers.next().await {
+            quorum.note_exact(owned, exact, place, &answer);
+            if let (Some(healing), Ok(renewed)) = (&mut healing, &answer) {
+                healing.note(place, *renewed);
+            }
             match answer {
+                Ok(Renewed::Extended) if quorum.shortened.may_shorten(owned, exact, place, ttl) => {
+                    tally.failed(place, shortened::may_be_set_late());
+                }
                 Ok(Renewed::Extended) => tally.yes(),
                 Ok(Renewed::NotOurs(loss)) => {
                     not_ours = worse(not_ours, loss);
@@ -178,7 +218,13 @@ impl QuorumStore {
                 Err(error) => tally.failed(place, error),
             }
             match tally.verdict() {
-                Some(Verdict::Yes) => return Ok(Renewed::Extended),
+                Some(Verdict::Yes) => {
+                    match healing {
+                        Some(healing) => healing.confirmed(answers),
+                        None => quorum.note_the_rest(owned, exact, answers),
+                    }
+                    return Ok(Renewed::Extended);
+                }
                 Some(Verdict::No) => return Ok(Renewed::NotOurs(not_ours)),
                 Some(Verdict::Unknown) => break,
                 None => {}
@@ -194,11 +240,12 @@ impl QuorumStore {
             Box::pin(async move { node.release(&owned, ending, timeout).await })
         })?;
         // Only now: an open round that hears of it releases too, which must not be what frees the lock.
-        quorum.mark_released(&owned.token);
+        let releasing = quorum.rounds.mark_released(owned, ending);
         let mut tally = Tally::new(quorum);
         let mut not_ours = Loss::Missing;
         let mut behind = Vec::new();
         while let Some((place, answer)) = answers.next().await {
+            releasing.answered(place, matches!(answer, Ok(Released::Freed)));
             match answer {
                 Ok(Released::Freed) => tally.yes(),
                 Ok(Released::NotOurs(loss)) => {
@@ -217,7 +264,7 @@ impl QuorumStore {
                 Some(Verdict::Unknown) => break,
                 None => continue,
             };
-            quorum.release_the_rest(owned, timeout, behind, answers);
+            quorum.release_the_rest(owned, timeout, releasing, behind, answers);
             return Ok(released);
         }
         Err(tally.into_error_of_release())
@@ -230,24 +277,24 @@ impl QuorumStore {
             Box::pin(async move { node.remaining(&owned, timeout).await })
         })?;
         let mut tally = Tally::new(quorum);
-        let mut shortest = Duration::MAX;
-        while let Some((place, answer)) = answers.next().await {
+        let mut kept = Kept::new(quorum.needed);
+        while let Some((place, answer)) = kept.in_time(answers.next()).await {
             match answer {
                 Ok(Some(remaining)) => {
-                    shortest = shortest.min(remaining);
+                    kept.push(remaining);
                     tally.yes();
                 }
                 Ok(None) => tally.no(),
                 Err(error) => tally.failed(place, error),
             }
             match tally.verdict() {
-                Some(Verdict::Yes) => return Ok(Some(shortest)),
+                Some(Verdict::Yes) if kept.is_known(tally.unanswered()) => break,
+                Some(Verdict::Yes) | None => {}
                 Some(Verdict::No) => return Ok(None),
                 Some(Verdict::Unknown) => break,
-                None => {}
             }
         }
-        Err(tally.into_error())
+        kept.by_majority().map(Some).ok_or_else(|| tally.into_error())
     }
 
     /// Whoever holds the key on a majority; nobody, when nobody can.
@@ -258,32 +305,47 @@ impl QuorumStore {
             Box::pin(async move { node.inspect(&key, timeout).await })
         })?;
         let mut tally = Tally::new(quorum);
-        let mut holders: HashMap<Token, Vec<Holder>> = HashMap::new();
-        while let Some((place, answer)) = answers.next().await {
+        let mut holders: HashMap<Token, (Vec<Holder>, Kept)> = HashMap::new();
+        let mut holder_of_most: Option<Token> = None;
+        loop {
+            let next = match holder_of_most.as_ref().and_then(|token| holders.get_mut(token)) {
+                Some((_, kept)) => kept.in_time(answers.next()).await,
+                None => answers.next().await,
+            };
+            let Some((place, answer)) = next else { break };
             match answer {
                 Ok(Some(holder)) => {
                     tally.no();
-                    let same = holders.entry(holder.token.clone()).or_default();
-                    same.push(holder);
-                    if same.len() >= quorum.needed {
-                        return Ok(summary(same));
+                    let new = || (Vec::new(), Kept::new(quorum.needed));
+                    let (same, kept) = holders.entry(holder.token.clone()).or_insert_with(new);
+                    kept.push(holder.remaining.unwrap_or(Duration::MAX));
+                    if same.len() + 1 >= quorum.needed {
+                        holder_of_most = Some(holder.token.clone());
                     }
+                    same.push(holder);
                 }
                 Ok(None) => tally.no(),
                 Err(error) => tally.failed(place, error),
             }
-            let most = holders.values().map(Vec::len).max().unwrap_or_default();
+            let most = holders.values().map(|(same, _)| same.len()).max().unwrap_or_default();
             if most + tally.unanswered() + tally.failures() < quorum.needed {
                 return Ok(None);
             }
+            let known = holder_of_most.as_ref().and_then(|token| holders.get(token));
+            if known.is_some_and(|(_, kept)| kept.is_known(tally.unanswered())) {
+                break;
+            }
         }
-        Err(tally.into_error())
+        match holder_of_most.and_then(|token| holders.remove(&token)) {
+            Some((same, kept)) => Ok(summary(&same, kept.by_majority())),
+            None => Err(tally.into_error()),
+        }
     }
 }
 
-/// What a majority says of one holder. It has the lock until the first of them lets go.
-fn summary(same: &[Holder]) -> Option<Holder> {
-    let remaining = same.iter().filter_map(|holder| holder.remaining).min();
+/// What a majority says of one holder, and how long a majority keeps its lock.
+fn summary(same: &[Holder], kept: Option<Duration>) -> Option<Holder> {
+    let remaining = kept.filter(|kept| *kept < Duration::MAX);
     let fence = same.iter().map(|holder| holder.fencing_token).max_by_key(|fence| {
         // The token is the number that most of them know; a straggler may know an earlier or a later one.
         (same.iter().filter(|other| other.fencing_token == *fence).count(), *fence)
@@ -309,13 +371,29 @@ fn node_timeout(ttl: Duration, timeout: Duration) -> Duration {
     timeout.min((ttl / 50).max(ENOUGH.min(ttl / 4))).max(Duration::from_millis(1))
 }
 
+/// For how long the rest of the nodes is waited for, where a majority has answered within `elapsed` and more would be
+/// known by all answers.
+fn grace(elapsed: Duration) -> Duration {
+    (elapsed * 4).max(Duration::from_millis(2))
+}
+
+/// Refuses a ttl that is longer than the restart window: the nodes would forget the lock in a restart, and vote again
+/// before it has expired.
+pub(crate) fn check_ttl(ttl: Duration, window: Duration) -> Result<(), Error> {
+    if window.is_zero() || ttl <= whole_seconds(window) {
+        return Ok(());
+    }
+    Err(Error::InvalidTtl("it is longer than the quorum's restart window; use a shorter one, or a longer window"))
+}
+
+/// Rounded up.
+fn whole_seconds(window: Duration) -> Duration {
+    Duration::from_secs(window.as_secs().saturating_add(u64::from(window.subsec_nanos() > 0)))
+}
+
 impl Quorum {
-    /// The nodes would forget the lock in a restart, and vote again before it has expired.
     fn check_ttl(&self, ttl: Duration) -> Result<(), Error> {
-        if self.window.is_zero() || ttl <= self.window {
-            return Ok(());
-        }
-        Err(Error::InvalidTtl("it is longer than the quorum's restart window; use a shorter one, or a longer window"))
+        check_ttl(ttl, self.window)
     }
 
     /// How far ahead of a node's clock a number may be.
@@ -323,34 +401,25 @@ impl Quorum {
         if self.window.is_zero() { AHEAD } else { self.window }
     }
 
-    fn open_round(&self, token: &Token) {
-        let mut rounds = self.rounds();
-        let open = rounds.entry(token.clone()).or_default();
-        open.rounds += 1;
-        open.released = false;
-    }
-
-    fn mark_released(&self, token: &Token) {
-        if let Some(open) = self.rounds().get_mut(token) {
-            open.released = true;
+    /// What a node's answer says of a request for an exact ttl.
+    fn note_exact(&self, owned: &Owned, exact: Option<RequestId>, place: usize, answer: &Result<Renewed, Error>) {
+        if let Some(id) = exact.filter(|_| answer.as_ref().map_or_else(Error::has_not_run, |_| true)) {
+            self.shortened.settle(owned, id, place);
         }
     }
 
-    fn was_released(&self, token: &Token) -> bool {
-        self.rounds().get(token).is_some_and(|open| open.released)
-    }
-
-    fn close_round(&self, token: &Token) {
-        let mut rounds = self.rounds();
-        let Some(open) = rounds.get_mut(token) else { return };
-        open.rounds -= 1;
-        if open.rounds == 0 {
-            rounds.remove(token);
+    /// Learns from those that answer after the majority.
+    fn note_the_rest(self: &Arc<Self>, owned: &Owned, exact: Option<RequestId>, mut answers: Calls<usize, Renewed>) {
+        if exact.is_none() || answers.have_ended() {
+            return;
         }
-    }
-
-    fn rounds(&self) -> MutexGuard<'_, HashMap<Token, Open>> {
-        self.rounds.lock().unwrap_or_else(PoisonError::into_inner)
+        let (quorum, owned, runtime) = (self.clone(), owned.clone(), answers.runtime().clone());
+        let rest = async move {
+            while let Some((place, answer)) = answers.next().await {
+                quorum.note_exact(&owned, exact, place, &answer);
+            }
+        };
+        self.calls.spawn_on(rest, &runtime);
     }
 
     fn node_error(&self, place: usize, error: Error) -> NodeError {

@@ -1,5 +1,6 @@
 //! Locks on one Redis or Valkey server, one that Sentinels watch over, or a cluster, through fred.
 
+mod about;
 mod clock;
 mod combiner;
 mod connection;
@@ -27,6 +28,7 @@ use tokio::runtime::Handle;
 use tokio::time::Instant;
 use tracing::debug;
 
+pub(crate) use self::about::About;
 use self::clock::ServerClock;
 use self::combiner::{Answers, Carrier, Combiner, Refused};
 use self::connection::{Connection, Sent};
@@ -199,22 +201,16 @@ impl RedisStore {
     }
 
     async fn renew(&self, owned: &Owned, ttl: Duration, how: Extending, timeout: Duration) -> Result<Renewed, Error> {
-        let timeout = within(timeout, ttl, self.server().min_replicas);
+        let (how, timeout) = (how.of(owned), within(timeout, ttl, self.server().min_replicas));
         if let ([key], Extending::AtLeast) = (&*owned.keys, how) {
             return self.run_owned(key, &owned.token, What::Renew { ttl: millis(ttl) }, timeout).await.map(renewed);
         }
-        let (token, count) = (Value::from(owned.token.to_text()), count_of(owned));
         let (script, call) = match how.name() {
-            None => (&self.server().scripts.renew, Call::new(self.names(owned), [token, millis(ttl).into()])),
-            Some(name) => {
-                let earlier = match how {
-                    Extending::Claim { earlier } | Extending::GiveBack { earlier } => id_of(earlier),
-                    _ => "".into(),
-                };
-                let (grant, record_ttl) = (id_of(owned.grant), record_ttl(ttl).into());
-                let args = [token, millis(ttl).into(), count, name.into(), grant, record_ttl, earlier];
-                (&self.server().scripts.renew_grant, Call::new(self.names_with_records(owned), args))
+            None => {
+                let args = [Value::from(owned.token.to_text()), millis(ttl).into()];
+                (&self.server().scripts.renew, Call::new(self.names(owned), args))
             }
+            Some(_) => (&self.server().scripts.renew_grant, self.renewal_of_grant(owned, ttl, how, Duration::ZERO)),
         };
         let (until, writing) = self.server().writing(timeout);
         let answer = match self.server().run(script, || call.clone(), |_| {}, timeout).await {
@@ -228,6 +224,25 @@ impl RedisStore {
             self.server().replicated(writing, until).await?;
         }
         verdict.map(renewed)
+    }
+
+    /// For `renew_grant.lua`. The window is that of a quorum's node, or zero.
+    fn renewal_of_grant(&self, owned: &Owned, ttl: Duration, how: Extending, window: Duration) -> Call {
+        let earlier = match how {
+            Extending::Claim { earlier } | Extending::GiveBack { earlier } => id_of(earlier),
+            _ => "".into(),
+        };
+        let args = [
+            owned.token.to_text().into(),
+            millis(ttl).into(),
+            count_of(owned),
+            how.name().unwrap_or("least").into(),
+            id_of(owned.grant),
+            record_ttl(ttl).into(),
+            earlier,
+            Value::Integer(i64::try_from(window.as_secs()).unwrap_or(i64::MAX)),
+        ];
+        Call::new(self.names_with_records(owned), args)
     }
 
     async fn release(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<Released, Error> {
@@ -761,7 +776,7 @@ impl Extending {
     /// What `renew_grant.lua` calls it; `None` where `renew.lua` does.
     fn name(self) -> Option<&'static str> {
         match self {
-            Self::AtLeast => None,
+            Self::AtLeast | Self::Ensure => None,
             Self::Exactly => Some("exactly"),
             Self::Claim { .. } => Some("claim"),
             Self::KeepRecord => Some("keep"),

@@ -4,12 +4,14 @@ use std::ops::RangeInclusive;
 
 use stateright::{Model, Property};
 
-use crate::state::{Client, MAJORITY, Memory, NODES, Phase, State};
+use crate::state::{Client, MAJORITY, Memory, NODES, Node, Phase, State};
 
 pub(crate) const EXCLUSION: &str = "never two holders";
 pub(crate) const ORDER: &str = "fencing tokens grow";
 pub(crate) const OBTAINABLE: &str = "after a calm, the lock can be obtained";
 pub(crate) const AFTER_SILENCE: &str = "held again after its holder fell silent";
+pub(crate) const NOTHING_LEFT: &str = "when all its calls have ended, nothing is left of a lock that was released";
+pub(crate) const HEALED: &str = "held by a majority that didn't vote for it";
 pub(crate) const AFTER_RELEASE: &str = "held again after its holder released it";
 
 /// What keeps the promises. A test turns one off and shows which promise falls.
@@ -35,6 +37,16 @@ pub(crate) struct Safeguards {
     pub(crate) fresh_token: bool,
     /// A key has a ttl.
     pub(crate) expiry: bool,
+    /// A key is brought back only where it is free,
+    pub(crate) heal_free: bool,
+    /// only where the node may vote,
+    pub(crate) heal_votes: bool,
+    /// and only before the deadline that the confirmed renewal has set.
+    pub(crate) heal_in_time: bool,
+    /// What comes to pass after the release is undone.
+    pub(crate) heal_undone: bool,
+    /// A lease is taken up only by nodes that may vote.
+    pub(crate) claim_votes: bool,
 }
 
 pub(crate) const ALL: Safeguards = Safeguards {
@@ -48,6 +60,11 @@ pub(crate) const ALL: Safeguards = Safeguards {
     renewal_deadline: true,
     fresh_token: true,
     expiry: true,
+    heal_free: true,
+    heal_votes: true,
+    heal_in_time: true,
+    heal_undone: true,
+    claim_votes: true,
 };
 
 /// The size of the model. Times are in ticks.
@@ -68,6 +85,14 @@ pub(crate) struct Protocol {
     /// By how much one node's clock is ahead.
     pub(crate) skew: i8,
     pub(crate) renewals: bool,
+    /// Whether confirmed renewals bring the key back where it is gone.
+    pub(crate) heals: bool,
+    /// Whether leases are taken up, of locks whose holder fell silent or released them.
+    pub(crate) adopts: bool,
+    /// For how long a renewal may arrive, where leases are taken up; elsewhere for ever.
+    pub(crate) renewal_life: i8,
+    /// Whether the calls of a client come to an end.
+    pub(crate) settles: bool,
     /// What clients propose, as the distance from now: any of it at any time, whatever clocks they have and whatever
     /// they were told. None: they ask for no fencing token, and the nodes grant more freely.
     pub(crate) proposals: Option<RangeInclusive<i8>>,
@@ -111,6 +136,19 @@ pub(crate) enum Action {
     },
     /// A majority's confirmations arrive.
     Confirm {
+        client: usize,
+    },
+    /// A vote that brings the key back arrives.
+    Heal {
+        client: usize,
+        node: usize,
+    },
+    /// Somebody takes up the lease of a lock that is not held.
+    SendClaim {
+        client: usize,
+    },
+    /// The last call of a client that released its lock ends.
+    Settle {
         client: usize,
     },
     /// A client gives up, or gives back, or undoes what its attempt may have left.
@@ -157,26 +195,41 @@ impl Model for Protocol {
                 // Clients are alike: the next one to ask may as well be this one.
                 break;
             }
+            if known.settled {
+                continue;
+            }
             if known.phase == Phase::Asking && state.granted(client) {
                 actions.push(Action::Obtain { client });
             }
             if known.believes() && self.renewals {
                 actions.push(Action::SendRenewal { client });
             }
-            if known.believes() && state.extended(client) {
+            if (known.believes() || known.claims) && state.extended(client) {
                 actions.push(Action::Confirm { client });
+            }
+            let is_over = known.phase == Phase::Released || (known.phase == Phase::Holding && !known.believes());
+            if self.adopts && is_over && !known.claims {
+                actions.push(Action::SendClaim { client });
+            }
+            if self.settles && known.release_sent && state.nodes.iter().all(|node| node.released >> client & 1 == 1) {
+                actions.push(Action::Settle { client });
             }
             if !known.release_sent {
                 actions.push(Action::SendRelease { client });
             }
             for node in 0..NODES {
-                if self.may_arrive(known.proposal) {
+                // What an attempt leaves is undone by itself, and is not what is asked here.
+                let is_undone = self.settles && known.release_sent;
+                if self.may_arrive(known.proposal) && !is_undone {
                     actions.push(Action::Acquire { client, node });
                 }
                 if known.earlier.is_some_and(|earlier| self.may_arrive(earlier)) {
                     actions.push(Action::AcquireEarlier { client, node });
                 }
-                if known.renewal_sent {
+                if known.healing > 0 || (known.heal_sent && !self.safeguards.heal_in_time) {
+                    actions.push(Action::Heal { client, node });
+                }
+                if known.renewal_sent && (known.renewal_life > 0 || !self.adopts) {
                     actions.push(Action::Renew { client, node });
                 }
                 if known.release_sent {
@@ -222,27 +275,64 @@ impl Model for Protocol {
                 // `Hold::renewing`. One at a time: a later one means that the one before is given up.
                 next.forget_extensions(client);
                 let holder = &mut next.clients[client];
-                (holder.renewal, holder.renewal_sent) = (self.ttl, true);
+                (holder.renewal, holder.renewal_sent, holder.claims) = (self.ttl, true, false);
+                holder.renewal_life = if self.adopts { self.renewal_life } else { 0 };
+            }
+            Action::SendClaim { client } => {
+                next.forget_extensions(client);
+                let holder = &mut next.clients[client];
+                (holder.renewal, holder.renewal_sent, holder.claims) = (self.ttl, true, true);
+                holder.renewal_life = self.renewal_life;
             }
             Action::Renew { client, node } => {
+                let Client { renewal, claims, .. } = next.clients[client];
+                // A node that may not vote refuses a claim; a renewal from before it may still arrive.
+                let counts = renewal > 0 && !(claims && self.safeguards.claim_votes && next.nodes[node].votes_in > 0);
                 // A message of a renewal that was given up does at the node what one of the present renewal does.
-                if next.nodes[node].renew(self, client as u8) && next.clients[client].renewal > 0 {
+                if next.nodes[node].renew(self, client as u8) && counts {
                     next.nodes[node].extended |= 1 << client;
                 }
             }
             Action::Confirm { client } => {
-                // `Hold::renewed`.
+                // `Hold::renewed`; or, of a claim, `Hold::new`.
                 next.forget_extensions(client);
+                let heals = self.heals && !next.clients[client].claims;
                 let holder = &mut next.clients[client];
+                if holder.claims {
+                    if self.proposals.is_some() {
+                        next.in_order &= next.latest.is_none_or(|latest| holder.proposal >= latest);
+                    }
+                    (holder.phase, holder.left, holder.claims) = (Phase::Holding, 0, false);
+                }
                 (holder.left, holder.renewal) = (holder.left.max(holder.renewal), 0);
+                if heals {
+                    (holder.healing, holder.heal_sent) = (holder.left, true);
+                }
+            }
+            Action::Heal { client, node } => next.nodes[node].heal(self, client as u8),
+            Action::Settle { client } => {
+                next.clients[client].settled = true;
+                let alive = next.clients[client].heal_sent && !self.safeguards.heal_undone;
+                for node in &mut next.nodes {
+                    if !alive {
+                        node.release(self, client as u8);
+                    }
+                    node.released &= !(1 << client);
+                }
             }
             Action::SendRelease { client } => {
                 next.forget_answers(client);
                 let releasing = &mut next.clients[client];
                 releasing.phase = if releasing.believes() { Phase::Released } else { Phase::Over };
                 (releasing.left, releasing.renewal, releasing.release_sent) = (0, 0, true);
+                releasing.claims = false;
             }
-            Action::Release { client, node } => next.nodes[node].release(self, client as u8),
+            Action::Release { client, node } => {
+                next.nodes[node].release(self, client as u8);
+                if self.settles {
+                    next.nodes[node].released |= 1 << client;
+                }
+            }
             Action::Save { node } => next.nodes[node].save(self),
             Action::Restart { node, memory } => next.nodes[node].restart(self, memory),
         }
@@ -254,6 +344,21 @@ impl Model for Protocol {
             Property::always(EXCLUSION, |_, state: &State| state.clients.iter().filter(|c| c.believes()).count() <= 1),
             Property::always(ORDER, |_, state: &State| state.in_order),
             Property::always(OBTAINABLE, Self::obtainable_after_a_calm),
+            Property::always(NOTHING_LEFT, |_, state: &State| {
+                let left = |client: usize| state.nodes.iter().any(|node| node.keys.holder == Some(client as u8));
+                !state.clients.iter().enumerate().any(|(client, known)| known.settled && left(client))
+            }),
+            Property::sometimes(HEALED, |_, state: &State| {
+                let healed = |client: usize| {
+                    let of = |node: &&Node| node.keys.holder == Some(client as u8) && node.votes_in == 0;
+                    state.nodes.iter().filter(of).count() == NODES
+                };
+                state
+                    .clients
+                    .iter()
+                    .enumerate()
+                    .any(|(client, known)| known.heal_sent && known.believes() && healed(client))
+            }),
             Property::sometimes(AFTER_SILENCE, |_, state: &State| {
                 let silent = |c: &Client| c.phase == Phase::Holding && !c.believes();
                 state.clients.iter().any(silent) && state.clients.iter().any(Client::believes)
@@ -292,6 +397,8 @@ impl Protocol {
             if waiting.phase == Phase::Holding || self.safeguards.deadline {
                 waiting.left = (waiting.left - 1).max(0);
             }
+            waiting.renewal_life = (waiting.renewal_life - 1).max(0);
+            waiting.healing = (waiting.healing - 1).max(0);
             if self.safeguards.renewal_deadline {
                 waiting.renewal = (waiting.renewal - 1).max(0);
             }
@@ -304,8 +411,8 @@ impl Protocol {
                 // `Error::ValidityExpired`
                 waiting.phase = Phase::Over;
             }
-            if too_late {
-                waiting.renewal = 0;
+            if too_late && !(waiting.claims && waiting.renewal > 0) {
+                (waiting.renewal, waiting.claims) = (0, false);
                 next.forget_answers(client);
             }
             if renewal_too_late {

@@ -35,6 +35,8 @@ pub(crate) struct Node {
     /// The clients that it said yes to: to the latest acquire, and to the renewal under way.
     pub(crate) granted: u8,
     pub(crate) extended: u8,
+    /// The clients whose release has arrived.
+    pub(crate) released: u8,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -69,6 +71,15 @@ pub(crate) struct Client {
     /// Once sent, these may arrive at any time and any number of times.
     pub(crate) renewal_sent: bool,
     pub(crate) release_sent: bool,
+    /// For how long these renewals may arrive.
+    pub(crate) renewal_life: i8,
+    /// The renewal under way takes the client's lease up.
+    pub(crate) claims: bool,
+    /// For how long votes that heal may arrive, and whether any was sent.
+    pub(crate) healing: i8,
+    pub(crate) heal_sent: bool,
+    /// All its calls have ended, and what they left is undone.
+    pub(crate) settled: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -183,6 +194,15 @@ impl Node {
         ours
     }
 
+    /// `vote.lua` without a ballot, sent to bring back the key of a client that holds the lock.
+    pub(crate) fn heal(&mut self, model: &Protocol, token: u8) {
+        let on = model.safeguards;
+        let is_free = self.keys.holder.is_none() || !on.heal_free;
+        if is_free && (self.votes_in == 0 || !on.heal_votes) {
+            (self.keys.holder, self.keys.ttl) = (Some(token), model.ttl);
+        }
+    }
+
     /// `release.lua`: only what holds the token is deleted.
     pub(crate) fn release(&mut self, model: &Protocol, token: u8) {
         if self.keys.holder == Some(token) || !model.safeguards.compare_and_delete {
@@ -234,6 +254,7 @@ impl Hash for State {
             saved: rename_holder(node.saved),
             granted: rename(node.granted),
             extended: rename(node.extended),
+            released: rename(node.released),
             ..node
         });
         nodes.sort_unstable();

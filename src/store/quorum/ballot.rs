@@ -2,12 +2,24 @@
 
 use std::time::Duration;
 
-use crate::store::{Answer, Store, Wanted};
+use crate::hold::Owned;
+use crate::store::{Answer, Extending, Renewed, Store, Wanted};
 
 /// What a store must be able to do to be one of a quorum.
 pub(crate) trait Node: Store {
     /// Takes all keys for the token by this ballot, or none.
     fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, Reply>;
+
+    /// Renews as [`Store::renew`] does, unless the node was restarted within the window: then it changes nothing, and
+    /// fails with [`Error::NotVoting`](crate::Error::NotVoting).
+    fn renew_if_it_votes<'a>(
+        &'a self,
+        owned: &'a Owned,
+        ttl: Duration,
+        how: Extending,
+        window: Duration,
+        timeout: Duration,
+    ) -> Answer<'a, Renewed>;
 }
 
 /// What all nodes are asked to agree on.

@@ -13,12 +13,13 @@ use std::time::Duration;
 
 use fred::error::ErrorKind;
 use tokio::runtime::Handle;
-use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
 
 use super::{Member, Node, Quorum};
 use crate::Error;
+use crate::error::NOT_SENT;
 use crate::store::Answer;
 
 /// By how much a node may overrun its timeout before its call is given up on from outside.
@@ -69,15 +70,21 @@ impl<K: Send + 'static, T: Send + 'static> Calls<K, T> {
     }
 
     /// Calls one node. The call is on its way when this returns, ahead of all later ones to the same node.
-    pub(super) fn send(&mut self, of: K, member: &Member, within: Duration, mut call: Answer<'static, T>) {
-        let Ok(permit) = member.calls.clone().try_acquire_owned() else {
-            return self.answered.push_back((of, Err(too_many_calls())));
+    ///
+    /// Or stands in line for that, behind those that were there before it, for as long as a call may take.
+    pub(super) fn send(&mut self, of: K, member: &Member, within: Duration, call: Answer<'static, T>) {
+        let now = Instant::now();
+        let (mut call, permit, until) = match member.calls.clone().try_acquire_owned() {
+            Ok(permit) => (call, permit, now + within + GRACE),
+            Err(_) => match member.waiting.clone().try_acquire_owned() {
+                Ok(place) => (stand_in_line(member.calls.clone(), within, call), place, now + within * 2 + GRACE),
+                Err(_) => return self.answered.push_back((of, Err(too_many_calls()))),
+            },
         };
         // Sent by its first poll: were that left for later, a later call could overtake it.
         if let Poll::Ready(answer) = call.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             return self.answered.push_back((of, answer));
         }
-        let until = Instant::now() + within + GRACE;
         self.under_way.calls.push(Call { of, answer: call, until, _permit: permit });
     }
 
@@ -133,7 +140,15 @@ impl<K: Send + 'static, T: Send + 'static> Drop for Calls<K, T> {
     }
 }
 
+/// The line is first in, first out: a call is sent before all later ones.
+fn stand_in_line<T: 'static>(calls: Arc<Semaphore>, within: Duration, call: Answer<'static, T>) -> Answer<'static, T> {
+    Box::pin(async move {
+        let Ok(Ok(_permit)) = timeout(within, calls.acquire_owned()).await else { return Err(too_many_calls()) };
+        call.await
+    })
+}
+
 fn too_many_calls() -> Error {
-    let details = "too many calls are waiting for this node already";
+    let details = format!("too many calls are waiting for this node already{NOT_SENT}");
     fred::error::Error::new(ErrorKind::Backpressure, details).into()
 }

@@ -10,10 +10,12 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use super::Quorum;
 use super::calls::{Calls, GRACE};
+use super::rounds::Releasing;
 use crate::hold::Owned;
 use crate::store::{Answer, Ending, Latest, Released, Undone};
 use crate::{Error, schedule};
@@ -23,6 +25,9 @@ pub(super) const LOCKS: usize = 1_024;
 
 /// For how long a node that is away is tried again.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// And from when the locker is closed: somebody waits for it then.
+const PATIENCE_WHEN_CLOSED: Duration = Duration::from_secs(3);
 
 /// For how long one try waits for a node's answer.
 const TRY: Duration = Duration::from_secs(1);
@@ -40,13 +45,13 @@ impl Quorum {
     pub(super) fn undo(&self, place: usize, undo: Undo) -> Option<JoinHandle<()>> {
         let member = self.members.get(place)?;
         let runtime = Handle::try_current().ok()?;
-        let (node, arrears) = (member.node.clone(), member.arrears.clone());
+        let (node, arrears, releases) = (member.node.clone(), member.arrears.clone(), self.releases.clone());
         let task = async move {
             let Undo { owned, latest, ttl } = undo;
             let until = Instant::now() + ttl.min(PATIENCE);
             let latest = latest.unwrap_or_default();
             let done = loop {
-                match retry(&arrears, until, |timeout| node.undo(&owned, &latest, timeout)).await {
+                match retry(&arrears, &releases, until, |timeout| node.undo(&owned, &latest, timeout)).await {
                     Ok(Undone::Settled) => break Ok(()),
                     Ok(Undone::MayRun(_)) if Instant::now() >= until => break Ok(()),
                     Ok(Undone::MayRun(within)) => sleep_until(until.min(Instant::now() + within)).await,
@@ -67,6 +72,7 @@ impl Quorum {
         self: &Arc<Self>,
         owned: &Owned,
         timeout: Duration,
+        releasing: Releasing,
         mut behind: Vec<usize>,
         mut answers: Calls<usize, Released>,
     ) {
@@ -77,6 +83,7 @@ impl Quorum {
         let (quorum, owned) = (self.clone(), owned.clone());
         let rest = async move {
             while let Some((place, answer)) = answers.next().await {
+                releasing.answered(place, matches!(answer, Ok(Released::Freed)));
                 if answer.is_err() {
                     behind.push(place);
                 }
@@ -84,8 +91,9 @@ impl Quorum {
             for member in behind.into_iter().filter_map(|place| quorum.members.get(place)) {
                 let (node, arrears, owned) = (member.node.clone(), member.arrears.clone(), owned.clone());
                 let until = Instant::now() + PATIENCE.max(timeout);
+                let releases = quorum.releases.clone();
                 quorum.releases.spawn(async move {
-                    let released = retry(&arrears, until, |timeout| node.release(&owned, Ending::Grant, timeout)).await;
+                    let released = retry(&arrears, &releases, until, |timeout| node.release(&owned, Ending::Grant, timeout)).await;
                     if let Err(error) = released {
                         debug!(name: "tenure.release_failed", key = %owned.key(), %error, "a node keeps the key until its ttl");
                     }
@@ -99,11 +107,16 @@ impl Quorum {
 /// Calls a node until it answers, refuses for good, or it is that late.
 async fn retry<'a, T>(
     arrears: &Semaphore,
-    until: Instant,
+    releases: &TaskTracker,
+    mut until: Instant,
     call: impl Fn(Duration) -> Answer<'a, T>,
 ) -> Result<T, Error> {
-    let (mut failures, mut permit) = (0, None);
+    let (mut failures, mut permit, mut is_closed) = (0, None, false);
     loop {
+        if !is_closed && releases.is_closed() {
+            is_closed = true;
+            until = until.min(Instant::now() + PATIENCE_WHEN_CLOSED);
+        }
         let within = schedule::call_timeout(TRY, Instant::now(), until);
         let error = match timeout(within + GRACE, call(within)).await {
             Ok(Ok(answer)) => return Ok(answer),

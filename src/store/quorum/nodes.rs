@@ -1,5 +1,6 @@
 //! Which nodes make a quorum, and how they are connected to.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
 use super::Node;
-use crate::store::redis::{RedisStore, url};
+use crate::store::redis::{About, RedisStore, url};
 use crate::{Error, NodeError};
 
 /// For how long the others are waited for once a majority is connected.
@@ -25,8 +26,10 @@ pub(crate) async fn connect(
     urls: &[String],
     prefix: &str,
     timeout: Duration,
+    nodes_never_forget: bool,
 ) -> Result<Vec<(String, Arc<dyn Node>)>, Error> {
     let configs = check(urls)?;
+    let databases: Vec<u8> = configs.iter().map(|(_, config)| config.database.unwrap_or(0)).collect();
     let mut nodes: Vec<(String, Arc<RedisStore>)> = Vec::with_capacity(configs.len());
     for (address, config) in configs {
         let store = RedisStore::open_lazily(config, prefix.to_owned(), timeout)?;
@@ -37,16 +40,33 @@ pub(crate) async fn connect(
     let mut connecting = JoinSet::new();
     for (place, (_, node)) in nodes.iter().enumerate() {
         let node = node.clone();
-        connecting.spawn(async move { (place, node.ready(timeout).await) });
+        connecting.spawn(async move {
+            let ready = match node.ready(timeout).await {
+                // Whether it says anything of itself or not.
+                Ok(()) => Ok(node.about(timeout).await.unwrap_or_default()),
+                Err(error) => Err(error),
+            };
+            (place, ready)
+        });
     }
     let (mut connected, mut failed) = (0, Vec::new());
+    let mut known: HashMap<String, usize> = HashMap::new();
     let mut until = Instant::now() + timeout * 2;
     while let Ok(Some(ended)) = timeout_at(until, connecting.join_next()).await {
         let Ok((place, ended)) = ended else { continue };
+        let address = nodes.get(place).map(|(address, _)| address.clone()).unwrap_or_default();
         match ended {
-            Ok(()) => connected += 1,
+            Ok(about) => {
+                connected += 1;
+                warn_of(&address, &about, nodes_never_forget);
+                let same = about.run_id.and_then(|run_id| known.insert(run_id, place));
+                if same.is_some_and(|other| databases.get(other) == databases.get(place)) {
+                    return Err(Error::InvalidNodes(
+                        "two of their addresses lead to one server, which would have two votes",
+                    ));
+                }
+            }
             Err(error) => {
-                let address = nodes.get(place).map(|(address, _)| address.clone()).unwrap_or_default();
                 warn!(name: "tenure.node_away", node = %address, %error, "not connected; goes on trying");
                 failed.push(NodeError { address, error });
             }
@@ -62,6 +82,26 @@ pub(crate) async fn connect(
         return Err(Error::Quorum { needed, granted: connected, nodes: failed });
     }
     Ok(nodes.into_iter().map(|(address, node)| (address, node as Arc<dyn Node>)).collect())
+}
+
+/// Says what is wrong with a node and can't be known to be.
+fn warn_of(node: &str, about: &About, nodes_never_forget: bool) {
+    if about.is_replica {
+        warn!(name: "tenure.node_is_replica", node, "it follows another server, and can't vote");
+    }
+    if about.was_promoted {
+        warn!(
+            name: "tenure.node_was_promoted", node,
+            "it was a replica and was promoted: it may lack what was granted before; nothing may fail over to a node"
+        );
+    }
+    if nodes_never_forget && about.may_forget {
+        warn!(
+            name: "tenure.node_may_forget", node,
+            "the restart window is off, but the node answers before what it grants is on disk: a restart can give a \
+             lock to a second holder; set `appendfsync always`, or a restart window"
+        );
+    }
 }
 
 /// Refuses lists that make no quorum. Answers the nodes' addresses, which never show a password.

@@ -61,3 +61,39 @@ async fn fencing_tokens_grow_where_a_majority_comes_back_with_an_old_dump() {
     let after = soon(behind.lock("k")).await.unwrap();
     assert!(after.fencing_token() > before.fencing_token(), "{:?}", after.fencing_token());
 }
+
+#[tokio::test]
+async fn a_token_that_comes_back_is_told_no_number_that_its_nodes_found_on_disk() {
+    let mut servers = [(); 3].map(|()| Server::start());
+    let locker = client(&servers, 0).await;
+    let again = || locker.lock("k").ttl(WINDOW).token("worker-7".parse().unwrap());
+    let everywhere = async |value: &str| {
+        eventually("it is on all", async || {
+            let has = |server: &Server| server.cli(&["GET", "k"]) == value;
+            servers.iter().all(has).then_some(())
+        })
+        .await;
+    };
+    drop(eventually("they vote", async || locker.lock("other").await.ok()).await);
+    let first = soon(again()).await.unwrap();
+    everywhere("worker-7").await;
+    for server in &servers {
+        assert_eq!(server.cli(&["SAVE"]), "OK");
+    }
+    first.release().await.unwrap();
+    let between = soon(locker.lock("k")).await.unwrap();
+    let fence = between.fencing_token();
+    between.release().await.unwrap();
+    // Renewals of this one keep alive what the nodes find.
+    let kept = soon(again()).await.unwrap();
+    everywhere("worker-7").await;
+    for server in &mut servers[..2] {
+        server.kill();
+        server.restart();
+        assert_eq!(server.cli(&["GET", "k"]), "worker-7", "it has found its dump");
+    }
+    drop(eventually("they vote again", async || locker.lock("other").await.ok()).await);
+    assert_eq!(kept.check(), Ok(()));
+    let after = soon(again()).await.unwrap();
+    assert!(after.fencing_token() > fence, "{:?} after {fence:?}", after.fencing_token());
+}

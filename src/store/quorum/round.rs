@@ -10,13 +10,17 @@ use tracing::debug;
 
 use super::calls::Calls;
 use super::catch_up::Undo;
+use super::rounds::OpenRound;
 use super::tally::{Decision, decide};
-use super::{Ballot, Quorum, Reply, Vote, first, node_timeout};
+use super::{Ballot, Quorum, Reply, Vote, first, grace, node_timeout};
 use crate::Error;
 use crate::store::{Acquired, Latest, Wanted};
 
 /// So many ballots are held at most. The second suffices unless others vote for the same keys in between.
 const BALLOTS: usize = 4;
+
+/// For how long a release's answer is waited for where it may make another one needless.
+const ANSWER: Duration = Duration::from_secs(1);
 
 /// Asks once for what is wanted.
 pub(super) async fn attempt(quorum: &Arc<Quorum>, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
@@ -47,6 +51,7 @@ impl Drop for Asking {
 
 struct Round {
     quorum: Arc<Quorum>,
+    open: OpenRound,
     wanted: Arc<Wanted>,
     until: Instant,
     members: Vec<Standing>,
@@ -73,9 +78,9 @@ impl Round {
     fn new(quorum: Arc<Quorum>, wanted: Wanted, timeout: Duration) -> Result<Self, Error> {
         let calls = Calls::new(&quorum)?;
         let members = quorum.members.iter().map(|_| Standing::default()).collect();
-        quorum.open_round(&wanted.owned.token);
+        let open = quorum.rounds.open(&wanted.owned);
         let until = Instant::now() + first(timeout);
-        Ok(Self { quorum, wanted: Arc::new(wanted), until, members, calls, split: None })
+        Ok(Self { quorum, open, wanted: Arc::new(wanted), until, members, calls, split: None })
     }
 
     async fn ballots(&mut self) -> Result<Acquired, Error> {
@@ -87,8 +92,16 @@ impl Round {
             let number = self.wanted.fenced.then(|| self.quorum.clocks.propose(last));
             self.ask(ballot, number);
             votes = self.members.iter().map(|_| None).collect();
+            let mut wait_until = None;
             let decision = loop {
-                let Some(((of, place), answer)) = self.calls.next().await else { break Decision::Failed };
+                let next = match wait_until {
+                    None => self.calls.next().await,
+                    Some(until) => match timeout_at(until, self.calls.next()).await {
+                        Ok(next) => next,
+                        Err(_) => break decide(&votes, self.quorum.needed, true).unwrap_or(Decision::Failed),
+                    },
+                };
+                let Some(((of, place), answer)) = next else { break Decision::Failed };
                 self.settle(place, &answer);
                 if let Ok(reply) = &answer {
                     self.quorum.clocks.learn(place, asked, reply.seen);
@@ -99,15 +112,25 @@ impl Round {
                 if let Some(vote) = votes.get_mut(place) {
                     *vote = Some(answer);
                 }
-                if let Some(decision) = decide(&votes, self.quorum.needed) {
+                if let Some(decision) = decide(&votes, self.quorum.needed, false) {
                     break decision;
+                }
+                // Who waits asks again anyway: sooner than one slow node answers, which may be the last to be asked.
+                let answered = votes.iter().filter(|vote| matches!(vote, Some(Ok(_)))).count();
+                if self.wanted.is_patient && answered >= self.quorum.needed {
+                    wait_until = wait_until.or_else(|| Some(Instant::now() + grace(started.elapsed())));
                 }
             };
             match decision {
                 Decision::Granted { number } => return Ok(Acquired::Granted { fencing_token: number }),
-                Decision::Held { place, remaining, split } => {
-                    self.split = split.then(|| started.elapsed());
-                    return Ok(Acquired::Held { place, remaining });
+                Decision::Held { place, remaining } => return Ok(Acquired::Held { place, remaining }),
+                Decision::Split { place, remaining } => {
+                    self.split = Some(started.elapsed());
+                    if self.wanted.is_patient {
+                        return Ok(Acquired::Held { place, remaining });
+                    }
+                    // Unknown is no refusal.
+                    break;
                 }
                 Decision::Again => {
                     debug!(name: "tenure.ballot", ballot, "the nodes want another number");
@@ -186,6 +209,7 @@ impl Round {
     /// Nobody waits for the outcome any more. `taken`: it was the lock, and it has been told.
     fn leave(mut self, taken: bool) {
         if taken {
+            self.open.begin();
             // A release comes after these nodes' votes in any case.
             self.members
                 .iter_mut()
@@ -209,8 +233,15 @@ impl Round {
                 drop(self.undo_settled());
             }
         }
-        // Released before its last vote had come: what that one took is taken back.
-        if taken && self.quorum.was_released(&self.wanted.owned.token) {
+        // Released before its last vote had come: what that one took is taken back, unless the release has come to the
+        // node after it.
+        if taken && self.open.was_released() {
+            let until = Instant::now() + ANSWER;
+            for (place, standing) in self.members.iter_mut().enumerate() {
+                if standing.touched && !standing.doubtful {
+                    standing.touched = !self.open.is_freed(place, until).await;
+                }
+            }
             drop(self.undo_settled());
         }
     }
@@ -237,11 +268,5 @@ impl Round {
             nodes.push(self.quorum.node_error(place, error));
         }
         Error::Quorum { needed: self.quorum.needed, granted, nodes }
-    }
-}
-
-impl Drop for Round {
-    fn drop(&mut self) {
-        self.quorum.close_round(&self.wanted.owned.token);
     }
 }

@@ -16,8 +16,8 @@ use crate::hold::{GrantId, Hold, Owned};
 use crate::store::faulty::{Fault, call};
 use crate::store::listen::Listening;
 use crate::store::{
-    Acquired, Answer, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Released, Renewed, Store, Undone,
-    Wanted,
+    Acquired, Answer, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Queueing, Released, Renewed, Store,
+    Undone, Wanted,
 };
 use crate::{Error, Key, Locker, Loss, Token};
 
@@ -112,7 +112,7 @@ impl Server {
         let mut granted = ballot.number;
         if let Some(number) = ballot.number {
             let same = known.iter().all(|&fence| fence == Some(last));
-            if all_ours && same && (!ballot.exactly || last == number) {
+            if all_ours && same && last > before && (!ballot.exactly || last == number) {
                 granted = Some(last);
             } else if number <= bar {
                 return reply(Vote::Behind, bar);
@@ -133,6 +133,11 @@ impl Server {
             state.locks.insert(key.clone(), (token.clone(), expires));
         }
         reply(Vote::Granted { number: granted }, last.max(granted.unwrap_or(0)))
+    }
+
+    fn silent_for(&self, window: Duration) -> Option<Duration> {
+        let up = self.state.lock().unwrap().started.elapsed();
+        (up < window).then(|| window - up)
     }
 
     fn renew(&self, owned: &Owned, ttl: Duration, how: Extending) -> Renewed {
@@ -261,6 +266,22 @@ impl Node for Line {
         let (wanted, ballot) = (wanted.clone(), ballot.clone());
         wanted.latest.extend(self.server.millis(Instant::now() + timeout));
         Box::pin(self.call(timeout, move |server| server.vote(&wanted, &ballot)))
+    }
+
+    fn renew_if_it_votes<'a>(
+        &'a self,
+        owned: &'a Owned,
+        ttl: Duration,
+        how: Extending,
+        window: Duration,
+        timeout: Duration,
+    ) -> Answer<'a, Renewed> {
+        let owned = owned.clone();
+        let renewed = self.call(timeout, move |server| match server.silent_for(window) {
+            Some(remaining) => Err(Error::NotVoting { remaining }),
+            None => Ok(server.renew(&owned, ttl, how)),
+        });
+        Box::pin(async move { renewed.await? })
     }
 }
 
@@ -528,6 +549,158 @@ async fn what_a_node_missed_of_a_release_takes_nothing_from_who_comes_back_by_th
         sleep(ms(900)).await;
         assert_eq!(world.servers[2].is_free("k"), is_freed, "{token:?}");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vote_that_comes_after_the_drop_is_taken_back_where_its_token_holds_again() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let calls = Arc::new(AtomicU32::new(0));
+    let locker = world.client(0, move |place| {
+        let first = place == 2 && calls.fetch_add(1, Ordering::Relaxed) == 0;
+        if first { Fault::RunAfter(ms(100)) } else { Fault::None }
+    });
+    let lock = || locker.lock("k").token("worker-7".parse().unwrap());
+    drop(lock().await.unwrap());
+    sleep(ms(10)).await;
+    let again = lock().await.unwrap();
+    sleep(ms(200)).await;
+    drop(again);
+    sleep(ms(10)).await;
+    assert!(world.is_free("k"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shorter_ttl_that_a_node_sets_late_is_not_followed_by_trust_in_it() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let calls = [(); 3].map(|()| AtomicU32::new(0));
+    // The second call is the shorter ttl, the third a longer one.
+    let locker = world.client(0, move |place| match (place, calls[place].fetch_add(1, Ordering::Relaxed)) {
+        (2, 1) => Fault::RunAfter(ms(20)),
+        (0, 2) => Fault::Refused,
+        _ => Fault::None,
+    });
+    let rival = world.client(0, |_| Fault::None);
+    let guard = locker.lock("k").no_renewal().await.unwrap();
+    sleep(ms(1)).await;
+    guard.refresh_for(ms(100)).await.unwrap();
+    sleep(ms(1)).await;
+    drop(guard.refresh_for(ms(2_000)).await);
+    sleep(ms(200)).await;
+    let rival = rival.try_lock("k").await;
+    assert!(!(guard.is_held() && rival.is_ok()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guard_outlives_nodes_that_forget_one_after_another() {
+    let world = World::new(&[0; 3], ms(3_000));
+    sleep(ms(3_000)).await;
+    let locker = world.client(0, |_| Fault::None);
+    let guard = locker.lock("k").await.unwrap();
+    for round in 0..9 {
+        world.servers[round % 3].forget();
+        sleep(ms(2_900)).await;
+        assert!(world.servers[round % 3].is_free("k"), "it doesn't vote yet");
+        sleep(ms(1_100)).await;
+        assert_eq!(guard.check(), Ok(()), "round {round}");
+        assert!(!world.servers[round % 3].is_free("k"), "round {round}");
+    }
+    guard.release().await.unwrap();
+    assert!(world.is_free("k"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_bare_majority_is_completed_by_the_first_renewal() {
+    let world = World::new(&[0; 5], Duration::ZERO);
+    let calls = Arc::new(AtomicU32::new(0));
+    let locker = world.client(0, move |place| {
+        let is_vote = place > 2 && calls.fetch_add(1, Ordering::Relaxed) < 2;
+        if is_vote { Fault::Refused } else { Fault::None }
+    });
+    let guard = locker.lock("k").await.unwrap();
+    assert_eq!(world.servers.iter().filter(|server| server.is_free("k")).count(), 2);
+    guard.refresh().await.unwrap();
+    sleep(ms(1)).await;
+    assert!(world.servers.iter().all(|server| !server.is_free("k")));
+    let rival = world.client(0, |_| Fault::None);
+    let fence = guard.fencing_token();
+    guard.release().await.unwrap();
+    assert!(rival.lock("k").await.unwrap().fencing_token() > fence);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_healed_after_the_release_is_taken_back() {
+    for token in [None, Some("worker-7")] {
+        for fault in [Fault::RunAfter(ms(100)), Fault::AnsweredAfter(ms(100)), Fault::AnswerLost] {
+            let world = World::new(&[0; 3], Duration::ZERO);
+            let calls = Arc::new(AtomicU32::new(0));
+            // The node's vote, the renewal, what heals it, and the release.
+            let locker =
+                world.client(0, move |place| match (place, place == 2 && calls.fetch_add(1, Ordering::Relaxed) == 2) {
+                    (2, true) => fault,
+                    _ => Fault::None,
+                });
+            let request = locker.lock("k").no_renewal();
+            let request = match token {
+                Some(token) => request.token(token.parse().unwrap()),
+                None => request,
+            };
+            let guard = request.await.unwrap();
+            world.servers[2].forget();
+            guard.refresh().await.unwrap();
+            sleep(ms(1)).await;
+            drop(guard);
+            locker.close().await;
+            sleep(ms(500)).await;
+            assert!(world.is_free("k"), "{fault:?} {token:?}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_another_holds_is_not_healed() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let guard = world.client(0, |_| Fault::None).lock("k").no_renewal().await.unwrap();
+    world.servers[2].forget();
+    let other = Owned { keys: ["k".into()].into(), token: "other".parse().unwrap(), own_token: false, grant: None };
+    let wanted = Wanted {
+        owned: other.clone(),
+        metadata: Box::default(),
+        ttl: ms(10_000),
+        fenced: false,
+        queueing: Queueing::None,
+        is_patient: false,
+        latest: Arc::default(),
+    };
+    let ballot = Ballot { number: None, exactly: false, window: Duration::ZERO, ahead: ms(60_000) };
+    world.servers[2].vote(&wanted, &ballot);
+    for _ in 0..3 {
+        guard.refresh().await.unwrap();
+        sleep(ms(10)).await;
+    }
+    assert_eq!(world.servers[2].inspect(&"k".into()).unwrap().token, other.token);
+    assert_eq!(guard.check(), Ok(()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_node_is_healed_for_a_ttl_that_is_being_made_shorter() {
+    let world = World::new(&[0; 5], Duration::ZERO);
+    let calls = Arc::new(AtomicU32::new(0));
+    // The node's vote, and the shorter ttl.
+    let plan = move |place| match (place, place == 3 && calls.fetch_add(1, Ordering::Relaxed) == 1) {
+        (3, true) => Fault::RunAfter(ms(20)),
+        _ => Fault::None,
+    };
+    let locker = world.client(0, plan);
+    let guard = locker.lock("k").no_renewal().await.unwrap();
+    world.servers[4].forget();
+    guard.refresh_for(ms(100)).await.unwrap();
+    guard.refresh().await.unwrap();
+    sleep(ms(10)).await;
+    assert!(world.servers[4].is_free("k"));
+    sleep(ms(20)).await;
+    guard.refresh().await.unwrap();
+    sleep(ms(1)).await;
+    assert!(!world.servers[4].is_free("k"), "once it is settled");
 }
 
 /// What networks do.

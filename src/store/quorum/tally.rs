@@ -1,9 +1,12 @@
-//! Counting answers: what a majority says, as soon as the others can't change it any more. No I/O, no clock.
+//! Counting answers: what a majority says, as soon as the others can't change it any more. No I/O.
 
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::time::Duration;
 
-use super::{Quorum, Reply, Vote};
+use tokio::time::{Instant, timeout_at};
+
+use super::{Quorum, Reply, Vote, grace};
 use crate::{Error, NodeError};
 
 /// The answers to a question of yes or no.
@@ -72,6 +75,52 @@ impl<'a> Tally<'a> {
     }
 }
 
+/// For how long nodes keep a lock, by their answers: a majority does until as many of them as it takes have let go.
+pub(super) struct Kept {
+    needed: usize,
+    started: Instant,
+    /// The longest first.
+    remaining: Vec<Duration>,
+    /// Until when more answers are waited for.
+    until: Option<Instant>,
+}
+
+impl Kept {
+    pub(super) fn new(needed: usize) -> Self {
+        Self { needed, started: Instant::now(), remaining: Vec::new(), until: None }
+    }
+
+    pub(super) fn push(&mut self, remaining: Duration) {
+        let place = self.remaining.partition_point(|other| *other >= remaining);
+        self.remaining.insert(place, remaining);
+        if self.until.is_none() && self.remaining.len() >= self.needed {
+            self.until = Some(Instant::now() + grace(self.started.elapsed()));
+        }
+    }
+
+    pub(super) fn by_majority(&self) -> Option<Duration> {
+        self.remaining.get(self.needed - 1).copied()
+    }
+
+    /// Whether so many more answers can't change it by much.
+    pub(super) fn is_known(&self, open: usize) -> bool {
+        let Some(known) = self.by_majority() else { return false };
+        let at_most = match self.needed.checked_sub(open + 1) {
+            Some(place) => self.remaining.get(place).copied().unwrap_or(known),
+            None => Duration::MAX,
+        };
+        at_most - known <= known / 16
+    }
+
+    /// The next answer, if a majority is still missing or it comes soon.
+    pub(super) async fn in_time<T>(&self, next: impl Future<Output = Option<T>>) -> Option<T> {
+        match self.until {
+            None => next.await,
+            Some(until) => timeout_at(until, next).await.unwrap_or(None),
+        }
+    }
+}
+
 /// What a round of votes has come to.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Decision {
@@ -79,19 +128,24 @@ pub(super) enum Decision {
     Granted { number: Option<u64> },
     /// A majority would grant another number.
     Again,
-    /// Others hold too many of the nodes. `split`: but none of them need have a majority.
-    Held { place: usize, remaining: Option<Duration>, split: bool },
+    /// Others hold a majority of the nodes.
+    Held { place: usize, remaining: Option<Duration> },
+    /// Others hold some of the nodes, and too many of the rest could not be asked: another may have a majority, or
+    /// nobody.
+    Split { place: usize, remaining: Option<Duration> },
     /// Too many nodes could not be asked, or do not vote.
     Failed,
 }
 
-/// Says what the votes of one round have come to, as soon as that is certain; one vote for each node, or none yet.
-pub(super) fn decide(votes: &[Option<Result<Reply, Error>>], needed: usize) -> Option<Decision> {
+/// Says what the votes of one round have come to, as soon as that is certain; one vote for each node, or none yet. Those
+/// that are not there yet are done without if it `is_late`.
+pub(super) fn decide(votes: &[Option<Result<Reply, Error>>], needed: usize, is_late: bool) -> Option<Decision> {
     let mut numbers: BTreeMap<Option<u64>, usize> = BTreeMap::new();
     let mut held = Vec::new();
     let (mut open, mut willing, mut failed) = (0, 0, 0);
     for vote in votes {
         match vote.as_ref().map(|answer| answer.as_ref().map(|reply| reply.vote)) {
+            None if is_late => failed += 1,
             None => open += 1,
             Some(Ok(Vote::Granted { number })) => {
                 *numbers.entry(number).or_default() += 1;
@@ -121,7 +175,10 @@ pub(super) fn decide(votes: &[Option<Result<Reply, Error>>], needed: usize) -> O
         held.sort_unstable();
         let (remaining, place) = held.get(needed - willing - 1).copied().unwrap_or_default();
         let remaining = Some(remaining).filter(|&remaining| remaining < Duration::MAX);
-        return Some(Decision::Held { place, remaining, split: held.len() < needed });
+        return Some(match held.len() < needed {
+            true => Decision::Split { place, remaining },
+            false => Decision::Held { place, remaining },
+        });
     }
     (failed > votes.len() - needed).then_some(Decision::Failed)
 }
@@ -151,23 +208,24 @@ mod tests {
 
     #[test]
     fn a_majority_with_one_number_grants_without_the_others() {
-        assert_eq!(decide(&[granted(7), None, granted(7)], 2), Some(Decision::Granted { number: Some(7) }));
-        assert_eq!(decide(&[granted(7), None, failed()], 2), None);
+        assert_eq!(decide(&[granted(7), None, granted(7)], 2, false), Some(Decision::Granted { number: Some(7) }));
+        assert_eq!(decide(&[granted(7), None, failed()], 2, false), None);
         let unfenced = || vote(Vote::Granted { number: None });
-        assert_eq!(decide(&[unfenced(), held(1), unfenced()], 2), Some(Decision::Granted { number: None }));
+        assert_eq!(decide(&[unfenced(), held(1), unfenced()], 2, false), Some(Decision::Granted { number: None }));
     }
 
     #[test]
     fn a_majority_with_several_numbers_is_asked_again() {
-        assert_eq!(decide(&[granted(7), granted(8), failed()], 2), Some(Decision::Again));
-        assert_eq!(decide(&[vote(Vote::Behind), None, vote(Vote::Ahead)], 2), Some(Decision::Again));
-        assert_eq!(decide(&[vote(Vote::Behind), None, None], 2), None);
+        assert_eq!(decide(&[granted(7), granted(8), failed()], 2, false), Some(Decision::Again));
+        assert_eq!(decide(&[vote(Vote::Behind), None, vote(Vote::Ahead)], 2, false), Some(Decision::Again));
+        assert_eq!(decide(&[vote(Vote::Behind), None, None], 2, false), None);
     }
 
     #[test]
     fn a_waiter_comes_back_when_enough_nodes_may_be_free() {
-        let told = |votes: &[_], needed| match decide(votes, needed) {
-            Some(Decision::Held { remaining, split, .. }) => (remaining.map(|left| left.as_millis()), split),
+        let told = |votes: &[_], needed| match decide(votes, needed, false) {
+            Some(Decision::Held { remaining, .. }) => (remaining.map(|left| left.as_millis()), false),
+            Some(Decision::Split { remaining, .. }) => (remaining.map(|left| left.as_millis()), true),
             other => panic!("{other:?}"),
         };
         // Two must let go where none is ours, one where one is.
@@ -179,11 +237,19 @@ mod tests {
     }
 
     #[test]
+    fn who_waits_can_do_without_the_last_vote() {
+        let votes = [held(5), granted(1), None];
+        assert_eq!(decide(&votes, 2, false), None);
+        assert!(matches!(decide(&votes, 2, true), Some(Decision::Split { .. })));
+        assert_eq!(decide(&[vote(Vote::Behind), granted(1), None], 2, true), Some(Decision::Again));
+    }
+
+    #[test]
     fn too_many_nodes_that_cannot_be_asked_are_a_failure_and_no_refusal() {
-        assert_eq!(decide(&[failed(), failed(), None], 2), Some(Decision::Failed));
-        assert_eq!(decide(&[failed(), held(5), failed()], 2), Some(Decision::Failed));
+        assert_eq!(decide(&[failed(), failed(), None], 2, false), Some(Decision::Failed));
+        assert_eq!(decide(&[failed(), held(5), failed()], 2, false), Some(Decision::Failed));
         let silent = || vote(Vote::Silent { remaining: Duration::from_secs(9) });
-        assert_eq!(decide(&[silent(), None, silent()], 2), Some(Decision::Failed));
+        assert_eq!(decide(&[silent(), None, silent()], 2, false), Some(Decision::Failed));
     }
 
     proptest! {
@@ -203,10 +269,10 @@ mod tests {
             });
             let needed = kinds.len() / 2 + 1;
             let whole: Vec<_> = votes().collect();
-            let whole = decide(&whole, needed);
+            let whole = decide(&whole, needed, false);
             prop_assert!(whole.is_some(), "all votes are in");
             let part: Vec<_> = votes().zip(&known).map(|(vote, &known)| vote.filter(|_| known)).collect();
-            if let Some(early) = decide(&part, needed) {
+            if let Some(early) = decide(&part, needed, false) {
                 prop_assert_eq!(
                     matches!(early, Decision::Granted { .. }),
                     matches!(whole, Some(Decision::Granted { .. }))

@@ -49,6 +49,7 @@ const FENCE: &str = include_str!("scripts/fence.lua");
 const GRANTS: &str = include_str!("scripts/grants.lua");
 const EXTEND: &str = include_str!("scripts/extend.lua");
 const LINE: &str = include_str!("scripts/line.lua");
+const UPTIME: &str = include_str!("scripts/uptime.lua");
 
 impl Scripts {
     pub(super) fn new() -> Self {
@@ -61,7 +62,7 @@ impl Scripts {
             leave: Script::new(&[LINE, include_str!("scripts/leave.lua")]),
             renew: Script::new(&[OWNER, EXTEND, include_str!("scripts/renew.lua")]),
             renew_one: Script::for_one_key(&[include_str!("scripts/renew_one.lua")]),
-            renew_grant: Script::new(&[OWNER, HELD, GRANTS, EXTEND, include_str!("scripts/renew_grant.lua")]),
+            renew_grant: Script::new(&[OWNER, HELD, GRANTS, EXTEND, UPTIME, include_str!("scripts/renew_grant.lua")]),
             release: Script::new(&[OWNER, LINE, include_str!("scripts/release.lua")]),
             release_one: Script::for_one_key(&[
                 include_str!("scripts/release_one.lua"),
@@ -73,7 +74,7 @@ impl Scripts {
             remaining: Script::new(&[OWNER, HELD, include_str!("scripts/remaining.lua")]),
             inspect: Script::new(&[include_str!("scripts/inspect.lua")]),
             many: Script { is_batch: true, ..Script::new(&[OWNER, include_str!("scripts/many.lua")]) },
-            vote: Script::new(&[OWNER, FENCE, GRANTS, include_str!("scripts/vote.lua")]),
+            vote: Script::new(&[OWNER, FENCE, GRANTS, UPTIME, include_str!("scripts/vote.lua")]),
             // Others may use the same connection, and must not count alike.
             mark: AtomicU32::new(fastrand::u32(..)),
         }

@@ -8,11 +8,13 @@ use fred::types::config::Config;
 
 use super::connection::Connection;
 use super::script::Call;
-use super::{FENCE_TTL, RedisStore, from_millis, integers, millis, names, record_ttl, unexpected, value_of};
+use super::{
+    FENCE_TTL, RedisStore, from_millis, integers, millis, names, record_ttl, renewed, unexpected, value_of, verdict,
+};
 use crate::Error;
 use crate::hold::Owned;
 use crate::store::quorum::{Ballot, Node, Reply, Seen, Vote};
-use crate::store::{Answer, Wanted};
+use crate::store::{Answer, Extending, Renewed, Wanted};
 
 impl RedisStore {
     /// Connects in the background, now or whenever the server comes.
@@ -77,9 +79,38 @@ impl RedisStore {
         };
         Ok(Reply { vote, seen: Seen { now: number(*now)?, last: number(*last)? } })
     }
+
+    async fn renew_if_it_votes(
+        &self,
+        owned: &Owned,
+        ttl: Duration,
+        how: Extending,
+        window: Duration,
+        timeout: Duration,
+    ) -> Result<Renewed, Error> {
+        let call = self.renewal_of_grant(owned, ttl, how.of(owned), window);
+        let answer =
+            self.server().run(&self.server().scripts.renew_grant, || call.clone(), |_| {}, timeout).await?.value();
+        if let Ok(Value::Integer(silent @ ..-1)) = answer {
+            let seconds = u64::try_from(-1 - silent).unwrap_or_default();
+            return Err(Error::NotVoting { remaining: Duration::from_secs(seconds) });
+        }
+        verdict(answer).map(renewed)
+    }
 }
 
 impl Node for RedisStore {
+    fn renew_if_it_votes<'a>(
+        &'a self,
+        owned: &'a Owned,
+        ttl: Duration,
+        how: Extending,
+        window: Duration,
+        timeout: Duration,
+    ) -> Answer<'a, Renewed> {
+        Box::pin(self.renew_if_it_votes(owned, ttl, how, window, timeout))
+    }
+
     fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, Reply> {
         Box::pin(self.vote(wanted, ballot, timeout))
     }

@@ -13,8 +13,11 @@
 --
 -- now is this server's clock in us; last is the highest number that it remembers for the keys.
 --
--- Idempotent: where all keys hold the token already, they are taken again, with the same number, and live for the ttl
--- from now, or as long as they would have, whichever is longer.
+-- Idempotent: where all keys hold the token already, they are taken again, with the same number (or a greater one,
+-- where this server may have found it on its disk), and live for the ttl from now, or as long as they would have,
+-- whichever is longer.
+--
+-- With the number 0 it is also how a lock that is held is brought back here (heal.rs): no fence is read or written.
 --
 -- Why numbers grow is argued in quorum.rs. Scripts do not roll back. So: look first, write the fences and records next,
 -- the locks last, and undo those where one fails.
@@ -27,11 +30,7 @@ local window, ahead, number, grant = tonumber(ARGV[6]), tonumber(ARGV[7]), tonum
 -- them.
 local before = 0
 if window > 0 then
-    -- The difference of two times in whole seconds, so it may be almost one too many.
-    local up = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)'))
-    if not up then
-        return redis.error_reply('ERR the server does not say how long it has been up')
-    end
+    local up = uptime()
     if up <= window then
         return {4, now, 0, window - up + 1}
     end
@@ -78,8 +77,9 @@ for i = 1, records and n or 0 do
 end
 
 if number > 0 then
-    -- Ours already, by one number: that is answered again, unless it is known to be no use.
-    local again = missing == 0 and last > 0 and lowest == last and (ARGV[9] == '0' or last == number)
+    -- Ours already, by one number: that is answered again, unless it is known to be no use; or it may be from before
+    -- the restart, when others may have followed that are forgotten. Renewals keep alive what was found on disk.
+    local again = missing == 0 and last > before and lowest == last and (ARGV[9] == '0' or last == number)
     if again then
         number = last
     elseif number <= bar then
