@@ -33,6 +33,9 @@
 //! | a claim that is given back          | it changes nothing that a renewal does not                              |
 //! | which nodes are healed              | those that said that the key is gone; here any, which is more           |
 //!
+//! - A lease that is taken up while its release is still on its way: a release ends the lock for all who rely on its
+//!   token, and they learn of it by their next renewal, as on one server. With a ttl of 2 the model would find that (14
+//!   steps); with one of 1, as here, there is no time for it.
 //! - Renewals may arrive for ever, except where leases are taken up: there for a tick, as servers refuse what is late.
 //!   With leases, a renewal from before the release could else keep alive what a node has found on its disk.
 //! - Without `proposals`, nodes grant whatever a fenced request would be granted, and more. What excludes there

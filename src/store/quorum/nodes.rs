@@ -1,6 +1,6 @@
 //! Which nodes make a quorum, and how they are connected to.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,10 +50,12 @@ pub(crate) async fn connect(
         });
     }
     let (mut connected, mut failed) = (0, Vec::new());
+    let mut silent: BTreeSet<usize> = (0..nodes.len()).collect();
     let mut known: HashMap<String, usize> = HashMap::new();
     let mut until = Instant::now() + timeout * 2;
     while let Ok(Some(ended)) = timeout_at(until, connecting.join_next()).await {
         let Ok((place, ended)) = ended else { continue };
+        silent.remove(&place);
         let address = nodes.get(place).map(|(address, _)| address.clone()).unwrap_or_default();
         match ended {
             Ok(about) => {
@@ -79,6 +81,8 @@ pub(crate) async fn connect(
         }
     }
     if connected < needed {
+        let unheard = silent.into_iter().filter_map(|place| nodes.get(place));
+        failed.extend(unheard.map(|(address, _)| NodeError { address: address.clone(), error: Error::timeout() }));
         return Err(Error::Quorum { needed, granted: connected, nodes: failed });
     }
     Ok(nodes.into_iter().map(|(address, node)| (address, node as Arc<dyn Node>)).collect())
