@@ -253,12 +253,12 @@ mod each_safeguard_is_needed {
 
     #[test]
     fn what_heals_over_anothers_vote_takes_a_node_from_it() {
-        falls(&[EXCLUSION], Protocol { safeguards: Safeguards { heal_free: false, ..ALL }, ..HEALING });
+        falls(&[EXCLUSION], Protocol { safeguards: Safeguards { heal_free: false, ..ALL }, clients: 2, ..HEALING });
     }
 
     #[test]
     fn what_heals_a_node_that_forgot_a_vote_undoes_that_vote() {
-        falls(&[EXCLUSION], Protocol { safeguards: Safeguards { heal_votes: false, ..ALL }, ..HEALING });
+        falls(&[EXCLUSION], Protocol { safeguards: Safeguards { heal_votes: false, ..ALL }, clients: 2, ..HEALING });
     }
 
     #[test]
