@@ -320,7 +320,7 @@ impl RedisStore {
         let [key] = &*from.keys else { return Ok(HandedOver::NotOurs(Loss::Missing)) };
         let name = self.name(key);
         let fence = to.fenced.then(|| names::fence_of(&name));
-        let keys = [name.clone(), names::line_of(&name), names::grants_of(&name)].into_iter().chain(fence);
+        let keys = line::lock_and_line(&name).into_iter().chain([names::grants_of(&name)]).chain(fence);
         let keys: Vec<Value> = keys.map(Value::Bytes).collect();
         let grant = match ending {
             Ending::Grant => id_of(from.grant),

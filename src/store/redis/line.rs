@@ -31,7 +31,7 @@ impl RedisStore {
         let name = self.name(key);
         let (ttl, fence_ttl) = (millis(wanted.ttl), fence_ttl(wanted.ttl));
         let fence = wanted.fenced.then(|| names::fence_of(&name));
-        let keys = [name.clone(), names::line_of(&name), names::grants_of(&name)].into_iter().chain(fence);
+        let keys = lock_and_line(&name).into_iter().chain([names::grants_of(&name)]).chain(fence);
         let keys: Vec<Value> = keys.map(Value::Bytes).collect();
         let place = place.map_or_else(|| "".into(), |place| self.place(place));
         let grant = wanted.owned.grant.map_or_else(|| "".into(), |grant| grant.to_string().into());
@@ -60,15 +60,15 @@ impl RedisStore {
     }
 
     pub(super) async fn enter(&self, key: &Key, place: LinePlace, timeout: Duration) -> Result<(), Error> {
-        let line = names::line_of(&self.name(key));
-        let call = Call::new([Value::Bytes(line)].into_iter(), [self.place(place), alive()]);
+        let [_, line, alive_key] = lock_and_line(&self.name(key)).map(Value::Bytes);
+        let call = Call::new([line, alive_key].into_iter(), [self.place(place), alive()]);
         self.server().run(&self.server().scripts.enter, || call.clone(), |_| {}, timeout).await?.value().map(drop)
     }
 
     pub(super) async fn heartbeat(&self, key: &Key, place: LinePlace, timeout: Duration) -> Result<bool, Error> {
         let name = self.name(key);
         let args = [self.place(place), alive()].into_iter().chain(self.notify(&name));
-        let call = Call::new(lock_and_line(&name), args);
+        let call = Call::new(lock_and_line(&name).map(Value::Bytes).into_iter(), args);
         let reply = self.server().run(&self.server().scripts.heartbeat, || call.clone(), |_| {}, timeout).await?;
         reply.value().map(|answer| answer == Value::Integer(1))
     }
@@ -76,7 +76,7 @@ impl RedisStore {
     pub(super) async fn leave(&self, key: &Key, place: LinePlace, timeout: Duration) -> Result<(), Error> {
         let name = self.name(key);
         let args = [self.place(place)].into_iter().chain(self.notify(&name));
-        let call = Call::new(lock_and_line(&name), args);
+        let call = Call::new(lock_and_line(&name).map(Value::Bytes).into_iter(), args);
         self.server().run(&self.server().scripts.leave, || call.clone(), |_| {}, timeout).await?.value().map(drop)
     }
 
@@ -98,6 +98,7 @@ pub(super) fn alive() -> Value {
     decimal(millis(ALIVE))
 }
 
-fn lock_and_line(name: &Bytes) -> std::array::IntoIter<Value, 2> {
-    [Value::Bytes(name.clone()), Value::Bytes(names::line_of(name))].into_iter()
+/// The lock key, its line, and who of that is alive.
+pub(super) fn lock_and_line(name: &Bytes) -> [Bytes; 3] {
+    [name.clone(), names::line_of(name), names::alive_of(name)]
 }

@@ -31,10 +31,14 @@ pub(super) fn grants_of(key: &Bytes) -> Bytes {
     beside(key, ":grants")
 }
 
-/// The name of the line of those who wait for a lock key. `scripts/line.lua` makes the name of the key beside it that
-/// says who of them is alive.
+/// The name of the line of those who wait for a lock key.
 pub(super) fn line_of(key: &Bytes) -> Bytes {
     beside(key, ":queue")
+}
+
+/// The name of the key that says who of that line is alive. `scripts/line.lua` makes it from that of the line.
+pub(super) fn alive_of(key: &Bytes) -> Bytes {
+    beside(key, ":alive")
 }
 
 fn beside(key: &Bytes, suffix: &str) -> Bytes {
@@ -154,7 +158,7 @@ mod tests {
 
     use super::*;
 
-    const KINDS: [fn(&Bytes) -> Bytes; 4] = [fence_of, grants_of, line_of, |key| beside(key, ":alive")];
+    const KINDS: [fn(&Bytes) -> Bytes; 4] = [fence_of, grants_of, line_of, alive_of];
 
     #[test]
     fn derived_names_are_as_documented() {

@@ -1,6 +1,7 @@
 -- Takes one key if it is free, and nobody else's turn; otherwise takes a place in the line for it.
 --
--- KEYS  the lock key, its line, its record of grants, then, where a fencing token is wanted, its fence key.
+-- KEYS  the lock key, its line, who of that is alive, its record of grants, then, where a fencing token is wanted, its
+--       fence key.
 -- ARGV  value (the token; with metadata: token, newline, metadata), ttl in ms, ttl of the fence key in ms, place or '',
 --       for how long in ms its process counts as alive from now on, id of the grant or '', ttl of the record in ms,
 --       'PUBLISH' or 'SPUBLISH', channel.
@@ -15,7 +16,7 @@
 -- lock is set last.
 
 local token = string.match(ARGV[1], '^[^\n]*')
-local line_key, record_key, fence_key = KEYS[2], KEYS[3], KEYS[4]
+local line_key, record_key, fence_key = KEYS[2], KEYS[4], KEYS[5]
 local place, alive = ARGV[4], tonumber(ARGV[5])
 local known = fence_key and fence_in(fence_key)
 grants_of(record_key, token)

@@ -1,6 +1,6 @@
 -- Takes the last place in the line for a key, or keeps the one that it has.
 --
--- KEYS  the line.
+-- KEYS  the line, who of it is alive.
 -- ARGV  place, for how long in ms its process counts as alive.
 -- Reply 1.
 --

@@ -1,7 +1,8 @@
 -- Releases a lock, and takes it for another token of the same process, with nobody in between, unless it is the turn of
 -- another process: then the lock goes there.
 --
--- KEYS  the lock key, its line, its record of grants; its fence key, where the next one wants a fencing token.
+-- KEYS  the lock key, its line, who of that is alive, its record of grants; its fence key, where the next one wants a
+--       fencing token.
 -- ARGV  token that holds it, value for the next (its token; with metadata: token, newline, metadata), ttl in ms, ttl of
 --       the fence key in ms, the place of the next one, for how long in ms its process counts as alive, '1' where its
 --       process may keep the lock from those in the line, '1' where it wants a fencing token; as in end_grant.lua the
@@ -15,7 +16,7 @@
 -- what may be wrong with the fence is looked at first; should it not take the number after all, nothing has been
 -- changed.
 
-local line_key, record_key, fence_key = KEYS[2], KEYS[3], KEYS[4]
+local line_key, record_key, fence_key = KEYS[2], KEYS[4], KEYS[5]
 local place, alive, may_keep, grant = ARGV[5], tonumber(ARGV[6]), ARGV[7] == '1', ARGV[9]
 local held = held_by(KEYS[1])
 if held == nil then

@@ -1,7 +1,7 @@
 -- A process that waits for a key gives a sign of life, and sees to it that a lock that is free goes to the head of the
 -- line.
 --
--- KEYS  the lock key, its line.
+-- KEYS  the lock key, its line, who of that is alive.
 -- ARGV  place, for how long in ms its process counts as alive, 'PUBLISH' or 'SPUBLISH', channel.
 -- Reply 1  it is in the line.  0  it is not, or it is its turn: it has to ask.
 --

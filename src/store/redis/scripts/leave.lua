@@ -1,6 +1,6 @@
 -- Leaves the line for a key.
 --
--- KEYS  the lock key, its line.
+-- KEYS  the lock key, its line, who of that is alive.
 -- ARGV  place, 'PUBLISH' or 'SPUBLISH', channel.
 -- Reply 1.
 --

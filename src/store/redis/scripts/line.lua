@@ -1,8 +1,8 @@
 -- The line for a lock: who waits for it in which process. Put before the scripts that need it.
 --
 -- The line is a sorted set of places, `process:place`, by their arrival in us. Beside it lies a hash that says until when
--- each process counts as alive, in ms. Its key is made of that of the line, and is in no KEYS: it lies in the same slot,
--- and most calls never touch it.
+-- each process counts as alive, in ms. Its key is made of that of the line. Scripts that write it declare it as well: on
+-- a cluster, no node may create it while another has it.
 --
 -- While the lock is given to the head of the line, and its process hasn't confirmed that yet, the lock key holds a
 -- reservation: a newline and the place. No token is empty, so a reservation belongs to no token, and to every other
@@ -29,7 +29,8 @@ end
 -- Takes a place out of the line. With the last one, nothing is left of it.
 local function leave_line(line_key, place)
     if redis.call('ZREM', line_key, place) == 1 and redis.call('EXISTS', line_key) == 0 then
-        redis.call('DEL', alive_key_of(line_key))
+        -- It may be on another node, while their slot moves; and ends by its ttl.
+        redis.pcall('DEL', alive_key_of(line_key))
     end
 end
 
