@@ -490,18 +490,23 @@ async fn keys_that_differ_in_their_braces_share_nothing() {
     assert_eq!(server.cli(&["KEYS", "*:fence*"]).lines().count(), keys.len());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lock_that_nobody_waits_for_is_not_refused_after_turns_that_met_signs_of_life() {
     let server = Server::start();
-    let (here, there) = (patient(&server.url()).await, patient(&server.url()).await);
-    for round in 0..12 {
-        let guard = here.lock("k").fair(true).await.unwrap();
-        let waiter = tokio::spawn(there.lock("k").fair(true).into_future());
-        // About when the one who waits gives a sign of life.
-        sleep(ms(494 + 2 * round)).await;
-        guard.release().await.unwrap();
-        soon(waiter).await.unwrap().unwrap().release().await.unwrap();
-        here.try_lock("k").fair(true).await.unwrap().release().await.unwrap();
+    let lockers = [patient(&server.url()).await, patient(&server.url()).await];
+    for _ in 0..6 {
+        let mut waiters = JoinSet::new();
+        for n in 0..128 {
+            let request = lockers[n % 2].lock("k").fair(true);
+            // For longer than two signs of life, all together.
+            waiters.spawn(async move {
+                let guard = request.await.unwrap();
+                sleep(ms(8)).await;
+                guard.release().await.unwrap();
+            });
+        }
+        soon(waiters.join_all()).await;
+        lockers[0].try_lock("k").fair(true).await.unwrap().release().await.unwrap();
+        assert_eq!(server.cli(&["KEYS", "*"]), "{k}:fence");
     }
-    assert_eq!(server.cli(&["KEYS", "*"]), "{k}:fence");
 }
