@@ -7,6 +7,7 @@ mod ownership;
 mod real;
 mod universe;
 
+use std::future::IntoFuture;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -466,4 +467,35 @@ fn a_server_that_forgets_has_two_holders_at_once_or_the_histories_are_toothless(
     let mut found = 0;
     histories(BEYOND, |_, History { overlaps, .. }| found += overlaps);
     assert!(found > 100, "{found}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lock_that_was_taken_back_is_no_guards_whatever_a_slow_answer_says() {
+    let store = Arc::new(MemoryStore::new());
+    let is_slow = Arc::new(AtomicBool::new(false));
+    let locker = {
+        let is_slow = is_slow.clone();
+        let plan = move |operation| match operation {
+            _ if !is_slow.load(Ordering::Relaxed) => Fault::None,
+            Operation::Release => Fault::AnsweredAfter(ms(200)),
+            _ => Fault::AnsweredAfter(ms(2_000)),
+        };
+        let builder = Locker::builder().ttl(ms(10_000)).command_timeout(ms(5_000)).poll_every(ms(100));
+        builder.build(Box::new(FaultyStore::new(store.clone(), plan)), None)
+    };
+    let other = locker_on(store, |_| Fault::None);
+    let guard = locker.lock("k").await.unwrap();
+    let waiter = tokio::spawn(locker.lock("k").into_future());
+    sleep(ms(10)).await;
+    // The waiter asks after the lock was handed over to it, and before it hears of that. The server says that it has
+    // the lock; the answer comes when the lock was taken back from it, as it seemed not to be polled.
+    is_slow.store(true, Ordering::Relaxed);
+    guard.release().await.unwrap();
+    is_slow.store(false, Ordering::Relaxed);
+    let held = timeout(ms(1_500), other.lock("k").into_future()).await.unwrap().unwrap();
+    sleep(ms(3_000)).await;
+    assert!(held.is_held());
+    assert!(!waiter.is_finished(), "two hold the lock");
+    held.release().await.unwrap();
+    waiter.await.unwrap().unwrap().release().await.unwrap();
 }
