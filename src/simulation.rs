@@ -499,3 +499,45 @@ async fn a_lock_that_was_taken_back_is_no_guards_whatever_a_slow_answer_says() {
     held.release().await.unwrap();
     waiter.await.unwrap().unwrap().release().await.unwrap();
 }
+
+#[tokio::test(start_paused = true)]
+async fn closing_releases_what_was_handed_over_to_a_future_that_is_not_polled() {
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), |_| Fault::None);
+    let guard = locker.lock("k").await.unwrap();
+    let mut parked = locker.lock("k").into_future();
+    assert!(timeout(ms(10), &mut parked).await.is_err());
+    guard.release().await.unwrap();
+    assert!(store.holder(&"k".into()).is_some());
+    locker.close().await;
+    assert_eq!(store.holder(&"k".into()), None);
+    assert!(matches!(parked.await, Err(Error::Closed)));
+    assert_eq!(store.holder(&"k".into()), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_an_attempt_may_have_left_is_undone_also_where_the_lock_was_taken_back_since() {
+    let store = Arc::new(MemoryStore::new());
+    let is_late = Arc::new(AtomicBool::new(false));
+    let locker = {
+        let is_late = is_late.clone();
+        let plan = move |operation| match operation {
+            Operation::Acquire if is_late.swap(false, Ordering::Relaxed) => Fault::RunAfter(ms(4_000)),
+            _ => Fault::None,
+        };
+        let faulty = FaultyStore::new(store.clone(), plan).living(10);
+        Locker::builder().ttl(ms(60_000)).command_timeout(ms(500)).build(Box::new(faulty), None)
+    };
+    let guard = locker.lock("k").await.unwrap();
+    is_late.store(true, Ordering::Relaxed);
+    let mut parked = locker.lock("k").into_future();
+    assert!(timeout(ms(700), &mut parked).await.is_err());
+    // It is handed over, and taken back from who is not polled.
+    guard.release().await.unwrap();
+    sleep(ms(1_000)).await;
+    assert_eq!(store.holder(&"k".into()), None);
+    parked.await.unwrap().release().await.unwrap();
+    // The first request has arrived by now.
+    sleep(ms(6_000)).await;
+    assert_eq!(store.holder(&"k".into()), None);
+}

@@ -13,6 +13,7 @@ mod failover;
 mod interop;
 mod late;
 mod listening;
+mod line;
 mod loss;
 mod ownership;
 mod parked;

@@ -1,0 +1,168 @@
+//! The line of those who wait, as the server has it: who waits is in it, and nobody else.
+
+use std::future::IntoFuture;
+use std::time::Duration;
+
+use tenure::{Locker, Token};
+use tenure_test_support::{Mode, Proxy, Server, eventually, soon};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// A locker that looks at no lock of itself within the time of a test.
+async fn patient(url: &str) -> Locker {
+    Locker::builder().poll_every(Duration::from_secs(60)).connect(url).await.unwrap()
+}
+
+async fn wait_for_places(server: &Server, key: &str, count: usize) {
+    let (line, count) = (format!("{{{key}}}:queue"), count.to_string());
+    eventually("so many are in line", async || (server.cli(&["ZCARD", &line]) == count).then_some(())).await;
+}
+
+#[tokio::test]
+async fn one_that_waits_for_several_keys_is_back_in_a_line_that_was_lost() {
+    let server = Server::start();
+    let [here, there] = [patient(&server.url()).await, patient(&server.url()).await];
+    let guard = there.lock("a").await.unwrap();
+    let waiter = tokio::spawn(here.lock_all(["a", "b"]).into_future());
+    wait_for_places(&server, "a", 1).await;
+    server.cli(&["DEL", "{a}:queue", "{a}:alive"]);
+    wait_for_places(&server, "a", 1).await;
+    guard.release().await.unwrap();
+    soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+    assert_eq!(server.cli(&["EXISTS", "{a}:queue", "{b}:queue"]), "0");
+}
+
+#[tokio::test]
+async fn one_that_finds_several_keys_free_is_in_no_line_any_more() {
+    let server = Server::start();
+    let locker = Locker::builder().poll_every(ms(50)).connect(&server.url()).await.unwrap();
+    server.cli(&["SET", "a", "another"]);
+    let waiter = tokio::spawn(locker.lock_all(["a", "b"]).into_future());
+    wait_for_places(&server, "a", 1).await;
+    // As other libraries do, which notify nobody.
+    server.cli(&["DEL", "a"]);
+    let guard = soon(waiter).await.unwrap().unwrap();
+    wait_for_places(&server, "a", 0).await;
+    guard.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn one_whose_token_is_not_handed_locks_is_in_line_as_soon_as_it_is_the_first() {
+    let server = Server::start();
+    let [here, there] = [patient(&server.url()).await, patient(&server.url()).await];
+    let guard = there.lock("k").await.unwrap();
+    let first = tokio::spawn(here.lock("k").token(Token::random()).into_future());
+    wait_for_places(&server, "k", 1).await;
+    let second = tokio::spawn(here.lock("k").token(Token::random()).into_future());
+    sleep(ms(50)).await;
+    guard.release().await.unwrap();
+    let guard = soon(first).await.unwrap().unwrap();
+    let other = tokio::spawn(there.lock("k").into_future());
+    wait_for_places(&server, "k", 2).await;
+    guard.release().await.unwrap();
+    soon(second).await.unwrap().unwrap().release().await.unwrap();
+    soon(other).await.unwrap().unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn one_whose_token_holds_the_lock_takes_no_place_from_those_who_wait_with_it() {
+    let server = Server::start();
+    let [here, there] = [patient(&server.url()).await, patient(&server.url()).await];
+    let token = Token::random();
+    let guard = there.lock("k").token(token.clone()).await.unwrap();
+    let waiter = tokio::spawn(here.lock("k").into_future());
+    wait_for_places(&server, "k", 1).await;
+    let twin = soon(here.lock("k").token(token)).await.unwrap();
+    assert_eq!(server.cli(&["ZCARD", "{k}:queue"]), "1");
+    // It gives signs of life.
+    sleep(ms(2_000)).await;
+    drop(twin);
+    guard.release().await.unwrap();
+    assert!(server.cli(&["GET", "k"]).len() > 1, "it is the turn of the one that waits");
+    soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn one_that_gives_up_while_the_lock_passes_it_by_is_in_no_line() {
+    let server = Server::start();
+    let proxy = Proxy::start(server.port()).await;
+    let [here, there] = [patient(&proxy.url()).await, patient(&server.url()).await];
+    let guard = here.lock("k").await.unwrap();
+    let first = tokio::spawn(here.lock("k").into_future());
+    wait_for_places(&server, "k", 1).await;
+    let second = tokio::spawn(here.lock("k").into_future());
+    sleep(ms(50)).await;
+    guard.release().await.unwrap();
+    let guard = soon(first).await.unwrap().unwrap();
+    let other = tokio::spawn(there.lock("k").into_future());
+    wait_for_places(&server, "k", 1).await;
+    // Until the lock has been here for so long that it is the turn of another process.
+    sleep(ms(200)).await;
+    proxy.set(Mode::Delay(ms(200)));
+    let release = tokio::spawn(guard.release());
+    let guard = soon(other).await.unwrap().unwrap();
+    // Nobody has heard yet that the second one is in line now.
+    second.abort();
+    soon(release).await.unwrap().unwrap();
+    wait_for_places(&server, "k", 0).await;
+    guard.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn processes_that_came_and_went_are_forgotten_while_others_wait() {
+    let server = Server::start();
+    let locker = patient(&server.url()).await;
+    let guard = locker.lock("k").await.unwrap();
+    let _waiter = tokio::spawn(locker.lock("k").into_future());
+    wait_for_places(&server, "k", 1).await;
+    let mut others = JoinSet::new();
+    for _ in 0..40 {
+        let other = patient(&server.url()).await;
+        others.spawn(async move { other.lock("k").wait_at_most(ms(100)).await.is_ok() });
+    }
+    assert!(others.join_all().await.iter().all(|obtained| !obtained));
+    sleep(ms(1_600)).await;
+    let last = patient(&server.url()).await;
+    assert!(last.lock("k").wait_at_most(ms(100)).await.is_err());
+    let count: u32 = server.cli(&["HLEN", "{k}:alive"]).parse().unwrap();
+    assert!(count < 20, "{count}");
+    guard.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn closing_takes_back_what_a_runtime_that_is_not_driven_any_more_began_to_take_back() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let (frozen, is_frozen) = std::sync::mpsc::channel();
+    let undriven = std::thread::spawn({
+        let locker = locker.clone();
+        move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let parked = runtime.block_on(async {
+                let guard = locker.lock("k").await.unwrap();
+                let mut parked = locker.lock("k").into_future();
+                assert!(timeout(ms(100), &mut parked).await.is_err());
+                guard.release().await.unwrap();
+                parked
+            });
+            is_frozen.recv().unwrap();
+            runtime.block_on(sleep(ms(1_000)));
+            (runtime, parked)
+        }
+    });
+    eventually("it is handed over", async || server.cli(&["PTTL", "k"]).parse::<u32>().ok().filter(|left| *left > 0))
+        .await;
+    sleep(ms(300)).await;
+    server.freeze();
+    frozen.send(()).unwrap();
+    let (runtime, parked) = tokio::task::spawn_blocking(move || undriven.join().unwrap()).await.unwrap();
+    server.thaw();
+    timeout(ms(10_000), locker.close()).await.unwrap();
+    assert_eq!(server.cli(&["EXISTS", "k"]), "0");
+    drop(parked);
+    std::thread::spawn(move || drop(runtime)).join().unwrap();
+}
