@@ -46,7 +46,8 @@ async fn one_that_finds_several_keys_free_is_in_no_line_any_more() {
     // As other libraries do, which notify nobody.
     server.cli(&["DEL", "a"]);
     let guard = soon(waiter).await.unwrap().unwrap();
-    wait_for_places(&server, "a", 0).await;
+    // The line would end by itself after 15 s.
+    timeout(ms(5_000), wait_for_places(&server, "a", 0)).await.unwrap();
     guard.release().await.unwrap();
 }
 
@@ -108,7 +109,8 @@ async fn one_that_gives_up_while_the_lock_passes_it_by_is_in_no_line() {
     // Nobody has heard yet that the second one is in line now.
     second.abort();
     soon(release).await.unwrap().unwrap();
-    wait_for_places(&server, "k", 0).await;
+    // The line would end by itself after 15 s.
+    timeout(ms(5_000), wait_for_places(&server, "k", 0)).await.unwrap();
     guard.release().await.unwrap();
 }
 
@@ -150,7 +152,7 @@ async fn closing_takes_back_what_a_runtime_that_is_not_driven_any_more_began_to_
                 parked
             });
             is_frozen.recv().unwrap();
-            runtime.block_on(sleep(ms(1_000)));
+            runtime.block_on(async { sleep(ms(1_000)).await });
             (runtime, parked)
         }
     });
