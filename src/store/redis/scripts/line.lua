@@ -57,6 +57,15 @@ local function sign_of_life(line_key, place, alive)
         -- Said a moment ago. Where there are signs of life, there is a line.
         return
     end
+    if not alive_until and redis.call('HLEN', alive_key) > 2 * redis.call('ZCARD', line_key) + 8 then
+        -- Those that have left, while others waited. Rare enough: there are as many of them as were left.
+        local all = redis.call('HGETALL', alive_key)
+        for i = 1, #all, 2 do
+            if tonumber(all[i + 1]) <= now / 1000 then
+                redis.call('HDEL', alive_key, all[i])
+            end
+        end
+    end
     local kept = string.format('%.0f', 10 * alive)
     redis.call('HSET', alive_key, process, string.format('%.0f', math.floor(now / 1000) + alive))
     redis.call('PEXPIRE', alive_key, kept)
