@@ -12,7 +12,7 @@ use tracing::debug;
 use crate::debts::{Debt, Work};
 use crate::hold::{Grant, GrantId, Hold};
 use crate::keeper::Upkeep;
-use crate::queue::{HEARTBEAT, Place, Turn};
+use crate::queue::{HEARTBEAT, Place, TakenBack, Turn};
 use crate::schedule::{Drift, Renewal};
 use crate::store::listen::Listening;
 use crate::store::{Acquired, InLine, LinePlace, Queueing, Wanted};
@@ -47,6 +47,8 @@ pub(crate) struct Attempt {
     /// Where it may stand in the line of all processes with a place of its own: for this of its keys, with this place,
     /// and the next sign of life is due then.
     in_line: Option<(Key, LinePlace, Instant)>,
+    /// That place may be in the line no more: it has to be entered again.
+    may_be_out_of_line: bool,
 }
 
 /// What the server has decided.
@@ -71,6 +73,7 @@ impl Attempt {
             place: None,
             was_refused: false,
             in_line: None,
+            may_be_out_of_line: false,
         }
     }
 
@@ -133,6 +136,8 @@ impl Attempt {
             return InLine::No;
         }
         match (&self.place, self.only_key()) {
+            // By a token that may hold the lock already: the place is that of those who come first.
+            (Some(place), Some(_)) if queueing == Queueing::Shared && !place.is_first() => InLine::No,
             (Some(place), Some(key)) if queueing == Queueing::Own || self.was_refused || place.may_be_in_line() => {
                 place.enters_line();
                 let place = place.in_line();
@@ -170,10 +175,26 @@ impl Attempt {
     pub(crate) fn start_over(&mut self) {
         self.leave_queue();
         self.leave_line();
+        // An earlier attempt may have left something by the token that is given up.
+        self.undo();
+        self.doubt = false;
         let mut owned = self.wanted.owned.clone();
         owned.token = Token::random();
         self.wanted = Arc::new(Wanted { owned, latest: Arc::default(), ..Wanted::clone(&self.wanted) });
         (self.made, self.was_refused) = (false, false);
+    }
+
+    /// Whether those before it in this process can hand the lock over to it, so that it need not be in line for that.
+    pub(crate) fn can_be_handed(&self) -> bool {
+        let store = &self.upkeep.store;
+        !store.has_line() || store.hands_over() && self.wanted.owned.own_token
+    }
+
+    /// Whether it has asked without its place in the line, and is to take that now that it was refused.
+    pub(crate) fn is_to_enter_line(&self) -> bool {
+        let is_waiting = self.was_refused && self.upkeep.store.has_line();
+        let place = self.place.as_ref().filter(|_| is_waiting && self.wanted.queueing == Queueing::Shared);
+        place.is_some_and(|place| place.is_first() && !place.may_be_in_line())
     }
 
     /// It will be polled until then, unless nobody polls it any more.
@@ -190,18 +211,29 @@ impl Attempt {
     /// What a turn in the queue, other than to be the first, means for this one.
     pub(crate) fn handed(&mut self, turn: Turn) -> Woken {
         match turn {
-            Turn::Granted(grant) => {
+            Turn::Granted(grant, owed) => {
                 // Until a guard has it.
+                self.unsettled = self.unsettled.take().or(owed);
                 self.unsettle();
                 Woken::Granted(grant)
             }
-            Turn::AskAgain { settled: false } => {
+            Turn::AskAgain { settled: false, owed } => {
                 self.doubt = true;
+                self.unsettled = self.unsettled.take().or(owed);
                 self.unsettle();
                 Woken::Ask
             }
-            Turn::AskAgain { settled: true } | Turn::First => Woken::Ask,
+            Turn::AskAgain { settled: true, .. } | Turn::First => Woken::Ask,
             Turn::TakenBack => Woken::TakenBack,
+        }
+    }
+
+    /// The server has said that the lock is ours. Returns why it can't be used all the same, if so: it was taken back,
+    /// as a hand-over, before the answer came.
+    pub(crate) fn claim(&self) -> Option<Woken> {
+        match self.place.as_ref()?.claim() {
+            Ok(owed) => (!owed.is_none_or(Debt::settle)).then_some(Woken::Closed),
+            Err(TakenBack) => Some(Woken::TakenBack),
         }
     }
 
@@ -236,7 +268,10 @@ impl Attempt {
         let timeout = self.upkeep.command_timeout;
         self.expect(sent + timeout + GRACE);
         match timeout_at(sent + timeout + GRACE, self.upkeep.store.heartbeat(&key, place, timeout)).await {
-            Ok(Ok(waits)) => waits,
+            Ok(Ok(waits)) => {
+                self.may_be_out_of_line |= !waits;
+                waits
+            }
             Ok(Err(error)) => {
                 debug!(name: "tenure.heartbeat_failed", %key, %error, "no sign of life; the place in the line may be lost");
                 true
@@ -270,16 +305,21 @@ impl Attempt {
         if self.only_key().is_some() || !waits || !self.upkeep.store.has_line() {
             return;
         }
-        if self.in_line.as_ref().is_some_and(|(other, ..)| other == key) {
-            return;
-        }
-        self.leave_line();
-        let place = self.upkeep.queues.line_place();
+        let before = self.in_line.as_ref().filter(|(other, ..)| other == key).map(|(_, place, _)| *place);
+        let place = match before {
+            Some(_) if !self.may_be_out_of_line => return,
+            Some(place) => place,
+            None => {
+                self.leave_line();
+                self.upkeep.queues.line_place()
+            }
+        };
         self.enter_line(key.clone(), place).await;
     }
 
     async fn enter_line(&mut self, key: Key, place: LinePlace) {
         self.in_line = Some((key.clone(), place, Instant::now() + HEARTBEAT));
+        self.may_be_out_of_line = false;
         if let Err(error) = self.upkeep.store.enter(&key, place, self.upkeep.command_timeout).await {
             debug!(name: "tenure.heartbeat_failed", %key, %error, "not in the line yet");
         }
@@ -380,11 +420,14 @@ impl Attempt {
         let origin = self.upkeep.origin;
         let hold = Hold::new(owned.clone(), metadata.clone(), &grant, drift, renewal, origin, is_voted_on);
         let guard = LockGuard::start(hold, &self.upkeep, &self.runtime);
-        // It left the line when the lock was granted.
-        self.in_line = None;
-        if let Some(place) = self.place.take() {
-            // With those who shared a place with it, if it was the last; but that is in the line no more.
-            place.leave();
+        match self.place.take() {
+            // It left the line when the lock was granted; with those who shared a place with it, if it was the last.
+            Some(place) => {
+                self.in_line = None;
+                place.leave();
+            }
+            // One for several keys did so only if it was its turn: it may have found them free.
+            None => self.leave_line(),
         }
         Ok(guard)
     }

@@ -12,8 +12,10 @@ use tokio::time::{Instant, sleep};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::debug;
 
+use crate::debts::Work;
 use crate::keeper::Upkeep;
-use crate::store::{Ending, Wanted};
+use crate::queue::ToTakeBack;
+use crate::store::Ending;
 
 /// How often it looks.
 const EVERY: Duration = Duration::from_millis(250);
@@ -60,18 +62,26 @@ async fn attend(upkeep: Weak<Upkeep>, last_look: Arc<Mutex<Instant>>) {
         let now = Instant::now();
         *last_look.lock().unwrap_or_else(PoisonError::into_inner) = now;
         let Some(taken_back) = upkeep.queues.look_after(now) else { return };
-        for wanted in taken_back {
-            let upkeep = upkeep.clone();
-            upkeep.releases.clone().spawn(async move { upkeep.take_back(&wanted).await });
+        for to_take_back in taken_back {
+            // Should this runtime stand still, closing does it: it is owed until then.
+            tokio::spawn(upkeep.clone().take_back(to_take_back));
         }
     }
 }
 
 impl Upkeep {
     /// Releases what was handed over to one who doesn't take it.
-    async fn take_back(self: Arc<Self>, wanted: &Wanted) {
+    async fn take_back(self: Arc<Self>, to_take_back: ToTakeBack) {
+        let ToTakeBack { wanted, owed, is_known } = to_take_back;
+        let owed = owed.unwrap_or_else(|| self.debts.owe(Work::Undo(wanted.clone())));
+        if owed.is_taken_over() {
+            return;
+        }
         let key = wanted.owned.key();
         debug!(name: "tenure.taken_back", %key, "a lock was handed over to a future that is not polled");
+        if !is_known {
+            return self.undo(&wanted.owned, &wanted.latest, wanted.ttl).await;
+        }
         if let Err(error) = self.release(&wanted.owned, Ending::Grant, Instant::now() + wanted.ttl).await {
             debug!(name: "tenure.release_failed", %key, %error, "could not release; the ttl will free the lock");
         }

@@ -179,14 +179,22 @@ impl Upkeep {
         let (sent, wanted) = (Instant::now(), hand_over.wanted().clone());
         // Should it fail, or be dropped, the next one is told that nobody knows.
         let next = *hand_over.next();
+        hand_over.owe(self.debts.owe(Work::Undo(wanted.clone())));
         let call = self.store.hand_over(owned, ending, &wanted, &next, timeout);
         match timeout_at(sent + timeout, call).await.unwrap_or_else(|_| Err(Error::timeout()))? {
             HandedOver::Done { fencing_token, alone } => {
                 debug!(name: "tenure.handed_over", key = %owned.key(), "handed over");
-                hand_over.granted(Grant { sent, ttl: wanted.ttl, fencing_token, doubt: None }, alone);
-                // In case that it isn't polled.
-                if let Ok(runtime) = self.runtime() {
+                let grant = Grant { sent, ttl: wanted.ttl, fencing_token, doubt: None };
+                let runtime = self.runtime()?;
+                if hand_over.granted(grant, alone) {
+                    // In case that it isn't polled.
                     self.look_after_queues(&runtime);
+                } else {
+                    let (upkeep, owed) = (self.clone(), self.debts.owe(Work::Undo(wanted.clone())));
+                    runtime.spawn(async move {
+                        upkeep.undo(&wanted.owned, &wanted.latest, wanted.ttl).await;
+                        drop(owed);
+                    });
                 }
                 Ok(Some(Released::Freed))
             }

@@ -10,7 +10,8 @@
 //!    leaves after that, and hasn't learned how it went, takes it that its token may hold the lock.
 //! 3. The first of a lane is polled at the instant that it has [announced](Place::expect), or is *parked*: its future is
 //!    kept somewhere and not polled. It goes to the end of its lane then, if others wait ([`Queues::look_after`]).
-//! 4. A lock that was handed over to a waiter which doesn't take it within [`TAKEN_WITHIN`] is taken back.
+//! 4. A lock that was handed over, or may have been, to a waiter which doesn't take it within [`TAKEN_WITHIN`] is taken
+//!    back. A waiter that learns otherwise that it has the lock [makes sure](Place::claim) that this is still so.
 //! 5. Locks are taken in this order: the map, a queue, a waiter. No other is taken under one of them, and nothing that
 //!    takes longer with more waiters is done under any, but by `look_after` and under the map alone.
 
@@ -23,6 +24,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::debts::Debt;
 use crate::hold::{Grant, Owned};
 use crate::store::listen::Listening;
 use crate::store::{LinePlace, Next, Queueing, Wanted};
@@ -122,17 +124,35 @@ enum Handing {
     #[default]
     No,
     /// The server is being asked.
-    Asked,
+    Asked {
+        owed: Option<Debt>,
+    },
     Done {
         grant: Grant,
         at: Instant,
+        owed: Option<Debt>,
     },
-    /// It was not to be handed over, or nobody knows.
-    Failed {
-        settled: bool,
+    /// It was not to be handed over.
+    Refused,
+    /// Nobody knows whether it was handed over.
+    Unknown {
+        at: Instant,
+        owed: Option<Debt>,
     },
     /// It was handed over, and taken back (invariant 4).
     TakenBack,
+    /// The waiter has left while the server was asked.
+    Left,
+}
+
+impl Handing {
+    /// When it came to this, where the lock may be this one's and is to be taken.
+    fn may_be_taken_since(&self) -> Option<Instant> {
+        match self {
+            Self::Done { at, .. } | Self::Unknown { at, .. } => Some(*at),
+            _ => None,
+        }
+    }
 }
 
 /// A place in the queue for a key.
@@ -146,10 +166,10 @@ pub(crate) struct Place {
 pub(crate) enum Turn {
     /// It is the first.
     First,
-    /// The lock was handed over.
-    Granted(Grant),
+    /// The lock was handed over. What is owed is to release it.
+    Granted(Grant, Option<Debt>),
     /// A hand-over has failed. The lock may be free, or, where that is not settled, this one's already.
-    AskAgain { settled: bool },
+    AskAgain { settled: bool, owed: Option<Debt> },
     /// It had the lock, and was not polled: it is in the queue no more, and its token must not be used again.
     TakenBack,
 }
@@ -204,16 +224,16 @@ impl Queues {
             (None, None) => return None,
         };
         state.in_a_row += 1;
-        *lock(&waiter.handing) = Handing::Asked;
+        *lock(&waiter.handing) = Handing::Asked { owed: None };
         let lane = state.lane(waiter.place.is_shared);
         let next = Next { place: waiter.place, in_line: lane.in_line || !waiter.place.is_shared, may_keep };
         drop(state);
         Some(HandOver { queue, waiter, next, over: false })
     }
 
-    /// Forgets what nobody waits for, puts those who are parked behind the others (invariant 3), and takes back what was handed over to one that
-    /// doesn't take it (invariant 4): returns what that is. `None`: there is nobody to look after.
-    pub(crate) fn look_after(&self, now: Instant) -> Option<Vec<Arc<Wanted>>> {
+    /// Forgets what nobody waits for, puts those who are parked behind the others (invariant 3), and takes back what was
+    /// handed over to one that doesn't take it (invariant 4): returns what that is. `None`: there is nobody to look after.
+    pub(crate) fn look_after(&self, now: Instant) -> Option<Vec<ToTakeBack>> {
         let queues: Vec<_> = {
             let mut by_key = lock(&self.by_key);
             let queues = by_key.values().cloned().collect();
@@ -228,14 +248,19 @@ impl Queues {
                 let lane = state.lane(is_shared);
                 let Some(first) = lane.waiters.values().next().cloned() else { continue };
                 let mut handing = lock(&first.handing);
-                has_work |= lane.waiters.len() > 1 || !matches!(*handing, Handing::No | Handing::Failed { .. });
-                match &*handing {
-                    Handing::Done { at, .. } if now.saturating_duration_since(*at) >= TAKEN_WITHIN => {
+                has_work |= lane.waiters.len() > 1 || !matches!(*handing, Handing::No | Handing::Refused);
+                let since = handing.may_be_taken_since();
+                match &mut *handing {
+                    Handing::Done { owed, .. } | Handing::Unknown { owed, .. }
+                        if since.is_some_and(|at| now.saturating_duration_since(at) >= TAKEN_WITHIN) =>
+                    {
+                        let (wanted, owed) = (first.wanted.clone(), owed.take());
+                        let is_known = matches!(*handing, Handing::Done { .. });
+                        taken_back.push(ToTakeBack { wanted, owed, is_known });
                         *handing = Handing::TakenBack;
                         lane.waiters.remove(&first.number());
-                        taken_back.push(first.wanted.clone());
                     }
-                    Handing::No | Handing::Failed { .. } if lane.waiters.len() > 1 => {
+                    Handing::No | Handing::Refused if lane.waiters.len() > 1 => {
                         if lane.expected.is_none_or(|expected| now.saturating_duration_since(expected) < LATE) {
                             continue;
                         }
@@ -285,7 +310,7 @@ impl Lane {
         let waiter = self.waiters.values().next()?;
         // A token from elsewhere may hold another lock of this key: what it got by a hand-over couldn't be undone. And
         // what one has not heard of yet may be that its token has got the lock already.
-        let is_free = matches!(*lock(&waiter.handing), Handing::No | Handing::Failed { settled: true });
+        let is_free = matches!(*lock(&waiter.handing), Handing::No | Handing::Refused);
         (is_free && waiter.wanted.owned.own_token).then(|| waiter.clone())
     }
 
@@ -364,14 +389,33 @@ impl Place {
     pub(crate) fn handed(&self) -> Option<Turn> {
         let mut handing = lock(&self.waiter.handing);
         match std::mem::take(&mut *handing) {
-            Handing::No => None,
-            Handing::Asked => {
-                *handing = Handing::Asked;
+            Handing::No | Handing::Left => None,
+            Handing::Asked { owed } => {
+                *handing = Handing::Asked { owed };
                 None
             }
-            Handing::Done { grant, .. } => Some(Turn::Granted(grant)),
-            Handing::Failed { settled } => Some(Turn::AskAgain { settled }),
+            Handing::Done { grant, owed, .. } => Some(Turn::Granted(grant, owed)),
+            Handing::Refused => Some(Turn::AskAgain { settled: true, owed: None }),
+            Handing::Unknown { owed, .. } => Some(Turn::AskAgain { settled: false, owed }),
             Handing::TakenBack => Some(Turn::TakenBack),
+        }
+    }
+
+    /// The server has said that this one has the lock, to whatever request: it is not taken back any more. What is owed,
+    /// where it was handed over and that was not heard of yet, is its own business from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`TakenBack`], where it was taken back before.
+    pub(crate) fn claim(&self) -> Result<Option<Debt>, TakenBack> {
+        let mut handing = lock(&self.waiter.handing);
+        match std::mem::take(&mut *handing) {
+            Handing::TakenBack => {
+                *handing = Handing::TakenBack;
+                Err(TakenBack)
+            }
+            Handing::Asked { owed } | Handing::Done { owed, .. } | Handing::Unknown { owed, .. } => Ok(owed),
+            Handing::No | Handing::Refused | Handing::Left => Ok(None),
         }
     }
 
@@ -417,9 +461,14 @@ impl Place {
             }
             state.learned = Some(Learned::Held { key: self.queue.key.clone(), until: Some(held_until) });
             let lane = state.lane(self.waiter.place.is_shared);
-            lane.in_line &= !self.waiter.place.is_shared;
-            lane.held_until = listening.is_some().then_some(held_until);
-            std::mem::replace(&mut lane.listening, listening)
+            if lane.is_first(&self.waiter) {
+                lane.in_line &= !self.waiter.place.is_shared;
+                lane.held_until = listening.is_some().then_some(held_until);
+                std::mem::replace(&mut lane.listening, listening)
+            } else {
+                // By a token that had it already: the first still waits, in line.
+                listening
+            }
         };
         drop(before);
     }
@@ -427,8 +476,12 @@ impl Place {
     /// Leaves the queue.
     pub(crate) fn leave(&self) -> Left {
         let mut left = Left { may_hold: false, line: None };
-        let (next, listening, is_empty) = {
+        let (next, listening, is_empty, handing) = {
             let mut state = self.state();
+            let mut handing = lock(&self.waiter.handing);
+            left.may_hold = !matches!(*handing, Handing::No | Handing::Refused | Handing::TakenBack);
+            let is_asked = matches!(*handing, Handing::Asked { .. });
+            let handing = is_asked.then(|| std::mem::replace(&mut *handing, Handing::Left));
             let lane = state.lane(self.waiter.place.is_shared);
             let was_first = lane.is_first(&self.waiter);
             lane.waiters.remove(&self.waiter.number());
@@ -440,7 +493,8 @@ impl Place {
             if !self.waiter.place.is_shared {
                 left.line = Some(self.waiter.place);
             } else if lane.waiters.is_empty() {
-                left.line = lane.place.take().filter(|_| lane.in_line);
+                // A hand-over that is on its way may put it into the line.
+                left.line = lane.place.take().filter(|_| lane.in_line || left.may_hold);
                 lane.in_line = false;
             }
             let is_empty = lane.waiters.is_empty();
@@ -448,20 +502,16 @@ impl Place {
             if is_empty && !is_contended {
                 listening = state.lane(self.waiter.place.is_shared).listening.take();
             }
-            (next, listening, state.is_empty() && !is_contended)
+            (next, listening, state.is_empty() && !is_contended, handing)
         };
-        // What listens locks the list of listeners when it is dropped: not under the mutex.
-        drop(listening);
+        // What listens locks the list of listeners when it is dropped, and what is owed that of debts: not under the mutex.
+        drop((listening, handing));
         if is_empty {
             self.remove_queue();
         }
         if let Some(next) = next {
             next.changed.notify_one();
         }
-        left.may_hold = !matches!(
-            *lock(&self.waiter.handing),
-            Handing::No | Handing::Failed { settled: true } | Handing::TakenBack
-        );
         left
     }
 
@@ -485,10 +535,44 @@ pub(crate) struct Left {
     pub(crate) line: Option<LinePlace>,
 }
 
+/// A lock was handed over, and taken back.
+#[derive(Debug)]
+pub(crate) struct TakenBack;
+
+/// A lock that was handed over to one that doesn't take it.
+pub(crate) struct ToTakeBack {
+    pub(crate) wanted: Arc<Wanted>,
+    pub(crate) owed: Option<Debt>,
+    /// It was handed over, or else nobody knows, and it may be yet.
+    pub(crate) is_known: bool,
+}
+
 impl Waiter {
     fn number(&self) -> i64 {
         self.number.load(Ordering::Relaxed)
     }
+
+    /// How a hand-over went. Returns what came in between instead, where it is waited for no more.
+    fn settle(&self, settled: impl FnOnce(Option<Debt>) -> Handing) -> Option<Between> {
+        let mut handing = lock(&self.handing);
+        match &mut *handing {
+            Handing::Asked { owed } => {
+                let owed = owed.take();
+                *handing = settled(owed);
+                None
+            }
+            Handing::Left => Some(Between::Left),
+            _ => Some(Between::Claimed),
+        }
+    }
+}
+
+/// What may come in between while the server is asked to hand a lock over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Between {
+    /// The waiter has got the lock by itself.
+    Claimed,
+    Left,
 }
 
 impl HandOver {
@@ -500,60 +584,85 @@ impl HandOver {
         &self.next
     }
 
-    /// `alone`: nobody else waits for the lock.
-    pub(crate) fn granted(self, grant: Grant, alone: bool) {
+    /// While nobody has taken the lock, this is owed.
+    pub(crate) fn owe(&self, debt: Debt) {
+        if let Handing::Asked { owed } = &mut *lock(&self.waiter.handing) {
+            *owed = Some(debt);
+        }
+    }
+
+    /// `alone`: nobody else waits for the lock. Returns false where the one that it was for has left: it has undone what
+    /// it knew of, which this need not have been.
+    pub(crate) fn granted(mut self, grant: Grant, alone: bool) -> bool {
+        self.over = true;
         {
             let mut state = lock(&self.queue.state);
             if alone {
                 state.begin_turn();
             }
-            let lane = state.lane(self.waiter.place.is_shared);
-            lane.in_line &= !self.waiter.place.is_shared;
+            let place = self.waiter.place;
+            let lane = state.lane(place.is_shared);
+            if lane.place == Some(place) {
+                lane.in_line = false;
+            }
         }
-        self.tell(Handing::Done { grant, at: Instant::now() });
+        let between = self.waiter.settle(|owed| Handing::Done { grant, at: Instant::now(), owed });
+        self.waiter.changed.notify_one();
+        between != Some(Between::Left)
     }
 
     /// The lock was not ours to hand over.
-    pub(crate) fn refused(self) {
-        self.tell(Handing::Failed { settled: true });
+    pub(crate) fn refused(mut self) {
+        self.over = true;
+        self.nothing_happened(Handing::Refused);
+        self.waiter.changed.notify_one();
     }
 
     /// Others rely on the lock, and nothing has happened.
     pub(crate) fn not_now(mut self) {
         self.over = true;
-        *lock(&self.waiter.handing) = Handing::No;
+        self.nothing_happened(Handing::No);
     }
 
     /// The lock went to another process, and the place is in the line.
     pub(crate) fn passed_by(mut self) {
         self.over = true;
-        *lock(&self.waiter.handing) = Handing::No;
+        self.nothing_happened(Handing::No);
+        let place = self.waiter.place;
         let mut state = lock(&self.queue.state);
         (state.in_a_row, state.since) = (0, None);
         let heartbeat = Some(Instant::now() + HEARTBEAT);
-        let lane = state.lane(self.waiter.place.is_shared);
-        (lane.in_line, lane.heartbeat) = (true, lane.heartbeat.or(heartbeat));
-        let is_shared = self.waiter.place.is_shared;
-        let others = (!is_shared && !state.shared.in_line).then(|| state.shared.next()).flatten();
+        let lane = state.lane(place.is_shared);
+        // Those who shared it may have left, and others have come since.
+        if !place.is_shared || lane.place == Some(place) {
+            (lane.in_line, lane.heartbeat) = (true, lane.heartbeat.or(heartbeat));
+        }
+        let first = (!place.is_shared && !state.shared.in_line).then(|| state.shared.next()).flatten();
+        if let Some(first) = &first {
+            *lock(&first.handing) = Handing::Refused;
+        }
         drop(state);
         // Those of the other lane are not in the line yet: the first has to ask.
-        if let Some(first) = others {
-            *lock(&first.handing) = Handing::Failed { settled: true };
+        if let Some(first) = first {
             first.changed.notify_one();
         }
     }
 
-    fn tell(mut self, handing: Handing) {
-        self.over = true;
-        *lock(&self.waiter.handing) = handing;
-        self.waiter.changed.notify_one();
+    fn nothing_happened(&self, handing: Handing) {
+        let mut before = None;
+        self.waiter.settle(|owed| {
+            before = owed;
+            handing
+        });
+        // Not under the mutex.
+        drop(before);
     }
 }
 
 impl Drop for HandOver {
     fn drop(&mut self) {
         if !self.over {
-            *lock(&self.waiter.handing) = Handing::Failed { settled: false };
+            self.waiter.settle(|owed| Handing::Unknown { at: Instant::now(), owed });
             self.waiter.changed.notify_one();
         }
     }

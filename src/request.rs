@@ -359,6 +359,10 @@ impl LockRequest {
             let waited = started.elapsed();
             let known = match outcome {
                 Ok(Outcome::Granted(mut grant)) => {
+                    if let Some(why_not) = attempt.claim() {
+                        woken = why_not;
+                        continue;
+                    }
                     grant.fencing_token = grant.fencing_token.filter(|_| self.fenced);
                     let remaining = drift.deadline(grant.sent, ttl).saturating_duration_since(Instant::now());
                     if drift.suffices(remaining, ttl) {

@@ -96,6 +96,11 @@ impl<'a> Waiting<'a> {
                 if let Some(woken) = self.stand_in_line_for(attempt, &key).await {
                     return woken;
                 }
+                if let (true, Some((_, listening))) = (attempt.is_to_enter_line(), &mut self.listening) {
+                    // It asked as one that has nobody to wait for.
+                    listening.mark();
+                    return Woken::Ask;
+                }
                 let held_until = remaining.map(|remaining| Instant::now() + remaining);
                 self.wait_as_next(attempt, Some((key, held_until))).await
             }
@@ -128,6 +133,13 @@ impl<'a> Waiting<'a> {
                 // The one before has got the lock, and left what it knew.
                 known = Some((key.clone(), held_until));
                 self.listening = Some((key, listening));
+            }
+            if !attempt.can_be_handed() {
+                // Whoever has the lock now gives it to the line, which this one is not in.
+                if let Some((_, listening)) = &mut self.listening {
+                    listening.mark();
+                    return Woken::Ask;
+                }
             }
         }
         // Without having asked, nothing is known but that it is the first.

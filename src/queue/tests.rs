@@ -41,9 +41,9 @@ fn a_hand_over_is_for_the_first_and_one_at_a_time() {
     let hand_over = queues.next(&from).unwrap();
     assert_eq!(hand_over.wanted().owned.token, a.waiter.wanted.owned.token);
     assert!(queues.next(&from).is_none(), "nobody knows yet how the first one goes");
-    hand_over.granted(grant(), false);
+    assert!(hand_over.granted(grant(), false));
     assert!(queues.next(&from).is_none(), "it has not heard of it yet");
-    assert!(matches!(a.handed(), Some(Turn::Granted(_))));
+    assert!(matches!(a.handed(), Some(Turn::Granted(..))));
     assert!(!a.leave().may_hold);
     assert!(b.is_first() && queues.next(&from).is_some());
 }
@@ -59,7 +59,7 @@ fn who_leaves_while_the_lock_is_on_its_way_may_have_got_it() {
         let mut pending = None;
         match what {
             0 => pending = Some(hand_over),
-            1 => hand_over.granted(grant(), false),
+            1 => assert!(hand_over.granted(grant(), false)),
             2 => drop(hand_over),
             _ => hand_over.refused(),
         }
@@ -75,7 +75,7 @@ fn a_hand_over_that_went_wrong_unheard_is_not_forgotten_for_the_next() {
     let from = wanted(Queueing::None).owned.clone();
     drop(queues.next(&from));
     assert!(queues.next(&from).is_none());
-    assert!(matches!(place.handed(), Some(Turn::AskAgain { settled: false })));
+    assert!(matches!(place.handed(), Some(Turn::AskAgain { settled: false, .. })));
     assert!(queues.next(&from).is_some());
 }
 
@@ -87,13 +87,13 @@ fn hand_overs_go_on_for_many_in_a_row_and_then_while_nobody_else_is_in_the_line(
     for _ in 0..IN_A_ROW {
         let hand_over = queues.next(&from).unwrap();
         assert!(hand_over.next().may_keep);
-        hand_over.granted(grant(), false);
-        assert!(matches!(place.handed(), Some(Turn::Granted(_))));
+        assert!(hand_over.granted(grant(), false));
+        assert!(matches!(place.handed(), Some(Turn::Granted(..))));
     }
     let hand_over = queues.next(&from).unwrap();
     assert!(!hand_over.next().may_keep);
-    hand_over.granted(grant(), true);
-    assert!(matches!(place.handed(), Some(Turn::Granted(_))));
+    assert!(hand_over.granted(grant(), true));
+    assert!(matches!(place.handed(), Some(Turn::Granted(..))));
     assert!(queues.next(&from).unwrap().next().may_keep);
 }
 
@@ -105,8 +105,8 @@ async fn hand_overs_of_locks_that_are_held_for_long_go_on_for_a_time_only() {
     for may_keep in [true, false] {
         let hand_over = queues.next(&from).unwrap();
         assert_eq!(hand_over.next().may_keep, may_keep);
-        hand_over.granted(grant(), false);
-        assert!(matches!(place.handed(), Some(Turn::Granted(_))));
+        assert!(hand_over.granted(grant(), false));
+        assert!(matches!(place.handed(), Some(Turn::Granted(..))));
         advance(TURN).await;
     }
 }
@@ -135,14 +135,14 @@ fn one_that_was_passed_by_is_in_the_line_and_the_others_have_to_ask() {
     let own = enter(&queues, Queueing::Own);
     let from = wanted(Queueing::None).owned.clone();
     for _ in 0..IN_A_ROW {
-        queues.next(&from).unwrap().granted(grant(), false);
-        assert!(matches!(shared.handed(), Some(Turn::Granted(_))));
+        assert!(queues.next(&from).unwrap().granted(grant(), false));
+        assert!(matches!(shared.handed(), Some(Turn::Granted(..))));
     }
     let hand_over = queues.next(&from).unwrap();
     assert_eq!(hand_over.next().place, own.in_line());
     hand_over.passed_by();
     assert!(own.next_heartbeat().is_some() && own.handed().is_none());
-    assert!(matches!(shared.handed(), Some(Turn::AskAgain { settled: true })));
+    assert!(matches!(shared.handed(), Some(Turn::AskAgain { settled: true, .. })));
 }
 
 #[tokio::test(start_paused = true)]
@@ -170,11 +170,11 @@ async fn a_lock_that_is_not_taken_is_taken_back() {
     let queues = Queues::default();
     let [parked, other] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
     let from = wanted(Queueing::None).owned.clone();
-    queues.next(&from).unwrap().granted(grant(), false);
+    assert!(queues.next(&from).unwrap().granted(grant(), false));
     assert_eq!(queues.look_after(Instant::now()).unwrap().len(), 0);
     advance(TAKEN_WITHIN).await;
     let taken_back = queues.look_after(Instant::now()).unwrap();
-    assert_eq!(taken_back[0].owned.token, parked.waiter.wanted.owned.token);
+    assert_eq!(taken_back[0].wanted.owned.token, parked.waiter.wanted.owned.token);
     assert!(other.is_first());
     assert!(matches!(parked.handed(), Some(Turn::TakenBack)));
     assert!(!parked.leave().may_hold, "it is released already");

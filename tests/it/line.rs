@@ -59,7 +59,8 @@ async fn one_whose_token_is_not_handed_locks_is_in_line_as_soon_as_it_is_the_fir
     let first = tokio::spawn(here.lock("k").token(Token::random()).into_future());
     wait_for_places(&server, "k", 1).await;
     let second = tokio::spawn(here.lock("k").token(Token::random()).into_future());
-    sleep(ms(50)).await;
+    // For so long that it is forgotten that others have the lock.
+    sleep(ms(1_200)).await;
     guard.release().await.unwrap();
     let guard = soon(first).await.unwrap().unwrap();
     let other = tokio::spawn(there.lock("k").into_future());
@@ -149,7 +150,7 @@ async fn closing_takes_back_what_a_runtime_that_is_not_driven_any_more_began_to_
                 let mut parked = locker.lock("k").into_future();
                 assert!(timeout(ms(100), &mut parked).await.is_err());
                 guard.release().await.unwrap();
-                parked
+                vec![parked]
             });
             is_frozen.recv().unwrap();
             runtime.block_on(async { sleep(ms(1_000)).await });
@@ -163,7 +164,7 @@ async fn closing_takes_back_what_a_runtime_that_is_not_driven_any_more_began_to_
     frozen.send(()).unwrap();
     let (runtime, parked) = tokio::task::spawn_blocking(move || undriven.join().unwrap()).await.unwrap();
     server.thaw();
-    timeout(ms(10_000), locker.close()).await.unwrap();
+    timeout(ms(15_000), locker.close()).await.unwrap();
     assert_eq!(server.cli(&["EXISTS", "k"]), "0");
     drop(parked);
     std::thread::spawn(move || drop(runtime)).join().unwrap();
