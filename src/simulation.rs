@@ -541,3 +541,22 @@ async fn what_an_attempt_may_have_left_is_undone_also_where_the_lock_was_taken_b
     sleep(ms(6_000)).await;
     assert_eq!(store.holder(&"k".into()), None);
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_may_have_been_handed_over_to_a_future_that_is_not_polled_is_taken_back() {
+    let store = Arc::new(MemoryStore::new());
+    let is_lost = Arc::new(AtomicBool::new(false));
+    let locker = locker_on(store.clone(), {
+        let is_lost = is_lost.clone();
+        move |_| if is_lost.swap(false, Ordering::Relaxed) { Fault::AnswerLost } else { Fault::None }
+    });
+    let guard = locker.lock("k").ttl(ms(60_000)).await.unwrap();
+    let mut parked = locker.lock("k").ttl(ms(60_000)).into_future();
+    assert!(timeout(ms(10), &mut parked).await.is_err());
+    is_lost.store(true, Ordering::Relaxed);
+    guard.release().await.unwrap();
+    assert!(store.holder(&"k".into()).is_some(), "it was handed over, which nobody knows");
+    sleep(ms(2_000)).await;
+    assert_eq!(store.holder(&"k".into()), None);
+    parked.await.unwrap().release().await.unwrap();
+}

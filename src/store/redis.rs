@@ -322,6 +322,8 @@ impl RedisStore {
         let fence = to.fenced.then(|| names::fence_of(&name));
         let keys = line::lock_and_line(&name).into_iter().chain([names::grants_of(&name)]).chain(fence);
         let keys: Vec<Value> = keys.map(Value::Bytes).collect();
+        // Who may not use the line doesn't try to at every turn.
+        let has_line = self.has_line();
         let grant = match ending {
             Ending::Grant => id_of(from.grant),
             Ending::Lock if from.own_token => "".into(),
@@ -334,10 +336,10 @@ impl RedisStore {
             decimal(fence_ttl(to.ttl)),
             self.place(next.place),
             line::alive(),
-            flag(next.may_keep),
+            flag(next.may_keep || !has_line),
             flag(to.fenced),
             grant,
-            flag(next.in_line),
+            flag(next.in_line && has_line),
         ];
         let call = Call::new(keys.into_iter(), args.into_iter().chain(self.notify(&name)));
         let sending = |until| to.latest.extend(until);

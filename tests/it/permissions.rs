@@ -141,6 +141,29 @@ async fn with_the_documented_permissions_waiters_hear_of_releases_and_requests_a
 }
 
 #[tokio::test]
+async fn who_may_not_stand_in_line_does_not_ask_for_it_at_every_turn() {
+    let (server, documented) = (Server::start(), Documented::read());
+    allow(&server, &documented.base_and(&documented.news));
+    let locker = builder().connect(&url(&server)).await.unwrap();
+    let mut guard = locker.lock("k").await.unwrap();
+    let mut waiters = Vec::new();
+    for _ in 0..3 {
+        waiters.push(tokio::spawn(locker.lock("k").into_future()));
+        tokio::time::sleep(ms(50)).await;
+    }
+    server.cli(&["ACL", "LOG", "RESET"]);
+    for waiter in waiters {
+        // Longer than a process keeps a lock from the line.
+        tokio::time::sleep(ms(150)).await;
+        guard.release().await.unwrap();
+        guard = soon(waiter).await.unwrap().unwrap();
+    }
+    let denied = server.cli(&["ACL", "LOG"]);
+    assert!(!denied.lines().any(|line| line == "lua"), "{denied}");
+    guard.release().await.unwrap();
+}
+
+#[tokio::test]
 async fn with_the_documented_permissions_a_database_can_be_chosen() {
     let (server, documented) = (Server::start(), Documented::read());
     allow(&server, &documented.base_and(documented.case("a database")));
