@@ -169,3 +169,82 @@ async fn closing_takes_back_what_a_runtime_that_is_not_driven_any_more_began_to_
     drop(parked);
     std::thread::spawn(move || drop(runtime)).join().unwrap();
 }
+
+#[tokio::test]
+async fn keys_of_every_shape_have_a_line_and_leave_nothing() {
+    let server = Server::start();
+    let [here, there] = [patient(&server.url()).await, patient(&server.url()).await];
+    let keys: [&[u8]; 10] = [
+        b"k",
+        b"a}b",
+        b"a}b~",
+        b"{job}",
+        b"{job}{}",
+        b"{user:1}:job",
+        b"k:queue",
+        b"{k}:queue",
+        b"k}:queue~",
+        b"\xff\n{}:queue",
+    ];
+    for key in keys {
+        for fair in [false, true] {
+            let key = tenure::Key::from(key);
+            let guard = here.lock(&key).fair(fair).await.unwrap();
+            let waiter = tokio::spawn(there.lock(&key).fair(fair).into_future());
+            eventually("it is in line", async || server.cli(&["KEYS", "*:alive*"]).contains(":alive").then_some(()))
+                .await;
+            guard.release().await.unwrap();
+            timeout(ms(5_000), waiter).await.unwrap().unwrap().unwrap().release().await.unwrap();
+            // The fence.
+            assert_eq!(server.cli(&["DBSIZE"]), "1", "{key:?}: {}", server.cli(&["KEYS", "*"]));
+        }
+        server.cli(&["FLUSHALL"]);
+    }
+}
+
+#[tokio::test]
+async fn those_whose_locker_is_closed_are_in_line_no_more() {
+    let server = Server::start();
+    let [here, there] = [patient(&server.url()).await, patient(&server.url()).await];
+    let other = patient(&server.url()).await;
+    let guard = here.lock("k").await.unwrap();
+    let closed: Vec<_> = [false, true, true].map(|fair| tokio::spawn(there.lock("k").fair(fair).into_future())).into();
+    wait_for_places(&server, "k", 3).await;
+    let several = tokio::spawn(there.lock_all(["k", "l"]).into_future());
+    wait_for_places(&server, "k", 4).await;
+    let waiter = tokio::spawn(other.lock("k").into_future());
+    wait_for_places(&server, "k", 5).await;
+    soon(there.close()).await;
+    timeout(ms(1_000), wait_for_places(&server, "k", 1)).await.unwrap();
+    guard.release().await.unwrap();
+    soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+    for waiter in closed.into_iter().chain([several]) {
+        assert!(matches!(soon(waiter).await.unwrap(), Err(tenure::Error::Closed)));
+    }
+    assert_eq!(server.cli(&["KEYS", "*"]), "{k}:fence");
+}
+
+#[tokio::test]
+async fn a_server_that_is_full_or_holds_something_else_in_place_of_a_line_still_releases() {
+    let server = Server::start();
+    let [here, there] = [patient(&server.url()).await, patient(&server.url()).await];
+    for key in ["{k}:queue", "{k}:alive"] {
+        let guard = here.lock("k").await.unwrap();
+        let waiter = tokio::spawn(there.lock("k").into_future());
+        wait_for_places(&server, "k", 1).await;
+        server.cli(&["DEL", "{k}:queue", "{k}:alive"]);
+        server.cli(&["SET", key, "something else"]);
+        guard.release().await.unwrap();
+        let refused = soon(waiter).await.unwrap().unwrap_err();
+        assert_eq!(refused.code(), Some("WRONGTYPE"), "{refused}");
+        server.cli(&["DEL", key]);
+        eventually("it is free", async || (server.cli(&["EXISTS", "k"]) == "0").then_some(())).await;
+    }
+    let guard = here.lock("k").await.unwrap();
+    let waiter = tokio::spawn(there.lock("k").into_future());
+    wait_for_places(&server, "k", 1).await;
+    server.cli(&["CONFIG", "SET", "maxmemory", "1"]);
+    guard.release().await.unwrap();
+    server.cli(&["CONFIG", "SET", "maxmemory", "0"]);
+    timeout(ms(5_000), waiter).await.unwrap().unwrap().unwrap().release().await.unwrap();
+}
