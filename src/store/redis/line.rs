@@ -102,3 +102,6 @@ pub(super) fn alive() -> Value {
 pub(super) fn lock_and_line(name: &Bytes) -> [Bytes; 3] {
     [name.clone(), names::line_of(name), names::alive_of(name)]
 }
+
+#[cfg(test)]
+mod tests;

@@ -53,12 +53,7 @@ if not turn or not is_ours(turn) then
     return left < 0 and -1 or -2 - left
 end
 
-if turn ~= place and held then
-    -- Of another waiter of this process, who has no place any more.
-    redis.call('ZADD', line_key, redis.call('ZSCORE', line_key, place) or 1, turn)
-    sign_of_life(line_key, turn, alive)
-end
-leave_line(line_key, place)
+take_turn(line_key, turn, place, alive)
 local fence = 0
 if fence_key then
     fence = known and known >= now and known + 1 or now

@@ -51,7 +51,9 @@ if ARGV[8] == '1' then
     fence = known and known >= now and known + 1 or now
     redis.call('SET', fence_key, string.format('%.0f', fence), 'PX', ARGV[4])
 end
-if head or ARGV[10] == '1' then
+if head then
+    take_turn(line_key, head, place, alive)
+elseif ARGV[10] == '1' then
     leave_line(line_key, place)
 end
 if grant ~= '' then

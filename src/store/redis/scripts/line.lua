@@ -78,6 +78,17 @@ local function enter_line(line_key, place, alive)
     sign_of_life(line_key, place, alive)
 end
 
+-- A waiter takes the turn of another of its process, which gets its place in the line, or the last one. It must not keep
+-- its own, in front: a process had the lock for as long as new waiters came there then, if that place is nobody's.
+local function take_turn(line_key, turn, place, alive)
+    if turn ~= place then
+        local score = redis.call('ZSCORE', line_key, place) or string.format('%.0f', now)
+        redis.call('ZADD', line_key, score, turn)
+        sign_of_life(line_key, turn, alive)
+    end
+    leave_line(line_key, place)
+end
+
 -- Frees the lock, which is free already or was ours: it goes to the head of the line, or, where nobody is in line, to
 -- whoever comes; then those who listen are told to look.
 local function pass_on(lock_key, line_key, publish, channel)
