@@ -132,6 +132,12 @@ impl Upkeep {
         if Self::check_runtime().is_err() {
             return self.releases.wait().await;
         }
+        if self.store.has_line() {
+            // Those who wait leave the line when they learn that it is over, which may be after the end of the program.
+            for (key, place) in self.queues.in_line() {
+                self.clone().leave_line(key, place);
+            }
+        }
         loop {
             select! {
                 biased;
@@ -148,6 +154,15 @@ impl Upkeep {
                 });
             }
         }
+    }
+
+    fn leave_line(self: Arc<Self>, key: Key, place: LinePlace) {
+        let work = Work::Leave(key, place);
+        let owed = self.debts.owe(work.clone());
+        tokio::spawn(async move {
+            self.perform(work).await;
+            drop(owed);
+        });
     }
 
     /// Does what is owed.

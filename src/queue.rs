@@ -208,6 +208,19 @@ impl Queues {
         LinePlace { number: self.last_place.fetch_add(1, Ordering::Relaxed) + 1, is_shared: false }
     }
 
+    /// All places that may be in the line.
+    pub(crate) fn in_line(&self) -> Vec<(Key, LinePlace)> {
+        let queues: Vec<_> = lock(&self.by_key).values().cloned().collect();
+        let mut places = Vec::new();
+        for queue in queues {
+            let state = lock(&queue.state);
+            let shared = state.shared.place.filter(|_| state.shared.in_line);
+            let own = state.own.waiters.values().map(|waiter| waiter.place);
+            places.extend(shared.into_iter().chain(own).map(|place| (queue.key.clone(), place)));
+        }
+        places
+    }
+
     /// Whom the lock is to be handed over to, if anybody here waits for it.
     pub(crate) fn next(&self, owned: &Owned) -> Option<HandOver> {
         let [key] = &*owned.keys else { return None };
