@@ -13,10 +13,12 @@
 //! 4. A lock that was handed over, or may have been, to a waiter which doesn't take it within [`TAKEN_WITHIN`] is taken
 //!    back. A waiter that learns otherwise that it has the lock [makes sure](Place::claim) that this is still so.
 //! 5. Locks are taken in this order: the map, a queue, a waiter. No other is taken under one of them, and nothing that
-//!    takes longer with more waiters is done under any, but by `look_after` and under the map alone.
+//!    takes longer with more waiters, or more keys, is done under any.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt;
+use std::iter;
+use std::ops::Bound;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -53,7 +55,7 @@ pub(crate) const HEARTBEAT: Duration = Duration::from_millis(500);
 /// The queues of one locker.
 #[derive(Default)]
 pub(crate) struct Queues {
-    by_key: Arc<Mutex<HashMap<Key, Arc<Queue>>>>,
+    by_key: Arc<Mutex<BTreeMap<Key, Arc<Queue>>>>,
     /// The last place in the line that was given to a waiter of this locker.
     last_place: AtomicU64,
 }
@@ -157,7 +159,7 @@ impl Handing {
 
 /// A place in the queue for a key.
 pub(crate) struct Place {
-    queues: Arc<Mutex<HashMap<Key, Arc<Queue>>>>,
+    queues: Arc<Mutex<BTreeMap<Key, Arc<Queue>>>>,
     queue: Arc<Queue>,
     waiter: Arc<Waiter>,
 }
@@ -247,15 +249,14 @@ impl Queues {
     /// Forgets what nobody waits for, puts those who are parked behind the others (invariant 3), and takes back what was
     /// handed over to one that doesn't take it (invariant 4): returns what that is. `None`: there is nobody to look after.
     pub(crate) fn look_after(&self, now: Instant) -> Option<Vec<ToTakeBack>> {
-        let queues: Vec<_> = {
-            let mut by_key = lock(&self.by_key);
-            let queues = by_key.values().cloned().collect();
-            by_key.retain(|_, queue| !lock(&queue.state).is_unused(now));
-            queues
-        };
         let (mut taken_back, mut firsts, mut has_work) = (Vec::new(), Vec::new(), false);
-        for queue in queues {
+        for queue in self.queues() {
             let mut state = lock(&queue.state);
+            if state.is_unused(now) {
+                drop(state);
+                remove(&self.by_key, &queue, now);
+                continue;
+            }
             has_work |= state.refused.is_some();
             for is_shared in [true, false] {
                 let lane = state.lane(is_shared);
@@ -292,6 +293,36 @@ impl Queues {
         firsts.iter().for_each(|first| first.changed.notify_one());
         has_work.then_some(taken_back)
     }
+}
+
+impl Queues {
+    /// All of them. The map is never held for longer than it takes to copy a few.
+    fn queues(&self) -> impl Iterator<Item = Arc<Queue>> + '_ {
+        const AT_A_TIME: usize = 128;
+        let (mut last, mut some) = (None::<Key>, Vec::new().into_iter());
+        iter::from_fn(move || {
+            if some.len() == 0 {
+                let after = last.take().map_or(Bound::Unbounded, Bound::Excluded);
+                let queues = lock(&self.by_key);
+                let next = queues.range((after, Bound::Unbounded)).take(AT_A_TIME);
+                some = next.map(|(_, queue)| queue.clone()).collect::<Vec<_>>().into_iter();
+            }
+            let queue: Arc<Queue> = some.next()?;
+            last = Some(queue.key.clone());
+            Some(queue)
+        })
+    }
+}
+
+/// Removes a queue that nobody stands in and that need not be remembered, unless somebody has come meanwhile.
+fn remove(by_key: &Mutex<BTreeMap<Key, Arc<Queue>>>, queue: &Arc<Queue>, now: Instant) {
+    let mut queues = lock(by_key);
+    let is_there = queues.get(&queue.key).is_some_and(|other| Arc::ptr_eq(other, queue));
+    let is_unused = is_there && lock(&queue.state).is_unused(now);
+    let removed = is_unused.then(|| queues.remove(&queue.key));
+    drop(queues);
+    // What listens locks the list of listeners when it is dropped: not under the mutex.
+    drop(removed);
 }
 
 impl State {
@@ -520,23 +551,12 @@ impl Place {
         // What listens locks the list of listeners when it is dropped, and what is owed that of debts: not under the mutex.
         drop((listening, handing));
         if is_empty {
-            self.remove_queue();
+            remove(&self.queues, &self.queue, Instant::now());
         }
         if let Some(next) = next {
             next.changed.notify_one();
         }
         left
-    }
-
-    /// Unless somebody has come meanwhile.
-    fn remove_queue(&self) {
-        let mut queues = lock(&self.queues);
-        let is_ours = queues.get(&self.queue.key).is_some_and(|queue| Arc::ptr_eq(queue, &self.queue));
-        let is_unused = is_ours && self.state().is_empty();
-        let removed = is_unused.then(|| queues.remove(&self.queue.key));
-        drop(queues);
-        // As above.
-        drop(removed);
     }
 }
 
