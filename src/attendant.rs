@@ -1,8 +1,8 @@
 //! Looks after those who wait for the same key in this process: one that is not polled any more must not keep the lock
 //! from the others (invariants 3 and 4 of `queue.rs`).
 //!
-//! A task of its own, as nobody else is sure to be polled. It runs while there is somebody to look after, on the runtime
-//! of one who waits; when that has ended or stands still, the next one who comes starts it again elsewhere.
+//! A task of its own, as nobody else is sure to be polled. It runs while there is somebody to look after, on the
+//! runtime of one who waits; when that has ended or stands still, the next one who comes starts it again elsewhere.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;

@@ -9,8 +9,8 @@
 --       id of the grant to end in the background, '' to end the lock, or '*' to end it with its record of grants; '1'
 --       where the place may be in the line; 'PUBLISH' or 'SPUBLISH', channel.
 -- Reply {the fencing token or 0, 1 where nobody is in the line}  done.  {-1}  the key was gone.
---       {-2}  it held something else.  {-3}  others rely on the lock, and nothing has been changed.  {-4}  it was given to
---       another, and the place is in the line.
+--       {-2}  it held something else.  {-3}  others rely on the lock, and nothing has been changed.
+--       {-4}  it was given to another, and the place is in the line.
 --
 -- Idempotent: a repeat finds the next token, or a reservation, says so, and touches nothing. As in acquire_one.lua,
 -- what may be wrong with the fence is looked at first; should it not take the number after all, nothing has been

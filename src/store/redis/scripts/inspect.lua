@@ -1,7 +1,8 @@
 -- Who holds a key.
 --
 -- KEYS  the lock key, its fence key.
--- Reply nil where nobody does, or the lock waits for the next one to confirm it; or {what the key holds, its ttl in ms or -1, what the fence key holds, or nil where that is no text}.
+-- Reply nil where nobody does, or the lock waits for the next one to confirm it; or {what the key holds, its ttl in ms
+--       or -1, what the fence key holds, or nil where that is no text}.
 --
 -- Idempotent: it only reads.
 

@@ -1,8 +1,8 @@
 -- The line for a lock: who waits for it in which process. Put before the scripts that need it.
 --
--- The line is a sorted set of places, `process:place`, by their arrival in us. Beside it lies a hash that says until when
--- each process counts as alive, in ms. Its key is made of that of the line. Scripts that write it declare it as well: on
--- a cluster, no node may create it while another has it.
+-- The line is a sorted set of places, `process:place`, by their arrival in us. Beside it lies a hash that says until
+-- when each process counts as alive, in ms. Its key is made of that of the line. Scripts that write it declare it as
+-- well: on a cluster, no node may create it while another has it.
 --
 -- While the lock is given to the head of the line, and its process hasn't confirmed that yet, the lock key holds a
 -- reservation: a newline and the place. No token is empty, so a reservation belongs to no token, and to every other
@@ -78,8 +78,8 @@ local function enter_line(line_key, place, alive)
     sign_of_life(line_key, place, alive)
 end
 
--- A waiter takes the turn of another of its process, which gets its place in the line, or the last one. It must not keep
--- its own, in front: a process had the lock for as long as new waiters came there then, if that place is nobody's.
+-- A waiter takes the turn of another of its process, which gets its place in the line, or the last one. That one must
+-- not keep its own, in front: if it is nobody's, the process would have the lock for as long as new waiters come there.
 local function take_turn(line_key, turn, place, alive)
     if turn ~= place then
         local score = redis.call('ZSCORE', line_key, place) or string.format('%.0f', now)
