@@ -47,12 +47,14 @@ impl Clocks {
         (self.own)()
     }
 
-    /// A number that a majority should grant, of whom these are the last ones known.
-    pub(super) fn propose(&self, last: impl Iterator<Item = u64>) -> u64 {
+    /// A number that a majority should grant, of whom these are the last ones known; ahead of their clocks by at least
+    /// this, where the calls take longer than most.
+    pub(super) fn propose(&self, last: impl Iterator<Item = u64>, lead: Duration) -> u64 {
+        let lead = u64::try_from(lead.as_micros()).unwrap_or(HIGHEST).max(LEAD);
         let now = self.now();
         let mut known = self.known();
         let clocks = known.ahead.iter().flatten().map(|&ahead| now.saturating_add_signed(ahead));
-        let mut number = reach(clocks, self.needed).unwrap_or(now).saturating_add(LEAD);
+        let mut number = reach(clocks, self.needed).unwrap_or(now).saturating_add(lead);
         // Unless somebody has written nonsense into some fence key, which is that key's trouble alone.
         if known.highest < number.saturating_add(TOGETHER) {
             number = number.max(known.highest.saturating_add(1));
@@ -114,16 +116,16 @@ mod tests {
     #[test]
     fn a_client_learns_the_clock_of_the_nodes() {
         let clocks = Clocks::new(|| 5 * HOUR, 3, 2);
-        assert_eq!(clocks.propose([].into_iter()), 5 * HOUR + LEAD);
+        assert_eq!(clocks.propose([].into_iter(), Duration::ZERO), 5 * HOUR + LEAD);
         for place in 0..3 {
             clocks.learn(place, 5 * HOUR, Seen { now: 7 * HOUR, last: 0 });
         }
-        assert_eq!(clocks.propose([].into_iter()), 7 * HOUR + LEAD);
-        assert_eq!(clocks.propose([].into_iter()), 7 * HOUR + LEAD + 1);
+        assert_eq!(clocks.propose([].into_iter(), Duration::ZERO), 7 * HOUR + LEAD);
+        assert_eq!(clocks.propose([].into_iter(), Duration::ZERO), 7 * HOUR + LEAD + 1);
         for place in 0..3 {
             clocks.learn(place, 5 * HOUR, Seen { now: 4 * HOUR, last: 9 * HOUR });
         }
-        assert_eq!(clocks.propose([].into_iter()), 4 * HOUR + LEAD);
-        assert_eq!(clocks.propose([9 * HOUR, 9 * HOUR + 5, 9 * HOUR].into_iter()), 9 * HOUR + 6);
+        assert_eq!(clocks.propose([].into_iter(), Duration::ZERO), 4 * HOUR + LEAD);
+        assert_eq!(clocks.propose([9 * HOUR, 9 * HOUR + 5, 9 * HOUR].into_iter(), Duration::ZERO), 9 * HOUR + 6);
     }
 }

@@ -85,11 +85,14 @@ impl Round {
 
     async fn ballots(&mut self) -> Result<Acquired, Error> {
         let mut votes: Vec<Option<Result<Reply, Error>>> = Vec::new();
+        // Calls that stand in line for a node come later than the clock that they were made for.
+        let mut took = Duration::ZERO;
         for ballot in 0..BALLOTS {
             let started = Instant::now();
             let asked = self.quorum.clocks.now();
             let last = votes.iter().flatten().flatten().map(|reply| reply.seen.last);
-            let number = self.wanted.fenced.then(|| self.quorum.clocks.propose(last));
+            let number =
+                self.wanted.fenced.then(|| self.quorum.clocks.propose(last, (took * 2).min(self.quorum.ahead() / 2)));
             self.ask(ballot, number);
             votes = self.members.iter().map(|_| None).collect();
             let mut wait_until = None;
@@ -121,6 +124,7 @@ impl Round {
                     wait_until = wait_until.or_else(|| Some(Instant::now() + grace(started.elapsed())));
                 }
             };
+            took = started.elapsed();
             match decision {
                 Decision::Granted { number } => return Ok(Acquired::Granted { fencing_token: number }),
                 Decision::Held { place, remaining } => return Ok(Acquired::Held { place, remaining }),
