@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::select;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use crate::debts::{Debt, Work};
 use crate::hold::{Grant, GrantId, Hold};
 use crate::keeper::Upkeep;
-use crate::queue::{HEARTBEAT, Place, TakenBack, Turn};
+use crate::queue::{HEARTBEAT, Left, Place, TakenBack, Turn};
 use crate::schedule::{Drift, Renewal};
 use crate::store::listen::Listening;
 use crate::store::{Acquired, InLine, LinePlace, Queueing, Wanted};
@@ -49,6 +49,8 @@ pub(crate) struct Attempt {
     in_line: Option<(Key, LinePlace, Instant)>,
     /// That place may be in the line no more: it has to be entered again.
     may_be_out_of_line: bool,
+    /// A request of unknown outcome may still enter that place in the line.
+    may_enter_late: bool,
 }
 
 /// What the server has decided.
@@ -74,6 +76,7 @@ impl Attempt {
             was_refused: false,
             in_line: None,
             may_be_out_of_line: false,
+            may_enter_late: false,
         }
     }
 
@@ -113,7 +116,11 @@ impl Attempt {
         if refused && !doubtful {
             self.unsettled = None;
         }
-        self.doubt |= answer.is_err() && !refused;
+        let is_unknown = answer.is_err() && !refused;
+        self.doubt |= is_unknown;
+        if is_unknown && matches!(in_line, InLine::At { .. }) {
+            self.doubt_line();
+        }
         Ok(match answer? {
             Acquired::Granted { fencing_token } => {
                 Outcome::Granted(Grant { sent, ttl: self.wanted.ttl, fencing_token, doubt: None })
@@ -127,6 +134,14 @@ impl Attempt {
                 Outcome::Held { key, remaining }
             }
         })
+    }
+
+    /// What was sent may enter its place in the line for as long as it can be run.
+    fn doubt_line(&mut self) {
+        match &self.place {
+            Some(place) if place.in_line().is_shared => place.doubt_line(),
+            _ => self.may_enter_late = true,
+        }
     }
 
     /// How it asks: with its place in the line, if it has one or shall have one from now on.
@@ -220,6 +235,7 @@ impl Attempt {
             Turn::AskAgain { settled: false, owed } => {
                 self.doubt = true;
                 self.unsettled = self.unsettled.take().or(owed);
+                self.doubt_line();
                 self.unsettle();
                 Woken::Ask
             }
@@ -321,6 +337,7 @@ impl Attempt {
         self.in_line = Some((key.clone(), place, Instant::now() + HEARTBEAT));
         self.may_be_out_of_line = false;
         if let Err(error) = self.upkeep.store.enter(&key, place, self.upkeep.command_timeout).await {
+            self.may_enter_late |= !error.has_not_run();
             debug!(name: "tenure.heartbeat_failed", %key, %error, "not in the line yet");
         }
     }
@@ -331,28 +348,39 @@ impl Attempt {
         if left.may_hold {
             self.unsettle();
         }
-        // The last of those who shared a place.
+        self.leave_shared(&left);
+    }
+
+    /// The last of those who shared a place leaves the line for all of them.
+    fn leave_shared(&self, left: &Left) {
         if let Some(place) = left.line.filter(|place| place.is_shared) {
-            self.leave(self.wanted.owned.key(), place);
+            self.leave(self.wanted.owned.key(), place, left.may_enter_late);
         }
     }
 
     /// Leaves nothing in the line, in the background. Where that fails, the others need a moment to skip it.
     fn leave_line(&mut self) {
+        let again = std::mem::take(&mut self.may_enter_late);
         if let Some((key, place, _)) = self.in_line.take() {
-            self.leave(key, place);
+            self.leave(key, place, again);
         }
     }
 
-    fn leave(&self, key: Key, place: LinePlace) {
+    /// `again`: once more when what was sent can't be run any more, as it may enter the place after this.
+    fn leave(&self, key: Key, place: LinePlace, again: bool) {
         if !self.upkeep.store.has_line() {
             return;
         }
         let work = Work::Leave(key, place);
         let (upkeep, owed) = (self.upkeep.clone(), self.upkeep.debts.owe(work.clone()));
         self.runtime.spawn(async move {
-            upkeep.perform(work).await;
+            upkeep.perform(work.clone()).await;
+            // Closing doesn't wait for the rest: with the process, its places end.
             drop(owed);
+            if again {
+                sleep(upkeep.patience()).await;
+                upkeep.perform(work).await;
+            }
         });
     }
 
@@ -423,8 +451,14 @@ impl Attempt {
         match self.place.take() {
             // It left the line when the lock was granted; with those who shared a place with it, if it was the last.
             Some(place) => {
-                self.in_line = None;
-                place.leave();
+                if !self.may_enter_late {
+                    self.in_line = None;
+                }
+                self.leave_line();
+                let left = place.leave();
+                if left.may_enter_late {
+                    self.leave_shared(&left);
+                }
             }
             // One for several keys did so only if it was its turn: it may have found them free.
             None => self.leave_line(),

@@ -91,6 +91,8 @@ struct Lane {
     place: Option<LinePlace>,
     /// They may be in the line with it.
     in_line: bool,
+    /// A request of unknown outcome may still enter it there.
+    may_enter_late: bool,
     /// When the first of them has to be polled again, at the latest.
     expected: Option<Instant>,
     /// When the server has to hear the next time that they are alive.
@@ -394,6 +396,11 @@ impl Place {
         self.with_lane(|lane| lane.in_line)
     }
 
+    /// A request of unknown outcome may enter its place, which it shares, in the line.
+    pub(crate) fn doubt_line(&self) {
+        self.with_lane(|lane| lane.may_enter_late = true);
+    }
+
     /// When the next sign of life is due, where it is in the line.
     pub(crate) fn next_heartbeat(&self) -> Option<Instant> {
         self.with_lane(|lane| lane.heartbeat.filter(|_| lane.in_line))
@@ -519,7 +526,7 @@ impl Place {
 
     /// Leaves the queue.
     pub(crate) fn leave(&self) -> Left {
-        let mut left = Left { may_hold: false, line: None };
+        let mut left = Left { may_hold: false, line: None, may_enter_late: false };
         let (next, listening, is_empty, handing) = {
             let mut state = self.state();
             let mut handing = lock(&self.waiter.handing);
@@ -538,7 +545,8 @@ impl Place {
                 left.line = Some(self.waiter.place);
             } else if lane.waiters.is_empty() {
                 // A hand-over that is on its way may put it into the line.
-                left.line = lane.place.take().filter(|_| lane.in_line || left.may_hold);
+                left.may_enter_late = std::mem::take(&mut lane.may_enter_late);
+                left.line = lane.place.take().filter(|_| lane.in_line || left.may_hold || left.may_enter_late);
                 lane.in_line = false;
             }
             let is_empty = lane.waiters.is_empty();
@@ -566,6 +574,8 @@ pub(crate) struct Left {
     pub(crate) may_hold: bool,
     /// It may be in the line with this place, which nobody has any more.
     pub(crate) line: Option<LinePlace>,
+    /// And a request that may still be run may enter it again.
+    pub(crate) may_enter_late: bool,
 }
 
 /// A lock was handed over, and taken back.
@@ -635,7 +645,8 @@ impl HandOver {
             }
             let place = self.waiter.place;
             let lane = state.lane(place.is_shared);
-            if lane.place == Some(place) {
+            // Where it wasn't said to be in the line, it may have entered it meanwhile.
+            if self.next.in_line && lane.place == Some(place) {
                 lane.in_line = false;
             }
         }

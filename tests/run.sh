@@ -80,7 +80,7 @@ on "$other" cargo test --package tenure --no-default-features --lib --tests -- \
     --skip two_hundred_tasks_in_four_processes_never_hold_one_lock_together \
     --skip nothing_breaks:: --skip each_safeguard_is_needed:: --skip each_bound_is_tight:: \
     --skip simulation::no_history --skip simulation::a_server_that_forgets --skip every_history --skip differential:: \
-    --skip a_hundred_thousand_waiters_come_and_go --skip ten_thousand_ --skip late:: --skip listening::
+    --skip a_hundred_thousand_waiters_come_and_go --skip ten_thousand_ --skip late:: --skip listening:: --skip larger::
 
 heading "tests, all features, on $installed"
 on "$installed" cargo test --package tenure --all-features

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tenure::Locker;
 use tenure_test_support::{Mode, Proxy, Server, eventually, soon};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, sleep_until};
+use tokio::time::{sleep, sleep_until, timeout};
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -146,6 +146,29 @@ async fn a_shorter_ttl_that_is_set_late_ends_no_guard_that_believes() {
         assert!(guard.remaining() > ms(25_000), "{:?}", guard.remaining());
         guard.release().await.unwrap();
         late.assert_nothing_left().await;
+    })
+    .await;
+}
+
+/// The process is in no line any more when the request comes that enters it.
+#[tokio::test]
+async fn a_wait_that_was_dropped_leaves_no_place_in_the_line_however_late() {
+    for_each_of(&[800, 1_300], |mut late| async move {
+        let other = Locker::connect(&late.server.url()).await.unwrap();
+        let guard = other.lock("k").await.unwrap();
+        // The server knows the script by then.
+        late.locker.lock("warm").fair(true).await.unwrap().release().await.unwrap();
+        late.next_is_late();
+        // Dropped: else, its requests would be refused after its limit.
+        timeout(ms(150), late.locker.lock("k").fair(true).into_future()).await.unwrap_err();
+        let places = async |count| (late.server.cli(&["ZCARD", "{k}:queue"]) == count).then_some(());
+        sleep_until(late.delivered - ms(50)).await;
+        places("0").await.unwrap();
+        eventually("the late request enters", async || places("1").await).await;
+        // Twice the time of a call. Nobody else would have looked at the line by then.
+        sleep_until(late.delivered + ms(5_000)).await;
+        places("0").await.unwrap();
+        guard.release().await.unwrap();
     })
     .await;
 }

@@ -1,0 +1,267 @@
+//! The line for a lock, in which those who wait stand in all processes, as a model in which everything that can
+//! happen does: an exhaustive check of the promises, and of the safeguards that keep them.
+//!
+//! | in the model                            | in the crate                                                      |
+//! | --------------------------------------- | ----------------------------------------------------------------- |
+//! | `State::run` and below (`server.rs`)    | `src/store/redis/scripts/`, a function each                       |
+//! | `Process`, `Handing`, `State::next`     | `src/queue.rs`: two lanes, hand-overs, turns in a row             |
+//! | `handed_over`, `leave_lane`             | there: `HandOver`, `Place::leave`                                 |
+//! | `Ask`, `Heartbeat`, `Learn`, `doubt`    | `src/attempt.rs`, `src/wait.rs`                                   |
+//! | `Park`                                  | `src/attendant.rs`: who isn't polled goes behind the others       |
+//! | `Silence`, `Expire`                     | signs of life, a reservation or a lock that end by time           |
+//!
+//! A script is one step. So are the sending of a request, the arrival of its answer, and each decision of a waiter.
+//! What a process sends that has to do with the line arrives in that order, unless its call times out: from then on
+//! it may arrive at any time, or never. With `in_order: false` nothing arrives in order.
+//!
+//! What goes wrong is counted (`World::mishaps`): a death, a lost or late message, a live process that is silent for
+//! too long, a reservation that isn't confirmed in time, a lock that expires while its holder lives, another library
+//! that takes the free lock, a release that finds no listener, a waiter that gives up or isn't polled. Behaviours
+//! with more of them than that are not looked at; those with fewer are, whatever their length.
+//!
+//! What is left out, and why nothing is missed by that:
+//! - Messages on the channel. All that they do is to make a waiter ask, and here it may ask at any time. In the calm
+//!   that ends a behaviour none is heard, so that all is found by signs of life and a rare look.
+//! - Clocks. What ends by time may end at any time; the order of a deadline and the end of its lock is that of
+//!   `tests/model.rs`. That a request isn't run after its stamp is that the calm may find nothing under way.
+//! - Metadata, fencing tokens, records of grants, several keys, tokens that are used twice.
+//! - Locks that are taken back (`TakenBack`): the same as to be taken, and released at once.
+//! - Who comes again does so by another place; one at a time is enough to tell them apart.
+//!
+//! The promises: never two that believe they hold; once nothing is under way, no place in the line, and no
+//! reservation, is nobody's; a free lock is given to the line by the next sign of life; a place in the line is served
+//! after no more grants than there were places before it, but for swaps within a process, and a process keeps the
+//! lock for its turns in a row alone; a place whose process gives signs of life stays in the line; from whatever
+//! state, if nothing more goes wrong, all who wait are served.
+//!
+//! Steps and numbers of states are printed with `--nocapture`. Larger sizes, some minutes: `cargo test --release
+//! --test line -- --ignored --nocapture`.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "these are tests")]
+
+#[path = "line/calm.rs"]
+mod calm;
+#[path = "line/client.rs"]
+mod client;
+#[path = "line/server.rs"]
+mod server;
+#[path = "line/state.rs"]
+mod state;
+#[path = "line/world.rs"]
+mod world;
+
+use std::time::Instant;
+
+use stateright::{Checker, Model};
+use world::Kind::{Own, Shared};
+use world::Mishap::{self, Barge, Die, Expire, GiveUp, Park, Silence, Timeout, Unconfirmed, Unheard};
+use world::{ALL, EXCLUSION, GRANTED, KEPT, NO_GHOST, ORDER, SERVED, Safeguards, World};
+
+const MISHAPS: &[Mishap] = &[Die, Timeout, GiveUp, Park, Silence, Unconfirmed, Expire, Barge, Unheard];
+
+/// Two processes with a waiter each.
+const TWO: World = World {
+    safeguards: ALL,
+    waiters: &[(0, Shared), (1, Shared)],
+    mishaps: 2,
+    can: MISHAPS,
+    in_order: true,
+    come_again: false,
+    promises: &[EXCLUSION, NO_GHOST, GRANTED, ORDER, KEPT, SERVED],
+};
+
+/// Two share a place, and one of another process waits.
+const PAIR: World = World { waiters: &[(0, Shared), (0, Shared), (1, Shared)], mishaps: 1, ..TWO };
+
+/// All have places of their own.
+const OWN: World = World { waiters: &[(0, Own), (0, Own), (1, Own)], mishaps: 1, ..TWO };
+
+/// One process has both kinds.
+const MIXED: World = World { waiters: &[(0, Own), (0, Shared), (1, Own)], mishaps: 1, ..TWO };
+
+/// Three processes.
+const THREE: World = World { waiters: &[(0, Shared), (1, Shared), (2, Own)], mishaps: 1, ..TWO };
+
+/// Every promise holds in every state that can be reached, and there are more of those than `floor`.
+fn holds(model: World, floor: usize) {
+    let started = Instant::now();
+    let checker = model.checker().threads(2).spawn_bfs().join();
+    let (states, depth) = (checker.unique_state_count(), checker.max_depth());
+    println!("{states} states, up to {depth} steps deep, in {:?}", started.elapsed());
+    checker.assert_properties();
+    assert!(states > floor, "only {states} states");
+}
+
+/// The promise falls. Prints the shortest way there.
+fn falls(promise: &'static [&'static str; 1], model: World) {
+    let [name] = *promise;
+    let path = World { promises: promise, ..model }.checker().spawn_bfs().join().assert_any_discovery(name);
+    let steps = path.into_actions();
+    println!("not \"{name}\", in {} steps:", steps.len());
+    steps.iter().for_each(|step| println!("  {step:?}"));
+}
+
+mod nothing_breaks {
+    use super::*;
+
+    #[test]
+    fn two_processes_and_two_mishaps() {
+        holds(TWO, 70_000);
+    }
+
+    #[test]
+    fn two_that_come_again() {
+        holds(World { mishaps: 0, come_again: true, ..TWO }, 25_000);
+    }
+
+    #[test]
+    fn two_that_share_a_place() {
+        holds(World { can: &[Die, Expire], ..PAIR }, 100_000);
+    }
+
+    #[test]
+    fn places_of_their_own() {
+        holds(World { can: &[Park, Unconfirmed], ..OWN }, 20_000);
+    }
+
+    /// That all are served then is among the larger searches.
+    #[test]
+    fn places_of_their_own_whose_requests_are_late() {
+        holds(World { can: &[Timeout], promises: &[EXCLUSION, NO_GHOST, ORDER, KEPT], ..OWN }, 200_000);
+    }
+
+    #[test]
+    fn places_of_both_kinds() {
+        holds(World { can: &[GiveUp], ..MIXED }, 25_000);
+    }
+
+    #[test]
+    fn three_processes() {
+        holds(World { can: &[Die, Unheard], ..THREE }, 35_000);
+    }
+
+    #[test]
+    fn requests_in_any_order() {
+        holds(World { in_order: false, ..TWO }, 50_000);
+    }
+}
+
+mod each_safeguard_is_needed {
+    use super::*;
+
+    #[test]
+    fn without_compare_and_delete_a_late_release_frees_anothers_lock() {
+        falls(&[EXCLUSION], World { safeguards: Safeguards { compare_and_delete: false, ..ALL }, ..TWO });
+    }
+
+    #[test]
+    fn a_sign_of_life_that_enters_brings_back_a_place_that_was_granted() {
+        falls(&[NO_GHOST], World { safeguards: Safeguards { heartbeat_enters_nobody: false, ..ALL }, ..PAIR });
+    }
+
+    #[test]
+    fn a_sign_of_life_that_looks_at_no_lock_leaves_it_free() {
+        falls(&[GRANTED], World { safeguards: Safeguards { heartbeat_passes_on: false, ..ALL }, ..TWO });
+    }
+
+    #[test]
+    fn who_leaves_and_passes_nothing_on_leaves_a_reservation() {
+        falls(&[NO_GHOST], World { safeguards: Safeguards { leave_passes_on: false, ..ALL }, ..TWO });
+    }
+
+    #[test]
+    fn a_release_that_looks_at_no_line_lets_anyone_in_between() {
+        let safeguards = Safeguards { release_looks_at_line: false, ..ALL };
+        falls(&[ORDER], World { safeguards, mishaps: 0, ..THREE });
+    }
+
+    #[test]
+    fn a_reservation_that_lasts_is_kept_by_the_dead() {
+        falls(&[SERVED], World { safeguards: Safeguards { reservation_expires: false, ..ALL }, ..TWO });
+    }
+
+    /// Those behind the first of their lane give none, and a line that moves fast reaches them.
+    #[test]
+    fn signs_of_life_of_each_wait_prune_the_living() {
+        falls(&[KEPT], World { safeguards: Safeguards { sign_of_process: false, ..ALL }, ..OWN });
+    }
+
+    #[test]
+    fn who_takes_a_free_lock_without_a_look_at_the_line_overtakes() {
+        falls(&[ORDER], World { safeguards: Safeguards { free_is_for_the_head: false, ..ALL }, ..TWO });
+    }
+
+    #[test]
+    fn who_takes_the_turn_of_another_and_gives_it_no_place_behind_has_a_turn_too_many() {
+        falls(&[ORDER], World { safeguards: Safeguards { places_are_swapped: false, ..ALL }, ..OWN });
+    }
+
+    #[test]
+    fn a_lane_that_forgets_too_soon_that_it_is_in_the_line_leaves_a_place_there() {
+        let safeguards = Safeguards { in_line_until_out: false, ..ALL };
+        falls(&[NO_GHOST], World { safeguards, ..PAIR });
+    }
+
+    #[test]
+    fn a_late_request_enters_a_place_that_was_left() {
+        falls(&[NO_GHOST], World { safeguards: Safeguards { doubt_leaves_again: false, ..ALL }, ..TWO });
+    }
+
+    #[test]
+    fn a_hand_over_enters_a_waiter_that_has_left() {
+        let safeguards = Safeguards { gone_leaves_again: false, ..ALL };
+        falls(&[NO_GHOST], World { safeguards, in_order: false, ..OWN });
+    }
+
+    #[test]
+    fn a_process_without_an_end_of_its_turns_keeps_the_lock() {
+        let safeguards = Safeguards { turns_end: false, ..ALL };
+        falls(&[ORDER], World { safeguards, mishaps: 0, come_again: true, ..PAIR });
+    }
+}
+
+mod larger {
+    use super::*;
+
+    #[test]
+    #[ignore = "takes minutes"]
+    fn two_processes_and_three_mishaps() {
+        holds(World { mishaps: 3, ..TWO }, 0);
+    }
+
+    #[test]
+    #[ignore = "takes minutes"]
+    fn two_that_share_a_place() {
+        holds(PAIR, 0);
+    }
+
+    #[test]
+    #[ignore = "takes minutes"]
+    fn places_of_their_own() {
+        holds(OWN, 0);
+    }
+
+    #[test]
+    #[ignore = "takes minutes"]
+    fn places_of_both_kinds() {
+        holds(MIXED, 0);
+    }
+
+    #[test]
+    #[ignore = "takes minutes"]
+    fn three_processes() {
+        holds(THREE, 0);
+    }
+
+    #[test]
+    #[ignore = "takes minutes"]
+    fn places_of_their_own_that_come_again() {
+        holds(World { mishaps: 0, come_again: true, ..OWN }, 0);
+    }
+
+    #[test]
+    #[ignore = "takes minutes"]
+    fn requests_in_any_order() {
+        holds(World { in_order: false, ..OWN }, 0);
+    }
+}

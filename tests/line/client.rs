@@ -1,0 +1,365 @@
+//! What the processes do: their queues, what they send, and what they make of the answers.
+
+use crate::state::{Call, Handing, Lock, PLACES, Phase, Process, Request, SHARED, Sent, State, Waiter};
+use crate::world::{Answer, World};
+
+/// `IN_A_ROW` in `src/queue.rs`.
+const IN_A_ROW: u8 = 2;
+
+impl State {
+    pub(crate) fn at(&self, waiter: u8) -> &Waiter {
+        &self.waiters[usize::from(waiter)]
+    }
+
+    pub(crate) fn at_mut(&mut self, waiter: u8) -> &mut Waiter {
+        &mut self.waiters[usize::from(waiter)]
+    }
+
+    pub(crate) fn lane(&mut self, world: &World, waiter: u8) -> &mut Vec<u8> {
+        let process = &mut self.processes[world.process(waiter)];
+        if world.is_own(waiter) { &mut process.own } else { &mut process.shared }
+    }
+
+    pub(crate) fn is_first(&self, world: &World, waiter: u8) -> bool {
+        let process = &self.processes[world.process(waiter)];
+        let lane = if world.is_own(waiter) { &process.own } else { &process.shared };
+        lane.first() == Some(&waiter)
+    }
+
+    pub(crate) fn is_idle(&self, waiter: u8) -> bool {
+        let known = self.at(waiter);
+        known.phase == Phase::Waiting && known.call == Call::None && !matches!(known.handing, Handing::Done { .. })
+    }
+
+    pub(crate) fn send(&mut self, world: &World, waiter: u8, request: Request) {
+        self.at_mut(waiter).call = Call::Sent(request);
+        let is_of_line = !matches!(request, Request::Release { .. } | Request::Acquire { place: None, .. });
+        if is_of_line && world.in_order {
+            self.processes[world.process(waiter)].sent.push(Sent::Call(waiter));
+        }
+    }
+
+    /// The background has it sent that nobody has this place any more.
+    pub(crate) fn send_leave(&mut self, world: &World, place: u8) {
+        match world.in_order {
+            true => self.processes[world.process_of(place)].sent.push(Sent::Leave(place)),
+            false => self.send_late(Request::Leave { place }),
+        }
+    }
+
+    /// It is not under way any more.
+    pub(crate) fn unsend(&mut self, world: &World, waiter: u8) {
+        self.processes[world.process(waiter)].sent.retain(|sent| *sent != Sent::Call(waiter));
+    }
+
+    /// Whether nothing that has to be run before it is under way.
+    pub(crate) fn can_run(&self, world: &World, waiter: u8) -> bool {
+        let sent = &self.processes[world.process(waiter)].sent;
+        sent.first() == Some(&Sent::Call(waiter)) || !sent.contains(&Sent::Call(waiter))
+    }
+
+    pub(crate) fn send_late(&mut self, request: Request) {
+        if let Err(at) = self.late.binary_search(&request) {
+            self.late.insert(at, request);
+        }
+    }
+
+    /// Nothing is left of a waiter that has come before.
+    pub(crate) fn is_forgotten(&self, waiter: u8) -> bool {
+        let about = |request: &Request| match *request {
+            Request::Acquire { waiter: other, .. } | Request::Release { waiter: other, .. } => other == waiter,
+            Request::HandOver { from, to, .. } => from == waiter || to == waiter,
+            Request::Enter { place } | Request::Heartbeat { place } | Request::Leave { place } => place == waiter,
+        };
+        let is_under_way = self.waiters.iter().any(|other| match &other.call {
+            Call::None => false,
+            Call::Sent(request) | Call::Answered(request, _) => about(request),
+        });
+        let is_reserved = matches!(self.lock, Lock::Reserved(entry) if entry.place == waiter);
+        let is_held = self.lock == Lock::Held(waiter);
+        let is_left = self.processes.iter().any(|process| process.sent.contains(&Sent::Leave(waiter)));
+        !is_under_way
+            && !is_reserved
+            && !is_held
+            && !self.is_in_line(waiter)
+            && !self.late.iter().any(about)
+            && !is_left
+    }
+
+    pub(crate) fn is_quiet(&self) -> bool {
+        let calls = self.waiters.iter().any(|waiter| waiter.call != Call::None);
+        !calls && self.late.is_empty() && self.processes.iter().all(|process| process.sent.is_empty())
+    }
+
+    /// `Place::leave` in `src/queue.rs`.
+    pub(crate) fn leave_lane(&mut self, world: &World, waiter: u8, has_lock: bool) {
+        self.lane(world, waiter).retain(|other| *other != waiter);
+        let process = world.process(waiter);
+        if world.is_own(waiter) {
+            if !has_lock || self.at(waiter).doubt {
+                self.send_leave(world, waiter);
+            }
+            return;
+        }
+        let place = self.processes[process].shared_place(process);
+        let known = &mut self.processes[process];
+        if known.shared.is_empty() {
+            let may_be_in_line = std::mem::take(&mut known.in_line);
+            known.doubt = false;
+            known.places = (known.places + 1) % PLACES;
+            if may_be_in_line {
+                self.send_leave(world, place);
+            }
+        }
+    }
+
+    /// `Queues::next`: whom the lock is handed over to.
+    pub(crate) fn next(&mut self, world: &World, from: u8) -> Option<Request> {
+        let process = world.process(from);
+        let waits = |lane: &[u8]| {
+            let first = *lane.first()?;
+            let can = matches!(self.at(first).handing, Handing::No | Handing::Failed { settled: true });
+            can.then_some(first)
+        };
+        let known = &self.processes[process];
+        let has_turn = known.in_a_row < IN_A_ROW || !world.safeguards.turns_end;
+        let (to, may_keep) = match (waits(&known.shared), waits(&known.own)) {
+            (Some(waiter), _) if has_turn => (waiter, true),
+            (_, Some(waiter)) | (Some(waiter), None) => (waiter, false),
+            (None, None) => return None,
+        };
+        let in_line = known.in_line || world.is_own(to);
+        let place = world.place(self, to);
+        let known = &mut self.processes[process];
+        known.in_a_row = (known.in_a_row + 1).min(IN_A_ROW);
+        self.at_mut(to).handing = Handing::Asked;
+        Some(Request::HandOver { from, to, place, may_keep, in_line })
+    }
+
+    /// A waiter has got the lock, and knows.
+    pub(crate) fn begin(&mut self, world: &World, waiter: u8) {
+        let known = self.at_mut(waiter);
+        (known.phase, known.handing) = (Phase::Holding, Handing::No);
+        self.leave_lane(world, waiter, true);
+    }
+
+    pub(crate) fn learn(&mut self, world: &World, waiter: u8, request: Request, answer: Answer) {
+        let process = world.process(waiter);
+        self.at_mut(waiter).call = Call::None;
+        match (request, answer) {
+            (Request::Acquire { .. }, Answer::Granted { late: false }) => {
+                // `Place::pass_on`.
+                let known = &mut self.processes[process];
+                known.in_a_row = 1;
+                known.in_line &= world.is_own(waiter) || known.doubt;
+                self.begin(world, waiter);
+            }
+            (Request::Acquire { .. }, Answer::Granted { late: true }) => self.ask(world, waiter, true),
+            (Request::Acquire { .. }, _) => self.at_mut(waiter).was_refused = true,
+            (Request::HandOver { to, in_line, .. }, answer) => {
+                self.at_mut(waiter).phase = Phase::Over;
+                self.handed_over(world, to, in_line, answer);
+            }
+            (Request::Release { .. }, _) => self.at_mut(waiter).phase = Phase::Over,
+            // It may have been run after a hand-over that came meanwhile.
+            (Request::Enter { .. }, _) => {
+                let known = self.at_mut(waiter);
+                known.doubt |= known.handing != Handing::No && world.safeguards.doubt_leaves_again;
+            }
+            (Request::Heartbeat { .. } | Request::Leave { .. }, _) => {}
+        }
+    }
+
+    /// `HandOver` in `src/queue.rs`.
+    pub(crate) fn handed_over(&mut self, world: &World, to: u8, told: bool, answer: Answer) {
+        let process = world.process(to);
+        let is_own = world.is_own(to);
+        let waits = self.at(to).phase == Phase::Waiting;
+        match answer {
+            Answer::HandedOver { alone, late } => {
+                let known = &mut self.processes[process];
+                if alone {
+                    known.in_a_row = 1;
+                }
+                if told || !world.safeguards.in_line_until_out {
+                    known.in_line &= is_own || known.doubt;
+                }
+                if waits {
+                    self.at_mut(to).handing = Handing::Done { late };
+                }
+            }
+            Answer::PassedBy => {
+                let others = self.processes[process].shared.first().copied();
+                let known = &mut self.processes[process];
+                known.in_a_row = 0;
+                let others = others.filter(|_| is_own && !known.in_line);
+                known.in_line |= !is_own;
+                if waits {
+                    self.at_mut(to).handing = Handing::No;
+                } else if is_own && world.safeguards.gone_leaves_again {
+                    self.send_leave(world, to);
+                }
+                if let Some(first) = others.filter(|first| self.at(*first).handing == Handing::No) {
+                    self.at_mut(first).handing = Handing::Failed { settled: true };
+                }
+            }
+            _ if waits => self.at_mut(to).handing = Handing::Failed { settled: true },
+            _ => {}
+        }
+    }
+
+    /// With this request a place may enter the line, whenever it is run.
+    pub(crate) fn doubt_line(&mut self, world: &World, request: Request) {
+        let place = match request {
+            Request::Acquire { place: Some(place), .. } | Request::Enter { place } => place,
+            Request::HandOver { place, .. } => place,
+            _ => return,
+        };
+        if !world.safeguards.doubt_leaves_again || !self.is_had(world, place) {
+            return;
+        }
+        if place < SHARED {
+            self.at_mut(place).doubt = true;
+        } else {
+            let known = &mut self.processes[world.process_of(place)];
+            (known.doubt, known.in_line) = (true, true);
+        }
+    }
+
+    /// Once it can't be run any more, the process leaves what it has left, unless somebody waits there.
+    pub(crate) fn leave_again(&mut self, world: &World, request: Request) {
+        let place = match request {
+            Request::Acquire { place: Some(place), .. } | Request::Enter { place } => place,
+            Request::HandOver { place, .. } => place,
+            _ => return,
+        };
+        let is_up = self.processes[world.process_of(place)].up;
+        if is_up && world.safeguards.doubt_leaves_again && !self.is_had(world, place) {
+            self.send_leave(world, place);
+        }
+    }
+
+    /// The outcome of a call is unknown, and the request may still arrive if it hasn't.
+    pub(crate) fn time_out(&mut self, world: &World, waiter: u8) {
+        self.unsend(world, waiter);
+        let call = std::mem::take(&mut self.at_mut(waiter).call);
+        let request = match call {
+            Call::None => return,
+            Call::Sent(request) => {
+                self.send_late(request);
+                request
+            }
+            Call::Answered(request, _) => request,
+        };
+        self.doubt_line(world, request);
+        if let Request::HandOver { to, .. } = request {
+            if self.at(to).phase == Phase::Waiting {
+                self.at_mut(to).handing = Handing::Failed { settled: false };
+            }
+        }
+        if matches!(request, Request::HandOver { .. } | Request::Release { .. }) {
+            self.send(world, waiter, Request::Release { waiter, heard: true });
+        }
+    }
+
+    pub(crate) fn expire(&mut self) {
+        if let Lock::Held(holder) = self.lock {
+            // Its deadline was before that (`src/hold.rs`), and so was that of each grant under way.
+            let known = self.at_mut(holder);
+            if known.phase == Phase::Holding {
+                known.phase = Phase::Over;
+            }
+            if let Handing::Done { late } = &mut known.handing {
+                *late = true;
+            }
+            if let Call::Answered(Request::Acquire { .. }, Answer::Granted { late }) = &mut known.call {
+                *late = true;
+            }
+            for other in &mut self.waiters {
+                if let Call::Answered(Request::HandOver { to, .. }, Answer::HandedOver { late, .. }) = &mut other.call {
+                    *late |= *to == holder;
+                }
+            }
+        }
+        self.lock = Lock::Free;
+    }
+
+    pub(crate) fn take(&mut self, world: &World, waiter: u8) {
+        if self.at(waiter).handing == (Handing::Done { late: true }) {
+            self.at_mut(waiter).handing = Handing::No;
+            self.ask(world, waiter, true);
+        } else {
+            self.begin(world, waiter);
+        }
+    }
+
+    pub(crate) fn ask(&mut self, world: &World, waiter: u8, in_line: bool) {
+        let place = in_line.then(|| world.place(self, waiter));
+        if in_line && !world.is_own(waiter) {
+            self.processes[world.process(waiter)].in_line = true;
+        }
+        let known = self.at_mut(waiter);
+        if matches!(known.handing, Handing::Failed { .. }) {
+            known.handing = Handing::No;
+        }
+        self.send(world, waiter, Request::Acquire { waiter, place });
+    }
+
+    pub(crate) fn come(&mut self, world: &World, waiter: u8) {
+        *self.at_mut(waiter) = Waiter { phase: Phase::Waiting, ..Waiter::default() };
+        let lane = self.lane(world, waiter);
+        lane.push(waiter);
+        let is_first = lane.len() == 1;
+        if world.is_own(waiter) && !is_first {
+            self.send(world, waiter, Request::Enter { place: waiter });
+        }
+    }
+
+    pub(crate) fn run_call(&mut self, world: &World, waiter: u8) {
+        if let Call::Sent(request) = self.at(waiter).call {
+            self.unsend(world, waiter);
+            let before = self.lock;
+            let answer = self.run(world, request);
+            self.at_mut(waiter).call = Call::Answered(request, answer);
+            self.note_turn(world, before, request, answer);
+        }
+    }
+
+    /// Counts the turns that a process keeps the lock from others for.
+    pub(crate) fn note_turn(&mut self, world: &World, before: Lock, request: Request, answer: Answer) {
+        let Request::HandOver { from, may_keep, .. } = request else {
+            if self.lock != before {
+                self.kept = 0;
+            }
+            return;
+        };
+        let others_wait = self.line.iter().any(|entry| world.process_of(entry.place) != world.process(from));
+        let is_kept = may_keep && others_wait && matches!(answer, Answer::HandedOver { .. });
+        self.kept = if is_kept { self.kept + 1 } else { 0 };
+        // The first turn is the one that the line gave it. Who doesn't know of a hand-over may take it for such a one.
+        self.broken.order |= self.kept >= IN_A_ROW + self.mishaps;
+    }
+}
+
+impl Process {
+    pub(crate) fn firsts(&self) -> impl Iterator<Item = u8> + use<> {
+        [self.shared.first().copied(), self.own.first().copied()].into_iter().flatten()
+    }
+}
+
+impl State {
+    pub(crate) fn die(&mut self, world: &World, process: usize) {
+        let known = &mut self.processes[process];
+        *known = Process { places: known.places, ..Process::default() };
+        for waiter in world.names().filter(|waiter| world.process(*waiter) == process) {
+            if let Call::Sent(request) = std::mem::take(&mut self.at_mut(waiter).call) {
+                self.send_late(request);
+            }
+            let known = self.at_mut(waiter);
+            known.handing = Handing::No;
+            if known.phase != Phase::Away {
+                known.phase = Phase::Over;
+            }
+        }
+    }
+}
