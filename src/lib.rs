@@ -71,9 +71,10 @@
 //! `tenure.too_late`, `tenure.undone`, `tenure.undo_failed`, `tenure.no_news` where releases can't be heard of,
 //! `tenure.heartbeat_failed`, `tenure.leave_failed` and `tenure.without_line` of the line for a lock,
 //! `tenure.taken_back` and `tenure.taken_over` where a future or a runtime is not driven, `tenure.wait_failed` where
-//! replicas can't be asked for, `tenure.callback_panicked`, `tenure.callback_delayed`; of connections, `tenure.reconnect`,
-//! `tenure.revive` and `tenure.mixed_up`; and of a quorum, `tenure.ballot`, `tenure.node_away`, `tenure.same_node`. No
-//! token is ever shown.
+//! replicas can't be asked for, `tenure.callback_panicked`, `tenure.callback_delayed`; of connections,
+//! `tenure.reconnect`, `tenure.revive`, `tenure.mixed_up` and, in a cluster, `tenure.node_failed`; and of a quorum,
+//! `tenure.ballot`, `tenure.healed`, `tenure.node_away`, `tenure.same_node`, `tenure.node_is_replica`,
+//! `tenure.node_was_promoted` and `tenure.node_may_forget`. No token is ever shown.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

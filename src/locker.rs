@@ -228,9 +228,10 @@ impl Locker {
     /// 100 ms in a row, whichever is over first, before it goes to the end of the line ([`fair`](LockRequest::fair)
     /// requests have one turn each); and when a lock ends by its ttl, or another library has released it, the next one
     /// who asks may get it. A process that dies in the line, or doesn't poll its request, costs the others 1.5 s when it
-    /// would be its turn, once; up to 3 s where it had several places in it. Another library sees an ordinary key all the while, also in the moment between the
-    /// release and the next holder's confirmation. On a quorum there is no line: whoever comes at the right time gets
-    /// the lock. Requests for [several keys](Locker::lock_all) stand in line for one of them at a time.
+    /// would be its turn, once; up to 3 s where it had several places in it. Another library sees an ordinary key all
+    /// the while, also in the moment between the release and the next holder's confirmation. On a quorum there is no
+    /// line: whoever comes at the right time gets the lock. Requests for [several keys](Locker::lock_all) stand in line
+    /// for one of them at a time.
     ///
     /// While it waits it goes on through whatever may pass: lost connections, failovers, servers that are loading. See
     /// [`LockRequest`] for options, errors and cancel safety.
