@@ -75,6 +75,10 @@ impl<'a> Tally<'a> {
     }
 }
 
+/// For how long the last nodes are waited for, at least, where more would be known by their answers. No lock depends on
+/// it: whoever asks would rather know.
+const PATIENCE: Duration = Duration::from_millis(50);
+
 /// For how long nodes keep a lock, by their answers: a majority does until as many of them as it takes have let go.
 pub(super) struct Kept {
     needed: usize,
@@ -94,7 +98,7 @@ impl Kept {
         let place = self.remaining.partition_point(|other| *other >= remaining);
         self.remaining.insert(place, remaining);
         if self.until.is_none() && self.remaining.len() >= self.needed {
-            self.until = Some(Instant::now() + grace(self.started.elapsed()));
+            self.until = Some(Instant::now() + grace(self.started.elapsed()).max(PATIENCE));
         }
     }
 
