@@ -43,6 +43,8 @@ pub(super) struct Scripts {
     mark: AtomicU32,
 }
 
+const STAMP: &str = include_str!("scripts/stamp.lua");
+const OURS_ONE: &str = include_str!("scripts/ours_one.lua");
 const OWNER: &str = include_str!("scripts/owner.lua");
 const HELD: &str = include_str!("scripts/held.lua");
 const FENCE: &str = include_str!("scripts/fence.lua");
@@ -61,10 +63,11 @@ impl Scripts {
             heartbeat: Script::new(&[LINE, include_str!("scripts/heartbeat.lua")]),
             leave: Script::new(&[LINE, include_str!("scripts/leave.lua")]),
             renew: Script::new(&[OWNER, EXTEND, include_str!("scripts/renew.lua")]),
-            renew_one: Script::for_one_key(&[include_str!("scripts/renew_one.lua")]),
+            renew_one: Script::for_one_key(&[OURS_ONE, include_str!("scripts/renew_one.lua")]),
             renew_grant: Script::new(&[OWNER, HELD, GRANTS, EXTEND, UPTIME, include_str!("scripts/renew_grant.lua")]),
             release: Script::new(&[OWNER, LINE, include_str!("scripts/release.lua")]),
             release_one: Script::for_one_key(&[
+                OURS_ONE,
                 include_str!("scripts/release_one.lua"),
                 LINE,
                 include_str!("scripts/pass_on_one.lua"),
@@ -96,7 +99,7 @@ impl fmt::Debug for Scripts {
 }
 
 /// What a request carries beside the arguments of its script: until when it may run, and what tells its reply from
-/// those to others, in one number (`prologue.lua`).
+/// those to others, in one number (`stamp.lua`).
 #[derive(Clone, Copy)]
 pub(super) struct Stamp(u64);
 
@@ -115,13 +118,13 @@ impl Stamp {
 impl Script {
     /// A script from its parts, with what all of them begin and end with.
     fn new(parts: &[&str]) -> Self {
-        let source = [&[include_str!("scripts/prologue.lua")], parts, &[include_str!("scripts/epilogue.lua")]];
+        let source = [&[STAMP, include_str!("scripts/prologue.lua")], parts, &[include_str!("scripts/epilogue.lua")]];
         Self::whole(source.concat().concat())
     }
 
     /// A script of those that run most, for one key.
     fn for_one_key(parts: &[&str]) -> Self {
-        Self::whole([include_str!("scripts/prologue_one.lua"), &parts.concat()].concat())
+        Self::whole([STAMP, &parts.concat()].concat())
     }
 
     fn whole(source: String) -> Self {

@@ -21,7 +21,7 @@
 //! 7. The connection is closed [`LINGER`] after nobody listens any more, or up to [`ASK_EVERY`] later, whatever
 //!    messages come. One that is left on a runtime that stands still is closed when that runtime runs again, or ends.
 
-mod line;
+mod session;
 #[cfg(test)]
 mod tests;
 
@@ -207,7 +207,7 @@ impl Task {
         while !end.if_unused() {
             let task = &end.task;
             let mut was_open = false;
-            let Err(error) = line::serve(task, &mut was_open).await else { continue };
+            let Err(error) = session::serve(task, &mut was_open).await else { continue };
             failures = if was_open { 0 } else { failures + 1 };
             // The first failure of a connection that has worked is mended at once.
             if warned || failures == 0 {

@@ -1,31 +1,6 @@
--- What every script begins with when it is loaded; epilogue.lua is what it ends with. Both run around the script's own
--- lines.
---
--- ARGV  the script's own, then a stamp of the request: the time by this server's clock before which it may run, in
--- units of 1/2048 ms, so fine that it tells requests apart. The mark is its last 32 bits.
--- Reply {mark, server time in ms, what the script returns}          it ran.
---       {mark, server time in ms, nil, why}                         it failed, or was refused before it began.
---
--- 1. The mark proves that a reply belongs to its request. A client library that hands replies to the wrong caller is
---    found out.
--- 2. A request that arrives after its time changes nothing (LATE), however late it is: a connection that broke
---    may deliver it long after its sender has stopped waiting and cleaned up.
--- 3. A failure is data: servers before Redis 7 wrap an error that ends a script, so that its code can't be read.
---
--- `now`, the server time in us, is for the script to use. TIME stands still while a script runs.
+-- What all scripts but those for one key go on with after stamp.lua; epilogue.lua is what they end with. Both run around
+-- the script's own lines, whose arguments are without the stamp, and which may raise errors.
 
-local stamp = ARGV[#ARGV] + 0
 ARGV[#ARGV] = nil
--- All of it exact, as the stamp is below 2^53.
-local mark = stamp % 2 ^ 32
-local time = redis.pcall('TIME')
-if time.err then
-    return {mark, 0, false, time.err}
-end
-local now = time[1] * 1000000 + time[2]
--- Numbers in a reply lose what is behind their point.
-if now >= stamp / 2048 * 1000 then
-    return {mark, now / 1000, false, 'LATE the request arrived after its time; the server did not run it'}
-end
 
 local function script()
