@@ -48,17 +48,17 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "these are tests")]
 
+#[path = "model/check.rs"]
+mod check;
 #[path = "model/protocol.rs"]
 mod protocol;
 #[path = "model/state.rs"]
 mod state;
 
-use std::time::Instant;
-
+use check::holds;
 use protocol::{
     AFTER_RELEASE, AFTER_SILENCE, ALL, EXCLUSION, HEALED, NOTHING_LEFT, OBTAINABLE, ORDER, Protocol, Safeguards,
 };
-use stateright::{Checker, Model};
 
 /// Requests for the lock alone.
 const UNFENCED: Protocol = Protocol {
@@ -112,23 +112,10 @@ const ADOPTING: Protocol = Protocol {
     ..FENCED
 };
 
-/// Every promise holds in every state that can be reached, and there are more of those than `floor`.
-fn holds(model: Protocol, floor: usize) {
-    let started = Instant::now();
-    let checker = model.checker().threads(2).spawn_bfs().join();
-    let (states, depth) = (checker.unique_state_count(), checker.max_depth());
-    println!("{states} states, up to {depth} steps deep, in {:?}", started.elapsed());
-    checker.assert_properties();
-    assert!(states > floor, "only {states} states");
-}
-
-/// The promise falls. Prints the shortest way there.
+/// The promise falls.
 fn falls(promise: &'static [&'static str; 1], model: Protocol) {
     let [name] = *promise;
-    let path = Protocol { promises: promise, ..model }.checker().spawn_bfs().join().assert_any_discovery(name);
-    let steps = path.into_actions();
-    println!("not \"{name}\", in {} steps:", steps.len());
-    steps.iter().for_each(|step| println!("  {step:?}"));
+    check::falls(name, Protocol { promises: promise, ..model });
 }
 
 mod nothing_breaks {

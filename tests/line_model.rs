@@ -35,24 +35,24 @@
 //! state, if nothing more goes wrong, all who wait are served.
 //!
 //! Steps and numbers of states are printed with `--nocapture`. Larger sizes, some minutes: `cargo test --release
-//! --test line -- --ignored --nocapture`.
+//! --test line_model -- --ignored --nocapture`.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "these are tests")]
 
-#[path = "line/calm.rs"]
+#[path = "line_model/calm.rs"]
 mod calm;
-#[path = "line/client.rs"]
+#[path = "model/check.rs"]
+mod check;
+#[path = "line_model/client.rs"]
 mod client;
-#[path = "line/server.rs"]
+#[path = "line_model/server.rs"]
 mod server;
-#[path = "line/state.rs"]
+#[path = "line_model/state.rs"]
 mod state;
-#[path = "line/world.rs"]
+#[path = "line_model/world.rs"]
 mod world;
 
-use std::time::Instant;
-
-use stateright::{Checker, Model};
+use check::holds;
 use world::Kind::{Own, Shared};
 use world::Mishap::{self, Barge, Die, Expire, GiveUp, Park, Silence, Timeout, Unconfirmed, Unheard};
 use world::{ALL, EXCLUSION, GRANTED, KEPT, NO_GHOST, ORDER, SERVED, Safeguards, World};
@@ -82,23 +82,10 @@ const MIXED: World = World { waiters: &[(0, Own), (0, Shared), (1, Own)], mishap
 /// Three processes.
 const THREE: World = World { waiters: &[(0, Shared), (1, Shared), (2, Own)], mishaps: 1, ..TWO };
 
-/// Every promise holds in every state that can be reached, and there are more of those than `floor`.
-fn holds(model: World, floor: usize) {
-    let started = Instant::now();
-    let checker = model.checker().threads(2).spawn_bfs().join();
-    let (states, depth) = (checker.unique_state_count(), checker.max_depth());
-    println!("{states} states, up to {depth} steps deep, in {:?}", started.elapsed());
-    checker.assert_properties();
-    assert!(states > floor, "only {states} states");
-}
-
-/// The promise falls. Prints the shortest way there.
+/// The promise falls.
 fn falls(promise: &'static [&'static str; 1], model: World) {
     let [name] = *promise;
-    let path = World { promises: promise, ..model }.checker().spawn_bfs().join().assert_any_discovery(name);
-    let steps = path.into_actions();
-    println!("not \"{name}\", in {} steps:", steps.len());
-    steps.iter().for_each(|step| println!("  {step:?}"));
+    check::falls(name, World { promises: promise, ..model });
 }
 
 mod nothing_breaks {
