@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::select;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
@@ -46,7 +46,7 @@ pub(crate) struct Attempt {
     was_refused: bool,
     /// Where it may stand in the line of all processes with a place of its own: for this of its keys, with this place,
     /// and the next sign of life is due then.
-    in_line: Option<(Key, LinePlace, Instant)>,
+    own_line_place: Option<(Key, LinePlace, Instant)>,
     /// That place may be in the line no more: it has to be entered again.
     may_be_out_of_line: bool,
     /// A request of unknown outcome may still enter that place in the line.
@@ -74,7 +74,7 @@ impl Attempt {
             made: false,
             place: None,
             was_refused: false,
-            in_line: None,
+            own_line_place: None,
             may_be_out_of_line: false,
             may_enter_late: false,
         }
@@ -139,7 +139,7 @@ impl Attempt {
     /// What was sent may enter its place in the line for as long as it can be run.
     fn doubt_line(&mut self) {
         match &self.place {
-            Some(place) if place.in_line().is_shared => place.doubt_line(),
+            Some(place) if place.line_place().is_shared => place.doubt_line(),
             _ => self.may_enter_late = true,
         }
     }
@@ -155,14 +155,14 @@ impl Attempt {
             (Some(place), Some(_)) if queueing == Queueing::Shared && !place.is_first() => InLine::No,
             (Some(place), Some(key)) if queueing == Queueing::Own || self.was_refused || place.may_be_in_line() => {
                 place.enters_line();
-                let place = place.in_line();
+                let place = place.line_place();
                 if !place.is_shared {
-                    self.in_line = Some((key, place, Instant::now() + HEARTBEAT));
+                    self.own_line_place = Some((key, place, Instant::now() + HEARTBEAT));
                 }
                 InLine::At { key: 0, place }
             }
             (None, Some(_)) if queueing == Queueing::Behind => InLine::Behind,
-            (None, None) => match &self.in_line {
+            (None, None) => match &self.own_line_place {
                 Some((key, place, _)) => {
                     let at = self.wanted.owned.keys.iter().position(|other| other == key);
                     InLine::At { key: at.unwrap_or_default(), place: *place }
@@ -263,17 +263,17 @@ impl Attempt {
     pub(crate) fn next_heartbeat(&self) -> Option<Instant> {
         match &self.place {
             Some(place) => place.next_heartbeat(),
-            None => self.in_line.as_ref().map(|(_, _, at)| *at),
+            None => self.own_line_place.as_ref().map(|(_, _, at)| *at),
         }
     }
 
     /// Gives a sign of life of this process. Returns whether there is more to wait for: else it has to ask.
     pub(crate) async fn heartbeat(&mut self) -> bool {
         let sent = Instant::now();
-        let (key, place) = match (&self.place, &mut self.in_line) {
+        let (key, place) = match (&self.place, &mut self.own_line_place) {
             (Some(place), _) => {
                 place.enters_line();
-                (self.wanted.owned.key(), place.in_line())
+                (self.wanted.owned.key(), place.line_place())
             }
             (None, Some((key, place, at))) => {
                 *at = sent + HEARTBEAT;
@@ -308,7 +308,7 @@ impl Attempt {
         let (Queueing::Own, Some(key), Some(place)) = (self.wanted.queueing, self.only_key(), &self.place) else {
             return;
         };
-        let place = place.in_line();
+        let place = place.line_place();
         if self.upkeep.store.has_line() {
             self.enter_line(key, place).await;
         }
@@ -317,24 +317,23 @@ impl Attempt {
     /// Takes a place in the line for one of several keys, the one that is held by another, and leaves that for the one
     /// before. Does nothing for a request of one key.
     pub(crate) async fn stand_in_line_for(&mut self, key: &Key) {
-        let waits = matches!(self.wanted.queueing, Queueing::Shared | Queueing::Own);
-        if self.only_key().is_some() || !waits || !self.upkeep.store.has_line() {
+        if self.only_key().is_some() || !self.wanted.queueing.waits() || !self.upkeep.store.has_line() {
             return;
         }
-        let before = self.in_line.as_ref().filter(|(other, ..)| other == key).map(|(_, place, _)| *place);
+        let before = self.own_line_place.as_ref().filter(|(other, ..)| other == key).map(|(_, place, _)| *place);
         let place = match before {
             Some(_) if !self.may_be_out_of_line => return,
             Some(place) => place,
             None => {
                 self.leave_line();
-                self.upkeep.queues.line_place()
+                self.upkeep.queues.new_line_place()
             }
         };
         self.enter_line(key.clone(), place).await;
     }
 
     async fn enter_line(&mut self, key: Key, place: LinePlace) {
-        self.in_line = Some((key.clone(), place, Instant::now() + HEARTBEAT));
+        self.own_line_place = Some((key.clone(), place, Instant::now() + HEARTBEAT));
         self.may_be_out_of_line = false;
         if let Err(error) = self.upkeep.store.enter(&key, place, self.upkeep.command_timeout).await {
             self.may_enter_late |= !error.has_not_run();
@@ -361,27 +360,15 @@ impl Attempt {
     /// Leaves nothing in the line, in the background. Where that fails, the others need a moment to skip it.
     fn leave_line(&mut self) {
         let again = std::mem::take(&mut self.may_enter_late);
-        if let Some((key, place, _)) = self.in_line.take() {
+        if let Some((key, place, _)) = self.own_line_place.take() {
             self.leave(key, place, again);
         }
     }
 
-    /// `again`: once more when what was sent can't be run any more, as it may enter the place after this.
     fn leave(&self, key: Key, place: LinePlace, again: bool) {
-        if !self.upkeep.store.has_line() {
-            return;
+        if self.upkeep.store.has_line() {
+            self.upkeep.leave_line(key, place, again, &self.runtime);
         }
-        let work = Work::Leave(key, place);
-        let (upkeep, owed) = (self.upkeep.clone(), self.upkeep.debts.owe(work.clone()));
-        self.runtime.spawn(async move {
-            upkeep.perform(work.clone()).await;
-            // Closing doesn't wait for the rest: with the process, its places end.
-            drop(owed);
-            if again {
-                sleep(upkeep.patience()).await;
-                upkeep.perform(work).await;
-            }
-        });
     }
 
     pub(crate) fn only_key(&self) -> Option<Key> {
@@ -452,7 +439,7 @@ impl Attempt {
             // It left the line when the lock was granted; with those who shared a place with it, if it was the last.
             Some(place) => {
                 if !self.may_enter_late {
-                    self.in_line = None;
+                    self.own_line_place = None;
                 }
                 self.leave_line();
                 let left = place.leave();

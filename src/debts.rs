@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use slab::Slab;
+use tokio::runtime::Handle;
 use tokio::select;
 use tokio::time::{Instant, sleep};
 use tokio_util::task::TaskTracker;
@@ -134,8 +135,8 @@ impl Upkeep {
         }
         if self.store.has_line() {
             // Those who wait leave the line when they learn that it is over, which may be after the end of the program.
-            for (key, place) in self.queues.in_line() {
-                self.clone().leave_line(key, place);
+            for (key, place) in self.queues.line_places() {
+                self.leave_line(key, place, false, &Handle::current());
             }
         }
         loop {
@@ -156,12 +157,19 @@ impl Upkeep {
         }
     }
 
-    fn leave_line(self: Arc<Self>, key: Key, place: LinePlace) {
+    /// Leaves the line in the background. `again`: once more when what was sent can't be run any more, as it may enter
+    /// the place after this.
+    pub(crate) fn leave_line(self: &Arc<Self>, key: Key, place: LinePlace, again: bool, runtime: &Handle) {
         let work = Work::Leave(key, place);
-        let owed = self.debts.owe(work.clone());
-        tokio::spawn(async move {
-            self.perform(work).await;
+        let (upkeep, owed) = (self.clone(), self.debts.owe(work.clone()));
+        runtime.spawn(async move {
+            upkeep.perform(work.clone()).await;
+            // Closing doesn't wait for the rest: with the process, its places end.
             drop(owed);
+            if again {
+                sleep(upkeep.patience()).await;
+                upkeep.perform(work).await;
+            }
         });
     }
 

@@ -179,7 +179,7 @@ impl Upkeep {
         let (sent, wanted) = (Instant::now(), hand_over.wanted().clone());
         // Should it fail, or be dropped, the next one is told that nobody knows.
         let next = *hand_over.next();
-        hand_over.owe(self.debts.owe(Work::Undo(wanted.clone())));
+        hand_over.send(self.debts.owe(Work::Undo(wanted.clone())), sent + timeout);
         let call = self.store.hand_over(owned, ending, &wanted, &next, timeout);
         match timeout_at(sent + timeout, call).await.unwrap_or_else(|_| Err(Error::timeout()))? {
             HandedOver::Done { fencing_token, alone } => {

@@ -11,7 +11,8 @@
 //! 3. The first of a lane is polled at the instant that it has [announced](Place::expect), or is *parked*: its future is
 //!    kept somewhere and not polled. It goes to the end of its lane then, if others wait ([`Queues::look_after`]).
 //! 4. A lock that was handed over, or may have been, to a waiter which doesn't take it within [`TAKEN_WITHIN`] is taken
-//!    back. A waiter that learns otherwise that it has the lock [makes sure](Place::claim) that this is still so.
+//!    back. A waiter that learns otherwise that it has the lock [makes sure](Place::claim) that this is still so. A
+//!    release that is not polled while it hands the lock over is one whose outcome nobody knows.
 //! 5. Locks are taken in this order: the map, a queue, a waiter. No other is taken under one of them, and nothing that
 //!    takes longer with more waiters, or more keys, is done under any.
 
@@ -127,9 +128,10 @@ struct Waiter {
 enum Handing {
     #[default]
     No,
-    /// The server is being asked.
+    /// The server is being asked, by a release that ends by then if it is polled.
     Asked {
         owed: Option<Debt>,
+        until: Option<Instant>,
     },
     Done {
         grant: Grant,
@@ -208,15 +210,14 @@ impl Queues {
     }
 
     /// A place in the line for a request that stands in no queue.
-    pub(crate) fn line_place(&self) -> LinePlace {
+    pub(crate) fn new_line_place(&self) -> LinePlace {
         LinePlace { number: self.last_place.fetch_add(1, Ordering::Relaxed) + 1, is_shared: false }
     }
 
     /// All places that may be in the line.
-    pub(crate) fn in_line(&self) -> Vec<(Key, LinePlace)> {
-        let queues: Vec<_> = lock(&self.by_key).values().cloned().collect();
+    pub(crate) fn line_places(&self) -> Vec<(Key, LinePlace)> {
         let mut places = Vec::new();
-        for queue in queues {
+        for queue in self.queues() {
             let state = lock(&queue.state);
             let shared = state.shared.place.filter(|_| state.shared.in_line);
             let own = state.own.waiters.values().map(|waiter| waiter.place);
@@ -241,7 +242,7 @@ impl Queues {
             (None, None) => return None,
         };
         state.in_a_row += 1;
-        *lock(&waiter.handing) = Handing::Asked { owed: None };
+        *lock(&waiter.handing) = Handing::Asked { owed: None, until: None };
         let lane = state.lane(waiter.place.is_shared);
         let next = Next { place: waiter.place, in_line: lane.in_line || !waiter.place.is_shared, may_keep };
         drop(state);
@@ -275,6 +276,10 @@ impl Queues {
                         taken_back.push(ToTakeBack { wanted, owed, is_known });
                         *handing = Handing::TakenBack;
                         lane.waiters.remove(&first.number());
+                    }
+                    Handing::Asked { owed, until: Some(until) } if now.saturating_duration_since(*until) >= LATE => {
+                        let owed = owed.take();
+                        *handing = Handing::Unknown { at: now, owed };
                     }
                     Handing::No | Handing::Refused if lane.waiters.len() > 1 => {
                         if lane.expected.is_none_or(|expected| now.saturating_duration_since(expected) < LATE) {
@@ -379,7 +384,7 @@ impl Place {
     }
 
     /// Its place in the line of all processes.
-    pub(crate) fn in_line(&self) -> LinePlace {
+    pub(crate) fn line_place(&self) -> LinePlace {
         self.waiter.place
     }
 
@@ -441,8 +446,8 @@ impl Place {
         let mut handing = lock(&self.waiter.handing);
         match std::mem::take(&mut *handing) {
             Handing::No | Handing::Left => None,
-            Handing::Asked { owed } => {
-                *handing = Handing::Asked { owed };
+            asked @ Handing::Asked { .. } => {
+                *handing = asked;
                 None
             }
             Handing::Done { grant, owed, .. } => Some(Turn::Granted(grant, owed)),
@@ -465,7 +470,7 @@ impl Place {
                 *handing = Handing::TakenBack;
                 Err(TakenBack)
             }
-            Handing::Asked { owed } | Handing::Done { owed, .. } | Handing::Unknown { owed, .. } => Ok(owed),
+            Handing::Asked { owed, .. } | Handing::Done { owed, .. } | Handing::Unknown { owed, .. } => Ok(owed),
             Handing::No | Handing::Refused | Handing::Left => Ok(None),
         }
     }
@@ -599,7 +604,7 @@ impl Waiter {
     fn settle(&self, settled: impl FnOnce(Option<Debt>) -> Handing) -> Option<Between> {
         let mut handing = lock(&self.handing);
         match &mut *handing {
-            Handing::Asked { owed } => {
+            Handing::Asked { owed, .. } => {
                 let owed = owed.take();
                 *handing = settled(owed);
                 None
@@ -627,10 +632,11 @@ impl HandOver {
         &self.next
     }
 
-    /// While nobody has taken the lock, this is owed.
-    pub(crate) fn owe(&self, debt: Debt) {
-        if let Handing::Asked { owed } = &mut *lock(&self.waiter.handing) {
-            *owed = Some(debt);
+    /// The server is about to be asked, and answers by then. While nobody has taken the lock, this is owed.
+    pub(crate) fn send(&self, owed: Debt, until: Instant) {
+        let mut handing = lock(&self.waiter.handing);
+        if let Handing::Asked { .. } = *handing {
+            *handing = Handing::Asked { owed: Some(owed), until: Some(until) };
         }
     }
 

@@ -309,8 +309,7 @@ impl LockRequest {
         // so what is held by a token that can come back has one of its own, wanted or not.
         let fenced = self.fenced || !own_token;
         let (metadata, latest) = (self.metadata.into(), Arc::default());
-        let is_patient = matches!(self.patience, Patience::Wait);
-        let wanted = Wanted { owned, metadata, ttl, fenced, queueing, is_patient, latest };
+        let wanted = Wanted { owned, metadata, ttl, fenced, queueing, latest };
         let mut attempt = Attempt::new(wanted, locker.upkeep().clone(), runtime);
         let mut waiting = Waiting::new(locker.settings().poll_every, limit, closed);
         let mut between = match self.patience {

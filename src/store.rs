@@ -117,8 +117,6 @@ pub(crate) struct Wanted {
     pub(crate) fenced: bool,
     /// How to stand in line with those of other processes.
     pub(crate) queueing: Queueing,
-    /// It waits: where nobody can tell whether another has the lock, it asks again, and wants no error.
-    pub(crate) is_patient: bool,
     /// Until when what was sent of it may be run. Shared by all copies.
     pub(crate) latest: Arc<Latest>,
 }
@@ -241,6 +239,13 @@ pub(crate) enum Queueing {
     Shared,
     /// It has a place of its own.
     Own,
+}
+
+impl Queueing {
+    /// Whether it waits: where nobody can tell whether another has the lock, it asks again, and wants no error.
+    pub(crate) fn waits(self) -> bool {
+        matches!(self, Self::Shared | Self::Own)
+    }
 }
 
 /// A place in the line of all processes for a key.

@@ -3,15 +3,17 @@
 use std::time::Duration;
 
 use tokio::time::{advance, timeout};
+use tokio_util::task::TaskTracker;
 
 use super::*;
 use crate::Token;
+use crate::debts::{Debts, Work};
 
 fn wanted(queueing: Queueing) -> Arc<Wanted> {
     let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true, grant: None };
     let ttl = Duration::from_secs(1);
     let (metadata, latest) = (Box::default(), Arc::default());
-    Arc::new(Wanted { owned, metadata, ttl, fenced: false, queueing, is_patient: true, latest })
+    Arc::new(Wanted { owned, metadata, ttl, fenced: false, queueing, latest })
 }
 
 fn grant() -> Grant {
@@ -116,14 +118,14 @@ fn those_who_share_a_place_keep_it_until_the_last_has_left_and_others_have_their
     let queues = Queues::default();
     let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
     let [c, d] = [0; 2].map(|_| enter(&queues, Queueing::Own));
-    let shared = a.in_line();
-    assert!(shared == b.in_line() && c.in_line() != d.in_line() && c.in_line() != shared);
+    let shared = a.line_place();
+    assert!(shared == b.line_place() && c.line_place() != d.line_place() && c.line_place() != shared);
     assert!(a.is_first() && c.is_first() && !b.is_first() && !d.is_first());
     a.enters_line();
     assert_eq!(a.leave().line, None);
     assert_eq!(b.leave().line, Some(shared));
     let next = enter(&queues, Queueing::Shared);
-    assert!(next.in_line() != shared, "what is late about the one before is not about this one");
+    assert!(next.line_place() != shared, "what is late about the one before is not about this one");
     assert_eq!(next.leave().line, None, "it was never in the line");
     assert!(c.leave().line.is_some());
 }
@@ -139,7 +141,7 @@ fn one_that_was_passed_by_is_in_the_line_and_the_others_have_to_ask() {
         assert!(matches!(shared.handed(), Some(Turn::Granted(..))));
     }
     let hand_over = queues.next(&from).unwrap();
-    assert_eq!(hand_over.next().place, own.in_line());
+    assert_eq!(hand_over.next().place, own.line_place());
     hand_over.passed_by();
     assert!(own.next_heartbeat().is_some() && own.handed().is_none());
     assert!(matches!(shared.handed(), Some(Turn::AskAgain { settled: true, .. })));
@@ -163,6 +165,24 @@ async fn one_that_is_not_polled_goes_behind_those_who_wait_with_it() {
     other.expect(Instant::now() + HEARTBEAT);
     assert_eq!(queues.look_after(Instant::now()).unwrap().len(), 0);
     assert!(other.is_first());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_release_that_is_not_polled_while_it_hands_over_keeps_nobody_waiting() {
+    let queues = Queues::default();
+    let place = enter(&queues, Queueing::Shared);
+    let debts = Debts::new(TaskTracker::new());
+    let parked = queues.next(&wanted(Queueing::None).owned).unwrap();
+    parked.send(debts.owe(Work::Undo(place.waiter.wanted.clone())), Instant::now());
+    advance(LATE - Duration::from_millis(1)).await;
+    assert_eq!(queues.look_after(Instant::now()).unwrap().len(), 0);
+    assert!(place.handed().is_none());
+    advance(Duration::from_millis(1)).await;
+    assert_eq!(queues.look_after(Instant::now()).unwrap().len(), 0);
+    assert!(matches!(place.handed(), Some(Turn::AskAgain { settled: false, owed: Some(_) })));
+    // It has asked by itself meanwhile: what the release learns in the end changes nothing.
+    assert!(parked.granted(grant(), false));
+    assert!(place.handed().is_none());
 }
 
 #[tokio::test(start_paused = true)]

@@ -109,7 +109,6 @@ impl Healing {
             ttl: self.ttl,
             fenced: false,
             queueing: Queueing::None,
-            is_patient: false,
             latest: latest.clone(),
         };
         let (window, ahead) = (self.quorum.window, self.quorum.ahead());

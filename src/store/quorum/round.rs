@@ -120,7 +120,7 @@ impl Round {
                 }
                 // Who waits asks again anyway: sooner than one slow node answers, which may be the last to be asked.
                 let answered = votes.iter().filter(|vote| matches!(vote, Some(Ok(_)))).count();
-                if self.wanted.is_patient && answered >= self.quorum.needed {
+                if self.wanted.queueing.waits() && answered >= self.quorum.needed {
                     wait_until = wait_until.or_else(|| Some(Instant::now() + grace(started.elapsed())));
                 }
             };
@@ -130,7 +130,7 @@ impl Round {
                 Decision::Held { place, remaining } => return Ok(Acquired::Held { place, remaining }),
                 Decision::Split { place, remaining } => {
                     self.split = Some(started.elapsed());
-                    if self.wanted.is_patient {
+                    if self.wanted.queueing.waits() {
                         return Ok(Acquired::Held { place, remaining });
                     }
                     // Unknown is no refusal.

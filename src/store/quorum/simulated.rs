@@ -668,7 +668,6 @@ async fn a_node_that_another_holds_is_not_healed() {
         ttl: ms(10_000),
         fenced: false,
         queueing: Queueing::None,
-        is_patient: false,
         latest: Arc::default(),
     };
     let ballot = Ballot { number: None, exactly: false, window: Duration::ZERO, ahead: ms(60_000) };

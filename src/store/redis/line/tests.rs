@@ -16,7 +16,7 @@ async fn store(server: &Server) -> RedisStore {
 fn wanted() -> Wanted {
     let owned = Owned { keys: [Key::from("k")].into(), token: Token::random(), own_token: true, grant: None };
     let (metadata, ttl, latest) = (Box::default(), PATIENCE, Arc::default());
-    Wanted { owned, metadata, ttl, fenced: false, queueing: Queueing::Own, is_patient: true, latest }
+    Wanted { owned, metadata, ttl, fenced: false, queueing: Queueing::Own, latest }
 }
 
 fn own(number: u64) -> LinePlace {
