@@ -4,7 +4,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use crate::server::{free_port, is_free};
-use crate::{Server, Version};
+use crate::{PATIENCE, Server, Version};
 
 /// A cluster of three primaries without replicas.
 #[derive(Debug)]
@@ -18,7 +18,7 @@ impl Cluster {
     ///
     /// # Panics
     ///
-    /// When they don't agree within 20 seconds.
+    /// When they don't agree within 60 seconds.
     pub fn start() -> Self {
         let (nodes, buses): (Vec<Server>, Vec<String>) = (0..3).map(|_| start_node()).unzip();
         for (node, (first, last)) in nodes.iter().zip([(0_u16, 5460_u16), (5461, 10922), (10923, 16383)]) {
@@ -33,7 +33,7 @@ impl Cluster {
             assert_eq!(node.cli(&["CLUSTER", "MEET", "127.0.0.1", &next.port().to_string(), bus]), "OK");
         }
         let cluster = Self { nodes };
-        let patience = Instant::now() + Duration::from_secs(20);
+        let patience = Instant::now() + PATIENCE;
         while !cluster.is_formed() {
             assert!(Instant::now() < patience, "the nodes never became a cluster");
             sleep(Duration::from_millis(50));
@@ -51,14 +51,14 @@ impl Cluster {
     ///
     /// # Panics
     ///
-    /// When that takes more than 20 seconds.
+    /// When that takes more than 60 seconds.
     pub fn start_replica(&self, place: usize) -> Server {
         let primary = self.nodes.get(place).expect("a node");
         primary.cli(&["CONFIG", "SET", "repl-diskless-sync-delay", "0"]);
         let (replica, bus) = start_node();
         assert_eq!(primary.cli(&["CLUSTER", "MEET", "127.0.0.1", &replica.port().to_string(), &bus]), "OK");
         let id = primary.cli(&["CLUSTER", "MYID"]);
-        let patience = Instant::now() + Duration::from_secs(20);
+        let patience = Instant::now() + PATIENCE;
         let wait_until = |holds: &dyn Fn() -> bool| {
             while !holds() {
                 assert!(Instant::now() < patience, "the replica never caught up");
@@ -82,11 +82,13 @@ impl Cluster {
         [5460, 10922, 16383].iter().position(|last| slot <= *last).expect("a node for every slot")
     }
 
-    /// Goes on with the slots that are left when a node is gone, and notices that within a second.
+    /// Goes on with the slots that are left when a node is gone, and notices that within two seconds. Less would take
+    /// nodes of a busy machine for gone.
     pub fn tolerate_loss(&self, replica: &Server) {
         for node in self.nodes.iter().chain([replica]) {
             node.cli(&["CONFIG", "SET", "cluster-require-full-coverage", "no"]);
-            node.cli(&["CONFIG", "SET", "cluster-node-timeout", "1000"]);
+            node.cli(&["CONFIG", "SET", "cluster-node-timeout", "2000"]);
+            node.cli(&["CONFIG", "SET", "cluster-replica-validity-factor", "0"]);
         }
     }
 

@@ -25,12 +25,29 @@ pub use self::sentinel::{Sentinel, Sentinels};
 pub use self::server::Server;
 pub use self::version::Version;
 
-/// Waits until `look` finds something, looking every few milliseconds. Generous: only a test that fails waits so long.
+/// How long is waited for servers to start, to find each other and to elect one. They have their own time for that.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until `look` finds something, looking every few milliseconds. Generous, but no ttl is awaited: only a test that
+/// fails waits so long.
 ///
 /// # Panics
 ///
 /// When nothing was found within 20 seconds.
-pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMut() -> F) -> T {
+pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, look: impl FnMut() -> F) -> T {
+    look_until(Duration::from_secs(20), what, look).await
+}
+
+/// Waits until `look` finds what servers agree on among themselves.
+///
+/// # Panics
+///
+/// When nothing was found within 60 seconds.
+pub async fn elected<T, F: Future<Output = Option<T>>>(what: &str, look: impl FnMut() -> F) -> T {
+    look_until(PATIENCE, what, look).await
+}
+
+async fn look_until<T, F: Future<Output = Option<T>>>(limit: Duration, what: &str, mut look: impl FnMut() -> F) -> T {
     let found = async {
         loop {
             if let Some(found) = look().await {
@@ -39,7 +56,7 @@ pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut look: 
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(20), found).await.unwrap_or_else(|_| panic!("never: {what}"))
+    tokio::time::timeout(limit, found).await.unwrap_or_else(|_| panic!("never: {what}"))
 }
 
 /// Waits for a future that must be done within this limit, as its runtime sees it: where the machine is so busy that

@@ -3,7 +3,7 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::Server;
+use crate::{PATIENCE, Server};
 
 /// One primary, its replica, and one Sentinel, which alone decides.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ impl Sentinel {
     ///
     /// # Panics
     ///
-    /// When that takes more than 20 seconds.
+    /// When that takes more than 60 seconds.
     pub fn start() -> Self {
         let primary = Server::start();
         let replica = primary.start_replica();
@@ -58,7 +58,7 @@ impl Sentinels {
     ///
     /// # Panics
     ///
-    /// When that takes more than 20 seconds.
+    /// When that takes more than 60 seconds.
     pub fn start() -> Self {
         let primary = Server::start();
         let replicas = vec![primary.start_replica(), primary.start_replica()];
@@ -90,11 +90,12 @@ impl Sentinels {
     }
 }
 
+/// A primary is gone when it has been silent for two seconds: less would take one of a busy machine for gone.
 fn start_sentinel(dir: &tempfile::TempDir, primary: &Server, number: usize, quorum: usize) -> Server {
     let file = dir.path().join(format!("sentinel-{number}.conf"));
     let settings = format!(
         "sentinel monitor locks 127.0.0.1 {} {quorum}\n\
-         sentinel down-after-milliseconds locks 500\n\
+         sentinel down-after-milliseconds locks 2000\n\
          sentinel failover-timeout locks 3000\n",
         primary.port()
     );
@@ -103,7 +104,7 @@ fn start_sentinel(dir: &tempfile::TempDir, primary: &Server, number: usize, quor
 }
 
 fn until(never: &str, holds: impl Fn() -> bool) {
-    let patience = Instant::now() + Duration::from_secs(20);
+    let patience = Instant::now() + PATIENCE;
     while !holds() {
         assert!(Instant::now() < patience, "{never}");
         sleep(Duration::from_millis(50));

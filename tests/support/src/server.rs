@@ -11,8 +11,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use crate::Certificate;
 use crate::version::{Version, binary};
+use crate::{Certificate, PATIENCE};
 
 /// A server of the test's own, on a free port of the loopback interface. Killed when dropped.
 #[derive(Debug)]
@@ -90,14 +90,14 @@ impl Server {
     ///
     /// # Panics
     ///
-    /// When that takes more than 20 seconds.
+    /// When that takes more than 60 seconds.
     pub fn start_replica(&self) -> Self {
         // At once, and not in five seconds together with others that may come.
         self.cli(&["CONFIG", "SET", "repl-diskless-sync-delay", "0"]);
         let port = self.port.to_string();
-        let replica = Self::start_with(&["--replicaof", "127.0.0.1", &port]);
+        let replica = Self::start_with(&["--replicaof", "127.0.0.1", &port, "--repl-diskless-sync-delay", "0"]);
         // It is called online up to a second before it is sent anything. So: until it has what was written after that.
-        let patience = Instant::now() + Duration::from_secs(20);
+        let patience = Instant::now() + PATIENCE;
         let wait_until = |caught_up: &dyn Fn() -> bool| {
             while !caught_up() {
                 assert!(Instant::now() < patience, "the replica never caught up: {}", replica.log());
@@ -189,7 +189,7 @@ impl Server {
 
     /// Waits until the server answers, or has ended.
     fn answers(&mut self) -> bool {
-        let patience = Instant::now() + Duration::from_secs(20);
+        let patience = Instant::now() + PATIENCE;
         while Instant::now() < patience {
             if ping(self.port) {
                 // Ours, and not another that has the port: that one would have kept ours from starting.
