@@ -41,7 +41,8 @@ async fn ten_thousand_requests_dropped_at_random_points_leave_no_key_and_no_task
         (server.cli(&["EVAL", count, "0"]) == "0").then_some(())
     })
     .await;
-    assert!(started.elapsed() < ms(2_000), "after {:?}, seed {seed}", started.elapsed());
+    // Of what may still be run, the server is asked again when its time, the command timeout of 2 s, is over.
+    assert!(started.elapsed() < ms(5_000), "after {:?}, seed {seed}", started.elapsed());
     // The line for messages is kept for some seconds.
     eventually("no task is left", async || (tasks() == before).then_some(())).await;
 }
