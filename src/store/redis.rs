@@ -35,7 +35,7 @@ use self::connection::{Connection, Sent};
 use self::operation::{Decision, NO_ID, Operation, What, unexpected};
 use self::replicas::{Writing, within};
 use self::router::Router;
-use self::script::{Call, Reply, Script, Scripts, decimal, is_mixed_up};
+use self::script::{Call, Reply, Said, Script, Scripts, decimal, is_mixed_up};
 use self::subscriber::Subscriber;
 use super::listen::Listening;
 use super::{
@@ -247,13 +247,9 @@ impl RedisStore {
 
     async fn release(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<Released, Error> {
         let what = match (&*owned.keys, owned.grant, ending) {
-            ([key], None, Ending::Lock) if owned.own_token => {
-                What::Release { publish: self.publish(), line: names::line_of(&self.name(key)) }
-            }
+            ([_], None, Ending::Lock) if owned.own_token => What::Release { publish: self.publish() },
             ([key], None, Ending::Grant) => {
-                let name = self.name(key);
-                let (line, record) = (names::line_of(&name), names::grants_of(&name));
-                What::EndGrant { publish: self.publish(), line, record }
+                What::EndGrant { publish: self.publish(), record: names::grants_of(&self.name(key)) }
             }
             _ => {
                 let until = Instant::now() + timeout;
@@ -344,7 +340,14 @@ impl RedisStore {
         let call = Call::new(keys.into_iter(), args.into_iter().chain(self.notify(&name)));
         let sending = |until| to.latest.extend(until);
         let reply = self.server().run(&self.server().scripts.hand_over, || call.clone(), sending, timeout).await?;
-        Ok(match integers(&reply.value()?)?[..] {
+        let done = |fence| HandedOver::Done { fencing_token: fencing_token(fence), alone: false };
+        let answer = match reply.outcome? {
+            Said::Code(1) => return Ok(done(0)),
+            Said::FencingToken(fence) => return Ok(done(fence)),
+            Said::Value(answer) => answer,
+            Said::Code(_) => return Err(unexpected()),
+        };
+        Ok(match integers(&answer)?[..] {
             [-1] => HandedOver::NotOurs(Loss::Missing),
             [-2] => HandedOver::NotOurs(Loss::Taken),
             [-3] => HandedOver::NotNow,

@@ -133,8 +133,8 @@ fn operation(rng: &mut fastrand::Rng) -> Operation {
     let token: Token = rng.choice(&TOKENS).unwrap().parse().unwrap();
     let ttl = rng.choice(TTLS).unwrap();
     let what = match rng.u8(..10) {
-        0 | 1 => What::Release { publish: "PUBLISH", line: names::line_of(&name) },
-        2 => What::EndGrant { publish: "PUBLISH", line: names::line_of(&name), record: names::grants_of(&name) },
+        0 | 1 => What::Release { publish: "PUBLISH" },
+        2 => What::EndGrant { publish: "PUBLISH", record: names::grants_of(&name) },
         // Often the same, so that a batch of few has one ttl for all of them.
         3..6 if rng.bool() => What::Renew { ttl: RENEWED_TTLS[1] },
         3..6 => What::Renew { ttl: rng.choice(RENEWED_TTLS).unwrap() },
@@ -250,7 +250,7 @@ async fn a_server_out_of_memory_refuses_each_acquire_by_name_and_still_renews_an
         assert_eq!(answer.unwrap().unwrap_err().code(), Some("OOM"));
     }
     assert_eq!(side.process.cli(&["DBSIZE"]), "4");
-    let (renew, release) = (What::Renew { ttl: 90_000 }, What::Release { publish: "PUBLISH", line: "line".into() });
+    let (renew, release) = (What::Renew { ttl: 90_000 }, What::Release { publish: "PUBLISH" });
     let owned = [Operation { what: release, ..acquire("a", true) }, Operation { what: renew, ..acquire("b", true) }];
     let answers = side.server().many(&owned, PATIENCE).await.unwrap();
     assert!(answers.iter().all(|answer| matches!(answer, Some(Ok(Decision::Owned(Ok(())))))), "{answers:?}");

@@ -25,13 +25,10 @@ pub(super) enum What {
     Release {
         /// How waiters are notified: `PUBLISH`, or on a cluster `SPUBLISH`.
         publish: &'static str,
-        /// The name of the line of those who wait.
-        line: Bytes,
     },
     /// In the background, of a grant that has no id.
     EndGrant {
         publish: &'static str,
-        line: Bytes,
         /// The name of the record that tells whether there are other grants.
         record: Bytes,
     },
@@ -63,15 +60,14 @@ impl Operation {
     pub(super) fn alone(&self) -> Call {
         let key = Value::Bytes(self.name.clone());
         let token = || Value::from(self.token.to_text());
-        let release = |publish: &'static str, line: &Bytes| {
+        let release = |publish: &'static str| {
+            let line = Value::Bytes(names::line_of(&self.name));
             let channel = names::channel_of(&self.name).map(Value::Bytes);
-            [token(), Value::from_static_str(publish), Value::Bytes(line.clone())].into_iter().chain(channel)
+            [token(), Value::from_static_str(publish), line].into_iter().chain(channel)
         };
         match &self.what {
-            What::Release { publish, line } => Call::new([key].into_iter(), release(publish, line)),
-            What::EndGrant { publish, line, record } => {
-                Call::new([key, record.clone().into()].into_iter(), release(publish, line))
-            }
+            What::Release { publish } => Call::new([key].into_iter(), release(publish)),
+            What::EndGrant { publish, record } => Call::new([key, record.clone().into()].into_iter(), release(publish)),
             What::Renew { ttl } => Call::new([key].into_iter(), [token(), decimal(*ttl)]),
             What::Acquire { value, ttl, fence: None, .. } => {
                 Call::new([key].into_iter(), [value.clone(), decimal(*ttl)])
@@ -98,9 +94,9 @@ impl Operation {
                     Some((fence, fence_ttl)) => Call::new([key, fence.clone().into()].into_iter(), args(*fence_ttl)),
                 }
             }
-            What::EndGrant { publish, line, record } => {
+            What::EndGrant { publish, record } => {
                 let args = [token(), Value::Integer(1), (*publish).into(), NO_ID.into()];
-                let keys = [key, line.clone().into(), record.clone().into()];
+                let keys = [key, names::line_of(&self.name).into(), record.clone().into()];
                 Call::new(keys.into_iter(), args.into_iter().chain(channels([&self.name])))
             }
             What::Release { .. } | What::Renew { .. } => self.alone(),

@@ -1,5 +1,8 @@
 //! The scripts, and how one is run: by its hash, or whole where the server doesn't know it.
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -73,7 +76,10 @@ impl Scripts {
                 include_str!("scripts/pass_on_one.lua"),
             ]),
             end_grant: Script::new(&[OWNER, HELD, GRANTS, LINE, include_str!("scripts/end_grant.lua")]),
-            hand_over: Script::new(&[OWNER, HELD, FENCE, GRANTS, LINE, include_str!("scripts/hand_over.lua")]),
+            hand_over: Script::after(
+                include_str!("scripts/hand_over_one.lua"),
+                &[OWNER, HELD, FENCE, GRANTS, LINE, include_str!("scripts/hand_over.lua")],
+            ),
             remaining: Script::new(&[OWNER, HELD, include_str!("scripts/remaining.lua")]),
             inspect: Script::new(&[include_str!("scripts/inspect.lua")]),
             many: Script { is_batch: true, ..Script::new(&[OWNER, include_str!("scripts/many.lua")]) },
@@ -118,8 +124,13 @@ impl Stamp {
 impl Script {
     /// A script from its parts, with what all of them begin and end with.
     fn new(parts: &[&str]) -> Self {
-        let source = [&[STAMP, include_str!("scripts/prologue.lua")], parts, &[include_str!("scripts/epilogue.lua")]];
-        Self::whole(source.concat().concat())
+        Self::after("", parts)
+    }
+
+    /// The same, with lines before it all that decide the most common case as a script for one key does.
+    fn after(first: &str, parts: &[&str]) -> Self {
+        let before = [STAMP, first, include_str!("scripts/prologue.lua")];
+        Self::whole([&before, parts, &[include_str!("scripts/epilogue.lua")]].concat().concat())
     }
 
     /// A script of those that run most, for one key.
@@ -167,9 +178,9 @@ pub(super) struct Reply {
 
 /// What a script returns.
 pub(super) enum Said {
-    /// One for one key: a number that it has a meaning for.
+    /// One for one key, or what comes before another: a number that it has a meaning for.
     Code(i64),
-    /// One for one key: the fencing token of a lock that it has taken.
+    /// The same: the fencing token of a lock that it has taken.
     FencingToken(i64),
     /// Any other.
     Value(Value),

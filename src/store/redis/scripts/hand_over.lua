@@ -33,8 +33,12 @@ end
 local kind = string.match(place, '^[^:]*:w') or place
 local head
 if not may_keep then
-    check_line(line_key)
-    head = head_of(line_key)
+    local looked
+    looked, head = pcall(head_of, line_key)
+    if not looked then
+        check_line(line_key)
+        error(head)
+    end
     if head and head ~= place and (kind == place or string.sub(head, 1, #kind) ~= kind) then
         enter_line(line_key, place, alive)
         pass_on(KEYS[1], line_key, ARGV[11], ARGV[12])

@@ -1,0 +1,87 @@
+use std::time::Duration;
+
+use fred::clients::Client;
+use fred::interfaces::ClientLike;
+use fred::types::{ClusterHash, CustomCommand};
+use tenure_test_support::Server;
+
+use super::super::{RedisStore, integers};
+use super::*;
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Sets the keys as they are described, and deletes the others: `-` for none, `[]` for a list.
+const SET: &str = "for i, key in ipairs(KEYS) do redis.call('DEL', key) \
+    if ARGV[i] == '[]' then redis.call('RPUSH', key, 'x') \
+    elseif ARGV[i] ~= '-' then redis.call('SET', key, ARGV[i], 'PX', 50000) end end";
+
+/// What the keys hold now, and whether each lives for longer than it was set for.
+const LOOK: &str = "local all = {} for i, key in ipairs(KEYS) do \
+    local held = redis.pcall('GET', key) \
+    all[i] = (held and (held.err or held) or '-') .. (redis.call('PTTL', key) > 50000 and ' longer' or '') end \
+    return table.concat(all, '|')";
+
+/// What comes before hand_over.lua decides as that does: every case is decided by both, and leaves the same behind.
+#[tokio::test]
+async fn the_short_way_to_hand_over_ends_where_the_long_one_does() {
+    let server = Server::start();
+    let store = RedisStore::connect(&server.url(), String::new(), PATIENCE, 0).await.unwrap();
+    let server = store.server();
+    let parts = &[OWNER, HELD, FENCE, GRANTS, LINE, include_str!("../scripts/hand_over.lua")];
+    let long = Script::new(parts);
+    let short = &server.scripts.hand_over;
+    // Of fencing tokens that are numbers, one is greater than the clock.
+    let fences = ["-", "5", "8999999999999999", "9007199254740991", "text", "[]"];
+    let helds = ["-", "token", "token\nmetadata", "token-2", "\nplace:s1", "[]"];
+    let records = ["-", "token\n-", "token\nid=5", "other\n-", "[]"];
+    let cases = helds.into_iter().flat_map(|held| fences.map(|fence| (held, fence)));
+    let cases = cases.flat_map(|(held, fence)| records.map(|record| [held, "-", "-", record, fence]));
+    let mut short_ways = 0;
+    for before in cases {
+        for (grant, fenced) in ["", "-", "*", "id"].into_iter().flat_map(|grant| [(grant, "0"), (grant, "1")]) {
+            let call = || {
+                let args =
+                    ["token", "next", "90000", "90000", "place:s1", "3000", "1", fenced, grant, "0", "PUBLISH", "k"];
+                Call::new(KEYS.map(Value::from).into_iter(), args.map(Value::from))
+            };
+            let mut ends = Vec::new();
+            for script in [&long, short] {
+                eval(server.client(), SET, &before).await;
+                let said = match server.run(script, call, |_| {}, PATIENCE).await.unwrap().outcome {
+                    Ok(Said::Value(answer)) => format!("{:?}", integers(&answer).unwrap()),
+                    Ok(Said::Code(code)) => {
+                        assert_eq!(code, 1);
+                        short_ways += 1;
+                        "[0, 0]".to_owned()
+                    }
+                    Ok(Said::FencingToken(token)) => {
+                        short_ways += 1;
+                        format!("[{token}, 0]")
+                    }
+                    Err(error) => error.to_string(),
+                };
+                let left = eval(server.client(), LOOK, &[]).await;
+                ends.push(without_clock(&format!("{said} {left:?}")));
+            }
+            assert_eq!(ends[0], ends[1], "{before:?}, {grant:?}, {fenced}");
+        }
+    }
+    assert!(short_ways > 0);
+}
+
+const KEYS: [&str; 5] = ["k", "{k}:queue", "{k}:alive", "{k}:grants", "{k}:fence"];
+
+async fn eval(client: &Client, script: &'static str, args: &[&str]) -> Value {
+    let command = CustomCommand::new_static("EVAL", ClusterHash::FirstKey, false);
+    let count = KEYS.len().to_string();
+    let all = [script, &count].into_iter().chain(KEYS).chain(args.iter().copied());
+    client.custom(command, all.map(Value::from).collect::<Vec<_>>()).await.unwrap()
+}
+
+/// The two are run one after the other, and may give the time of the server as the fencing token.
+fn without_clock(text: &str) -> String {
+    let parts = text.split_inclusive(|c: char| !c.is_ascii_digit());
+    let is_clock = |number: &str| number.len() == 16 && number.starts_with('1');
+    let number_of = |part: &str| part.trim_end_matches(|c: char| !c.is_ascii_digit()).to_owned();
+    parts.map(|part| if is_clock(&number_of(part)) { "clock ".to_owned() } else { part.to_owned() }).collect()
+}

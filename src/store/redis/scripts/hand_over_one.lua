@@ -1,0 +1,42 @@
+-- What hand_over.lua does, for the case that is by far the most common, at two thirds of the price: its process may
+-- keep the lock from those in the line, and isn't in the line itself. Put before all else of hand_over.lua.
+--
+-- KEYS, ARGV  as hand_over.lua.
+-- Reply 1, or the fencing token where one is wanted: done, and there may be others in the line. Any other case goes on
+--       in hand_over.lua; nothing has been changed then.
+
+local token, grant = ARGV[1], ARGV[9]
+local held = redis.pcall('GET', KEYS[1])
+local is_simple = held
+    and (held == token or not held.err and string.sub(held, 1, #token + 1) == token .. '\n')
+    and ARGV[7] == '1'
+    and ARGV[10] ~= '1'
+if is_simple and grant ~= '' then
+    is_simple = grant == '-' and not redis.pcall('GET', KEYS[4])
+end
+local fence_key, fence = ARGV[8] == '1' and KEYS[5], now
+if is_simple and fence_key then
+    local last = redis.pcall('GET', fence_key)
+    if last then
+        local known = not last.err and tonumber(last)
+        is_simple = known and known < 2 ^ 53 - 1
+        if is_simple and known >= now then
+            fence = known + 1
+        end
+    end
+end
+if is_simple then
+    local done = fence_key and redis.pcall('SET', fence_key, string.format('%.0f', fence), 'PX', ARGV[4])
+    if not done or not done.err then
+        done = redis.pcall('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+    end
+    if done.err then
+        return {mark, now / 1000, false, done.err}
+    elseif not fence_key then
+        return mark * 4 + 1
+    elseif fence == now then
+        return {mark, fence}
+    end
+    return {mark, now / 1000, {fence, 0}}
+end
+
