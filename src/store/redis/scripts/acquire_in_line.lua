@@ -29,18 +29,19 @@ local function is_ours(other)
 end
 
 if place ~= '' and redis.call('ZSCORE', line_key, place) then
-    sign_of_life(line_key, place, alive)
+    sign_of_life(line_key, place, alive, alive_until_of(line_key, place))
 end
 local held = redis.call('GET', KEYS[1])
 if held and is_owner(token, held) then
     leave_line(line_key, place)
     return 'ALONE'
 end
-local turn
+local turn, others
 if held then
     turn = place ~= '' and string.sub(held, 1, 1) == '\n' and string.sub(held, 2)
 else
-    turn = head_of(line_key) or place
+    turn, others = head_of(line_key)
+    turn = turn or place
 end
 if not turn or not is_ours(turn) then
     if place ~= '' then
@@ -53,7 +54,7 @@ if not turn or not is_ours(turn) then
     return left < 0 and -1 or -2 - left
 end
 
-take_turn(line_key, turn, place, alive)
+take_turn(line_key, turn, place, alive, others)
 local fence = 0
 if fence_key then
     fence = known and known >= now and known + 1 or now

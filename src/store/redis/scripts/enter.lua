@@ -6,6 +6,5 @@
 --
 -- Idempotent: who is in the line keeps its place.
 
-check_line(KEYS[1])
-enter_line(KEYS[1], ARGV[1], tonumber(ARGV[2]))
+on_line(enter_line, KEYS[1], ARGV[1], tonumber(ARGV[2]))
 return 1

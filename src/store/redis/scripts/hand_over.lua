@@ -31,14 +31,9 @@ end
 
 -- As in acquire_in_line.lua.
 local kind = string.match(place, '^[^:]*:w') or place
-local head
+local head, others
 if not may_keep then
-    local looked
-    looked, head = pcall(head_of, line_key)
-    if not looked then
-        check_line(line_key)
-        error(head)
-    end
+    head, others = on_line(head_of, line_key)
     if head and head ~= place and (kind == place or string.sub(head, 1, #kind) ~= kind) then
         enter_line(line_key, place, alive)
         pass_on(KEYS[1], line_key, ARGV[11], ARGV[12])
@@ -56,7 +51,7 @@ if ARGV[8] == '1' then
     redis.call('SET', fence_key, string.format('%.0f', fence), 'PX', ARGV[4])
 end
 if head then
-    take_turn(line_key, head, place, alive)
+    take_turn(line_key, head, place, alive, others)
 elseif ARGV[10] == '1' then
     leave_line(line_key, place)
 end

@@ -13,7 +13,7 @@ check_line(KEYS[2])
 if not redis.call('ZSCORE', KEYS[2], ARGV[1]) then
     return 0
 end
-sign_of_life(KEYS[2], ARGV[1], tonumber(ARGV[2]))
+sign_of_life(KEYS[2], ARGV[1], tonumber(ARGV[2]), alive_until_of(KEYS[2], ARGV[1]))
 if redis.call('EXISTS', KEYS[1]) == 0 and pass_on(KEYS[1], KEYS[2], ARGV[3], ARGV[4]) == ARGV[1] then
     return 0
 end
