@@ -44,6 +44,9 @@
 //! guard outlives any number of nodes that are away one after another, and a lock that was obtained on a bare majority
 //! is on all nodes soon after its first renewal.
 //!
+//! Where several guards share a token, a node counts for each of them only by what it has put down for that one: so each
+//! renewal of such a guard has it put down again.
+//!
 //! # What is left behind
 //!
 //! 1. Every call to a node ends within its own timeout, listened to or not, and is never dropped: fred would run it
@@ -181,6 +184,12 @@ impl QuorumStore {
     async fn renew(&self, owned: &Owned, ttl: Duration, how: Extending, timeout: Duration) -> Result<Renewed, Error> {
         let quorum = &self.quorum;
         quorum.check_ttl(ttl)?;
+        let how = match how {
+            // A node may hold the key only by what another grant of the token was granted there. It has to know of this
+            // one before it counts: or it frees the key when the other is dropped.
+            Extending::AtLeast if owned.grant.is_some() => Extending::KeepRecord,
+            how => how,
+        };
         let exact = (how == Extending::Exactly).then(|| {
             // As much again for what we don't know of the node's clock.
             let until = Instant::now() + timeout.saturating_mul(2);

@@ -160,6 +160,11 @@ impl Server {
                 grants.push(owned.grant);
                 state.grants.insert(key.clone(), grants);
             }
+            if owned.grant.is_some() && matches!(how, Extending::KeepRecord | Extending::Exactly) {
+                let mut grants = state.others(key, owned.grant);
+                grants.push(owned.grant);
+                state.grants.insert(key.clone(), grants);
+            }
             let is_exact = how == Extending::Exactly && state.others(key, owned.grant).is_empty();
             if let Some((_, expires)) = state.locks.get_mut(key) {
                 *expires = if is_exact { until } else { until.max(*expires) };
@@ -567,6 +572,29 @@ async fn a_vote_that_comes_after_the_drop_is_taken_back_where_its_token_holds_ag
     drop(again);
     sleep(ms(10)).await;
     assert!(world.is_free("k"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_confirms_a_renewal_keeps_its_key_when_another_guard_of_the_token_is_dropped() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let calls = [(); 3].map(|()| AtomicU32::new(0));
+    // The first node misses its renewal, the last one its vote: that one has only the other's.
+    let locker = world.client(0, move |place| match (place, calls[place].fetch_add(1, Ordering::Relaxed)) {
+        (2, 0) | (0, 1) => Fault::Refused,
+        _ => Fault::None,
+    });
+    let twin = world.client(0, |_| Fault::None);
+    let rival = world.client(0, |_| Fault::None);
+    let guard = locker.lock("k").no_renewal().token("worker-7".parse().unwrap()).await.unwrap();
+    let other = twin.lock("k").no_renewal().token("worker-7".parse().unwrap()).await.unwrap();
+    sleep(ms(1_500)).await;
+    guard.refresh().await.unwrap();
+    drop(other);
+    sleep(ms(600)).await;
+    assert!(world.servers[0].is_free("k"), "its key has expired");
+    let rival = rival.try_lock("k").await;
+    assert!(guard.is_held());
+    assert!(rival.is_err());
 }
 
 #[tokio::test(start_paused = true)]
