@@ -741,8 +741,10 @@ async fn a_lock_costs_each_node_one_call_and_its_release_another() {
         }
         tokio::time::sleep(ms(500)).await;
         let runs: Vec<u32> = script_runs(&servers).iter().zip(&before).map(|(after, before)| after - before).collect();
-        // A ballot more, or two, where the machine stood still.
-        assert!(runs.iter().all(|runs| (calls..=calls + 10).contains(runs)), "{calls}: {runs:?}");
+        // A ballot more, or two, where the machine stood still; fewer calls to a node that was slow, as those that wait
+        // for it share one.
+        assert!(runs.iter().all(|runs| (calls / 2..=calls + 10).contains(runs)), "{calls}: {runs:?}");
+        assert!(runs.iter().filter(|runs| **runs >= calls).count() > servers.len() / 2, "{calls}: {runs:?}");
         servers.iter().for_each(|server| drop(server.cli(&["DEL", "warm"])));
     }
 }
