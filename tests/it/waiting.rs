@@ -331,7 +331,8 @@ async fn a_hundred_thousand_waiters_come_and_go() {
     let tasks = || Handle::current().metrics().num_alive_tasks();
     let before = tasks();
     // On a busy machine the release is answered behind what is left of all the others.
-    let locker = Locker::builder().ttl(ms(60_000)).command_timeout(ms(6_000)).connect(&server.url()).await.unwrap();
+    let builder = Locker::builder().ttl(ms(60_000)).poll_every(ms(60_000)).command_timeout(ms(6_000));
+    let locker = builder.connect(&server.url()).await.unwrap();
     let connected = tasks();
     let guard = locker.lock("k").await.unwrap();
     let mut waiters = JoinSet::new();

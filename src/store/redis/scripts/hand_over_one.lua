@@ -1,4 +1,4 @@
--- What hand_over.lua does, for the case that is by far the most common, at two thirds of the price: its process may
+-- What hand_over.lua does, for the case that is by far the most common, at three quarters of the price: its process may
 -- keep the lock from those in the line, and isn't in the line itself. Put before all else of hand_over.lua.
 --
 -- KEYS, ARGV  as hand_over.lua.
