@@ -122,19 +122,8 @@ impl FaultyStore {
     }
 }
 
-/// One call to a store, of whatever kind, that goes wrong as told.
-pub(super) async fn call<S: Send + Sync + 'static, T: Send + 'static>(
-    fault: Fault,
-    store: &Arc<S>,
-    timeout: Duration,
-    run: impl Fn(&S) -> T + Send + 'static,
-    forget: impl Fn(&S),
-) -> Result<T, Error> {
-    call_within(fault, store, timeout, timeout, run, forget).await
-}
-
-/// The same, where the server refuses to run it after `life`.
-async fn call_within<S: Send + Sync + 'static, T: Send + 'static>(
+/// One call to a store, of whatever kind, that goes wrong as told. The server refuses to run it after `life`.
+pub(super) async fn call_within<S: Send + Sync + 'static, T: Send + 'static>(
     fault: Fault,
     store: &Arc<S>,
     timeout: Duration,

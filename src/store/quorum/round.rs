@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tracing::debug;
 
 use super::calls::Calls;
@@ -54,6 +54,9 @@ struct Round {
     open: OpenRound,
     wanted: Arc<Wanted>,
     until: Instant,
+    /// Until when a vote that has not been answered may be run; as much again for what we don't know of the nodes'
+    /// clocks.
+    may_run_until: Instant,
     members: Vec<Standing>,
     /// The votes on their way, by ballot and node.
     calls: Calls<(usize, usize), Reply>,
@@ -80,7 +83,8 @@ impl Round {
         let members = quorum.members.iter().map(|_| Standing::default()).collect();
         let open = quorum.rounds.open(&wanted.owned);
         let until = Instant::now() + first(timeout);
-        Ok(Self { quorum, open, wanted: Arc::new(wanted), until, members, calls, split: None })
+        let may_run_until = Instant::now();
+        Ok(Self { quorum, open, wanted: Arc::new(wanted), until, may_run_until, members, calls, split: None })
     }
 
     async fn ballots(&mut self) -> Result<Acquired, Error> {
@@ -152,6 +156,7 @@ impl Round {
     fn ask(&mut self, ballot: usize, number: Option<u64>) {
         let left = self.until.saturating_duration_since(Instant::now());
         let timeout = node_timeout(self.wanted.ttl, left);
+        self.may_run_until = Instant::now() + timeout * 2;
         let wish = Ballot { number, exactly: ballot > 0, window: self.quorum.window, ahead: self.quorum.ahead() };
         for (place, (member, standing)) in self.quorum.members.iter().zip(&mut self.members).enumerate() {
             standing.calls += 1;
@@ -217,7 +222,7 @@ impl Round {
             // A release comes after these nodes' votes in any case.
             self.members
                 .iter_mut()
-                .filter(|standing| standing.calls == 0)
+                .filter(|standing| standing.calls == 0 && !standing.doubtful)
                 .for_each(|standing| standing.touched = false);
         }
         if self.calls.have_ended() && !self.members.iter().any(|standing| standing.touched) {
@@ -236,6 +241,9 @@ impl Round {
             if !taken {
                 drop(self.undo_settled());
             }
+        }
+        if taken && self.members.iter().any(|standing| standing.doubtful) {
+            sleep_until(self.may_run_until).await;
         }
         // Released before its last vote had come: what that one took is taken back, unless the release has come to the
         // node after it.

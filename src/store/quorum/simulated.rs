@@ -13,7 +13,7 @@ use tokio_util::task::TaskTracker;
 
 use super::{Ballot, Node, QuorumStore, Reply, Seen, Vote};
 use crate::hold::{GrantId, Hold, Owned};
-use crate::store::faulty::{Fault, call};
+use crate::store::faulty::{Fault, call_within};
 use crate::store::listen::Listening;
 use crate::store::{
     Acquired, Answer, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Queueing, Released, Renewed, Store,
@@ -254,6 +254,7 @@ struct Line {
     place: usize,
     server: Arc<Server>,
     plan: Plan,
+    lives: u32,
 }
 
 impl Line {
@@ -262,14 +263,15 @@ impl Line {
         timeout: Duration,
         run: impl Fn(&Server) -> T + Send + 'static,
     ) -> Result<T, Error> {
-        call((self.plan)(self.place), &self.server, timeout, run, Server::forget).await
+        let life = timeout * self.lives;
+        call_within((self.plan)(self.place), &self.server, timeout, life, run, Server::forget).await
     }
 }
 
 impl Node for Line {
     fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, Reply> {
         let (wanted, ballot) = (wanted.clone(), ballot.clone());
-        wanted.latest.extend(self.server.millis(Instant::now() + timeout));
+        wanted.latest.extend(self.server.millis(Instant::now() + timeout * self.lives));
         Box::pin(self.call(timeout, move |server| server.vote(&wanted, &ballot)))
     }
 
@@ -357,20 +359,22 @@ struct World {
     origin: Instant,
     servers: Vec<Arc<Server>>,
     window: Duration,
+    /// For so many times its timeout a call may be run: clocks are not known exactly.
+    lives: u32,
 }
 
 impl World {
     fn new(skews: &[i64], window: Duration) -> Self {
         let origin = Instant::now();
         let servers = skews.iter().map(|&skew| Arc::new(Server::new(origin, skew))).collect();
-        Self { origin, servers, window }
+        Self { origin, servers, window, lives: 1 }
     }
 
     /// A client whose clock is wrong by so much, and whose calls go as told, by the server's place.
     fn client(&self, skew: i64, plan: impl Fn(usize) -> Fault + Send + Sync + 'static) -> Locker {
         let plan: Plan = Arc::new(plan);
         let nodes = self.servers.iter().enumerate().map(|(place, server)| {
-            let line = Line { place, server: server.clone(), plan: plan.clone() };
+            let line = Line { place, server: server.clone(), plan: plan.clone(), lives: self.lives };
             (format!("node-{place}"), Arc::new(line) as Arc<dyn Node>)
         });
         let (origin, releases) = (self.origin, TaskTracker::new());
@@ -531,6 +535,27 @@ async fn a_vote_that_comes_after_the_release_is_taken_back() {
     });
     locker.lock("k").await.unwrap().release().await.unwrap();
     sleep(ms(101)).await;
+    assert!(world.is_free("k"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vote_that_comes_after_its_call_was_given_up_on_and_after_the_release_is_taken_back() {
+    let world = World { lives: 2, ..World::new(&[0; 3], Duration::ZERO) };
+    // Else the nodes would find that the number is behind their clocks.
+    world.client(0, |_| Fault::None).lock("k").await.unwrap().release().await.unwrap();
+    sleep(ms(1)).await;
+    let calls = Arc::new(AtomicU32::new(0));
+    let locker = world.client(0, move |place| {
+        let first = place == 2 && calls.fetch_add(1, Ordering::Relaxed) == 0;
+        if first { Fault::RunAfter(ms(300)) } else { Fault::None }
+    });
+    let guard = locker.lock("k").await.unwrap();
+    // Longer than the call is waited for.
+    sleep(ms(250)).await;
+    guard.release().await.unwrap();
+    sleep(ms(51)).await;
+    assert!(!world.servers[2].is_free("k"), "it has come");
+    sleep(ms(200)).await;
     assert!(world.is_free("k"));
 }
 
