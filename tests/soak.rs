@@ -17,6 +17,7 @@ use tenure::fred::prelude::{Builder, Client, ClientLike, Config, Value};
 use tenure::fred::types::{ClusterHash, CustomCommand};
 use tenure::{LockGuard, Locker};
 use tenure_test_support::{Mode, Proxy, Server};
+use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -271,4 +272,85 @@ fn is_back(server: &Server) -> bool {
     let keys: Vec<String> = (0..HELD).map(|key| format!("held{key}")).collect();
     let command: Vec<&str> = ["EXISTS"].into_iter().chain(keys.iter().map(String::as_str)).collect();
     tokio::task::block_in_place(|| server.cli(&command)) == HELD.to_string()
+}
+
+/// Traffic while one node of five is dead and one answers late leaves no tasks and no memory behind.
+///
+///     TENURE_SOAK_SECONDS=600 cargo test --release --test soak tasks_and_memory -- --nocapture
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tasks_and_memory_stay_bounded_beside_a_dead_and_a_slow_node() {
+    const LATE: Duration = Duration::from_millis(150);
+    const CLIENTS: usize = 8;
+    /// Two nodes may be behind with so many locks each (`quorum/catch_up.rs`).
+    const BEHIND: usize = 2 * 1_024;
+    /// And each turn leaves a few calls on their way, for as long as they may take: so many, times seconds.
+    const ON_THE_WAY: u64 = 4;
+    let length = Duration::from_secs(env::var("TENURE_SOAK_SECONDS").map_or(20, |_| seconds()));
+    let mut servers = [(); NODES].map(|()| Server::start());
+    let late = Proxy::start(servers[1].port()).await;
+    let urls: Vec<String> =
+        servers.iter().enumerate().map(|(place, server)| if place == 1 { late.url() } else { server.url() }).collect();
+    let builder = Locker::builder().ttl(TTL).restart_window(WINDOW).command_timeout(Duration::from_millis(500));
+    let locker = builder.quorum(&urls).await.unwrap();
+    late.set(Mode::Delay(LATE));
+    servers[0].kill();
+    let alive = || Handle::current().metrics().num_alive_tasks();
+    let idle = alive();
+
+    let end = Instant::now() + length;
+    let mut clients = JoinSet::new();
+    for client in 0..CLIENTS {
+        let locker = locker.clone();
+        clients.spawn(async move {
+            let mut turns = 0_u64;
+            while Instant::now() < end {
+                // Half of them alone, half of them for one key; released, dropped, and given up on.
+                let key = if client % 2 == 0 { format!("own{client}") } else { "shared".to_owned() };
+                let Ok(guard) = locker.lock(key.clone()).wait_at_most(Duration::from_secs(2)).await else { continue };
+                turns += 1;
+                match fastrand::u8(..4) {
+                    0 => drop(guard),
+                    1 => drop(timeout(Duration::from_micros(300), guard.release()).await),
+                    _ => drop(guard.release().await),
+                }
+                if fastrand::u8(..8) == 0 {
+                    drop(timeout(Duration::from_micros(300), locker.lock(key)).await);
+                }
+            }
+            turns
+        });
+    }
+    let started = Instant::now();
+    let (mut most, mut tenths) = (0, 0);
+    let mut seen = Vec::new();
+    while Instant::now() < end {
+        sleep(Duration::from_millis(100)).await;
+        most = most.max(alive());
+        if started.elapsed().as_millis() / (length.as_millis() / 10) > tenths {
+            tenths += 1;
+            seen.push((alive(), resident_kib()));
+        }
+    }
+    let turns: u64 = clients.join_all().await.into_iter().sum();
+    // Each call ends by its own timeout, and what is owed to the node that is dead soon after the locker is closed.
+    locker.close().await;
+    let end = Instant::now() + Duration::from_secs(10);
+    while alive() > idle && Instant::now() < end {
+        sleep(Duration::from_millis(50)).await;
+    }
+    eprintln!("{turns} turns in {length:?}; tasks: {idle} idle, {most} at most, {} in the end", alive());
+    eprintln!("tasks and KiB, ten times in all: {seen:?}");
+    let memory = |tenth: usize| seen.get(tenth).map_or(0, |&(_, kib)| kib);
+    assert!(memory(8) <= memory(2) + 65_536, "the memory grows: {seen:?}");
+    assert!(turns > 2 * length.as_secs(), "only {turns} turns");
+    let on_the_way = (ON_THE_WAY * turns / length.as_secs()) as usize;
+    assert!(most <= idle + BEHIND + on_the_way + 64 * CLIENTS, "{most} tasks, {on_the_way} for what is on its way");
+    assert!(alive() <= idle, "{} tasks are left of {most}, {idle} before", alive());
+}
+
+/// What this process keeps in memory.
+fn resident_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
 }
