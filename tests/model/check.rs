@@ -30,7 +30,8 @@ where
         + Sync
         + 'static,
 {
+    let started = Instant::now();
     let steps = model.checker().spawn_bfs().join().assert_any_discovery(promise).into_actions();
-    println!("not \"{promise}\", in {} steps:", steps.len());
+    println!("not \"{promise}\", in {} steps, found in {:?}:", steps.len(), started.elapsed());
     steps.iter().for_each(|step| println!("  {step:?}"));
 }

@@ -4,52 +4,63 @@ use std::ops::RangeInclusive;
 
 use stateright::{Model, Property};
 
-use crate::state::{Client, MAJORITY, Memory, NODES, Node, Phase, State};
+use crate::state::{CLIENTS, Client, Key, Memory, Owned, Phase, State, has};
 
-pub(crate) const EXCLUSION: &str = "never two holders";
-pub(crate) const ORDER: &str = "fencing tokens grow";
-pub(crate) const OBTAINABLE: &str = "after a calm, the lock can be obtained";
-pub(crate) const AFTER_SILENCE: &str = "held again after its holder fell silent";
-pub(crate) const NOTHING_LEFT: &str = "when all its calls have ended, nothing is left of a lock that was released";
-pub(crate) const HEALED: &str = "held by a majority that didn't vote for it";
-pub(crate) const AFTER_RELEASE: &str = "held again after its holder released it";
+pub const EXCLUSION: &str = "never two holders";
+pub const ORDER: &str = "fencing tokens grow";
+pub const OBTAINABLE: &str = "after a calm, the lock can be obtained";
+pub const AFTER_SILENCE: &str = "held again after its holder fell silent";
+pub const HEALED: &str = "held by a majority that didn't vote for it";
+pub const AFTER_RELEASE: &str = "held again after its holder released it";
 
 /// What keeps the promises. A test turns one off and shows which promise falls.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Safeguards {
+pub struct Safeguards {
     /// A node that has just started doesn't vote until a window has passed.
-    pub(crate) restart_window: bool,
+    pub restart_window: bool,
     /// A node grants only what is above the last proposal that it granted.
-    pub(crate) ballots: bool,
+    pub ballots: bool,
     /// A node that knows no last proposal takes its own clock for it.
-    pub(crate) clock_for_last: bool,
+    pub clock_for_last: bool,
     /// And also where it knows one from before its restart, which need not have been the last.
-    pub(crate) clock_after_restart: bool,
+    pub clock_after_restart: bool,
     /// A node grants nothing that is more than a window ahead of its clock.
-    pub(crate) proposals_near_clock: bool,
+    pub proposals_near_clock: bool,
     /// A release deletes only what holds its token.
-    pub(crate) compare_and_delete: bool,
+    pub compare_and_delete: bool,
     /// The deadline counts from before the request was sent, not from its answer (`hold.rs`, invariant 1).
-    pub(crate) deadline: bool,
+    pub deadline: bool,
     /// And so does the one that a renewal sets.
-    pub(crate) renewal_deadline: bool,
+    pub renewal_deadline: bool,
     /// Who has sent a release asks again only by another token, so that a late release finds nothing to delete.
-    pub(crate) fresh_token: bool,
+    pub fresh_token: bool,
     /// A key has a ttl.
-    pub(crate) expiry: bool,
+    pub expiry: bool,
     /// A key is brought back only where it is free,
-    pub(crate) heal_free: bool,
+    pub heal_free: bool,
     /// only where the node may vote,
-    pub(crate) heal_votes: bool,
+    pub heal_votes: bool,
     /// and only before the deadline that the confirmed renewal has set.
-    pub(crate) heal_in_time: bool,
-    /// What comes to pass after the release is undone.
-    pub(crate) heal_undone: bool,
+    pub heal_in_time: bool,
     /// A lease is taken up only by nodes that may vote.
-    pub(crate) claim_votes: bool,
+    pub claim_votes: bool,
+    /// Of a token that several share, a release ends only what its own client relies on.
+    pub releases_by_grant: bool,
+    /// And a renewal has its client put down, or put down again, as one that relies on the lock.
+    pub renewals_record: bool,
+    /// A token that comes back is told no number again that the node has found on its disk.
+    pub again_after_distrust: bool,
+    /// A ttl that is made shorter counts from when that is asked for, and nothing that was asked for before it counts.
+    pub shorter_from_send: bool,
+    /// A node that may still make the ttl shorter confirms no longer one.
+    pub shorter_blocks: bool,
+    /// A node grants all keys of a set or none,
+    pub whole_sets: bool,
+    /// and by a number above the last of each of them.
+    pub fences_of_all_keys: bool,
 }
 
-pub(crate) const ALL: Safeguards = Safeguards {
+pub const ALL: Safeguards = Safeguards {
     restart_window: true,
     ballots: true,
     clock_for_last: true,
@@ -63,49 +74,65 @@ pub(crate) const ALL: Safeguards = Safeguards {
     heal_free: true,
     heal_votes: true,
     heal_in_time: true,
-    heal_undone: true,
     claim_votes: true,
+    releases_by_grant: true,
+    renewals_record: true,
+    again_after_distrust: true,
+    shorter_from_send: true,
+    shorter_blocks: true,
+    whole_sets: true,
+    fences_of_all_keys: true,
 };
 
 /// The size of the model. Times are in ticks.
 #[derive(Clone, Debug)]
-pub(crate) struct Protocol {
-    pub(crate) safeguards: Safeguards,
+pub struct Protocol {
+    pub safeguards: Safeguards,
     /// Each makes one attempt: another one, by a fresh token, is another client.
-    pub(crate) clients: usize,
-    pub(crate) ttl: i8,
+    pub clients: usize,
+    /// How many nodes there are: three at most.
+    pub nodes: usize,
+    pub ttl: i8,
     /// For how long a node doesn't vote after a restart, and by how much a proposal may be ahead of its clock.
-    pub(crate) window: i8,
+    pub window: i8,
     /// For how long a node knows the last proposal that it granted.
-    pub(crate) last_ttl: i8,
+    pub last_ttl: i8,
+    /// Whether nodes are restarted.
+    pub restarts: bool,
     /// Whether nodes write to disk, now and then.
-    pub(crate) saves: bool,
+    pub saves: bool,
     /// By how much the uptime that a node tells is too long.
-    pub(crate) uptime_error: i8,
+    pub uptime_error: i8,
     /// By how much one node's clock is ahead.
-    pub(crate) skew: i8,
-    pub(crate) renewals: bool,
+    pub skew: i8,
+    pub renewals: bool,
     /// Whether confirmed renewals bring the key back where it is gone.
-    pub(crate) heals: bool,
+    pub heals: bool,
     /// Whether leases are taken up, of locks whose holder fell silent or released them.
-    pub(crate) adopts: bool,
+    pub adopts: bool,
     /// For how long a renewal may arrive, where leases are taken up; elsewhere for ever.
-    pub(crate) renewal_life: i8,
-    /// Whether the calls of a client come to an end.
-    pub(crate) settles: bool,
+    pub renewal_life: i8,
+    /// Which token each client shares with others; 0 where it has one of its own.
+    pub shares: [u8; CLIENTS],
+    /// The set of keys that each client wants, as one lock.
+    pub wants: [u8; CLIENTS],
+    /// What a holder may make its ttl; 0 where none does.
+    pub shorter: i8,
+    /// For how long a request for that may arrive.
+    pub exact_life: i8,
     /// What clients propose, as the distance from now: any of it at any time, whatever clocks they have and whatever
     /// they were told. None: they ask for no fencing token, and the nodes grant more freely.
-    pub(crate) proposals: Option<RangeInclusive<i8>>,
+    pub proposals: Option<RangeInclusive<i8>>,
     /// Whether a client may propose twice by the same token.
-    pub(crate) second_round: bool,
+    pub second_round: bool,
     /// A proposal that lies so far in the past arrives nowhere any more. No attempt that can still succeed is so old.
-    pub(crate) oldest: i8,
+    pub oldest: i8,
     /// The promises to check.
-    pub(crate) promises: &'static [&'static str],
+    pub promises: &'static [&'static str],
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Action {
+pub enum Action {
     /// Time passes, for all alike.
     Tick,
     /// A client sends its request to all nodes.
@@ -147,8 +174,17 @@ pub(crate) enum Action {
     SendClaim {
         client: usize,
     },
-    /// The last call of a client that released its lock ends.
-    Settle {
+    /// A holder asks for a ttl that is exactly this, and shorter.
+    SendExact {
+        client: usize,
+    },
+    /// The request arrives. It does so once.
+    Shorten {
+        client: usize,
+        node: usize,
+    },
+    /// A majority's confirmations of it arrive.
+    ConfirmExact {
         client: usize,
     },
     /// A client gives up, or gives back, or undoes what its attempt may have left.
@@ -173,12 +209,12 @@ impl Model for Protocol {
     type Action = Action;
 
     fn init_states(&self) -> Vec<State> {
-        vec![State::new(self.skew)]
+        vec![State::new(self)]
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
         actions.push(Action::Tick);
-        for node in 0..NODES {
+        for node in 0..if self.restarts { self.nodes } else { 0 } {
             actions.push(Action::Restart { node, memory: Memory::Nothing });
             actions.push(Action::Restart { node, memory: Memory::All });
             if self.saves {
@@ -187,40 +223,40 @@ impl Model for Protocol {
             }
         }
         for (client, known) in state.clients.iter().enumerate().take(self.clients) {
-            if self.may_ask(known) {
+            // Where clients are alike, the next one to ask may as well be the first of them.
+            let is_first =
+                || !state.clients.iter().take(client).any(|other| other.phase == Phase::Idle && other.is_like(known));
+            if self.may_ask(known) && (known.phase != Phase::Idle || is_first()) {
                 let proposals = self.proposals.clone().unwrap_or(0..=0);
                 actions.extend(proposals.map(|proposal| Action::Ask { client, proposal }));
             }
             if known.phase == Phase::Idle {
-                // Clients are alike: the next one to ask may as well be this one.
-                break;
-            }
-            if known.settled {
                 continue;
             }
-            if known.phase == Phase::Asking && state.granted(client) {
+            if known.phase == Phase::Asking && state.granted(self, client).is_some() {
                 actions.push(Action::Obtain { client });
             }
             if known.believes() && self.renewals {
                 actions.push(Action::SendRenewal { client });
             }
-            if (known.believes() || known.claims) && state.extended(client) {
+            if (known.believes() || known.claims) && state.extended(self, client) {
                 actions.push(Action::Confirm { client });
             }
             let is_over = known.phase == Phase::Released || (known.phase == Phase::Holding && !known.believes());
             if self.adopts && is_over && !known.claims {
                 actions.push(Action::SendClaim { client });
             }
-            if self.settles && known.release_sent && state.nodes.iter().all(|node| node.released >> client & 1 == 1) {
-                actions.push(Action::Settle { client });
+            if self.shorter > 0 && known.believes() && known.exact == 0 {
+                actions.push(Action::SendExact { client });
+            }
+            if known.is_unresolved && state.shortened(self, client) {
+                actions.push(Action::ConfirmExact { client });
             }
             if !known.release_sent {
                 actions.push(Action::SendRelease { client });
             }
-            for node in 0..NODES {
-                // What an attempt leaves is undone by itself, and is not what is asked here.
-                let is_undone = self.settles && known.release_sent;
-                if self.may_arrive(known.proposal) && !is_undone {
+            for node in 0..self.nodes {
+                if self.may_arrive(known.proposal) {
                     actions.push(Action::Acquire { client, node });
                 }
                 if known.earlier.is_some_and(|earlier| self.may_arrive(earlier)) {
@@ -234,6 +270,9 @@ impl Model for Protocol {
                 }
                 if known.release_sent {
                     actions.push(Action::Release { client, node });
+                }
+                if has(state.nodes[node].due, client) {
+                    actions.push(Action::Shorten { client, node });
                 }
             }
         }
@@ -252,45 +291,47 @@ impl Model for Protocol {
                 (asking.phase, asking.left, asking.proposal) = (Phase::Asking, self.ttl, proposal);
             }
             Action::Acquire { client, node } => {
-                let Client { phase, proposal, .. } = next.clients[client];
-                if next.nodes[node].vote(self, client as u8, proposal) && phase == Phase::Asking {
+                let (owned, Client { phase, proposal, .. }) = (next.owned(client), next.clients[client]);
+                let granted = next.nodes[node].vote(self, owned, proposal).filter(|_| phase == Phase::Asking);
+                if let Some(number) = granted {
                     next.nodes[node].granted |= 1 << client;
+                    next.nodes[node].told[client] = Some(number).filter(|number| *number != proposal);
                 }
             }
             Action::AcquireEarlier { client, node } => {
                 // Its answer is that to another round, which nobody waits for.
-                next.nodes[node].vote(self, client as u8, next.clients[client].earlier?);
+                let owned = next.owned(client);
+                next.nodes[node].vote(self, owned, next.clients[client].earlier?);
             }
             Action::Obtain { client } => {
                 // `Hold::new`: the deadline counts from the send, as `left` does.
+                let number = next.granted(self, client)?;
                 next.forget_answers(client);
                 let holder = &mut next.clients[client];
-                holder.phase = Phase::Holding;
+                (holder.phase, holder.proposal) = (Phase::Holding, number);
                 if self.proposals.is_some() {
-                    next.in_order &= next.latest.is_none_or(|latest| holder.proposal > latest);
-                    next.latest = Some(holder.proposal);
+                    next.note_order(client, number);
                 }
             }
-            Action::SendRenewal { client } => {
+            Action::SendRenewal { client } | Action::SendClaim { client } => {
                 // `Hold::renewing`. One at a time: a later one means that the one before is given up.
                 next.forget_extensions(client);
                 let holder = &mut next.clients[client];
-                (holder.renewal, holder.renewal_sent, holder.claims) = (self.ttl, true, false);
+                // Of an exact ttl that is not confirmed yet: `hold.rs`, invariant 5.
+                holder.renewal = if holder.is_unresolved { self.shorter } else { self.ttl };
+                (holder.renewal_sent, holder.claims) = (true, matches!(action, Action::SendClaim { .. }));
                 holder.renewal_life = if self.adopts { self.renewal_life } else { 0 };
             }
-            Action::SendClaim { client } => {
-                next.forget_extensions(client);
-                let holder = &mut next.clients[client];
-                (holder.renewal, holder.renewal_sent, holder.claims) = (self.ttl, true, true);
-                holder.renewal_life = self.renewal_life;
-            }
             Action::Renew { client, node } => {
-                let Client { renewal, claims, .. } = next.clients[client];
+                let (owned, Client { renewal, claims, .. }) = (next.owned(client), next.clients[client]);
+                let node = &mut next.nodes[node];
                 // A node that may not vote refuses a claim; a renewal from before it may still arrive.
-                let counts = renewal > 0 && !(claims && self.safeguards.claim_votes && next.nodes[node].votes_in > 0);
+                let refuses = claims && self.safeguards.claim_votes && node.votes_in > 0;
+                // `quorum/shortened.rs`
+                let is_blocked = self.safeguards.shorter_blocks && has(node.due, client);
                 // A message of a renewal that was given up does at the node what one of the present renewal does.
-                if next.nodes[node].renew(self, client as u8) && counts {
-                    next.nodes[node].extended |= 1 << client;
+                if node.renew(self, owned) && renewal > 0 && !refuses && !is_blocked {
+                    node.extended |= 1 << client;
                 }
             }
             Action::Confirm { client } => {
@@ -300,7 +341,8 @@ impl Model for Protocol {
                 let holder = &mut next.clients[client];
                 if holder.claims {
                     if self.proposals.is_some() {
-                        next.in_order &= next.latest.is_none_or(|latest| holder.proposal >= latest);
+                        let latest = next.latest.iter().flatten().map(|(latest, _)| *latest).max();
+                        next.in_order &= latest.is_none_or(|latest| holder.proposal >= latest);
                     }
                     (holder.phase, holder.left, holder.claims) = (Phase::Holding, 0, false);
                 }
@@ -309,16 +351,35 @@ impl Model for Protocol {
                     (holder.healing, holder.heal_sent) = (holder.left, true);
                 }
             }
-            Action::Heal { client, node } => next.nodes[node].heal(self, client as u8),
-            Action::Settle { client } => {
-                next.clients[client].settled = true;
-                let alive = next.clients[client].heal_sent && !self.safeguards.heal_undone;
-                for node in &mut next.nodes {
-                    if !alive {
-                        node.release(self, client as u8);
-                    }
-                    node.released &= !(1 << client);
+            Action::Heal { client, node } => {
+                let owned = next.owned(client);
+                next.nodes[node].heal(self, owned);
+            }
+            Action::SendExact { client } => {
+                // `Hold::setting_ttl`, invariant 4
+                let holder = &mut next.clients[client];
+                (holder.exact, holder.is_unresolved) = (self.exact_life, true);
+                if self.safeguards.shorter_from_send {
+                    (holder.left, holder.renewal) = (holder.left.min(self.shorter), 0);
+                    next.forget_extensions(client);
                 }
+                next.nodes.iter_mut().for_each(|node| node.due |= 1 << client);
+            }
+            Action::Shorten { client, node } => {
+                let owned = next.owned(client);
+                let node = &mut next.nodes[node];
+                node.due &= !(1 << client);
+                if node.shorten(self, owned) {
+                    node.shortened |= 1 << client;
+                }
+            }
+            Action::ConfirmExact { client } => {
+                let holder = &mut next.clients[client];
+                holder.is_unresolved = false;
+                if !self.safeguards.shorter_from_send {
+                    holder.left = holder.left.min(self.shorter);
+                }
+                next.nodes.iter_mut().for_each(|node| node.shortened &= !(1 << client));
             }
             Action::SendRelease { client } => {
                 next.forget_answers(client);
@@ -328,10 +389,8 @@ impl Model for Protocol {
                 releasing.claims = false;
             }
             Action::Release { client, node } => {
-                next.nodes[node].release(self, client as u8);
-                if self.settles {
-                    next.nodes[node].released |= 1 << client;
-                }
+                let owned = next.owned(client);
+                next.nodes[node].release(self, owned);
             }
             Action::Save { node } => next.nodes[node].save(self),
             Action::Restart { node, memory } => next.nodes[node].restart(self, memory),
@@ -341,23 +400,21 @@ impl Model for Protocol {
 
     fn properties(&self) -> Vec<Property<Self>> {
         let mut properties = vec![
-            Property::always(EXCLUSION, |_, state: &State| state.clients.iter().filter(|c| c.believes()).count() <= 1),
+            Property::always(EXCLUSION, |_, state: &State| {
+                let believers = || state.clients.iter().enumerate().filter(|(_, client)| client.believes());
+                believers().all(|(client, one)| {
+                    believers().take_while(|(other, _)| *other < client).all(|(_, other)| one.may_hold_beside(other))
+                })
+            }),
             Property::always(ORDER, |_, state: &State| state.in_order),
             Property::always(OBTAINABLE, Self::obtainable_after_a_calm),
-            Property::always(NOTHING_LEFT, |_, state: &State| {
-                let left = |client: usize| state.nodes.iter().any(|node| node.keys.holder == Some(client as u8));
-                !state.clients.iter().enumerate().any(|(client, known)| known.settled && left(client))
-            }),
             Property::sometimes(HEALED, |_, state: &State| {
                 let healed = |client: usize| {
-                    let of = |node: &&Node| node.keys.holder == Some(client as u8) && node.votes_in == 0;
-                    state.nodes.iter().filter(of).count() == NODES
+                    let holds = |key: &Key| key.holder == Some(client as u8);
+                    state.nodes.iter().all(|node| node.keys.iter().any(holds) && node.votes_in == 0)
                 };
-                state
-                    .clients
-                    .iter()
-                    .enumerate()
-                    .any(|(client, known)| known.heal_sent && known.believes() && healed(client))
+                let mut clients = state.clients.iter().enumerate();
+                clients.any(|(client, known)| known.heal_sent && known.believes() && healed(client))
             }),
             Property::sometimes(AFTER_SILENCE, |_, state: &State| {
                 let silent = |c: &Client| c.phase == Phase::Holding && !c.believes();
@@ -374,6 +431,10 @@ impl Model for Protocol {
 }
 
 impl Protocol {
+    pub(crate) fn majority(&self) -> usize {
+        self.nodes / 2 + 1
+    }
+
     fn may_ask(&self, client: &Client) -> bool {
         let once_more = match client.phase {
             Phase::Idle => true,
@@ -393,6 +454,17 @@ impl Protocol {
             node.tick(self);
         }
         for client in 0..self.clients {
+            let waiting = &mut next.clients[client];
+            if waiting.exact > 0 {
+                waiting.exact -= 1;
+                if waiting.exact == 0 {
+                    // The nodes refuse to run it from now on.
+                    waiting.is_unresolved = false;
+                    for node in &mut next.nodes {
+                        (node.due, node.shortened) = (node.due & !(1 << client), node.shortened & !(1 << client));
+                    }
+                }
+            }
             let waiting = &mut next.clients[client];
             if waiting.phase == Phase::Holding || self.safeguards.deadline {
                 waiting.left = (waiting.left - 1).max(0);
@@ -420,17 +492,21 @@ impl Protocol {
             }
         }
         // Below all that can still be granted, one is as good as another.
-        next.latest = next.latest.map(|latest| (latest - 1).max(-self.oldest - self.ttl));
+        for (latest, _) in next.latest.iter_mut().flatten() {
+            *latest = (*latest - 1).max(-self.oldest - self.ttl);
+        }
     }
 
     /// For as long as keys and windows last, nothing happens; what was under way is lost. Then a new client asks. Where
     /// its proposal is behind, it proposes above the highest that the nodes answer.
     fn obtainable_after_a_calm(&self, state: &State) -> bool {
         let mut nodes = state.nodes;
-        for node in &mut nodes {
+        let nodes = &mut nodes[..self.nodes];
+        for node in &mut *nodes {
             (0..self.ttl.max(self.window)).for_each(|_| node.tick(self));
         }
-        let highest = nodes.iter().map(|node| node.keys.last.unwrap_or(node.clock)).max().unwrap_or(0);
-        nodes.iter_mut().filter_map(|node| node.vote(self, u8::MAX, highest + 1).then_some(())).count() >= MAJORITY
+        let numbers = nodes.iter().flat_map(|node| node.keys.map(|key| key.last.unwrap_or(node.clock)));
+        let proposal = numbers.max().unwrap_or(0) + 1;
+        nodes.iter_mut().filter_map(|node| node.vote(self, Owned::NOBODY, proposal)).count() >= self.majority()
     }
 }
