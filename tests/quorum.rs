@@ -667,6 +667,27 @@ async fn one_server_by_two_names_makes_no_quorum() {
 }
 
 #[tokio::test]
+async fn one_server_by_two_names_that_comes_late_has_one_vote() {
+    let mut servers = start::<2>();
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("twin.sock");
+    let urls = [servers[0].url(), servers[1].url(), format!("redis+unix://{}", socket.display())];
+    let builder = Locker::builder().restart_window(Duration::ZERO);
+    let locker = builder.quorum(&urls).await.unwrap();
+    let of_first = servers[0].unix_url().trim_start_matches("redis+unix://").to_owned();
+    std::os::unix::fs::symlink(of_first, &socket).unwrap();
+    servers[1].kill();
+    eventually("the two find that they are one", async || {
+        let refused = node_errors(locker.try_lock("k").await.expect_err("one vote"));
+        let twin = refused.iter().find(|node| node.address == socket.display().to_string())?;
+        twin.error.to_string().contains(&address(&servers[0])).then_some(())
+    })
+    .await;
+    servers[1].restart();
+    lock(&locker, "k").await.release().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_guard_outlives_nodes_that_freeze_or_forget_one_after_another() {
     let mut servers = start::<3>();
     let locker = locker_for(&servers, ms(1_000), Duration::ZERO).await;

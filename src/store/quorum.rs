@@ -61,6 +61,7 @@ mod calls;
 mod catch_up;
 mod clocks;
 mod heal;
+mod identity;
 mod nodes;
 #[cfg(test)]
 mod restarted;
@@ -84,7 +85,8 @@ pub(crate) use self::ballot::{Ballot, Node, Reply, Seen, Vote};
 use self::calls::Calls;
 use self::clocks::Clocks;
 use self::heal::Healing;
-pub(crate) use self::nodes::connect;
+use self::identity::Identity;
+pub(crate) use self::nodes::{Connected, connect};
 use self::rounds::Rounds;
 use self::shortened::{RequestId, Shortened};
 use self::tally::{Kept, Tally, Verdict};
@@ -127,6 +129,7 @@ struct Quorum {
 struct Member {
     address: String,
     node: Arc<dyn Node>,
+    identity: Option<Arc<Identity>>,
     calls: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
     /// It was restarted lately, and doesn't vote until then.
@@ -138,12 +141,12 @@ struct Member {
 
 impl QuorumStore {
     /// The window is rounded up to whole seconds, which is how servers tell their age.
-    pub(crate) fn new(nodes: Vec<(String, Arc<dyn Node>)>, window: Duration, releases: TaskTracker) -> Self {
+    pub(crate) fn new(nodes: Vec<Connected>, window: Duration, releases: TaskTracker) -> Self {
         Self::with_clock(nodes, window, releases, clocks::since_1970)
     }
 
     fn with_clock(
-        nodes: Vec<(String, Arc<dyn Node>)>,
+        nodes: Vec<impl Into<Connected>>,
         window: Duration,
         releases: TaskTracker,
         clock: impl Fn() -> u64 + Send + Sync + 'static,
@@ -152,9 +155,11 @@ impl QuorumStore {
         let clocks = Clocks::new(clock, nodes.len(), needed);
         let members = nodes
             .into_iter()
-            .map(|(address, node)| Member {
+            .map(Into::into)
+            .map(|Connected { address, node, identity }| Member {
                 address,
                 node,
+                identity,
                 calls: Arc::new(Semaphore::new(CALLS)),
                 waiting: Arc::new(Semaphore::new(WAITING)),
                 silent_until: Mutex::default(),

@@ -28,7 +28,7 @@ use tokio::runtime::Handle;
 use tokio::time::Instant;
 use tracing::debug;
 
-pub(crate) use self::about::About;
+pub(crate) use self::about::{About, Contacts};
 use self::clock::ServerClock;
 use self::combiner::{Answers, Carrier, Combiner, Refused};
 use self::connection::{Connection, Sent};

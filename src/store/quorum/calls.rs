@@ -74,6 +74,10 @@ impl<K: Send + 'static, T: Send + 'static> Calls<K, T> {
     /// Or stands in line for that, behind those that were there before it, for as long as a call may take.
     pub(super) fn send(&mut self, of: K, member: &Member, within: Duration, call: Answer<'static, T>) {
         let now = Instant::now();
+        let call = match &member.identity {
+            Some(identity) => identity.before(within, call),
+            None => call,
+        };
         let (mut call, permit, until) = match member.calls.clone().try_acquire_owned() {
             Ok(permit) => (call, permit, now + within + GRACE),
             Err(_) => match member.waiting.clone().try_acquire_owned() {

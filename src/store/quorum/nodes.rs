@@ -1,6 +1,6 @@
 //! Which nodes make a quorum, and how they are connected to.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,11 +10,25 @@ use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
 use super::Node;
-use crate::store::redis::{About, RedisStore, url};
+use super::identity::{Identities, Identity};
+use crate::store::redis::{RedisStore, url};
 use crate::{Error, NodeError};
 
 /// For how long the others are waited for once a majority is connected.
 const GRACE: Duration = Duration::from_millis(250);
+
+/// A node, and who it is, where that can be told.
+pub(crate) struct Connected {
+    pub(super) address: String,
+    pub(super) node: Arc<dyn Node>,
+    pub(super) identity: Option<Arc<Identity>>,
+}
+
+impl From<(String, Arc<dyn Node>)> for Connected {
+    fn from((address, node): (String, Arc<dyn Node>)) -> Self {
+        Self { address, node, identity: None }
+    }
+}
 
 /// Connects to a majority, at least, of the nodes at these URLs; to the others as they come.
 ///
@@ -27,7 +41,7 @@ pub(crate) async fn connect(
     prefix: &str,
     timeout: Duration,
     nodes_never_forget: bool,
-) -> Result<Vec<(String, Arc<dyn Node>)>, Error> {
+) -> Result<Vec<Connected>, Error> {
     let configs = check(urls)?;
     let databases: Vec<u8> = configs.iter().map(|(_, config)| config.database.unwrap_or(0)).collect();
     let mut nodes: Vec<(String, Arc<RedisStore>)> = Vec::with_capacity(configs.len());
@@ -35,34 +49,42 @@ pub(crate) async fn connect(
         let store = RedisStore::open_lazily(config, prefix.to_owned(), timeout)?;
         nodes.push((address, Arc::new(store)));
     }
+    let stores: Vec<Arc<RedisStore>> = nodes.iter().map(|(_, node)| node.clone()).collect();
+
+    let all = Arc::<Identities>::default();
+    let nodes: Vec<Connected> = (0..)
+        .zip(nodes)
+        .zip(databases)
+        .map(|((place, (address, node)), database)| {
+            let identity = Identity::new(&all, place, address.clone(), database, node.clone(), nodes_never_forget);
+            Connected { address, node, identity: Some(identity) }
+        })
+        .collect();
 
     let needed = nodes.len() / 2 + 1;
     let mut connecting = JoinSet::new();
-    for (place, (_, node)) in nodes.iter().enumerate() {
-        let node = node.clone();
+    for (place, node) in stores.into_iter().enumerate() {
+        let identity = nodes.get(place).and_then(|node| node.identity.clone());
         connecting.spawn(async move {
-            let ready = match node.ready(timeout).await {
-                // Whether it says anything of itself or not.
-                Ok(()) => Ok(node.about(timeout).await.unwrap_or_default()),
-                Err(error) => Err(error),
-            };
+            let ready = node.ready(timeout).await;
+            if let (Ok(()), Some(identity)) = (&ready, &identity) {
+                // Where it can't say yet who it is, it is asked again before anything is sent to it.
+                drop(identity.settle(timeout).await);
+            }
             (place, ready)
         });
     }
     let (mut connected, mut failed) = (0, Vec::new());
     let mut silent: BTreeSet<usize> = (0..nodes.len()).collect();
-    let mut known: HashMap<String, usize> = HashMap::new();
     let mut until = Instant::now() + timeout * 2;
     while let Ok(Some(ended)) = timeout_at(until, connecting.join_next()).await {
         let Ok((place, ended)) = ended else { continue };
         silent.remove(&place);
-        let address = nodes.get(place).map(|(address, _)| address.clone()).unwrap_or_default();
+        let Some(Connected { address, identity, .. }) = nodes.get(place) else { continue };
         match ended {
-            Ok(about) => {
+            Ok(()) => {
                 connected += 1;
-                warn_of(&address, &about, nodes_never_forget);
-                let same = about.run_id.and_then(|run_id| known.insert(run_id, place));
-                if same.is_some_and(|other| databases.get(other) == databases.get(place)) {
+                if identity.as_ref().is_some_and(|identity| identity.twin().is_some()) {
                     return Err(Error::InvalidNodes(
                         "two of their addresses lead to one server, which would have two votes",
                     ));
@@ -70,7 +92,7 @@ pub(crate) async fn connect(
             }
             Err(error) => {
                 warn!(name: "tenure.node_away", node = %address, %error, "not connected; goes on trying");
-                failed.push(NodeError { address, error });
+                failed.push(NodeError { address: address.clone(), error });
             }
         }
         if connected == needed {
@@ -82,30 +104,10 @@ pub(crate) async fn connect(
     }
     if connected < needed {
         let unheard = silent.into_iter().filter_map(|place| nodes.get(place));
-        failed.extend(unheard.map(|(address, _)| NodeError { address: address.clone(), error: Error::timeout() }));
+        failed.extend(unheard.map(|node| NodeError { address: node.address.clone(), error: Error::timeout() }));
         return Err(Error::Quorum { needed, granted: connected, nodes: failed });
     }
-    Ok(nodes.into_iter().map(|(address, node)| (address, node as Arc<dyn Node>)).collect())
-}
-
-/// Says what is wrong with a node and can't be known to be.
-fn warn_of(node: &str, about: &About, nodes_never_forget: bool) {
-    if about.is_replica {
-        warn!(name: "tenure.node_is_replica", node, "it follows another server, and can't vote");
-    }
-    if about.was_promoted {
-        warn!(
-            name: "tenure.node_was_promoted", node,
-            "it was a replica and was promoted: it may lack what was granted before; nothing may fail over to a node"
-        );
-    }
-    if nodes_never_forget && about.may_forget {
-        warn!(
-            name: "tenure.node_may_forget", node,
-            "the restart window is off, but the node answers before what it grants is on disk: a restart can give a \
-             lock to a second holder; set `appendfsync always`, or a restart window"
-        );
-    }
+    Ok(nodes)
 }
 
 /// Refuses lists that make no quorum. Answers the nodes' addresses, which never show a password.

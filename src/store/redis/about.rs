@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
-use fred::interfaces::ClientLike;
-use fred::types::config::Options;
+use fred::interfaces::{ClientLike, EventInterface};
+use fred::types::config::{Options, Server};
 use fred::types::{ClusterHash, CustomCommand, Value};
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::TryRecvError;
 use tokio::time::Instant;
 
 use super::RedisStore;
@@ -40,7 +42,42 @@ impl About {
     }
 }
 
+impl About {
+    /// What there is to be warned of that there was not before.
+    pub(crate) fn since(&self, before: &Self) -> Self {
+        Self {
+            run_id: None,
+            is_replica: self.is_replica && !before.is_replica,
+            was_promoted: self.was_promoted && !before.was_promoted,
+            may_forget: self.may_forget && !before.may_forget,
+        }
+    }
+}
+
+/// The connections that are made from now on.
+pub(crate) struct Contacts(Receiver<Server>);
+
+impl Contacts {
+    /// Whether any were made since this was last asked.
+    pub(crate) fn were_made(&mut self) -> bool {
+        let mut were_made = false;
+        // Each event, and the news that some were missed.
+        while !self.0.is_empty() && !matches!(self.0.try_recv(), Err(TryRecvError::Closed | TryRecvError::Empty)) {
+            were_made = true;
+        }
+        were_made
+    }
+}
+
 impl RedisStore {
+    pub(crate) fn contacts(&self) -> Contacts {
+        Contacts(self.server().client().reconnect_rx())
+    }
+
+    pub(crate) fn is_connected(&self) -> bool {
+        self.server().client().is_connected()
+    }
+
     /// Asks the server about itself.
     pub(crate) async fn about(&self, timeout: Duration) -> Result<About, Error> {
         let until = Instant::now() + timeout;
@@ -67,10 +104,12 @@ impl RedisStore {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use fred::types::config::Config;
     use tenure_test_support::{Server, eventually};
 
-    use super::*;
+    use super::{About, RedisStore};
 
     async fn about(server: &Server) -> About {
         let store =

@@ -1,0 +1,276 @@
+//! Which server is behind a node's address: asked when it is first reached, and whenever it is reached anew.
+//!
+//! Two addresses may lead to one server, which would have two votes then; and while a node is away, its address may
+//! come to lead elsewhere. Until a node that can be reached has said who it is, nothing is sent to it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use fred::error::ErrorKind;
+use tokio::sync::Notify;
+use tracing::warn;
+
+use crate::Error;
+use crate::error::NOT_SENT;
+use crate::store::Answer;
+use crate::store::redis::{About, Contacts, RedisStore};
+
+/// Who is at the addresses of one quorum, by their place.
+#[derive(Default)]
+pub(super) struct Identities(Mutex<HashMap<usize, Server>>);
+
+#[derive(Clone, PartialEq, Eq)]
+struct Server {
+    run_id: String,
+    /// Two databases of one server are two nodes, of which a warning says what it thinks.
+    database: u8,
+    address: String,
+    /// Another address leads to it, and was there first.
+    is_refused: bool,
+}
+
+/// Who is at one of them.
+pub(crate) struct Identity {
+    all: Arc<Identities>,
+    place: usize,
+    address: String,
+    database: u8,
+    node: Arc<RedisStore>,
+    nodes_never_forget: bool,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+struct State {
+    step: Step,
+    contacts: Contacts,
+    known: About,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// It is to be asked, once it can be reached.
+    Due,
+    Asking,
+    Known,
+}
+
+impl Identity {
+    pub(super) fn new(
+        all: &Arc<Identities>,
+        place: usize,
+        address: String,
+        database: u8,
+        node: Arc<RedisStore>,
+        nodes_never_forget: bool,
+    ) -> Arc<Self> {
+        let state = State { step: Step::Due, contacts: node.contacts(), known: About::default() };
+        Arc::new(Self {
+            all: all.clone(),
+            place,
+            address,
+            database,
+            node,
+            nodes_never_forget,
+            state: Mutex::new(state),
+            changed: Notify::new(),
+        })
+    }
+
+    /// Puts the question before a call, where it is open.
+    pub(super) fn before<T: 'static>(
+        self: &Arc<Self>,
+        within: Duration,
+        call: Answer<'static, T>,
+    ) -> Answer<'static, T> {
+        if self.state().step() == Step::Known && self.twin().is_none() {
+            return call;
+        }
+        let identity = self.clone();
+        Box::pin(async move {
+            identity.settle(within).await?;
+            call.await
+        })
+    }
+
+    /// Waits until it is known, and the only address of its server.
+    ///
+    /// # Errors
+    ///
+    /// The other address; or what has kept it from answering.
+    pub(super) async fn settle(&self, within: Duration) -> Result<(), Error> {
+        loop {
+            let changed = self.changed.notified();
+            match self.begin() {
+                // The call says best why there is no connection.
+                None => return Ok(()),
+                Some(Step::Known) => break,
+                Some(Step::Asking) => changed.await,
+                Some(Step::Due) => {
+                    let asking = Asking(self);
+                    match self.node.about(within).await {
+                        Ok(about) => self.learn(about),
+                        // It doesn't say, and is given the benefit of the doubt.
+                        Err(error) if error.code().is_some() => self.learn(About::default()),
+                        Err(_) => return Err(unsent("it has not said yet which server it is")),
+                    }
+                    drop(asking);
+                }
+            }
+        }
+        match self.twin() {
+            None => Ok(()),
+            Some(other) => Err(unsent(&format!("it is the same server as {other}, which has its vote"))),
+        }
+    }
+
+    /// What is to be done; [`Step::Due`] for one alone, which asks. `None` where nobody can be asked.
+    fn begin(&self) -> Option<Step> {
+        let mut state = self.state();
+        let step = state.step();
+        if step == Step::Due {
+            if !self.node.is_connected() {
+                return None;
+            }
+            state.step = Step::Asking;
+        }
+        Some(step)
+    }
+
+    fn learn(&self, about: About) {
+        let news = {
+            let mut state = self.state();
+            state.step = Step::Known;
+            let news = about.since(&state.known);
+            state.known = about.clone();
+            news
+        };
+        self.warn_of(&news);
+        let Some(run_id) = about.run_id else {
+            self.all.servers().remove(&self.place);
+            return;
+        };
+        let mut servers = self.all.servers();
+        let mut server = Server { run_id, database: self.database, address: self.address.clone(), is_refused: false };
+        let twin = servers.iter().find(|(place, other)| **place != self.place && other.is_same(&server));
+        if let Some(other) = twin.map(|(_, other)| other.address.clone()) {
+            server.is_refused = true;
+            warn!(
+                name: "tenure.same_server", node = %self.address, %other,
+                "both addresses lead to one server, which has one vote: the first one's"
+            );
+        }
+        servers.insert(self.place, server);
+    }
+
+    /// The address that has this server's vote, if it is another.
+    pub(super) fn twin(&self) -> Option<String> {
+        let mut servers = self.all.servers();
+        let own = servers.get(&self.place).filter(|own| own.is_refused)?.clone();
+        let twin = servers.iter().find(|(place, other)| **place != self.place && other.is_same(&own));
+        let twin = twin.map(|(_, other)| other.address.clone());
+        if let Some(own) = servers.get_mut(&self.place).filter(|_| twin.is_none()) {
+            // That one leads elsewhere by now.
+            own.is_refused = false;
+        }
+        twin
+    }
+
+    /// Says what is wrong with a node and can't be known to be.
+    fn warn_of(&self, about: &About) {
+        let node = &*self.address;
+        if about.is_replica {
+            warn!(name: "tenure.node_is_replica", node, "it follows another server, and can't vote");
+        }
+        if about.was_promoted {
+            warn!(
+                name: "tenure.node_was_promoted", node,
+                "it was a replica and was promoted: it may lack what was granted before; nothing may fail over to a \
+                 node"
+            );
+        }
+        if self.nodes_never_forget && about.may_forget {
+            warn!(
+                name: "tenure.node_may_forget", node,
+                "the restart window is off, but the node answers before what it grants is on disk: a restart can give \
+                 a lock to a second holder; set `appendfsync always`, or a restart window"
+            );
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One asks, and the others wait, until this is dropped.
+struct Asking<'a>(&'a Identity);
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        if state.step == Step::Asking {
+            state.step = Step::Due;
+        }
+        drop(state);
+        self.0.changed.notify_waiters();
+    }
+}
+
+impl State {
+    /// As of now.
+    fn step(&mut self) -> Step {
+        if self.contacts.were_made() && self.step == Step::Known {
+            self.step = Step::Due;
+        }
+        self.step
+    }
+}
+
+impl Server {
+    /// Whether this one has the vote of the other.
+    fn is_same(&self, other: &Self) -> bool {
+        !self.is_refused && (&self.run_id, self.database) == (&other.run_id, other.database)
+    }
+}
+
+impl Identities {
+    fn servers(&self) -> MutexGuard<'_, HashMap<usize, Server>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn unsent(details: &str) -> Error {
+    fred::error::Error::new(ErrorKind::Config, format!("{details}{NOT_SENT}")).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use fred::types::config::Config;
+    use tenure_test_support::{Server, eventually};
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(10);
+
+    #[tokio::test]
+    async fn a_node_that_is_promoted_is_noticed_when_it_is_reached_anew() {
+        let primary = Server::start();
+        let replica = primary.start_replica();
+        let node = RedisStore::open_lazily(Config::from_url(&replica.url()).unwrap(), String::new(), LONG).unwrap();
+        node.ready(LONG).await.unwrap();
+        let identity = Identity::new(&Arc::default(), 0, "replica".into(), 0, Arc::new(node), false);
+        identity.settle(LONG).await.unwrap();
+        let known = identity.state().known.clone();
+        assert!(known.is_replica && !known.was_promoted, "{known:?}");
+        replica.cli(&["REPLICAOF", "NO", "ONE"]);
+        replica.cli(&["CLIENT", "KILL", "TYPE", "normal"]);
+        let promoted = eventually("it is reached anew", async || {
+            drop(identity.settle(LONG).await);
+            Some(identity.state().known.clone()).filter(|now| now.was_promoted)
+        });
+        let promoted = promoted.await;
+        assert!(promoted.since(&known).was_promoted && !promoted.since(&promoted).was_promoted);
+    }
+}
