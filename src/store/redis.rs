@@ -117,7 +117,7 @@ impl RedisStore {
             // Given back before it is told. Should that fail, it is the caller's to do, as ever when an attempt fails.
             let left = until.saturating_duration_since(Instant::now());
             // Not by the script for one key: this token may be used by the next attempt, so it must not end late.
-            drop(self.release(&wanted.owned, Ending::Grant, left).await);
+            drop(Store::release(self, &wanted.owned, Ending::Grant, left).await);
         }
         answer
     }
@@ -131,10 +131,10 @@ impl RedisStore {
         let is_shared = place.is_some_and(|place| place.is_shared);
         if let (InLine::Behind | InLine::At { .. }, [key]) = (in_line, &**keys) {
             if !is_shared {
-                return self.acquire_in_line(wanted, key, place, timeout).await;
+                return Box::pin(self.acquire_in_line(wanted, key, place, timeout)).await;
             }
             if !self.without_line.load(Ordering::Relaxed) {
-                match self.acquire_in_line(wanted, key, place, timeout).await {
+                match Box::pin(self.acquire_in_line(wanted, key, place, timeout)).await {
                     // Who may not use the line waits without one, unless it was asked for.
                     Err(error) if error.code() == Some("NOPERM") => {
                         debug!(name: "tenure.without_line", %error, "may not stand in line");
@@ -149,9 +149,9 @@ impl RedisStore {
             let name = self.name(key);
             let fence = wanted.fenced.then(|| (names::fence_of(&name), fence_ttl));
             let what = What::Acquire { value: value_of(wanted), ttl, fence, latest: wanted.latest.clone() };
-            return acquired(self.run(Operation { name, token: token.clone(), what }, timeout).await?);
+            return acquired(self.run(Operation::new(name, token, what), timeout).await?);
         }
-        self.acquire_whole(wanted, place, timeout).await
+        Box::pin(self.acquire_whole(wanted, place, timeout)).await
     }
 
     /// By the script that knows all there is to know.
@@ -253,9 +253,9 @@ impl RedisStore {
             }
             _ => {
                 let until = Instant::now() + timeout;
-                return match self.release_whole(owned, ending, timeout).await {
+                return match Box::pin(self.release_whole(owned, ending, timeout)).await {
                     Err(error) if error.is_redirection() && owned.keys.len() > 1 => {
-                        self.one_by_one(owned, Apart::Release(ending), until).await.map(released)
+                        Box::pin(self.one_by_one(owned, Apart::Release(ending), until)).await.map(released)
                     }
                     answer => answer.map(|(released, _)| released),
                 };
@@ -364,7 +364,7 @@ impl RedisStore {
         what: What,
         timeout: Duration,
     ) -> Result<Result<(), Loss>, Error> {
-        about_owned(self.run(Operation { name: self.name(key), token: token.clone(), what }, timeout).await?)
+        about_owned(self.run(Operation::new(self.name(key), token, what), timeout).await?)
     }
 
     /// Does to each of the keys by itself what could not be done to all at once, because they are on two nodes while
@@ -402,23 +402,21 @@ impl RedisStore {
     }
 
     async fn renew_all(&self, locks: &[(&Owned, Duration)], timeout: Duration) -> Vec<Result<Renewed, Error>> {
-        let renewal = |&(owned, ttl): &(&Owned, Duration)| Operation {
-            name: self.name(&owned.key()),
-            token: owned.token.clone(),
-            what: What::Renew { ttl: millis(ttl) },
+        let renewal = |&(owned, ttl): &(&Owned, Duration)| {
+            Operation::new(self.name(&owned.key()), &owned.token, What::Renew { ttl: millis(ttl) })
         };
         let answers = self.combiner.run_all(ONE_LINE, locks.iter().map(renewal).collect(), timeout).await;
         answers.into_iter().map(|answer| answer.and_then(about_owned).map(renewed)).collect()
     }
 
-    async fn run(&self, operation: Operation, timeout: Duration) -> Result<Decision, Error> {
+    async fn run(&self, operation: Box<Operation>, timeout: Duration) -> Result<Decision, Error> {
         // What one call may touch: on a cluster, the keys of one slot.
         let line = match self.server().takes_one_slot() {
             true => redis_keyslot(&operation.name),
             false => ONE_LINE,
         };
         if self.server().router.is_moving(line) {
-            return self.server().one(&operation, timeout).await;
+            return Box::pin(self.server().one(&operation, timeout)).await;
         }
         self.combiner.run(line, operation, timeout).await
     }
@@ -592,18 +590,19 @@ impl Server {
     /// One acknowledgement serves all that were granted or renewed by one call.
     async fn all_replicated(
         &self,
-        operations: &[Operation],
+        operations: &[Box<Operation>],
         mut answers: Answers<Decision>,
         writing: Option<Writing>,
         until: Instant,
     ) -> Answers<Decision> {
-        let for_replicas = |(operation, answer): (&Operation, &Option<Result<Decision, Error>>)| matches!(answer, Some(Ok(decision)) if operation.is_for_replicas(decision));
-        if self.min_replicas == 0 || !operations.iter().zip(&answers).any(for_replicas) {
+        let is_for_replicas = |operation: &Operation, answer: &Option<Result<Decision, Error>>| matches!(answer, Some(Ok(decision)) if operation.is_for_replicas(decision));
+        let mut both = operations.iter().zip(&answers);
+        if self.min_replicas == 0 || !both.any(|(operation, answer)| is_for_replicas(operation, answer)) {
             return answers;
         }
         if let Err(error) = self.replicated(writing, until).await {
             for (operation, answer) in operations.iter().zip(&mut answers) {
-                if for_replicas((operation, answer)) {
+                if is_for_replicas(operation, answer) {
                     *answer = Some(Err(error.clone()));
                 }
             }
@@ -628,7 +627,7 @@ impl Server {
             Some(answer) => answer,
             None => {
                 let left = until.saturating_duration_since(Instant::now());
-                self.decide_again(operation, left).await
+                Box::pin(self.decide_again(operation, left)).await
             }
         }
     }
@@ -652,19 +651,20 @@ impl Server {
 }
 
 impl Carrier for Server {
-    type Operation = Operation;
+    /// In a box: it is moved several times until it is sent.
+    type Operation = Box<Operation>;
     type Answer = Decision;
 
     fn home(&self) -> Option<Handle> {
         self.connection.runtime()
     }
 
-    fn waits(&self) -> impl FnOnce() -> Error + Send {
-        let sent = self.connection.will_wait();
+    fn waits(&self, now: Instant) -> impl FnOnce() -> Error + Send {
+        let sent = self.connection.will_wait(now);
         move || self.connection.unheard(sent)
     }
 
-    async fn one(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
+    async fn one(&self, operation: &Box<Operation>, timeout: Duration) -> Result<Decision, Error> {
         let (until, writing) = self.writing(timeout);
         let decision = self.decide(operation, timeout).await?;
         if operation.is_for_replicas(&decision) {
@@ -673,7 +673,7 @@ impl Carrier for Server {
         Ok(decision)
     }
 
-    async fn many(&self, operations: &[Operation], timeout: Duration) -> Result<Answers<Decision>, Refused> {
+    async fn many(&self, operations: &[Box<Operation>], timeout: Duration) -> Result<Answers<Decision>, Refused> {
         let (until, writing) = self.writing(timeout);
         let sending = |until| operations.iter().for_each(|operation| operation.is_sent(until));
         let answer =
@@ -700,7 +700,7 @@ impl Carrier for Server {
         }
     }
 
-    fn rank(operation: &Operation) -> usize {
+    fn rank(operation: &Box<Operation>) -> usize {
         operation.rank()
     }
 }

@@ -30,7 +30,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
-use self::lines::{Asked, Brought, Lines, Placed, Waiting};
+use self::lines::{Asked, Brought, Lines, NextCall, Placed, Waiting};
 use crate::Error;
 
 /// On their way at a time. With one, client and server would wait for each other in turns; with more, the calls get
@@ -59,7 +59,7 @@ pub(super) trait Carrier: fmt::Debug + Send + Sync + 'static {
 
     /// Called when an operation begins to wait; what it returns says in the end what is known of one that had no
     /// answer.
-    fn waits(&self) -> impl FnOnce() -> Error + Send {
+    fn waits(&self, _now: Instant) -> impl FnOnce() -> Error + Send {
         Error::timeout
     }
 
@@ -115,7 +115,7 @@ impl<C: Carrier> Combiner<C> {
         let now = Instant::now();
         let until = now + timeout;
         // Nobody knows how far those came that are not answered: out of time, or their driver has come to its end.
-        let unanswered = self.shared.carrier.waits();
+        let unanswered = self.shared.carrier.waits(now);
         let (mut answer, mut relief) = match self.shared.enter(line, operation, now, until)? {
             Entered::First(operation, _call) => return self.shared.carrier.one(&operation, timeout).await,
             Entered::Waits { answer, relief } => (answer, relief),
@@ -145,7 +145,7 @@ impl<C: Carrier> Combiner<C> {
         let until = now + timeout;
         let count = operations.len();
         let mut answers: Vec<_> = (0..count).map(|_| None).collect();
-        let unanswered = self.shared.carrier.waits();
+        let unanswered = self.shared.carrier.waits(now);
         let (mut told, mut relief) = match self.shared.enter_all(line, operations, now, until) {
             Ok(entered) => entered,
             Err(error) => return (0..count).map(|_| Err(error.clone())).collect(),
@@ -196,16 +196,20 @@ impl<C: Carrier> Shared<C> {
         until: Instant,
     ) -> Result<Entered<'_, C>, Error> {
         let mut lines = self.lines();
-        lines.forget_stalled(line, now);
-        if lines.waiting(line) == 0 {
-            if let Some(number) = lines.begin(line, now + TRUSTED) {
+        let mut on = lines.on(line);
+        on.forget_stalled(now);
+        if on.waiting() == 0 {
+            if let Some(number) = on.begin(now + TRUSTED) {
                 return Ok(Entered::First(operation, Call { shared: self, line, number }));
             }
         }
         let runtime = self.runtime()?;
         let (answer, receiver) = oneshot::channel();
-        lines.wait(line, Waiting { until, asked: Asked::One(operation, answer), runtime });
-        let relief = self.drive(lines, line, now);
+        on.wait(Waiting { until, asked: Asked::One(operation, answer), runtime });
+        let next = on.begin_for_next(now + TRUSTED);
+        let relief = on.relief();
+        drop(lines);
+        self.spawn(line, next);
         Ok(Entered::Waits { answer: receiver, relief })
     }
 
@@ -222,8 +226,9 @@ impl<C: Carrier> Shared<C> {
         // Each is answered once, so there is always room.
         let (told, receiver) = mpsc::channel(operations.len().max(1));
         let mut lines = self.lines();
-        lines.forget_stalled(line, now);
-        lines.wait(line, Waiting { until, asked: Asked::Many(operations.into_iter().enumerate(), told), runtime });
+        let mut on = lines.on(line);
+        on.forget_stalled(now);
+        on.wait(Waiting { until, asked: Asked::Many(operations.into_iter().enumerate(), told), runtime });
         let mut relief = self.drive(lines, line, now);
         for _ in 1..calls {
             relief = self.drive(self.lines(), line, now);
@@ -240,22 +245,27 @@ impl<C: Carrier> Shared<C> {
     /// Replaces calls that are not trusted any more. Answers when to look again.
     fn relieve(self: &Arc<Self>, line: u16) -> Option<Instant> {
         let (now, mut lines) = (Instant::now(), self.lines());
-        lines.forget_stalled(line, now);
+        lines.on(line).forget_stalled(now);
         self.drive(lines, line, now)
     }
 
     /// Starts a call for what waits, if there is room for one (invariant 2). Answers how long those are trusted that
     /// are on their way then: when to look again.
     fn drive(self: &Arc<Self>, mut lines: MutexGuard<'_, Lines<C>>, line: u16, now: Instant) -> Option<Instant> {
-        let Some(runtime) = lines.runtime_of_next(line) else { return lines.relief(line) };
-        let Some(number) = lines.begin(line, now + TRUSTED) else { return lines.relief(line) };
-        let relief = lines.relief(line);
-        // On a runtime that has ended, the driver is dropped at once, and needs the mutex.
+        let mut on = lines.on(line);
+        let next = on.begin_for_next(now + TRUSTED);
+        let relief = on.relief();
         drop(lines);
+        self.spawn(line, next);
+        relief
+    }
+
+    /// On a runtime that has ended, the driver is dropped at once, and needs the mutex: not under that.
+    fn spawn(self: &Arc<Self>, line: u16, next: Option<NextCall>) {
+        let Some(NextCall { number, runtime }) = next else { return };
         let shared = self.clone();
         let driver = Driver { shared, line, number, runtime: runtime.id(), has_begun: false, is_done: false };
         runtime.spawn(driver.run());
-        relief
     }
 
     /// No code panics while it holds this mutex, so a poisoned one would be as good as any.
@@ -274,7 +284,7 @@ struct Call<'a, C: Carrier> {
 impl<C: Carrier> Drop for Call<'_, C> {
     fn drop(&mut self) {
         let mut lines = self.shared.lines();
-        lines.end(self.line, self.number);
+        lines.on(self.line).end(self.number);
         self.shared.drive(lines, self.line, Instant::now());
     }
 }
@@ -294,7 +304,7 @@ impl<C: Carrier> Driver<C> {
     async fn run(mut self) {
         loop {
             // Those that were just answered are about to ask for more: a turn of the scheduler, and they come along.
-            if self.shared.lines().waiting(self.line) < ENOUGH {
+            if self.shared.lines().on(self.line).waiting() < ENOUGH {
                 yield_now().await;
             }
             let Some(batch) = self.next() else { break };
@@ -307,7 +317,7 @@ impl<C: Carrier> Driver<C> {
     fn next(&mut self) -> Option<Vec<Brought<C>>> {
         self.has_begun = true;
         let mut given_up = Vec::new();
-        let batch = self.shared.lines().take(self.line, self.number, Instant::now(), &mut given_up);
+        let batch = self.shared.lines().on(self.line).take(self.number, Instant::now(), &mut given_up);
         self.is_done = batch.is_none();
         batch
     }
@@ -363,11 +373,11 @@ impl<C: Carrier> Drop for Driver<C> {
             return;
         }
         let mut lines = self.shared.lines();
-        lines.end(self.line, self.number);
+        lines.on(self.line).end(self.number);
         // Not begun: nothing can be done there any more. This ends, as every driver takes something out.
         let abandoned = match self.has_begun {
             true => Vec::new(),
-            false => lines.take_all_of(self.line, self.runtime),
+            false => lines.on(self.line).take_all_of(self.runtime),
         };
         self.shared.drive(lines, self.line, Instant::now());
         // This wakes the callers: not under the mutex.

@@ -199,10 +199,10 @@ impl Connection {
 
     /// What is known of an operation before it waits to be a part of a call. Many wait, so this takes no mutex while
     /// there is a connection.
-    pub(super) fn will_wait(&self) -> Sent {
+    pub(super) fn will_wait(&self, now: Instant) -> Sent {
         // Operations wait for calls, and those have looked before.
         let is_connected = self.client.is_connected() && !self.is_broken.load(Ordering::Relaxed);
-        Sent { at: Instant::now(), without: if is_connected { None } else { self.without_connection() } }
+        Sent { at: now, without: if is_connected { None } else { self.without_connection() } }
     }
 
     /// Says what is known of one that has waited in vain, in whatever call it was or would have been.

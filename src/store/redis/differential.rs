@@ -128,7 +128,7 @@ async fn interfere(rng: &mut fastrand::Rng, sides: &[Side; 2], forbidden: &[&str
     }
 }
 
-fn operation(rng: &mut fastrand::Rng) -> Operation {
+fn operation(rng: &mut fastrand::Rng) -> Box<Operation> {
     let name = Bytes::from(*rng.choice(&LOCKS).unwrap());
     let token: Token = rng.choice(&TOKENS).unwrap().parse().unwrap();
     let ttl = rng.choice(TTLS).unwrap();
@@ -147,13 +147,13 @@ fn operation(rng: &mut fastrand::Rng) -> Operation {
             What::Acquire { value, ttl, fence, latest: Arc::default() }
         }
     };
-    Operation { name, token, what }
+    Operation::new(name, &token, what)
 }
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The same batch on both sides. Answers how many of it had to go alone.
-async fn compare(batch: &[Operation], sides: &[Side; 2]) -> usize {
+async fn compare(batch: &[Box<Operation>], sides: &[Side; 2]) -> usize {
     let [together, one_by_one] = sides;
     let answers = together.server().many(batch, PATIENCE).await.expect("nothing refuses a call as such");
     let mut order: Vec<usize> = (0..batch.len()).collect();
@@ -203,8 +203,8 @@ async fn batches(seed: u64, count: usize, forbidden: &[&str]) {
             interfere(&mut rng, &sides, forbidden).await;
         }
         let most = if n % 50 == 0 { combiner::OPERATIONS } else { 10 };
-        let mut batch: Vec<Operation> = (0..rng.usize(1..=most)).map(|_| operation(&mut rng)).collect();
-        batch.sort_by_key(Operation::rank);
+        let mut batch: Vec<Box<Operation>> = (0..rng.usize(1..=most)).map(|_| operation(&mut rng)).collect();
+        batch.sort_by_key(|operation| operation.rank());
         operations += batch.len();
         alone += compare(&batch, &sides).await;
     }
@@ -224,10 +224,14 @@ async fn a_batch_decides_and_leaves_what_its_operations_would_one_by_one() {
     many_batches(2_000, &[]).await;
 }
 
-fn acquire(name: &'static str, fenced: bool) -> Operation {
+fn of(name: &'static str, what: What) -> Box<Operation> {
+    Operation::new(name.into(), &"x".parse().unwrap(), what)
+}
+
+fn acquire(name: &'static str, fenced: bool) -> Box<Operation> {
     let fence = fenced.then(|| (names::fence_of(&Bytes::from(name)), 1_000_000));
     let what = What::Acquire { value: "x".into(), ttl: 60_000, fence, latest: Arc::default() };
-    Operation { name: name.into(), token: "x".parse().unwrap(), what }
+    of(name, what)
 }
 
 #[tokio::test]
@@ -251,7 +255,7 @@ async fn a_server_out_of_memory_refuses_each_acquire_by_name_and_still_renews_an
     }
     assert_eq!(side.process.cli(&["DBSIZE"]), "4");
     let (renew, release) = (What::Renew { ttl: 90_000 }, What::Release { publish: "PUBLISH" });
-    let owned = [Operation { what: release, ..acquire("a", true) }, Operation { what: renew, ..acquire("b", true) }];
+    let owned = [of("a", release), of("b", renew)];
     let answers = side.server().many(&owned, PATIENCE).await.unwrap();
     assert!(answers.iter().all(|answer| matches!(answer, Some(Ok(Decision::Owned(Ok(())))))), "{answers:?}");
 }
@@ -271,7 +275,7 @@ async fn a_renewal_that_has_nothing_to_do_needs_no_right_that_another_does_not_n
         return;
     }
     let side = Side::start(&["-pttl"]).await;
-    let renewal = || Operation { what: What::Renew { ttl: 60_000 }, ..acquire("a", false) };
+    let renewal = || of("a", What::Renew { ttl: 60_000 });
     for together in [false, true] {
         for (before, after) in
             [(Some("20000"), 60_000), (Some("60000"), 60_000), (Some("90000"), 90_000), (None, 60_000)]

@@ -56,6 +56,10 @@ pub(super) enum Decision {
 }
 
 impl Operation {
+    pub(super) fn new(name: Bytes, token: &Token, what: What) -> Box<Self> {
+        Box::new(Self { name, token: token.clone(), what })
+    }
+
     /// For `release_one.lua`, `renew_one.lua` or `acquire_one.lua`.
     pub(super) fn alone(&self) -> Call {
         let key = Value::Bytes(self.name.clone());
@@ -180,7 +184,7 @@ impl Operation {
 }
 
 /// For `many.lua`, which wants them in the order of their ranks.
-pub(super) fn together(operations: &[Operation]) -> Call {
+pub(super) fn together(operations: &[Box<Operation>]) -> Call {
     let mut counts = [0_i64; 5];
     let mut longest = 0;
     let mut how = "PUBLISH";
@@ -245,7 +249,7 @@ pub(super) fn channels<'a>(keys: impl IntoIterator<Item = &'a Bytes, IntoIter: C
 
 /// What `many.lua` has answered; `None` for an operation that must go alone.
 pub(super) fn read_together(
-    operations: &[Operation],
+    operations: &[Box<Operation>],
     answer: &Value,
 ) -> Result<Vec<Option<Result<Decision, Error>>>, Error> {
     match answer {

@@ -16,9 +16,10 @@ use tokio::time::Instant;
 use super::{CALLS, Carrier, OPERATIONS, TRUSTED};
 use crate::Error;
 
-/// By what operations must have in common to travel together. Lines that nothing is on are not kept.
+/// By what operations must have in common to travel together: one, or the slots of a cluster. Those that have been used
+/// are kept.
 pub(super) struct Lines<C: Carrier> {
-    busy: HashMap<u16, Line<C>>,
+    lines: HashMap<u16, Line<C>>,
     /// The number of the last call.
     last: u64,
 }
@@ -71,53 +72,62 @@ enum Reply<A> {
 pub(super) type Placed<A> = (usize, Result<A, Error>);
 
 impl<C: Carrier> Lines<C> {
-    /// How many.
-    pub(super) fn waiting(&self, line: u16) -> usize {
-        self.busy.get(&line).map_or(0, |line| line.count)
+    pub(super) fn on(&mut self, line: u16) -> OnLine<'_, C> {
+        let new = || Line { calls: [const { None }; CALLS], waiting: BinaryHeap::new(), count: 0 };
+        OnLine { line: self.lines.entry(line).or_insert_with(new), last: &mut self.last }
+    }
+}
+
+/// One line, found once for all that is done to it under the mutex.
+pub(super) struct OnLine<'a, C: Carrier> {
+    line: &'a mut Line<C>,
+    last: &'a mut u64,
+}
+
+/// A call that has begun, for who waits next.
+pub(super) struct NextCall {
+    pub(super) number: u64,
+    pub(super) runtime: Handle,
+}
+
+impl<C: Carrier> OnLine<'_, C> {
+    /// How many operations wait.
+    pub(super) fn waiting(&self) -> usize {
+        self.line.count
     }
 
-    pub(super) fn wait(&mut self, line: u16, waiting: Waiting<C>) {
-        let line = self.line(line);
-        line.count += waiting.asked.len();
-        line.waiting.push(Reverse(waiting));
+    pub(super) fn wait(&mut self, waiting: Waiting<C>) {
+        self.line.count += waiting.asked.len();
+        self.line.waiting.push(Reverse(waiting));
     }
 
-    /// The runtime that can serve who comes next, if anyone waits.
-    pub(super) fn runtime_of_next(&self, line: u16) -> Option<Handle> {
-        Some(self.busy.get(&line)?.waiting.peek()?.0.runtime.clone())
+    /// Begins a call for those who wait, if there are any and there is room for one. Returns its number, and the
+    /// runtime that can serve who comes next.
+    pub(super) fn begin_for_next(&mut self, trusted_until: Instant) -> Option<NextCall> {
+        let runtime = self.line.waiting.peek()?.0.runtime.clone();
+        Some(NextCall { number: self.begin(trusted_until)?, runtime })
     }
 
     /// Counts one more call. `None`: there are enough.
-    pub(super) fn begin(&mut self, line: u16, trusted_until: Instant) -> Option<u64> {
-        let number = self.last + 1;
-        let place = self.line(line).calls.iter_mut().find(|place| place.is_none())?;
-        *place = Some(OnItsWay { number, trusted_until });
-        self.last = number;
-        Some(number)
+    pub(super) fn begin(&mut self, trusted_until: Instant) -> Option<u64> {
+        let place = self.line.calls.iter_mut().find(|place| place.is_none())?;
+        *self.last += 1;
+        *place = Some(OnItsWay { number: *self.last, trusted_until });
+        Some(*self.last)
     }
 
-    pub(super) fn end(&mut self, line: u16, number: u64) {
-        self.retain_calls(line, |call| call.number != number);
+    pub(super) fn end(&mut self, number: u64) {
+        self.line.retain_calls(|call| call.number != number);
     }
 
     /// What is not trusted any more counts no more: its place is another's from here on.
-    pub(super) fn forget_stalled(&mut self, line: u16, now: Instant) {
-        self.retain_calls(line, |call| now < call.trusted_until);
-    }
-
-    fn retain_calls(&mut self, line: u16, keep: impl Fn(&OnItsWay) -> bool) {
-        let Some(entry) = self.busy.get_mut(&line) else { return };
-        for place in &mut entry.calls {
-            place.take_if(|call| !keep(call));
-        }
-        if entry.waiting.is_empty() && entry.calls.iter().all(Option::is_none) {
-            self.busy.remove(&line);
-        }
+    pub(super) fn forget_stalled(&mut self, now: Instant) {
+        self.line.retain_calls(|call| now < call.trusted_until);
     }
 
     /// When none of the calls is trusted any more, should they not go on by then.
-    pub(super) fn relief(&self, line: u16) -> Option<Instant> {
-        self.busy.get(&line)?.calls.iter().flatten().map(|call| call.trusted_until).max()
+    pub(super) fn relief(&self) -> Option<Instant> {
+        self.line.calls.iter().flatten().map(|call| call.trusted_until).max()
     }
 
     /// What the call is to bring next. `None`: there is nothing, or the call had lost its place; now it is over.
@@ -125,31 +135,34 @@ impl<C: Carrier> Lines<C> {
     /// Those that nobody wants any more go to `given_up`.
     pub(super) fn take(
         &mut self,
-        line: u16,
         number: u64,
         now: Instant,
         given_up: &mut Vec<Waiting<C>>,
     ) -> Option<Vec<Brought<C>>> {
-        let entry = self.busy.get_mut(&line)?;
-        let call = entry.calls.iter_mut().flatten().find(|call| call.number == number)?;
-        let mut batch = Vec::with_capacity(entry.count.min(OPERATIONS));
+        let Line { calls, waiting, count } = &mut *self.line;
+        let call = calls.iter_mut().flatten().find(|call| call.number == number)?;
+        let mut batch = Vec::with_capacity((*count).min(OPERATIONS));
         while batch.len() < OPERATIONS {
-            let Some(Reverse(next)) = entry.waiting.pop() else { break };
+            let Some(Reverse(next)) = waiting.pop() else { break };
             if next.until <= now || next.asked.is_given_up() {
-                entry.count -= next.asked.len();
+                *count -= next.asked.len();
                 given_up.push(next);
                 continue;
             }
             let before = batch.len();
             let left = next.give(OPERATIONS - before, &mut batch);
-            entry.count -= batch.len() - before;
-            entry.waiting.extend(left.map(Reverse));
+            *count -= batch.len() - before;
+            waiting.extend(left.map(Reverse));
+        }
+        if waiting.is_empty() {
+            // Once there may have been many.
+            waiting.shrink_to(OPERATIONS);
         }
         match batch.iter().map(|next| next.caller.until).max() {
             // By then it has ended, or its driver is not driven.
             Some(until) => call.trusted_until = until + TRUSTED,
             None => {
-                self.end(line, number);
+                self.end(number);
                 return None;
             }
         }
@@ -157,33 +170,38 @@ impl<C: Carrier> Lines<C> {
     }
 
     /// What can be served on that runtime only.
-    pub(super) fn take_all_of(&mut self, line: u16, runtime: runtime::Id) -> Vec<Waiting<C>> {
-        let Some(entry) = self.busy.get_mut(&line) else { return Vec::new() };
-        let waiting = mem::take(&mut entry.waiting).into_iter();
+    pub(super) fn take_all_of(&mut self, runtime: runtime::Id) -> Vec<Waiting<C>> {
+        let waiting = mem::take(&mut self.line.waiting).into_iter();
         let (taken, others): (Vec<_>, Vec<_>) = waiting.partition(|Reverse(next)| next.runtime.id() == runtime);
-        entry.waiting = others.into();
-        entry.count -= taken.iter().map(|Reverse(next)| next.asked.len()).sum::<usize>();
-        // The last of its line, maybe.
-        self.retain_calls(line, |_| true);
+        self.line.waiting = others.into();
+        self.line.count -= taken.iter().map(|Reverse(next)| next.asked.len()).sum::<usize>();
         taken.into_iter().map(|Reverse(waiting)| waiting).collect()
     }
+}
 
-    fn line(&mut self, line: u16) -> &mut Line<C> {
-        let new = || Line { calls: [const { None }; CALLS], waiting: BinaryHeap::new(), count: 0 };
-        self.busy.entry(line).or_insert_with(new)
+impl<C: Carrier> Line<C> {
+    fn retain_calls(&mut self, keep: impl Fn(&OnItsWay) -> bool) {
+        for place in &mut self.calls {
+            place.take_if(|call| !keep(call));
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.calls.iter().all(Option::is_none)
     }
 }
 
 impl<C: Carrier> Default for Lines<C> {
     fn default() -> Self {
-        Self { busy: HashMap::new(), last: 0 }
+        Self { lines: HashMap::new(), last: 0 }
     }
 }
 
 impl<C: Carrier> fmt::Debug for Lines<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let waiting: usize = self.busy.values().map(|line| line.count).sum();
-        f.debug_struct("Lines").field("busy", &self.busy.len()).field("waiting", &waiting).finish()
+        let busy = self.lines.values().filter(|line| !line.is_idle()).count();
+        let waiting: usize = self.lines.values().map(|line| line.count).sum();
+        f.debug_struct("Lines").field("busy", &busy).field("waiting", &waiting).finish()
     }
 }
 

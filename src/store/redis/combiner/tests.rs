@@ -363,11 +363,11 @@ async fn a_caller_that_is_gone_is_not_sent_again_after_a_call_that_left_it_out_o
 #[tokio::test(start_paused = true)]
 async fn a_caller_that_is_out_of_time_is_not_sent_although_it_is_still_there() {
     let (mut lines, now) = (Lines::<Fake>::default(), Instant::now());
-    let number = lines.begin(0, now + TRUSTED).unwrap();
+    let number = lines.on(0).begin(now + TRUSTED).unwrap();
     let (answer, _receiver) = oneshot::channel();
-    lines.wait(0, Waiting { until: now, asked: Asked::One(task(1), answer), runtime: Handle::current() });
+    lines.on(0).wait(Waiting { until: now, asked: Asked::One(task(1), answer), runtime: Handle::current() });
     let mut given_up = Vec::new();
-    assert!(lines.take(0, number, now, &mut given_up).is_none());
+    assert!(lines.on(0).take(number, now, &mut given_up).is_none());
     assert_eq!(given_up.len(), 1);
     assert_eq!(format!("{lines:?}"), "Lines { busy: 0, waiting: 0 }");
 }
