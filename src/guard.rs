@@ -562,6 +562,9 @@ impl Drop for LockGuard {
     /// Only calls the keeper: nothing here spawns, blocks or panics.
     fn drop(&mut self) {
         self.hold.end(Loss::Released);
+        if self.hold.is_settled() {
+            return self.place.leave();
+        }
         let owed = self.upkeep.debts.owe(Work::Release(self.hold.clone()));
         match self.hold.settle(Cleanup::Release(Some(owed))) {
             true => self.place.call(),

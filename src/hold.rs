@@ -422,6 +422,9 @@ impl Hold {
     /// Answers the reason that holds.
     pub(crate) fn end(&self, loss: Loss) -> Loss {
         let mut state = self.state();
+        if let Some(loss) = state.loss {
+            return loss;
+        }
         let loss = state.verdict(Instant::now()).err().unwrap_or(loss);
         state.loss = Some(loss);
         if state.cleanup.is_none() {
@@ -459,6 +462,11 @@ impl Hold {
         // What is owed wakes others when it is dropped: not under the mutex.
         drop(refused);
         is_left
+    }
+
+    /// Whether there is nothing left to do, whatever the keeper is told.
+    pub(crate) fn is_settled(&self) -> bool {
+        matches!(self.state().cleanup, Some(Cleanup::Nothing))
     }
 
     /// What [`settle`](Hold::settle) said, once it has.

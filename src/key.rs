@@ -56,8 +56,7 @@ impl Key {
             return Err(Error::InvalidKey("there is none"));
         }
         keys.iter().try_for_each(Self::validate)?;
-        let distinct: HashSet<&Self> = keys.iter().collect();
-        if distinct.len() < keys.len() {
+        if keys.len() > 1 && keys.iter().collect::<HashSet<_>>().len() < keys.len() {
             return Err(Error::InvalidKey("it is asked for twice"));
         }
         Ok(())

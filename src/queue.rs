@@ -17,6 +17,7 @@
 //!    takes longer with more waiters, or more keys, is done under any.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 use std::iter;
 use std::ops::Bound;
@@ -255,9 +256,9 @@ impl Queues {
         let (mut taken_back, mut firsts, mut has_work) = (Vec::new(), Vec::new(), false);
         for queue in self.queues() {
             let mut state = lock(&queue.state);
-            if state.is_unused(now) {
+            if state.is_unused() {
                 drop(state);
-                remove(&self.by_key, &queue, now);
+                remove(&self.by_key, &queue);
                 continue;
             }
             has_work |= state.refused.is_some();
@@ -322,11 +323,14 @@ impl Queues {
 }
 
 /// Removes a queue that nobody stands in and that need not be remembered, unless somebody has come meanwhile.
-fn remove(by_key: &Mutex<BTreeMap<Key, Arc<Queue>>>, queue: &Arc<Queue>, now: Instant) {
+fn remove(by_key: &Mutex<BTreeMap<Key, Arc<Queue>>>, queue: &Arc<Queue>) {
     let mut queues = lock(by_key);
-    let is_there = queues.get(&queue.key).is_some_and(|other| Arc::ptr_eq(other, queue));
-    let is_unused = is_there && lock(&queue.state).is_unused(now);
-    let removed = is_unused.then(|| queues.remove(&queue.key));
+    let removed = match queues.entry(queue.key.clone()) {
+        Entry::Occupied(found) if Arc::ptr_eq(found.get(), queue) && lock(&queue.state).is_unused() => {
+            Some(found.remove())
+        }
+        _ => None,
+    };
     drop(queues);
     // What listens locks the list of listeners when it is dropped: not under the mutex.
     drop(removed);
@@ -338,20 +342,20 @@ impl State {
     }
 
     /// The lock has come here from elsewhere, or nobody else waits for it.
-    fn begin_turn(&mut self) {
-        (self.in_a_row, self.since) = (1, Some(Instant::now()));
+    fn begin_turn(&mut self, now: Instant) {
+        (self.in_a_row, self.since) = (1, Some(now));
     }
 
     fn is_empty(&self) -> bool {
         self.shared.waiters.is_empty() && self.own.waiters.is_empty()
     }
 
-    fn is_unused(&self, now: Instant) -> bool {
-        self.is_empty() && !self.is_contended(now)
+    fn is_unused(&self) -> bool {
+        self.is_empty() && !self.is_contended()
     }
 
-    fn is_contended(&self, now: Instant) -> bool {
-        self.refused.is_some_and(|refused| now.saturating_duration_since(refused) < CONTENDED)
+    fn is_contended(&self) -> bool {
+        self.refused.is_some_and(|refused| refused.elapsed() < CONTENDED)
     }
 }
 
@@ -477,8 +481,7 @@ impl Place {
 
     /// Whether another had the lock not long ago.
     pub(crate) fn is_contended(&self) -> bool {
-        let state = self.state();
-        state.refused.is_some() && state.is_contended(Instant::now())
+        self.state().is_contended()
     }
 
     /// What the one before has listened with, if it has, and until when it knew the lock held.
@@ -509,11 +512,12 @@ impl Place {
     }
 
     /// It has got the lock, from the server or by a hand-over. Leaves what the next one can use.
-    pub(crate) fn pass_on(&self, listening: Option<Listening>, held_until: Instant, was_handed_over: bool) {
+    pub(crate) fn pass_on(&self, listening: Option<Listening>, got: Got) {
+        let Got { at, held_until, was_handed_over } = got;
         let before = {
             let mut state = self.state();
             if !was_handed_over {
-                state.begin_turn();
+                state.begin_turn(at);
             }
             state.learned = Some(Learned::Held { key: self.queue.key.clone(), until: Some(held_until) });
             let lane = state.lane(self.waiter.place.is_shared);
@@ -543,7 +547,7 @@ impl Place {
             lane.waiters.remove(&self.waiter.number());
             let next = lane.waiters.values().next().filter(|_| was_first).cloned();
             if was_first {
-                lane.expected = Some(Instant::now());
+                lane.expected = next.is_some().then(Instant::now);
             }
             let mut listening = None;
             if !self.waiter.place.is_shared {
@@ -555,7 +559,7 @@ impl Place {
                 lane.in_line = false;
             }
             let is_empty = lane.waiters.is_empty();
-            let is_contended = state.refused.is_some() && state.is_contended(Instant::now());
+            let is_contended = state.is_contended();
             if is_empty && !is_contended {
                 listening = state.lane(self.waiter.place.is_shared).listening.take();
             }
@@ -564,13 +568,22 @@ impl Place {
         // What listens locks the list of listeners when it is dropped, and what is owed that of debts: not under the mutex.
         drop((listening, handing));
         if is_empty {
-            remove(&self.queues, &self.queue, Instant::now());
+            remove(&self.queues, &self.queue);
         }
         if let Some(next) = next {
             next.changed.notify_one();
         }
         left
     }
+}
+
+/// How a place has got the lock.
+#[derive(Clone, Copy)]
+pub(crate) struct Got {
+    pub(crate) at: Instant,
+    /// It is held until then at least.
+    pub(crate) held_until: Instant,
+    pub(crate) was_handed_over: bool,
 }
 
 /// What is left of a place in the queue.
@@ -647,7 +660,7 @@ impl HandOver {
         {
             let mut state = lock(&self.queue.state);
             if alone {
-                state.begin_turn();
+                state.begin_turn(Instant::now());
             }
             let place = self.waiter.place;
             let lane = state.lane(place.is_shared);

@@ -20,7 +20,7 @@ use crate::attempt::{Attempt, Outcome};
 use crate::hold::{GrantId, Owned};
 use crate::keeper::Upkeep;
 use crate::locker::Locker;
-use crate::queue::{Learned, Place};
+use crate::queue::{Got, Learned, Place};
 use crate::retry::Pauses;
 use crate::schedule::{Reminders, Renewal};
 use crate::store::{Queueing, Wanted};
@@ -286,33 +286,35 @@ impl LockRequest {
         Self { renewal, ..self }
     }
 
-    async fn obtain(self) -> Result<LockGuard, Error> {
+    /// In a box: what the future is made of stays in it, beside what comes of that.
+    async fn obtain(self: Box<Self>) -> Result<LockGuard, Error> {
         let started = Instant::now();
-        let locker = self.locker.clone();
-        let (drift, closed) = (locker.settings().drift, locker.closed());
         // Before anything is sent: what can't work is refused.
         let (ttl, runtime) = self.validate()?;
+        let Self { locker, keys, patience, wait_at_most, renewal, metadata, token, fenced: wants_token, fair, .. } =
+            *self;
+        let (drift, closed) = (locker.settings().drift, locker.closed());
 
-        let limit = self.wait_at_most.map(|limit| schedule::after(started, limit));
-        let own_token = self.token.is_none();
-        let queueing = match self.patience {
-            Patience::Wait if self.fair => Queueing::Own,
+        let limit = wait_at_most.map(|limit| schedule::after(started, limit));
+        let own_token = token.is_none();
+        let queueing = match patience {
+            Patience::Wait if fair => Queueing::Own,
             Patience::Wait => Queueing::Shared,
-            Patience::Once | Patience::Retry(_) if self.fair => Queueing::Behind,
+            Patience::Once | Patience::Retry(_) if fair => Queueing::Behind,
             Patience::Once | Patience::Retry(_) => Queueing::None,
         };
-        let token = self.token.unwrap_or_else(Token::random);
+        let token = token.unwrap_or_else(Token::random);
         // A token that others may use as well needs something else to tell its grants apart.
         let grant = (!own_token).then(GrantId::random);
-        let owned = Owned { keys: self.keys.into(), token, own_token, grant };
+        let owned = Owned { keys: keys.into(), token, own_token, grant };
         // Who comes back by the same token, and wants a fencing token then, must not be told that of the holder before:
         // so what is held by a token that can come back has one of its own, wanted or not.
-        let fenced = self.fenced || !own_token;
-        let (metadata, latest) = (self.metadata.into(), Arc::default());
+        let fenced = wants_token || !own_token;
+        let (metadata, latest) = (metadata.into(), Arc::default());
         let wanted = Wanted { owned, metadata, ttl, fenced, queueing, latest };
         let mut attempt = Attempt::new(wanted, locker.upkeep().clone(), runtime);
         let mut waiting = Waiting::new(locker.settings().poll_every, limit, closed);
-        let mut between = match self.patience {
+        let mut between = match patience {
             Patience::Once => Between::Nothing,
             Patience::Wait => Between::News,
             Patience::Retry(retry) => Between::Pauses(retry.pauses()),
@@ -330,7 +332,7 @@ impl LockRequest {
                 Woken::Ask => {
                     attempts += 1;
                     attempt.place().inspect(|place| place.ask());
-                    attempt.make(limit, closed).await
+                    Box::pin(attempt.make(limit, closed)).await
                 }
                 Woken::Granted(grant) => {
                     was_handed_over = true;
@@ -339,7 +341,7 @@ impl LockRequest {
                 Woken::TakenBack => {
                     attempt.start_over();
                     waiting.start_over();
-                    woken = waiting.behind_others(&mut attempt).await;
+                    woken = Box::pin(waiting.behind_others(&mut attempt)).await;
                     continue;
                 }
                 Woken::Closed => return Err(Error::Closed),
@@ -355,19 +357,20 @@ impl LockRequest {
                     });
                 }
             };
-            let waited = started.elapsed();
+            let now = Instant::now();
+            let waited = now.saturating_duration_since(started);
             let known = match outcome {
                 Ok(Outcome::Granted(mut grant)) => {
                     if let Some(why_not) = attempt.claim() {
                         woken = why_not;
                         continue;
                     }
-                    grant.fencing_token = grant.fencing_token.filter(|_| self.fenced);
-                    let remaining = drift.deadline(grant.sent, ttl).saturating_duration_since(Instant::now());
+                    grant.fencing_token = grant.fencing_token.filter(|_| wants_token);
+                    let remaining = drift.deadline(grant.sent, ttl).saturating_duration_since(now);
                     if drift.suffices(remaining, ttl) {
                         info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
-                        waiting.pass_on(&attempt, grant.sent + ttl, was_handed_over);
-                        return attempt.succeed(grant, drift, self.renewal);
+                        waiting.pass_on(&attempt, Got { at: now, held_until: grant.sent + ttl, was_handed_over });
+                        return attempt.succeed(grant, drift, renewal);
                     }
                     debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");
                     // Once can be a stall of the server, which waiting helps against. A ttl that is always too short
@@ -410,10 +413,11 @@ impl LockRequest {
                     Known::Nothing { failures }
                 }
             };
+            // In boxes, here and above: a request that is small costs less than these, which most never come to.
             woken = match &mut between {
                 Between::Nothing => Woken::Late,
-                Between::News => waiting.wait(&mut attempt, known, asked.elapsed()).await,
-                Between::Pauses(pauses) => pause(pauses, limit, closed).await,
+                Between::News => Box::pin(waiting.wait(&mut attempt, known, asked.elapsed())).await,
+                Between::Pauses(pauses) => Box::pin(pause(pauses, limit, closed)).await,
             };
         }
     }
@@ -485,7 +489,7 @@ impl IntoFuture for LockRequest {
     fn into_future(self) -> Obtaining {
         let keys = Keys(&self.keys);
         let span = info_span!("tenure.obtain", key = %keys, ttl = ?self.ttl);
-        Obtaining(Box::pin(self.obtain().instrument(span)))
+        Obtaining(Box::pin(Box::new(self).obtain().instrument(span)))
     }
 }
 

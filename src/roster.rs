@@ -14,7 +14,7 @@
 //! 3. A roster ends when nobody stands in it nor may come back, and with its runtime. What stands in it then is
 //!    dropped, as a task is whose runtime ends.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
 use std::mem;
@@ -50,7 +50,7 @@ pub(crate) trait Work: Sized + Send + 'static {
 }
 
 /// The rosters of one locker: one for each runtime that it is used on.
-pub(crate) struct Rosters<W: Work>(Mutex<HashMap<runtime::Id, Arc<Roster<W>>>>);
+pub(crate) struct Rosters<W: Work>(Mutex<Vec<(runtime::Id, Arc<Roster<W>>)>>);
 
 struct Roster<W> {
     state: Mutex<State<W>>,
@@ -113,7 +113,7 @@ pub(crate) struct Place<W: Work> {
 
 impl<W: Work> Rosters<W> {
     pub(crate) fn new() -> Self {
-        Self(Mutex::new(HashMap::new()))
+        Self(Mutex::new(Vec::new()))
     }
 
     /// Enters what has nothing to do until then. Where the runtime has ended it is dropped.
@@ -135,13 +135,14 @@ impl<W: Work> Rosters<W> {
 
     fn roster(&self, runtime: &Handle) -> Arc<Roster<W>> {
         let mut rosters = self.rosters();
-        match rosters.get(&runtime.id()) {
+        // They are few.
+        match rosters.iter().find(|(id, _)| *id == runtime.id()) {
             // The id of a runtime that is gone may be given again.
-            Some(roster) if !roster.state().over => roster.clone(),
+            Some((_, roster)) if !roster.state().over => roster.clone(),
             _ => {
                 let roster = Arc::new(Roster::new());
-                rosters.retain(|_, roster| !roster.state().over);
-                rosters.insert(runtime.id(), roster.clone());
+                rosters.retain(|(_, roster)| !roster.state().over);
+                rosters.push((runtime.id(), roster.clone()));
                 drop(rosters);
                 runtime.spawn(Roster::run(Running(roster.clone())));
                 roster
@@ -149,14 +150,14 @@ impl<W: Work> Rosters<W> {
         }
     }
 
-    fn rosters(&self) -> MutexGuard<'_, HashMap<runtime::Id, Arc<Roster<W>>>> {
+    fn rosters(&self) -> MutexGuard<'_, Vec<(runtime::Id, Arc<Roster<W>>)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl<W: Work> Drop for Rosters<W> {
     fn drop(&mut self) {
-        for roster in self.rosters().values() {
+        for (_, roster) in &*self.rosters() {
             roster.state().over = true;
             roster.changed.notify_one();
         }

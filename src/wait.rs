@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::attempt::Attempt;
 use crate::hold::Grant;
-use crate::queue::{HEARTBEAT, Place, Turn};
+use crate::queue::{Got, HEARTBEAT, Place, Turn};
 use crate::store::listen::Listening;
 use crate::{Key, schedule};
 
@@ -69,6 +69,10 @@ impl<'a> Waiting<'a> {
             }
             return Woken::Ask;
         }
+        Box::pin(self.queue_up(attempt)).await
+    }
+
+    async fn queue_up(&mut self, attempt: &mut Attempt) -> Woken {
         select! {
             biased;
             () = self.closed.cancelled() => return Woken::Closed,
@@ -250,10 +254,10 @@ impl<'a> Waiting<'a> {
         }
     }
 
-    /// The lock is held from now on, for so long at least: who comes next needs to know no more.
-    pub(crate) fn pass_on(self, attempt: &Attempt, held_until: Instant, was_handed_over: bool) {
+    /// The lock is held from now on: who comes next needs to know no more.
+    pub(crate) fn pass_on(self, attempt: &Attempt, got: Got) {
         if let Some(place) = attempt.place() {
-            place.pass_on(self.listening.map(|(_, listening)| listening), held_until, was_handed_over);
+            place.pass_on(self.listening.map(|(_, listening)| listening), got);
         }
     }
 }

@@ -211,7 +211,7 @@ fn what_the_first_learned_is_known_to_those_behind_it_and_after_it() {
     assert!(!a.leave().may_hold);
     assert!(matches!(b.learned(), Some(Learned::Unknown(Error::Closed))));
     let c = enter(&queues, Queueing::Shared);
-    b.pass_on(None, Instant::now(), true);
+    b.pass_on(None, Got { at: Instant::now(), held_until: Instant::now(), was_handed_over: true });
     assert!(matches!(c.learned(), Some(Learned::Held { key, .. }) if key == "k".into()));
     c.learn(None);
     assert!(c.learned().is_none());
