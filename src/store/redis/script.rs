@@ -82,7 +82,7 @@ impl Scripts {
             ),
             remaining: Script::new(&[OWNER, HELD, include_str!("scripts/remaining.lua")]),
             inspect: Script::new(&[include_str!("scripts/inspect.lua")]),
-            many: Script { is_batch: true, ..Script::new(&[OWNER, include_str!("scripts/many.lua")]) },
+            many: Script { is_batch: true, ..Script::whole([STAMP, include_str!("scripts/many.lua")].concat()) },
             vote: Script::new(&[OWNER, FENCE, GRANTS, UPTIME, include_str!("scripts/vote.lua")]),
             // Others may use the same connection, and must not count alike.
             mark: AtomicU32::new(fastrand::u32(..)),
@@ -118,6 +118,11 @@ impl Stamp {
     /// What the reply shows.
     fn mark(self) -> i64 {
         i64::try_from(self.0 & u64::from(u32::MAX)).unwrap_or_default()
+    }
+
+    /// What the server's clock shows in us when the request may run no more.
+    fn end(self) -> i64 {
+        i64::try_from((self.0 / Self::MARKS + 1) * 1_000).unwrap_or_default()
     }
 }
 
@@ -156,11 +161,11 @@ impl Script {
     ) -> Result<Reply, Error> {
         let answer = match router.send(self.sent(EVALSHA), || call().of(&self.hash, stamp), until).await {
             Err(error) if error.code() == Some("NOSCRIPT") => {
-                router.send(self.sent(EVAL), || call().of(&self.source, stamp), until).await
+                Box::pin(router.send(self.sent(EVAL), || call().of(&self.source, stamp), until)).await
             }
             answer => answer,
         };
-        Reply::read(answer?, stamp.mark())
+        Reply::read(answer?, stamp)
     }
 
     fn sent(&self, command: &'static str) -> Sent<'_> {
@@ -189,10 +194,17 @@ pub(super) enum Said {
 impl Reply {
     /// # Errors
     ///
-    /// [`mixed_up`] where this is no reply to the request with this mark: nobody knows what became of that.
-    fn read(answer: Value, mark: i64) -> Result<Self, Error> {
-        let is_ours = |of: i64| if of == mark { Ok(()) } else { Err(mixed_up()) };
+    /// [`mixed_up`] where this is no reply to the request with this stamp: nobody knows what became of that.
+    fn read(answer: Value, stamp: Stamp) -> Result<Self, Error> {
+        let is_ours = |of: i64| if of == stamp.mark() { Ok(()) } else { Err(mixed_up()) };
+        let granted =
+            |token: i64| Self { now: u64::try_from(token / 1_000).ok(), outcome: Ok(Said::FencingToken(token)) };
         let parts = match answer {
+            Value::Integer(number @ ..0) => {
+                let (early, mark) = (number.unsigned_abs() >> 32, number.unsigned_abs() & u64::from(u32::MAX));
+                is_ours(i64::try_from(mark).unwrap_or_default())?;
+                return Ok(granted(stamp.end().saturating_sub(i64::try_from(early).unwrap_or(i64::MAX))));
+            }
             Value::Integer(number) => {
                 is_ours(number >> 2)?;
                 return Ok(Self { now: None, outcome: Ok(Said::Code(number & 3)) });
@@ -206,10 +218,7 @@ impl Reply {
         };
         is_ours(of)?;
         let outcome = match (parts.next(), parts.next()) {
-            (None, _) => {
-                let now = u64::try_from(number / 1_000).ok();
-                return Ok(Self { now, outcome: Ok(Said::FencingToken(number)) });
-            }
+            (None, _) => return Ok(granted(number)),
             (Some(value), None) => Ok(Said::Value(value)),
             (_, Some(failure)) => {
                 let failure = failure.into_string().unwrap_or_default();

@@ -1,3 +1,4 @@
+use std::sync::Arc;
 use std::time::Duration;
 
 use fred::clients::Client;
@@ -5,7 +6,8 @@ use fred::interfaces::ClientLike;
 use fred::types::{ClusterHash, CustomCommand};
 use tenure_test_support::Server;
 
-use super::super::{RedisStore, integers};
+use super::super::operation::{Decision, Operation, What};
+use super::super::{Carrier, RedisStore, integers, names};
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -67,6 +69,50 @@ async fn the_short_way_to_hand_over_ends_where_the_long_one_does() {
         }
     }
     assert!(short_ways > 0);
+}
+
+#[test]
+fn replies_are_told_apart_and_belong_to_their_requests() {
+    let read = |answer: Value, stamp: Stamp| Reply::read(answer, stamp).map(|reply| (reply.now, reply.outcome));
+    let last = Stamp((Stamp::LATEST + 1) * Stamp::MARKS - 1);
+    for stamp in [Stamp(0), Stamp(7), Stamp(1 << 32), last] {
+        let (mark, other) = (stamp.mark(), stamp.mark() ^ 1);
+        for code in 0..4 {
+            let (now, said) = read(Value::Integer(mark * 4 + code), stamp).unwrap();
+            assert!(now.is_none() && matches!(said, Ok(Said::Code(it)) if it == code), "{}", stamp.0);
+            assert!(read(Value::Integer(other * 4 + code), stamp).is_err_and(|error| is_mixed_up(&error)));
+        }
+        for early in [1, 999, (1 << 21) - 1] {
+            let token = stamp.end() - early;
+            let (now, said) = read(Value::Integer(-(early << 32) - mark), stamp).unwrap();
+            assert!(matches!(said, Ok(Said::FencingToken(it)) if it == token), "{} and {early}", stamp.0);
+            assert_eq!(now, u64::try_from(token / 1_000).ok());
+            assert!(read(Value::Integer(-(early << 32) - other), stamp).is_err_and(|error| is_mixed_up(&error)));
+        }
+        let array = |mark: i64, token: i64| Value::Array(vec![mark.into(), token.into()]);
+        let (now, said) = read(array(mark, 5_000_000), stamp).unwrap();
+        assert!(now == Some(5_000) && matches!(said, Ok(Said::FencingToken(5_000_000))));
+        assert!(read(array(other, 5_000_000), stamp).is_err_and(|error| is_mixed_up(&error)));
+    }
+}
+
+/// As a number, or as two where the request was more than 2.1 s early.
+#[tokio::test]
+async fn a_fencing_token_is_told_as_the_server_has_it_however_early_the_request_was() {
+    let server = Server::start();
+    let store = RedisStore::connect(&server.url(), String::new(), PATIENCE, 0).await.unwrap();
+    let mut last = 0;
+    for timeout in [1_000, 2_000, 2_096, 2_098, 2_100, 60_000, 3_000_000].map(Duration::from_millis) {
+        let value = Value::from_static_str("token");
+        let fence = Some((names::fence_of(&"k".into()), 60_000));
+        let what = What::Acquire { value, ttl: 60_000, fence, latest: Arc::default() };
+        let acquire = Operation::new("k".into(), &"token".parse().unwrap(), what);
+        let Decision::Granted(token) = store.server().one(&acquire, timeout).await.unwrap() else { panic!("free") };
+        assert_eq!(server.cli(&["GET", "{k}:fence"]), token.to_string());
+        assert!(token > last, "{token} after {last}");
+        last = token;
+        server.cli(&["DEL", "k"]);
+    }
 }
 
 const KEYS: [&str; 5] = ["k", "{k}:queue", "{k}:alive", "{k}:grants", "{k}:fence"];

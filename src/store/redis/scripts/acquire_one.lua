@@ -49,6 +49,8 @@ if done.err then
     redis.pcall('DEL', KEYS[1])
     return {mark, now / 1000, false, done.err}
 elseif fence == now then
-    return {mark, fence}
+    -- As stamp.lua says.
+    local early = (stamp - stamp % 2048) / 2048 * 1000 + 1000 - now
+    return early < 2 ^ 21 and -early * 2 ^ 32 - mark or {mark, fence}
 end
 return {mark, now / 1000, fence}

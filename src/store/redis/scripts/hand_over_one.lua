@@ -35,7 +35,8 @@ if is_simple then
     elseif not fence_key then
         return mark * 4 + 1
     elseif fence == now then
-        return {mark, fence}
+        local early = (stamp - stamp % 2048) / 2048 * 1000 + 1000 - now
+        return early < 2 ^ 21 and -early * 2 ^ 32 - mark or {mark, fence}
     end
     return {mark, now / 1000, {fence, 0}}
 end

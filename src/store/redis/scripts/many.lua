@@ -8,7 +8,8 @@
 --       release: token.  renewal: token, and the ttl if each has its own: at least this.
 --       acquire: value (the token; with metadata: token, newline, metadata), ttl in ms.
 --       At the end the channels of all releases, as release.lua.
--- Reply for each, in this order: a number, or a string that says why it could not be done.
+-- Reply as other scripts, though this defines no function that may raise an error and begins like one for one key: for
+--       each, in this order, a number, or a string that says why it could not be done.
 --       release, renewal: 1 done, 0 the key is gone, -1 it holds something else.
 --       acquire: granted: the fencing token, or 0. Held by another: -1 for ever, -2 - ttl for so many ms.
 --       'ALONE': an acquire that meets what is no lock, or no fencing token; a release of a lock that others wait for,
@@ -30,6 +31,10 @@ local reply = {}
 
 local function refused(answer)
     return type(answer) == 'table' and answer.err
+end
+
+local function is_owner(token, value)
+    return value == token or string.sub(value, 1, #token + 1) == token .. '\n'
 end
 
 -- What the keys hold; false also for what is no string. MGET is cheaper than GET for each, but who may use the other
@@ -60,16 +65,15 @@ end
 
 -- Waiters listen to their lock: one that nobody listens to has none. The others are left to release_one.lua, and so are
 -- all where that can't be asked.
-local is_heard = {}
+local heard
 if n_release > 0 then
     local before = 8 + n_release + n_renew * (renewed_ttl == '' and 2 or 1) + 2 * (n_fenced + n_plain)
-    local channels = {}
-    for i = 1, n_release do
-        channels[i] = ARGV[before + i] or KEYS[i]
-    end
-    local heard = redis.pcall('PUBSUB', publish == 'PUBLISH' and 'NUMSUB' or 'SHARDNUMSUB', unpack(channels))
-    for i = 1, n_release do
-        is_heard[i] = heard.err or heard[2 * i] ~= 0
+    local count = publish == 'PUBLISH' and 'NUMSUB' or 'SHARDNUMSUB'
+    -- The last argument is the stamp.
+    if ARGV[before + 2] then
+        heard = redis.pcall('PUBSUB', count, unpack(ARGV, before + 1, before + n_release))
+    else
+        heard = redis.pcall('PUBSUB', count, unpack(KEYS, 1, n_release))
     end
 end
 
@@ -84,15 +88,15 @@ for i = 1, n_release do
         reply[i] = was[key] and 0 or absent(key)
     elseif record and is_owner(token, record) then
         reply[i] = 'ALONE'
-    elseif is_owner(token, value) and is_heard[i] then
+    elseif value ~= token and not is_owner(token, value) then
+        reply[i] = -1
+    elseif heard.err or heard[2 * i] ~= 0 then
         reply[i] = 'ALONE'
-    elseif is_owner(token, value) then
+    else
         held[key] = false
         was[key] = value
         freed[#freed + 1] = key
         reply[i] = 1
-    else
-        reply[i] = -1
     end
 end
 if #freed > 0 then
@@ -115,125 +119,129 @@ local function left_of(key)
     return not err and left, err
 end
 
--- As in renew.lua: GT and NX do what takes PTTL on servers before Redis 7, which refuse them.
-local knows_gt = true
+if n_renew > 0 then
+    -- As in renew.lua: GT and NX do what takes PTTL on servers before Redis 7, which refuse them.
+    local knows_gt = true
 
--- Returns why not, if not. The ttl is given as a number, too.
-local function extend(key, ttl, px)
-    if knows_gt then
-        local done = redis.pcall('PEXPIRE', key, ttl, 'GT')
-        if done == 0 then
-            done = redis.pcall('PEXPIRE', key, ttl, 'NX')
-        end
-        knows_gt = not refused(done)
+    -- Returns why not, if not. The ttl is given as a number, too.
+    local function extend(key, ttl, px)
         if knows_gt then
-            return
+            local done = redis.pcall('PEXPIRE', key, ttl, 'GT')
+            if done == 0 then
+                done = redis.pcall('PEXPIRE', key, ttl, 'NX')
+            end
+            knows_gt = not refused(done)
+            if knows_gt then
+                return
+            end
         end
+        local left, err = left_of(key)
+        if not err and left < px then
+            err = refused(redis.pcall('PEXPIRE', key, ttl))
+        end
+        return err
     end
-    local left, err = left_of(key)
-    if not err and left < px then
-        err = refused(redis.pcall('PEXPIRE', key, ttl))
-    end
-    return err
-end
 
-local renewed_px = tonumber(renewed_ttl)
-for i = n_release + 1, n_release + n_renew do
-    local key, token, ttl, px = KEYS[i], ARGV[at], renewed_ttl, renewed_px
-    at = at + 1
-    if not px then
-        ttl, px = ARGV[at], tonumber(ARGV[at])
+    local renewed_px = tonumber(renewed_ttl)
+    for i = n_release + 1, n_release + n_renew do
+        local key, token, ttl, px = KEYS[i], ARGV[at], renewed_ttl, renewed_px
         at = at + 1
-    end
-    local value = values[i]
-    if was[key] then
-        value = held[key]
-    end
-    if not value then
-        reply[i] = absent(key)
-    elseif not is_owner(token, value) then
-        reply[i] = -1
-    else
-        reply[i] = extend(key, ttl, px) or 1
+        if not px then
+            ttl, px = ARGV[at], tonumber(ARGV[at])
+            at = at + 1
+        end
+        local value = values[i]
+        if was[key] then
+            value = held[key]
+        end
+        if not value then
+            reply[i] = absent(key)
+        elseif not is_owner(token, value) then
+            reply[i] = -1
+        else
+            reply[i] = extend(key, ttl, px) or 1
+        end
     end
 end
 
 local n_others = n_release + n_renew
 local now_text = n_fenced > 0 and string.format('%.0f', now)
 
--- Takes a key that is free. Answers why not, if not.
-local function take(key, value, ttl)
-    local done = redis.pcall('SET', key, value, 'PX', ttl, 'NX')
-    if done and not done.err then
-        held[key] = value
-        return
-    end
-    return done and done.err or 'ALONE'
-end
-
--- Answers why not, if not.
-local function write_fence(fence_key, fence)
-    local done
-    local text = fence == now and now_text or string.format('%.0f', fence)
-    if held[fence_key] then
-        done = redis.pcall('SET', fence_key, text, 'PX', fence_ttl)
-    else
-        -- NX: what is no string only looks as if it weren't there.
-        done = redis.pcall('SET', fence_key, text, 'PX', fence_ttl, 'NX')
-    end
-    if done and not done.err then
-        held[fence_key] = text
-        return
-    end
-    return done and done.err or 'ALONE'
-end
-
--- As in acquire.lua: greater than the last, and no smaller than the clock; for who has the lock already, the last.
-local function next_fence(fence_key, is_ours)
-    local last = held[fence_key]
-    local known = last and tonumber(last)
-    if last and (not known or known >= 2 ^ 53 - 1) then
-        return nil
-    elseif is_ours then
-        return known and known > 0 and known or now
-    end
-    return known and known >= now and known + 1 or now
-end
-
-for i = n_others + 1, n_locks do
-    local key, value, ttl = KEYS[i], ARGV[at], ARGV[at + 1]
-    at = at + 2
-    local holder = held[key]
-    local is_ours = holder and is_owner(string.match(value, '^[^\n]*'), holder)
-    local fence_key = i <= n_others + n_fenced and KEYS[n_locks + n_end + i - n_others]
-    local fence = fence_key and next_fence(fence_key, is_ours) or 0
-    local err
-    if holder and not is_ours then
-        local left
-        left, err = left_of(key)
-        reply[i] = err or (left < 0 and -1 or -2 - left)
-    elseif fence_key and fence == 0 then
-        reply[i] = 'ALONE'
-    elseif is_ours then
-        -- As in acquire.lua: it lives for the ttl from now, or as long as it would have, whichever is longer.
-        local left
-        left, err = left_of(key)
-        err = err or fence_key and write_fence(fence_key, fence)
-        if not err then
-            local px = string.format('%.0f', math.max(tonumber(ttl), left))
-            err = refused(redis.pcall('SET', key, value, 'PX', px))
+if n_locks > n_others then
+    -- Takes a key that is free. Answers why not, if not.
+    local function take(key, value, ttl)
+        local done = redis.pcall('SET', key, value, 'PX', ttl, 'NX')
+        if done and not done.err then
+            held[key] = value
+            return
         end
-        reply[i] = err or fence
-    else
-        err = take(key, value, ttl)
-        if not err and fence_key then
-            err = write_fence(fence_key, fence)
-            if err then
-                redis.pcall('DEL', key)
-                held[key] = false
+        return done and done.err or 'ALONE'
+    end
+
+    -- Answers why not, if not.
+    local function write_fence(fence_key, fence)
+        local done
+        local text = fence == now and now_text or string.format('%.0f', fence)
+        if held[fence_key] then
+            done = redis.pcall('SET', fence_key, text, 'PX', fence_ttl)
+        else
+            -- NX: what is no string only looks as if it weren't there.
+            done = redis.pcall('SET', fence_key, text, 'PX', fence_ttl, 'NX')
+        end
+        if done and not done.err then
+            held[fence_key] = text
+            return
+        end
+        return done and done.err or 'ALONE'
+    end
+
+    -- As in acquire.lua: greater than the last, and no smaller than the clock; for who has the lock already, the last.
+    local function next_fence(fence_key, is_ours)
+        local last = held[fence_key]
+        local known = last and tonumber(last)
+        if last and (not known or known >= 2 ^ 53 - 1) then
+            return nil
+        elseif is_ours then
+            return known and known > 0 and known or now
+        end
+        return known and known >= now and known + 1 or now
+    end
+
+    for i = n_others + 1, n_locks do
+        local key, value, ttl = KEYS[i], ARGV[at], ARGV[at + 1]
+        at = at + 2
+        local holder = held[key]
+        local is_ours = holder and is_owner(string.match(value, '^[^\n]*'), holder)
+        local fence_key = i <= n_others + n_fenced and KEYS[n_locks + n_end + i - n_others]
+        local fence = fence_key and next_fence(fence_key, is_ours) or 0
+        local err
+        if holder and not is_ours then
+            local left
+            left, err = left_of(key)
+            reply[i] = err or (left < 0 and -1 or -2 - left)
+        elseif fence_key and fence == 0 then
+            reply[i] = 'ALONE'
+        elseif is_ours then
+            -- As in acquire.lua: it lives for the ttl from now, or as long as it would have, whichever is longer.
+            local left
+            left, err = left_of(key)
+            err = err or fence_key and write_fence(fence_key, fence)
+            if not err then
+                local px = string.format('%.0f', math.max(tonumber(ttl), left))
+                err = refused(redis.pcall('SET', key, value, 'PX', px))
             end
+            reply[i] = err or fence
+        else
+            err = take(key, value, ttl)
+            if not err and fence_key then
+                err = write_fence(fence_key, fence)
+                if err then
+                    redis.pcall('DEL', key)
+                    held[key] = false
+                end
+            end
+            reply[i] = err or fence
         end
-        reply[i] = err or fence
     end
 end
-return reply
+return {mark, now / 1000, reply}

@@ -5,10 +5,11 @@
 -- Reply {mark, server time in ms, what the script returns}    it ran.
 --       {mark, server time in ms, nil, why}                   it failed, or was refused before it began.
 --       Scripts for one key, and what comes before others, `*_one.lua`, may also reply mark * 4 + n, where each says
---       what n from 0 to 3 means; or {mark, fencing token} for a grant whose token is the server time in us. They run
---       far more often than all others, so they define no function, call nothing that may raise an error, and reply
---       with as little as they can: on Redis 7.0, TIME costs 1.1 us, a reply of three instead of a number 0.7 us, and
---       what prologue.lua does 0.5 us, of 4.1 us for a release.
+--       what n from 0 to 3 means; or, for a grant whose token is the server time in us, {mark, fencing token}, if it
+--       was not less than 2.1 s early, else -(us * 2^32 + mark), where the token is so many us before the end of the ms
+--       that the request may run in. They run far more often than all others, so they define no function, call nothing
+--       that may raise an error, and reply with as little as they can: on Redis 7.0, TIME costs 1.1 us, a reply of
+--       three instead of a number 0.7 us, and what prologue.lua does 0.5 us, of 4.1 us for a release.
 --
 -- 1. The mark proves that a reply belongs to its request. A client library that hands replies to the wrong caller is
 --    found out.
