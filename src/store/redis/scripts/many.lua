@@ -8,8 +8,8 @@
 --       release: token.  renewal: token, and the ttl if each has its own: at least this.
 --       acquire: value (the token; with metadata: token, newline, metadata), ttl in ms.
 --       At the end the channels of all releases, as release.lua.
--- Reply as other scripts, though this defines no function that may raise an error and begins like one for one key: for
---       each, in this order, a number, or a string that says why it could not be done.
+-- Reply {mark, server time in ms, for each, in this order, a number, or a string that says why it could not be done}.
+--       Nothing here raises an error, so it does without prologue.lua, and the stamp is still the last argument.
 --       release, renewal: 1 done, 0 the key is gone, -1 it holds something else.
 --       acquire: granted: the fencing token, or 0. Held by another: -1 for ever, -2 - ttl for so many ms.
 --       'ALONE': an acquire that meets what is no lock, or no fencing token; a release of a lock that others wait for,
