@@ -45,7 +45,7 @@ impl Token {
             // No system that runs tokio is known to refuse. Should one do so, the standard library's hasher keys are
             // the next best thing that is different in every process and at every call.
             let half = || RandomState::new().build_hasher().finish().to_le_bytes();
-            bits = u128::from_le_bytes([half(), half()].concat().try_into().unwrap_or(bits)).to_le_bytes();
+            bits = [half(), half()].concat().try_into().unwrap_or(bits);
         }
         // By hand: to format them would take many times as long.
         let digit = |half| if half < 10 { b'0' + half } else { b'a' + half - 10 };

@@ -74,14 +74,23 @@ impl<K: Send + 'static, T: Send + 'static> Calls<K, T> {
     /// Or stands in line for that, behind those that were there before it, for as long as a call may take.
     pub(super) fn send(&mut self, of: K, member: &Member, within: Duration, call: Answer<'static, T>) {
         let now = Instant::now();
-        let call = match &member.identity {
-            Some(identity) => identity.before(within, call),
-            None => call,
-        };
         let (mut call, permit, until) = match member.calls.clone().try_acquire_owned() {
-            Ok(permit) => (call, permit, now + within + GRACE),
+            Ok(permit) => {
+                let call = match &member.identity {
+                    Some(identity) => identity.before(within, call),
+                    None => call,
+                };
+                (call, permit, now + within + GRACE)
+            }
             Err(_) => match member.waiting.clone().try_acquire_owned() {
-                Ok(place) => (stand_in_line(member.calls.clone(), within, call), place, now + within * 2 + GRACE),
+                Ok(place) => {
+                    // The address may lead elsewhere by then.
+                    let call = match &member.identity {
+                        Some(identity) => identity.at_last(within, call),
+                        None => call,
+                    };
+                    (stand_in_line(member.calls.clone(), within, call), place, now + within * 2 + GRACE)
+                }
                 Err(_) => return self.answered.push_back((of, Err(too_many_calls()))),
             },
         };

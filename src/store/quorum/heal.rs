@@ -129,7 +129,7 @@ impl Healing {
         };
         if is_doubtful {
             // Until it can't be run any more; as much again for what we don't know of the node's clock.
-            sleep_until(sent + timeout * 2).await;
+            sleep_until(sent + timeout * 3).await;
         } else {
             debug!(name: "tenure.healed", key = %self.owned.key(), node = %member.address, "a node has the lock again");
         }

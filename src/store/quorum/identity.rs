@@ -9,12 +9,16 @@ use std::time::Duration;
 
 use fred::error::ErrorKind;
 use tokio::sync::Notify;
+use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
 use crate::Error;
 use crate::error::NOT_SENT;
 use crate::store::Answer;
 use crate::store::redis::{About, Contacts, RedisStore};
+
+/// For so long the others wait for the one that asks: it may be a future that nobody polls any more. Then another does.
+const TRUSTED: Duration = Duration::from_millis(100);
 
 /// Who is at the addresses of one quorum, by their place.
 #[derive(Default)]
@@ -44,6 +48,8 @@ pub(crate) struct Identity {
 
 struct State {
     step: Step,
+    /// How often it was asked.
+    asked: u64,
     contacts: Contacts,
     known: About,
 }
@@ -52,7 +58,8 @@ struct State {
 enum Step {
     /// It is to be asked, once it can be reached.
     Due,
-    Asking,
+    /// One asks, and is waited for until then.
+    Asking(Instant),
     Known,
 }
 
@@ -65,7 +72,7 @@ impl Identity {
         node: Arc<RedisStore>,
         nodes_never_forget: bool,
     ) -> Arc<Self> {
-        let state = State { step: Step::Due, contacts: node.contacts(), known: About::default() };
+        let state = State { step: Step::Due, asked: 0, contacts: node.contacts(), known: About::default() };
         Arc::new(Self {
             all: all.clone(),
             place,
@@ -87,6 +94,15 @@ impl Identity {
         if self.state().step() == Step::Known && self.twin().is_none() {
             return call;
         }
+        self.at_last(within, call)
+    }
+
+    /// The same for a call that is not sent yet: it looks when it is.
+    pub(super) fn at_last<T: 'static>(
+        self: &Arc<Self>,
+        within: Duration,
+        call: Answer<'static, T>,
+    ) -> Answer<'static, T> {
         let identity = self.clone();
         Box::pin(async move {
             identity.settle(within).await?;
@@ -105,15 +121,17 @@ impl Identity {
             match self.begin() {
                 // The call says best why there is no connection.
                 None => return Ok(()),
-                Some(Step::Known) => break,
-                Some(Step::Asking) => changed.await,
-                Some(Step::Due) => {
-                    let asking = Asking(self);
+                Some((Step::Known, _)) => break,
+                Some((Step::Asking(until), _)) => drop(timeout_at(until, changed).await),
+                Some((Step::Due, number)) => {
+                    let asking = Asking { identity: self, number };
                     match self.node.about(within).await {
-                        Ok(about) => self.learn(about),
+                        Ok(about) => self.learn(asking.number, about),
                         // It doesn't say, and is given the benefit of the doubt.
-                        Err(error) if error.code().is_some() => self.learn(About::default()),
-                        Err(_) => return Err(unsent("it has not said yet which server it is")),
+                        Err(error) if error.code().is_some() && !error.is_transient() => {
+                            self.learn(asking.number, About::default());
+                        }
+                        Err(_) => return Err(unsent(ErrorKind::IO, "it has not said yet which server it is")),
                     }
                     drop(asking);
                 }
@@ -121,26 +139,34 @@ impl Identity {
         }
         match self.twin() {
             None => Ok(()),
-            Some(other) => Err(unsent(&format!("it is the same server as {other}, which has its vote"))),
+            Some(other) => {
+                let details = format!("it is the same server as {other}, which has its vote");
+                Err(unsent(ErrorKind::Config, &details))
+            }
         }
     }
 
-    /// What is to be done; [`Step::Due`] for one alone, which asks. `None` where nobody can be asked.
-    fn begin(&self) -> Option<Step> {
+    /// What is to be done; [`Step::Due`] for one alone, which asks, and its number. `None` where nobody can be asked.
+    fn begin(&self) -> Option<(Step, u64)> {
         let mut state = self.state();
         let step = state.step();
         if step == Step::Due {
             if !self.node.is_connected() {
                 return None;
             }
-            state.step = Step::Asking;
+            state.step = Step::Asking(Instant::now() + TRUSTED);
+            state.asked += 1;
         }
-        Some(step)
+        Some((step, state.asked))
     }
 
-    fn learn(&self, about: About) {
+    /// The answer to one who asked, unless another has asked since.
+    fn learn(&self, asked: u64, about: About) {
         let news = {
             let mut state = self.state();
+            if state.asked != asked {
+                return;
+            }
             state.step = Step::Known;
             let news = about.since(&state.known);
             state.known = about.clone();
@@ -205,23 +231,31 @@ impl Identity {
 }
 
 /// One asks, and the others wait, until this is dropped.
-struct Asking<'a>(&'a Identity);
+struct Asking<'a> {
+    identity: &'a Identity,
+    number: u64,
+}
 
 impl Drop for Asking<'_> {
     fn drop(&mut self) {
-        let mut state = self.0.state();
-        if state.step == Step::Asking {
+        let mut state = self.identity.state();
+        if state.asked == self.number && matches!(state.step, Step::Asking(_)) {
             state.step = Step::Due;
         }
         drop(state);
-        self.0.changed.notify_waiters();
+        self.identity.changed.notify_waiters();
     }
 }
 
 impl State {
     /// As of now.
     fn step(&mut self) -> Step {
-        if self.contacts.were_made() && self.step == Step::Known {
+        let is_stale = match self.step {
+            Step::Due => false,
+            Step::Asking(until) => Instant::now() >= until,
+            Step::Known => self.contacts.were_made(),
+        };
+        if is_stale {
             self.step = Step::Due;
         }
         self.step
@@ -241,26 +275,56 @@ impl Identities {
     }
 }
 
-fn unsent(details: &str) -> Error {
-    fred::error::Error::new(ErrorKind::Config, format!("{details}{NOT_SENT}")).into()
+fn unsent(kind: ErrorKind, details: &str) -> Error {
+    fred::error::Error::new(kind, format!("{details}{NOT_SENT}")).into()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::task::{Context, Waker};
+
     use fred::types::config::Config;
     use tenure_test_support::{Server, eventually};
+    use tokio::time::timeout;
 
     use super::*;
 
     const LONG: Duration = Duration::from_secs(10);
 
+    /// Of one server.
+    async fn identity(server: &Server) -> Arc<Identity> {
+        let node = RedisStore::open_lazily(Config::from_url(&server.url()).unwrap(), String::new(), LONG).unwrap();
+        node.ready(LONG).await.unwrap();
+        Identity::new(&Arc::default(), 0, "node".into(), 0, Arc::new(node), false)
+    }
+
+    #[tokio::test]
+    async fn a_future_that_asks_and_is_not_polled_any_more_holds_up_no_other() {
+        let server = Server::start();
+        let identity = identity(&server).await;
+        let mut parked = Box::pin(identity.settle(LONG));
+        assert!(parked.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        timeout(LONG, identity.settle(LONG)).await.unwrap().unwrap();
+        assert!(identity.state().known.run_id.is_some());
+        parked.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_node_that_has_not_said_yet_who_it_is_may_do_so_later_and_was_sent_nothing() {
+        let server = Server::start();
+        let identity = identity(&server).await;
+        server.freeze();
+        let error = identity.settle(Duration::from_millis(150)).await.unwrap_err();
+        assert!(error.is_transient() && error.has_not_run(), "{error}");
+        server.thaw();
+        identity.settle(LONG).await.unwrap();
+    }
+
     #[tokio::test]
     async fn a_node_that_is_promoted_is_noticed_when_it_is_reached_anew() {
         let primary = Server::start();
         let replica = primary.start_replica();
-        let node = RedisStore::open_lazily(Config::from_url(&replica.url()).unwrap(), String::new(), LONG).unwrap();
-        node.ready(LONG).await.unwrap();
-        let identity = Identity::new(&Arc::default(), 0, "replica".into(), 0, Arc::new(node), false);
+        let identity = identity(&replica).await;
         identity.settle(LONG).await.unwrap();
         let known = identity.state().known.clone();
         assert!(known.is_replica && !known.was_promoted, "{known:?}");

@@ -555,7 +555,7 @@ async fn a_vote_that_comes_after_its_call_was_given_up_on_and_after_the_release_
     guard.release().await.unwrap();
     sleep(ms(51)).await;
     assert!(!world.servers[2].is_free("k"), "it has come");
-    sleep(ms(200)).await;
+    sleep(ms(400)).await;
     assert!(world.is_free("k"));
 }
 
