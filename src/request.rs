@@ -286,7 +286,7 @@ impl LockRequest {
         Self { renewal, ..self }
     }
 
-    /// In a box: what the future is made of stays in it, beside what comes of that.
+    /// The request is in a box, as arguments stay in their future for as long as that lives.
     async fn obtain(self: Box<Self>) -> Result<LockGuard, Error> {
         let started = Instant::now();
         // Before anything is sent: what can't work is refused.

@@ -47,7 +47,7 @@ impl Token {
             let half = || RandomState::new().build_hasher().finish().to_le_bytes();
             bits = [half(), half()].concat().try_into().unwrap_or(bits);
         }
-        // By hand: to format them would take many times as long.
+        // By hand, which takes a third less than to format them.
         let digit = |half| if half < 10 { b'0' + half } else { b'a' + half - 10 };
         Self::from_server(bits.map(|byte| [byte >> 4, byte & 15].map(digit)).as_flattened())
     }

@@ -595,7 +595,6 @@ impl Server {
         writing: Option<Writing>,
         until: Instant,
     ) -> Answers<Decision> {
-        let is_for_replicas = |operation: &Operation, answer: &Option<Result<Decision, Error>>| matches!(answer, Some(Ok(decision)) if operation.is_for_replicas(decision));
         let mut both = operations.iter().zip(&answers);
         if self.min_replicas == 0 || !both.any(|(operation, answer)| is_for_replicas(operation, answer)) {
             return answers;
@@ -703,6 +702,10 @@ impl Carrier for Server {
     fn rank(operation: &Box<Operation>) -> usize {
         operation.rank()
     }
+}
+
+fn is_for_replicas(operation: &Operation, answer: &Option<Result<Decision, Error>>) -> bool {
+    matches!(answer, Some(Ok(decision)) if operation.is_for_replicas(decision))
 }
 
 /// So often a request may meet a server whose clock shows something else than the last one's.

@@ -74,23 +74,17 @@ impl<K: Send + 'static, T: Send + 'static> Calls<K, T> {
     /// Or stands in line for that, behind those that were there before it, for as long as a call may take.
     pub(super) fn send(&mut self, of: K, member: &Member, within: Duration, call: Answer<'static, T>) {
         let now = Instant::now();
-        let (mut call, permit, until) = match member.calls.clone().try_acquire_owned() {
-            Ok(permit) => {
-                let call = match &member.identity {
-                    Some(identity) => identity.before(within, call),
-                    None => call,
-                };
-                (call, permit, now + within + GRACE)
-            }
+        let permit = member.calls.clone().try_acquire_owned();
+        let call = match &member.identity {
+            None => call,
+            Some(identity) if permit.is_ok() => identity.before(within, call),
+            // Its address may lead elsewhere when the call has stood in line.
+            Some(identity) => identity.at_last(within, call),
+        };
+        let (mut call, permit, until) = match permit {
+            Ok(permit) => (call, permit, now + within + GRACE),
             Err(_) => match member.waiting.clone().try_acquire_owned() {
-                Ok(place) => {
-                    // The address may lead elsewhere by then.
-                    let call = match &member.identity {
-                        Some(identity) => identity.at_last(within, call),
-                        None => call,
-                    };
-                    (stand_in_line(member.calls.clone(), within, call), place, now + within * 2 + GRACE)
-                }
+                Ok(place) => (stand_in_line(member.calls.clone(), within, call), place, now + within * 2 + GRACE),
                 Err(_) => return self.answered.push_back((of, Err(too_many_calls()))),
             },
         };
@@ -151,6 +145,12 @@ impl<K: Send + 'static, T: Send + 'static> Drop for Calls<K, T> {
         let rest = async move { while poll_fn(|context| rest.poll_next(context)).await.is_some() {} };
         self.tracker.spawn_on(rest, &self.runtime);
     }
+}
+
+/// Until when a call that is sent now, and given up on later, may be run: it may stand in line for as long as it may
+/// take, and as much again is for what we don't know of the node's clock.
+pub(super) fn may_run_until(sent: Instant, within: Duration) -> Instant {
+    sent + within * 3
 }
 
 /// The line is first in, first out: a call is sent before all later ones.

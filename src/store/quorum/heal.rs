@@ -30,7 +30,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 use tracing::debug;
 
-use super::calls::Calls;
+use super::calls::{Calls, may_run_until};
 use super::catch_up::Undo;
 use super::rounds::OpenRound;
 use super::{Ballot, Member, Quorum, Vote, node_timeout};
@@ -128,8 +128,7 @@ impl Healing {
             Err(_) => true,
         };
         if is_doubtful {
-            // Until it can't be run any more; as much again for what we don't know of the node's clock.
-            sleep_until(sent + timeout * 3).await;
+            sleep_until(may_run_until(sent, timeout)).await;
         } else {
             debug!(name: "tenure.healed", key = %self.owned.key(), node = %member.address, "a node has the lock again");
         }

@@ -1,7 +1,7 @@
 //! Which server is behind a node's address: asked when it is first reached, and whenever it is reached anew.
 //!
 //! Two addresses may lead to one server, which would have two votes then; and while a node is away, its address may
-//! come to lead elsewhere. Until a node that can be reached has said who it is, nothing is sent to it.
+//! come to lead elsewhere. Until a node that can be reached has said who it is, it is sent no vote and no renewal.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tracing::debug;
 
-use super::calls::Calls;
+use super::calls::{Calls, may_run_until};
 use super::catch_up::Undo;
 use super::rounds::OpenRound;
 use super::tally::{Decision, decide};
@@ -54,8 +54,7 @@ struct Round {
     open: OpenRound,
     wanted: Arc<Wanted>,
     until: Instant,
-    /// Until when a vote that has not been answered may be run: it may stand in line for as long as it may take, and as
-    /// much again is for what we don't know of the nodes' clocks.
+    /// Until when a vote that has not been answered may be run.
     may_run_until: Instant,
     members: Vec<Standing>,
     /// The votes on their way, by ballot and node.
@@ -156,7 +155,7 @@ impl Round {
     fn ask(&mut self, ballot: usize, number: Option<u64>) {
         let left = self.until.saturating_duration_since(Instant::now());
         let timeout = node_timeout(self.wanted.ttl, left);
-        self.may_run_until = Instant::now() + timeout * 3;
+        self.may_run_until = may_run_until(Instant::now(), timeout);
         let wish = Ballot { number, exactly: ballot > 0, window: self.quorum.window, ahead: self.quorum.ahead() };
         for (place, (member, standing)) in self.quorum.members.iter().zip(&mut self.members).enumerate() {
             standing.calls += 1;

@@ -40,9 +40,7 @@ impl About {
             may_forget: field("aof_enabled") == Some("0") || appendfsync.is_some_and(|when| when != "always"),
         }
     }
-}
 
-impl About {
     /// What there is to be warned of that there was not before.
     pub(crate) fn since(&self, before: &Self) -> Self {
         Self {

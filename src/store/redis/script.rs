@@ -82,7 +82,7 @@ impl Scripts {
             ),
             remaining: Script::new(&[OWNER, HELD, include_str!("scripts/remaining.lua")]),
             inspect: Script::new(&[include_str!("scripts/inspect.lua")]),
-            many: Script { is_batch: true, ..Script::whole([STAMP, include_str!("scripts/many.lua")].concat()) },
+            many: Script { is_batch: true, ..Script::whole([STAMP, OWNER, include_str!("scripts/many.lua")].concat()) },
             vote: Script::new(&[OWNER, FENCE, GRANTS, UPTIME, include_str!("scripts/vote.lua")]),
             // Others may use the same connection, and must not count alike.
             mark: AtomicU32::new(fastrand::u32(..)),

@@ -35,6 +35,7 @@ if is_simple then
     elseif not fence_key then
         return mark * 4 + 1
     elseif fence == now then
+        -- As stamp.lua says.
         local early = (stamp - stamp % 2048) / 2048 * 1000 + 1000 - now
         return early < 2 ^ 21 and -early * 2 ^ 32 - mark or {mark, fence}
     end

@@ -33,10 +33,6 @@ local function refused(answer)
     return type(answer) == 'table' and answer.err
 end
 
-local function is_owner(token, value)
-    return value == token or string.sub(value, 1, #token + 1) == token .. '\n'
-end
-
 -- What the keys hold; false also for what is no string. MGET is cheaper than GET for each, but who may use the other
 -- scripts may not be allowed to call it.
 local values = redis.pcall('MGET', unpack(KEYS))
