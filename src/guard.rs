@@ -10,11 +10,12 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::debts::Work;
-use crate::hold::{Cleanup, Hold};
-use crate::keeper::{Keeper, Upkeep};
-use crate::lost::{Lost, Protected};
-use crate::roster::Place;
+use crate::hold::renewer::Renewer;
+use crate::hold::scheduler::ScheduleHandle;
+use crate::hold::{FinalStep, Hold};
+use crate::locker::cleanups::Cleanup;
+use crate::locker::shared::Shared;
+use crate::loss::{Lost, Protected};
 use crate::store::{Ending, Released};
 use crate::{Error, Key, Lease, Loss, Token};
 
@@ -60,19 +61,19 @@ use crate::{Error, Key, Lease, Loss, Token};
 #[must_use = "the lock is released as soon as its guard is dropped"]
 pub struct LockGuard {
     hold: Arc<Hold>,
-    upkeep: Arc<Upkeep>,
-    /// Where the keeper stands when it has nothing to do.
-    place: Place<Keeper>,
+    shared: Arc<Shared>,
+    /// Where the renewer stands when it has nothing to do.
+    place: ScheduleHandle<Renewer>,
 }
 
 impl LockGuard {
-    /// A lock that was just obtained or adopted: from here on its keeper sees to it.
-    pub(crate) fn start(hold: Hold, upkeep: &Arc<Upkeep>, runtime: &Handle) -> Self {
+    /// A lock that was just obtained or adopted: from here on its renewer sees to it.
+    pub(crate) fn start(hold: Hold, shared: &Arc<Shared>, runtime: &Handle) -> Self {
         let hold = Arc::new(hold);
         #[cfg(test)]
-        crate::simulation::born(&hold, Arc::as_ptr(upkeep) as usize);
-        let place = upkeep.keep(hold.clone(), runtime);
-        Self { hold, upkeep: upkeep.clone(), place }
+        crate::simulation::born(&hold, Arc::as_ptr(shared) as usize);
+        let place = shared.keep(hold.clone(), runtime);
+        Self { hold, shared: shared.clone(), place }
     }
 
     /// The key that is locked; of several, the first.
@@ -354,13 +355,13 @@ impl LockGuard {
     ///
     /// let guard = tenure::Locker::in_memory().lock("k").no_renewal().await?;
     /// tokio::time::advance(Duration::from_secs(20)).await;
-    /// guard.refresh().await?;
+    /// guard.renew().await?;
     /// assert!(guard.remaining() > Duration::from_secs(29));
     /// # Ok(())
     /// # }
     /// ```
-    pub async fn refresh(&self) -> Result<(), Error> {
-        self.renew(None, false).await
+    pub async fn renew(&self) -> Result<(), Error> {
+        self.send_renewal(None, false).await
     }
 
     /// Sets the ttl, from now and for all renewals to come: shorter or longer than before. The deadline follows.
@@ -372,7 +373,7 @@ impl LockGuard {
     ///
     /// # Errors
     ///
-    /// Those of [`refresh`](LockGuard::refresh), and [`Error::InvalidTtl`] for a ttl that can't work; nothing is
+    /// Those of [`renew`](LockGuard::renew), and [`Error::InvalidTtl`] for a ttl that can't work; nothing is
     /// changed then.
     ///
     /// # Cancel safety
@@ -385,25 +386,25 @@ impl LockGuard {
     /// use std::time::Duration;
     ///
     /// let guard = tenure::Locker::in_memory().lock("k").await?;
-    /// guard.refresh_for(Duration::from_secs(2)).await?;
+    /// guard.renew_for(Duration::from_secs(2)).await?;
     /// assert!(guard.remaining() < Duration::from_secs(2));
     /// # Ok(())
     /// # }
     /// ```
-    pub async fn refresh_for(&self, ttl: Duration) -> Result<(), Error> {
+    pub async fn renew_for(&self, ttl: Duration) -> Result<(), Error> {
         let ttl = self.hold.drift().validate(ttl)?;
-        self.renew(Some(ttl), true).await
+        self.send_renewal(Some(ttl), true).await
     }
 
     /// Makes sure that the server will keep the lock for at least this long from now; never makes it shorter.
     ///
     /// # Errors
     ///
-    /// As [`refresh_for`](LockGuard::refresh_for).
+    /// As [`renew_for`](LockGuard::renew_for).
     ///
     /// # Cancel safety
     ///
-    /// As [`refresh`](LockGuard::refresh).
+    /// As [`renew`](LockGuard::renew).
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -420,7 +421,7 @@ impl LockGuard {
     /// ```
     pub async fn ensure(&self, at_least: Duration) -> Result<(), Error> {
         let at_least = self.hold.drift().validate(at_least)?;
-        self.renew(Some(at_least), false).await
+        self.send_renewal(Some(at_least), false).await
     }
 
     /// Asks the server how long it will keep the lock unless it is renewed. `None`: it is not held there any more.
@@ -445,11 +446,11 @@ impl LockGuard {
     /// # }
     /// ```
     pub async fn server_ttl(&self) -> Result<Option<Duration>, Error> {
-        Upkeep::check_runtime()?;
-        self.upkeep.store.remaining(&self.hold.owned, self.upkeep.command_timeout).await
+        Shared::check_runtime()?;
+        self.shared.store.remaining(&self.hold.owned, self.shared.command_timeout).await
     }
 
-    /// Releases the lock and waits for the server's word on it. Work that this guard protects is told first.
+    /// Releases the lock and waits for the server's word on it. Cleanup that this guard protects is told first.
     ///
     /// # Errors
     ///
@@ -472,16 +473,16 @@ impl LockGuard {
     /// # }
     /// ```
     pub async fn release(self) -> Result<(), Error> {
-        // From here on, dropping `self` makes the keeper release, unless it is settled otherwise below.
+        // From here on, dropping `self` makes the renewer release, unless it is settled otherwise below.
         match self.hold.end(Loss::Released) {
             Loss::Released => {}
             loss => return Err(self.not_held(loss)),
         }
-        let until = Instant::now() + self.upkeep.command_timeout;
-        let released = self.upkeep.release(&self.hold.owned, Ending::Lock, until).await?;
+        let until = Instant::now() + self.shared.command_timeout;
+        let released = self.shared.release(&self.hold.owned, Ending::Lock, until).await?;
         self.hold.settle(match self.hold.doubt {
-            Some(_) => Cleanup::Undo(self.upkeep.debts.owe(Work::UndoAttempt(self.hold.clone()))),
-            None => Cleanup::Nothing,
+            Some(_) => FinalStep::Undo(self.shared.cleanups.register(Cleanup::UndoAttempt(self.hold.clone()))),
+            None => FinalStep::Nothing,
         });
         match released {
             Released::Freed => {
@@ -510,8 +511,8 @@ impl LockGuard {
     /// # }
     /// ```
     pub fn into_lease(self) -> Lease {
-        // Settled before it is ended: the keeper that wakes from the end finds nothing to release.
-        self.hold.settle(Cleanup::Nothing);
+        // Settled before it is ended: the renewer that wakes from the end finds nothing to release.
+        self.hold.settle(FinalStep::Nothing);
         self.hold.end(Loss::Released);
         Lease::from_parts(self.hold.owned.clone(), self.ttl(), self.fencing_token())
     }
@@ -520,7 +521,7 @@ impl LockGuard {
     pub(crate) fn into_held_lease(self) -> Result<Lease, Loss> {
         self.check()?;
         // As there: settled first.
-        self.hold.settle(Cleanup::Nothing);
+        self.hold.settle(FinalStep::Nothing);
         match self.hold.end(Loss::Released) {
             Loss::Released => Ok(Lease::from_parts(self.hold.owned.clone(), self.ttl(), self.fencing_token())),
             loss => Err(loss),
@@ -531,20 +532,20 @@ impl LockGuard {
         self.hold.clone()
     }
 
-    async fn renew(&self, ttl: Option<Duration>, exact: bool) -> Result<(), Error> {
+    async fn send_renewal(&self, ttl: Option<Duration>, exact: bool) -> Result<(), Error> {
         self.check().map_err(|loss| self.not_held(loss))?;
         // Before anything is changed.
-        Upkeep::check_runtime()?;
+        Shared::check_runtime()?;
         let renewing = match ttl {
             Some(ttl) if exact => {
-                let renewing = self.hold.setting_ttl(ttl, self.upkeep.patience());
+                let renewing = self.hold.setting_ttl(ttl, self.shared.patience());
                 // What is due may be due sooner now.
                 self.place.call();
                 renewing
             }
-            ttl => self.hold.renewing(ttl, self.upkeep.patience()),
+            ttl => self.hold.renewing(ttl, self.shared.patience()),
         };
-        let renewed = self.upkeep.renew(&self.hold, renewing).await;
+        let renewed = self.shared.renew(&self.hold, renewing).await;
         let renewed = renewed.inspect_err(|error| self.hold.failed(&Arc::new(error.clone())));
         renewed?.map_err(|loss| {
             // It sees to the rest.
@@ -559,14 +560,14 @@ impl LockGuard {
 }
 
 impl Drop for LockGuard {
-    /// Only calls the keeper: nothing here spawns, blocks or panics.
+    /// Only calls the renewer: nothing here spawns, blocks or panics.
     fn drop(&mut self) {
         self.hold.end(Loss::Released);
         if self.hold.is_settled() {
             return self.place.leave();
         }
-        let owed = self.upkeep.debts.owe(Work::Release(self.hold.clone()));
-        match self.hold.settle(Cleanup::Release(Some(owed))) {
+        let pending = self.shared.cleanups.register(Cleanup::Release(self.hold.clone()));
+        match self.hold.settle(FinalStep::Release(Some(pending))) {
             true => self.place.call(),
             false => self.place.leave(),
         }

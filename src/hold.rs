@@ -1,6 +1,6 @@
 //! The one place that says whether a lock is held.
 //!
-//! A [`Hold`] is shared by the guard, its keeper and the futures that wait for its loss. They all read its deadline;
+//! A [`Hold`] is shared by the guard, its renewer and the futures that wait for its loss. They all read its deadline;
 //! nothing else in the crate decides whether a lock is held. Its invariants:
 //!
 //! 1. The deadline moves forward only by a confirmed request, and counts from before that request was sent.
@@ -14,6 +14,13 @@
 //! 6. The loss and what is left to do about it are decided in one step: whoever learns of the one can rely on the
 //!    other.
 
+mod claim;
+mod release;
+pub(crate) mod renewer;
+pub(crate) mod scheduler;
+pub(crate) mod timing;
+mod undo;
+
 use std::fmt;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,8 +30,8 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::debts::Debt;
-use crate::schedule::{Drift, Renewal};
+use self::timing::{Drift, Renewal};
+use crate::locker::cleanups::PendingCleanup;
 use crate::store::{Extending, Latest, RECORD_TTL};
 use crate::{Error, Key, Loss, Token};
 
@@ -98,7 +105,7 @@ pub(crate) struct Hold {
     origin: Instant,
     state: Mutex<State>,
     over: CancellationToken,
-    /// Tells the keeper to look at the state again: the only one that waits for it.
+    /// Tells the renewer to look at the state again: the only one that waits for it.
     changed: Notify,
 }
 
@@ -122,15 +129,15 @@ struct State {
     /// Why the latest renewal failed, if none has succeeded since.
     last_error: Option<Arc<Error>>,
     loss: Option<Loss>,
-    cleanup: Option<Cleanup>,
+    final_step: Option<FinalStep>,
     observer: Option<Arc<dyn Observer>>,
     /// Fires when the deadline moves closer. Created for the first future that sleeps until the deadline.
     shortened: Option<CancellationToken>,
 }
 
-/// Learns from the keeper what becomes of the lock, in this order: any number of renewals and failures, then the end.
+/// Learns from the renewer what becomes of the lock, in this order: any number of renewals and failures, then the end.
 ///
-/// Called on the keeper's task, which has renewals to see to: nothing here may wait for anybody.
+/// Called on the renewer's task, which has renewals to see to: nothing here may wait for anybody.
 pub(crate) trait Observer: Send + Sync {
     /// A renewal was confirmed, and the lock is held until then.
     fn renewed(&self, deadline: Instant);
@@ -149,13 +156,13 @@ struct Unresolved {
     until: Instant,
 }
 
-/// What the keeper still has to do once the lock is held no more.
-pub(crate) enum Cleanup {
-    /// Release it. [`Locker::close`](crate::Locker::close) waits for what is owed; the keeper owes it where nobody does
+/// What the renewer still has to do once the lock is held no more.
+pub(crate) enum FinalStep {
+    /// Release it. [`Locker::close`](crate::Locker::close) waits for what is pending; the renewer owes it where nobody does
     /// yet.
-    Release(Option<Debt>),
+    Release(Option<PendingCleanup>),
     /// It is released: undo what an earlier attempt of unknown outcome may still leave.
-    Undo(Debt),
+    Undo(PendingCleanup),
     /// Nothing: it is released, or shall stay as it is.
     Nothing,
 }
@@ -213,7 +220,7 @@ impl Hold {
                 recorded_ttl: grant.ttl,
                 last_error: None,
                 loss: None,
-                cleanup: None,
+                final_step: None,
                 observer: None,
                 shortened: None,
             }),
@@ -268,7 +275,7 @@ impl Hold {
         &self.over
     }
 
-    /// Waits until the state has changed since the last call returned. For the keeper alone.
+    /// Waits until the state has changed since the last call returned. For the renewer alone.
     pub(crate) async fn changed(&self) {
         self.changed.notified().await;
     }
@@ -427,14 +434,14 @@ impl Hold {
         }
         let loss = state.verdict(Instant::now()).err().unwrap_or(loss);
         state.loss = Some(loss);
-        if state.cleanup.is_none() {
+        if state.final_step.is_none() {
             // In the same step as the loss (invariant 6). What its owner ends, its owner says what to do about.
-            state.cleanup = match loss {
+            state.final_step = match loss {
                 Loss::Released => None,
                 // A renewal that nobody heard of may have been run, and would hold the key for a whole ttl.
-                Loss::Expired => Some(Cleanup::Release(None)),
-                Loss::Taken | Loss::Missing if self.has_parts || self.doubt.is_some() => Some(Cleanup::Release(None)),
-                Loss::Taken | Loss::Missing => Some(Cleanup::Nothing),
+                Loss::Expired => Some(FinalStep::Release(None)),
+                Loss::Taken | Loss::Missing if self.has_parts || self.doubt.is_some() => Some(FinalStep::Release(None)),
+                Loss::Taken | Loss::Missing => Some(FinalStep::Nothing),
             };
         }
         // Only now: whoever the token wakes finds the reason. And not under the mutex: it runs others' wakers.
@@ -444,35 +451,35 @@ impl Hold {
         loss
     }
 
-    /// Tells the keeper what is left to do, unless that is decided already. Returns whether there is anything.
-    pub(crate) fn settle(&self, cleanup: Cleanup) -> bool {
+    /// Tells the renewer what is left to do, unless that is decided already. Returns whether there is anything.
+    pub(crate) fn settle(&self, final_step: FinalStep) -> bool {
         let (refused, is_left) = {
             let mut state = self.state();
-            let refused = match state.cleanup {
-                None => state.cleanup.replace(cleanup),
+            let refused = match state.final_step {
+                None => state.final_step.replace(final_step),
                 // The same, and closing waits for it from now on.
-                Some(Cleanup::Release(None)) if matches!(cleanup, Cleanup::Release(Some(_))) => {
-                    state.cleanup.replace(cleanup)
+                Some(FinalStep::Release(None)) if matches!(final_step, FinalStep::Release(Some(_))) => {
+                    state.final_step.replace(final_step)
                 }
-                Some(_) => Some(cleanup),
+                Some(_) => Some(final_step),
             };
-            (refused, !matches!(state.cleanup, Some(Cleanup::Nothing)))
+            (refused, !matches!(state.final_step, Some(FinalStep::Nothing)))
         };
         self.changed.notify_one();
-        // What is owed wakes others when it is dropped: not under the mutex.
+        // What is pending wakes others when it is dropped: not under the mutex.
         drop(refused);
         is_left
     }
 
-    /// Whether there is nothing left to do, whatever the keeper is told.
+    /// Whether there is nothing left to do, whatever the renewer is told.
     pub(crate) fn is_settled(&self) -> bool {
-        matches!(self.state().cleanup, Some(Cleanup::Nothing))
+        matches!(self.state().final_step, Some(FinalStep::Nothing))
     }
 
     /// What [`settle`](Hold::settle) said, once it has.
-    pub(crate) fn take_cleanup(&self) -> Option<Cleanup> {
+    pub(crate) fn take_final_step(&self) -> Option<FinalStep> {
         let mut state = self.state();
-        state.cleanup.as_mut().map(|cleanup| std::mem::replace(cleanup, Cleanup::Nothing))
+        state.final_step.as_mut().map(|final_step| std::mem::replace(final_step, FinalStep::Nothing))
     }
 
     /// What [`check`](Hold::check) would say, without telling anybody.
@@ -693,12 +700,12 @@ mod tests {
             let hold = of(keys);
             hold.end(loss);
             // As a guard does that is dropped.
-            assert_eq!(hold.settle(Cleanup::Release(None)), is_left, "{loss:?} {keys:?}");
+            assert_eq!(hold.settle(FinalStep::Release(None)), is_left, "{loss:?} {keys:?}");
         }
         let hold = hold();
         advance(ms(1_000)).await;
         assert_eq!(hold.end(Loss::Missing), Loss::Expired);
-        assert!(hold.settle(Cleanup::Nothing), "a late renewal may have to be undone");
+        assert!(hold.settle(FinalStep::Nothing), "a late renewal may have to be undone");
     }
 
     #[test]

@@ -78,50 +78,39 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-pub mod coming_from;
-
-mod builder;
-mod close_on_drop;
-mod locker;
-
-mod attempt;
-mod attendant;
-mod request;
-mod wait;
-
-mod guard;
-mod lost;
-mod watchdog;
-
-mod hold;
-mod isolated;
-mod keeper;
-mod lease;
-mod queue;
-mod roster;
-mod schedule;
-
-mod store;
-
-mod debts;
+// What a user sees.
 mod error;
+mod guard;
 mod key;
+mod lease;
+mod locker;
+mod loss;
+mod request;
 mod retry;
 mod token;
+mod watchdog;
+
+// What it rests on.
+mod acquire;
+mod hold;
+mod store;
+
+#[cfg(any(doc, doctest))]
+pub mod docs;
 
 #[cfg(test)]
 mod simulation;
 
 pub use fred;
 
-pub use self::builder::{LockerBuilder, RestartWindow};
-pub use self::close_on_drop::CloseOnDrop;
 pub use self::error::{Error, NodeError};
 pub use self::guard::LockGuard;
 pub use self::key::Key;
 pub use self::lease::Lease;
+pub use self::locker::CloseOnDrop;
 pub use self::locker::Locker;
-pub use self::lost::{Loss, Lost, Protected};
+pub use self::locker::{LockerBuilder, RestartWindow};
+pub use self::loss::{Loss, Lost, Protected};
 pub use self::request::{LockRequest, Obtaining};
 pub use self::retry::{IntoPauses, Pauses, Retry};
 pub use self::store::Holder;

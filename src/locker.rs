@@ -1,20 +1,27 @@
 //! Where locks come from: a handle on a store, and the settings that its requests start from.
 
+pub(crate) mod builder;
+pub(crate) mod cleanups;
+mod close_on_drop;
+mod isolated;
+pub(crate) mod shared;
+
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use fred::clients::Client;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use self::builder::{LockerBuilder, RestartWindow};
+pub use self::close_on_drop::CloseOnDrop;
+use crate::acquire::Patience;
+use crate::hold::timing::Renewal;
 use crate::hold::{Grant, GrantId, Hold, Owned};
-use crate::keeper::Upkeep;
-use crate::request::Patience;
-use crate::schedule::{Drift, Renewal};
+use crate::locker::shared::Shared;
 use crate::store::Holder;
-use crate::{CloseOnDrop, Error, Key, Lease, LockGuard, LockRequest, LockerBuilder, Retry};
+use crate::{Error, Key, Lease, LockGuard, LockRequest};
 
 /// Obtains locks on one server, one that Sentinels watch over, a cluster, a quorum, or the embedded store.
 ///
@@ -40,24 +47,6 @@ use crate::{CloseOnDrop, Error, Key, Lease, LockGuard, LockRequest, LockerBuilde
 #[derive(Clone)]
 pub struct Locker {
     shared: Arc<Shared>,
-}
-
-struct Shared {
-    upkeep: Arc<Upkeep>,
-    settings: Settings,
-    /// Fires when the locker is closed.
-    closed: CancellationToken,
-}
-
-/// What requests start from.
-#[derive(Clone, Debug)]
-pub(crate) struct Settings {
-    pub(crate) ttl: Duration,
-    pub(crate) renewal: Renewal,
-    pub(crate) retry: Option<Retry>,
-    pub(crate) drift: Drift,
-    pub(crate) fenced: bool,
-    pub(crate) poll_every: Duration,
 }
 
 impl Locker {
@@ -245,7 +234,7 @@ impl Locker {
     /// # }
     /// ```
     pub fn lock(&self, key: impl Into<Key>) -> LockRequest {
-        LockRequest::new(self.clone(), vec![key.into()], Patience::Wait)
+        LockRequest::new(self.shared.clone(), vec![key.into()], Patience::Wait)
     }
 
     /// Asks for a lock once, and fails with [`Error::NotObtained`] when another holds it.
@@ -264,7 +253,7 @@ impl Locker {
     /// # }
     /// ```
     pub fn try_lock(&self, key: impl Into<Key>) -> LockRequest {
-        LockRequest::new(self.clone(), vec![key.into()], Patience::Once)
+        LockRequest::new(self.shared.clone(), vec![key.into()], Patience::Once)
     }
 
     /// Asks for a lock as the locker was built to: with the builder's [`retry`](LockerBuilder::retry), or once. The
@@ -285,7 +274,7 @@ impl Locker {
     /// # }
     /// ```
     pub fn obtain(&self, key: impl Into<Key>) -> LockRequest {
-        LockRequest::new(self.clone(), vec![key.into()], self.obtains())
+        LockRequest::new(self.shared.clone(), vec![key.into()], self.obtains())
     }
 
     /// Asks for several locks at once, all or none, and waits for them: one guard, one renewal, one loss for the whole
@@ -307,7 +296,27 @@ impl Locker {
     /// # }
     /// ```
     pub fn lock_all<I: IntoIterator<Item: Into<Key>>>(&self, keys: I) -> LockRequest {
-        LockRequest::new(self.clone(), keys.into_iter().map(Into::into).collect(), Patience::Wait)
+        LockRequest::new(self.shared.clone(), keys.into_iter().map(Into::into).collect(), Patience::Wait)
+    }
+
+    /// Asks for several locks once, all or none, and fails with [`Error::NotObtained`] when another holds one of them.
+    ///
+    /// See [`lock_all`](Locker::lock_all), and [`LockRequest`] for options, errors and cancel safety.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use tenure::{Error, Locker};
+    ///
+    /// let locker = Locker::in_memory();
+    /// let held = locker.lock("b").await?;
+    /// assert!(matches!(locker.try_lock_all(["a", "b"]).await, Err(Error::NotObtained { .. })));
+    /// assert!(locker.try_lock("a").await?.is_held());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn try_lock_all<I: IntoIterator<Item: Into<Key>>>(&self, keys: I) -> LockRequest {
+        LockRequest::new(self.shared.clone(), keys.into_iter().map(Into::into).collect(), Patience::Once)
     }
 
     /// As [`lock_all`](Locker::lock_all), with the patience of [`obtain`](Locker::obtain).
@@ -326,7 +335,7 @@ impl Locker {
     /// # }
     /// ```
     pub fn obtain_all<I: IntoIterator<Item: Into<Key>>>(&self, keys: I) -> LockRequest {
-        LockRequest::new(self.clone(), keys.into_iter().map(Into::into).collect(), self.obtains())
+        LockRequest::new(self.shared.clone(), keys.into_iter().map(Into::into).collect(), self.obtains())
     }
 
     /// Takes up a lock that is held by a lease: renews it at once, and from then on as any other guard.
@@ -356,30 +365,30 @@ impl Locker {
     /// # }
     /// ```
     pub async fn adopt(&self, lease: Lease) -> Result<LockGuard, Error> {
-        self.adopt_and_renew(&lease, self.settings().renewal).await
+        self.adopt_and_renew(&lease, self.shared.settings.renewal).await
     }
 
     /// As [`adopt`](Locker::adopt), with a renewal of its own.
     pub(crate) async fn adopt_and_renew(&self, lease: &Lease, renewal: Renewal) -> Result<LockGuard, Error> {
-        let drift = self.settings().drift;
+        let drift = self.shared.settings.drift;
         let ttl = self.validate(lease, lease.ttl())?;
         renewal.validate(ttl, drift)?;
-        let upkeep = self.upkeep();
-        Upkeep::check_runtime()?;
-        let runtime = upkeep.runtime()?;
+        let shared = &self.shared;
+        Shared::check_runtime()?;
+        let runtime = shared.runtime()?;
         let sent = Instant::now();
         let owned = Owned { grant: Some(GrantId::random()), ..lease.owned().clone() };
-        let claim = upkeep.claim(owned.clone(), lease.owned().grant, ttl, &runtime).await?;
+        let claim = shared.claim(owned.clone(), lease.owned().grant, ttl, &runtime).await?;
         if !drift.suffices(drift.deadline(sent, ttl).saturating_duration_since(Instant::now()), ttl) {
             return Err(Error::ValidityExpired);
         }
         let grant = Grant { sent, ttl, fencing_token: lease.fencing_token(), doubt: None };
-        let is_voted_on = upkeep.store.settles();
-        let hold = Hold::new(owned, Box::default(), &grant, drift, renewal, upkeep.origin, is_voted_on);
+        let is_voted_on = shared.store.settles();
+        let hold = Hold::new(owned, Box::default(), &grant, drift, renewal, shared.origin, is_voted_on);
         if !claim.keep() {
             return Err(Error::Closed);
         }
-        Ok(LockGuard::start(hold, upkeep, &runtime))
+        Ok(LockGuard::start(hold, shared, &runtime))
     }
 
     /// Makes sure that the server keeps a lease's lock for at least this long from now; never makes it shorter.
@@ -408,7 +417,7 @@ impl Locker {
     /// ```
     pub async fn ensure(&self, lease: &Lease, at_least: Duration) -> Result<(), Error> {
         let at_least = self.validate(lease, at_least)?;
-        self.upkeep().extend(lease.owned(), at_least).await
+        self.shared.extend(lease.owned(), at_least).await
     }
 
     /// Runs `body` under a lock: waits for it, runs the body for as long as it is held, and releases it.
@@ -468,18 +477,18 @@ impl Locker {
     pub async fn inspect(&self, key: impl Into<Key>) -> Result<Option<Holder>, Error> {
         let key = key.into();
         key.validate()?;
-        if self.closed().is_cancelled() {
+        if self.shared.closed.is_cancelled() {
             return Err(Error::Closed);
         }
-        Upkeep::check_runtime()?;
-        let upkeep = &self.shared.upkeep;
-        upkeep.store.inspect(&key, upkeep.command_timeout).await
+        Shared::check_runtime()?;
+        let shared = &self.shared;
+        shared.store.inspect(&key, shared.command_timeout).await
     }
 
     /// Refuses all new requests, ends those that wait with [`Error::Closed`], and waits for the releases that are in
     /// flight: those of guards that were dropped, and of attempts that were given up.
     ///
-    /// It waits for nobody who doesn't run: what is owed by a future that is not polled, or on a runtime that is not
+    /// It waits for nobody who doesn't run: what is pending by a future that is not polled, or on a runtime that is not
     /// driven, it does itself.
     ///
     /// For the end of a program: what the runtime's shutdown would cut off is done then. Guards that are still held
@@ -502,7 +511,7 @@ impl Locker {
     /// ```
     pub async fn close(&self) {
         self.refuse_new_requests();
-        self.shared.upkeep.settle_all().await;
+        self.shared.finish_cleanups().await;
     }
 
     /// Closes as [`close`](Locker::close) does, and waits no longer than `limit`. Returns how many releases it had to
@@ -531,9 +540,9 @@ impl Locker {
     /// ```
     pub async fn close_within(&self, limit: Duration) -> usize {
         let releases = self.refuse_new_requests();
-        if Upkeep::check_runtime().is_ok() {
+        if Shared::check_runtime().is_ok() {
             // What is left when the time is up is counted below.
-            drop(tokio::time::timeout(limit, self.shared.upkeep.settle_all()).await);
+            drop(tokio::time::timeout(limit, self.shared.finish_cleanups()).await);
         }
         releases.len()
     }
@@ -562,47 +571,38 @@ impl Locker {
     /// Ends what waits, and refuses what comes. Returns what keeps count of the releases that are still in flight.
     pub(crate) fn refuse_new_requests(&self) -> &TaskTracker {
         self.shared.closed.cancel();
-        let releases = &self.shared.upkeep.releases;
+        let releases = &self.shared.releases;
         releases.close();
         releases
     }
 
     /// The patience of `obtain`.
     fn obtains(&self) -> Patience {
-        self.settings().retry.clone().map_or(Patience::Once, Patience::Retry)
+        self.shared.settings.retry.clone().map_or(Patience::Once, Patience::Retry)
     }
 
     /// Refuses a lease that can't work. Answers the ttl as the server will have it.
     fn validate(&self, lease: &Lease, ttl: Duration) -> Result<Duration, Error> {
-        if self.closed().is_cancelled() {
+        if self.shared.closed.is_cancelled() {
             return Err(Error::Closed);
         }
         Key::validate_all(lease.keys())?;
-        self.settings().drift.validate(ttl)
+        self.shared.settings.drift.validate(ttl)
     }
 
-    pub(crate) fn from_parts(upkeep: Upkeep, settings: Settings) -> Self {
-        let closed = CancellationToken::new();
-        Self { shared: Arc::new(Shared { upkeep: Arc::new(upkeep), settings, closed }) }
+    pub(crate) fn from_shared(shared: Shared) -> Self {
+        Self { shared: Arc::new(shared) }
     }
 
-    pub(crate) fn settings(&self) -> &Settings {
-        &self.shared.settings
-    }
-
-    pub(crate) fn upkeep(&self) -> &Arc<Upkeep> {
-        &self.shared.upkeep
-    }
-
-    pub(crate) fn closed(&self) -> &CancellationToken {
-        &self.shared.closed
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
     }
 }
 
 impl fmt::Debug for Locker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Locker")
-            .field("store", &self.shared.upkeep.store)
+            .field("store", &self.shared.store)
             .field("settings", &self.shared.settings)
             .field("closed", &self.shared.closed.is_cancelled())
             .finish()

@@ -10,22 +10,12 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::runtime::Handle;
-use tokio::select;
-use tokio::time::{Instant, sleep_until};
-use tokio_util::sync::CancellationToken;
-use tracing::{Instrument, debug, info, info_span, warn};
+use tracing::{Instrument, info_span};
 
-use crate::attempt::{Attempt, Outcome};
-use crate::hold::{GrantId, Owned};
-use crate::keeper::Upkeep;
-use crate::locker::Locker;
-use crate::queue::{Got, Learned, Place};
-use crate::retry::Pauses;
-use crate::schedule::{Reminders, Renewal};
-use crate::store::{Queueing, Wanted};
-use crate::wait::{Known, Waiting, Woken};
-use crate::{Error, Key, LockGuard, Retry, Token, schedule};
+use crate::acquire::{Options, Patience};
+use crate::hold::timing::Renewal;
+use crate::locker::shared::Shared;
+use crate::{Error, Key, LockGuard, Retry, Token};
 
 /// A lock that is asked for: set what you need, then `.await` it for the [`LockGuard`].
 ///
@@ -78,35 +68,12 @@ use crate::{Error, Key, LockGuard, Retry, Token, schedule};
 #[must_use = "a request does nothing until it is awaited"]
 #[derive(Clone)]
 pub struct LockRequest {
-    locker: Locker,
-    keys: Vec<Key>,
-    patience: Patience,
-    wait_at_most: Option<Duration>,
-    ttl: Duration,
-    renewal: Renewal,
-    metadata: Vec<u8>,
-    token: Option<Token>,
-    fenced: bool,
-    fair: bool,
-}
-
-/// How a request goes on when the lock is not to be had at once.
-#[derive(Clone, Debug)]
-pub(crate) enum Patience {
-    /// It doesn't.
-    Once,
-    /// It looks again when there is reason to, for as long as it may wait.
-    Wait,
-    /// It tries again after each of the strategy's pauses.
-    Retry(Retry),
+    options: Box<Options>,
 }
 
 impl LockRequest {
-    pub(crate) fn new(locker: Locker, keys: Vec<Key>, patience: Patience) -> Self {
-        let settings = locker.settings();
-        let (ttl, renewal, fenced) = (settings.ttl, settings.renewal, settings.fenced);
-        let metadata = Vec::new();
-        Self { locker, keys, patience, wait_at_most: None, ttl, renewal, metadata, token: None, fenced, fair: false }
+    pub(crate) fn new(shared: Arc<Shared>, keys: Vec<Key>, patience: Patience) -> Self {
+        Self { options: Box::new(Options::new(shared, keys, patience)) }
     }
 
     /// How long the server keeps the lock after each renewal, in whole milliseconds: from 4 ms (with the usual drift)
@@ -126,8 +93,9 @@ impl LockRequest {
     /// # Ok(())
     /// # }
     /// ```
-    pub fn ttl(self, ttl: Duration) -> Self {
-        Self { ttl, ..self }
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        self.options.ttl = ttl;
+        self
     }
 
     /// Gives up when the lock could not be had for this long. Kept within 50 ms, whatever the server does.
@@ -146,12 +114,12 @@ impl LockRequest {
     /// # Ok(())
     /// # }
     /// ```
-    pub fn wait_at_most(self, limit: Duration) -> Self {
-        let patience = match self.patience {
-            Patience::Once => Patience::Wait,
-            patience => patience,
-        };
-        Self { wait_at_most: Some(limit), patience, ..self }
+    pub fn wait_at_most(mut self, limit: Duration) -> Self {
+        self.options.wait_at_most = Some(limit);
+        if let Patience::Once = self.options.patience {
+            self.options.patience = Patience::Wait;
+        }
+        self
     }
 
     /// Tries again after each of these pauses, and gives up when they end. Failures of the server count as attempts.
@@ -167,8 +135,9 @@ impl LockRequest {
     /// # Ok(())
     /// # }
     /// ```
-    pub fn retry(self, retry: Retry) -> Self {
-        Self { patience: Patience::Retry(retry), ..self }
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.options.patience = Patience::Retry(retry);
+        self
     }
 
     /// Bytes to store beside the token, for [`Locker::inspect`] to show: who holds it, and what for.
@@ -182,8 +151,9 @@ impl LockRequest {
     /// # Ok(())
     /// # }
     /// ```
-    pub fn metadata(self, metadata: impl Into<Vec<u8>>) -> Self {
-        Self { metadata: metadata.into(), ..self }
+    pub fn metadata(mut self, metadata: impl Into<Vec<u8>>) -> Self {
+        self.options.metadata = metadata.into();
+        self
     }
 
     /// Obtains the lock in the name of this token: at once also where the same token holds it already, which then has
@@ -204,8 +174,9 @@ impl LockRequest {
     /// # Ok(())
     /// # }
     /// ```
-    pub fn token(self, token: Token) -> Self {
-        Self { token: Some(token), ..self }
+    pub fn token(mut self, token: Token) -> Self {
+        self.options.token = Some(token);
+        self
     }
 
     /// The time between renewals: at least 1 ms, and shorter than the ttl less drift. Default: the locker's, or a third
@@ -221,8 +192,9 @@ impl LockRequest {
     /// # Ok(())
     /// # }
     /// ```
-    pub fn renew_every(self, interval: Duration) -> Self {
-        Self { renewal: Renewal::Every(interval), ..self }
+    pub fn renew_every(mut self, interval: Duration) -> Self {
+        self.options.renewal = Renewal::Every(interval);
+        self
     }
 
     /// Doesn't renew the lock: it expires by itself when its ttl ends, and the guard says so.
@@ -238,8 +210,9 @@ impl LockRequest {
     /// # Ok(())
     /// # }
     /// ```
-    pub fn no_renewal(self) -> Self {
-        Self { renewal: Renewal::Never, ..self }
+    pub fn no_renewal(mut self) -> Self {
+        self.options.renewal = Renewal::Never;
+        self
     }
 
     /// Whether the guard shall have a [fencing token](LockGuard::fencing_token). Default: the locker's, true.
@@ -256,8 +229,9 @@ impl LockRequest {
     /// # Ok(())
     /// # }
     /// ```
-    pub fn fenced(self, fenced: bool) -> Self {
-        Self { fenced, ..self }
+    pub fn fenced(mut self, fenced: bool) -> Self {
+        self.options.fenced = fenced;
+        self
     }
 
     /// Whether the request has a place of its own in the line for the lock. Default: false.
@@ -278,189 +252,14 @@ impl LockRequest {
     /// # guard.release().await
     /// # }
     /// ```
-    pub fn fair(self, fair: bool) -> Self {
-        Self { fair, ..self }
+    pub fn fair(mut self, fair: bool) -> Self {
+        self.options.fair = fair;
+        self
     }
 
-    pub(crate) fn renewal(self, renewal: Renewal) -> Self {
-        Self { renewal, ..self }
-    }
-
-    /// The request is in a box, as arguments stay in their future for as long as that lives.
-    async fn obtain(self: Box<Self>) -> Result<LockGuard, Error> {
-        let started = Instant::now();
-        // Before anything is sent: what can't work is refused.
-        let (ttl, runtime) = self.validate()?;
-        let Self { locker, keys, patience, wait_at_most, renewal, metadata, token, fenced: wants_token, fair, .. } =
-            *self;
-        let (drift, closed) = (locker.settings().drift, locker.closed());
-
-        let limit = wait_at_most.map(|limit| schedule::after(started, limit));
-        let own_token = token.is_none();
-        let queueing = match patience {
-            Patience::Wait if fair => Queueing::Own,
-            Patience::Wait => Queueing::Shared,
-            Patience::Once | Patience::Retry(_) if fair => Queueing::Behind,
-            Patience::Once | Patience::Retry(_) => Queueing::None,
-        };
-        let token = token.unwrap_or_else(Token::random);
-        // A token that others may use as well needs something else to tell its grants apart.
-        let grant = (!own_token).then(GrantId::random);
-        let owned = Owned { keys: keys.into(), token, own_token, grant };
-        // Who comes back by the same token, and wants a fencing token then, must not be told that of the holder before:
-        // so what is held by a token that can come back has one of its own, wanted or not.
-        let fenced = wants_token || !own_token;
-        let (metadata, latest) = (metadata.into(), Arc::default());
-        let wanted = Wanted { owned, metadata, ttl, fenced, queueing, latest };
-        let mut attempt = Attempt::new(wanted, locker.upkeep().clone(), runtime);
-        let mut waiting = Waiting::new(locker.settings().poll_every, limit, closed);
-        let mut between = match patience {
-            Patience::Once => Between::Nothing,
-            Patience::Wait => Between::News,
-            Patience::Retry(retry) => Between::Pauses(retry.pauses()),
-        };
-        let mut woken = match between {
-            Between::News => waiting.behind_others(&mut attempt).await,
-            Between::Nothing | Between::Pauses(_) => Woken::Ask,
-        };
-        let (mut attempts, mut late, mut failures) = (0, 0, 0);
-        let (mut learned, mut took) = (None, Duration::ZERO);
-        let mut reminders = Reminders::default();
-        loop {
-            let (asked, mut was_handed_over) = (Instant::now(), false);
-            let outcome = match woken {
-                Woken::Ask => {
-                    attempts += 1;
-                    attempt.place().inspect(|place| place.ask());
-                    Box::pin(attempt.make(limit, closed)).await
-                }
-                Woken::Granted(grant) => {
-                    was_handed_over = true;
-                    Ok(Outcome::Granted(grant))
-                }
-                Woken::TakenBack => {
-                    attempt.start_over();
-                    waiting.start_over();
-                    woken = Box::pin(waiting.behind_others(&mut attempt)).await;
-                    continue;
-                }
-                Woken::Closed => return Err(Error::Closed),
-                Woken::Late => {
-                    // In a queue, those before this request may have asked after it did, or in its place.
-                    return Err(match attempt.place().and_then(Place::learned).or(learned) {
-                        // What was true before this request began is nothing that it has waited for.
-                        Some(Learned::Held { key, until }) if until.is_none_or(|until| until >= started) => {
-                            Error::NotObtained { key, attempts, waited: started.elapsed() }
-                        }
-                        Some(Learned::Unknown(error)) => error,
-                        Some(Learned::Held { .. }) | None => Error::timeout(),
-                    });
-                }
-            };
-            let now = Instant::now();
-            let waited = now.saturating_duration_since(started);
-            let known = match outcome {
-                Ok(Outcome::Granted(mut grant)) => {
-                    if let Some(why_not) = attempt.claim() {
-                        woken = why_not;
-                        continue;
-                    }
-                    grant.fencing_token = grant.fencing_token.filter(|_| wants_token);
-                    let remaining = drift.deadline(grant.sent, ttl).saturating_duration_since(now);
-                    if drift.suffices(remaining, ttl) {
-                        info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
-                        waiting.pass_on(&attempt, Got { at: now, held_until: grant.sent + ttl, was_handed_over });
-                        return attempt.succeed(grant, drift, renewal);
-                    }
-                    debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");
-                    // Once can be a stall of the server, which waiting helps against. A ttl that is always too short
-                    // for the way to the server would be waited with for ever.
-                    late += 1;
-                    if late == LATE_GRANTS {
-                        return Err(Error::ValidityExpired);
-                    }
-                    learned = Some(Learned::Unknown(Error::ValidityExpired));
-                    // The next one's ttl may be longer.
-                    attempt.place().inspect(|place| place.learn(None));
-                    Known::Nothing { failures: late }
-                }
-                Ok(Outcome::Held { key, remaining }) => {
-                    (late, failures) = (0, 0);
-                    took = asked.elapsed();
-                    debug!(name: "tenure.held", %key, attempts, ?waited, ?remaining, "held by another");
-                    let until = remaining.and_then(|remaining| Instant::now().checked_add(remaining));
-                    learned = Some(Learned::Held { key: key.clone(), until });
-                    attempt.place().inspect(|place| place.learn(learned.clone()));
-                    Known::Held { key, remaining }
-                }
-                Err(error) => {
-                    // An attempt that the limit ends before the server usually answers says nothing about the server,
-                    // nor about the lock: then the answer before it counts.
-                    let is_cut_short = asked.elapsed() < took * 2 && limit.is_some_and(|limit| Instant::now() >= limit);
-                    if !(is_cut_short && error.is_timeout()) {
-                        learned = Some(Learned::Unknown(error.clone()));
-                        attempt.place().inspect(|place| place.learn(learned.clone()));
-                    }
-                    if !error.is_transient() {
-                        return Err(error);
-                    }
-                    failures += 1;
-                    if reminders.is_due(Instant::now()) {
-                        warn!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server, still waiting");
-                    } else {
-                        debug!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server");
-                    }
-                    Known::Nothing { failures }
-                }
-            };
-            // In boxes, here and above: a request that is small costs less than these, which most never come to.
-            woken = match &mut between {
-                Between::Nothing => Woken::Late,
-                Between::News => Box::pin(waiting.wait(&mut attempt, known, asked.elapsed())).await,
-                Between::Pauses(pauses) => Box::pin(pause(pauses, limit, closed)).await,
-            };
-        }
-    }
-
-    /// Refuses what can't work. Answers the ttl as the server will have it, and where the lock will be kept.
-    fn validate(&self) -> Result<(Duration, Handle), Error> {
-        if self.locker.closed().is_cancelled() {
-            return Err(Error::Closed);
-        }
-        Key::validate_all(&self.keys)?;
-        let drift = self.locker.settings().drift;
-        let ttl = drift.validate(self.ttl)?;
-        self.renewal.validate(ttl, drift)?;
-        Upkeep::check_runtime()?;
-        Ok((ttl, self.locker.upkeep().runtime()?))
-    }
-}
-
-/// So many grants in a row that came too late to be of use end a request that waits.
-const LATE_GRANTS: u32 = 3;
-
-/// What there is between two attempts.
-enum Between {
-    /// There is only one.
-    Nothing,
-    /// Whatever makes another worth while.
-    News,
-    /// What the user has said.
-    Pauses(Pauses),
-}
-
-async fn pause(pauses: &mut Pauses, limit: Option<Instant>, closed: &CancellationToken) -> Woken {
-    let Some(pause) = pauses.next() else { return Woken::Late };
-    let wake = schedule::after(Instant::now(), pause);
-    // A pause that the limit cuts short is waited for all the same: the request was not told to give up earlier.
-    let (wake, woken) = match limit {
-        Some(limit) if wake >= limit => (limit, Woken::Late),
-        _ => (wake, Woken::Ask),
-    };
-    select! {
-        biased;
-        () = closed.cancelled() => Woken::Closed,
-        () = sleep_until(wake) => woken,
+    pub(crate) fn renewal(mut self, renewal: Renewal) -> Self {
+        self.options.renewal = renewal;
+        self
     }
 }
 
@@ -468,16 +267,16 @@ impl fmt::Debug for LockRequest {
     /// Shows how much metadata there is, and no token.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LockRequest")
-            .field("locker", &self.locker)
-            .field("keys", &self.keys)
-            .field("patience", &self.patience)
-            .field("wait_at_most", &self.wait_at_most)
-            .field("ttl", &self.ttl)
-            .field("renewal", &self.renewal)
-            .field("metadata", &format_args!("{} bytes", self.metadata.len()))
-            .field("token", &self.token)
-            .field("fenced", &self.fenced)
-            .field("fair", &self.fair)
+            .field("store", &self.options.shared.store)
+            .field("keys", &self.options.keys)
+            .field("patience", &self.options.patience)
+            .field("wait_at_most", &self.options.wait_at_most)
+            .field("ttl", &self.options.ttl)
+            .field("renewal", &self.options.renewal)
+            .field("metadata", &format_args!("{} bytes", self.options.metadata.len()))
+            .field("token", &self.options.token)
+            .field("fenced", &self.options.fenced)
+            .field("fair", &self.options.fair)
             .finish()
     }
 }
@@ -487,9 +286,9 @@ impl IntoFuture for LockRequest {
     type IntoFuture = Obtaining;
 
     fn into_future(self) -> Obtaining {
-        let keys = Keys(&self.keys);
-        let span = info_span!("tenure.obtain", key = %keys, ttl = ?self.ttl);
-        Obtaining(Box::pin(Box::new(self).obtain().instrument(span)))
+        let keys = Keys(&self.options.keys);
+        let span = info_span!("tenure.obtain", key = %keys, ttl = ?self.options.ttl);
+        Obtaining(Box::pin(self.options.obtain().instrument(span)))
     }
 }
 

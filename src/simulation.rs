@@ -204,10 +204,10 @@ async fn what_is_done_to_one_lock_is_not_held_up_by_a_hung_renewal_of_many() {
     let (mut guards, _, start) = five_together(|call| if call == 0 { Fault::Hung } else { Fault::None }).await;
     sleep(ms(1_100)).await;
     guards.pop().unwrap().release().await.unwrap();
-    guards.pop().unwrap().refresh_for(ms(400)).await.unwrap();
+    guards.pop().unwrap().renew_for(ms(400)).await.unwrap();
     assert_eq!(start.elapsed(), ms(1_100));
     let short = guards.pop().unwrap();
-    short.refresh_for(ms(400)).await.unwrap();
+    short.renew_for(ms(400)).await.unwrap();
     sleep(ms(1_000)).await;
     assert!(short.is_held(), "renewed by itself, for as long as it is now");
     assert!(short.deadline() - start < ms(2_500));
@@ -236,7 +236,7 @@ async fn a_keeper_outlives_its_guard_until_the_ttl_at_most() {
         assert!(start.elapsed() <= ms(500));
         locker.close().await;
         assert!(start.elapsed() <= ms(2_000), "{:?}", start.elapsed());
-        // Longer than the task that ran the keeper waits for others.
+        // Longer than the task that ran the renewer waits for others.
         sleep(ms(1_000)).await;
         assert_eq!(Handle::current().metrics().num_alive_tasks(), 0, "{fault:?}");
     }
@@ -266,7 +266,7 @@ async fn what_was_dropped_is_released_for_as_long_as_the_server_may_keep_it_not_
         _ => Fault::None,
     });
     let guard = locker.lock("k").ttl(ms(600_000)).no_renewal().await.unwrap();
-    assert!(guard.refresh_for(ms(1_000)).await.is_err());
+    assert!(guard.renew_for(ms(1_000)).await.is_err());
     drop(guard);
     sleep(ms(10_000)).await;
     assert_eq!(locker.inspect("k").await.unwrap(), None);

@@ -21,7 +21,7 @@ pub use self::events::WatchEvent;
 use self::outbox::{Callback, Outbox};
 use self::registry::Registry;
 pub use self::request::{WatchRequest, Watching};
-use crate::schedule::Renewal;
+use crate::hold::timing::Renewal;
 use crate::{Error, Key, Lease, LockGuard, Locker};
 
 /// Keeps many locks at once, by key, and reports what becomes of them.
@@ -96,7 +96,7 @@ impl WatchDog {
     /// assert!(dog.is_empty());
     /// ```
     pub fn builder(locker: &Locker) -> WatchDogBuilder {
-        WatchDogBuilder { locker: locker.clone(), renewal: locker.settings().renewal, callback: None }
+        WatchDogBuilder { locker: locker.clone(), renewal: locker.shared().settings.renewal, callback: None }
     }
 
     /// Takes a guard over, to be kept until it is released, unwatched or lost. It is renewed as before, be it of this

@@ -7,7 +7,7 @@
 //! | `Process`, `Handing`, `State::next`     | `src/queue.rs`: two lanes, hand-overs, turns in a row             |
 //! | `handed_over`, `leave_lane`             | there: `HandOver`, `Place::leave`                                 |
 //! | `Ask`, `Heartbeat`, `Learn`, `doubt`    | `src/attempt.rs`, `src/wait.rs`                                   |
-//! | `Park`                                  | `src/attendant.rs`: who isn't polled goes behind the others       |
+//! | `Park`                                  | `src/supervisor.rs`: who isn't polled goes behind the others       |
 //! | `Silence`, `Expire`                     | signs of life, a reservation or a lock that end by time           |
 //!
 //! A script is one step. So are the sending of a request, the arrival of its answer, and each decision of a waiter.

@@ -12,7 +12,7 @@
 //! | `Client::left`, `believes`         | `src/hold.rs`: the deadline, invariants 1 and 3               |
 //! | `Heal`, `Node::heal`               | `src/store/quorum/heal.rs`: votes that bring the key back     |
 //! | `SendClaim`                        | `Locker::adopt`, `ensure`, `WatchDog::watch` of a lease       |
-//! | `SendExact`, `Shorten`             | `refresh_for`; `src/store/quorum/shortened.rs`                |
+//! | `SendExact`, `Shorten`             | `renew_for`; `src/store/quorum/shortened.rs`                |
 //! | `Key::grants`                      | the records of grants of a token that several guards share    |
 //! | `Node::again`                      | a token that comes back is told its number again (`vote.lua`) |
 //! | `Client::wants`                    | `lock_all`: several keys as one lock                          |

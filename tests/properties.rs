@@ -85,8 +85,8 @@ async fn use_all(times: &Times) -> Vec<Error> {
             let waiter = locker.lock("k").wait_at_most(times.wait_at_most);
             note(timeout(PATIENCE, waiter.into_future()).await.ok().and_then(Result::err));
             let [exact, longer, ensured] = times.changed;
-            note(guard.refresh().await.err());
-            note(guard.refresh_for(exact).await.err());
+            note(guard.renew().await.err());
+            note(guard.renew_for(exact).await.err());
             note(timeout(PATIENCE, guard.lost()).await.ok().map(Error::Lost));
             note(guard.ensure(longer).await.err());
             note(guard.server_ttl().await.err());

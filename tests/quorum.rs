@@ -91,7 +91,7 @@ async fn one_frozen_node_of_five_slows_nothing() {
     servers[2].freeze();
     let started = Instant::now();
     let guard = lock(&locker, "k").await;
-    guard.refresh().await.unwrap();
+    guard.renew().await.unwrap();
     assert!(guard.server_ttl().await.unwrap().is_some());
     guard.release().await.unwrap();
     // Each call to the frozen node takes more than this.
@@ -108,7 +108,7 @@ async fn two_dead_nodes_of_five_are_done_without() {
     let before = lock(&locker, "k").await;
     servers[0].kill();
     servers[3].kill();
-    decided(|| before.refresh()).await.unwrap();
+    decided(|| before.renew()).await.unwrap();
     assert!(matches!(decided(|| locker.try_lock("k")).await, Err(Error::NotObtained { .. })));
     let fence = before.fencing_token();
     before.release().await.unwrap();
@@ -155,7 +155,7 @@ async fn one_failed_renewal_is_no_loss() {
     let deadline = guard.deadline();
     servers[0].freeze();
     servers[1].freeze();
-    let failed = guard.refresh().await.unwrap_err();
+    let failed = guard.renew().await.unwrap_err();
     assert_eq!(node_errors(failed).len(), 2);
     servers[0].thaw();
     servers[1].thaw();
@@ -171,12 +171,12 @@ async fn a_guard_outlives_the_memory_of_a_minority_and_not_that_of_a_majority() 
     let locker = locker(&servers).await;
     let guard = lock_on_all(&servers, || locker.lock("k")).await;
     servers[0].restart_empty();
-    decided(|| guard.refresh()).await.unwrap();
+    decided(|| guard.renew()).await.unwrap();
     is_on(&servers, "k", 3).await;
     servers[0].restart_empty();
     servers[1].restart_empty();
     eventually("both are connected to again", async || {
-        matches!(guard.refresh().await, Err(Error::NotHeld { loss: Loss::Missing, .. })).then_some(())
+        matches!(guard.renew().await, Err(Error::NotHeld { loss: Loss::Missing, .. })).then_some(())
     })
     .await;
     assert_eq!(guard.lost().await, Loss::Missing);
@@ -360,7 +360,7 @@ async fn a_ttl_longer_than_the_restart_window_is_refused() {
     // Rounded up to 4 s.
     assert!(matches!(locker.lock("k").ttl(ms(4_001)).await, Err(Error::InvalidTtl(_))));
     let guard = soon(locker.lock("k").ttl(ms(4_000))).await.unwrap();
-    assert!(matches!(guard.refresh_for(ms(4_001)).await, Err(Error::InvalidTtl(_))));
+    assert!(matches!(guard.renew_for(ms(4_001)).await, Err(Error::InvalidTtl(_))));
     assert!(guard.is_held());
     guard.release().await.unwrap();
 }
@@ -484,7 +484,7 @@ async fn a_lock_that_a_majority_has_lost_is_released_on_the_others() {
         for server in &servers[..2] {
             server.cli(if end == "DEL" { &["DEL", "k"] } else { &["SET", "k", "another", "PX", "60000"] });
         }
-        assert!(matches!(guard.refresh().await, Err(Error::NotHeld { .. })), "{end}");
+        assert!(matches!(guard.renew().await, Err(Error::NotHeld { .. })), "{end}");
         assert_eq!(soon(guard.lost()).await, expected);
         drop(guard);
         is_on(&servers[2..], "k", 0).await;
@@ -502,7 +502,7 @@ async fn a_dropped_guard_does_not_end_what_its_token_obtains_next() {
         let guard = soon(locker.lock("k").token(token())).await.unwrap();
         tokio::time::sleep(ms(10)).await;
         assert!(count(&servers, "k") >= 2, "round {round}");
-        guard.refresh().await.unwrap();
+        guard.renew().await.unwrap();
     }
     soon(locker.close()).await;
     is_on(&servers, "k", 0).await;
@@ -551,7 +551,7 @@ async fn closing_waits_for_what_is_left_of_a_lost_lock() {
     let locker = locker_for(&servers, ms(60_000), Duration::ZERO).await;
     let guard = lock_on_all(&servers, || locker.lock("k")).await;
     servers[..2].iter().for_each(|server| drop(server.cli(&["DEL", "k"])));
-    assert!(matches!(guard.refresh().await, Err(Error::NotHeld { .. })));
+    assert!(matches!(guard.renew().await, Err(Error::NotHeld { .. })));
     drop(guard);
     soon(locker.close()).await;
     assert_eq!(count(&servers, "k"), 0);

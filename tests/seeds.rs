@@ -1,5 +1,5 @@
 //! What the Go libraries that tenure learned from let a user do, one test per thing. How each of them reads there and
-//! here is shown in `tenure::coming_from`.
+//! here is shown in `tenure::migrating_from_go`.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "these are tests")]
 
@@ -130,12 +130,12 @@ mod bsm_redislock {
         let (server, locker) = locker().await;
         let guard = locker.obtain("k").ttl(ms(5_000)).no_renewal().await.unwrap();
         server.cli(&["PEXPIRE", "k", "1000"]);
-        guard.refresh().await.unwrap();
+        guard.renew().await.unwrap();
         assert!(guard.server_ttl().await.unwrap().unwrap() > ms(4_000));
-        guard.refresh_for(ms(60_000)).await.unwrap();
+        guard.renew_for(ms(60_000)).await.unwrap();
         assert!(guard.server_ttl().await.unwrap().unwrap() > ms(50_000));
         server.cli(&["DEL", "k"]);
-        assert!(matches!(guard.refresh().await, Err(Error::NotHeld { loss: Loss::Missing, .. })));
+        assert!(matches!(guard.renew().await, Err(Error::NotHeld { loss: Loss::Missing, .. })));
     }
 
     #[tokio::test]
@@ -153,7 +153,7 @@ mod bsm_redislock {
         let server = Server::start();
         let guard = Locker::connect(&server.url()).await.unwrap().obtain("k").await.unwrap();
         // The locker is gone; the guard has what it needs.
-        guard.refresh().await.unwrap();
+        guard.renew().await.unwrap();
         guard.release().await.unwrap();
     }
 
@@ -332,7 +332,7 @@ mod trviph_redlock {
     async fn row_25_extend() {
         let (_server, locker) = locker().await;
         let guard = locker.lock("k").ttl(ms(2_000)).await.unwrap();
-        guard.refresh_for(ms(9_000)).await.unwrap();
+        guard.renew_for(ms(9_000)).await.unwrap();
         assert!(guard.server_ttl().await.unwrap().unwrap() > ms(8_000));
     }
 
@@ -344,7 +344,7 @@ mod trviph_redlock {
         assert!(acquired.server_ttl().await.unwrap().unwrap() > ms(8_000));
         // One that fails leaves what is held alone.
         assert!(locker.obtain("k").token(token("other")).await.is_err());
-        extended.refresh().await.unwrap();
+        extended.renew().await.unwrap();
     }
 
     #[tokio::test]
@@ -376,7 +376,7 @@ mod trviph_redlock {
     async fn row_29_one_server_and_several_are_used_alike() {
         async fn work(locker: &Locker) -> Option<u64> {
             let guard = locker.lock("k").metadata("host-3").await.unwrap();
-            guard.refresh().await.unwrap();
+            guard.renew().await.unwrap();
             assert_eq!(locker.inspect("k").await.unwrap().unwrap().metadata, b"host-3");
             let fence = guard.fencing_token();
             locker.adopt(guard.into_lease()).await.unwrap().release().await.unwrap();
@@ -553,7 +553,7 @@ mod distlock {
         let (_server, locker) = locker().await;
         let guard = locker.obtain("my-key").ttl(ms(1_500)).no_renewal().await.unwrap();
         assert!(guard.server_ttl().await.unwrap().is_some());
-        guard.refresh().await.unwrap();
+        guard.renew().await.unwrap();
         assert_eq!(soon(guard.lost()).await, Loss::Expired);
         assert!(matches!(guard.release().await, Err(Error::NotHeld { .. })));
     }

@@ -80,7 +80,7 @@ fn builder() -> LockerBuilder {
 /// Locks, renews, waits and releases.
 async fn use_locks(locker: &Locker) {
     let guard = soon(locker.lock("k")).await.unwrap();
-    guard.refresh().await.unwrap();
+    guard.renew().await.unwrap();
     let waiter = tokio::spawn(locker.lock("k").into_future());
     tokio::time::sleep(ms(50)).await;
     guard.release().await.unwrap();

@@ -41,8 +41,8 @@ enum Step {
     ObtainAll,
     Twins,
     Scope,
-    Refresh,
-    RefreshFor,
+    Renew,
+    RenewFor,
     Ensure,
     ServerTtl,
     Protect,
@@ -72,9 +72,9 @@ const THEMES: &[&[Step]] = &[
     &[],
     &[],
     // Sets of which one key is lost.
-    &[Step::ObtainAll, Step::Refresh, Step::DeleteKey],
+    &[Step::ObtainAll, Step::Renew, Step::DeleteKey],
     // Ttls that are set exactly, one after the other.
-    &[Step::RefreshFor, Step::Protect],
+    &[Step::RenewFor, Step::Protect],
     // The same token, again and again.
     &[Step::Twins, Step::IntoLease, Step::Adopt],
     // Watchdogs.
@@ -89,8 +89,8 @@ impl Habits {
             (Step::ObtainAll, 4, 3),
             (Step::Twins, 2, 3),
             (Step::Scope, 1, 3),
-            (Step::Refresh, 2, 3),
-            (Step::RefreshFor, 4, 3),
+            (Step::Renew, 2, 3),
+            (Step::RenewFor, 4, 3),
             (Step::Ensure, 2, 3),
             (Step::ServerTtl, 1, 3),
             (Step::Protect, 2, 3),
@@ -225,7 +225,7 @@ impl Actor {
             Step::ObtainAll => self.obtain_all().await,
             Step::Twins => self.twins().await,
             Step::Scope => self.scope().await,
-            Step::Refresh | Step::RefreshFor | Step::Ensure | Step::ServerTtl | Step::Protect => {
+            Step::Renew | Step::RenewFor | Step::Ensure | Step::ServerTtl | Step::Protect => {
                 self.use_guard(step).await;
             }
             Step::Release | Step::Drop | Step::IntoLease => self.end_guard(step).await,
@@ -388,14 +388,14 @@ impl Actor {
         let (ttl, time) = (self.ttl(), ms(self.rng.u64(..2_000)));
         self.world.trace(|| format!("  to guard {:?}: {ttl:?}, {time:?}", what.guard));
         match step {
-            Step::Refresh => drop(self.bounded(COMMAND_TIMEOUT, what, "refresh", guard.refresh()).await),
+            Step::Renew => drop(self.bounded(COMMAND_TIMEOUT, what, "renew", guard.renew()).await),
             // One after the other, as the answer to the first may not have come when the next is sent.
-            Step::RefreshFor => {
+            Step::RenewFor => {
                 for _ in 0..self.rng.u8(1..4) {
                     let ttl = self.ttl();
                     drop(match self.rng.u8(..3) {
                         0 => self.bounded(COMMAND_TIMEOUT, what, "ensure", guard.ensure(ttl)).await,
-                        _ => self.bounded(COMMAND_TIMEOUT, what, "refresh_for", guard.refresh_for(ttl)).await,
+                        _ => self.bounded(COMMAND_TIMEOUT, what, "renew_for", guard.renew_for(ttl)).await,
                     });
                 }
             }

@@ -39,7 +39,7 @@ async fn a_slow_release_of_a_dropped_guard_does_not_end_what_its_token_obtained_
         let guard = locker.obtain("k").token(token()).await.unwrap();
         for _ in 0..20 {
             sleep(ms(100)).await;
-            guard.refresh().await.unwrap();
+            guard.renew().await.unwrap();
         }
         assert!(guard.is_held(), "{fault:?}");
         guard.release().await.unwrap();
@@ -54,7 +54,7 @@ async fn an_explicit_release_that_comes_late_does_not_end_what_its_token_obtaine
     released.release().await.unwrap_err();
     let guard = locker.obtain("k").token(token()).ttl(ms(60_000)).await.unwrap();
     sleep(ms(6_000)).await;
-    guard.refresh().await.unwrap();
+    guard.renew().await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
@@ -140,7 +140,7 @@ async fn an_adoption_that_failed_takes_nothing_from_the_next() {
         drop(failed);
         let guard = locker.adopt(lease).await.unwrap();
         sleep(ms(3_000)).await;
-        guard.refresh().await.unwrap();
+        guard.renew().await.unwrap();
         drop(guard);
         locker.close().await;
         assert_eq!(store.inspect(&"k".into(), ms(500)).await.unwrap(), None, "{fault:?}");

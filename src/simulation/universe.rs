@@ -177,7 +177,7 @@ async fn history(seed: u64, traced: bool) -> Arc<World> {
         let store = FaultyStore::new(world.store.clone(), move |operation| plan.plan(operation));
         let store = store.witnessed(line.clone()).living(lives);
         let locker = Locker::builder().command_timeout(COMMAND_TIMEOUT).build(Box::new(store), None);
-        world.knows_locker(Arc::as_ptr(locker.upkeep()) as usize);
+        world.knows_locker(Arc::as_ptr(locker.shared()) as usize);
         let dog = Mutex::new(Dog::new(&locker));
         let process = Arc::new(Process { number, locker, dog });
         for _ in 0..rng.usize(1..=3) {
@@ -213,7 +213,7 @@ async fn end(world: &World, processes: Vec<Arc<Process>>) {
     }
     sleep_until(world.late_until().max(Instant::now()) + AFTERMATH).await;
     world.look_for_leftovers();
-    let queues = processes.iter().map(|process| format!("{:?}", process.locker.upkeep().queues));
+    let queues = processes.iter().map(|process| format!("{:?}", process.locker.shared().queues));
     let queues: Vec<_> = queues.filter(|queues| !queues.contains("keys: 0")).collect();
     drop(processes);
     // The longest ttl, and a long way.

@@ -1,8 +1,8 @@
 //! Locks on one Redis or Valkey server, one that Sentinels watch over, or a cluster, through fred.
 
 mod about;
+mod batcher;
 mod clock;
-mod combiner;
 mod connection;
 #[cfg(test)]
 mod differential;
@@ -29,8 +29,8 @@ use tokio::time::Instant;
 use tracing::debug;
 
 pub(crate) use self::about::{About, Contacts};
+use self::batcher::{Answers, Batcher, Carrier, Refused};
 use self::clock::ServerClock;
-use self::combiner::{Answers, Carrier, Combiner, Refused};
 use self::connection::{Connection, Sent};
 use self::operation::{Decision, NO_ID, Operation, What, unexpected};
 use self::replicas::{Writing, within};
@@ -60,7 +60,7 @@ pub(crate) struct RedisStore {
     /// The server doesn't allow us to stand in line.
     without_line: AtomicBool,
     /// Operations on one key share calls. The rest goes by itself.
-    combiner: Combiner<Server>,
+    batcher: Batcher<Server>,
     subscriber: Subscriber,
 }
 
@@ -89,11 +89,11 @@ impl RedisStore {
         let router = Router::new(connection.client().clone());
         let (scripts, takes_one_slot) = (Scripts::new(), AtomicBool::new(false));
         let server = Server { connection, router, scripts, clock: ServerClock::new(), min_replicas, takes_one_slot };
-        Self { prefix, process, without_line: AtomicBool::new(false), combiner: Combiner::new(server), subscriber }
+        Self { prefix, process, without_line: AtomicBool::new(false), batcher: Batcher::new(server), subscriber }
     }
 
     fn server(&self) -> &Server {
-        self.combiner.carrier()
+        self.batcher.carrier()
     }
 
     /// The key as the server knows it.
@@ -405,7 +405,7 @@ impl RedisStore {
         let renewal = |&(owned, ttl): &(&Owned, Duration)| {
             Operation::new(self.name(&owned.key()), &owned.token, What::Renew { ttl: millis(ttl) })
         };
-        let answers = self.combiner.run_all(ONE_LINE, locks.iter().map(renewal).collect(), timeout).await;
+        let answers = self.batcher.run_all(ONE_LINE, locks.iter().map(renewal).collect(), timeout).await;
         answers.into_iter().map(|answer| answer.and_then(about_owned).map(renewed)).collect()
     }
 
@@ -418,7 +418,7 @@ impl RedisStore {
         if self.server().router.is_moving(line) {
             return Box::pin(self.server().one(&operation, timeout)).await;
         }
-        self.combiner.run(line, operation, timeout).await
+        self.batcher.run(line, operation, timeout).await
     }
 
     async fn remaining(&self, owned: &Owned, timeout: Duration) -> Result<Option<Duration>, Error> {

@@ -35,7 +35,7 @@ pub(super) enum Keeping {
     Reserved,
     /// A task waits for the lock. It is entered a moment later than it starts.
     Obtaining(Option<AbortOnDropHandle<()>>),
-    /// The guard's keeper renews it.
+    /// The guard's renewer renews it.
     Held(LockGuard),
     /// Somebody has taken out what was here and is about to say how it ended.
     Ending,

@@ -9,7 +9,7 @@ use super::entries::{Entry, Keeping};
 use super::events::WatchEvent;
 use super::outbox::Id;
 use super::registry::{End, Registry};
-use crate::schedule::{self, Renewal};
+use crate::hold::timing::{self, Renewal};
 use crate::{Error, Lease, LockGuard};
 
 impl Registry {
@@ -29,7 +29,7 @@ impl Registry {
         if !(obtain_when_free && may_pass(&failed)) {
             return Err(failed);
         }
-        let runtime = self.locker.upkeep().runtime()?;
+        let runtime = self.locker.shared().runtime()?;
         self.change(|entries| match entries.closed {
             true => Err(Error::Closed),
             false => Ok(entries.replace(id, Keeping::Obtaining(None))),
@@ -74,7 +74,7 @@ impl Reservation {
                 passing if may_pass(passing) => {
                     // It may well be held: a renewal, other than an attempt, leaves its metadata as it is.
                     attempts += 1;
-                    sleep(schedule::poll_after(attempts, None, fastrand::f64())).await;
+                    sleep(timing::poll_after(attempts, None, fastrand::f64())).await;
                     locker.adopt_and_renew(&lease, renewal).await.map(|guard| (guard, Some(&lease)))
                 }
                 _ => break failed,

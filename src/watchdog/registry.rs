@@ -19,8 +19,8 @@ use super::outbox::{Id, Outbox};
 use super::watcher::Watcher;
 use crate::hold::GrantId;
 use crate::hold::Hold;
-use crate::keeper::Upkeep;
-use crate::schedule::Renewal;
+use crate::hold::timing::Renewal;
+use crate::locker::shared::Shared;
 use crate::store::Ending;
 use crate::{Error, Key, Lease, LockGuard, Locker, Loss};
 
@@ -95,7 +95,7 @@ impl Registry {
     pub(super) async fn release_all(self: &Arc<Self>) -> Vec<(Key, Error)> {
         let all = self.watched();
         let mut failed = Vec::new();
-        let Ok(runtime) = self.locker.upkeep().runtime() else {
+        let Ok(runtime) = self.locker.shared().runtime() else {
             return all.into_iter().map(|(_, key)| (key, Error::NoRuntime)).collect();
         };
         let mut releases = JoinSet::new();
@@ -165,7 +165,7 @@ impl Registry {
         let (owned, ttl) = (guard.hold().owned.clone(), guard.ttl());
         let (kept, end) = let_be(guard);
         if kept.is_some() {
-            self.locker.upkeep().give_back(owned, lease, ttl);
+            self.locker.shared().give_back(owned, lease, ttl);
         }
         end
     }
@@ -243,8 +243,8 @@ impl Registry {
             }
         };
         // Outside a runtime nobody can wait; the tasks are cancelled all the same.
-        if Upkeep::check_runtime().is_ok() {
-            drop(timeout(self.locker.upkeep().command_timeout, gone).await);
+        if Shared::check_runtime().is_ok() {
+            drop(timeout(self.locker.shared().command_timeout, gone).await);
         }
     }
 
@@ -252,8 +252,8 @@ impl Registry {
     async fn release_what_was_tried(&self, id: Id) -> Result<(), Error> {
         let owned = self.entries().get(id).map(|entry| entry.owned.clone());
         let Some(owned) = owned else { return Ok(()) };
-        let upkeep = self.locker.upkeep();
-        upkeep.release(&owned, Ending::Lock, Instant::now() + upkeep.command_timeout).await.map(drop)
+        let shared = self.locker.shared();
+        shared.release(&owned, Ending::Lock, Instant::now() + shared.command_timeout).await.map(drop)
     }
 
     /// Whoever gets something out of it has to [`finish`](Registry::finish) the entry (invariant 2).
@@ -285,7 +285,7 @@ impl Registry {
         drop(entry);
     }
 
-    /// What the keeper says, unless somebody else ends the watching at this moment.
+    /// What the renewer says, unless somebody else ends the watching at this moment.
     pub(super) fn lost(&self, id: Id, loss: Loss) {
         if let Some(Keeping::Held(guard)) = self.take_out_if(id, |keeping| matches!(keeping, Keeping::Held(_))) {
             self.finish(id, End::lost(loss, &guard.hold()));

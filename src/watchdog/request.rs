@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use crate::schedule::Renewal;
+use crate::hold::timing::Renewal;
 use crate::{Error, Lease, WatchDog};
 
 /// A lease that shall be watched: set what you need, then `.await` it.

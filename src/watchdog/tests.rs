@@ -448,7 +448,7 @@ async fn the_last_handle_releases_guards_and_lets_leases_be() {
     assert!(locker.inspect("lease").await.unwrap().is_some());
     sleep(TTL).await;
     assert_eq!(locker.inspect("lease").await.unwrap(), None, "nobody renews it");
-    // The one that is held without a watchdog has its keeper.
+    // The one that is held without a watchdog has its renewer.
     assert_eq!(Handle::current().metrics().num_alive_tasks(), before + 1);
     // Told by a thread of its own, for which paused time doesn't wait.
     outbox.delivered().await;
@@ -750,10 +750,10 @@ async fn a_guard_knows_why_its_latest_renewal_failed_until_one_succeeds() {
     sleep(ms(1_100)).await;
     assert!(guard.last_error().is_some());
     failing.store(false, Ordering::Relaxed);
-    guard.refresh().await.unwrap();
+    guard.renew().await.unwrap();
     assert!(guard.last_error().is_none());
     failing.store(true, Ordering::Relaxed);
-    guard.refresh().await.unwrap_err();
+    guard.renew().await.unwrap_err();
     assert!(guard.last_error().is_some());
     assert_eq!(guard.lost().await, Loss::Expired);
     assert!(guard.last_error().is_some());

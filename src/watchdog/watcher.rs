@@ -1,4 +1,4 @@
-//! What connects a keeper to the registry.
+//! What connects a renewer to the registry.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use super::registry::Registry;
 use crate::hold::Observer;
 use crate::{Error, Loss};
 
-/// What a keeper tells of the lock with this id.
+/// What a renewer tells of the lock with this id.
 pub(super) struct Watcher {
     /// Not owned: the registry owns the guard, that owns the hold, that owns this.
     registry: Weak<Registry>,

@@ -52,7 +52,7 @@ async fn a_locker_that_is_gone_leaves_no_task_and_no_connection() {
     let guard = locker.lock("k").await.unwrap();
     drop(locker);
     // The guard still has what it needs.
-    guard.refresh().await.unwrap();
+    guard.renew().await.unwrap();
     guard.release().await.unwrap();
     eventually("no task is left", async || (tasks() == before).then_some(())).await;
     eventually("no connection is left", async || {
@@ -122,7 +122,7 @@ async fn a_dropped_or_failed_attempt_by_a_token_from_elsewhere_takes_the_lock_fr
         assert!(!timeout(ms(50), again.into_future()).await.is_ok_and(|again| again.is_ok()));
         proxy.set(Mode::Pass);
     }
-    guard.refresh().await.unwrap();
+    guard.renew().await.unwrap();
     assert_eq!(server.cli(&["GET", "k"]), "mine");
     guard.release().await.unwrap();
 }

@@ -239,15 +239,15 @@ async fn keys_and_metadata_may_be_any_bytes(locker: &Locker) {
 }
 
 async fn a_ttl_can_be_shortened_and_lengthened(locker: &Locker) {
-    let guard = locker.lock("refresh").ttl(ms(10_000)).await.unwrap();
-    decided(|| guard.refresh_for(ms(2_000))).await.unwrap();
+    let guard = locker.lock("renew").ttl(ms(10_000)).await.unwrap();
+    decided(|| guard.renew_for(ms(2_000))).await.unwrap();
     assert!(guard.remaining() < ms(2_000) && guard.ttl() == ms(2_000));
     assert!(guard.server_ttl().await.unwrap().unwrap() <= ms(2_000));
-    decided(|| guard.refresh_for(ms(60_000))).await.unwrap();
+    decided(|| guard.renew_for(ms(60_000))).await.unwrap();
     assert!(guard.remaining() > ms(50_000) && guard.ttl() == ms(60_000));
     has_at_least(&guard, ms(50_000)).await;
-    decided(|| guard.refresh()).await.unwrap();
-    assert!(matches!(decided(|| guard.refresh_for(Duration::ZERO)).await, Err(Error::InvalidTtl(_))));
+    decided(|| guard.renew()).await.unwrap();
+    assert!(matches!(decided(|| guard.renew_for(Duration::ZERO)).await, Err(Error::InvalidTtl(_))));
     assert!(guard.is_held());
     guard.release().await.unwrap();
 }
@@ -279,7 +279,7 @@ async fn without_renewal_a_lock_expires_and_says_so(locker: &Locker) {
     assert!(tokio::time::Instant::now() >= deadline);
     assert_eq!((guard.is_held(), guard.remaining()), (false, Duration::ZERO));
     assert!(guard.cancellation_token().is_cancelled());
-    let refused = decided(|| guard.refresh()).await.unwrap_err();
+    let refused = decided(|| guard.renew()).await.unwrap_err();
     assert!(matches!(refused, Error::NotHeld { loss: Loss::Expired, .. }), "{refused}");
     assert!(matches!(guard.release().await, Err(Error::NotHeld { loss: Loss::Expired, .. })));
     locker.lock("expiring").await.unwrap().release().await.unwrap();
@@ -293,15 +293,15 @@ async fn a_lock_released_by_its_twin_is_missing_or_taken(locker: &Locker) {
         one
     };
     let missing = twins("missing").await;
-    assert!(matches!(decided(|| missing.refresh()).await, Err(Error::NotHeld { loss: Loss::Missing, .. })));
+    assert!(matches!(decided(|| missing.renew()).await, Err(Error::NotHeld { loss: Loss::Missing, .. })));
     assert_eq!(missing.lost().await, Loss::Missing);
     assert_eq!(missing.server_ttl().await.unwrap(), None);
 
     let taken = twins("taken").await;
     let successor = decided(|| locker.try_lock("taken")).await.unwrap();
-    assert!(matches!(decided(|| taken.refresh()).await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
+    assert!(matches!(decided(|| taken.renew()).await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
     assert!(matches!(taken.release().await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
-    decided(|| successor.refresh()).await.unwrap();
+    decided(|| successor.renew()).await.unwrap();
     let released = twins("released").await;
     assert!(matches!(released.release().await, Err(Error::NotHeld { loss: Loss::Missing, .. })));
 }
@@ -382,7 +382,7 @@ async fn a_scope_releases_and_answers(locker: &Locker) {
     let lost = locker.scope("scope", async |guard| {
         let twin = decided(|| locker.obtain("scope").token(guard.token().clone())).await.unwrap();
         twin.release().await.unwrap();
-        drop(decided(|| guard.refresh()).await);
+        drop(decided(|| guard.renew()).await);
         std::future::pending::<()>().await;
     });
     assert!(matches!(lost.await, Err(Error::Lost(Loss::Missing))));
@@ -417,7 +417,7 @@ async fn a_set_is_lost_as_one(locker: &Locker) {
     twin.release().await.unwrap();
     let other = decided(|| locker.try_lock("{one}:b")).await.unwrap();
     assert_eq!(set.server_ttl().await.unwrap(), None);
-    assert!(matches!(decided(|| set.refresh()).await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
+    assert!(matches!(decided(|| set.renew()).await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
     assert_eq!(set.lost().await, Loss::Taken);
     other.release().await.unwrap();
 }
@@ -459,7 +459,7 @@ async fn a_lease_that_is_gone_is_not_taken_up(locker: &Locker) {
         decided(|| locker.ensure(&lease, ms(5_000))).await,
         Err(Error::NotHeld { loss: Loss::Taken, .. })
     ));
-    decided(|| other.refresh()).await.unwrap();
+    decided(|| other.renew()).await.unwrap();
     other.release().await.unwrap();
     for nonsense in [Lease::new("", token("me"), ms(5_000)), Lease::new("gone", token("me"), Duration::ZERO)] {
         assert!(matches!(

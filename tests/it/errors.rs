@@ -375,7 +375,7 @@ async fn a_call_that_cannot_be_made_names_the_server_and_why() {
     let locker = Locker::builder().command_timeout(ms(1_000)).connect(&server.url()).await.unwrap();
     let guard = locker.lock("held").ttl(ms(60_000)).await.unwrap();
     server.freeze();
-    let text = told(&soon(guard.refresh()).await.unwrap_err());
+    let text = told(&soon(guard.renew()).await.unwrap_err());
     assert!(text.contains(&format!("{at} did not answer in time")), "{text}");
     server.thaw();
     server.kill();

@@ -126,9 +126,9 @@ async fn a_shorter_ttl_that_is_set_late_ends_no_guard_that_believes() {
         let guard = soon(late.locker.lock("k").ttl(ms(60_000))).await.unwrap();
         late.next_is_late();
         let sent = tokio::time::Instant::now();
-        guard.refresh_for(ms(4_000)).await.unwrap_err();
+        guard.renew_for(ms(4_000)).await.unwrap_err();
         soon(async {
-            while guard.refresh_for(ms(30_000)).await.is_err() {
+            while guard.renew_for(ms(30_000)).await.is_err() {
                 sleep(ms(10)).await;
             }
         })

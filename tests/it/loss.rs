@@ -24,7 +24,7 @@ async fn a_guard_is_lost_before_a_frozen_server_frees_its_key() {
     assert!(!guard.is_held() && over.is_cancelled());
     assert!(now >= surely_held_until, "too early by {:?}", surely_held_until - now);
     server.thaw();
-    // What may have been on its way to the frozen server holds the key no longer than the keeper needs to undo it.
+    // What may have been on its way to the frozen server holds the key no longer than the renewer needs to undo it.
     eventually("the key is free", async || (server.cli(&["EXISTS", "k"]) == "0").then_some(())).await;
 }
 
@@ -48,7 +48,7 @@ async fn is_held_flips_at_the_deadline_even_when_the_runtime_stands_still() {
     let locker = Locker::connect(&server.url()).await.unwrap();
     let guard = locker.lock("k").ttl(ms(300)).await.unwrap();
     let deadline = guard.deadline();
-    // One thread: while this loop runs, no keeper and no timer does.
+    // One thread: while this loop runs, no renewer and no timer does.
     while Instant::now() < deadline {
         if let Err(loss) = guard.check() {
             assert!(Instant::now() >= deadline, "{loss} before the deadline");
@@ -210,7 +210,7 @@ async fn scripts_flushed_again_and_again_disturb_nobody() {
         server.cli(&["SCRIPT", "FLUSH"]);
         let guard = locker.try_lock("k").await.unwrap();
         server.cli(&["SCRIPT", "FLUSH"]);
-        guard.refresh().await.unwrap();
+        guard.renew().await.unwrap();
         server.cli(&["SCRIPT", "FLUSH"]);
         guard.release().await.unwrap();
     }

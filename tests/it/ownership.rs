@@ -71,7 +71,7 @@ async fn a_dropped_guard_does_not_end_what_its_token_obtains_next() {
         let second = here.obtain("k").token(token()).await.unwrap();
         sleep(ms(5)).await;
         assert_eq!(server.cli(&["GET", "k"]), token().as_str());
-        second.refresh().await.unwrap();
+        second.renew().await.unwrap();
     }
     assert_freed(&server, [&here, &there]).await;
 }
@@ -83,7 +83,7 @@ async fn a_guard_by_a_random_token_does_not_end_what_another_obtained_by_that_to
     let twin = there.obtain("k").token(first.token().clone()).await.unwrap();
     drop(first);
     soon(here.close()).await;
-    twin.refresh().await.unwrap();
+    twin.renew().await.unwrap();
     assert_eq!(server.cli(&["GET", "k"]), twin.token().as_str());
     drop(twin);
     assert_freed(&server, [&here, &there]).await;
@@ -115,7 +115,7 @@ async fn an_explicit_release_ends_the_lock_for_all_who_hold_it_by_its_token() {
     let twin = there.obtain("k").token(token()).await.unwrap();
     twin.release().await.unwrap();
     assert_eq!(server.cli(&["EXISTS", "k"]), "0");
-    assert!(matches!(first.refresh().await, Err(Error::NotHeld { .. })));
+    assert!(matches!(first.renew().await, Err(Error::NotHeld { .. })));
     drop(first);
     assert_freed(&server, [&here, &there]).await;
 }
@@ -125,12 +125,12 @@ async fn a_twin_that_shortens_the_ttl_ends_no_other_guard() {
     let (server, here, there) = start().await;
     let first = here.obtain("k").token(token()).ttl(ms(30_000)).await.unwrap();
     let twin = there.obtain("k").token(token()).await.unwrap();
-    twin.refresh_for(ms(200)).await.unwrap();
+    twin.renew_for(ms(200)).await.unwrap();
     assert!(server.cli(&["PTTL", "k"]).parse::<i64>().unwrap() > 25_000);
     drop(twin);
     soon(there.close()).await;
     // Alone again, it may.
-    first.refresh_for(ms(5_000)).await.unwrap();
+    first.renew_for(ms(5_000)).await.unwrap();
     assert!(server.cli(&["PTTL", "k"]).parse::<i64>().unwrap() <= 5_000);
     assert!(first.is_held());
     drop(first);
@@ -163,7 +163,7 @@ async fn when_one_of_several_keys_is_gone_the_others_are_released() {
         if end == "LPUSH" {
             server.cli(&["LPUSH", "b", "item"]);
         }
-        assert!(matches!(guard.refresh().await, Err(Error::NotHeld { .. })), "{end}");
+        assert!(matches!(guard.renew().await, Err(Error::NotHeld { .. })), "{end}");
         soon(guard.lost()).await;
         drop(guard);
         eventually("the others are free", async || (server.cli(&["EXISTS", "a", "c"]) == "0").then_some(())).await;
@@ -252,11 +252,11 @@ async fn a_lease_made_by_hand_ends_no_guard_that_it_was_not_made_from() {
     let guard = here.lock("k").ttl(ms(30_000)).await.unwrap();
     let lease = Lease::new("k", guard.token().clone(), ms(30_000));
     let adopted = there.adopt(lease.to_string().parse().unwrap()).await.unwrap();
-    adopted.refresh_for(ms(200)).await.unwrap();
+    adopted.renew_for(ms(200)).await.unwrap();
     assert!(server.cli(&["PTTL", "k"]).parse::<i64>().unwrap() > 25_000);
     drop(adopted);
     soon(there.close()).await;
-    guard.refresh().await.unwrap();
+    guard.renew().await.unwrap();
     let there = Locker::connect(&server.url()).await.unwrap();
     there.adopt(lease).await.unwrap().release().await.unwrap();
     assert_eq!(server.cli(&["EXISTS", "k"]), "0", "who asks for it ends it");
@@ -267,7 +267,7 @@ async fn a_record_that_holds_something_else_is_named_and_never_taken_for_a_loss(
     let (server, here, _) = start().await;
     let guard = here.lock_all(["a", "b", "c"]).ttl(ms(60_000)).await.unwrap();
     server.cli(&["LPUSH", "{b}:grants", "x"]);
-    let refused = guard.refresh_for(ms(50_000)).await.unwrap_err();
+    let refused = guard.renew_for(ms(50_000)).await.unwrap_err();
     assert!(refused.to_string().contains("{b}:grants"), "{refused}");
     assert!(guard.is_held());
     drop(guard);
@@ -284,7 +284,7 @@ async fn a_right_that_was_taken_away_is_no_loss() {
     let locker = Locker::connect(&server.url().replace("redis://", "redis://app:secret@")).await.unwrap();
     let guard = locker.lock("k").await.unwrap();
     server.cli(&[&user[..], &["-get"]].concat());
-    for refused in [guard.refresh().await.unwrap_err(), guard.server_ttl().await.unwrap_err()] {
+    for refused in [guard.renew().await.unwrap_err(), guard.server_ttl().await.unwrap_err()] {
         assert_eq!(refused.code(), Some("NOPERM"), "{refused}");
     }
     assert!(guard.is_held());

@@ -75,8 +75,8 @@ fn builder() -> LockerBuilder {
 /// What every user does.
 async fn use_locks(locker: &Locker, key: &str) -> Result<(), Error> {
     let guard = soon(locker.lock(key).metadata("m")).await?;
-    guard.refresh().await?;
-    guard.refresh_for(ms(5_000)).await?;
+    guard.renew().await?;
+    guard.renew_for(ms(5_000)).await?;
     guard.ensure(ms(60_000)).await?;
     guard.server_ttl().await?;
     locker.inspect(key).await?;
@@ -87,11 +87,11 @@ async fn use_locks(locker: &Locker, key: &str) -> Result<(), Error> {
     let guard = locker.adopt(guard.into_lease()).await?;
     guard.release().await?;
     let own = soon(locker.lock(key).token("own".parse()?)).await?;
-    soon(locker.lock(key).token("own".parse()?)).await?.refresh().await?;
+    soon(locker.lock(key).token("own".parse()?)).await?.renew().await?;
     own.release().await?;
     let (one, other) = (format!("{{{key}}}:1"), format!("{{{key}}}:2"));
     let set = soon(locker.lock_all([one.as_str(), &other])).await?;
-    set.refresh().await?;
+    set.renew().await?;
     set.release().await
 }
 

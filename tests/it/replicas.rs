@@ -29,7 +29,7 @@ async fn what_is_held_is_on_the_replica() {
         let guard = soon(request).await.unwrap();
         let fence = guard.fencing_token().unwrap().to_string();
         assert_eq!(replica.cli(&["MGET", "k", "{k}:fence"]), format!("{}\n{fence}", guard.token().as_str()));
-        guard.refresh_for(ms(60_000)).await.unwrap();
+        guard.renew_for(ms(60_000)).await.unwrap();
         assert!(replica.cli(&["PTTL", "k"]).parse::<u64>().unwrap() > 50_000);
         guard.release().await.unwrap();
     }
@@ -44,7 +44,7 @@ async fn what_is_obtained_and_renewed_in_one_call_is_on_the_replica() {
         let request = locker.lock(format!("k:{task}"));
         tasks.spawn(async move {
             let guard = request.await.unwrap();
-            guard.refresh_for(ms(60_000)).await.unwrap();
+            guard.renew_for(ms(60_000)).await.unwrap();
             guard
         });
     }
@@ -99,10 +99,10 @@ async fn a_guard_whose_replica_is_cut_off_is_lost_by_its_deadline_and_not_before
     replica.freeze();
     let frozen = Instant::now();
     eventually("a renewal fails", async || {
-        match guard.refresh().await {
+        match guard.renew().await {
             Ok(()) => panic!("renewed without the replica"),
             Err(Error::NotReplicated { needed: 1, acknowledged: 0 }) => Some(()),
-            // Behind the renewals of the keeper.
+            // Behind the renewals of the renewer.
             Err(error) => error.is_transient().then_some(()),
         }
     })

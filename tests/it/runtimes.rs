@@ -38,7 +38,7 @@ impl Three {
 
 async fn lock_and_release(locker: &Locker, key: &str) {
     let guard = soon(locker.lock(key)).await.unwrap();
-    guard.refresh().await.unwrap();
+    guard.renew().await.unwrap();
     soon(guard.release()).await.unwrap();
 }
 
@@ -190,8 +190,8 @@ fn nothing_works_and_nothing_panics(locker: &Locker, rt: &Runtime) {
     assert_no_runtime("inspect", block_on(locker.inspect("k")));
     assert_no_runtime("adopt", block_on(locker.adopt(lease.clone())));
     assert_no_runtime("ensure", block_on(locker.ensure(&lease, ms(60_000))));
-    assert_no_runtime("refresh", block_on(guard.refresh()));
-    assert_no_runtime("refresh_for", block_on(guard.refresh_for(ms(60_000))));
+    assert_no_runtime("renew", block_on(guard.renew()));
+    assert_no_runtime("renew_for", block_on(guard.renew_for(ms(60_000))));
     assert_no_runtime("ensure", block_on(guard.ensure(ms(60_000))));
     assert_no_runtime("server_ttl", block_on(guard.server_ttl()));
     assert!(guard.is_held(), "nothing was changed");

@@ -158,7 +158,7 @@ async fn decides(cluster: Cluster, locker: Locker) {
     let holder = soon(locker.inspect("{moves}:ours")).await.unwrap().unwrap();
     assert_eq!((holder.token, holder.fencing_token), (held.token().clone(), held.fencing_token()));
     assert!(soon(held.server_ttl()).await.unwrap().is_some_and(|left| left > ms(50_000)));
-    soon(held.refresh()).await.unwrap();
+    soon(held.renew()).await.unwrap();
     refuses(&other, "{moves}:ours").await;
 
     let holder = soon(locker.inspect("{moves}:unfenced")).await.unwrap().unwrap();
@@ -167,7 +167,7 @@ async fn decides(cluster: Cluster, locker: Locker) {
 
     refuses(&locker, "{moves}:stays").await;
     assert!(soon(locker.inspect("{moves}:stays")).await.unwrap().is_some());
-    soon(stays.refresh()).await.unwrap();
+    soon(stays.renew()).await.unwrap();
 
     // What was never locked before has no fence key, on either node.
     assert!(soon(locker.inspect("{moves}:new")).await.unwrap().is_none());

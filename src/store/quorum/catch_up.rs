@@ -16,9 +16,10 @@ use tracing::debug;
 use super::Quorum;
 use super::calls::{Calls, GRACE};
 use super::rounds::Releasing;
+use crate::Error;
 use crate::hold::Owned;
+use crate::hold::timing;
 use crate::store::{Answer, Ending, Latest, Released, Undone};
-use crate::{Error, schedule};
 
 /// With so many locks a node may be behind at a time. Of any more, it is told once.
 pub(super) const LOCKS: usize = 1_024;
@@ -117,7 +118,7 @@ async fn retry<'a, T>(
             is_closed = true;
             until = until.min(Instant::now() + PATIENCE_WHEN_CLOSED);
         }
-        let within = schedule::call_timeout(TRY, Instant::now(), until);
+        let within = timing::call_timeout(TRY, Instant::now(), until);
         let error = match timeout(within + GRACE, call(within)).await {
             Ok(Ok(answer)) => return Ok(answer),
             Ok(Err(error)) => error,
@@ -125,7 +126,7 @@ async fn retry<'a, T>(
         };
         failures += 1;
         let remaining = until.saturating_duration_since(Instant::now());
-        let pause = schedule::pause_after(failures, TRY, remaining, fastrand::f64());
+        let pause = timing::pause_after(failures, TRY, remaining, fastrand::f64());
         if !error.is_transient() || pause >= remaining {
             return Err(error);
         }

@@ -399,7 +399,7 @@ async fn a_majority_decides_and_slow_nodes_are_not_waited_for() {
     let locker = world.client(0, |place| if place < 2 { Fault::Hung } else { Fault::None });
     let start = Instant::now();
     let guard = locker.lock("k").await.unwrap();
-    guard.refresh().await.unwrap();
+    guard.renew().await.unwrap();
     assert!(locker.inspect("k").await.unwrap().is_some());
     guard.release().await.unwrap();
     assert_eq!(start.elapsed(), Duration::ZERO);
@@ -613,7 +613,7 @@ async fn a_node_that_confirms_a_renewal_keeps_its_key_when_another_guard_of_the_
     let guard = locker.lock("k").no_renewal().token("worker-7".parse().unwrap()).await.unwrap();
     let other = twin.lock("k").no_renewal().token("worker-7".parse().unwrap()).await.unwrap();
     sleep(ms(1_500)).await;
-    guard.refresh().await.unwrap();
+    guard.renew().await.unwrap();
     drop(other);
     sleep(ms(600)).await;
     assert!(world.servers[0].is_free("k"), "its key has expired");
@@ -635,9 +635,9 @@ async fn a_shorter_ttl_that_a_node_sets_late_is_not_followed_by_trust_in_it() {
     let rival = world.client(0, |_| Fault::None);
     let guard = locker.lock("k").no_renewal().await.unwrap();
     sleep(ms(1)).await;
-    guard.refresh_for(ms(100)).await.unwrap();
+    guard.renew_for(ms(100)).await.unwrap();
     sleep(ms(1)).await;
-    drop(guard.refresh_for(ms(2_000)).await);
+    drop(guard.renew_for(ms(2_000)).await);
     sleep(ms(200)).await;
     let rival = rival.try_lock("k").await;
     assert!(!(guard.is_held() && rival.is_ok()));
@@ -671,7 +671,7 @@ async fn a_bare_majority_is_completed_by_the_first_renewal() {
     });
     let guard = locker.lock("k").await.unwrap();
     assert_eq!(world.servers.iter().filter(|server| server.is_free("k")).count(), 2);
-    guard.refresh().await.unwrap();
+    guard.renew().await.unwrap();
     sleep(ms(1)).await;
     assert!(world.servers.iter().all(|server| !server.is_free("k")));
     let rival = world.client(0, |_| Fault::None);
@@ -699,7 +699,7 @@ async fn what_is_healed_after_the_release_is_taken_back() {
             };
             let guard = request.await.unwrap();
             world.servers[2].forget();
-            guard.refresh().await.unwrap();
+            guard.renew().await.unwrap();
             sleep(ms(1)).await;
             drop(guard);
             locker.close().await;
@@ -726,7 +726,7 @@ async fn a_node_that_another_holds_is_not_healed() {
     let ballot = Ballot { number: None, exactly: false, window: Duration::ZERO, ahead: ms(60_000) };
     world.servers[2].vote(&wanted, &ballot);
     for _ in 0..3 {
-        guard.refresh().await.unwrap();
+        guard.renew().await.unwrap();
         sleep(ms(10)).await;
     }
     assert_eq!(world.servers[2].inspect(&"k".into()).unwrap().token, other.token);
@@ -745,12 +745,12 @@ async fn no_node_is_healed_for_a_ttl_that_is_being_made_shorter() {
     let locker = world.client(0, plan);
     let guard = locker.lock("k").no_renewal().await.unwrap();
     world.servers[4].forget();
-    guard.refresh_for(ms(100)).await.unwrap();
-    guard.refresh().await.unwrap();
+    guard.renew_for(ms(100)).await.unwrap();
+    guard.renew().await.unwrap();
     sleep(ms(10)).await;
     assert!(world.servers[4].is_free("k"));
     sleep(ms(20)).await;
-    guard.refresh().await.unwrap();
+    guard.renew().await.unwrap();
     sleep(ms(1)).await;
     assert!(!world.servers[4].is_free("k"), "once it is settled");
 }

@@ -202,7 +202,7 @@ async fn batches(seed: u64, count: usize, forbidden: &[&str]) {
         for _ in 0..rng.u8(0..3) {
             interfere(&mut rng, &sides, forbidden).await;
         }
-        let most = if n % 50 == 0 { combiner::OPERATIONS } else { 10 };
+        let most = if n % 50 == 0 { batcher::OPERATIONS } else { 10 };
         let mut batch: Vec<Box<Operation>> = (0..rng.usize(1..=most)).map(|_| operation(&mut rng)).collect();
         batch.sort_by_key(|operation| operation.rank());
         operations += batch.len();

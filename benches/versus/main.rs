@@ -1,0 +1,164 @@
+//! What a lock costs: obtain + release pairs on keys of their own, beside the raw clients and the nearest rival.
+//!
+//! One server, one process, one run: each rival in turn, in rounds and in random order, so that a noisy machine is
+//! noisy for all of them. What is printed are medians over the rounds; ratios are taken within a round. `-- --quick`
+//! runs one short round.
+
+#![expect(clippy::expect_used, reason = "a benchmark that can't measure has nothing else to say")]
+
+#[path = "../common/machine.rs"]
+mod machine;
+#[path = "../common/raw_fred.rs"]
+mod raw_fred;
+#[path = "../common/raw_redis.rs"]
+mod raw_redis;
+mod rivals;
+#[path = "../common/statistics.rs"]
+mod statistics;
+
+use std::collections::HashMap;
+use std::env;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use cpu_time::ProcessTime;
+use tenure_test_support::Server;
+use tokio::runtime::Runtime;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use self::rivals::{RAW_FRED, RSLOCK, Rival};
+use self::statistics::median;
+
+/// How many at a time obtain and release.
+const TASKS: [usize; 4] = [1, 16, 64, 256];
+
+fn main() -> ExitCode {
+    machine::exit_code(benchmark())
+}
+
+fn benchmark() -> Result<(), String> {
+    let plan = if machine::is_quick(env::args().skip(1))? { Plan::QUICK } else { Plan::FULL };
+    let machine = machine::describe()?;
+    Runtime::new().expect("a runtime").block_on(compare(plan, &machine));
+    Ok(())
+}
+
+/// How long to measure.
+#[derive(Clone, Copy)]
+struct Plan {
+    /// An odd number has a median of its own.
+    rounds: usize,
+    /// Of one measurement: each round has one of every rival.
+    length: Duration,
+    /// Of the order within each round.
+    seed: u64,
+}
+
+impl Plan {
+    const FULL: Self = Self { rounds: 15, length: Duration::from_millis(300), seed: 1 };
+    const QUICK: Self = Self { rounds: 1, length: Duration::from_millis(100), seed: 1 };
+}
+
+/// Measures all rivals, and prints a table for each number of tasks.
+async fn compare(plan: Plan, machine: &str) {
+    let server = Server::start();
+    let rivals = Rival::all(&server.url()).await;
+    print_header(plan, machine);
+    for tasks in TASKS {
+        let samples = measure_in_turn(&rivals, tasks, plan).await;
+        print_table(&rivals, tasks, &samples);
+    }
+}
+
+/// By a rival's name, its samples in the order of the rounds: the nth ones of all rivals belong together.
+type Samples = HashMap<&'static str, Vec<Sample>>;
+
+/// What one rival did in one round.
+#[derive(Clone, Copy)]
+struct Sample {
+    /// Pairs a second.
+    rate: f64,
+    /// Of this process, for one pair. The server's is not in it.
+    cpu_micros: f64,
+}
+
+async fn measure_in_turn(rivals: &[Rival], tasks: usize, plan: Plan) -> Samples {
+    for rival in rivals {
+        // Connections, scripts and caches, warmed up.
+        measure(rival, tasks, plan.length / 4).await;
+    }
+    let mut samples = Samples::new();
+    let mut random = fastrand::Rng::with_seed(plan.seed);
+    for _ in 0..plan.rounds {
+        // In another order each time: whoever comes before leaves its mark on a small machine.
+        let mut order: Vec<&Rival> = rivals.iter().collect();
+        random.shuffle(&mut order);
+        for rival in order {
+            let sample = measure(rival, tasks, plan.length).await;
+            samples.entry(rival.name()).or_default().push(sample);
+        }
+    }
+    samples
+}
+
+/// Lets so many tasks obtain and release, each its own key, for so long.
+async fn measure(rival: &Rival, tasks: usize, length: Duration) -> Sample {
+    let over = Arc::new(AtomicBool::new(false));
+    let mut running = JoinSet::new();
+    let (started, cpu) = (Instant::now(), ProcessTime::now());
+    for task in 0..tasks {
+        running.spawn(repeat_pairs(rival.clone(), format!("versus:{task}"), over.clone()));
+    }
+    sleep(length).await;
+    over.store(true, Ordering::Relaxed);
+    let pairs = running.join_all().await.into_iter().sum::<u32>();
+    // After the last pair has ended: all of them are within the time.
+    let (elapsed, cpu) = (started.elapsed(), cpu.elapsed());
+    let pairs = f64::from(pairs);
+    Sample { rate: pairs / elapsed.as_secs_f64(), cpu_micros: cpu.as_secs_f64() * 1e6 / pairs }
+}
+
+/// Answers how many pairs there were.
+async fn repeat_pairs(rival: Rival, key: String, over: Arc<AtomicBool>) -> u32 {
+    let mut pairs = 0;
+    while !over.load(Ordering::Relaxed) {
+        rival.obtain_and_release(&key).await;
+        pairs += 1;
+    }
+    pairs
+}
+
+fn print_header(plan: Plan, machine: &str) {
+    let Plan { rounds, length, .. } = plan;
+    println!("Obtain + release pairs on distinct keys, one connection each, TCP on loopback.");
+    println!("{machine}");
+    println!(
+        "{rounds} round(s) of {length:?} for each rival, in turn. Medians over the rounds; ratios within a round."
+    );
+}
+
+fn print_table(rivals: &[Rival], tasks: usize, samples: &Samples) {
+    println!("\n{tasks} task{}", if tasks == 1 { "" } else { "s" });
+    println!("  rival            |  pairs/s | us/pair | time / raw fred | pairs/s / rslock | client CPU us/pair");
+    for rival in rivals {
+        let name = rival.name();
+        let own = &samples[name];
+        let rate = median(own.iter().map(|sample| sample.rate));
+        let micros = 1e6 * tasks as f64 / rate;
+        // A pair takes as much longer as there are fewer of them.
+        let time_to_fred = median_ratio(&samples[RAW_FRED], own);
+        let rate_to_rslock = median_ratio(own, &samples[RSLOCK]);
+        let cpu = median(own.iter().map(|sample| sample.cpu_micros));
+        println!(
+            "  {name:<16} | {rate:>8.0} | {micros:>7.1} | {time_to_fred:>15.2} | {rate_to_rslock:>16.2} | {cpu:>18.1}"
+        );
+    }
+}
+
+/// Of the rates of two rivals, round by round.
+fn median_ratio(of: &[Sample], to: &[Sample]) -> f64 {
+    median(of.iter().zip(to).map(|(of, to)| of.rate / to.rate))
+}

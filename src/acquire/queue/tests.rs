@@ -1,0 +1,227 @@
+//! The queue by itself: who is next, and what becomes of a hand-over.
+
+use std::time::Duration;
+
+use tokio::time::{advance, timeout};
+use tokio_util::task::TaskTracker;
+
+use super::*;
+use crate::Token;
+use crate::locker::cleanups::{Cleanup, Cleanups};
+
+fn wanted(queueing: Queueing) -> Arc<Wanted> {
+    let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true, grant: None };
+    let ttl = Duration::from_secs(1);
+    let (metadata, latest) = (Box::default(), Arc::default());
+    Arc::new(Wanted { owned, metadata, ttl, fenced: false, queueing, latest })
+}
+
+fn grant() -> Grant {
+    Grant { sent: Instant::now(), ttl: Duration::from_secs(1), fencing_token: None, doubt: None }
+}
+
+fn enter(queues: &Queues, queueing: Queueing) -> Ticket {
+    queues.enter(Key::from("k"), wanted(queueing))
+}
+
+#[test]
+fn the_first_to_come_is_the_first_and_the_next_when_it_leaves() {
+    let queues = Queues::default();
+    let [a, b, c] = [0; 3].map(|_| enter(&queues, Queueing::Shared));
+    assert!(a.is_first() && !b.is_first());
+    assert!(!b.leave().may_hold && !a.leave().may_hold);
+    assert!(c.is_first());
+    assert!(!c.leave().may_hold);
+    assert!(lock(&queues.by_key).is_empty());
+}
+
+#[test]
+fn a_hand_over_is_for_the_first_and_one_at_a_time() {
+    let queues = Queues::default();
+    let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
+    let from = wanted(Queueing::None).owned.clone();
+    let hand_over = queues.next(&from).unwrap();
+    assert_eq!(hand_over.wanted().owned.token, a.waiter.wanted.owned.token);
+    assert!(queues.next(&from).is_none(), "nobody knows yet how the first one goes");
+    assert!(hand_over.granted(grant(), false));
+    assert!(queues.next(&from).is_none(), "it has not heard of it yet");
+    assert!(matches!(a.handed(), Some(Turn::Granted(..))));
+    assert!(!a.leave().may_hold);
+    assert!(b.is_first() && queues.next(&from).is_some());
+}
+
+#[test]
+fn who_leaves_while_the_lock_is_on_its_way_may_have_got_it() {
+    let from = wanted(Queueing::None).owned.clone();
+    let (asked, given, lost, refused) = (0, 1, 2, 3);
+    for what in [asked, given, lost, refused] {
+        let queues = Queues::default();
+        let place = enter(&queues, Queueing::Shared);
+        let hand_over = queues.next(&from).unwrap();
+        let mut pending = None;
+        match what {
+            0 => pending = Some(hand_over),
+            1 => assert!(hand_over.granted(grant(), false)),
+            2 => drop(hand_over),
+            _ => hand_over.refused(),
+        }
+        assert_eq!(place.leave().may_hold, what != refused, "{what}");
+        drop(pending);
+    }
+}
+
+#[test]
+fn a_hand_over_that_went_wrong_unheard_is_not_forgotten_for_the_next() {
+    let queues = Queues::default();
+    let place = enter(&queues, Queueing::Shared);
+    let from = wanted(Queueing::None).owned.clone();
+    drop(queues.next(&from));
+    assert!(queues.next(&from).is_none());
+    assert!(matches!(place.handed(), Some(Turn::AskAgain { settled: false, .. })));
+    assert!(queues.next(&from).is_some());
+}
+
+#[test]
+fn hand_overs_go_on_for_many_in_a_row_and_then_while_nobody_else_is_in_the_line() {
+    let queues = Queues::default();
+    let place = enter(&queues, Queueing::Shared);
+    let from = wanted(Queueing::None).owned.clone();
+    for _ in 0..IN_A_ROW {
+        let hand_over = queues.next(&from).unwrap();
+        assert!(hand_over.next().may_keep);
+        assert!(hand_over.granted(grant(), false));
+        assert!(matches!(place.handed(), Some(Turn::Granted(..))));
+    }
+    let hand_over = queues.next(&from).unwrap();
+    assert!(!hand_over.next().may_keep);
+    assert!(hand_over.granted(grant(), true));
+    assert!(matches!(place.handed(), Some(Turn::Granted(..))));
+    assert!(queues.next(&from).unwrap().next().may_keep);
+}
+
+#[tokio::test(start_paused = true)]
+async fn hand_overs_of_locks_that_are_held_for_long_go_on_for_a_time_only() {
+    let queues = Queues::default();
+    let place = enter(&queues, Queueing::Shared);
+    let from = wanted(Queueing::None).owned.clone();
+    for may_keep in [true, false] {
+        let hand_over = queues.next(&from).unwrap();
+        assert_eq!(hand_over.next().may_keep, may_keep);
+        assert!(hand_over.granted(grant(), false));
+        assert!(matches!(place.handed(), Some(Turn::Granted(..))));
+        advance(TURN).await;
+    }
+}
+
+#[test]
+fn those_who_share_a_place_keep_it_until_the_last_has_left_and_others_have_their_own() {
+    let queues = Queues::default();
+    let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
+    let [c, d] = [0; 2].map(|_| enter(&queues, Queueing::Own));
+    let shared = a.line_place();
+    assert!(shared == b.line_place() && c.line_place() != d.line_place() && c.line_place() != shared);
+    assert!(a.is_first() && c.is_first() && !b.is_first() && !d.is_first());
+    a.enters_line();
+    assert_eq!(a.leave().line, None);
+    assert_eq!(b.leave().line, Some(shared));
+    let next = enter(&queues, Queueing::Shared);
+    assert!(next.line_place() != shared, "what is late about the one before is not about this one");
+    assert_eq!(next.leave().line, None, "it was never in the line");
+    assert!(c.leave().line.is_some());
+}
+
+#[test]
+fn one_that_was_passed_by_is_in_the_line_and_the_others_have_to_ask() {
+    let queues = Queues::default();
+    let shared = enter(&queues, Queueing::Shared);
+    let own = enter(&queues, Queueing::Own);
+    let from = wanted(Queueing::None).owned.clone();
+    for _ in 0..IN_A_ROW {
+        assert!(queues.next(&from).unwrap().granted(grant(), false));
+        assert!(matches!(shared.handed(), Some(Turn::Granted(..))));
+    }
+    let hand_over = queues.next(&from).unwrap();
+    assert_eq!(hand_over.next().place, own.line_place());
+    hand_over.passed_by();
+    assert!(own.next_heartbeat().is_some() && own.handed().is_none());
+    assert!(matches!(shared.handed(), Some(Turn::AskAgain { settled: true, .. })));
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_is_not_polled_goes_behind_those_who_wait_with_it() {
+    let queues = Queues::default();
+    let parked = enter(&queues, Queueing::Shared);
+    parked.expect(Instant::now() + HEARTBEAT);
+    assert!(queues.find_abandoned(Instant::now()).is_none(), "nobody waits behind it");
+    let other = enter(&queues, Queueing::Shared);
+    advance(HEARTBEAT + LATE - Duration::from_millis(1)).await;
+    assert_eq!(queues.find_abandoned(Instant::now()).unwrap().len(), 0);
+    assert!(parked.is_first());
+    advance(Duration::from_millis(1)).await;
+    assert_eq!(queues.find_abandoned(Instant::now()).unwrap().len(), 0);
+    assert!(other.is_first() && !parked.is_first());
+    assert!(matches!(timeout(Duration::ZERO, other.turn()).await, Ok(Turn::First)));
+    // It is expected from now on, and comes.
+    other.expect(Instant::now() + HEARTBEAT);
+    assert_eq!(queues.find_abandoned(Instant::now()).unwrap().len(), 0);
+    assert!(other.is_first());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_release_that_is_not_polled_while_it_hands_over_keeps_nobody_waiting() {
+    let queues = Queues::default();
+    let place = enter(&queues, Queueing::Shared);
+    let cleanups = Cleanups::new(TaskTracker::new());
+    let parked = queues.next(&wanted(Queueing::None).owned).unwrap();
+    parked.send(cleanups.register(Cleanup::Undo(place.waiter.wanted.clone())), Instant::now());
+    advance(LATE - Duration::from_millis(1)).await;
+    assert_eq!(queues.find_abandoned(Instant::now()).unwrap().len(), 0);
+    assert!(place.handed().is_none());
+    advance(Duration::from_millis(1)).await;
+    assert_eq!(queues.find_abandoned(Instant::now()).unwrap().len(), 0);
+    assert!(matches!(place.handed(), Some(Turn::AskAgain { settled: false, pending: Some(_) })));
+    // It has asked by itself meanwhile: what the release learns in the end changes nothing.
+    assert!(parked.granted(grant(), false));
+    assert!(place.handed().is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lock_that_is_not_taken_is_taken_back() {
+    let queues = Queues::default();
+    let [parked, other] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
+    let from = wanted(Queueing::None).owned.clone();
+    assert!(queues.next(&from).unwrap().granted(grant(), false));
+    assert_eq!(queues.find_abandoned(Instant::now()).unwrap().len(), 0);
+    advance(TAKEN_WITHIN).await;
+    let taken_back = queues.find_abandoned(Instant::now()).unwrap();
+    assert_eq!(taken_back[0].wanted.owned.token, parked.waiter.wanted.owned.token);
+    assert!(other.is_first());
+    assert!(matches!(parked.handed(), Some(Turn::TakenBack)));
+    assert!(!parked.leave().may_hold, "it is released already");
+    assert!(other.is_first() && !other.leave().may_hold);
+    assert!(lock(&queues.by_key).is_empty());
+}
+
+#[test]
+fn what_the_first_learned_is_known_to_those_behind_it_and_after_it() {
+    let queues = Queues::default();
+    let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
+    assert!(b.learned().is_none());
+    a.learn(Some(Learned::Unknown(Error::Closed)));
+    assert!(!a.leave().may_hold);
+    assert!(matches!(b.learned(), Some(Learned::Unknown(Error::Closed))));
+    let c = enter(&queues, Queueing::Shared);
+    b.pass_on(None, Got { at: Instant::now(), held_until: Instant::now(), was_handed_over: true });
+    assert!(matches!(c.learned(), Some(Learned::Held { key, .. }) if key == "k".into()));
+    c.learn(None);
+    assert!(c.learned().is_none());
+}
+
+#[test]
+fn a_token_from_elsewhere_is_handed_nothing() {
+    let queues = Queues::default();
+    let mut wanted = Wanted::clone(&wanted(Queueing::None));
+    wanted.owned.own_token = false;
+    let _place = queues.enter(Key::from("k"), Arc::new(wanted.clone()));
+    assert!(queues.next(&wanted.owned).is_none());
+}

@@ -1,0 +1,117 @@
+//! Taking over a lease's lock, and giving it back.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::time::{Instant, sleep};
+
+use super::{GrantId, Owned, timing};
+use crate::Error;
+use crate::locker::cleanups::{Cleanup, PendingCleanup};
+use crate::locker::shared::Shared;
+use crate::store::{Extending, Renewed};
+
+/// A lease's lock, which a grant of our own has taken over.
+pub(crate) struct Claim {
+    shared: Arc<Shared>,
+    runtime: Handle,
+    owned: Owned,
+    /// The lease's.
+    earlier: Option<GrantId>,
+    ttl: Duration,
+    /// There while no guard has it. Makes [`Locker::close`](crate::Locker::close) wait until it is given back.
+    pending: Option<PendingCleanup>,
+}
+
+impl Claim {
+    /// From here on a guard sees to it. Returns false where it was given back already: the locker is closed.
+    pub(crate) fn keep(mut self) -> bool {
+        self.pending.take().is_none_or(PendingCleanup::complete)
+    }
+}
+
+impl Drop for Claim {
+    /// Nobody will hold by this grant: the lease's takes its place again, or the lock would be kept for one that is not
+    /// there.
+    fn drop(&mut self) {
+        let Some(pending) = self.pending.take() else { return };
+        let (shared, owned, earlier, ttl) = (self.shared.clone(), self.owned.clone(), self.earlier, self.ttl);
+        self.runtime.spawn(async move {
+            shared.return_claim(&owned, earlier, ttl).await;
+            drop(pending);
+        });
+    }
+}
+
+impl Shared {
+    /// Takes a lease's lock over for a grant of our own, `owned`. The claim is given back in the background when it is
+    /// dropped before a guard [keeps](Claim::keep) it.
+    pub(crate) async fn claim(
+        self: &Arc<Self>,
+        owned: Owned,
+        earlier: Option<GrantId>,
+        ttl: Duration,
+        runtime: &Handle,
+    ) -> Result<Claim, Error> {
+        let pending = Some(self.cleanups.register(Cleanup::GiveBack { owned: owned.clone(), earlier, ttl }));
+        let mut claim = Claim { shared: self.clone(), runtime: runtime.clone(), owned, earlier, ttl, pending };
+        let how = Extending::Claim { earlier };
+        match self.store.renew(&claim.owned, ttl, how, self.command_timeout).await {
+            Ok(Renewed::Extended) => Ok(claim),
+            Ok(Renewed::NotOurs(loss)) => {
+                claim.pending = None;
+                Err(Error::NotHeld { key: claim.owned.key(), loss })
+            }
+            Err(error) => {
+                if error.has_not_run() {
+                    claim.pending = None;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives the lock back to the lease that a guard had it from, in the background: nobody will hold it by `owned`.
+    pub(crate) fn give_back(self: &Arc<Self>, owned: Owned, earlier: Option<GrantId>, ttl: Duration) {
+        let Ok(runtime) = self.runtime() else { return };
+        let pending = Some(self.cleanups.register(Cleanup::GiveBack { owned: owned.clone(), earlier, ttl }));
+        drop(Claim { shared: self.clone(), runtime, owned, earlier, ttl, pending });
+    }
+
+    /// Gives the lock back to the lease that the grant `owned` took it over from.
+    pub(crate) async fn return_claim(&self, owned: &Owned, earlier: Option<GrantId>, ttl: Duration) {
+        let until = Instant::now() + ttl;
+        // The claim itself may be run until then: after that, once more.
+        let settled = Instant::now() + self.patience();
+        let mut failures = 0;
+        loop {
+            let timeout = timing::call_timeout(self.command_timeout, Instant::now(), until);
+            let given_back = self.store.renew(owned, ttl, Extending::GiveBack { earlier }, timeout).await;
+            let remaining = until.saturating_duration_since(Instant::now());
+            let pause = match given_back {
+                Ok(Renewed::NotOurs(_)) => return,
+                Ok(Renewed::Extended) if Instant::now() >= settled => return,
+                Ok(Renewed::Extended) => settled.saturating_duration_since(Instant::now()),
+                Err(error) if !error.is_transient() => return,
+                Err(_) => {
+                    failures += 1;
+                    timing::pause_after(failures, self.command_timeout, remaining, fastrand::f64())
+                }
+            };
+            if pause >= remaining {
+                return;
+            }
+            sleep(pause).await;
+        }
+    }
+
+    /// Renews a lock that no guard of ours holds, to at least this ttl.
+    pub(crate) async fn extend(&self, owned: &Owned, ttl: Duration) -> Result<(), Error> {
+        Self::check_runtime()?;
+        match self.store.renew(owned, ttl, Extending::Ensure, self.command_timeout).await? {
+            Renewed::Extended => Ok(()),
+            Renewed::NotOurs(loss) => Err(Error::NotHeld { key: owned.key(), loss }),
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! Undoing what an attempt of unknown outcome may have left at the server.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until, timeout_at};
+use tracing::{debug, warn};
+
+use super::{Owned, timing};
+use crate::Error;
+use crate::locker::shared::Shared;
+use crate::store::{Latest, Undone};
+
+/// The time for a call that is made when its own is over.
+const LAST_LOOK: Duration = Duration::from_millis(100);
+
+impl Shared {
+    /// Undoes what a request has left whose outcome nobody has learned, as often as it takes: it may still wait
+    /// somewhere to be run, on a connection that has broken or behind another call, but not after `latest` by the
+    /// server's clock. Gives up when the ttl has done the same.
+    pub(crate) async fn undo(&self, owned: &Owned, latest: &Latest, ttl: Duration) {
+        let until = Instant::now() + self.command_timeout + ttl;
+        let mut failures = 0;
+        let error = loop {
+            let timeout = timing::call_timeout(self.command_timeout, Instant::now(), until).max(LAST_LOOK);
+            let call = self.store.undo(owned, latest, timeout);
+            let pause = match timeout_at(until + LAST_LOOK, call).await.unwrap_or_else(|_| Err(Error::timeout())) {
+                Ok(Undone::Settled) => {
+                    debug!(name: "tenure.undone", key = %owned.key(), "undid an attempt of unknown outcome");
+                    return;
+                }
+                // What it left until now is gone, and what it leaves later ends by its ttl.
+                Ok(Undone::MayRun(_)) if Instant::now() >= until => return,
+                Ok(Undone::MayRun(within)) => {
+                    failures = 0;
+                    within
+                }
+                Err(error) => {
+                    failures += 1;
+                    let remaining = until.saturating_duration_since(Instant::now());
+                    let pause = timing::pause_after(failures, self.command_timeout, remaining, fastrand::f64());
+                    if !error.is_transient() || pause >= remaining {
+                        break error;
+                    }
+                    pause
+                }
+            };
+            // A server whose clock was set back, or another's, may say that this takes long: no longer than the ttl.
+            sleep_until(until.min(Instant::now() + pause)).await;
+        };
+        warn!(
+            name: "tenure.undo_failed", key = %owned.key(), %error,
+            "could not undo an attempt of unknown outcome; its ttl will"
+        );
+    }
+}

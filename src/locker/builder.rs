@@ -1,0 +1,408 @@
+//! How a locker is made: its settings, and which store it is for.
+
+use std::time::Duration;
+
+use fred::clients::Client;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::shared::{Settings, Shared};
+use crate::acquire::queue::Queues;
+use crate::acquire::supervisor::Supervisor;
+use crate::hold::scheduler::Schedulers;
+use crate::hold::timing::{Drift, MAX_TTL, Renewal};
+use crate::locker::cleanups::Cleanups;
+use crate::locker::isolated::Isolated;
+use crate::store::Store;
+use crate::store::memory::MemoryStore;
+use crate::store::quorum::{self, QuorumStore};
+use crate::store::redis::{self, RedisStore};
+use crate::{Error, Locker, Retry};
+
+/// The settings of a [`Locker`]; made by [`Locker::builder`].
+///
+/// What can't work is refused by the requests that it concerns, before they send anything.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use tenure::{Locker, Retry};
+///
+/// let locker = Locker::builder()
+///     .ttl(Duration::from_secs(15))
+///     .retry(Retry::exponential(Duration::from_millis(20), Duration::from_secs(1)).limit(8))
+///     .command_timeout(Duration::from_millis(500))
+///     .in_memory();
+/// ```
+#[derive(Clone, Debug)]
+#[must_use = "a builder does nothing until it is ended"]
+pub struct LockerBuilder {
+    settings: Settings,
+    command_timeout: Duration,
+    prefix: String,
+    isolated: bool,
+    restart_window: Duration,
+    min_replicas: usize,
+}
+
+/// For how long a node of a quorum doesn't vote after a restart; for [`LockerBuilder::restart_window`].
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use tenure::{Locker, RestartWindow};
+///
+/// let usual = Locker::builder().restart_window(Duration::from_secs(120));
+/// let each_write_is_on_disk = Locker::builder().restart_window(RestartWindow::NodesNeverForget);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RestartWindow {
+    /// For so long. What [`Duration`]s convert into.
+    For(Duration),
+    /// Not at all: whatever a node has granted, it knows after any restart.
+    NodesNeverForget,
+}
+
+impl From<Duration> for RestartWindow {
+    fn from(window: Duration) -> Self {
+        Self::For(window)
+    }
+}
+
+impl Default for LockerBuilder {
+    fn default() -> Self {
+        Self {
+            settings: Settings {
+                ttl: Duration::from_secs(30),
+                renewal: Renewal::default(),
+                retry: None,
+                drift: Drift::default(),
+                fenced: true,
+                poll_every: Duration::from_secs(1),
+            },
+            command_timeout: Duration::from_secs(2),
+            prefix: String::new(),
+            isolated: false,
+            restart_window: Duration::from_secs(60),
+            min_replicas: 0,
+        }
+    }
+}
+
+impl LockerBuilder {
+    /// The [ttl](crate::LockRequest::ttl) of requests that set none. Default: 30 s.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// let locker = tenure::Locker::builder().ttl(Duration::from_secs(10)).in_memory();
+    /// ```
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        self.settings.ttl = ttl;
+        self
+    }
+
+    /// The time between [renewals](crate::LockRequest::renew_every). Default: a third of the ttl.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// let locker = tenure::Locker::builder().renew_every(Duration::from_secs(3)).in_memory();
+    /// ```
+    pub fn renew_every(mut self, interval: Duration) -> Self {
+        self.settings.renewal = Renewal::Every(interval);
+        self
+    }
+
+    /// The pauses of [`Locker::obtain`] where the request sets none. Default: one attempt.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// let locker =
+    /// tenure::Locker::builder().retry(tenure::Retry::linear(Duration::from_millis(100)).limit(9)).in_memory();
+    /// ```
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.settings.retry = Some(retry);
+        self
+    }
+
+    /// How often who waits looks at the lock although nothing was heard of it: 1 s unless set, at least 10 ms, at most
+    /// 365 days.
+    ///
+    /// A lock that is released by tenure is heard of at once, and the end of a dead holder's ttl is known. This is for
+    /// locks that other libraries release, which send no message, and for servers whose messages can't be had.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// let locker = tenure::Locker::builder().poll_every(Duration::from_millis(200)).in_memory();
+    /// ```
+    pub fn poll_every(mut self, interval: Duration) -> Self {
+        self.settings.poll_every = interval.clamp(Duration::from_millis(10), MAX_TTL);
+        self
+    }
+
+    /// How far the server's clock may run ahead of ours during one ttl: a part of the ttl, and a fixed margin. A guard
+    /// stops believing by so much earlier. Default: 0.01 and 2 ms.
+    ///
+    /// A factor that is not at least 0 and below 1 leaves nothing of any ttl: every request is refused.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// let locker = tenure::Locker::builder().drift(0.02, Duration::from_millis(5)).in_memory();
+    /// ```
+    pub fn drift(mut self, factor: f64, margin: Duration) -> Self {
+        self.settings.drift = Drift { factor, margin };
+        self
+    }
+
+    /// Put before every key at the server. Guards and errors show keys without it. Default: none.
+    ///
+    /// ```
+    /// let locker = tenure::Locker::builder().prefix("billing:").in_memory();
+    /// ```
+    pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.prefix = prefix.into();
+        self
+    }
+
+    /// How long to wait for the server's answer to one command, and for a connection. Default: 2 s.
+    ///
+    /// Calls that would be answered too late to be of use end sooner, by themselves. Zero is taken for 1 ms, and what
+    /// is longer than 365 days for that.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// let locker = tenure::Locker::builder().command_timeout(Duration::from_millis(500)).in_memory();
+    /// ```
+    pub fn command_timeout(mut self, timeout: Duration) -> Self {
+        self.command_timeout = timeout.clamp(Duration::from_millis(1), MAX_TTL);
+        self
+    }
+
+    /// Whether guards have a [fencing token](crate::LockGuard::fencing_token). Default: true.
+    ///
+    /// ```
+    /// let locker = tenure::Locker::builder().fenced(false).in_memory();
+    /// ```
+    pub fn fenced(mut self, fenced: bool) -> Self {
+        self.settings.fenced = fenced;
+        self
+    }
+
+    /// Gives the connection and the renewals a thread and a runtime of their own, so that a worker of the application
+    /// that blocks can't hold them up. Costs a hand-over between threads for each request. Default: false.
+    ///
+    /// ```
+    /// let locker = tenure::Locker::builder().isolated(true).in_memory();
+    /// ```
+    pub fn isolated(mut self, isolated: bool) -> Self {
+        self.isolated = isolated;
+        self
+    }
+
+    /// How many replicas of the server must have acknowledged a lock before it is held, and each of its renewals before
+    /// it counts. Default: 0.
+    ///
+    /// Too few, and a request fails with [`Error::NotReplicated`] (one that waits goes on), having released what it
+    /// got; a renewal is tried again, and the guard is lost by its deadline as if the server were away. So a failover
+    /// to any of those replicas finds the lock, and a primary that is cut off from all of them keeps nobody's lock
+    /// alive.
+    ///
+    /// It is no consensus: where there are more replicas than these, it may be another one that is promoted, and it
+    /// knows nothing of the lock. What a failover forgets is told by the guard at its next renewal, and kept from doing
+    /// harm by [fencing tokens](crate::LockGuard::fencing_token). With as many as there are replicas nothing is
+    /// forgotten, and nothing can be locked while one of them is away.
+    ///
+    /// Each request and renewal asks the server to `WAIT`: another round trip, and, while replicas are behind, a wait
+    /// for them for most of the [command timeout](LockerBuilder::command_timeout), or of the ttl where that is shorter.
+    /// All that this locker sends meanwhile waits behind it, on the same connection; also what others send by a
+    /// [client](LockerBuilder::client) of your own, so give it one for itself.
+    ///
+    /// It is for one server, with Sentinels or without. A cluster, and a [quorum](Locker::quorum), whose nodes have no
+    /// replicas, refuse it: [`Error::Unsupported`]. The embedded store has none either, and ignores it.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), tenure::Error> {
+    /// let sentinels = "redis-sentinel://10.0.0.1:26379?sentinelServiceName=locks";
+    /// let locker = tenure::Locker::builder().min_replicas(1).connect(sentinels).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn min_replicas(mut self, replicas: usize) -> Self {
+        self.min_replicas = replicas;
+        self
+    }
+
+    /// For how long a quorum's node doesn't vote after a restart, in which it may have forgotten what it had granted.
+    /// Rounded up to whole seconds; default: 60 s, at most 365 days.
+    ///
+    /// No ttl may be longer, or what a node has forgotten could be held still when it votes again. All who share locks
+    /// must set the same.
+    ///
+    /// [`RestartWindow::NodesNeverForget`] is for nodes that write every change to disk before they answer
+    /// (`appendfsync always`), and for tests: nodes vote at once then, and any ttl will do. A node that does forget can
+    /// then give a lock to a second holder. Where the nodes can be asked, one of which it is untrue is logged as a
+    /// warning, `tenure.node_may_forget`. A duration of zero says the same as this, and less clearly.
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # async fn example() -> Result<(), tenure::Error> {
+    /// let nodes = ["redis://10.0.0.1", "redis://10.0.0.2", "redis://10.0.0.3"];
+    /// let locker = tenure::Locker::builder().restart_window(Duration::from_secs(120)).quorum(nodes).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn restart_window(mut self, window: impl Into<RestartWindow>) -> Self {
+        self.restart_window = match window.into() {
+            RestartWindow::For(window) => window.min(MAX_TTL),
+            RestartWindow::NodesNeverForget => Duration::ZERO,
+        };
+        self
+    }
+
+    /// Connects to the server at the URL; see [`Locker::connect`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Locker::connect`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`Locker::connect`].
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::builder().prefix("billing:").connect("redis://127.0.0.1:6379").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn connect(self, url: &str) -> Result<Locker, Error> {
+        redis::url::parse(url)?;
+        Shared::check_runtime()?;
+        let isolated = self.isolated.then(Isolated::start).transpose()?;
+        let (url, prefix, timeout) = (url.to_owned(), self.prefix.clone(), self.connection_timeout());
+        let replicas = self.min_replicas;
+        let connecting = async move { RedisStore::connect(&url, prefix, timeout, replicas).await };
+        let store = match &isolated {
+            Some(isolated) => isolated.handle().spawn(connecting).await.unwrap_or(Err(Error::NoRuntime))?,
+            None => connecting.await?,
+        };
+        Ok(self.build(Box::new(store), isolated))
+    }
+
+    /// Connects to a majority of independent servers; see [`Locker::quorum`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Locker::quorum`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`Locker::quorum`].
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # async fn example() -> Result<(), tenure::Error> {
+    /// let nodes = ["redis://10.0.0.1", "redis://10.0.0.2", "redis://10.0.0.3"];
+    /// let locker = tenure::Locker::builder().ttl(Duration::from_secs(10)).quorum(nodes).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn quorum<I: IntoIterator<Item: AsRef<str>>>(self, urls: I) -> Result<Locker, Error> {
+        let urls: Vec<String> = urls.into_iter().map(|url| url.as_ref().to_owned()).collect();
+        self.connect_quorum(urls).await
+    }
+
+    async fn connect_quorum(self, urls: Vec<String>) -> Result<Locker, Error> {
+        if self.min_replicas > 0 {
+            return Err(Error::Unsupported("the nodes of a quorum have no replicas: more nodes do what those would"));
+        }
+        quorum::check_ttl(self.settings.ttl, self.restart_window)?;
+        Shared::check_runtime()?;
+        let isolated = self.isolated.then(Isolated::start).transpose()?;
+        let (prefix, timeout) = (self.prefix.clone(), self.connection_timeout());
+        let never_forget = self.restart_window.is_zero();
+        let connecting = async move { quorum::connect(&urls, &prefix, timeout, never_forget).await };
+        let nodes = match &isolated {
+            Some(isolated) => isolated.handle().spawn(connecting).await.unwrap_or(Err(Error::NoRuntime))?,
+            None => connecting.await?,
+        };
+        let releases = TaskTracker::new();
+        let store = QuorumStore::new(nodes, self.restart_window, releases.clone());
+        Ok(self.build_with(Box::new(store), isolated, releases))
+    }
+
+    /// A connection must not take so long that a lock could be lost by it.
+    fn connection_timeout(&self) -> Duration {
+        self.command_timeout.min(self.settings.ttl / 3).max(Duration::from_millis(1))
+    }
+
+    /// Uses a client of your own; see [`Locker::new`].
+    ///
+    /// An [`isolated`](LockerBuilder::isolated) locker renews on its own thread, but the client's connection stays on
+    /// the runtime that it was initialised on.
+    ///
+    /// ```no_run
+    /// # fn example(client: tenure::fred::clients::Client) {
+    /// let locker = tenure::Locker::builder().prefix("billing:").client(client);
+    /// # }
+    /// ```
+    pub fn client(self, client: Client) -> Locker {
+        let store = RedisStore::with_client(client, self.prefix.clone(), self.min_replicas);
+        self.on_own_thread_if_wanted(Box::new(store))
+    }
+
+    /// Uses the embedded store; see [`Locker::in_memory`].
+    ///
+    /// ```
+    /// let locker = tenure::Locker::builder().fenced(false).in_memory();
+    /// ```
+    pub fn in_memory(self) -> Locker {
+        self.on_own_thread_if_wanted(Box::new(MemoryStore::new()))
+    }
+
+    /// Where the system has no thread left to isolate anything on, the caller's runtime does it.
+    fn on_own_thread_if_wanted(self, store: Box<dyn Store>) -> Locker {
+        let isolated = self.isolated.then(Isolated::start).and_then(Result::ok);
+        self.build(store, isolated)
+    }
+
+    pub(crate) fn build(self, store: Box<dyn Store>, isolated: Option<Isolated>) -> Locker {
+        self.build_with(store, isolated, TaskTracker::new())
+    }
+
+    pub(crate) fn build_with(self, store: Box<dyn Store>, isolated: Option<Isolated>, releases: TaskTracker) -> Locker {
+        let (command_timeout, origin) = (self.command_timeout, Instant::now());
+        let (queues, schedulers) = (Queues::default(), Schedulers::new());
+        Locker::from_shared(Shared {
+            store,
+            command_timeout,
+            cleanups: Cleanups::new(releases.clone()),
+            releases,
+            queues,
+            supervisor: Supervisor::default(),
+            origin,
+            schedulers,
+            isolated,
+            settings: self.settings,
+            closed: CancellationToken::new(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_length_of_time_becomes_a_shorter_one_by_overflow() {
+        let builder = Locker::builder().restart_window(Duration::MAX).poll_every(Duration::MAX);
+        let builder = builder.command_timeout(Duration::MAX);
+        assert_eq!([builder.restart_window, builder.settings.poll_every, builder.command_timeout], [MAX_TTL; 3]);
+        let store = QuorumStore::new(Vec::new(), Duration::MAX, TaskTracker::new());
+        assert!(format!("{store:?}").contains("restart_window: 18446744073709551615s"), "{store:?}");
+    }
+}

@@ -1,0 +1,201 @@
+//! What is pending to the server: releases of guards that were dropped, and what attempts of unknown outcome may have left.
+//!
+//! Whoever owes something sees to it: a renewer, a task, the future of a request. But a future may be kept and not polled,
+//! and a runtime may not be driven any more. So what is pending is noted here as well, and [`Locker::close`] does what is
+//! not done in time, on its own runtime. All of it may be done twice: it ends a grant that nobody holds by.
+//!
+//! [`Locker::close`]: crate::Locker::close
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use slab::Slab;
+use tokio::runtime::Handle;
+use tokio::select;
+use tokio::time::{Instant, sleep};
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+use tracing::debug;
+
+use crate::Key;
+use crate::hold::{GrantId, Hold, Owned};
+use crate::locker::shared::Shared;
+use crate::store::{LinePlace, Wanted};
+
+/// How long closing leaves what is pending to those who register it.
+const PATIENCE: Duration = Duration::from_millis(250);
+
+/// What has to be done.
+#[derive(Clone)]
+pub(crate) enum Cleanup {
+    /// An attempt may have obtained the lock, and nobody knows.
+    Undo(Arc<Wanted>),
+    /// The lock is to be released in the background.
+    Release(Arc<Hold>),
+    /// It is released; what an earlier attempt has left is not.
+    UndoAttempt(Arc<Hold>),
+    /// A lease's lock was taken over by a grant that nobody holds by.
+    GiveBack { owned: Owned, earlier: Option<GrantId>, ttl: Duration },
+    /// A place in the line is nobody's any more.
+    Leave(Key, LinePlace),
+}
+
+/// All that is pending by one locker.
+pub(crate) struct Cleanups {
+    /// Counts them, so that closing can wait.
+    tracker: TaskTracker,
+    entries: Arc<Mutex<Entries>>,
+}
+
+#[derive(Default)]
+struct Entries {
+    slots: Slab<Entry>,
+    /// The number of the last entry: slots are used again.
+    last: u64,
+}
+
+struct Entry {
+    number: u64,
+    since: Instant,
+    work: Cleanup,
+    token: TaskTrackerToken,
+}
+
+/// Something that is pending, until this is dropped.
+pub(crate) struct PendingCleanup {
+    entries: Arc<Mutex<Entries>>,
+    slot: usize,
+    number: u64,
+}
+
+impl Cleanups {
+    pub(crate) fn new(tracker: TaskTracker) -> Self {
+        Self { tracker, entries: Arc::default() }
+    }
+
+    pub(crate) fn register(&self, work: Cleanup) -> PendingCleanup {
+        self.register_since(Instant::now(), work)
+    }
+
+    pub(crate) fn register_since(&self, since: Instant, work: Cleanup) -> PendingCleanup {
+        let token = self.tracker.token();
+        let mut entries = lock(&self.entries);
+        entries.last += 1;
+        let number = entries.last;
+        let slot = entries.slots.insert(Entry { number, since, work, token });
+        drop(entries);
+        PendingCleanup { entries: self.entries.clone(), slot, number }
+    }
+
+    /// Takes over what was not done in time. Those who register it learn of that when they come to it.
+    fn take_over(&self, now: Instant) -> Vec<(Cleanup, TaskTrackerToken)> {
+        let mut entries = lock(&self.entries);
+        let is_late = |entry: &Entry| now.saturating_duration_since(entry.since) >= PATIENCE;
+        let late: Vec<usize> = entries.slots.iter().filter(|(_, entry)| is_late(entry)).map(|(slot, _)| slot).collect();
+        let taken = late.into_iter().filter_map(|slot| entries.slots.try_remove(slot));
+        taken.map(|entry| (entry.work, entry.token)).collect()
+    }
+}
+
+impl PendingCleanup {
+    /// It is done, or was never pending. Returns false where another has taken it over: it is being undone.
+    pub(crate) fn complete(self) -> bool {
+        self.remove()
+    }
+
+    pub(crate) fn is_taken_over(&self) -> bool {
+        lock(&self.entries).slots.get(self.slot).is_none_or(|entry| entry.number != self.number)
+    }
+
+    fn remove(&self) -> bool {
+        let mut entries = lock(&self.entries);
+        if entries.slots.get(self.slot).is_none_or(|entry| entry.number != self.number) {
+            return false;
+        }
+        let entry = entries.slots.try_remove(self.slot);
+        // Its token wakes others: not under the mutex.
+        drop(entries);
+        drop(entry);
+        true
+    }
+}
+
+impl Drop for PendingCleanup {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+impl Shared {
+    /// Waits until nothing is pending any more, and does itself what others don't.
+    pub(crate) async fn finish_cleanups(self: &Arc<Self>) {
+        if Self::check_runtime().is_err() {
+            return self.releases.wait().await;
+        }
+        if self.store.has_line() {
+            // Those who wait leave the line when they learn that it is over, which may be after the end of the program.
+            for (key, place) in self.queues.line_places() {
+                self.leave_line(key, place, false, &Handle::current());
+            }
+        }
+        loop {
+            select! {
+                biased;
+                () = self.releases.wait() => return,
+                () = sleep(PATIENCE) => {}
+            }
+            for (work, token) in self.cleanups.take_over(Instant::now()) {
+                debug!(name: "tenure.taken_over", "done while closing, as nobody else does");
+                let shared = self.clone();
+                // Its token is what closing waits for, here or in another call.
+                tokio::spawn(async move {
+                    shared.perform(work).await;
+                    drop(token);
+                });
+            }
+        }
+    }
+
+    /// Leaves the line in the background. `again`: once more when what was sent can't be run any more, as it may enter
+    /// the place after this.
+    pub(crate) fn leave_line(self: &Arc<Self>, key: Key, place: LinePlace, again: bool, runtime: &Handle) {
+        let work = Cleanup::Leave(key, place);
+        let (shared, pending) = (self.clone(), self.cleanups.register(work.clone()));
+        runtime.spawn(async move {
+            shared.perform(work.clone()).await;
+            // Closing doesn't wait for the rest: with the process, its places end.
+            drop(pending);
+            if again {
+                sleep(shared.patience()).await;
+                shared.perform(work).await;
+            }
+        });
+    }
+
+    /// Does what is pending.
+    pub(crate) async fn perform(self: &Arc<Self>, work: Cleanup) {
+        match work {
+            Cleanup::Undo(wanted) => self.undo(&wanted.owned, &wanted.latest, wanted.ttl).await,
+            Cleanup::Release(hold) => self.clean_up(&hold, true).await,
+            Cleanup::UndoAttempt(hold) => self.clean_up(&hold, false).await,
+            Cleanup::GiveBack { owned, earlier, ttl } => self.return_claim(&owned, earlier, ttl).await,
+            Cleanup::Leave(key, place) => {
+                if let Err(error) = self.store.leave(&key, place, self.command_timeout).await {
+                    debug!(name: "tenure.leave_failed", %key, %error, "the place in the line ends by its time");
+                }
+            }
+        }
+    }
+}
+
+/// No code panics while it holds this mutex, so a poisoned one would be as good as any.
+fn lock(entries: &Mutex<Entries>) -> MutexGuard<'_, Entries> {
+    entries.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl fmt::Debug for Cleanups {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cleanups").field("count", &lock(&self.entries).slots.len()).finish()
+    }
+}

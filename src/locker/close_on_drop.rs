@@ -1,0 +1,77 @@
+//! Closing a locker at the end of a scope, for programs whose `main` just returns.
+
+use std::fmt;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use tokio::runtime::{Handle, RuntimeFlavor};
+
+use crate::Locker;
+
+/// Closes a [`Locker`] when it is dropped, and waits for the releases in flight; made by [`Locker::close_on_drop`].
+///
+/// A guard that is dropped is released in the background, by a task. A runtime that shuts down ends that task, and then
+/// the key stays until its ttl ends: so it is with a guard that lives until the end of `main`. Declare this before the
+/// guards, so that it is dropped after them.
+///
+/// Dropping it blocks the thread for as long as the releases take, up to the limit. On a `current_thread` runtime
+/// nothing could be released meanwhile, so there it does not wait: end such a program with [`Locker::close`], or use
+/// [`Locker::scope`]. The same is true where the only worker thread of a runtime drops it.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use tenure::Locker;
+///
+/// #[tokio::main]
+/// async fn main() -> Result<(), tenure::Error> {
+///     let locker = Locker::in_memory();
+///     let _closes = locker.close_on_drop(Duration::from_secs(2));
+///     let guard = locker.lock("k").await?;
+///     Ok(()) // drops the guard, then closes the locker, which waits until the key is free
+/// }
+/// ```
+#[must_use = "the locker is closed as soon as this is dropped"]
+pub struct CloseOnDrop {
+    locker: Locker,
+    limit: Duration,
+}
+
+impl CloseOnDrop {
+    pub(crate) fn new(locker: Locker, limit: Duration) -> Self {
+        Self { locker, limit }
+    }
+}
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        let releases = self.locker.refuse_new_requests().clone();
+        // A runtime that goes on while this thread waits.
+        let runtime = match self.locker.shared().isolated.as_ref().map(|isolated| isolated.handle().clone()) {
+            Some(isolated) => Some(isolated),
+            None => Handle::try_current().ok().filter(|here| here.runtime_flavor() != RuntimeFlavor::CurrentThread),
+        };
+        let Some(runtime) = runtime else { return };
+        if releases.is_empty() {
+            return;
+        }
+        let (ended, wait) = mpsc::channel::<()>();
+        let locker = self.locker.clone();
+        runtime.spawn(async move {
+            locker.close().await;
+            drop(ended);
+        });
+        // On a worker thread, what was spawned or woken last waits in a place that no other worker looks at, while this
+        // one blocks: another takes that place.
+        runtime.spawn(async {});
+        // Ends without a message, when the task does or when its runtime has dropped it.
+        wait.recv_timeout(self.limit).ok();
+    }
+}
+
+impl fmt::Debug for CloseOnDrop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CloseOnDrop").field("limit", &self.limit).finish_non_exhaustive()
+    }
+}
