@@ -5,18 +5,17 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::runtime::Handle;
+use tokio::runtime::Handle as Runtime;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::hold::renewer::Renewer;
-use crate::hold::scheduler::ScheduleHandle;
+use crate::hold::scheduler::Handle;
 use crate::hold::{FinalStep, Hold};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
 use crate::loss::{Lost, Protected};
-use crate::store::{Ending, Released};
+use crate::store::{Ending, Released, Renewed};
 use crate::{Error, Key, Lease, Loss, Token};
 
 /// A held lock: renewed in the background until it is released, dropped or lost.
@@ -62,18 +61,18 @@ use crate::{Error, Key, Lease, Loss, Token};
 pub struct LockGuard {
     hold: Arc<Hold>,
     shared: Arc<Shared>,
-    /// Where the renewer stands when it has nothing to do.
-    place: ScheduleHandle<Renewer>,
+    /// Calls the renewer.
+    renewer: Handle,
 }
 
 impl LockGuard {
-    /// A lock that was just obtained or adopted: from here on its renewer sees to it.
-    pub(crate) fn start(hold: Hold, shared: &Arc<Shared>, runtime: &Handle) -> Self {
+    /// Creates the guard of a lock that was just obtained or adopted. The renewer starts with it.
+    pub(crate) fn start(hold: Hold, shared: &Arc<Shared>, runtime: &Runtime) -> Self {
         let hold = Arc::new(hold);
         #[cfg(test)]
         crate::simulation::born(&hold, Arc::as_ptr(shared) as usize);
-        let place = shared.keep(hold.clone(), runtime);
-        Self { hold, shared: shared.clone(), place }
+        let renewer = shared.keep(hold.clone(), runtime);
+        Self { hold, shared: shared.clone(), renewer }
     }
 
     /// The key that is locked; of several, the first.
@@ -473,14 +472,16 @@ impl LockGuard {
     /// # }
     /// ```
     pub async fn release(self) -> Result<(), Error> {
-        // From here on, dropping `self` makes the renewer release, unless it is settled otherwise below.
+        // From here on, dropping `self` makes the renewer release the lock, unless another final step is set below.
         match self.hold.end(Loss::Released) {
             Loss::Released => {}
             loss => return Err(self.not_held(loss)),
         }
+        // A renewal that is on its way is given up.
+        self.renewer.interrupt();
         let until = Instant::now() + self.shared.command_timeout;
         let released = self.shared.release(&self.hold.owned, Ending::Lock, until).await?;
-        self.hold.settle(match self.hold.doubt {
+        self.hold.set_final_step(match self.hold.doubt {
             Some(_) => FinalStep::Undo(self.shared.cleanups.register(Cleanup::UndoAttempt(self.hold.clone()))),
             None => FinalStep::Nothing,
         });
@@ -511,8 +512,8 @@ impl LockGuard {
     /// # }
     /// ```
     pub fn into_lease(self) -> Lease {
-        // Settled before it is ended: the renewer that wakes from the end finds nothing to release.
-        self.hold.settle(FinalStep::Nothing);
+        // Before the end, so that nobody finds a lock that has ended and is to be released.
+        self.hold.set_final_step(FinalStep::Nothing);
         self.hold.end(Loss::Released);
         Lease::from_parts(self.hold.owned.clone(), self.ttl(), self.fencing_token())
     }
@@ -520,8 +521,8 @@ impl LockGuard {
     /// As [`into_lease`](LockGuard::into_lease), for a lock that is held until then; a lost one is cleaned up after.
     pub(crate) fn into_held_lease(self) -> Result<Lease, Loss> {
         self.check()?;
-        // As there: settled first.
-        self.hold.settle(FinalStep::Nothing);
+        // In this order, as in `into_lease`.
+        self.hold.set_final_step(FinalStep::Nothing);
         match self.hold.end(Loss::Released) {
             Loss::Released => Ok(Lease::from_parts(self.hold.owned.clone(), self.ttl(), self.fencing_token())),
             loss => Err(loss),
@@ -539,19 +540,27 @@ impl LockGuard {
         let renewing = match ttl {
             Some(ttl) if exact => {
                 let renewing = self.hold.setting_ttl(ttl, self.shared.patience());
-                // What is due may be due sooner now.
-                self.place.call();
+                // With a shorter ttl, the next renewal may be due sooner.
+                self.renewer.call();
                 renewing
             }
             ttl => self.hold.renewing(ttl, self.shared.patience()),
         };
         let renewed = self.shared.renew(&self.hold, renewing).await;
-        let renewed = renewed.inspect_err(|error| self.hold.failed(&Arc::new(error.clone())));
-        renewed?.map_err(|loss| {
-            // It sees to the rest.
-            self.place.call();
-            self.not_held(loss)
-        })
+        match renewed.inspect_err(|error| self.hold.failed(&Arc::new(error.clone())))? {
+            Renewed::Extended => {
+                if exact {
+                    // A renewal that is on its way, or is to be tried again, is for the ttl before.
+                    self.renewer.interrupt();
+                }
+                Ok(())
+            }
+            Renewed::NotOurs(loss) => {
+                // It does what is left to do.
+                self.renewer.call();
+                Err(self.not_held(loss))
+            }
+        }
     }
 
     fn not_held(&self, loss: Loss) -> Error {
@@ -560,16 +569,16 @@ impl LockGuard {
 }
 
 impl Drop for LockGuard {
-    /// Only calls the renewer: nothing here spawns, blocks or panics.
+    /// Only calls the renewer: nothing here starts a task, blocks or panics.
     fn drop(&mut self) {
         self.hold.end(Loss::Released);
-        if self.hold.is_settled() {
-            return self.place.leave();
+        if self.hold.nothing_left() {
+            return self.renewer.remove();
         }
         let pending = self.shared.cleanups.register(Cleanup::Release(self.hold.clone()));
-        match self.hold.settle(FinalStep::Release(Some(pending))) {
-            true => self.place.call(),
-            false => self.place.leave(),
+        match self.hold.set_final_step(FinalStep::Release(Some(pending))) {
+            true => self.renewer.call(),
+            false => self.renewer.remove(),
         }
     }
 }
