@@ -1,16 +1,16 @@
 //! Decides whether a lock is held.
 //!
-//! The guard, its renewer and the futures that wait for a loss share one [`Hold`] and read its deadline. Nothing else in
-//! the crate decides whether a lock is held. Invariants:
+//! The guard, its renewer and the futures that wait for a loss share one [`Hold`] and read its deadline. Nothing else
+//! in the crate decides whether a lock is held. Invariants:
 //!
 //! 1. Only a confirmed request moves the deadline forward. The new deadline counts from before the request was sent.
 //! 2. A lock that is no longer held stays that way: the loss is set once, before the cancellation token fires.
 //! 3. A deadline that has passed is the loss `Expired`, whoever notices it first. No later reply changes that.
 //! 4. A request that makes the ttl shorter counts from the moment it is sent, since the server may run it at any time
-//!    after that. The reply to a request that was sent before it no longer counts, since the server may have run that one
-//!    first.
-//! 5. While the outcome of such a request is unknown, the server may still run it, even after a request that it confirms
-//!    in the meantime. So no confirmation counts for more than that ttl.
+//!    after that. The reply to a request that was sent before it no longer counts, since the server may have run that
+//!    one first.
+//! 5. While the outcome of such a request is unknown, the server may still run it, even after a request that it
+//!    confirms in the meantime. So no confirmation counts for more than that ttl.
 //! 6. One step decides the loss and what is left to do about it: nobody sees one without the other.
 
 mod claim;
@@ -114,8 +114,8 @@ struct Unresolved {
 
 /// What the renewer has to do when the lock is no longer held.
 pub(crate) enum FinalStep {
-    /// Release the lock. [`Locker::close`](crate::Locker::close) waits for the pending cleanup; if there is none yet, the
-    /// renewer registers it.
+    /// Release the lock. [`Locker::close`](crate::Locker::close) waits for the pending cleanup; if there is none yet,
+    /// the renewer registers it.
     Release(Option<PendingCleanup>),
     /// The lock is released: undo what an earlier attempt of unknown outcome may still leave.
     Undo(PendingCleanup),
@@ -162,8 +162,8 @@ impl Hold {
         }
     }
 
-    /// Returns whether the lock is held now. It reads the clock, so the result is right even if no task of the crate has
-    /// run for a while. The first call that finds the deadline passed ends the hold.
+    /// Returns whether the lock is held now. It reads the clock, so the result is right even if no task of the crate
+    /// has run for a while. The first call that finds the deadline passed ends the hold.
     pub(crate) fn check(&self) -> Result<(), Loss> {
         let (verdict, has_ended) = {
             let state = self.state();
@@ -222,8 +222,8 @@ impl Hold {
         self.state().observer.clone()
     }
 
-    /// Notes that a renewal is about to be sent: for the current ttl, or for at least `ttl`. The server refuses to run it
-    /// after `patience`.
+    /// Notes that a renewal is about to be sent: for the current ttl, or for at least `ttl`. The server refuses to run
+    /// it after `patience`.
     pub(crate) fn renewing(&self, ttl: Option<Duration>, patience: Duration) -> Renewing {
         let mut state = self.state();
         let (sent, ttl) = (Instant::now(), ttl.unwrap_or(state.ttl));
@@ -238,8 +238,8 @@ impl Hold {
         self.owned.grant.is_some() && (is_old || ttl > state.recorded_ttl)
     }
 
-    /// Returns the renewal that is due, if there is one and it may take `time` without outlasting the deadline. `sent` is
-    /// now, or a moment ago.
+    /// Returns the renewal that is due, if there is one and it may take `time` without outlasting the deadline. `sent`
+    /// is now, or a moment ago.
     pub(crate) fn renewing_when_due(&self, sent: Instant, time: Duration) -> Option<Renewing> {
         let mut state = self.state();
         state.verdict(sent).ok()?;
@@ -286,14 +286,14 @@ impl Hold {
         }
     }
 
-    /// Returns a token that fires when the deadline next moves closer. A future that sleeps until the deadline then has to
-    /// read it again.
+    /// Returns a token that fires when the deadline next moves closer. A future that sleeps until the deadline then has
+    /// to read it again.
     pub(crate) fn shortened(&self) -> CancellationToken {
         self.state().shortened.get_or_insert_default().clone()
     }
 
-    /// Applies the server's verdict on a renewal. Returns that of the hold: a lock that is no longer held stays lost, even
-    /// if the server has extended it.
+    /// Applies the server's verdict on a renewal. Returns that of the hold: a lock that is no longer held stays lost,
+    /// even if the server has extended it.
     pub(crate) fn confirm(&self, renewing: Renewing, verdict: Renewed) -> Renewed {
         match verdict {
             Renewed::Extended => self.renewed(renewing).err().map_or(Renewed::Extended, Renewed::NotOurs),
@@ -355,13 +355,14 @@ impl Hold {
         self.state().last_error.clone()
     }
 
-    /// Returns the cause of a loss, if it is known. Only an expiry has one: the other losses are verdicts of the server.
+    /// Returns the cause of a loss, if it is known. Only an expiry has one: the other losses are verdicts of the
+    /// server.
     pub(crate) fn cause_of(&self, loss: Loss) -> Option<Arc<Error>> {
         self.last_error().filter(|_| loss == Loss::Expired)
     }
 
-    /// Ends the hold, and returns the loss that counts: the first one stays (invariant 2), and a deadline that has passed
-    /// comes before any other (3).
+    /// Ends the hold, and returns the loss that counts: the first one stays (invariant 2), and a deadline that has
+    /// passed comes before any other (3).
     pub(crate) fn end(&self, loss: Loss) -> Loss {
         let mut state = self.state();
         if let Some(loss) = state.loss {
@@ -385,8 +386,8 @@ impl Hold {
         loss
     }
 
-    /// Sets what is left to do, unless that is decided already. Returns whether anything is left. The caller has to call
-    /// the renewer, or to remove it.
+    /// Sets what is left to do, unless that is decided already. Returns whether anything is left. The caller has to
+    /// call the renewer, or to remove it.
     pub(crate) fn set_final_step(&self, final_step: FinalStep) -> bool {
         let (refused, is_left) = {
             let mut state = self.state();

@@ -1,10 +1,10 @@
 //! Renews a held lock, and releases it in the end: one renewer per lock.
 //!
 //! A renewer exists from the moment the lock is obtained, and runs as a task while there is something to do for it
-//! (`scheduler.rs`). It renews the lock until the lock is no longer held, reports the reason, does what is left to do at
-//! the server, and ends. Renewals that are due at the same time are sent together while their renewers rest; a renewer
-//! runs when its renewal fails, or when something other than a renewal comes next. Dropping a guard only calls its
-//! renewer. So a guard may be dropped on any thread, in a panic, or while the runtime shuts down.
+//! (`scheduler.rs`). It renews the lock until the lock is no longer held, reports the reason, does what is left to do
+//! at the server, and ends. Renewals that are due at the same time are sent together while their renewers rest; a
+//! renewer runs when its renewal fails, or when something other than a renewal comes next. Dropping a guard only calls
+//! its renewer. So a guard may be dropped on any thread, in a panic, or while the runtime shuts down.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -139,10 +139,10 @@ impl Renewer {
         Some(DueRenewal { renewer: self.clone(), renewing })
     }
 
-    /// Says what a lock that nobody renews any longer has come to: the entry of the renewer has ended.
+    /// Reports the end of a lock that is renewed no longer, as the entry of its renewer has ended.
     ///
-    /// If the lock is still held, its runtime shuts down, and nobody would announce the deadline. It is reported lost at
-    /// once, since too early is safe and too late is not.
+    /// If the lock is still held, its runtime shuts down, and no task would report the deadline. So the lock is
+    /// reported lost at once: too early is safe, too late is not.
     pub(super) fn abandon(&self) {
         let loss = self.hold.end(Loss::Expired);
         // Nobody is left to release it either, so that nothing waits for that.
@@ -164,7 +164,7 @@ impl Renewer {
         let (mut failures, mut retry_at) = (0, None);
         loop {
             if let Err(loss) = hold.check() {
-                // Also when it is only the clock that says so: from now on everybody knows it.
+                // It may be only the clock that has shown it: this makes it known to all.
                 return Next::Over(hold.end(loss));
             }
             if let Some(error) = failure.take() {
@@ -235,7 +235,10 @@ impl Renewer {
         if failures == 1 {
             warn!(name: "tenure.renew_failed", ?remaining, ?pause, %error, "could not renew, will try again");
         } else {
-            debug!(name: "tenure.renew_failed", failures, ?remaining, ?pause, %error, "could not renew, will try again");
+            debug!(
+                name: "tenure.renew_failed", failures, ?remaining, ?pause, %error,
+                "could not renew, will try again"
+            );
         }
         let retry_at = Instant::now() + pause;
         if let Some(observer) = self.hold.observer() {

@@ -2,16 +2,16 @@
 //!
 //! Most locks are released long before their first renewal, and the others rest between renewals. A task with a timer
 //! for each lock would cost more than everything else the client does for it. So a resting renewer is only an entry
-//! here. There is one scheduler for each runtime; its task sleeps until the first entry is due and starts a task for it.
-//! Renewals that are due together are sent as one [`Batch`], whose renewers don't run at all.
+//! here. There is one scheduler for each runtime; its task sleeps until the first entry is due and starts a task for
+//! it. Renewals that are due together are sent as one [`Batch`], whose renewers don't run at all.
 //!
-//! 1. An entry rests, or its renewal is in a batch, or it runs. The scheduler's mutex guards this phase, and whoever
-//!    takes the renewer out of its entry decides what comes next.
+//! 1. An entry rests, or its renewal is in a batch, or it runs. The mutex of the scheduler guards this phase. The task
+//!    that has taken the entry by a change of its phase decides what comes next.
 //! 2. A renewer that is called while it runs looks again before it rests. One that is called while its renewal is in a
 //!    batch runs at once, and the batch no longer concerns it: a batch that hangs holds up no release.
-//! 3. A scheduler ends with its runtime, and when its task finds no entry after [`LINGER`]. It accepts no entry from then
-//!    on. Entries that are left are dropped like the tasks of a runtime that ends; an entry that is dropped reports the
-//!    loss of its lock.
+//! 3. A scheduler ends with its runtime, and when its task finds no entry after [`LINGER`]. It accepts no entry from
+//!    then on. Entries that are left are dropped like the tasks of a runtime that ends; an entry that is dropped
+//!    reports the loss of its lock.
 //! 4. No entry is dropped under the mutex, and no renewer woken: dropping an entry ends its hold, which runs wakers of
 //!    users. Lock order: the list of schedulers, the state of one of them, the state of a hold.
 
@@ -30,18 +30,24 @@ use tokio::select;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use self::state::{EntryId, Rest, State};
+use self::state::{Due, EntryId, Rest, State};
 use super::renewer::{AfterBatch, DueRenewal, Renewer, send_together};
 use crate::Error;
 
-/// How long the task sleeps at most before it looks whether an entry is left. If it ended with the last entry, a program
-/// that takes one lock after another would start a task for each.
+/// How long the task sleeps at most before it looks whether an entry is left. If it ended with the last entry, a
+/// program that takes one lock after another would start a task for each, which cost more than everything else for a
+/// lock held for a millisecond (`cargo bench --bench versus`).
 const LINGER: Duration = Duration::from_millis(500);
 
-/// At most this many renewals are started at a time; the next ones follow after [`PAUSE`].
+/// How many renewals are started at a time: as many as fit in three calls of the batcher. The next ones follow after
+/// [`PAUSE`].
+///
+/// Locks that were obtained together are due together. If their renewals were all started at once, the memory in use
+/// would grow to many times that of locks at rest: `cargo bench --bench watch` shows it as bytes per lock.
 const AT_A_TIME: usize = 288;
 
-/// The time between two groups of [`AT_A_TIME`] renewals.
+/// The time between two groups of [`AT_A_TIME`] renewals. Their calls take longer than this, so the pause delays
+/// nothing that would not have to wait anyway: `cargo bench --bench watch` counts late renewals.
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// The schedulers of one locker: one for each runtime that it is used on.
@@ -154,7 +160,7 @@ impl Scheduler {
     async fn run(ends: EndOnDrop) {
         let scheduler = &ends.0;
         let mut is_called = true;
-        while let Some((runs, batch, wakes_at)) = scheduler.take_due(is_called) {
+        while let Some((Due { runs, batch }, wakes_at)) = scheduler.take_due(is_called) {
             let is_full = runs.len() + batch.len() == AT_A_TIME;
             for (id, renewer) in runs {
                 Run::new(scheduler, id).spawn(renewer, None);
@@ -178,16 +184,16 @@ impl Scheduler {
 
     /// Takes what is due, and returns it along with the time when the task wakes up by itself. Returns `None` when the
     /// scheduler ends: no entry is left, and none has come since the task last went to sleep (invariant 3).
-    fn take_due(&self, is_called: bool) -> Option<(Vec<(EntryId, Renewer)>, Vec<(EntryId, DueRenewal)>, Instant)> {
+    fn take_due(&self, is_called: bool) -> Option<(Due, Instant)> {
         let (mut state, now) = (self.state(), Instant::now());
         if state.is_empty() && (state.over || !is_called) {
             state.over = true;
             return None;
         }
-        let (runs, batch) = state.take_due(now, AT_A_TIME);
+        let due = state.take_due(now, AT_A_TIME);
         let wakes_at = state.first_due().map_or(now + LINGER, |first| first.min(now + LINGER));
         state.wakes_at = Some(wakes_at);
-        Some((runs, batch, wakes_at))
+        Some((due, wakes_at))
     }
 
     /// Makes sure that the task looks at the state at `due` or earlier.

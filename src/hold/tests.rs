@@ -1,4 +1,4 @@
-//! What a hold says at which time, under paused time.
+//! Deadlines, losses and final steps of a hold, under paused time.
 
 use tokio::time::{advance, pause};
 
@@ -87,8 +87,7 @@ async fn a_shorter_ttl_counts_from_its_send_and_outdates_what_was_sent_before() 
 async fn a_renewal_goes_along_with_others_when_it_is_due_and_the_deadline_is_far() {
     let hold = hold();
     let start = Instant::now();
-    let renewing_after =
-        |past, time| hold.renewing_when_due(start + ms(past), ms(time)).map(|renewing| renewing.sent);
+    let renewing_after = |past, time| hold.renewing_when_due(start + ms(past), ms(time)).map(|renewing| renewing.sent);
     assert_eq!(renewing_after(300, 0), None, "not due");
     assert_eq!(renewing_after(400, 600), Some(start + ms(400)));
     assert_eq!(renewing_after(400, 601), None, "it might end after the deadline");

@@ -59,6 +59,14 @@ impl Phase {
     const STARTED: Self = Self::Running { called: false, waker: None };
 }
 
+/// What is to be done now.
+pub(super) struct Due {
+    /// The renewers that run, each in a task of its own.
+    pub(super) runs: Vec<(EntryId, Renewer)>,
+    /// The renewals that are sent together.
+    pub(super) batch: Vec<(EntryId, DueRenewal)>,
+}
+
 /// What becomes of an entry that is to rest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Rest {
@@ -78,8 +86,8 @@ impl State {
         (slot, self.last)
     }
 
-    /// Takes an entry that rests or is in a batch: it counts as running from now on. Returns false if it runs already or
-    /// has ended.
+    /// Takes an entry that rests or is in a batch: it counts as running from now on. Returns false if it runs already
+    /// or has ended.
     fn take(&mut self, id: EntryId) -> bool {
         let Some(entry) = self.get(id) else { return false };
         let due = match entry.phase {
@@ -91,8 +99,9 @@ impl State {
         due.is_none_or(|due| self.resting.remove(&(due, id.0)))
     }
 
-    /// Takes an entry that is in a batch. Returns false if it was called in the meantime (invariant 2), even if it rests
-    /// again. It may be in a later batch by now: this one's reply is as good, and the later batch then finds it gone.
+    /// Takes an entry that is in a batch. Returns false if it was called in the meantime (invariant 2), even if it
+    /// rests again. It may be in a later batch by now: this one's reply is as good, and the later batch then finds it
+    /// gone.
     pub(super) fn take_from_batch(&mut self, id: EntryId) -> bool {
         self.get(id).is_some_and(|entry| matches!(entry.phase, Phase::InBatch)) && self.take(id)
     }
@@ -165,9 +174,9 @@ impl State {
         slots.map(|slot| self.entries.try_remove(slot)).collect()
     }
 
-    /// Takes at most `limit` entries that have something to do. Returns the renewers that run, and the renewals that are
-    /// sent together. Entries that are due come first, in the order of time, since a renewal can be too late.
-    pub(super) fn take_due(&mut self, now: Instant, limit: usize) -> (Vec<(EntryId, Renewer)>, Vec<(EntryId, DueRenewal)>) {
+    /// Takes at most `limit` entries that have something to do. Those that are due come first, in the order of time,
+    /// since a renewal can be too late.
+    pub(super) fn take_due(&mut self, now: Instant, limit: usize) -> Due {
         let (mut runs, mut batch) = (Vec::new(), Vec::new());
         while let Some(&(due, slot)) = self.resting.first().filter(|_| runs.len() + batch.len() < limit) {
             if due > now {
@@ -195,7 +204,7 @@ impl State {
         let called = self.called.len().min(limit - runs.len() - batch.len());
         runs.extend(self.called.drain(..called));
         let runs = runs.into_iter().filter_map(|id| Some((id, self.get(id)?.renewer.clone())));
-        (runs.collect(), batch)
+        Due { runs: runs.collect(), batch }
     }
 
     /// Returns when the first entry that rests is due.

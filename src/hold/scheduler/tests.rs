@@ -128,8 +128,7 @@ impl World {
         let keys = keys.iter().map(|key| Key::from(*key)).collect();
         let owned = Owned { keys, token: Token::random(), own_token: true, grant: None };
         let (queueing, latest) = (Queueing::None, Arc::new(Latest::default()));
-        let wanted =
-            Wanted { owned: owned.clone(), metadata: Box::default(), ttl, fenced: false, queueing, latest };
+        let wanted = Wanted { owned: owned.clone(), metadata: Box::default(), ttl, fenced: false, queueing, latest };
         at_once(self.store.acquire(&wanted, InLine::No, ms(500)));
         let drift = Drift { factor: 0.0, margin: Duration::ZERO };
         let grant = Grant { sent: Instant::now(), ttl, fencing_token: None, doubt: None };
@@ -183,7 +182,10 @@ async fn each_runs_when_it_is_due_also_when_it_came_later_than_others() {
     let _late = world.lock_for(ms(900), &["late"], Renewal::Never, &Runtime::current());
     sleep(ms(100)).await;
     let _soon = world.lock_for(ms(200), &["soon"], Renewal::Never, &Runtime::current());
-    assert_eq!(world.until(900).await, ["300: Expired soon", "300: release soon", "900: Expired late", "900: release late"]);
+    assert_eq!(
+        world.until(900).await,
+        ["300: Expired soon", "300: release soon", "900: Expired late", "900: release late"]
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -245,8 +247,8 @@ async fn one_that_is_called_while_it_runs_looks_again_before_it_rests() {
     let lock = world.lock(&["a"], EVERY_200);
     let (id, later) = (lock.handle.id, Instant::now() + ms(900));
     let mut state = lock.handle.scheduler.state();
-    let (runs, _) = state.take_due(Instant::now() + ms(200), AT_A_TIME);
-    assert_eq!(runs.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [id]);
+    let due = state.take_due(Instant::now() + ms(200), AT_A_TIME);
+    assert_eq!(due.runs.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [id]);
     for _ in 0..2 {
         assert!(!state.call(id) && state.interrupt(id).is_none());
     }
