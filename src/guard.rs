@@ -16,7 +16,7 @@ use crate::hold::{FinalStep, Hold};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
 use crate::loss::{Lost, Protected};
-use crate::store::{Ending, Released};
+use crate::store::{Ending, Verdict};
 use crate::{Error, Key, Lease, Loss, Token};
 
 /// A held lock: renewed in the background until it is released, dropped or lost.
@@ -485,11 +485,11 @@ impl LockGuard {
             None => FinalStep::Nothing,
         });
         match released {
-            Released::Freed => {
+            Verdict::Done => {
                 info!(name: "tenure.released", key = %self.key(), "released");
                 Ok(())
             }
-            Released::NotOurs(loss) => Err(self.not_held(loss)),
+            Verdict::NotOurs(loss) => Err(self.not_held(loss)),
         }
     }
 

@@ -8,7 +8,7 @@ use tracing::{info, warn};
 use super::{Hold, Owned, timing};
 use crate::Error;
 use crate::locker::shared::Shared;
-use crate::store::{Ending, Released};
+use crate::store::{Ending, Verdict};
 
 impl Shared {
     /// Releases, trying again after failures, until then.
@@ -22,10 +22,10 @@ impl Shared {
         owned: &Owned,
         ending: Ending,
         until: Instant,
-    ) -> Result<Released, Error> {
+    ) -> Result<Verdict, Error> {
         Self::check_runtime()?;
         let mut handed_over = None;
-        if let Some(hand_over) = self.store.hands_over().then(|| self.queues.next(owned)).flatten() {
+        if let Some(hand_over) = self.store.capabilities().hands_over.then(|| self.queues.next(owned)).flatten() {
             let patience = self.command_timeout.min(until.saturating_duration_since(Instant::now()));
             handed_over = Some(self.hand_over(owned, ending, hand_over, patience).await);
         }
@@ -34,16 +34,11 @@ impl Shared {
         }
         let ending = if matches!(handed_over, Some(Err(_))) { Ending::Grant } else { ending };
         let (released, doubtful) = self.release_until(owned, ending, until).await?;
-        Ok(if doubtful || matches!(handed_over, Some(Err(_))) { Released::Freed } else { released })
+        Ok(if doubtful || matches!(handed_over, Some(Err(_))) { Verdict::Done } else { released })
     }
 
     /// Answers also whether a try of unknown outcome came before.
-    async fn release_until(
-        &self,
-        owned: &Owned,
-        mut ending: Ending,
-        until: Instant,
-    ) -> Result<(Released, bool), Error> {
+    async fn release_until(&self, owned: &Owned, mut ending: Ending, until: Instant) -> Result<(Verdict, bool), Error> {
         let (mut failures, mut doubtful) = (0, false);
         loop {
             let now = Instant::now();

@@ -19,7 +19,7 @@ use super::scheduler::{self, ScheduleHandle};
 use super::{FinalStep, Hold, Renewing, timing};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
-use crate::store::Renewed;
+use crate::store::Verdict;
 use crate::{Error, Loss};
 
 impl Shared {
@@ -43,14 +43,16 @@ impl Shared {
     }
 
     /// Sends renewals that all have the whole of a call's time.
-    async fn renew_all(&self, errands: &[DueRenewal]) -> Vec<Result<Renewed, Error>> {
+    async fn renew_all(&self, errands: &[DueRenewal]) -> Vec<Result<Verdict, Error>> {
         let timed_out = || errands.iter().map(|_| Err(Error::timeout())).collect();
-        let Some(store) = self.store.together() else { return timed_out() };
+        if !self.store.capabilities().renews_batches {
+            return timed_out();
+        }
         let locks: Vec<_> = errands.iter().map(|errand| (&errand.hold.owned, errand.renewing.ttl)).collect();
         // As above: the first of their deadlines.
         match errands.iter().map(|errand| errand.hold.deadline()).min() {
             None => Vec::new(),
-            Some(until) => match timeout_at(until, store.renew_all(&locks, self.command_timeout)).await {
+            Some(until) => match timeout_at(until, self.store.renew_batch(&locks, self.command_timeout)).await {
                 Ok(answers) => answers,
                 Err(_) => timed_out(),
             },
@@ -59,10 +61,10 @@ impl Shared {
 }
 
 /// Passes on what the server has said to a renewal.
-fn learn(hold: &Hold, renewing: Renewing, renewed: Renewed) -> Result<(), Loss> {
+fn learn(hold: &Hold, renewing: Renewing, renewed: Verdict) -> Result<(), Loss> {
     match renewed {
-        Renewed::Extended => hold.renewed(renewing),
-        Renewed::NotOurs(loss) => Err(hold.end(loss)),
+        Verdict::Done => hold.renewed(renewing),
+        Verdict::NotOurs(loss) => Err(hold.end(loss)),
     }
 }
 
@@ -81,7 +83,7 @@ pub(crate) struct DueRenewal {
 
 impl scheduler::Job for Renewer {
     type DueRenewal = DueRenewal;
-    type Outcome = (Renewing, Result<Renewed, Error>);
+    type Outcome = (Renewing, Result<Verdict, Error>);
     type Failure = Error;
 
     fn run(self, failure: Option<Error>) -> impl Future<Output = Option<(Self, Instant)>> + Send + 'static {
@@ -92,7 +94,7 @@ impl scheduler::Job for Renewer {
     /// Where the deadline comes before the call is given up on, that has to be watched as well: not along with others.
     fn errand(&self, now: Instant) -> Option<DueRenewal> {
         let Self { hold, shared } = self;
-        if shared.store.together().is_none() || hold.owned.keys.len() != 1 {
+        if !shared.store.capabilities().renews_batches || hold.owned.keys.len() != 1 {
             return None;
         }
         // Twice, so that another try fits in before the deadline.

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::listen::Listening;
 use super::memory::MemoryStore;
+use super::notifications::Subscription;
 use super::{
-    Acquired, Answer, Each, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Released, Renewed, Store,
-    Together, Undone, Wanted,
+    Acquired, Answer, Answers, Capabilities, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Store,
+    Undone, Verdict, Wanted,
 };
 use crate::hold::Owned;
 use crate::{Error, Key};
@@ -54,8 +54,8 @@ pub(crate) enum Operation {
 /// What the server has done for a call.
 pub(crate) enum Ran<'a> {
     Acquire(&'a Wanted, &'a Acquired),
-    Renew(&'a Owned, Duration, Extending, &'a Renewed),
-    Release(&'a Owned, Ending, &'a Released),
+    Renew(&'a Owned, Duration, Extending, &'a Verdict),
+    Release(&'a Owned, Ending, &'a Verdict),
     Undo(&'a Owned, &'a Undone),
     HandOver(&'a Owned, Ending, &'a Wanted, &'a HandedOver),
 }
@@ -69,7 +69,7 @@ pub(crate) trait Witness: Send + Sync {
     fn ran(&self, call: u64, ran: Ran<'_>);
 
     /// Somebody listens to the store.
-    fn listens(&self, listening: Listening) -> Listening;
+    fn subscribes(&self, subscription: Subscription) -> Subscription;
 }
 
 /// The embedded store, behind a line that does what `plan` says to each call.
@@ -185,6 +185,10 @@ pub(super) async fn call_within<S: Send + Sync + 'static, T: Send + 'static>(
 }
 
 impl Store for FaultyStore {
+    fn capabilities(&self) -> Capabilities {
+        self.store.capabilities()
+    }
+
     fn acquire<'a>(&'a self, wanted: &'a Wanted, _: InLine, timeout: Duration) -> Answer<'a, Acquired> {
         let wanted = wanted.clone();
         wanted.latest.extend(self.latest(timeout));
@@ -195,7 +199,7 @@ impl Store for FaultyStore {
         }))
     }
 
-    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Renewed> {
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Verdict> {
         let owned = owned.clone();
         Box::pin(self.call(Operation::Renew, timeout, move |store, ran| {
             let renewed = store.renew_now(&owned, ttl, how);
@@ -204,11 +208,26 @@ impl Store for FaultyStore {
         }))
     }
 
-    fn together(&self) -> Option<&dyn Together> {
-        Some(self)
+    /// They share a call, and what becomes of it.
+    fn renew_batch<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], timeout: Duration) -> Answers<'a, Verdict> {
+        let owned: Vec<_> = locks.iter().map(|&(owned, ttl)| (owned.clone(), ttl)).collect();
+        let call = self.call(Operation::Renew, timeout, move |store, ran| -> Vec<_> {
+            let renew = |(owned, ttl): &(Owned, Duration)| {
+                let renewed = store.renew_now(owned, *ttl, Extending::AtLeast);
+                ran(Ran::Renew(owned, *ttl, Extending::AtLeast, &renewed));
+                renewed
+            };
+            owned.iter().map(renew).collect()
+        });
+        Box::pin(async {
+            match call.await {
+                Ok(answers) => answers.into_iter().map(Ok).collect(),
+                Err(error) => locks.iter().map(|_| Err(error.clone())).collect(),
+            }
+        })
     }
 
-    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Released> {
+    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Verdict> {
         let owned = owned.clone();
         Box::pin(self.call(Operation::Release, timeout, move |store, ran| {
             let released = store.release_now(&owned, ending);
@@ -225,10 +244,6 @@ impl Store for FaultyStore {
             ran(Ran::Undo(&owned, &undone));
             undone
         }))
-    }
-
-    fn hands_over(&self) -> bool {
-        true
     }
 
     fn hand_over<'a>(
@@ -248,11 +263,11 @@ impl Store for FaultyStore {
         }))
     }
 
-    fn listen(&self, key: &Key) -> Listening {
-        let listening = self.store.listen_now(key);
+    fn subscribe(&self, key: &Key) -> Subscription {
+        let subscription = self.store.subscribe_now(key);
         match &self.witness {
-            Some(witness) => witness.listens(listening),
-            None => listening,
+            Some(witness) => witness.subscribes(subscription),
+            None => subscription,
         }
     }
 
@@ -264,27 +279,6 @@ impl Store for FaultyStore {
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {
         let key = key.clone();
         Box::pin(self.call(Operation::Read, timeout, move |store, _| store.inspect_now(&key)))
-    }
-}
-
-impl Together for FaultyStore {
-    /// They share a call, and what becomes of it.
-    fn renew_all<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], timeout: Duration) -> Each<'a, Renewed> {
-        let owned: Vec<_> = locks.iter().map(|&(owned, ttl)| (owned.clone(), ttl)).collect();
-        let call = self.call(Operation::Renew, timeout, move |store, ran| -> Vec<_> {
-            let renew = |(owned, ttl): &(Owned, Duration)| {
-                let renewed = store.renew_now(owned, *ttl, Extending::AtLeast);
-                ran(Ran::Renew(owned, *ttl, Extending::AtLeast, &renewed));
-                renewed
-            };
-            owned.iter().map(renew).collect()
-        });
-        Box::pin(async {
-            match call.await {
-                Ok(answers) => answers.into_iter().map(Ok).collect(),
-                Err(error) => locks.iter().map(|_| Err(error.clone())).collect(),
-            }
-        })
     }
 }
 

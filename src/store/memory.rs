@@ -8,10 +8,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::task::consume_budget;
 use tokio::time::Instant;
 
-use super::listen::{Line, Listeners, Listening};
+use super::notifications::{ChannelState, Subscription, Subscriptions};
 use super::{
-    Acquired, Answer, Each, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Released, Renewed, Store,
-    Together, Undone, Wanted,
+    Acquired, Answer, Answers, Capabilities, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Store,
+    Undone, Verdict, Wanted,
 };
 use crate::hold::{GrantId, Owned};
 use crate::{Key, Loss, Token};
@@ -19,7 +19,7 @@ use crate::{Key, Loss, Token};
 /// Locks in a map. No operation waits for anything but its task's turn, so none can time out.
 pub(crate) struct MemoryStore {
     held: Mutex<Held>,
-    listeners: Listeners,
+    subscriptions: Subscriptions,
 }
 
 struct Held {
@@ -77,26 +77,26 @@ impl MemoryStore {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let epoch = (Instant::now(), since_1970);
         let held = Mutex::new(Held { locks: HashMap::new(), last_fence: 0, sweep_at: 64, epoch });
-        Self { held, listeners: Listeners::new() }
+        Self { held, subscriptions: Subscriptions::new() }
     }
 
     pub(super) fn acquire_now(&self, wanted: &Wanted) -> Acquired {
         self.held().acquire(wanted)
     }
 
-    pub(super) fn renew_now(&self, owned: &Owned, ttl: Duration, how: Extending) -> Renewed {
+    pub(super) fn renew_now(&self, owned: &Owned, ttl: Duration, how: Extending) -> Verdict {
         self.held().renew(owned, ttl, how)
     }
 
-    pub(super) fn release_now(&self, owned: &Owned, ending: Ending) -> Released {
+    pub(super) fn release_now(&self, owned: &Owned, ending: Ending) -> Verdict {
         let released = self.held().release(owned, ending);
-        owned.keys.iter().for_each(|key| self.listeners.tell(key.as_bytes()));
+        owned.keys.iter().for_each(|key| self.subscriptions.notify(key.as_bytes()));
         released
     }
 
     pub(super) fn undo_now(&self, owned: &Owned, latest: &Latest) -> Undone {
         self.release_now(owned, Ending::Grant);
-        latest.remaining(self.millis(Instant::now())).map_or(Undone::Settled, Undone::MayRun)
+        latest.remaining(self.millis(Instant::now())).map_or(Undone::Complete, Undone::MayRun)
     }
 
     /// The clock that requests expire by.
@@ -110,7 +110,7 @@ impl MemoryStore {
         if ending == Ending::Grant && held.is_shared(from) {
             return HandedOver::NotNow;
         }
-        if let Released::NotOurs(loss) = held.release(from, ending) {
+        if let Verdict::NotOurs(loss) = held.release(from, ending) {
             return HandedOver::NotOurs(loss);
         }
         match held.acquire(to) {
@@ -128,8 +128,8 @@ impl MemoryStore {
         self.held().inspect(key)
     }
 
-    pub(super) fn listen_now(&self, key: &Key) -> Listening {
-        self.listeners.listen(key.to_bytes(), Line::Open).0
+    pub(super) fn subscribe_now(&self, key: &Key) -> Subscription {
+        self.subscriptions.subscribe(key.to_bytes(), ChannelState::Open).0
     }
 
     /// Who holds the key now, and until when unless renewed.
@@ -146,8 +146,8 @@ impl MemoryStore {
 
     /// To how many keys somebody listens, or is thought to.
     #[cfg(test)]
-    pub(crate) fn listeners(&self) -> usize {
-        self.listeners.len()
+    pub(crate) fn subscriptions(&self) -> usize {
+        self.subscriptions.len()
     }
 
     /// As a server does that is restarted without its data.
@@ -232,10 +232,10 @@ impl Held {
         self.last_fence
     }
 
-    fn renew(&mut self, owned: &Owned, ttl: Duration, how: Extending) -> Renewed {
+    fn renew(&mut self, owned: &Owned, ttl: Duration, how: Extending) -> Verdict {
         let (how, now) = (how.of(owned), Instant::now());
         if let Some(loss) = self.not_ours(owned, now) {
-            return Renewed::NotOurs(loss);
+            return Verdict::NotOurs(loss);
         }
         for key in &owned.keys {
             if let Some(entry) = self.locks.get_mut(key) {
@@ -265,10 +265,10 @@ impl Held {
                 entry.expires = if is_exact { now + ttl } else { entry.expires.max(now + ttl) };
             }
         }
-        Renewed::Extended
+        Verdict::Done
     }
 
-    fn release(&mut self, owned: &Owned, ending: Ending) -> Released {
+    fn release(&mut self, owned: &Owned, ending: Ending) -> Verdict {
         let now = Instant::now();
         let loss = self.not_ours(owned, now);
         for key in &owned.keys {
@@ -288,7 +288,7 @@ impl Held {
                 entry.grants = others;
             }
         }
-        loss.map_or(Released::Freed, Released::NotOurs)
+        loss.map_or(Verdict::Done, Verdict::NotOurs)
     }
 
     fn remaining(&self, owned: &Owned) -> Option<Duration> {
@@ -311,28 +311,31 @@ impl Held {
 }
 
 impl Store for MemoryStore {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { hands_over: true, renews_batches: true, ..Capabilities::default() }
+    }
+
     fn acquire<'a>(&'a self, wanted: &'a Wanted, _: InLine, _: Duration) -> Answer<'a, Acquired> {
         in_turn(move || self.acquire_now(wanted))
     }
 
-    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, _: Duration) -> Answer<'a, Renewed> {
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, _: Duration) -> Answer<'a, Verdict> {
         in_turn(move || self.renew_now(owned, ttl, how))
     }
 
-    fn together(&self) -> Option<&dyn Together> {
-        Some(self)
+    fn renew_batch<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], _: Duration) -> Answers<'a, Verdict> {
+        Box::pin(async {
+            consume_budget().await;
+            locks.iter().map(|(owned, ttl)| Ok(self.renew_now(owned, *ttl, Extending::AtLeast))).collect()
+        })
     }
 
-    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, _: Duration) -> Answer<'a, Released> {
+    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, _: Duration) -> Answer<'a, Verdict> {
         in_turn(move || self.release_now(owned, ending))
     }
 
     fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, _: Duration) -> Answer<'a, Undone> {
         in_turn(move || self.undo_now(owned, latest))
-    }
-
-    fn hands_over(&self) -> bool {
-        true
     }
 
     fn hand_over<'a>(
@@ -346,8 +349,8 @@ impl Store for MemoryStore {
         in_turn(move || self.hand_over_now(from, ending, to))
     }
 
-    fn listen(&self, key: &Key) -> Listening {
-        self.listen_now(key)
+    fn subscribe(&self, key: &Key) -> Subscription {
+        self.subscribe_now(key)
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, _: Duration) -> Answer<'a, Option<Duration>> {
@@ -373,16 +376,7 @@ impl fmt::Debug for MemoryStore {
     /// Shows how many locks there are: what they hold belongs to their owners.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let locks = self.held().locks.len();
-        f.debug_struct("MemoryStore").field("locks", &locks).field("listeners", &self.listeners).finish()
-    }
-}
-
-impl Together for MemoryStore {
-    fn renew_all<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], _: Duration) -> Each<'a, Renewed> {
-        Box::pin(async {
-            consume_budget().await;
-            locks.iter().map(|(owned, ttl)| Ok(self.renew_now(owned, *ttl, Extending::AtLeast))).collect()
-        })
+        f.debug_struct("MemoryStore").field("locks", &locks).field("subscriptions", &self.subscriptions).finish()
     }
 }
 
@@ -458,6 +452,6 @@ mod tests {
         }
         // A queue is kept for a moment: who waited often waits again.
         sleep(ms(1_500)).await;
-        assert_eq!(store.listeners.len(), 0);
+        assert_eq!(store.subscriptions.len(), 0);
     }
 }

@@ -56,7 +56,6 @@
 //! 3. No token is used for two attempts, so whatever comes late of one can't touch the next. Where the user has chosen
 //!    the token, grants have ids instead, and a node takes back only what the grant of this id alone holds.
 
-mod ballot;
 mod calls;
 mod catch_up;
 mod clocks;
@@ -81,7 +80,6 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
-pub(crate) use self::ballot::{Ballot, Node, Reply, Seen, Vote};
 use self::calls::Calls;
 use self::clocks::Clocks;
 use self::heal::Healing;
@@ -89,11 +87,12 @@ use self::identity::Identity;
 pub(crate) use self::nodes::{Connected, connect};
 use self::rounds::Rounds;
 use self::shortened::{RequestId, Shortened};
-use self::tally::{Kept, Tally, Verdict};
-use super::listen::Listening;
+use self::tally::{Kept, Outcome, Tally};
+use super::node::Node;
+use super::notifications::Subscription;
 use super::{
-    Acquired, Answer, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Released, Renewed, Store, Undone,
-    Wanted,
+    Acquired, Answer, Capabilities, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Store, Undone,
+    Verdict, Wanted,
 };
 use crate::hold::Owned;
 use crate::{Error, Key, Loss, NodeError, Token};
@@ -186,7 +185,7 @@ impl QuorumStore {
         round::attempt(&self.quorum, wanted, timeout).await
     }
 
-    async fn renew(&self, owned: &Owned, ttl: Duration, how: Extending, timeout: Duration) -> Result<Renewed, Error> {
+    async fn renew(&self, owned: &Owned, ttl: Duration, how: Extending, timeout: Duration) -> Result<Verdict, Error> {
         let quorum = &self.quorum;
         quorum.check_ttl(ttl)?;
         let how = match how {
@@ -221,33 +220,33 @@ impl QuorumStore {
                 healing.note(place, *renewed);
             }
             match answer {
-                Ok(Renewed::Extended) if quorum.shortened.may_shorten(owned, exact, place, ttl) => {
+                Ok(Verdict::Done) if quorum.shortened.may_shorten(owned, exact, place, ttl) => {
                     tally.failed(place, shortened::may_be_set_late());
                 }
-                Ok(Renewed::Extended) => tally.yes(),
-                Ok(Renewed::NotOurs(loss)) => {
+                Ok(Verdict::Done) => tally.yes(),
+                Ok(Verdict::NotOurs(loss)) => {
                     not_ours = worse(not_ours, loss);
                     tally.no();
                 }
                 Err(error) => tally.failed(place, error),
             }
-            match tally.verdict() {
-                Some(Verdict::Yes) => {
+            match tally.outcome() {
+                Some(Outcome::Yes) => {
                     match healing {
                         Some(healing) => healing.confirmed(answers),
                         None => quorum.note_the_rest(owned, exact, answers),
                     }
-                    return Ok(Renewed::Extended);
+                    return Ok(Verdict::Done);
                 }
-                Some(Verdict::No) => return Ok(Renewed::NotOurs(not_ours)),
-                Some(Verdict::Unknown) => break,
+                Some(Outcome::No) => return Ok(Verdict::NotOurs(not_ours)),
+                Some(Outcome::Unknown) => break,
                 None => {}
             }
         }
         Err(tally.into_error())
     }
 
-    async fn release(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<Released, Error> {
+    async fn release(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<Verdict, Error> {
         let (quorum, timeout) = (&self.quorum, first(timeout));
         let mut answers = quorum.ask(timeout, |node| {
             let owned = owned.clone();
@@ -259,10 +258,10 @@ impl QuorumStore {
         let mut not_ours = Loss::Missing;
         let mut behind = Vec::new();
         while let Some((place, answer)) = answers.next().await {
-            releasing.answered(place, matches!(answer, Ok(Released::Freed)));
+            releasing.answered(place, matches!(answer, Ok(Verdict::Done)));
             match answer {
-                Ok(Released::Freed) => tally.yes(),
-                Ok(Released::NotOurs(loss)) => {
+                Ok(Verdict::Done) => tally.yes(),
+                Ok(Verdict::NotOurs(loss)) => {
                     not_ours = worse(not_ours, loss);
                     tally.no();
                 }
@@ -271,11 +270,11 @@ impl QuorumStore {
                     tally.failed(place, error);
                 }
             }
-            let released = match tally.verdict() {
-                Some(Verdict::Yes) => Released::Freed,
-                Some(Verdict::No) => Released::NotOurs(not_ours),
+            let released = match tally.outcome() {
+                Some(Outcome::Yes) => Verdict::Done,
+                Some(Outcome::No) => Verdict::NotOurs(not_ours),
                 // Whoever asked tries again, and on all nodes.
-                Some(Verdict::Unknown) => break,
+                Some(Outcome::Unknown) => break,
                 None => continue,
             };
             quorum.release_the_rest(owned, timeout, releasing, behind, answers);
@@ -301,11 +300,11 @@ impl QuorumStore {
                 Ok(None) => tally.no(),
                 Err(error) => tally.failed(place, error),
             }
-            match tally.verdict() {
-                Some(Verdict::Yes) if kept.is_known(tally.unanswered()) => break,
-                Some(Verdict::Yes) | None => {}
-                Some(Verdict::No) => return Ok(None),
-                Some(Verdict::Unknown) => break,
+            match tally.outcome() {
+                Some(Outcome::Yes) if kept.is_known(tally.unanswered()) => break,
+                Some(Outcome::Yes) | None => {}
+                Some(Outcome::No) => return Ok(None),
+                Some(Outcome::Unknown) => break,
             }
         }
         kept.by_majority().map(Some).ok_or_else(|| tally.into_error())
@@ -416,14 +415,14 @@ impl Quorum {
     }
 
     /// What a node's answer says of a request for an exact ttl.
-    fn note_exact(&self, owned: &Owned, exact: Option<RequestId>, place: usize, answer: &Result<Renewed, Error>) {
+    fn note_exact(&self, owned: &Owned, exact: Option<RequestId>, place: usize, answer: &Result<Verdict, Error>) {
         if let Some(id) = exact.filter(|_| answer.as_ref().map_or_else(Error::has_not_run, |_| true)) {
-            self.shortened.settle(owned, id, place);
+            self.shortened.has_ended(owned, id, place);
         }
     }
 
     /// Learns from those that answer after the majority.
-    fn note_the_rest(self: &Arc<Self>, owned: &Owned, exact: Option<RequestId>, mut answers: Calls<usize, Renewed>) {
+    fn note_the_rest(self: &Arc<Self>, owned: &Owned, exact: Option<RequestId>, mut answers: Calls<usize, Verdict>) {
         if exact.is_none() || answers.have_ended() {
             return;
         }
@@ -443,26 +442,26 @@ impl Quorum {
 }
 
 impl Store for QuorumStore {
+    /// It doesn't hand over: the votes for the next owner would have to arrive while those for the last are taken back.
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { undoes_attempts: true, ..Capabilities::default() }
+    }
+
     fn acquire<'a>(&'a self, wanted: &'a Wanted, _: InLine, timeout: Duration) -> Answer<'a, Acquired> {
         Box::pin(self.acquire(wanted, timeout))
     }
 
-    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Renewed> {
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Verdict> {
         Box::pin(self.renew(owned, ttl, how, timeout))
     }
 
-    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Released> {
+    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Verdict> {
         Box::pin(self.release(owned, ending, timeout))
     }
 
     /// A round takes its own attempt back, on each node by that node's clock.
     fn undo<'a>(&'a self, owned: &'a Owned, _: &'a Latest, timeout: Duration) -> Answer<'a, Undone> {
-        Box::pin(async move { self.release(owned, Ending::Grant, timeout).await.map(|_| Undone::Settled) })
-    }
-
-    /// No: the votes for the next would have to come in while those of the last are taken back.
-    fn hands_over(&self) -> bool {
-        false
+        Box::pin(async move { self.release(owned, Ending::Grant, timeout).await.map(|_| Undone::Complete) })
     }
 
     fn hand_over<'a>(
@@ -477,8 +476,8 @@ impl Store for QuorumStore {
     }
 
     /// A release on any node is news.
-    fn listen(&self, key: &Key) -> Listening {
-        Listening::join(self.quorum.members.iter().map(|member| member.node.listen(key)))
+    fn subscribe(&self, key: &Key) -> Subscription {
+        Subscription::join(self.quorum.members.iter().map(|member| member.node.subscribe(key)))
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
@@ -487,10 +486,6 @@ impl Store for QuorumStore {
 
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {
         Box::pin(self.inspect(key, timeout))
-    }
-
-    fn settles(&self) -> bool {
-        true
     }
 }
 

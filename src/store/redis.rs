@@ -29,7 +29,7 @@ use tokio::time::Instant;
 use tracing::debug;
 
 pub(crate) use self::about::{About, Contacts};
-use self::batcher::{Answers, Batcher, Carrier, Refused};
+use self::batcher::{BatchRefused, BatchResults, Batcher, Executor};
 use self::clock::ServerClock;
 use self::connection::{Connection, Sent};
 use self::operation::{Decision, NO_ID, Operation, What, unexpected};
@@ -37,16 +37,16 @@ use self::replicas::{Writing, within};
 use self::router::Router;
 use self::script::{Call, Reply, Said, Script, Scripts, decimal, is_mixed_up};
 use self::subscriber::Subscriber;
-use super::listen::Listening;
+use super::notifications::Subscription;
 use super::{
-    Acquired, Answer, Each, Ending, Extending, HandedOver, Holder, InLine, Latest, LinePlace, Next, RECORD_TTL,
-    Released, Renewed, Store, Together, Undone, Wanted,
+    Acquired, Answer, Answers, Capabilities, Ending, Extending, HandedOver, Holder, InLine, Latest, LinePlace, Next,
+    RECORD_TTL, Store, Undone, Verdict, Wanted,
 };
 use crate::hold::{GrantId, Owned};
 use crate::{Error, Key, Loss, Token};
 
 /// Where all operations travel that may share calls.
-const ONE_LINE: u16 = 0;
+const SHARED_LANE: u16 = 0;
 
 /// For how long the server remembers the last fencing token of a key, at least. Should it forget, its clock takes over:
 /// the memory only matters where that clock steps back, by less than this.
@@ -92,8 +92,12 @@ impl RedisStore {
         Self { prefix, process, without_line: AtomicBool::new(false), batcher: Batcher::new(server), subscriber }
     }
 
+    fn has_line(&self) -> bool {
+        !self.without_line.load(Ordering::Relaxed)
+    }
+
     fn server(&self) -> &Server {
-        self.batcher.carrier()
+        self.batcher.executor()
     }
 
     /// The key as the server knows it.
@@ -133,7 +137,7 @@ impl RedisStore {
             if !is_shared {
                 return Box::pin(self.acquire_in_line(wanted, key, place, timeout)).await;
             }
-            if !self.without_line.load(Ordering::Relaxed) {
+            if self.has_line() {
                 match Box::pin(self.acquire_in_line(wanted, key, place, timeout)).await {
                     // Who may not use the line waits without one, unless it was asked for.
                     Err(error) if error.code() == Some("NOPERM") => {
@@ -200,7 +204,7 @@ impl RedisStore {
         }
     }
 
-    async fn renew(&self, owned: &Owned, ttl: Duration, how: Extending, timeout: Duration) -> Result<Renewed, Error> {
+    async fn renew(&self, owned: &Owned, ttl: Duration, how: Extending, timeout: Duration) -> Result<Verdict, Error> {
         let (how, timeout) = (how.of(owned), within(timeout, ttl, self.server().min_replicas));
         if let ([key], Extending::AtLeast) = (&*owned.keys, how) {
             return self.run_owned(key, &owned.token, What::Renew { ttl: millis(ttl) }, timeout).await.map(renewed);
@@ -245,7 +249,7 @@ impl RedisStore {
         Call::new(self.names_with_records(owned), args)
     }
 
-    async fn release(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<Released, Error> {
+    async fn release(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<Verdict, Error> {
         let what = match (&*owned.keys, owned.grant, ending) {
             ([_], None, Ending::Lock) if owned.own_token => What::Release { publish: self.publish() },
             ([key], None, Ending::Grant) => {
@@ -265,7 +269,7 @@ impl RedisStore {
     }
 
     /// With all keys and records. Returns the server's time in ms as well.
-    async fn release_whole(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<(Released, u64), Error> {
+    async fn release_whole(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<(Verdict, u64), Error> {
         let (token, count) = (Value::from(owned.token.to_text()), count_of(owned));
         let publish = self.publish().into();
         let locks: Vec<Bytes> = owned.keys.iter().map(|key| self.name(key)).collect();
@@ -286,7 +290,7 @@ impl RedisStore {
 
     async fn undo(&self, owned: &Owned, latest: &Latest, timeout: Duration) -> Result<Undone, Error> {
         let (_, now) = self.release_whole(owned, Ending::Grant, timeout).await?;
-        Ok(latest.remaining(now).map_or(Undone::Settled, Undone::MayRun))
+        Ok(latest.remaining(now).map_or(Undone::Complete, Undone::MayRun))
     }
 
     /// The lock keys, then their records of grants.
@@ -376,13 +380,13 @@ impl RedisStore {
             let left = until.saturating_duration_since(Instant::now());
             let answer = match what {
                 Apart::Renew(ttl, how) => Store::renew(self, &one, ttl, how, left).await.map(|renewed| match renewed {
-                    Renewed::Extended => Ok(()),
-                    Renewed::NotOurs(loss) => Err(loss),
+                    Verdict::Done => Ok(()),
+                    Verdict::NotOurs(loss) => Err(loss),
                 }),
                 Apart::Release(ending) => {
                     Store::release(self, &one, ending, left).await.map(|released| match released {
-                        Released::Freed => Ok(()),
-                        Released::NotOurs(loss) => Err(loss),
+                        Verdict::Done => Ok(()),
+                        Verdict::NotOurs(loss) => Err(loss),
                     })
                 }
             };
@@ -401,24 +405,24 @@ impl RedisStore {
         }
     }
 
-    async fn renew_all(&self, locks: &[(&Owned, Duration)], timeout: Duration) -> Vec<Result<Renewed, Error>> {
+    async fn renew_batch(&self, locks: &[(&Owned, Duration)], timeout: Duration) -> Vec<Result<Verdict, Error>> {
         let renewal = |&(owned, ttl): &(&Owned, Duration)| {
             Operation::new(self.name(&owned.key()), &owned.token, What::Renew { ttl: millis(ttl) })
         };
-        let answers = self.batcher.run_all(ONE_LINE, locks.iter().map(renewal).collect(), timeout).await;
+        let answers = self.batcher.run_all(SHARED_LANE, locks.iter().map(renewal).collect(), timeout).await;
         answers.into_iter().map(|answer| answer.and_then(about_owned).map(renewed)).collect()
     }
 
     async fn run(&self, operation: Box<Operation>, timeout: Duration) -> Result<Decision, Error> {
         // What one call may touch: on a cluster, the keys of one slot.
-        let line = match self.server().takes_one_slot() {
+        let lane = match self.server().takes_one_slot() {
             true => redis_keyslot(&operation.name),
-            false => ONE_LINE,
+            false => SHARED_LANE,
         };
-        if self.server().router.is_moving(line) {
-            return Box::pin(self.server().one(&operation, timeout)).await;
+        if self.server().router.is_moving(lane) {
+            return Box::pin(self.server().run_one(&operation, timeout)).await;
         }
-        self.batcher.run(line, operation, timeout).await
+        self.batcher.run(lane, operation, timeout).await
     }
 
     async fn remaining(&self, owned: &Owned, timeout: Duration) -> Result<Option<Duration>, Error> {
@@ -591,10 +595,10 @@ impl Server {
     async fn all_replicated(
         &self,
         operations: &[Box<Operation>],
-        mut answers: Answers<Decision>,
+        mut answers: BatchResults<Decision>,
         writing: Option<Writing>,
         until: Instant,
-    ) -> Answers<Decision> {
+    ) -> BatchResults<Decision> {
         let mut both = operations.iter().zip(&answers);
         if self.min_replicas == 0 || !both.any(|(operation, answer)| is_for_replicas(operation, answer)) {
             return answers;
@@ -649,21 +653,21 @@ impl Server {
     }
 }
 
-impl Carrier for Server {
+impl Executor for Server {
     /// In a box: it is moved several times until it is sent.
     type Operation = Box<Operation>;
-    type Answer = Decision;
+    type Output = Decision;
 
     fn home(&self) -> Option<Handle> {
         self.connection.runtime()
     }
 
-    fn waits(&self, now: Instant) -> impl FnOnce() -> Error + Send {
+    fn begin_waiting(&self, now: Instant) -> impl FnOnce() -> Error + Send {
         let sent = self.connection.will_wait(now);
         move || self.connection.unheard(sent)
     }
 
-    async fn one(&self, operation: &Box<Operation>, timeout: Duration) -> Result<Decision, Error> {
+    async fn run_one(&self, operation: &Box<Operation>, timeout: Duration) -> Result<Decision, Error> {
         let (until, writing) = self.writing(timeout);
         let decision = self.decide(operation, timeout).await?;
         if operation.is_for_replicas(&decision) {
@@ -672,7 +676,11 @@ impl Carrier for Server {
         Ok(decision)
     }
 
-    async fn many(&self, operations: &[Box<Operation>], timeout: Duration) -> Result<Answers<Decision>, Refused> {
+    async fn run_batch(
+        &self,
+        operations: &[Box<Operation>],
+        timeout: Duration,
+    ) -> Result<BatchResults<Decision>, BatchRefused> {
         let (until, writing) = self.writing(timeout);
         let sending = |until| operations.iter().for_each(|operation| operation.is_sent(until));
         let answer =
@@ -685,7 +693,7 @@ impl Carrier for Server {
             // From a proxy before a cluster. Nothing was run. What comes from now on travels by slots.
             Err(Error::CrossSlot) => {
                 self.takes_one_slot.store(true, Ordering::Relaxed);
-                Err(Refused)
+                Err(BatchRefused)
             }
             // Their slot is half moved, so no node has all of the keys. Nothing was run.
             Err(error) if error.is_redirection() => {
@@ -694,7 +702,7 @@ impl Carrier for Server {
                 Ok(each.into_iter().map(Some).collect())
             }
             // The call as such, because of one of its keys (NOPERM). Nothing was run.
-            Err(error) if error.is_refusal() && !error.is_transient() => Err(Refused),
+            Err(error) if error.is_refusal() && !error.is_transient() => Err(BatchRefused),
             Err(error) => Ok(operations.iter().map(|_| Some(Err(error.clone()))).collect()),
         }
     }
@@ -729,17 +737,17 @@ fn about_owned(decision: Decision) -> Result<Result<(), Loss>, Error> {
     }
 }
 
-fn released(verdict: Result<(), Loss>) -> Released {
+fn released(verdict: Result<(), Loss>) -> Verdict {
     match verdict {
-        Ok(()) => Released::Freed,
-        Err(loss) => Released::NotOurs(loss),
+        Ok(()) => Verdict::Done,
+        Err(loss) => Verdict::NotOurs(loss),
     }
 }
 
-fn renewed(verdict: Result<(), Loss>) -> Renewed {
+fn renewed(verdict: Result<(), Loss>) -> Verdict {
     match verdict {
-        Ok(()) => Renewed::Extended,
-        Err(loss) => Renewed::NotOurs(loss),
+        Ok(()) => Verdict::Done,
+        Err(loss) => Verdict::NotOurs(loss),
     }
 }
 
@@ -818,6 +826,19 @@ fn from_millis(ttl: i64) -> Option<Duration> {
 }
 
 impl Store for RedisStore {
+    fn capabilities(&self) -> Capabilities {
+        let server = self.server();
+        let waits_for_replicas = server.min_replicas > 0;
+        Capabilities {
+            // A release must not wait until replicas have acknowledged what the next owner gets.
+            hands_over: !waits_for_replicas,
+            has_line: self.has_line(),
+            // Not where a call takes keys of one slot only, or must not last longer than what it renews.
+            renews_batches: !waits_for_replicas && !server.takes_one_slot(),
+            undoes_attempts: false,
+        }
+    }
+
     fn acquire<'a>(&'a self, wanted: &'a Wanted, in_line: InLine, timeout: Duration) -> Answer<'a, Acquired> {
         if !self.server().router.is_clustered() {
             return Box::pin(self.acquire(wanted, in_line, timeout));
@@ -825,27 +846,20 @@ impl Store for RedisStore {
         Box::pin(router::patiently(timeout, move |left| self.acquire(wanted, in_line, left)))
     }
 
-    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Renewed> {
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Verdict> {
         Box::pin(self.renew(owned, ttl, how, timeout))
     }
 
-    /// Not where a call takes keys of one slot only, or must not last longer than what it renews.
-    fn together(&self) -> Option<&dyn Together> {
-        let server = self.server();
-        (server.min_replicas == 0 && !server.takes_one_slot()).then_some(self)
+    fn renew_batch<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], timeout: Duration) -> Answers<'a, Verdict> {
+        Box::pin(self.renew_batch(locks, timeout))
     }
 
-    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Released> {
+    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Verdict> {
         Box::pin(self.release(owned, ending, timeout))
     }
 
     fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, timeout: Duration) -> Answer<'a, Undone> {
         Box::pin(self.undo(owned, latest, timeout))
-    }
-
-    /// Not where replicas have to acknowledge what the next one gets: its release must not wait for that.
-    fn hands_over(&self) -> bool {
-        self.server().min_replicas == 0
     }
 
     fn hand_over<'a>(
@@ -857,10 +871,6 @@ impl Store for RedisStore {
         timeout: Duration,
     ) -> Answer<'a, HandedOver> {
         Box::pin(self.hand_over(from, ending, to, next, timeout))
-    }
-
-    fn has_line(&self) -> bool {
-        !self.without_line.load(Ordering::Relaxed)
     }
 
     fn enter<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, ()> {
@@ -875,8 +885,8 @@ impl Store for RedisStore {
         Box::pin(self.leave(key, place, timeout))
     }
 
-    fn listen(&self, key: &Key) -> Listening {
-        self.subscriber.listen(self.name(key))
+    fn subscribe(&self, key: &Key) -> Subscription {
+        self.subscriber.subscribe(self.name(key))
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
@@ -885,11 +895,5 @@ impl Store for RedisStore {
 
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {
         Box::pin(router::patiently(timeout, move |left| self.inspect(key, left)))
-    }
-}
-
-impl Together for RedisStore {
-    fn renew_all<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], timeout: Duration) -> Each<'a, Renewed> {
-        Box::pin(self.renew_all(locks, timeout))
     }
 }

@@ -17,10 +17,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
 
-use super::{Member, Node, Quorum};
+use super::{Member, Quorum};
 use crate::Error;
 use crate::error::NOT_SENT;
 use crate::store::Answer;
+use crate::store::node::Node;
 
 /// By how much a node may overrun its timeout before its call is given up on from outside.
 pub(super) const GRACE: Duration = Duration::from_millis(5);

@@ -19,7 +19,7 @@ use super::rounds::Releasing;
 use crate::Error;
 use crate::hold::Owned;
 use crate::hold::timing;
-use crate::store::{Answer, Ending, Latest, Released, Undone};
+use crate::store::{Answer, Ending, Latest, Undone, Verdict};
 
 /// With so many locks a node may be behind at a time. Of any more, it is told once.
 pub(super) const LOCKS: usize = 1_024;
@@ -53,7 +53,7 @@ impl Quorum {
             let latest = latest.unwrap_or_default();
             let done = loop {
                 match retry(&arrears, &releases, until, |timeout| node.undo(&owned, &latest, timeout)).await {
-                    Ok(Undone::Settled) => break Ok(()),
+                    Ok(Undone::Complete) => break Ok(()),
                     Ok(Undone::MayRun(_)) if Instant::now() >= until => break Ok(()),
                     Ok(Undone::MayRun(within)) => sleep_until(until.min(Instant::now() + within)).await,
                     Err(error) => break Err(error),
@@ -75,7 +75,7 @@ impl Quorum {
         timeout: Duration,
         releasing: Releasing,
         mut behind: Vec<usize>,
-        mut answers: Calls<usize, Released>,
+        mut answers: Calls<usize, Verdict>,
     ) {
         if behind.is_empty() && answers.have_ended() {
             return;
@@ -84,7 +84,7 @@ impl Quorum {
         let (quorum, owned) = (self.clone(), owned.clone());
         let rest = async move {
             while let Some((place, answer)) = answers.next().await {
-                releasing.answered(place, matches!(answer, Ok(Released::Freed)));
+                releasing.answered(place, matches!(answer, Ok(Verdict::Done)));
                 if answer.is_err() {
                     behind.push(place);
                 }

@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::Seen;
+use crate::store::node::Seen;
 
 /// By how much a proposal is ahead of the clocks that it is made for, so that it still is when it arrives.
 const LEAD: u64 = 100_000;

@@ -33,10 +33,11 @@ use tracing::debug;
 use super::calls::{Calls, may_run_until};
 use super::catch_up::Undo;
 use super::rounds::OpenRound;
-use super::{Ballot, Member, Quorum, Vote, node_timeout};
+use super::{Member, Quorum, node_timeout};
 use crate::Loss;
 use crate::hold::Owned;
-use crate::store::{Extending, Latest, Queueing, Renewed, Wanted};
+use crate::store::node::{Ballot, Vote};
+use crate::store::{Extending, Latest, Queueing, Verdict, Wanted};
 
 /// A renewal of a guard, which heals once a majority has confirmed it.
 pub(super) struct Healing {
@@ -66,16 +67,16 @@ impl Healing {
         })
     }
 
-    pub(super) fn note(&mut self, place: usize, renewed: Renewed) {
+    pub(super) fn note(&mut self, place: usize, renewed: Verdict) {
         match renewed {
-            Renewed::Extended => self.confirmed = self.confirmed.or(Some(place)),
-            Renewed::NotOurs(Loss::Missing) => self.missing.push(place),
-            Renewed::NotOurs(_) => {}
+            Verdict::Done => self.confirmed = self.confirmed.or(Some(place)),
+            Verdict::NotOurs(Loss::Missing) => self.missing.push(place),
+            Verdict::NotOurs(_) => {}
         }
     }
 
     /// A majority has confirmed it: heals in the background, also those nodes that have yet to answer.
-    pub(super) fn confirmed(mut self, mut answers: Calls<usize, Renewed>) {
+    pub(super) fn confirmed(mut self, mut answers: Calls<usize, Verdict>) {
         if self.missing.is_empty() && answers.have_ended() {
             return;
         }

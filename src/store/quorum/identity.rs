@@ -105,7 +105,7 @@ impl Identity {
     ) -> Answer<'static, T> {
         let identity = self.clone();
         Box::pin(async move {
-            identity.settle(within).await?;
+            identity.identify(within).await?;
             call.await
         })
     }
@@ -115,7 +115,7 @@ impl Identity {
     /// # Errors
     ///
     /// The other address; or what has kept it from answering.
-    pub(super) async fn settle(&self, within: Duration) -> Result<(), Error> {
+    pub(super) async fn identify(&self, within: Duration) -> Result<(), Error> {
         loop {
             let changed = self.changed.notified();
             match self.begin() {
@@ -302,9 +302,9 @@ mod tests {
     async fn a_future_that_asks_and_is_not_polled_any_more_holds_up_no_other() {
         let server = Server::start();
         let identity = identity(&server).await;
-        let mut parked = Box::pin(identity.settle(LONG));
+        let mut parked = Box::pin(identity.identify(LONG));
         assert!(parked.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
-        timeout(LONG, identity.settle(LONG)).await.unwrap().unwrap();
+        timeout(LONG, identity.identify(LONG)).await.unwrap().unwrap();
         assert!(identity.state().known.run_id.is_some());
         parked.await.unwrap();
     }
@@ -314,10 +314,10 @@ mod tests {
         let server = Server::start();
         let identity = identity(&server).await;
         server.freeze();
-        let error = identity.settle(Duration::from_millis(150)).await.unwrap_err();
+        let error = identity.identify(Duration::from_millis(150)).await.unwrap_err();
         assert!(error.is_transient() && error.has_not_run(), "{error}");
         server.thaw();
-        identity.settle(LONG).await.unwrap();
+        identity.identify(LONG).await.unwrap();
     }
 
     #[tokio::test]
@@ -325,13 +325,13 @@ mod tests {
         let primary = Server::start();
         let replica = primary.start_replica();
         let identity = identity(&replica).await;
-        identity.settle(LONG).await.unwrap();
+        identity.identify(LONG).await.unwrap();
         let known = identity.state().known.clone();
         assert!(known.is_replica && !known.was_promoted, "{known:?}");
         replica.cli(&["REPLICAOF", "NO", "ONE"]);
         replica.cli(&["CLIENT", "KILL", "TYPE", "normal"]);
         let promoted = eventually("it is reached anew", async || {
-            drop(identity.settle(LONG).await);
+            drop(identity.identify(LONG).await);
             Some(identity.state().known.clone()).filter(|now| now.was_promoted)
         });
         let promoted = promoted.await;

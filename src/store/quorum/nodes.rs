@@ -9,8 +9,8 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
-use super::Node;
 use super::identity::{Identities, Identity};
+use crate::store::node::Node;
 use crate::store::redis::{RedisStore, url};
 use crate::{Error, NodeError};
 
@@ -69,7 +69,7 @@ pub(crate) async fn connect(
             let ready = node.ready(timeout).await;
             if let (Ok(()), Some(identity)) = (&ready, &identity) {
                 // Where it can't say yet who it is, it is asked again before anything is sent to it.
-                drop(identity.settle(timeout).await);
+                drop(identity.identify(timeout).await);
             }
             (place, ready)
         });

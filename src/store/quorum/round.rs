@@ -12,8 +12,9 @@ use super::calls::{Calls, may_run_until};
 use super::catch_up::Undo;
 use super::rounds::OpenRound;
 use super::tally::{Decision, decide};
-use super::{Ballot, Quorum, Reply, Vote, first, grace, node_timeout};
+use super::{Quorum, first, grace, node_timeout};
 use crate::Error;
+use crate::store::node::{Ballot, Vote, VoteReply};
 use crate::store::{Acquired, Latest, Wanted};
 
 /// So many ballots are held at most. The second suffices unless others vote for the same keys in between.
@@ -58,7 +59,7 @@ struct Round {
     may_run_until: Instant,
     members: Vec<Standing>,
     /// The votes on their way, by ballot and node.
-    calls: Calls<(usize, usize), Reply>,
+    calls: Calls<(usize, usize), VoteReply>,
     /// How long the round of votes took in which nobody need have got a majority.
     split: Option<Duration>,
 }
@@ -87,7 +88,7 @@ impl Round {
     }
 
     async fn ballots(&mut self) -> Result<Acquired, Error> {
-        let mut votes: Vec<Option<Result<Reply, Error>>> = Vec::new();
+        let mut votes: Vec<Option<Result<VoteReply, Error>>> = Vec::new();
         // Calls that stand in line for a node come later than the clock that they were made for.
         let mut took = Duration::ZERO;
         for ballot in 0..BALLOTS {
@@ -108,7 +109,7 @@ impl Round {
                     },
                 };
                 let Some(((of, place), answer)) = next else { break Decision::Failed };
-                self.settle(place, &answer);
+                self.note_vote(place, &answer);
                 if let Ok(reply) = &answer {
                     self.quorum.clocks.learn(place, asked, reply.seen);
                 }
@@ -167,7 +168,7 @@ impl Round {
         }
     }
 
-    fn settle(&mut self, place: usize, answer: &Result<Reply, Error>) {
+    fn note_vote(&mut self, place: usize, answer: &Result<VoteReply, Error>) {
         let Some(standing) = self.members.get_mut(place) else { return };
         standing.calls -= 1;
         match answer {
@@ -181,7 +182,7 @@ impl Round {
     }
 
     /// Takes back what this attempt may have left on nodes that owe it no more answers. Once for each node.
-    fn undo_settled(&mut self) -> Vec<tokio::task::JoinHandle<()>> {
+    fn undo_on_idle_nodes(&mut self) -> Vec<tokio::task::JoinHandle<()>> {
         let mut undone = Vec::new();
         for (place, standing) in self.members.iter_mut().enumerate() {
             if standing.calls > 0 || !std::mem::take(&mut standing.touched) {
@@ -199,7 +200,7 @@ impl Round {
 
     /// Takes back what it was granted, before it is said that there is no lock.
     async fn give_back(&mut self) {
-        let undone = self.undo_settled();
+        let undone = self.undo_on_idle_nodes();
         if !self.wanted.owned.own_token {
             // The next attempt comes in the same token's name: it shall find this one gone.
             for undone in undone {
@@ -233,12 +234,12 @@ impl Round {
 
     async fn finish(mut self, taken: bool) {
         if !taken {
-            drop(self.undo_settled());
+            drop(self.undo_on_idle_nodes());
         }
         while let Some(((_, place), answer)) = self.calls.next().await {
-            self.settle(place, &answer);
+            self.note_vote(place, &answer);
             if !taken {
-                drop(self.undo_settled());
+                drop(self.undo_on_idle_nodes());
             }
         }
         if taken && self.members.iter().any(|standing| standing.doubtful) {
@@ -253,25 +254,27 @@ impl Round {
                     standing.touched = !self.open.is_freed(place, until).await;
                 }
             }
-            drop(self.undo_settled());
+            drop(self.undo_on_idle_nodes());
         }
     }
 
     /// Why there is no majority, node by node.
-    fn failure(&self, votes: Vec<Option<Result<Reply, Error>>>) -> Error {
+    fn failure(&self, votes: Vec<Option<Result<VoteReply, Error>>>) -> Error {
         let mut granted = 0;
         let mut nodes = Vec::new();
         for (place, vote) in votes.into_iter().enumerate() {
             let error = match vote {
-                Some(Ok(Reply { vote: Vote::Granted { .. }, .. })) => {
+                Some(Ok(VoteReply { vote: Vote::Granted { .. }, .. })) => {
                     granted += 1;
                     continue;
                 }
                 // Not the reason; and the node may be well.
-                None | Some(Ok(Reply { vote: Vote::Held { .. }, .. })) => continue,
-                Some(Ok(Reply { vote: Vote::Silent { remaining }, .. })) => Error::NotVoting { remaining },
-                Some(Ok(Reply { vote: Vote::Behind, .. })) => Error::Outbid("it has granted a higher one meanwhile"),
-                Some(Ok(Reply { vote: Vote::Ahead, .. })) => {
+                None | Some(Ok(VoteReply { vote: Vote::Held { .. }, .. })) => continue,
+                Some(Ok(VoteReply { vote: Vote::Silent { remaining }, .. })) => Error::NotVoting { remaining },
+                Some(Ok(VoteReply { vote: Vote::Behind, .. })) => {
+                    Error::Outbid("it has granted a higher one meanwhile")
+                }
+                Some(Ok(VoteReply { vote: Vote::Ahead, .. })) => {
                     Error::Outbid("its clock is further behind those of the others than the restart window")
                 }
                 Some(Err(error)) => error,

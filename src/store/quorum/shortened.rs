@@ -50,9 +50,9 @@ impl Shortened {
     }
 
     /// A node has run the request, or never will.
-    pub(super) fn settle(&self, owned: &Owned, settled: RequestId, place: usize) {
+    pub(super) fn has_ended(&self, owned: &Owned, ended: RequestId, place: usize) {
         if let Some(requests) = self.all().get_mut(&grant_of(owned)) {
-            requests.retain(|request| request.id != settled || request.place != place);
+            requests.retain(|request| request.id != ended || request.place != place);
         }
     }
 

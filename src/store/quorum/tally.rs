@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
 
-use super::{Quorum, Reply, Vote, grace};
+use super::{Quorum, grace};
+use crate::store::node::{Vote, VoteReply};
 use crate::{Error, NodeError};
 
 /// The answers to a question of yes or no.
@@ -18,7 +19,7 @@ pub(super) struct Tally<'a> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum Outcome {
     /// A majority says yes.
     Yes,
     /// So many say no that no majority can say yes.
@@ -53,14 +54,14 @@ impl<'a> Tally<'a> {
         self.quorum.members.len() - self.yes - self.no - self.failed.len()
     }
 
-    pub(super) fn verdict(&self) -> Option<Verdict> {
+    pub(super) fn outcome(&self) -> Option<Outcome> {
         let needed = self.quorum.needed;
         let enough_to_refuse = self.quorum.members.len() - needed + 1;
         let open = self.unanswered();
         match () {
-            () if self.yes >= needed => Some(Verdict::Yes),
-            () if self.no >= enough_to_refuse => Some(Verdict::No),
-            () if self.yes + open < needed && self.no + open < enough_to_refuse => Some(Verdict::Unknown),
+            () if self.yes >= needed => Some(Outcome::Yes),
+            () if self.no >= enough_to_refuse => Some(Outcome::No),
+            () if self.yes + open < needed && self.no + open < enough_to_refuse => Some(Outcome::Unknown),
             () => None,
         }
     }
@@ -143,7 +144,7 @@ pub(super) enum Decision {
 
 /// Says what the votes of one round have come to, as soon as that is certain; one vote for each node, or none yet. Those
 /// that are not there yet are done without if it `is_late`.
-pub(super) fn decide(votes: &[Option<Result<Reply, Error>>], needed: usize, is_late: bool) -> Option<Decision> {
+pub(super) fn decide(votes: &[Option<Result<VoteReply, Error>>], needed: usize, is_late: bool) -> Option<Decision> {
     let mut numbers: BTreeMap<Option<u64>, usize> = BTreeMap::new();
     let mut held = Vec::new();
     let (mut open, mut willing, mut failed) = (0, 0, 0);
@@ -191,22 +192,22 @@ pub(super) fn decide(votes: &[Option<Result<Reply, Error>>], needed: usize, is_l
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::Seen;
     use super::*;
+    use crate::store::node::Seen;
 
-    fn vote(vote: Vote) -> Option<Result<Reply, Error>> {
-        Some(Ok(Reply { vote, seen: Seen { now: 0, last: 0 } }))
+    fn vote(vote: Vote) -> Option<Result<VoteReply, Error>> {
+        Some(Ok(VoteReply { vote, seen: Seen { now: 0, last: 0 } }))
     }
 
-    fn granted(number: u64) -> Option<Result<Reply, Error>> {
+    fn granted(number: u64) -> Option<Result<VoteReply, Error>> {
         vote(Vote::Granted { number: Some(number) })
     }
 
-    fn held(ms: u64) -> Option<Result<Reply, Error>> {
+    fn held(ms: u64) -> Option<Result<VoteReply, Error>> {
         vote(Vote::Held { place: 0, remaining: Some(Duration::from_millis(ms)) })
     }
 
-    fn failed() -> Option<Result<Reply, Error>> {
+    fn failed() -> Option<Result<VoteReply, Error>> {
         Some(Err(Error::timeout()))
     }
 

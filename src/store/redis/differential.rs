@@ -155,16 +155,16 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// The same batch on both sides. Answers how many of it had to go alone.
 async fn compare(batch: &[Box<Operation>], sides: &[Side; 2]) -> usize {
     let [together, one_by_one] = sides;
-    let answers = together.server().many(batch, PATIENCE).await.expect("nothing refuses a call as such");
+    let answers = together.server().run_batch(batch, PATIENCE).await.expect("nothing refuses a call as such");
     let mut order: Vec<usize> = (0..batch.len()).collect();
     order.sort_by_key(|&i| answers[i].is_none());
     let alone = answers.iter().filter(|answer| answer.is_none()).count();
     let mut got: Vec<_> = answers.into_iter().collect();
     for i in order {
         if got[i].is_none() {
-            got[i] = Some(together.server().one(&batch[i], PATIENCE).await);
+            got[i] = Some(together.server().run_one(&batch[i], PATIENCE).await);
         }
-        let expected = one_by_one.server().one(&batch[i], PATIENCE).await;
+        let expected = one_by_one.server().run_one(&batch[i], PATIENCE).await;
         let (got, expected) = (got[i].take().unwrap(), expected);
         let same = match (&got, &expected) {
             (Ok(Decision::Granted(a)), Ok(Decision::Granted(b))) => same_fence(*a, *b),
@@ -237,26 +237,26 @@ fn acquire(name: &'static str, fenced: bool) -> Box<Operation> {
 #[tokio::test]
 async fn a_lock_for_which_there_is_no_fencing_token_is_not_taken() {
     let side = Side::start(&["-time"]).await;
-    let refused = side.server().one(&acquire("a", true), PATIENCE).await.unwrap_err();
+    let refused = side.server().run_one(&acquire("a", true), PATIENCE).await.unwrap_err();
     assert!(refused.code().is_some(), "{refused}");
-    side.server().many(&[acquire("a", true), acquire("b", true)], PATIENCE).await.unwrap_err();
+    side.server().run_batch(&[acquire("a", true), acquire("b", true)], PATIENCE).await.unwrap_err();
     assert_eq!(side.process.cli(&["DBSIZE"]), "0");
 }
 
 #[tokio::test]
 async fn a_server_out_of_memory_refuses_each_acquire_by_name_and_still_renews_and_releases() {
     let side = Side::start(&[]).await;
-    let answers = side.server().many(&[acquire("a", true), acquire("b", true)], PATIENCE).await.unwrap();
+    let answers = side.server().run_batch(&[acquire("a", true), acquire("b", true)], PATIENCE).await.unwrap();
     assert!(answers.iter().all(|answer| matches!(answer, Some(Ok(Decision::Granted(1..))))), "{answers:?}");
     side.command("CONFIG", &["SET", "maxmemory", "1"]).await;
-    let answers = side.server().many(&[acquire("c", true), acquire("d", false)], PATIENCE).await.unwrap();
+    let answers = side.server().run_batch(&[acquire("c", true), acquire("d", false)], PATIENCE).await.unwrap();
     for answer in answers {
         assert_eq!(answer.unwrap().unwrap_err().code(), Some("OOM"));
     }
     assert_eq!(side.process.cli(&["DBSIZE"]), "4");
     let (renew, release) = (What::Renew { ttl: 90_000 }, What::Release { publish: "PUBLISH" });
     let owned = [of("a", release), of("b", renew)];
-    let answers = side.server().many(&owned, PATIENCE).await.unwrap();
+    let answers = side.server().run_batch(&owned, PATIENCE).await.unwrap();
     assert!(answers.iter().all(|answer| matches!(answer, Some(Ok(Decision::Owned(Ok(())))))), "{answers:?}");
 }
 
@@ -283,8 +283,8 @@ async fn a_renewal_that_has_nothing_to_do_needs_no_right_that_another_does_not_n
             side.process.cli(&["SET", "a", "x"]);
             before.map(|ttl| side.process.cli(&["PEXPIRE", "a", ttl]));
             let answer = match together {
-                true => side.server().many(&[renewal()], PATIENCE).await.unwrap().remove(0).unwrap(),
-                false => side.server().one(&renewal(), PATIENCE).await,
+                true => side.server().run_batch(&[renewal()], PATIENCE).await.unwrap().remove(0).unwrap(),
+                false => side.server().run_one(&renewal(), PATIENCE).await,
             };
             assert!(matches!(answer, Ok(Decision::Owned(Ok(())))), "{answer:?}, {before:?} before");
             let left: i64 = side.process.cli(&["PTTL", "a"]).parse().unwrap();

@@ -13,8 +13,8 @@ use super::{
 };
 use crate::Error;
 use crate::hold::Owned;
-use crate::store::quorum::{Ballot, Node, Reply, Seen, Vote};
-use crate::store::{Answer, Extending, Renewed, Wanted};
+use crate::store::node::{Ballot, Node, Seen, Vote, VoteReply};
+use crate::store::{Answer, Extending, Verdict, Wanted};
 
 impl RedisStore {
     /// Connects in the background, now or whenever the server comes.
@@ -32,7 +32,7 @@ impl RedisStore {
         self.server().connection.ready(timeout).await
     }
 
-    async fn vote(&self, wanted: &Wanted, ballot: &Ballot, timeout: Duration) -> Result<Reply, Error> {
+    async fn vote(&self, wanted: &Wanted, ballot: &Ballot, timeout: Duration) -> Result<VoteReply, Error> {
         let Owned { keys, token, grant, .. } = &wanted.owned;
         let mut names: Vec<Bytes> = keys.iter().map(|key| self.name(key)).collect();
         let locks = names.clone();
@@ -77,7 +77,7 @@ impl RedisStore {
             (4, &[seconds]) => Vote::Silent { remaining: Duration::from_secs(number(seconds)?) },
             _ => return Err(unexpected()),
         };
-        Ok(Reply { vote, seen: Seen { now: number(*now)?, last: number(*last)? } })
+        Ok(VoteReply { vote, seen: Seen { now: number(*now)?, last: number(*last)? } })
     }
 
     async fn renew_if_it_votes(
@@ -87,7 +87,7 @@ impl RedisStore {
         how: Extending,
         window: Duration,
         timeout: Duration,
-    ) -> Result<Renewed, Error> {
+    ) -> Result<Verdict, Error> {
         let call = self.renewal_of_grant(owned, ttl, how.of(owned), window);
         let answer =
             self.server().run(&self.server().scripts.renew_grant, || call.clone(), |_| {}, timeout).await?.value();
@@ -107,11 +107,11 @@ impl Node for RedisStore {
         how: Extending,
         window: Duration,
         timeout: Duration,
-    ) -> Answer<'a, Renewed> {
+    ) -> Answer<'a, Verdict> {
         Box::pin(self.renew_if_it_votes(owned, ttl, how, window, timeout))
     }
 
-    fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, Reply> {
+    fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, VoteReply> {
         Box::pin(self.vote(wanted, ballot, timeout))
     }
 }

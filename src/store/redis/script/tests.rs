@@ -7,7 +7,7 @@ use fred::types::{ClusterHash, CustomCommand};
 use tenure_test_support::Server;
 
 use super::super::operation::{Decision, Operation, What};
-use super::super::{Carrier, RedisStore, integers, names};
+use super::super::{Executor, RedisStore, integers, names};
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -107,7 +107,7 @@ async fn a_fencing_token_is_told_as_the_server_has_it_however_early_the_request_
         let fence = Some((names::fence_of(&"k".into()), 60_000));
         let what = What::Acquire { value, ttl: 60_000, fence, latest: Arc::default() };
         let acquire = Operation::new("k".into(), &"token".parse().unwrap(), what);
-        let Decision::Granted(token) = store.server().one(&acquire, timeout).await.unwrap() else { panic!("free") };
+        let Decision::Granted(token) = store.server().run_one(&acquire, timeout).await.unwrap() else { panic!("free") };
         assert_eq!(server.cli(&["GET", "{k}:fence"]), token.to_string());
         assert!(token > last, "{token} after {last}");
         last = token;

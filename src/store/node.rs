@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use crate::hold::Owned;
-use crate::store::{Answer, Extending, Renewed, Store, Wanted};
+use crate::store::{Answer, Extending, Store, Verdict, Wanted};
 
 /// What a store must be able to do to be one of a quorum.
 pub(crate) trait Node: Store {
     /// Takes all keys for the token by this ballot, or none.
-    fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, Reply>;
+    fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, VoteReply>;
 
     /// Renews as [`Store::renew`] does, unless the node was restarted within the window: then it changes nothing, and
     /// fails with [`Error::NotVoting`](crate::Error::NotVoting).
@@ -19,7 +19,7 @@ pub(crate) trait Node: Store {
         how: Extending,
         window: Duration,
         timeout: Duration,
-    ) -> Answer<'a, Renewed>;
+    ) -> Answer<'a, Verdict>;
 }
 
 /// What all nodes are asked to agree on.
@@ -37,7 +37,7 @@ pub(crate) struct Ballot {
 
 /// What a node has decided, and what could be seen of its memory.
 #[derive(Clone, Debug)]
-pub(crate) struct Reply {
+pub(crate) struct VoteReply {
     pub(crate) vote: Vote,
     pub(crate) seen: Seen,
 }
