@@ -15,7 +15,7 @@ use tracing::warn;
 use crate::Error;
 use crate::error::NOT_SENT;
 use crate::store::Answer;
-use crate::store::redis::{About, Contacts, RedisStore};
+use crate::store::redis::{Reconnects, RedisStore, ServerInfo};
 
 /// For so long the others wait for the one that asks: it may be a future that nobody polls any more. Then another does.
 const TRUSTED: Duration = Duration::from_millis(100);
@@ -50,8 +50,8 @@ struct State {
     step: Step,
     /// How often it was asked.
     asked: u64,
-    contacts: Contacts,
-    known: About,
+    reconnects: Reconnects,
+    known: ServerInfo,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -72,7 +72,7 @@ impl Identity {
         node: Arc<RedisStore>,
         nodes_never_forget: bool,
     ) -> Arc<Self> {
-        let state = State { step: Step::Due, asked: 0, contacts: node.contacts(), known: About::default() };
+        let state = State { step: Step::Due, asked: 0, reconnects: node.reconnects(), known: ServerInfo::default() };
         Arc::new(Self {
             all: all.clone(),
             place,
@@ -125,11 +125,11 @@ impl Identity {
                 Some((Step::Asking(until), _)) => drop(timeout_at(until, changed).await),
                 Some((Step::Due, number)) => {
                     let asking = Asking { identity: self, number };
-                    match self.node.about(within).await {
-                        Ok(about) => self.learn(asking.number, about),
+                    match self.node.info(within).await {
+                        Ok(info) => self.learn(asking.number, info),
                         // It doesn't say, and is given the benefit of the doubt.
                         Err(error) if error.code().is_some() && !error.is_transient() => {
-                            self.learn(asking.number, About::default());
+                            self.learn(asking.number, ServerInfo::default());
                         }
                         Err(_) => return Err(unsent(ErrorKind::IO, "it has not said yet which server it is")),
                     }
@@ -161,19 +161,19 @@ impl Identity {
     }
 
     /// The answer to one who asked, unless another has asked since.
-    fn learn(&self, asked: u64, about: About) {
+    fn learn(&self, asked: u64, info: ServerInfo) {
         let news = {
             let mut state = self.state();
             if state.asked != asked {
                 return;
             }
             state.step = Step::Known;
-            let news = about.since(&state.known);
-            state.known = about.clone();
+            let news = info.since(&state.known);
+            state.known = info.clone();
             news
         };
         self.warn_of(&news);
-        let Some(run_id) = about.run_id else {
+        let Some(run_id) = info.run_id else {
             self.all.servers().remove(&self.place);
             return;
         };
@@ -204,19 +204,19 @@ impl Identity {
     }
 
     /// Says what is wrong with a node and can't be known to be.
-    fn warn_of(&self, about: &About) {
+    fn warn_of(&self, info: &ServerInfo) {
         let node = &*self.address;
-        if about.is_replica {
+        if info.is_replica {
             warn!(name: "tenure.node_is_replica", node, "it follows another server, and can't vote");
         }
-        if about.was_promoted {
+        if info.was_promoted {
             warn!(
                 name: "tenure.node_was_promoted", node,
                 "it was a replica and was promoted: it may lack what was granted before; nothing may fail over to a \
                  node"
             );
         }
-        if self.nodes_never_forget && about.may_forget {
+        if self.nodes_never_forget && info.may_forget {
             warn!(
                 name: "tenure.node_may_forget", node,
                 "the restart window is off, but the node answers before what it grants is on disk: a restart can give \
@@ -253,7 +253,7 @@ impl State {
         let is_stale = match self.step {
             Step::Due => false,
             Step::Asking(until) => Instant::now() >= until,
-            Step::Known => self.contacts.were_made(),
+            Step::Known => self.reconnects.were_made(),
         };
         if is_stale {
             self.step = Step::Due;

@@ -10,9 +10,9 @@ use fred::bytes::Bytes;
 use fred::types::Value;
 use tokio::time::Instant;
 
-use super::operation::unexpected;
-use super::script::{Call, decimal};
-use super::{RedisStore, fence_ttl, from_millis, granted, millis, names, record_ttl, value_of};
+use super::args::{decimal, fence_ttl, id_or_empty, millis, record_ttl, value_of};
+use super::script::Call;
+use super::{RedisStore, names, replies};
 use crate::store::{Acquired, LinePlace, Wanted};
 use crate::{Error, Key};
 
@@ -34,29 +34,21 @@ impl RedisStore {
         let keys = lock_and_line(&name).into_iter().chain([names::grants_of(&name)]).chain(fence);
         let keys: Vec<Value> = keys.map(Value::Bytes).collect();
         let place = place.map_or_else(|| "".into(), |place| self.place(place));
-        let grant = wanted.owned.grant.map_or_else(|| "".into(), |grant| grant.to_string().into());
         let (ttls, record_ttl) = ([decimal(ttl), decimal(fence_ttl)], record_ttl(wanted.ttl).into());
+        let grant = id_or_empty(wanted.owned.grant);
         let args = [value_of(wanted)].into_iter().chain(ttls).chain([place, alive(), grant, record_ttl]);
         let call = Call::new(keys.into_iter(), args.chain(self.notify(&name)));
         let (until, writing) = self.server().writing(timeout);
-        let answer = self
-            .server()
-            .run(&self.server().scripts.acquire_in_line, || call.clone(), |until| wanted.latest.extend(until), timeout)
-            .await?
-            .value()?;
-        match answer {
-            Value::Integer(-1) => Ok(Acquired::Held { place: 0, remaining: None }),
-            Value::Integer(held @ ..-1) => Ok(Acquired::Held { place: 0, remaining: from_millis(-2 - held) }),
-            Value::Integer(fence) => {
-                self.server().replicated(writing, until).await?;
-                Ok(granted(fence))
-            }
-            // The key holds the token already, which is in the line no more.
-            Value::String(said) if *said == *"ALONE" => {
-                self.acquire_whole(wanted, None, until.saturating_duration_since(Instant::now())).await
-            }
-            _ => Err(unexpected()),
+        let sending = |until| wanted.latest.extend(until);
+        let script = &self.server().scripts.acquire_in_line;
+        let reply = self.server().run(script, || call.clone(), sending, timeout).await?.value()?;
+        let Some(acquired) = replies::acquired_in_line(&reply)? else {
+            return self.acquire_whole(wanted, None, until.saturating_duration_since(Instant::now())).await;
+        };
+        if matches!(acquired, Acquired::Granted { .. }) {
+            self.server().replicated(writing, until).await?;
         }
+        Ok(acquired)
     }
 
     pub(super) async fn enter(&self, key: &Key, place: LinePlace, timeout: Duration) -> Result<(), Error> {
@@ -70,7 +62,7 @@ impl RedisStore {
         let args = [self.place(place), alive()].into_iter().chain(self.notify(&name));
         let call = Call::new(lock_and_line(&name).map(Value::Bytes).into_iter(), args);
         let reply = self.server().run(&self.server().scripts.heartbeat, || call.clone(), |_| {}, timeout).await?;
-        reply.value().map(|answer| answer == Value::Integer(1))
+        Ok(replies::is_in_line(&reply.value()?))
     }
 
     pub(super) async fn leave(&self, key: &Key, place: LinePlace, timeout: Duration) -> Result<(), Error> {

@@ -11,8 +11,8 @@ use fred::error::ErrorKind;
 use fred::types::Value;
 use tokio::time::Instant;
 
-use super::operation::unexpected;
 use super::refusal::normalize;
+use super::replies::unexpected;
 use super::router::{Router, Sent};
 use crate::Error;
 
@@ -178,11 +178,11 @@ pub(super) struct Reply {
     /// The server's clock in ms, where the reply tells.
     pub(super) now: Option<u64>,
     /// What the script returned, or why it failed.
-    pub(super) outcome: Result<Said, Error>,
+    pub(super) outcome: Result<Returned, Error>,
 }
 
 /// What a script returns.
-pub(super) enum Said {
+pub(super) enum Returned {
     /// One for one key, or what comes before another: a number that it has a meaning for.
     Code(i64),
     /// The same: the fencing token of a lock that it has taken.
@@ -198,7 +198,7 @@ impl Reply {
     fn read(answer: Value, stamp: Stamp) -> Result<Self, Error> {
         let is_ours = |of: i64| if of == stamp.mark() { Ok(()) } else { Err(mixed_up()) };
         let granted =
-            |token: i64| Self { now: u64::try_from(token / 1_000).ok(), outcome: Ok(Said::FencingToken(token)) };
+            |token: i64| Self { now: u64::try_from(token / 1_000).ok(), outcome: Ok(Returned::FencingToken(token)) };
         let parts = match answer {
             Value::Integer(number @ ..0) => {
                 let (early, mark) = (number.unsigned_abs() >> 32, number.unsigned_abs() & u64::from(u32::MAX));
@@ -207,7 +207,7 @@ impl Reply {
             }
             Value::Integer(number) => {
                 is_ours(number >> 2)?;
-                return Ok(Self { now: None, outcome: Ok(Said::Code(number & 3)) });
+                return Ok(Self { now: None, outcome: Ok(Returned::Code(number & 3)) });
             }
             Value::Array(parts) => parts,
             _ => return Err(mixed_up()),
@@ -219,7 +219,7 @@ impl Reply {
         is_ours(of)?;
         let outcome = match (parts.next(), parts.next()) {
             (None, _) => return Ok(granted(number)),
-            (Some(value), None) => Ok(Said::Value(value)),
+            (Some(value), None) => Ok(Returned::Value(value)),
             (_, Some(failure)) => {
                 let failure = failure.into_string().unwrap_or_default();
                 Err(into_ours(fred::error::Error::new(ErrorKind::Unknown, failure)))
@@ -232,8 +232,8 @@ impl Reply {
     /// What a script returns that is not for one key only.
     pub(super) fn value(self) -> Result<Value, Error> {
         match self.outcome? {
-            Said::Value(value) => Ok(value),
-            Said::Code(_) | Said::FencingToken(_) => Err(unexpected()),
+            Returned::Value(value) => Ok(value),
+            Returned::Code(_) | Returned::FencingToken(_) => Err(unexpected()),
         }
     }
 }
@@ -305,12 +305,6 @@ impl Call {
         self.args.iter_mut().zip(head).for_each(|(place, value)| *place = value);
         self.args
     }
-}
-
-/// A number as an argument. As text: fred takes ten times as long for an integer, which it counts the digits of by a
-/// logarithm.
-pub(super) fn decimal(number: i64) -> Value {
-    number.to_string().into()
 }
 
 pub(super) fn into_ours(error: fred::error::Error) -> Error {
