@@ -1,13 +1,14 @@
-//! What a node of a quorum is asked, and what it answers.
+//! A node of a quorum: what it is asked to vote on, and what it replies. The stores that can be nodes and the quorum
+//! both depend on this.
 
 use std::time::Duration;
 
 use crate::hold::Owned;
 use crate::store::{Answer, Extending, Store, Verdict, Wanted};
 
-/// What a store must be able to do to be one of a quorum.
+/// A store that can be a node of a quorum.
 pub(crate) trait Node: Store {
-    /// Takes all keys for the token by this ballot, or none.
+    /// Votes on a ballot: takes all keys for the token, or none.
     fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, VoteReply>;
 
     /// Renews as [`Store::renew`] does, unless the node was restarted within the window: then it changes nothing, and
@@ -22,20 +23,20 @@ pub(crate) trait Node: Store {
     ) -> Answer<'a, Verdict>;
 }
 
-/// What all nodes are asked to agree on.
+/// What a quorum asks all of its nodes to agree on.
 #[derive(Clone, Debug)]
 pub(crate) struct Ballot {
-    /// The proposed fencing token, where one is wanted.
+    /// The proposed fencing token, if one is wanted.
     pub(crate) number: Option<u64>,
-    /// Whether the number shall replace an earlier one by which the keys are ours.
+    /// Whether the number must replace an earlier one by which the token holds the keys.
     pub(crate) exactly: bool,
-    /// For how long a node that was restarted doesn't vote; whole seconds.
+    /// How long a node doesn't vote after a restart, in whole seconds.
     pub(crate) window: Duration,
     /// How far ahead of a node's clock the number may be.
     pub(crate) ahead: Duration,
 }
 
-/// What a node has decided, and what could be seen of its memory.
+/// What a node has decided, and what its reply shows of its memory.
 #[derive(Clone, Debug)]
 pub(crate) struct VoteReply {
     pub(crate) vote: Vote,
@@ -44,23 +45,23 @@ pub(crate) struct VoteReply {
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Vote {
-    /// With the ballot's number, or an earlier one where the keys were ours.
+    /// With the ballot's number, or an earlier one where the token held the keys already.
     Granted { number: Option<u64> },
-    /// One of the keys, told by its place, by another.
+    /// Another holds one of the keys, which is given by its index.
     Held { place: usize, remaining: Option<Duration> },
     /// The number must be greater.
     Behind,
     /// The number must be smaller.
     Ahead,
-    /// Restarted lately; votes again in so long.
+    /// It was restarted lately, and votes again after this time.
     Silent { remaining: Duration },
 }
 
-/// In microseconds since 1970.
+/// The node's clock and memory, in microseconds since 1970.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Seen {
     /// The node's clock.
     pub(crate) now: u64,
-    /// The highest number that it knows for the keys, or what it takes for it; 0 where none was looked for.
+    /// The highest number that it knows, or assumes, for the keys; 0 if the ballot has no number.
     pub(crate) last: u64,
 }

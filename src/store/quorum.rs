@@ -62,6 +62,7 @@ mod clocks;
 mod heal;
 mod identity;
 mod nodes;
+mod reads;
 #[cfg(test)]
 mod restarted;
 mod round;
@@ -71,7 +72,6 @@ mod shortened;
 mod simulated;
 mod tally;
 
-use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -87,7 +87,7 @@ use self::identity::Identity;
 pub(crate) use self::nodes::{Connected, connect};
 use self::rounds::Rounds;
 use self::shortened::{RequestId, Shortened};
-use self::tally::{Kept, Outcome, Tally};
+use self::tally::{Outcome, Tally};
 use super::node::Node;
 use super::notifications::Subscription;
 use super::{
@@ -95,7 +95,7 @@ use super::{
     Verdict, Wanted,
 };
 use crate::hold::Owned;
-use crate::{Error, Key, Loss, NodeError, Token};
+use crate::{Error, Key, Loss, NodeError};
 
 /// How far ahead numbers may be where there is no restart window: less than nodes remember them for.
 const AHEAD: Duration = Duration::from_secs(60);
@@ -282,89 +282,6 @@ impl QuorumStore {
         }
         Err(tally.into_error_of_release())
     }
-
-    async fn remaining(&self, owned: &Owned, timeout: Duration) -> Result<Option<Duration>, Error> {
-        let (quorum, timeout) = (&self.quorum, first(timeout));
-        let mut answers = quorum.ask(timeout, |node| {
-            let owned = owned.clone();
-            Box::pin(async move { node.remaining(&owned, timeout).await })
-        })?;
-        let mut tally = Tally::new(quorum);
-        let mut kept = Kept::new(quorum.needed);
-        while let Some((place, answer)) = kept.in_time(answers.next()).await {
-            match answer {
-                Ok(Some(remaining)) => {
-                    kept.push(remaining);
-                    tally.yes();
-                }
-                Ok(None) => tally.no(),
-                Err(error) => tally.failed(place, error),
-            }
-            match tally.outcome() {
-                Some(Outcome::Yes) if kept.is_known(tally.unanswered()) => break,
-                Some(Outcome::Yes) | None => {}
-                Some(Outcome::No) => return Ok(None),
-                Some(Outcome::Unknown) => break,
-            }
-        }
-        kept.by_majority().map(Some).ok_or_else(|| tally.into_error())
-    }
-
-    /// Whoever holds the key on a majority; nobody, when nobody can.
-    async fn inspect(&self, key: &Key, timeout: Duration) -> Result<Option<Holder>, Error> {
-        let (quorum, timeout) = (&self.quorum, first(timeout));
-        let mut answers = quorum.ask(timeout, |node| {
-            let key = key.clone();
-            Box::pin(async move { node.inspect(&key, timeout).await })
-        })?;
-        let mut tally = Tally::new(quorum);
-        let mut holders: HashMap<Token, (Vec<Holder>, Kept)> = HashMap::new();
-        let mut holder_of_most: Option<Token> = None;
-        loop {
-            let next = match holder_of_most.as_ref().and_then(|token| holders.get_mut(token)) {
-                Some((_, kept)) => kept.in_time(answers.next()).await,
-                None => answers.next().await,
-            };
-            let Some((place, answer)) = next else { break };
-            match answer {
-                Ok(Some(holder)) => {
-                    tally.no();
-                    let new = || (Vec::new(), Kept::new(quorum.needed));
-                    let (same, kept) = holders.entry(holder.token.clone()).or_insert_with(new);
-                    kept.push(holder.remaining.unwrap_or(Duration::MAX));
-                    if same.len() + 1 >= quorum.needed {
-                        holder_of_most = Some(holder.token.clone());
-                    }
-                    same.push(holder);
-                }
-                Ok(None) => tally.no(),
-                Err(error) => tally.failed(place, error),
-            }
-            let most = holders.values().map(|(same, _)| same.len()).max().unwrap_or_default();
-            if most + tally.unanswered() + tally.failures() < quorum.needed {
-                return Ok(None);
-            }
-            let known = holder_of_most.as_ref().and_then(|token| holders.get(token));
-            if known.is_some_and(|(_, kept)| kept.is_known(tally.unanswered())) {
-                break;
-            }
-        }
-        match holder_of_most.and_then(|token| holders.remove(&token)) {
-            Some((same, kept)) => Ok(summary(&same, kept.by_majority())),
-            None => Err(tally.into_error()),
-        }
-    }
-}
-
-/// What a majority says of one holder, and how long a majority keeps its lock.
-fn summary(same: &[Holder], kept: Option<Duration>) -> Option<Holder> {
-    let remaining = kept.filter(|kept| *kept < Duration::MAX);
-    let fence = same.iter().map(|holder| holder.fencing_token).max_by_key(|fence| {
-        // The token is the number that most of them know; a straggler may know an earlier or a later one.
-        (same.iter().filter(|other| other.fencing_token == *fence).count(), *fence)
-    });
-    let holder = same.first()?.clone();
-    Some(Holder { remaining, fencing_token: fence.flatten(), ..holder })
 }
 
 /// Where any node knows another holder, the lock was taken: a successor's majority and the one that answers share a

@@ -1,8 +1,8 @@
-//! The line for a key, in which those who wait for it stand in all processes.
+//! The line for a key, in which its waiters stand in the order of their arrival, whatever their process.
 //!
-//! It is a sorted set beside the lock key (`scripts/line.lua`). Whoever frees the lock gives it to the head of the line
-//! in the same step, and tells that process, which confirms by asking. A process that has died is skipped [`ALIVE`] after
-//! its last sign of life; one that doesn't confirm loses its turn after a second.
+//! It is a sorted set beside the lock key (`scripts/line.lua`). The script that frees the lock gives it to the head of the
+//! line in the same step, and notifies that process, which confirms by an acquire. A process that has died is skipped
+//! [`ALIVE`] after its last heartbeat. One that doesn't confirm loses its turn after a second.
 
 use std::time::Duration;
 
@@ -16,11 +16,11 @@ use super::{RedisStore, names, replies};
 use crate::store::{Acquired, LinePlace, Wanted};
 use crate::{Error, Key};
 
-/// How long the processes that wait for a key count as alive after a sign of life.
+/// How long a process that waits for a key counts as alive after a heartbeat.
 const ALIVE: Duration = Duration::from_millis(1_500);
 
 impl RedisStore {
-    /// Takes the lock if it is free and nobody else's turn; otherwise takes this place in the line, if there is one.
+    /// Takes the lock if it is free and it is no other's turn; otherwise takes the given place in the line, if any.
     pub(super) async fn acquire_in_line(
         &self,
         wanted: &Wanted,
@@ -72,25 +72,25 @@ impl RedisStore {
         self.server().run(&self.server().scripts.leave, || call.clone(), |_| {}, timeout).await?.value().map(drop)
     }
 
-    /// The place as scripts know it. One that is shared ends otherwise than that of one waiter.
+    /// Returns the name of the place at the server. A shared place and the place of one waiter have different names.
     pub(super) fn place(&self, place: LinePlace) -> Value {
         let kind = if place.is_shared { 's' } else { 'w' };
         format!("{}:{kind}{}", self.process, place.number).into()
     }
 
-    /// How the waiters for a key are notified, and on which channel.
+    /// Returns the command that notifies the waiters for a key, and their channel.
     pub(super) fn notify(&self, name: &Bytes) -> [Value; 2] {
         let channel = names::channel_of(name).unwrap_or_else(|| name.clone());
         [Value::from_static_str(self.publish()), Value::Bytes(channel)]
     }
 }
 
-/// For how long a process counts as alive from now on, as an argument.
+/// Returns [`ALIVE`] as an argument.
 pub(super) fn alive() -> Value {
     decimal(millis(ALIVE))
 }
 
-/// The lock key, its line, and who of that is alive.
+/// Returns the names of the lock key, of its line, and of the hash of processes that are alive.
 pub(super) fn lock_and_line(name: &Bytes) -> [Bytes; 3] {
     [name.clone(), names::line_of(name), names::alive_of(name)]
 }

@@ -12,16 +12,16 @@ use tokio::time::Instant;
 use super::RedisStore;
 use crate::Error;
 
-/// What could be learned; a server that doesn't say is given the benefit of the doubt.
+/// What a server has reported about itself. What it doesn't report is assumed to be well.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ServerInfo {
-    /// Which process this is, whatever address it is reached by.
+    /// Identifies the process, whatever address it is reached by.
     pub(crate) run_id: Option<String>,
     /// It follows another server, and refuses every lock.
     pub(crate) is_replica: bool,
-    /// It followed another server until it was promoted, and need not have all that was granted there.
+    /// It followed another server until it was promoted, and may lack some of what was granted there.
     pub(crate) was_promoted: bool,
-    /// It answers before what it has granted is on disk.
+    /// It replies before what it has granted is on disk.
     pub(crate) may_forget: bool,
 }
 
@@ -41,7 +41,7 @@ impl ServerInfo {
         }
     }
 
-    /// What there is to be warned of that there was not before.
+    /// Returns what deserves a warning now and did not before.
     pub(crate) fn since(&self, before: &Self) -> Self {
         Self {
             run_id: None,
@@ -56,10 +56,10 @@ impl ServerInfo {
 pub(crate) struct Reconnects(Receiver<Server>);
 
 impl Reconnects {
-    /// Whether any were made since this was last asked.
+    /// Returns whether any were made since the last call.
     pub(crate) fn were_made(&mut self) -> bool {
         let mut were_made = false;
-        // Each event, and the news that some were missed.
+        // Both an event and the notice that some were missed count.
         while !self.0.is_empty() && !matches!(self.0.try_recv(), Err(TryRecvError::Closed | TryRecvError::Empty)) {
             were_made = true;
         }
@@ -81,7 +81,7 @@ impl RedisStore {
         let until = Instant::now() + timeout;
         let info = self.ask(CustomCommand::new_static("INFO", ClusterHash::FirstKey, false), &[], until).await?;
         let config = CustomCommand::new_static("CONFIG", ClusterHash::FirstKey, false);
-        // May be refused, which is no reason to refuse the server.
+        // The server may refuse this, which is no reason to refuse the server.
         let config = self.ask(config, &["GET", "appendfsync"], until).await.unwrap_or(Value::Null);
         let appendfsync = match config {
             Value::Map(map) => map.inner().into_values().next(),

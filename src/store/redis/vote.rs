@@ -16,7 +16,7 @@ use crate::store::node::{Ballot, Node, VoteReply};
 use crate::store::{Answer, Extending, Verdict, Wanted};
 
 impl RedisStore {
-    /// Connects in the background, now or whenever the server comes.
+    /// Connects in the background, now or when the server comes up.
     pub(crate) fn open_lazily(config: Config, prefix: String, command_timeout: Duration) -> Result<Self, Error> {
         let connection = Connection::open_lazily(config, command_timeout)?;
         Ok(Self::on(connection, prefix, 0))
@@ -26,7 +26,7 @@ impl RedisStore {
     ///
     /// # Errors
     ///
-    /// What has kept it from being so within `timeout`.
+    /// Returns why it was not connected within `timeout`.
     pub(crate) async fn ready(&self, timeout: Duration) -> Result<(), Error> {
         self.server().connection.ready(timeout).await
     }
