@@ -1,10 +1,10 @@
 //! Where locks live: the contract between the crate and a server.
 //!
 //! 1. **Verdicts are values, failures are errors.** `Ok` carries what the server has decided. `Err` means that nobody
-//!    knows: the operation may have taken effect, may yet, or never will. The crate never takes an unknown outcome for a
-//!    refusal, nor for a loss.
-//! 2. **Every operation may be repeated with the same token.** A repeat after a lost reply does no harm and returns what
-//!    the first one would have.
+//!    knows: the operation may have taken effect, may yet, or never will. The crate never takes an unknown outcome for
+//!    a refusal, nor for a loss.
+//! 2. **Every operation may be repeated with the same token.** A repeat after a lost reply does no harm and returns
+//!    what the first one would have.
 
 #[cfg(test)]
 pub(crate) mod faulty;

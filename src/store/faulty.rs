@@ -1,4 +1,4 @@
-//! For tests: a store whose calls go wrong as they are told to.
+//! For tests: a store whose calls go wrong as planned.
 
 use std::fmt;
 use std::sync::Arc;
@@ -18,26 +18,26 @@ use crate::{Error, Key};
 /// What happens to one call.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Fault {
-    /// Nothing: it is run and answered.
+    /// Nothing: it runs and returns.
     None,
-    /// It fails at once, and is never run.
+    /// It fails at once, and never runs.
     Refused,
-    /// It is never answered, nor given up on, nor run.
+    /// It never returns and never runs.
     Hung,
-    /// It is never run, and given up on when its time is over.
+    /// It never runs, and fails when its time is over.
     Lost,
-    /// It is run at once, and its answer is lost with the connection.
+    /// It runs at once, and its reply is lost with the connection.
     AnswerLost,
-    /// It is run at once, and its answer takes so long. Whoever gives up earlier never learns it.
+    /// It runs at once, and its reply takes this long. A caller that gives up earlier never gets it.
     AnsweredAfter(Duration),
-    /// It arrives so much later, whether anybody still waits for it or not, and is answered then. After its timeout the
+    /// It arrives this much later, whether or not its caller still waits, and returns then. After its timeout the
     /// server refuses to run it.
     RunAfter(Duration),
-    /// It arrives twice: at once, and so much later.
+    /// It arrives twice: at once, and this much later.
     Doubled(Duration),
-    /// It arrives twice, and is answered the second time.
+    /// It arrives twice, and returns the second time.
     Twice(Duration),
-    /// Before it is run, the server forgets everything.
+    /// The server forgets everything before it runs.
     Forgotten,
 }
 
@@ -47,7 +47,7 @@ pub(crate) enum Operation {
     Renew,
     /// Also one that hands the lock over.
     Release,
-    /// What only reads: the ttl that is left, and who holds the key.
+    /// A read: of the ttl that is left, or of the holder.
     Read,
 }
 
@@ -62,22 +62,22 @@ pub(crate) enum Ran<'a> {
 
 /// Learns when calls are sent, and what the server does for them and when.
 pub(crate) trait Witness: Send + Sync {
-    /// A call is on its way. Returns what it is told by later.
+    /// A call is being sent. Returns the call's number.
     fn sent(&self, operation: Operation, fault: Fault) -> u64;
 
     /// The server has just run the call.
     fn ran(&self, call: u64, ran: Ran<'_>);
 
-    /// Somebody listens to the store.
+    /// A waiter subscribes to notifications.
     fn subscribes(&self, subscription: Subscription) -> Subscription;
 }
 
-/// The embedded store, behind a line that does what `plan` says to each call.
+/// The embedded store, behind a connection that does to each call what `plan` returns.
 pub(crate) struct FaultyStore {
     store: Arc<MemoryStore>,
     plan: Box<dyn Fn(Operation) -> Fault + Send + Sync>,
     witness: Option<Arc<dyn Witness>>,
-    /// For how many of its timeouts the server runs a request.
+    /// For how many of its timeouts a request may run.
     lives: u32,
 }
 
@@ -86,23 +86,23 @@ impl FaultyStore {
         Self { store, plan: Box::new(plan), witness: None, lives: 1 }
     }
 
-    /// The same, with a witness of all that goes over the line.
+    /// Returns the store with a witness of all calls.
     pub(crate) fn witnessed(self, witness: Arc<dyn Witness>) -> Self {
         Self { witness: Some(witness), ..self }
     }
 
-    /// The same, whose requests are run for so many of their timeouts after they were sent: the time by which a
-    /// client's idea of the server's clock is late counts, too.
+    /// Returns the store with requests that may run for this many of their timeouts after they were sent. The error in
+    /// what a client knows of the server's clock counts, too.
     pub(crate) fn living(self, lives: u32) -> Self {
         Self { lives, ..self }
     }
 
-    /// The latest time at which a request may be run.
+    /// Returns the latest time at which a request may run.
     fn latest(&self, timeout: Duration) -> u64 {
         self.store.millis(Instant::now() + timeout * self.lives)
     }
 
-    /// `ran` puts the reply in words for the witness.
+    /// Runs a call that reports to the witness what it has done.
     async fn call<T: Send + 'static>(
         &self,
         operation: Operation,
@@ -122,7 +122,7 @@ impl FaultyStore {
     }
 }
 
-/// One call to a store, of whatever kind, that goes wrong as told. The server refuses to run it after `life`.
+/// Runs a call to a store of any kind with a fault. The server refuses to run it after `life`.
 pub(super) async fn call_within<S: Send + Sync + 'static, T: Send + 'static>(
     fault: Fault,
     store: &Arc<S>,

@@ -16,7 +16,7 @@ use super::{
 use crate::hold::{GrantId, Owned};
 use crate::{Key, Loss, Token};
 
-/// Locks in a map. No operation waits for anything but its task's turn, so none can time out.
+/// Locks in a map. Operations wait for nothing but tokio's cooperative budget, so none can time out.
 pub(crate) struct MemoryStore {
     held: Mutex<Held>,
     subscriptions: Subscriptions,
@@ -24,11 +24,11 @@ pub(crate) struct MemoryStore {
 
 struct Held {
     locks: HashMap<Key, Entry>,
-    /// One counter for all keys: it grows for each of them.
+    /// One counter for all keys, so it grows for each of them.
     last_fence: u64,
-    /// Expired entries are swept out whenever the map has doubled since the last time.
+    /// The size of the map at which expired entries are removed next: twice its size after the last time.
     sweep_at: usize,
-    /// Ties tokio's clock, which tests may pause, to the wall clock that fencing tokens start from.
+    /// Relates tokio's clock, which tests may pause, to the wall clock that fencing tokens start from.
     epoch: (Instant, Duration),
 }
 
@@ -37,15 +37,15 @@ struct Entry {
     metadata: Box<[u8]>,
     expires: Instant,
     fence: Option<u64>,
-    /// Which grants rely on it. Empty: that of the request that made the token, alone.
+    /// The grants that rely on it. If empty, only the grant of the request that made the token.
     grants: Vec<Reliance>,
 }
 
-/// A grant that relies on a lock: as in the record that `grants.lua` keeps.
+/// A grant that relies on a lock, as in the record of `grants.lua`.
 #[derive(Clone, Copy, Debug)]
 struct Reliance {
     grant: Option<GrantId>,
-    /// The longest ttl that it has asked for. `None` where that is not known, as with the grant that has no id.
+    /// The longest ttl that it has asked for. `None` if that is not known, as for the grant that has no id.
     ttl: Option<Duration>,
 }
 
@@ -57,12 +57,12 @@ impl Entry {
         }
     }
 
-    /// The grants that rely on it, other than this one.
+    /// Returns the grants that rely on it, other than this one.
     fn others(&self, grant: Option<GrantId>) -> Vec<Reliance> {
         self.grants().into_iter().filter(|other| other.grant != grant).collect()
     }
 
-    /// The grant relies on it as well, for at least so long.
+    /// Adds a grant that relies on it for at least this ttl.
     fn rely(&mut self, grant: Option<GrantId>, ttl: Duration) {
         let known = self.grants.iter().find(|known| known.grant == grant).and_then(|known| known.ttl);
         let mut grants = self.others(grant);
@@ -99,7 +99,7 @@ impl MemoryStore {
         latest.remaining(self.millis(Instant::now())).map_or(Undone::Complete, Undone::MayRun)
     }
 
-    /// The clock that requests expire by.
+    /// Returns the time in ms by the clock that requests expire by.
     pub(super) fn millis(&self, instant: Instant) -> u64 {
         let (start, _) = self.held().epoch;
         u64::try_from(instant.saturating_duration_since(start).as_millis()).unwrap_or(u64::MAX)
@@ -115,7 +115,7 @@ impl MemoryStore {
         }
         match held.acquire(to) {
             Acquired::Granted { fencing_token } => HandedOver::Done { fencing_token, alone: true },
-            // Nobody can have come in between.
+            // The mutex was held since the release.
             Acquired::Held { .. } => HandedOver::NotOurs(Loss::Taken),
         }
     }
@@ -132,25 +132,25 @@ impl MemoryStore {
         self.subscriptions.subscribe(key.to_bytes(), ChannelState::Open).0
     }
 
-    /// Who holds the key now, and until when unless renewed.
+    /// Returns the holder of the key, and when the lock expires unless it is renewed.
     #[cfg(test)]
     pub(crate) fn holder(&self, key: &Key) -> Option<(Token, Instant)> {
         self.held().live(key, Instant::now()).map(|entry| (entry.token.clone(), entry.expires))
     }
 
-    /// As somebody does who deletes a key by hand: nobody is told.
+    /// Deletes a key without a notification, as a user does by hand.
     #[cfg(test)]
     pub(crate) fn delete(&self, key: &Key) {
         self.held().locks.remove(key);
     }
 
-    /// To how many keys somebody listens, or is thought to.
+    /// Returns how many keys have subscriptions.
     #[cfg(test)]
     pub(crate) fn subscriptions(&self) -> usize {
         self.subscriptions.len()
     }
 
-    /// As a server does that is restarted without its data.
+    /// Forgets all locks, as a server does that is restarted without its data.
     #[cfg(test)]
     pub(crate) fn forget(&self) {
         self.held().locks.clear();
@@ -166,7 +166,7 @@ impl Held {
         self.locks.get(key).filter(|entry| now < entry.expires)
     }
 
-    /// Which loss explains that not all keys hold the token, if they don't.
+    /// Returns the loss that explains why not all keys hold the token, if they don't.
     fn not_ours(&self, owned: &Owned, now: Instant) -> Option<Loss> {
         let mut loss = None;
         for key in &owned.keys {
@@ -179,7 +179,7 @@ impl Held {
         loss
     }
 
-    /// Whether other grants rely on one of the keys.
+    /// Returns whether other grants rely on one of the keys.
     fn is_shared(&self, owned: &Owned) -> bool {
         let now = Instant::now();
         let mut entries = owned.keys.iter().filter_map(|key| self.live(key, now));
@@ -189,9 +189,9 @@ impl Held {
     fn acquire(&mut self, wanted: &Wanted) -> Acquired {
         let now = Instant::now();
         let Owned { keys, token, grant, .. } = &wanted.owned;
-        // Never shorter than it is: another of the same token may rely on it.
+        // Never earlier than it is: another grant of the same token may rely on it.
         let mut expires = now + wanted.ttl;
-        // The greatest, where a twin was granted some of the keys later; none, where one key has none.
+        // The greatest token of the keys, as some may have been granted later than others; none if one key has none.
         let mut repeated = Some(0);
         for (place, key) in keys.iter().enumerate() {
             match self.live(key, now) {
@@ -203,7 +203,7 @@ impl Held {
                 None => {}
             }
         }
-        // Minted once for one holder: a repeat answers the same.
+        // A holder has one fencing token: a repeat returns the same.
         let repeated = repeated.filter(|_| self.not_ours(&wanted.owned, now).is_none());
         let fence = wanted.fenced.then(|| repeated.unwrap_or_else(|| self.next_fence(now)));
         for key in keys {
@@ -362,9 +362,8 @@ impl Store for MemoryStore {
     }
 }
 
-/// Runs an operation, which is never pending for itself. It takes part in tokio's cooperative budget: a task that does
-/// nothing but lock and release gives others their turn. Yields before it runs, so one that is dropped has not been
-/// run.
+/// Runs an operation, which is never pending by itself, within tokio's cooperative budget: a task that does nothing but
+/// lock and release lets other tasks run. It yields before it runs, so an operation that is dropped has not run.
 fn in_turn<'a, T: Send + 'a>(run: impl FnOnce() -> T + Send + 'a) -> Answer<'a, T> {
     Box::pin(async {
         consume_budget().await;
@@ -373,7 +372,7 @@ fn in_turn<'a, T: Send + 'a>(run: impl FnOnce() -> T + Send + 'a) -> Answer<'a, 
 }
 
 impl fmt::Debug for MemoryStore {
-    /// Shows how many locks there are: what they hold belongs to their owners.
+    /// Shows how many locks there are, and not what they hold.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let locks = self.held().locks.len();
         f.debug_struct("MemoryStore").field("locks", &locks).field("subscriptions", &self.subscriptions).finish()

@@ -1,7 +1,7 @@
-//! Which server is behind a node's address: asked when it is first reached, and whenever it is reached anew.
+//! Which server is behind a node's address: the node is asked when it is first connected, and after each reconnection.
 //!
-//! Two addresses may lead to one server, which would have two votes then; and while a node is away, its address may
-//! come to lead elsewhere. Until a node that can be reached has said who it is, it is sent no vote and no renewal.
+//! Two addresses may lead to one server, which would have two votes then. And while a node is away, its address may
+//! come to lead to another server. A connected node gets no vote and no renewal until it has identified itself.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,24 +17,24 @@ use crate::error::NOT_SENT;
 use crate::store::Answer;
 use crate::store::redis::{Reconnects, RedisStore, ServerInfo};
 
-/// For so long the others wait for the one that asks: it may be a future that nobody polls any more. Then another does.
+/// How long others wait for the call that asks a node, whose future may no longer be polled. Then another one asks.
 const TRUSTED: Duration = Duration::from_millis(100);
 
-/// Who is at the addresses of one quorum, by their place.
+/// The servers at the addresses of one quorum, by the index of the node.
 #[derive(Default)]
 pub(super) struct Identities(Mutex<HashMap<usize, Server>>);
 
 #[derive(Clone, PartialEq, Eq)]
 struct Server {
     run_id: String,
-    /// Two databases of one server are two nodes, of which a warning says what it thinks.
+    /// Two databases of one server count as two nodes; a warning advises against it.
     database: u8,
     address: String,
-    /// Another address leads to it, and was there first.
+    /// Another address led to the same server before.
     is_refused: bool,
 }
 
-/// Who is at one of them.
+/// The server at one address.
 pub(crate) struct Identity {
     all: Arc<Identities>,
     place: usize,
@@ -48,7 +48,7 @@ pub(crate) struct Identity {
 
 struct State {
     step: Step,
-    /// How often it was asked.
+    /// How often the node was asked.
     asked: u64,
     reconnects: Reconnects,
     known: ServerInfo,
@@ -56,9 +56,9 @@ struct State {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Step {
-    /// It is to be asked, once it can be reached.
+    /// The node has to be asked, once it is connected.
     Due,
-    /// One asks, and is waited for until then.
+    /// A call asks the node. Others wait for it until this time.
     Asking(Instant),
     Known,
 }
@@ -85,7 +85,7 @@ impl Identity {
         })
     }
 
-    /// Puts the question before a call, where it is open.
+    /// Returns the call, preceded by the question if the server is not known.
     pub(super) fn before<T: 'static>(
         self: &Arc<Self>,
         within: Duration,
@@ -97,7 +97,7 @@ impl Identity {
         self.at_last(within, call)
     }
 
-    /// The same for a call that is not sent yet: it looks when it is.
+    /// Does the same for a call that waits to be sent: checks when it is sent.
     pub(super) fn at_last<T: 'static>(
         self: &Arc<Self>,
         within: Duration,
@@ -110,16 +110,16 @@ impl Identity {
         })
     }
 
-    /// Waits until it is known, and the only address of its server.
+    /// Waits until the server is known. Fails if another address has its vote.
     ///
     /// # Errors
     ///
-    /// The other address; or what has kept it from answering.
+    /// Names the other address, or says that the server has not identified itself.
     pub(super) async fn identify(&self, within: Duration) -> Result<(), Error> {
         loop {
             let changed = self.changed.notified();
             match self.begin() {
-                // The call says best why there is no connection.
+                // The call itself reports best why there is no connection.
                 None => return Ok(()),
                 Some((Step::Known, _)) => break,
                 Some((Step::Asking(until), _)) => drop(timeout_at(until, changed).await),
@@ -127,7 +127,7 @@ impl Identity {
                     let asking = Asking { identity: self, number };
                     match self.node.info(within).await {
                         Ok(info) => self.learn(asking.number, info),
-                        // It doesn't say, and is given the benefit of the doubt.
+                        // A server that refuses to tell is assumed to be well.
                         Err(error) if error.code().is_some() && !error.is_transient() => {
                             self.learn(asking.number, ServerInfo::default());
                         }
@@ -146,7 +146,8 @@ impl Identity {
         }
     }
 
-    /// What is to be done; [`Step::Due`] for one alone, which asks, and its number. `None` where nobody can be asked.
+    /// Returns the current step and the number of the last question. Returns [`Step::Due`] to one caller only, which
+    /// has to ask. `None` if there is no connection.
     fn begin(&self) -> Option<(Step, u64)> {
         let mut state = self.state();
         let step = state.step();
@@ -160,7 +161,7 @@ impl Identity {
         Some((step, state.asked))
     }
 
-    /// The answer to one who asked, unless another has asked since.
+    /// Notes a reply, unless another call has asked since.
     fn learn(&self, asked: u64, info: ServerInfo) {
         let news = {
             let mut state = self.state();
@@ -190,20 +191,20 @@ impl Identity {
         servers.insert(self.place, server);
     }
 
-    /// The address that has this server's vote, if it is another.
+    /// Returns the address that has this server's vote, if it is another.
     pub(super) fn twin(&self) -> Option<String> {
         let mut servers = self.all.servers();
         let own = servers.get(&self.place).filter(|own| own.is_refused)?.clone();
         let twin = servers.iter().find(|(place, other)| **place != self.place && other.is_same(&own));
         let twin = twin.map(|(_, other)| other.address.clone());
         if let Some(own) = servers.get_mut(&self.place).filter(|_| twin.is_none()) {
-            // That one leads elsewhere by now.
+            // The other address leads to another server by now.
             own.is_refused = false;
         }
         twin
     }
 
-    /// Says what is wrong with a node and can't be known to be.
+    /// Warns of settings of a node that may break the quorum.
     fn warn_of(&self, info: &ServerInfo) {
         let node = &*self.address;
         if info.is_replica {
@@ -230,7 +231,7 @@ impl Identity {
     }
 }
 
-/// One asks, and the others wait, until this is dropped.
+/// A call that asks the node. Others wait until this is dropped.
 struct Asking<'a> {
     identity: &'a Identity,
     number: u64,
@@ -248,7 +249,7 @@ impl Drop for Asking<'_> {
 }
 
 impl State {
-    /// As of now.
+    /// Returns the step at this moment.
     fn step(&mut self) -> Step {
         let is_stale = match self.step {
             Step::Due => false,
@@ -263,7 +264,7 @@ impl State {
 }
 
 impl Server {
-    /// Whether this one has the vote of the other.
+    /// Returns whether this one has the vote of the other.
     fn is_same(&self, other: &Self) -> bool {
         !self.is_refused && (&self.run_id, self.database) == (&other.run_id, other.database)
     }

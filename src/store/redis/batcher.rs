@@ -39,14 +39,15 @@ use crate::Error;
 /// of an acquire and a release costs it 11 us in calls of 2 operations, and 5 us in calls of 32.
 const CALLS: usize = 2;
 /// How many operations one call has. Larger calls gain nothing: by the same count, a pair costs 4.8 us in calls of 32
-/// and 4.6 us in calls of 96. They would keep the server from its other clients for longer, and their results would come
-/// later and all at once, so that server and client work less at the same time.
+/// and 4.6 us in calls of 96. They would keep the server from its other clients for longer, and their results would
+/// come later and all at once, so that server and client work less at the same time.
 pub(super) const OPERATIONS: usize = 96;
 /// With fewer waiting operations than this, a driver lets other tasks run first, as they may add some.
 const ENOUGH: usize = OPERATIONS / 2;
 /// For how long others wait for a call whose task may never be polled (invariant 3): its future was polled once and put
 /// aside, or a worker thread blocks that was about to poll its driver. It is longer than almost every call takes, and a
-/// small part of a command timeout. The tests `*_no_longer_than_those_are_trusted` (`cargo test --lib batcher`) show it.
+/// small part of a command timeout. The tests `*_no_longer_than_those_are_trusted` (`cargo test --lib batcher`) show
+/// it.
 const TRUSTED: Duration = Duration::from_millis(50);
 
 /// Runs operations at the server.
@@ -54,8 +55,8 @@ pub(super) trait Executor: fmt::Debug + Send + Sync + 'static {
     type Operation: Send + Sync;
     type Output: Send;
 
-    /// Returns the runtime that calls depend on at this moment; drivers run there. Without one, they run on those of the
-    /// operations that wait.
+    /// Returns the runtime that calls depend on at this moment; drivers run there. Without one, they run on those of
+    /// the operations that wait.
     fn home(&self) -> Option<Handle> {
         None
     }
@@ -143,8 +144,8 @@ impl<E: Executor> Batcher<E> {
         };
         let mut results = Vec::with_capacity(count);
         for waiter in waiters {
-            // One after the other: the results that come meanwhile stay in their channels, also those that are there when
-            // the time is over.
+            // One after the other: the results that come meanwhile stay in their channels, also those that are there
+            // when the time is over.
             results.push(self.shared.wait(lane, waiter, until, &mut check_at).await);
         }
         if results.iter().all(Option::is_some) {

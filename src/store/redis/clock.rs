@@ -1,9 +1,9 @@
 //! An estimate of the server's clock, good enough to tell the server until when it may run a request.
 //!
 //! Every reply carries the server's time, which the server read before the reply arrived. So the estimate is never
-//! ahead of the server's clock, and behind it by at most the time that the reply took. A request that the server refuses
-//! for that reason, or because its clock was set forward, or because another server replies now, has not run. Its reply
-//! carries the time as well, and the request is sent again.
+//! ahead of the server's clock, and behind it by at most the time that the reply took. A request that the server
+//! refuses for that reason, or because its clock was set forward, or because another server replies now, has not run.
+//! Its reply carries the time as well, and the request is sent again.
 //!
 //! Undoing an attempt doesn't depend on the estimate: it goes on until the server's own clock has passed the time that
 //! the request carried. An exact ttl of unknown outcome does (`hold.rs`). For it we assume that a reading is not older
@@ -18,8 +18,8 @@ use tokio::time::Instant;
 /// How long the best reading is kept. Clocks drift by less than a millisecond in this time.
 const KEPT: Duration = Duration::from_secs(1);
 
-/// How long a reading is valid. Clocks that are wrong by 500 ppm, the most that is corrected for, drift by 0.3 s in this
-/// time.
+/// How long a reading is valid. Clocks that are wrong by 500 ppm, the most that is corrected for, drift by 0.3 s in
+/// this time.
 const TRUSTED: Duration = Duration::from_secs(600);
 
 /// A server's clock, as its replies show it.

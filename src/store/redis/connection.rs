@@ -106,8 +106,8 @@ impl Connection {
         }
     }
 
-    /// Makes sure that the server replies, if only with a refusal: fred takes a connection for a good one that the server
-    /// has closed at once, as it does without TLS where it wants TLS.
+    /// Makes sure that the server replies, if only with a refusal: fred takes a connection for a good one that the
+    /// server has closed at once, as it does without TLS where it wants TLS.
     async fn ping(&self, timeout: Duration) -> Result<(), Error> {
         let options = Options { max_attempts: Some(1), timeout: Some(timeout.max(SHORTEST)), ..Options::default() };
         let ping = CustomCommand::new_static("PING", ClusterHash::FirstKey, false);
@@ -194,8 +194,8 @@ impl Connection {
         if never_sent { not_sent(&error) } else { error }
     }
 
-    /// Returns the state of the connection for an operation that is about to wait for a call. Takes no mutex while there
-    /// is a connection, as many operations wait.
+    /// Returns the state of the connection for an operation that is about to wait for a call. Takes no mutex while
+    /// there is a connection, as many operations wait.
     pub(super) fn will_wait(&self, now: Instant) -> Sent {
         // The calls that the operation waits for have checked the connection in full.
         let is_connected = self.client.is_connected() && !self.is_broken.load(Ordering::Relaxed);
@@ -218,7 +218,8 @@ impl Connection {
 
     fn why_unanswered(&self) -> Option<fred::error::Error> {
         let mut reason = self.why_not_connected()?;
-        // It is still a timeout, as the call may have been sent before the connection broke; unless waiting is of no use.
+        // It is still a timeout, as the call may have been sent before the connection broke; unless waiting is of no
+        // use.
         if !is_tls(reason.kind()) {
             reason.change_kind(ErrorKind::Timeout);
         }
@@ -255,8 +256,8 @@ impl Connection {
         events.last.as_ref().map(|(error, server)| self.peer.unreachable(error, server.as_ref()))
     }
 
-    /// Asks fred for a new connection. One poll puts the request in fred's queue. Nothing waits for its result, which may
-    /// take as long as the server is away.
+    /// Asks fred for a new connection. One poll puts the request in fred's queue. Nothing waits for its result, which
+    /// may take as long as the server is away.
     fn reopen(&self) {
         let mut request = Box::pin(self.client.force_reconnection());
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
@@ -290,8 +291,8 @@ fn build(config: Config, timeout: Duration) -> Result<Client, Error> {
     Ok(client)
 }
 
-/// Connects. Owns the task that drives the connection from the first moment, unlike `init`, which leaves the task running
-/// for ever when its caller stops waiting.
+/// Connects. Owns the task that drives the connection from the first moment, unlike `init`, which leaves the task
+/// running for ever when its caller stops waiting.
 #[expect(clippy::async_yields_async, reason = "the handle is what is wanted; the task ends with the connection")]
 pub(super) async fn connect(client: &Client) -> FredResult<AbortOnDropHandle<FredResult<()>>> {
     let (connected, driver) = join!(

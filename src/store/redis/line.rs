@@ -1,8 +1,8 @@
 //! The line for a key, in which its waiters stand in the order of their arrival, whatever their process.
 //!
-//! It is a sorted set beside the lock key (`scripts/line.lua`). The script that frees the lock gives it to the head of the
-//! line in the same step, and notifies that process, which confirms by an acquire. A process that has died is skipped
-//! [`ALIVE`] after its last heartbeat. One that doesn't confirm loses its turn after a second.
+//! It is a sorted set beside the lock key (`scripts/line.lua`). The script that frees the lock gives it to the head of
+//! the line in the same step, and notifies that process, which confirms by an acquire. A process that has died is
+//! skipped [`ALIVE`] after its last heartbeat. One that doesn't confirm loses its turn after a second.
 
 use std::time::Duration;
 

@@ -36,7 +36,8 @@ pub(super) fn line_of(key: &Bytes) -> Bytes {
     beside(key, ":queue")
 }
 
-/// Returns the name of the hash of processes in that line that are alive. `scripts/line.lua` derives it from the line's.
+/// Returns the name of the hash of processes in that line that are alive. `scripts/line.lua` derives it from the
+/// line's.
 pub(super) fn alive_of(key: &Bytes) -> Bytes {
     beside(key, ":alive")
 }
@@ -55,10 +56,10 @@ fn beside(key: &Bytes, suffix: &str) -> Bytes {
 
 /// Returns the channel on which releases of a lock key are published, if it has another name than the key.
 ///
-/// fred takes only text for the name of a channel. So bytes of a key that are no text are escaped. A stand-in for the hash
-/// tag precedes them where the key has no hash tag, or one that is no text: on a cluster the channel must be in the slot
-/// of the key, whose node publishes. Where the key begins with text, as it does with the locker's prefix, so does the
-/// channel, and permissions for `prefix*` suffice.
+/// fred takes only text for the name of a channel. So bytes of a key that are no text are escaped. A stand-in for the
+/// hash tag precedes them where the key has no hash tag, or one that is no text: on a cluster the channel must be in
+/// the slot of the key, whose node publishes. Where the key begins with text, as it does with the locker's prefix, so
+/// does the channel, and permissions for `prefix*` suffice.
 ///
 /// Two keys may share a channel. Then a release of one wakes the waiters for the other in vain.
 pub(super) fn channel_of(key: &Bytes) -> Option<Bytes> {
@@ -82,8 +83,8 @@ fn escaped(bytes: &[u8]) -> Vec<u8> {
     text
 }
 
-/// Returns the part of the key that alone decides its slot: the bytes between its first `{` and the first `}` after that,
-/// if there are any. <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#hash-tags>
+/// Returns the part of the key that alone decides its slot: the bytes between its first `{` and the first `}` after
+/// that, if there are any. <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#hash-tags>
 fn hash_tag(key: &[u8]) -> Option<&[u8]> {
     let (_, after) = split_at_first(key, b'{')?;
     let (tag, _) = split_at_first(after, b'}')?;
@@ -103,8 +104,8 @@ fn is_only_a_tag(key: &[u8], tag: &[u8]) -> bool {
 
 /// Returns four letters that hash to this slot.
 ///
-/// The slot is a CRC16, which is linear: bits that change in a text change the same bits of the slot, whatever the text.
-/// So the letters are found bit by bit, from letters that hash to another slot.
+/// The slot is a CRC16, which is linear: bits that change in a text change the same bits of the slot, whatever the
+/// text. So the letters are found bit by bit, from letters that hash to another slot.
 fn stand_in(slot: u16) -> [u8; 4] {
     let mut letters = FIRST;
     let mut wrong = slot ^ redis_keyslot(&letters);

@@ -194,7 +194,8 @@ impl Decimals {
     }
 }
 
-/// Returns the channels on which the releases of these keys are published, or nothing if they have the names of the keys.
+/// Returns the channels on which the releases of these keys are published, or nothing if they have the names of the
+/// keys.
 pub(super) fn channels<'a>(keys: impl IntoIterator<Item = &'a Bytes, IntoIter: Clone>) -> Vec<Value> {
     let keys = keys.into_iter();
     if keys.clone().all(|key| std::str::from_utf8(key).is_ok()) {

@@ -91,8 +91,8 @@ impl Scripts {
         }
     }
 
-    /// Returns the stamp of a request that may run until `latest`, in ms by the server's clock. No other recent request has
-    /// the same.
+    /// Returns the stamp of a request that may run until `latest`, in ms by the server's clock. No other recent request
+    /// has the same.
     pub(super) fn stamp(&self, latest: u64) -> Stamp {
         let mark = self.mark.fetch_add(1, Ordering::Relaxed);
         Stamp(latest.min(Stamp::LATEST) * Stamp::MARKS + u64::from(mark) % Stamp::MARKS)
@@ -149,11 +149,11 @@ impl Script {
         Self { hash: fred::util::sha1_hash(&source).into(), source: source.into(), is_batch: false }
     }
 
-    /// Runs the script once, and ends by `until`. `call` builds the call each time that it is sent: it is almost always sent
-    /// once, and a copy for other times would cost more.
+    /// Runs the script once, and ends by `until`. `call` builds the call each time that it is sent: it is almost always
+    /// sent once, and a copy for other times would cost more.
     ///
-    /// Sends its hash. If the server doesn't know it (after a restart, a failover or SCRIPT FLUSH), sends the whole script,
-    /// which the server remembers from then on. NOSCRIPT means that nothing has run, so this is still one run.
+    /// Sends its hash. If the server doesn't know it (after a restart, a failover or SCRIPT FLUSH), sends the whole
+    /// script, which the server remembers from then on. NOSCRIPT means that nothing has run, so this is still one run.
     pub(super) async fn run(
         &self,
         router: &Router,

@@ -52,8 +52,8 @@ impl Server {
         self.client().is_clustered() || self.takes_one_slot.load(Ordering::Relaxed)
     }
 
-    /// Runs a script once, within `timeout` by our clock and by the server's. Before anything is sent, `sending` gets the
-    /// latest time at which the server may run it, in ms by the server's clock.
+    /// Runs a script once, within `timeout` by our clock and by the server's. Before anything is sent, `sending` gets
+    /// the latest time at which the server may run it, in ms by the server's clock.
     pub(super) async fn run(
         &self,
         script: &Script,
@@ -115,8 +115,8 @@ impl Server {
         let sent = Sent::in_part();
         let acknowledged = Box::pin(writing.acknowledged(self.client(), until)).await;
         match self.connection.heard(sent, acknowledged) {
-            // The write itself has succeeded. Whatever keeps the server from telling which replicas have it, it is there
-            // and must be undone.
+            // The write itself has succeeded. Whatever keeps the server from telling which replicas have it, it is
+            // there and must be undone.
             Err(error @ Error::Redis(_)) => {
                 debug!(name: "tenure.wait_failed", %error, "could not ask the server which replicas have a write");
                 Err(Error::NotReplicated { needed: self.min_replicas, acknowledged: 0 })
@@ -169,8 +169,8 @@ impl Server {
         }
     }
 
-    /// Decides what the scripts for one key leave to others: an acquire that finds its own token, and the end of a grant
-    /// when there may be other grants.
+    /// Decides what the scripts for one key leave to others: an acquire that finds its own token, and the end of a
+    /// grant when there may be other grants.
     async fn decide_by_full_script(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
         let script = match operation.kind() {
             Kind::Acquire => &self.scripts.acquire,

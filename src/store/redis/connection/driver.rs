@@ -42,8 +42,8 @@ impl Driver {
         Ok(Self(Mutex::new(Driving { task, runtime, probe: None })))
     }
 
-    /// Starts the task again if fred has ended it, as it does after some errors, or if its runtime has ended: then on the
-    /// runtime of the caller. Otherwise every call would fail. Returns the runtime that it runs on.
+    /// Starts the task again if fred has ended it, as it does after some errors, or if its runtime has ended: then on
+    /// the runtime of the caller. Otherwise every call would fail. Returns the runtime that it runs on.
     pub(super) fn go_on(&self, client: &Client) -> Handle {
         let mut driving = self.driving();
         if driving.task.is_finished() {
@@ -52,8 +52,8 @@ impl Driver {
         driving.runtime.clone()
     }
 
-    /// Moves the task to the runtime of the caller, whose call has had no reply, if the task's own runtime stands still:
-    /// a current-thread runtime outside of `block_on`, or one that is blocked.
+    /// Moves the task to the runtime of the caller, whose call has had no reply, if the task's own runtime stands
+    /// still: a current-thread runtime outside of `block_on`, or one that is blocked.
     pub(super) fn go_on_here_if_stalled(&self, client: &Client, patience: Duration) {
         let mut driving = self.driving();
         let here = match Handle::try_current() {

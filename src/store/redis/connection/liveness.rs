@@ -25,8 +25,8 @@ impl Liveness {
         self.unanswered = None;
     }
 
-    /// Returns whether the connection is dead, as a call that was sent then has had no reply. Returns true once for each
-    /// connection: opening one after the other while all are slow would make nothing faster.
+    /// Returns whether the connection is dead, as a call that was sent then has had no reply. Returns true once for
+    /// each connection: opening one after the other while all are slow would make nothing faster.
     pub(super) fn is_silent(&mut self, sent: Instant) -> bool {
         // Other calls have had replies meanwhile: the server is slow, not dead.
         if self.heard.is_some_and(|heard| heard >= sent) {
