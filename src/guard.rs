@@ -15,7 +15,7 @@ use crate::hold::{FinalStep, Hold};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
 use crate::loss::{Lost, Protected};
-use crate::store::{Ending, Released, Renewed};
+use crate::store::{Ending, Verdict};
 use crate::{Error, Key, Lease, Loss, Token};
 
 /// A held lock: renewed in the background until it is released, dropped or lost.
@@ -490,11 +490,11 @@ impl LockGuard {
             None => FinalStep::Nothing,
         });
         match released {
-            Released::Freed => {
+            Verdict::Done => {
                 info!(name: "tenure.released", key = %self.key(), "released");
                 Ok(())
             }
-            Released::NotOurs(loss) => Err(self.not_held(loss)),
+            Verdict::NotOurs(loss) => Err(self.not_held(loss)),
         }
     }
 
@@ -554,14 +554,14 @@ impl LockGuard {
         };
         let renewed = self.shared.renew(&self.hold, renewing).await;
         match renewed.inspect_err(|error| self.hold.failed(&Arc::new(error.clone())))? {
-            Renewed::Extended => {
+            Verdict::Done => {
                 if exact {
                     // A renewal that is on its way, or is to be tried again, is for the ttl before.
                     self.renewer.interrupt();
                 }
                 Ok(())
             }
-            Renewed::NotOurs(loss) => {
+            Verdict::NotOurs(loss) => {
                 // The renewer does what is left to do.
                 self.renewer.call();
                 Err(self.not_held(loss))

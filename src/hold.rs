@@ -35,7 +35,7 @@ pub(crate) use self::owned::{GrantId, Owned};
 pub(crate) use self::renewing::Renewing;
 use self::timing::{Drift, Renewal};
 use crate::locker::cleanups::PendingCleanup;
-use crate::store::{Latest, RECORD_TTL, Renewed};
+use crate::store::{Latest, RECORD_TTL, Verdict};
 use crate::{Error, Loss};
 
 /// A grant of the server, and when it was requested.
@@ -294,10 +294,10 @@ impl Hold {
 
     /// Applies the server's verdict on a renewal. Returns that of the hold: a lock that is no longer held stays lost,
     /// even if the server has extended it.
-    pub(crate) fn confirm(&self, renewing: Renewing, verdict: Renewed) -> Renewed {
+    pub(crate) fn confirm(&self, renewing: Renewing, verdict: Verdict) -> Verdict {
         match verdict {
-            Renewed::Extended => self.renewed(renewing).err().map_or(Renewed::Extended, Renewed::NotOurs),
-            Renewed::NotOurs(loss) => Renewed::NotOurs(self.end(loss)),
+            Verdict::Done => self.renewed(renewing).err().map_or(Verdict::Done, Verdict::NotOurs),
+            Verdict::NotOurs(loss) => Verdict::NotOurs(self.end(loss)),
         }
     }
 

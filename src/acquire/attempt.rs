@@ -15,7 +15,7 @@ use crate::hold::timing::{Drift, Renewal};
 use crate::hold::{Grant, GrantId, Hold};
 use crate::locker::cleanups::{Cleanup, PendingCleanup};
 use crate::locker::shared::Shared;
-use crate::store::listen::Listening;
+use crate::store::notifications::Subscription;
 use crate::store::{Acquired, InLine, LinePlace, Queueing, Wanted};
 use crate::{Error, Key, LockGuard, Token};
 
@@ -103,7 +103,7 @@ impl Attempt {
             biased;
             () = closed.cancelled() => return Err(Error::Closed),
             answer = timeout_at(sent + timeout + GRACE, call) => match answer {
-                Ok(answer) => (answer, self.shared.store.settles()),
+                Ok(answer) => (answer, self.shared.store.capabilities().undoes_attempts),
                 Err(_) => (Err(Error::timeout()), false),
             },
         };
@@ -147,7 +147,7 @@ impl Attempt {
     /// How it asks: with its place in the line, if it has one or shall have one from now on.
     fn in_line(&mut self) -> InLine {
         let queueing = self.wanted.queueing;
-        if !self.shared.store.has_line() || queueing == Queueing::None {
+        if !self.shared.store.capabilities().has_line || queueing == Queueing::None {
             return InLine::No;
         }
         match (&self.place, self.only_key()) {
@@ -202,12 +202,12 @@ impl Attempt {
     /// Whether those before it in this process can hand the lock over to it, so that it need not be in line for that.
     pub(crate) fn can_be_handed(&self) -> bool {
         let store = &self.shared.store;
-        !store.has_line() || store.hands_over() && self.wanted.owned.own_token
+        !store.capabilities().has_line || store.capabilities().hands_over && self.wanted.owned.own_token
     }
 
     /// Whether it has asked without its place in the line, and is to take that now that it was refused.
     pub(crate) fn is_to_enter_line(&self) -> bool {
-        let is_waiting = self.was_refused && self.shared.store.has_line();
+        let is_waiting = self.was_refused && self.shared.store.capabilities().has_line;
         let place = self.place.as_ref().filter(|_| is_waiting && self.wanted.queueing == Queueing::Shared);
         place.is_some_and(|place| place.is_first() && !place.may_be_in_line())
     }
@@ -309,7 +309,7 @@ impl Attempt {
             return;
         };
         let place = place.line_place();
-        if self.shared.store.has_line() {
+        if self.shared.store.capabilities().has_line {
             self.enter_line(key, place).await;
         }
     }
@@ -317,7 +317,7 @@ impl Attempt {
     /// Takes a place in the line for one of several keys, the one that is held by another, and leaves that for the one
     /// before. Does nothing for a request of one key.
     pub(crate) async fn stand_in_line_for(&mut self, key: &Key) {
-        if self.only_key().is_some() || !self.wanted.queueing.waits() || !self.shared.store.has_line() {
+        if self.only_key().is_some() || !self.wanted.queueing.waits() || !self.shared.store.capabilities().has_line {
             return;
         }
         let before = self.own_line_place.as_ref().filter(|(other, ..)| other == key).map(|(_, place, _)| *place);
@@ -366,7 +366,7 @@ impl Attempt {
     }
 
     fn leave(&self, key: Key, place: LinePlace, again: bool) {
-        if self.shared.store.has_line() {
+        if self.shared.store.capabilities().has_line {
             self.shared.leave_line(key, place, again, &self.runtime);
         }
     }
@@ -378,13 +378,13 @@ impl Attempt {
         }
     }
 
-    pub(crate) fn listen(&self, key: &Key) -> Listening {
-        self.shared.store.listen(key)
+    pub(crate) fn subscribe(&self, key: &Key) -> Subscription {
+        self.shared.store.subscribe(key)
     }
 
     /// Several servers decide, each by itself.
     pub(crate) fn is_voted_on(&self) -> bool {
-        self.shared.store.settles()
+        self.shared.store.capabilities().undoes_attempts
     }
 
     pub(crate) fn command_timeout(&self) -> Duration {
@@ -394,7 +394,7 @@ impl Attempt {
     /// Another attempt is about to be made. A store that takes attempts back by itself may still do so with the last
     /// one, and must not take this one for it.
     fn renew_token(&mut self) {
-        if !self.shared.store.settles() {
+        if !self.shared.store.capabilities().undoes_attempts {
             return;
         }
         self.undo();

@@ -11,7 +11,7 @@ use crate::Error;
 use crate::hold::{Grant, Owned};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
-use crate::store::{Ending, HandedOver, Released};
+use crate::store::{Ending, HandedOver, Verdict};
 
 impl Shared {
     /// Releases the lock and gives it to one who waits for it here, in one step, or to another process whose turn it is.
@@ -21,7 +21,7 @@ impl Shared {
         ending: Ending,
         hand_over: HandOver,
         timeout: Duration,
-    ) -> Result<Option<Released>, Error> {
+    ) -> Result<Option<Verdict>, Error> {
         let (sent, wanted) = (Instant::now(), hand_over.wanted().clone());
         // Should it fail, or be dropped, the next one is told that nobody knows.
         let next = *hand_over.next();
@@ -42,15 +42,15 @@ impl Shared {
                         drop(pending);
                     });
                 }
-                Ok(Some(Released::Freed))
+                Ok(Some(Verdict::Done))
             }
             HandedOver::NotOurs(loss) => {
                 hand_over.refused();
-                Ok(Some(Released::NotOurs(loss)))
+                Ok(Some(Verdict::NotOurs(loss)))
             }
             HandedOver::PassedBy => {
                 hand_over.passed_by();
-                Ok(Some(Released::Freed))
+                Ok(Some(Verdict::Done))
             }
             HandedOver::NotNow => {
                 hand_over.not_now();

@@ -30,7 +30,7 @@ use tokio::time::Instant;
 
 use crate::hold::{Grant, Owned};
 use crate::locker::cleanups::PendingCleanup;
-use crate::store::listen::Listening;
+use crate::store::notifications::Subscription;
 use crate::store::{LinePlace, Next, Queueing, Wanted};
 use crate::{Error, Key};
 
@@ -100,7 +100,7 @@ struct Lane {
     /// When the server has to hear the next time that they are alive.
     heartbeat: Option<Instant>,
     /// Kept from one first to the next, so that the next has nothing to ask before it listens.
-    listening: Option<Listening>,
+    listening: Option<Subscription>,
     /// What the last that was first has learned of the lock: it is held until then, unless renewed or released.
     held_until: Option<Instant>,
 }
@@ -487,7 +487,7 @@ impl Ticket {
     }
 
     /// What the one before has listened with, if it has, and until when it knew the lock held.
-    pub(crate) fn take_over(&self) -> (Option<Listening>, Option<Instant>) {
+    pub(crate) fn take_over(&self) -> (Option<Subscription>, Option<Instant>) {
         self.with_lane(|lane| (lane.listening.take(), lane.held_until.take()))
     }
 
@@ -514,7 +514,7 @@ impl Ticket {
     }
 
     /// It has got the lock, from the server or by a hand-over. Leaves what the next one can use.
-    pub(crate) fn pass_on(&self, listening: Option<Listening>, got: Got) {
+    pub(crate) fn pass_on(&self, listening: Option<Subscription>, got: Got) {
         let Got { at, held_until, was_handed_over } = got;
         let before = {
             let mut state = self.state();

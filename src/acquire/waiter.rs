@@ -11,7 +11,7 @@ use crate::acquire::attempt::Attempt;
 use crate::acquire::queue::{Got, HEARTBEAT, Ticket, Turn};
 use crate::hold::Grant;
 use crate::hold::timing;
-use crate::store::listen::Listening;
+use crate::store::notifications::Subscription;
 
 /// The waiting of one request.
 pub(crate) struct Waiter<'a> {
@@ -20,7 +20,7 @@ pub(crate) struct Waiter<'a> {
     limit: Option<Instant>,
     closed: &'a CancellationToken,
     /// To the news of a key.
-    listening: Option<(Key, Listening)>,
+    listening: Option<(Key, Subscription)>,
     first: bool,
     /// How long the server took to answer.
     took: Duration,
@@ -152,7 +152,7 @@ impl<'a> Waiter<'a> {
             return Woken::Ask;
         };
         if self.listening.as_ref().is_none_or(|(to, _)| *to != key) {
-            let mut listening = attempt.listen(&key);
+            let mut listening = attempt.subscribe(&key);
             let opened = self.open(attempt, &mut listening).await;
             listening.mark();
             let is_open = listening.is_open();
@@ -192,7 +192,7 @@ impl<'a> Waiter<'a> {
     }
 
     /// Waits for the line to open, if it can be had.
-    async fn open(&self, attempt: &mut Attempt, listening: &mut Listening) -> Option<Woken> {
+    async fn open(&self, attempt: &mut Attempt, listening: &mut Subscription) -> Option<Woken> {
         let patience = Instant::now() + attempt.command_timeout();
         attempt.expect(patience);
         let turn = select! {
@@ -270,9 +270,9 @@ async fn granted(place: Option<&Ticket>) -> Turn {
     }
 }
 
-async fn news(listening: &mut Option<(Key, Listening)>) {
+async fn news(listening: &mut Option<(Key, Subscription)>) {
     match listening {
-        Some((_, listening)) => listening.news().await,
+        Some((_, listening)) => listening.notified().await,
         None => std::future::pending().await,
     }
 }

@@ -10,7 +10,7 @@ use super::{GrantId, Owned, timing};
 use crate::Error;
 use crate::locker::cleanups::{Cleanup, PendingCleanup};
 use crate::locker::shared::Shared;
-use crate::store::{Extending, Renewed};
+use crate::store::{Extending, Verdict};
 
 /// The lock of a lease, which a new grant has taken over.
 pub(crate) struct Claim {
@@ -57,8 +57,8 @@ impl Shared {
         let mut claim = Claim { shared: self.clone(), runtime: runtime.clone(), owned, earlier, ttl, pending };
         let how = Extending::Claim { earlier };
         match self.store.renew(&claim.owned, ttl, how, self.command_timeout).await {
-            Ok(Renewed::Extended) => Ok(claim),
-            Ok(Renewed::NotOurs(loss)) => {
+            Ok(Verdict::Done) => Ok(claim),
+            Ok(Verdict::NotOurs(loss)) => {
                 claim.pending = None;
                 Err(Error::NotHeld { key: claim.owned.key(), loss })
             }
@@ -89,9 +89,9 @@ impl Shared {
             let given_back = self.store.renew(owned, ttl, Extending::GiveBack { earlier }, timeout).await;
             let remaining = until.saturating_duration_since(Instant::now());
             let pause = match given_back {
-                Ok(Renewed::NotOurs(_)) => return,
-                Ok(Renewed::Extended) if Instant::now() >= claim_expires => return,
-                Ok(Renewed::Extended) => claim_expires.saturating_duration_since(Instant::now()),
+                Ok(Verdict::NotOurs(_)) => return,
+                Ok(Verdict::Done) if Instant::now() >= claim_expires => return,
+                Ok(Verdict::Done) => claim_expires.saturating_duration_since(Instant::now()),
                 Err(error) if !error.is_transient() => return,
                 Err(_) => {
                     failures += 1;
@@ -109,8 +109,8 @@ impl Shared {
     pub(crate) async fn extend(&self, owned: &Owned, ttl: Duration) -> Result<(), Error> {
         Self::check_runtime()?;
         match self.store.renew(owned, ttl, Extending::Ensure, self.command_timeout).await? {
-            Renewed::Extended => Ok(()),
-            Renewed::NotOurs(loss) => Err(Error::NotHeld { key: owned.key(), loss }),
+            Verdict::Done => Ok(()),
+            Verdict::NotOurs(loss) => Err(Error::NotHeld { key: owned.key(), loss }),
         }
     }
 }

@@ -8,7 +8,7 @@ use tracing::{info, warn};
 use super::{Hold, Owned, timing};
 use crate::Error;
 use crate::locker::shared::Shared;
-use crate::store::{Ending, Released};
+use crate::store::{Ending, Verdict};
 
 impl Shared {
     /// Releases the lock, or hands it over to a waiter of this process. Tries again after failures, until `until`.
@@ -21,10 +21,10 @@ impl Shared {
         owned: &Owned,
         ending: Ending,
         until: Instant,
-    ) -> Result<Released, Error> {
+    ) -> Result<Verdict, Error> {
         Self::check_runtime()?;
         let mut handed_over = None;
-        if let Some(hand_over) = self.store.hands_over().then(|| self.queues.next(owned)).flatten() {
+        if let Some(hand_over) = self.store.capabilities().hands_over.then(|| self.queues.next(owned)).flatten() {
             let patience = self.command_timeout.min(until.saturating_duration_since(Instant::now()));
             handed_over = Some(self.hand_over(owned, ending, hand_over, patience).await);
         }
@@ -41,14 +41,14 @@ impl Shared {
         ending: Ending,
         until: Instant,
         mut has_tried: bool,
-    ) -> Result<Released, Error> {
+    ) -> Result<Verdict, Error> {
         let mut failures = 0;
         loop {
             let now = Instant::now();
             let timeout = timing::call_timeout(self.command_timeout, now, until);
             let call = self.store.release(owned, if has_tried { Ending::Grant } else { ending }, timeout);
             let error = match timeout_at(until, call).await.unwrap_or_else(|_| Err(Error::timeout())) {
-                Ok(released) => return Ok(if has_tried { Released::Freed } else { released }),
+                Ok(released) => return Ok(if has_tried { Verdict::Done } else { released }),
                 Err(error) => error,
             };
             failures += 1;

@@ -18,7 +18,7 @@ use super::scheduler::Handle;
 use super::{FinalStep, Hold, Renewing, timing};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
-use crate::store::Renewed;
+use crate::store::Verdict;
 use crate::{Error, Loss};
 
 impl Shared {
@@ -29,7 +29,7 @@ impl Shared {
     }
 
     /// Sends a renewal, and passes the server's verdict on to the hold. Returns the hold's.
-    pub(crate) async fn renew(&self, hold: &Hold, renewing: Renewing) -> Result<Renewed, Error> {
+    pub(crate) async fn renew(&self, hold: &Hold, renewing: Renewing) -> Result<Verdict, Error> {
         let deadline = hold.deadline();
         let timeout = timing::renewal_timeout(self.command_timeout, renewing.sent, deadline);
         let call = self.store.renew(&hold.owned, renewing.ttl, renewing.how(), timeout);
@@ -42,15 +42,17 @@ impl Shared {
     }
 
     /// Sends renewals together. Each of them has time for a whole call.
-    async fn renew_all(&self, renewals: &[DueRenewal]) -> Vec<Result<Renewed, Error>> {
+    async fn renew_all(&self, renewals: &[DueRenewal]) -> Vec<Result<Verdict, Error>> {
         let timed_out = || renewals.iter().map(|_| Err(Error::timeout())).collect();
-        let Some(store) = self.store.together() else { return timed_out() };
+        if !self.store.capabilities().renews_batches {
+            return timed_out();
+        }
         let deadlines = renewals.iter().map(|renewal| renewal.renewer.hold.deadline());
         let Some(first) = deadlines.min() else { return Vec::new() };
         let locks: Vec<_> =
             renewals.iter().map(|renewal| (&renewal.renewer.hold.owned, renewal.renewing.ttl)).collect();
         // The store keeps to its timeout; if it does not, the first of the deadlines still holds.
-        timeout_at(first, store.renew_all(&locks, self.command_timeout)).await.unwrap_or_else(|_| timed_out())
+        timeout_at(first, self.store.renew_batch(&locks, self.command_timeout)).await.unwrap_or_else(|_| timed_out())
     }
 }
 
@@ -68,7 +70,7 @@ pub(super) struct DueRenewal {
 }
 
 /// Sends renewals of one locker. Returns the replies in their order.
-pub(super) async fn send_together(renewals: &[DueRenewal]) -> Vec<Result<Renewed, Error>> {
+pub(super) async fn send_together(renewals: &[DueRenewal]) -> Vec<Result<Verdict, Error>> {
     match renewals.first() {
         Some(first) => first.renewer.shared.renew_all(renewals).await,
         None => Vec::new(),
@@ -85,15 +87,15 @@ pub(super) enum AfterBatch {
 
 impl DueRenewal {
     /// Passes the reply on to the hold.
-    pub(super) fn conclude(&self, reply: Result<Renewed, Error>) -> AfterBatch {
+    pub(super) fn conclude(&self, reply: Result<Verdict, Error>) -> AfterBatch {
         let Self { renewer, renewing } = self;
         match reply.map(|verdict| renewer.hold.confirm(*renewing, verdict)) {
-            Ok(Renewed::Extended) => {
+            Ok(Verdict::Done) => {
                 renewer.span().in_scope(|| renewer.report_renewed(*renewing));
                 AfterBatch::Rest(renewer.hold.next_duty())
             }
             // The hold has the reason.
-            Ok(Renewed::NotOurs(_)) => AfterBatch::Run(None),
+            Ok(Verdict::NotOurs(_)) => AfterBatch::Run(None),
             Err(error) => AfterBatch::Run(Some(error)),
         }
     }
@@ -131,7 +133,7 @@ impl Renewer {
     /// A renewal that could outlast the deadline is not sent together: its renewer has to watch the deadline as well.
     pub(super) fn due_renewal(&self, now: Instant) -> Option<DueRenewal> {
         let Self { hold, shared } = self;
-        if shared.store.together().is_none() || hold.owned.keys.len() != 1 {
+        if !shared.store.capabilities().renews_batches || hold.owned.keys.len() != 1 {
             return None;
         }
         // The time for two calls, so that another try fits in before the deadline.
@@ -198,12 +200,12 @@ impl Renewer {
                 renewal = self.shared.renew(hold, renewing) => renewal,
             };
             match renewal {
-                Ok(Renewed::Extended) => {
+                Ok(Verdict::Done) => {
                     failures = 0;
                     self.report_renewed(renewing);
                 }
                 // The hold has the reason, and is checked at the top of the loop.
-                Ok(Renewed::NotOurs(_)) => {}
+                Ok(Verdict::NotOurs(_)) => {}
                 Err(error) => failure = Some(self.note(error)),
             }
         }

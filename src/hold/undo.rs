@@ -24,7 +24,7 @@ impl Shared {
             let timeout = timing::call_timeout(self.command_timeout, Instant::now(), until).max(LAST_LOOK);
             let call = self.store.undo(owned, latest, timeout);
             let pause = match timeout_at(until + LAST_LOOK, call).await.unwrap_or_else(|_| Err(Error::timeout())) {
-                Ok(Undone::Settled) => {
+                Ok(Undone::Complete) => {
                     debug!(name: "tenure.undone", key = %owned.key(), "undid an attempt of unknown outcome");
                     return;
                 }

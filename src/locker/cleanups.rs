@@ -133,7 +133,7 @@ impl Shared {
         if Self::check_runtime().is_err() {
             return self.releases.wait().await;
         }
-        if self.store.has_line() {
+        if self.store.capabilities().has_line {
             // Those who wait leave the line when they learn that it is over, which may be after the end of the program.
             for (key, place) in self.queues.line_places() {
                 self.leave_line(key, place, false, &Handle::current());

@@ -12,7 +12,7 @@ use crate::hold::timing::{Drift, Renewal};
 use crate::hold::{FinalStep, Grant, Hold, Observer, Owned};
 use crate::locker::shared::Shared;
 use crate::store::faulty::{Fault, FaultyStore, Operation, Ran, Witness};
-use crate::store::listen::Listening;
+use crate::store::notifications::Subscription;
 use crate::store::memory::MemoryStore;
 use crate::store::{Answer, Ending, InLine, Latest, Queueing, Store, Wanted};
 use crate::{Key, Locker, Loss, Token};
@@ -64,8 +64,8 @@ impl Witness for Log {
         }
     }
 
-    fn listens(&self, listening: Listening) -> Listening {
-        listening
+    fn subscribes(&self, subscription: Subscription) -> Subscription {
+        subscription
     }
 }
 

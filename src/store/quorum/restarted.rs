@@ -7,9 +7,10 @@ use fred::types::config::Config;
 use tenure_test_support::{Server, eventually, soon};
 use tokio_util::task::TaskTracker;
 
+use super::QuorumStore;
 use super::clocks::since_1970;
-use super::{Node, QuorumStore};
 use crate::Locker;
+use crate::store::node::Node;
 use crate::store::redis::RedisStore;
 
 const WINDOW: Duration = Duration::from_secs(3);

@@ -11,7 +11,7 @@
 //!    again as long as anybody waits.
 //! 4. One task serves all. It lives where the connection of the store lives (see `Home`), or, where the client is the
 //!    caller's, on the runtime of whoever waits. Its own connection lives with it.
-//! 5. Those who wait make sure that it runs, every [`LOOK_EVERY`]: when its runtime has ended, or has run nothing for
+//! 5. Those who wait make sure that it runs, every [`CHECK_EVERY`]: when its runtime has ended, or has run nothing for
 //!    [`STALLED`], it starts again on one that runs. Only the last start counts: an earlier task that wakes up later
 //!    changes no line.
 //! 6. A connection that breaks is replaced, and so is one that is silent: while anybody listens the server is asked
@@ -41,7 +41,7 @@ use tracing::{debug, warn};
 
 use super::connection::Home;
 use super::names;
-use crate::store::listen::{LOOK_EVERY, Line, Listeners, Listening, Messenger};
+use crate::store::notifications::{CHECK_EVERY, ChannelState, Feed, Subscription, Subscriptions};
 
 /// For how long the connection is kept when nobody listens. And how long after a refusal it is tried again.
 const LINGER: Duration = Duration::from_secs(5);
@@ -59,12 +59,12 @@ const STALLED: Duration = Duration::from_secs(1);
 pub(super) struct Subscriber(Arc<Shared>);
 
 struct Shared {
-    listeners: Listeners,
+    subscriptions: Subscriptions,
     config: Config,
     home: Home,
     /// Whose turns are announced to us.
     process: String,
-    /// Taken before the mutex of the listeners, and before that of the connection's driver.
+    /// Taken before the mutex of the subscriptions, and before that of the connection's driver.
     running: Mutex<Running>,
 }
 
@@ -90,23 +90,23 @@ struct Started {
 
 impl Subscriber {
     pub(super) fn new(config: Config, home: Home, process: String) -> Self {
-        Self(Arc::new(Shared { listeners: Listeners::new(), config, home, process, running: Mutex::default() }))
+        Self(Arc::new(Shared { subscriptions: Subscriptions::new(), config, home, process, running: Mutex::default() }))
     }
 
     /// Listens to the channel of the key. Outside a runtime nothing will be heard.
-    pub(super) fn listen(&self, key: Bytes) -> Listening {
-        let Ok(here) = Handle::try_current() else { return Listening::join([]) };
+    pub(super) fn subscribe(&self, key: Bytes) -> Subscription {
+        let Ok(here) = Handle::try_current() else { return Subscription::join([]) };
         let channel = names::channel_of(&key).unwrap_or(key);
         // Under the mutex nobody comes too late to be seen and too soon to start.
         let mut running = self.0.running();
-        let (listening, first) = self.0.listeners.listen(channel, Line::Opening);
+        let (subscription, first) = self.0.subscriptions.subscribe(channel, ChannelState::Opening);
         let before = self.0.clone().start_if_needed(&mut running, &here);
         if let (None, true, Some(task)) = (&before, first, &running.task) {
             task.added.notify_one();
         }
         drop(running);
         drop(before);
-        listening.brought_by(&self.0)
+        subscription.fed_by(&self.0)
     }
 }
 
@@ -120,7 +120,7 @@ impl Drop for Subscriber {
     }
 }
 
-impl Messenger for Shared {
+impl Feed for Shared {
     fn keep_running(self: Arc<Self>) {
         let Ok(here) = Handle::try_current() else { return };
         let shared = self.clone();
@@ -148,7 +148,7 @@ impl Shared {
         if before.is_some() {
             debug!(name: "tenure.revive", stalled = stalled.is_some(), "somebody listens to releases again");
         }
-        self.listeners.close(Line::Opening);
+        self.subscriptions.close(ChannelState::Opening);
         let home = self.home.runtime().filter(|home| Some(home.id()) != stalled);
         for runtime in home.iter().chain([here]) {
             running.starts += 1;
@@ -184,7 +184,7 @@ impl Started {
         }
         match &self.probe {
             Some((since, probe)) if !probe.is_finished() => since.elapsed() < STALLED,
-            Some((since, _)) if since.elapsed() < LOOK_EVERY => true,
+            Some((since, _)) if since.elapsed() < CHECK_EVERY => true,
             _ => {
                 self.probe = Some((Instant::now(), AbortOnDropHandle::new(self.runtime.spawn(async {}))));
                 true
@@ -220,7 +220,7 @@ impl Task {
             let pause = if error.is_transient() { longest.min(shortest * (1 << failures.min(8))) } else { LINGER };
             let again = Instant::now() + pause;
             loop {
-                task.if_last(|listeners| listeners.close(Line::Refused));
+                task.if_last(|subscriptions| subscriptions.close(ChannelState::Refused));
                 select! {
                     () = task.added.notified() => {}
                     () = sleep_until(again) => break,
@@ -230,10 +230,10 @@ impl Task {
     }
 
     /// Changes the lines, unless there was another start: then they are no longer this one's to change.
-    fn if_last(&self, change: impl FnOnce(&Listeners)) {
+    fn if_last(&self, change: impl FnOnce(&Subscriptions)) {
         let running = self.shared.running();
         if running.starts == self.start {
-            change(&self.shared.listeners);
+            change(&self.shared.subscriptions);
         }
     }
 }
@@ -249,7 +249,7 @@ impl End {
     fn if_unused(&mut self) -> bool {
         let mut running = self.task.shared.running();
         let is_last = running.starts == self.task.start;
-        self.over = !is_last || self.task.shared.listeners.len() == 0;
+        self.over = !is_last || self.task.shared.subscriptions.len() == 0;
         let ended = if self.over && is_last { running.task.take() } else { None };
         drop(running);
         if let Some(ended) = ended {
@@ -264,7 +264,7 @@ impl Drop for End {
     /// With its runtime: nothing will be heard until one of those who wait, and look now, starts it again.
     fn drop(&mut self) {
         if !self.over {
-            self.task.if_last(|listeners| listeners.close(Line::Refused));
+            self.task.if_last(|subscriptions| subscriptions.close(ChannelState::Refused));
         }
     }
 }
@@ -272,6 +272,6 @@ impl Drop for End {
 impl fmt::Debug for Subscriber {
     /// Says nothing of the configuration: fred would print the password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Subscriber").field("channels", &self.0.listeners.len()).finish()
+        f.debug_struct("Subscriber").field("channels", &self.0.subscriptions.len()).finish()
     }
 }

@@ -57,7 +57,7 @@ async fn a_process_that_asks_has_no_more_turns_than_it_has_places() {
     near.enter(&key, own(2), PATIENCE).await.unwrap();
     assert!(!asks(&far, &other, 1).await);
     // Somebody has to listen: else, the release does not look at the line.
-    let mut listening = Store::listen(&far, &key);
+    let mut listening = Store::subscribe(&far, &key);
     listening.opened().await;
     Store::release(&near, &first.owned, Ending::Lock, PATIENCE).await.unwrap();
     assert!(asks(&near, &second, 3).await, "reserved for one of this process");

@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use super::super::connection::connect;
 use super::{ASK_EVERY, DOUBT, LINGER, Shared, TIMEOUT, Task};
 use crate::Error;
-use crate::store::listen::Line;
+use crate::store::notifications::ChannelState;
 
 /// So many subscriptions that nobody needs are kept.
 const UNUSED: usize = 256;
@@ -71,9 +71,9 @@ pub(super) async fn serve(task: &Task, was_open: &mut bool) -> Result<(), Error>
 async fn hear(mut messages: Receiver<Message>, shared: &Shared) -> Error {
     loop {
         match messages.recv().await {
-            Ok(message) if shared.is_for_us(&message.value) => shared.listeners.tell(message.channel.as_bytes()),
+            Ok(message) if shared.is_for_us(&message.value) => shared.subscriptions.notify(message.channel.as_bytes()),
             Ok(_) => {}
-            Err(RecvError::Lagged(_)) => shared.listeners.tell_all(),
+            Err(RecvError::Lagged(_)) => shared.subscriptions.notify_all(),
             Err(RecvError::Closed) => return Error::timeout(),
         }
     }
@@ -88,7 +88,7 @@ impl Connected<'_> {
                 self.ask().await?;
                 ask_at = Instant::now() + ASK_EVERY;
             }
-            is_used = self.settle().await?;
+            is_used = self.sync_subscriptions().await?;
             *was_open |= is_used;
             if is_used {
                 last_used = Instant::now();
@@ -108,8 +108,8 @@ impl Connected<'_> {
     }
 
     /// Subscribes to what is listened to, and opens the lines. Returns whether anything is.
-    async fn settle(&mut self) -> Result<bool, Error> {
-        let wanted: HashSet<Bytes> = self.task.shared.listeners.keys().into_iter().collect();
+    async fn sync_subscriptions(&mut self) -> Result<bool, Error> {
+        let wanted: HashSet<Bytes> = self.task.shared.subscriptions.keys().into_iter().collect();
         let added: Vec<Bytes> = wanted.difference(&self.subscribed).cloned().collect();
         if !added.is_empty() {
             self.doubting(self.subscribe(&added)).await?;
@@ -117,7 +117,7 @@ impl Connected<'_> {
         // A connection that broke meanwhile may have been subscribed on before, and asked after.
         if self.errors.is_empty() && self.reconnects.is_empty() {
             // Those that were subscribed to for others before, too.
-            self.task.if_last(|listeners| listeners.open(&wanted, &added));
+            self.task.if_last(|subscriptions| subscriptions.open(&wanted, &added));
         }
         self.subscribed.extend(added);
         // Not at once: who obtains lock after lock would subscribe again and again.
@@ -132,7 +132,7 @@ impl Connected<'_> {
     /// Everything has to be subscribed to once more; until then nothing is heard.
     fn subscribe_again(&mut self) {
         self.subscribed.clear();
-        self.task.if_last(|listeners| listeners.close(Line::Opening));
+        self.task.if_last(|subscriptions| subscriptions.close(ChannelState::Opening));
     }
 
     /// Asks the server something. While no answer comes, the connection may be silent: no line is open then, and
@@ -142,7 +142,7 @@ impl Connected<'_> {
         select! {
             biased;
             answer = &mut call => return answer,
-            () = sleep(DOUBT) => self.task.if_last(|listeners| listeners.close(Line::Opening)),
+            () = sleep(DOUBT) => self.task.if_last(|subscriptions| subscriptions.close(ChannelState::Opening)),
         }
         call.await
     }
@@ -154,7 +154,7 @@ impl Connected<'_> {
         }
         // Nobody is told by fred that a slot has moved and its subscriptions have ended. So each node is asked for a
         // channel that it should have, another each time; fred follows when it has moved, and knows all slots then.
-        let mut channels: Vec<Bytes> = self.task.shared.listeners.keys();
+        let mut channels: Vec<Bytes> = self.task.shared.subscriptions.keys();
         channels.retain(|channel| self.subscribed.contains(channel));
         fastrand::shuffle(&mut channels);
         let owners = self.owners_of(&channels);
