@@ -3,9 +3,10 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock, mpsc};
+use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio::time::{advance, sleep, timeout};
+use tokio::time::{Instant, advance, sleep, timeout};
 
 use super::*;
 use crate::store::faulty::{Fault, FaultyStore, Operation};
@@ -108,7 +109,7 @@ async fn a_lock_has_its_renewals_told_and_then_one_end() {
             sleep(ms(1_100)).await;
             dog.delivered().await;
         }
-        let outbox = dog.registry().outbox.clone();
+        let outbox = dog.inner().registry.outbox.clone();
         match end {
             0 => dog.release("k").await.unwrap(),
             1 => drop(dog.unwatch("k").unwrap()),
@@ -439,7 +440,7 @@ async fn the_last_handle_releases_guards_and_lets_leases_be() {
     let clone = dog.clone();
     drop(dog);
     assert_eq!(clone.len(), 3);
-    let outbox = clone.registry().outbox.clone();
+    let outbox = clone.inner().registry.outbox.clone();
     // On a thread that knows of no runtime.
     std::thread::spawn(|| drop(clone)).join().unwrap();
     sleep(ms(1)).await;
@@ -642,7 +643,7 @@ async fn random_life(seed: u64) {
     }
     tasks.join_all().await;
     assert_eq!(dog.len(), ["a", "b", "c"].iter().filter(|&&key| dog.contains(key)).count(), "seed {seed}");
-    let outbox = dog.registry().outbox.clone();
+    let outbox = dog.inner().registry.outbox.clone();
     match rng.u8(..3) {
         0 => drop(dog),
         1 => drop(dog.release_all().await),
