@@ -7,7 +7,7 @@
 //! - `entries.rs`, `registry.rs`: the table of watched locks; its header numbers the invariants
 //! - `observer.rs`: turns what a renewer reports into events
 //! - `inner.rs`, `obtaining.rs`: what can be done with the locks
-//! - `builder.rs`, `request.rs`: the settings of a watchdog, and of one request
+//! - `builder.rs`, `request.rs`: the settings of a watchdog, and of one request (the builder also makes the `WatchDog`)
 
 mod builder;
 mod entries;
