@@ -300,6 +300,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn a_future_that_asks_and_is_not_polled_any_more_holds_up_no_other() {
         let server = Server::start();
         let identity = identity(&server).await;
@@ -311,6 +312,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn a_node_that_has_not_said_yet_who_it_is_may_do_so_later_and_was_sent_nothing() {
         let server = Server::start();
         let identity = identity(&server).await;
@@ -322,6 +324,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn a_node_that_is_promoted_is_noticed_when_it_is_reached_anew() {
         let primary = Server::start();
         let replica = primary.start_replica();

@@ -31,6 +31,7 @@ async fn client(servers: &[Server], skew: i64) -> Locker {
 }
 
 #[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn fencing_tokens_grow_where_a_majority_comes_back_with_an_old_dump() {
     let mut servers = [(); 3].map(|()| Server::start());
     let locker = client(&servers, 0).await;
@@ -64,6 +65,7 @@ async fn fencing_tokens_grow_where_a_majority_comes_back_with_an_old_dump() {
 }
 
 #[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_token_that_comes_back_is_told_no_number_that_its_nodes_found_on_disk() {
     let mut servers = [(); 3].map(|()| Server::start());
     let locker = client(&servers, 0).await;

@@ -334,6 +334,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn a_client_that_has_given_up_begins_again() {
         let server = RedisServer::start();
         let connection = Connection::open(&server.url(), ms(500)).await.unwrap();

@@ -233,6 +233,7 @@ async fn many_batches(count: usize, forbidden: &'static [&'static str]) {
 }
 
 #[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_batch_decides_and_leaves_what_its_operations_would_one_by_one() {
     many_batches(2_000, &[]).await;
 }
@@ -248,6 +249,7 @@ fn acquire(name: &'static str, fenced: bool) -> Box<Operation> {
 }
 
 #[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_lock_for_which_there_is_no_fencing_token_is_not_taken() {
     let side = Side::start(&["-time"]).await;
     let refused = side.server().run_one(&acquire("a", true), PATIENCE).await.unwrap_err();
@@ -257,6 +259,7 @@ async fn a_lock_for_which_there_is_no_fencing_token_is_not_taken() {
 }
 
 #[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_server_out_of_memory_refuses_each_acquire_by_name_and_still_renews_and_releases() {
     let side = Side::start(&[]).await;
     let answers = side.server().run_batch(&[acquire("a", true), acquire("b", true)], PATIENCE).await.unwrap();
@@ -279,6 +282,7 @@ async fn a_server_out_of_memory_refuses_each_acquire_by_name_and_still_renews_an
 }
 
 #[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_batch_needs_no_right_that_its_operations_do_not_need() {
     for forbidden in [&["-mget"], &["-del"], &["-pttl"], &["-pexpire"]] {
         many_batches(100, forbidden).await;
@@ -287,6 +291,7 @@ async fn a_batch_needs_no_right_that_its_operations_do_not_need() {
 
 /// Whether a renewal finds less left than it wants may hang on a millisecond; which rights it needs must not.
 #[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_renewal_that_has_nothing_to_do_needs_no_right_that_another_does_not_need() {
     if !Version::of_this_run().has_redis(7, 0) {
         // Every renewal needs PTTL there.
@@ -313,6 +318,7 @@ async fn a_renewal_that_has_nothing_to_do_needs_no_right_that_another_does_not_n
 
 /// Before Redis 7, PEXPIRE knows no GT: here it knows another word as little.
 #[test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 fn a_server_that_does_not_know_gt_renews_all_the_same() {
     let server = Process::start();
     let scripts = Scripts::new();

@@ -77,6 +77,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn an_answer_on_another_connection_counts_for_nothing() {
         let primary = Server::start();
         let _replica = primary.start_replica();
@@ -95,6 +96,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn zero_is_not_for_ever() {
         let server = Server::start();
         let client = Builder::from_config(Config::from_url(&server.url()).unwrap()).build().unwrap();

@@ -118,6 +118,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn a_replica_that_was_promoted_is_told_from_a_server_of_its_own() {
         let primary = Server::start();
         let replica = primary.start_replica();
@@ -130,6 +131,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn a_server_says_whether_it_may_forget() {
         for (args, may_forget) in [
             (&[][..], true),

@@ -35,6 +35,7 @@ async fn hands_over(store: &RedisStore, from: &Wanted, to: &Wanted, number: u64)
 
 /// A place that nobody has any more, because a request with it arrived late, say, or that of one who isn't polled.
 #[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_process_that_hands_over_has_no_more_turns_than_it_has_places() {
     let server = Server::start();
     let (near, far, key) = (store(&server).await, store(&server).await, Key::from("k"));
@@ -49,6 +50,7 @@ async fn a_process_that_hands_over_has_no_more_turns_than_it_has_places() {
 }
 
 #[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_process_that_asks_has_no_more_turns_than_it_has_places() {
     let server = Server::start();
     let (near, far, key) = (store(&server).await, store(&server).await, Key::from("k"));

@@ -277,6 +277,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn an_idle_connection_is_closed_and_one_in_use_is_not() {
         let server = TestServer::start();
         let node = open(&server, Asking::Yes);
@@ -300,6 +301,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn a_connection_ends_with_its_owner() {
         let server = TestServer::start();
         let node = open(&server, Asking::No);
@@ -310,6 +312,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn what_goes_wrong_with_a_connection_is_told_and_ends_it() {
         let mut server = TestServer::start();
         let node = open(&server, Asking::No);
@@ -327,6 +330,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn a_refusal_ends_no_connection_and_that_of_asking_is_told() {
         let server = TestServer::start();
         let node = open(&server, Asking::Yes);
@@ -338,6 +342,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn a_silent_node_is_left_and_a_slow_one_is_not() {
         let server = TestServer::start();
         let node = open(&server, Asking::No);

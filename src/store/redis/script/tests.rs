@@ -27,6 +27,7 @@ const LOOK: &str = "local all = {} for i, key in ipairs(KEYS) do \
 
 /// What comes before hand_over.lua decides as that does: every case is decided by both, and leaves the same behind.
 #[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn the_short_way_to_hand_over_ends_where_the_long_one_does() {
     let server = Server::start();
     let store = RedisStore::connect(&server.url(), String::new(), PATIENCE, 0).await.unwrap();
@@ -100,6 +101,7 @@ fn replies_are_told_apart_and_belong_to_their_requests() {
 
 /// As a number, or as two where the request was more than 2.1 s early.
 #[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_fencing_token_is_told_as_the_server_has_it_however_early_the_request_was() {
     let server = Server::start();
     let store = RedisStore::connect(&server.url(), String::new(), PATIENCE, 0).await.unwrap();

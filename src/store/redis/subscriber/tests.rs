@@ -25,6 +25,7 @@ async fn closed(subscription: &mut Subscription) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_slow_server_is_doubted_and_its_connection_kept() {
     let server = Server::start();
     let proxy = Proxy::start(server.port()).await;
@@ -43,6 +44,7 @@ async fn a_slow_server_is_doubted_and_its_connection_kept() {
 }
 
 #[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_listener_that_stays_when_all_is_over_starts_nothing() {
     let server = Server::start();
     let subscriber = subscriber(&server.url());
@@ -62,6 +64,7 @@ async fn a_listener_that_stays_when_all_is_over_starts_nothing() {
 }
 
 #[test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 fn a_task_that_wakes_up_after_another_was_started_changes_nothing() {
     let server = Server::start();
     let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
