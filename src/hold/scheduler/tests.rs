@@ -12,8 +12,8 @@ use crate::hold::timing::{Drift, Renewal};
 use crate::hold::{FinalStep, Grant, Hold, Observer, Owned};
 use crate::locker::shared::Shared;
 use crate::store::faulty::{Fault, FaultyStore, Operation, Ran, Witness};
-use crate::store::notifications::Subscription;
 use crate::store::memory::MemoryStore;
+use crate::store::notifications::Subscription;
 use crate::store::{Answer, Ending, InLine, Latest, Queueing, Store, Wanted};
 use crate::{Key, Locker, Loss, Token};
 
