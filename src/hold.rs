@@ -19,6 +19,7 @@ mod release;
 mod renewer;
 mod renewing;
 pub(crate) mod scheduler;
+mod state;
 #[cfg(test)]
 mod tests;
 pub(crate) mod timing;
@@ -33,8 +34,9 @@ use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::owned::{GrantId, Owned};
 pub(crate) use self::renewing::Renewing;
+pub(crate) use self::state::FinalStep;
+use self::state::{State, Unresolved};
 use self::timing::{Drift, Renewal};
-use crate::locker::cleanups::PendingCleanup;
 use crate::store::{Latest, RECORD_TTL, Verdict};
 use crate::{Error, Loss};
 
@@ -65,32 +67,6 @@ pub(crate) struct Hold {
     over: CancellationToken,
 }
 
-struct State {
-    ttl: Duration,
-    renewal: Renewal,
-    /// When the last confirmed request was sent.
-    sent: Instant,
-    /// The ttl that the lock certainly has from then on, before drift.
-    worth: Duration,
-    deadline: Instant,
-    /// Until when the server may keep the lock, by all requests that were ever sent, confirmed or not.
-    kept_until: Instant,
-    /// Counts the requests that set the ttl. A reply of an earlier epoch moves no deadline (invariant 4).
-    epoch: u32,
-    /// The requests that set the ttl and whose outcome is unknown (invariant 5).
-    unresolved: Vec<Unresolved>,
-    /// When the record of grants was last written, and the longest ttl that it knows of.
-    recorded: Instant,
-    recorded_ttl: Duration,
-    /// Why the latest renewal failed, if none has succeeded since.
-    last_error: Option<Arc<Error>>,
-    loss: Option<Loss>,
-    final_step: Option<FinalStep>,
-    observer: Option<Arc<dyn Observer>>,
-    /// Fires when the deadline moves closer. Created when the first future sleeps until the deadline.
-    shortened: Option<CancellationToken>,
-}
-
 /// Is notified by the renewer of what happens to the lock: any number of renewals and failures, and then the end.
 ///
 /// The renewer's task calls these functions and has renewals to send, so they must not block.
@@ -103,24 +79,6 @@ pub(crate) trait Observer: Send + Sync {
 
     /// The lock is lost. May be called twice. Not called for a lock that was released.
     fn lost(&self, loss: Loss);
-}
-
-/// A request that sets the ttl to exactly `ttl`. The server may run it until `until`.
-struct Unresolved {
-    epoch: u32,
-    ttl: Duration,
-    until: Instant,
-}
-
-/// What the renewer has to do when the lock is no longer held.
-pub(crate) enum FinalStep {
-    /// Release the lock. [`Locker::close`](crate::Locker::close) waits for the pending cleanup; if there is none yet,
-    /// the renewer registers it.
-    Release(Option<PendingCleanup>),
-    /// The lock is released: undo what an earlier attempt of unknown outcome may still leave.
-    Undo(PendingCleanup),
-    /// Nothing: the lock is released, or stays at the server as it is.
-    Nothing,
 }
 
 impl Hold {
@@ -436,24 +394,6 @@ pub(crate) struct Peek {
     pub(crate) verdict: Result<(), Loss>,
     pub(crate) deadline: Instant,
     pub(crate) sent: Instant,
-}
-
-impl State {
-    fn verdict(&self, now: Instant) -> Result<(), Loss> {
-        match self.loss {
-            Some(loss) => Err(loss),
-            None if now >= self.deadline => Err(Loss::Expired),
-            None => Ok(()),
-        }
-    }
-
-    fn interval(&self) -> Option<Duration> {
-        self.renewal.interval(self.ttl.min(self.worth))
-    }
-
-    fn due(&self, origin: Instant) -> Option<Instant> {
-        self.renewal.due(self.sent, self.ttl.min(self.worth), origin)
-    }
 }
 
 impl fmt::Debug for Hold {
