@@ -157,14 +157,14 @@ impl<E: Executor> Batcher<E> {
 }
 
 /// Receives the result of an operation that waits.
-type Waiter<T> = oneshot::Receiver<Result<T, Error>>;
+type Waiter<E> = oneshot::Receiver<Result<<E as Executor>::Output, Error>>;
 
 /// What becomes of an operation when it arrives.
 enum Entered<'a, E: Executor> {
     /// Its caller sends it.
     First(E::Operation, Call<'a, E>),
     Waits {
-        waiter: Waiter<E::Output>,
+        waiter: Waiter<E>,
         /// When to check whether the calls in flight have stalled (invariant 3).
         check_at: Option<Instant>,
     },
@@ -200,7 +200,7 @@ impl<E: Executor> Shared<E> {
         operations: Vec<E::Operation>,
         now: Instant,
         until: Instant,
-    ) -> Result<(Vec<Waiter<E::Output>>, Option<Instant>), Error> {
+    ) -> Result<(Vec<Waiter<E>>, Option<Instant>), Error> {
         let runtime = self.runtime()?;
         let calls = operations.len().div_ceil(OPERATIONS).min(CALLS);
         let mut waiters = Vec::with_capacity(operations.len());
@@ -224,7 +224,7 @@ impl<E: Executor> Shared<E> {
     async fn wait(
         self: &Arc<Self>,
         lane: u16,
-        mut waiter: Waiter<E::Output>,
+        mut waiter: Waiter<E>,
         until: Instant,
         check_at: &mut Option<Instant>,
     ) -> Option<Result<E::Output, Error>> {
