@@ -43,7 +43,7 @@ impl Asking {
 }
 
 /// A connection to one node; it is closed on drop.
-pub(super) struct Node {
+pub(super) struct NodeConnection {
     client: Client,
     state: watch::Receiver<State>,
     pub(super) usage: Arc<Usage>,
@@ -58,7 +58,7 @@ enum State {
     Failed(fred::error::Error),
 }
 
-impl Node {
+impl NodeConnection {
     /// Connects in the background, on that runtime, with the settings of `client`.
     pub(super) fn open(client: &Client, config: &Config, server: &Server, asking: Asking, runtime: &Handle) -> Self {
         let server = ServerConfig::Centralized { server: server.clone() };
@@ -261,14 +261,14 @@ mod tests {
     const LONG: Duration = Duration::from_secs(5);
 
     /// As for a server that is no cluster, which takes ASKING for an error.
-    fn open(server: &TestServer, asking: Asking) -> Node {
+    fn open(server: &TestServer, asking: Asking) -> NodeConnection {
         let client = Builder::from_config(Config::from_url(&server.url()).unwrap()).build().unwrap();
         let config = client.client_config();
         let at = Server::new("127.0.0.1", server.port());
-        Node::open(&client, &config, &at, asking, &Handle::current())
+        NodeConnection::open(&client, &config, &at, asking, &Handle::current())
     }
 
-    async fn ping(node: &Node, asking: Asking) -> Result<Value, Error> {
+    async fn ping(node: &NodeConnection, asking: Asking) -> Result<Value, Error> {
         soon(node.ask(asking, "PING", Vec::new(), Instant::now() + LONG)).await
     }
 
