@@ -449,7 +449,7 @@ mod tests {
             locker.lock(format!("k{n}")).wait_at_most(ms(500)).await.unwrap_err();
             waiter.await.unwrap().unwrap().into_lease();
         }
-        // A queue is kept for a moment: who waited often waits again.
+        // A queue is kept for a moment, as a request that waited is often followed by another.
         sleep(ms(1_500)).await;
         assert_eq!(store.subscriptions.len(), 0);
     }

@@ -26,10 +26,10 @@
 //! away, nor put forward since, as the node tells its age by it. A node loses its memory only in a restart or by the
 //! ttls, not by a flush or an eviction. All clients that share locks use the same window. Wrong clocks of clients, and
 //! differences between the nodes' clocks below the window, cost another round, never the order. Of a hundred locks in a
-//! row, none needed another round with a client whose clock was right or wrong by 20 ms,
-//! and only the first with a clock that was wrong by an hour: the client learns the nodes' clocks from their replies.
-//! After a restart of a majority, a client whose clock is behind needs another round for each key that was locked
-//! before.
+//! row, none needed another round with a client whose clock was right or wrong by 20 ms, and only the first did with a
+//! clock that was wrong by an hour (`cargo test --lib clocks_cost_a_second_ballot`): the client learns the nodes'
+//! clocks from their replies. After a restart of a majority, a client whose clock is behind needs another round for
+//! each key that was locked before.
 //!
 //! A node that has been up for less than the window does not vote at all, since it may have forgotten locks as well.
 //! That is enough as long as no ttl is longer than the window: then what it has forgotten has expired. For the same

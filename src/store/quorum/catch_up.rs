@@ -60,7 +60,8 @@ impl Quorum {
                 }
             };
             if let Err(error) = done {
-                debug!(name: "tenure.undo_failed", key = %owned.key(), %error, "a node keeps a vote until its ttl ends");
+                let key = owned.key();
+                debug!(name: "tenure.undo_failed", %key, %error, "a node keeps a vote until its ttl ends");
             }
         };
         Some(self.releases.spawn_on(task, &runtime))
@@ -97,7 +98,8 @@ impl Quorum {
                     let release = |timeout| node.release(&owned, Ending::Grant, timeout);
                     let released = retry(&catching_up, &releases, until, release).await;
                     if let Err(error) = released {
-                        debug!(name: "tenure.release_failed", key = %owned.key(), %error, "a node keeps the key until its ttl");
+                        let key = owned.key();
+                        debug!(name: "tenure.release_failed", %key, %error, "a node keeps the key until its ttl");
                     }
                 });
             }

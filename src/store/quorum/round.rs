@@ -99,35 +99,7 @@ impl Round {
                 self.wanted.fenced.then(|| self.quorum.clocks.propose(last, (took * 2).min(self.quorum.ahead() / 2)));
             self.ask(ballot, number);
             votes = self.members.iter().map(|_| None).collect();
-            let mut wait_until = None;
-            let decision = loop {
-                let next = match wait_until {
-                    None => self.calls.next().await,
-                    Some(until) => match timeout_at(until, self.calls.next()).await {
-                        Ok(next) => next,
-                        Err(_) => break decide(&votes, self.quorum.needed, true).unwrap_or(Decision::Failed),
-                    },
-                };
-                let Some(((of, place), answer)) = next else { break Decision::Failed };
-                self.note_vote(place, &answer);
-                if let Ok(reply) = &answer {
-                    self.quorum.clocks.learn(place, asked, reply.seen);
-                }
-                if of != ballot {
-                    continue;
-                }
-                if let Some(vote) = votes.get_mut(place) {
-                    *vote = Some(answer);
-                }
-                if let Some(decision) = decide(&votes, self.quorum.needed, false) {
-                    break decision;
-                }
-                // A waiter tries again anyway, and sooner than a slow node replies.
-                let answered = votes.iter().filter(|vote| matches!(vote, Some(Ok(_)))).count();
-                if self.wanted.queueing.waits() && answered >= self.quorum.needed {
-                    wait_until = wait_until.or_else(|| Some(Instant::now() + grace(started.elapsed())));
-                }
-            };
+            let decision = self.collect_votes(ballot, asked, started, &mut votes).await;
             took = started.elapsed();
             match decision {
                 Decision::Granted { number } => return Ok(Acquired::Granted { fencing_token: number }),
@@ -150,6 +122,46 @@ impl Round {
             }
         }
         Err(self.failure(votes))
+    }
+
+    /// Collects the votes of a ballot until they decide it. `asked` is what our clock showed when the nodes were asked.
+    async fn collect_votes(
+        &mut self,
+        ballot: usize,
+        asked: u64,
+        started: Instant,
+        votes: &mut [Option<Result<VoteReply, Error>>],
+    ) -> Decision {
+        let needed = self.quorum.needed;
+        let mut wait_until = None;
+        loop {
+            let next = match wait_until {
+                None => self.calls.next().await,
+                Some(until) => match timeout_at(until, self.calls.next()).await {
+                    Ok(next) => next,
+                    Err(_) => return decide(votes, needed, true).unwrap_or(Decision::Failed),
+                },
+            };
+            let Some(((of, place), answer)) = next else { return Decision::Failed };
+            self.note_vote(place, &answer);
+            if let Ok(reply) = &answer {
+                self.quorum.clocks.learn(place, asked, reply.seen);
+            }
+            if of != ballot {
+                continue;
+            }
+            if let Some(vote) = votes.get_mut(place) {
+                *vote = Some(answer);
+            }
+            if let Some(decision) = decide(votes, needed, false) {
+                return decision;
+            }
+            // A waiter tries again anyway, and sooner than a slow node replies.
+            let answered = votes.iter().filter(|vote| matches!(vote, Some(Ok(_)))).count();
+            if self.wanted.queueing.waits() && answered >= needed {
+                wait_until = wait_until.or_else(|| Some(Instant::now() + grace(started.elapsed())));
+            }
+        }
     }
 
     /// Asks all nodes for their vote.

@@ -117,7 +117,7 @@ async fn interfere(rng: &mut fastrand::Rng, sides: &[Side; 2], forbidden: &[&str
             ("SET", vec![if rng.bool() { lock } else { &fence }, held, "PX", "1"])
         }
         6 => ("LPUSH", vec![lock, "item"]),
-        // Who may not delete can't give back a lock for which there was no fencing token after all.
+        // Without permission to delete, a lock can't be released again for which there was no fencing token after all.
         7 if forbidden != ["-del"] => ("LPUSH", vec![&fence, "item"]),
         7 | 8 => ("SET", vec![&fence, poison]),
         9 | 10 => ("DEL", vec![&fence]),
@@ -155,7 +155,7 @@ fn operation(rng: &mut fastrand::Rng) -> Box<Operation> {
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The same batch on both sides. Answers how many of it had to go alone.
+/// Runs the same batch on both sides. Returns how many of its operations had to go alone.
 async fn compare(batch: &[Box<Operation>], sides: &[Side; 2]) -> usize {
     let [together, one_by_one] = sides;
     let answers = together.server().run_batch(batch, PATIENCE).await.expect("nothing refuses a call as such");

@@ -166,7 +166,7 @@ impl Bench {
         async move { batcher.run_all(0, tasks, patience).await }
     }
 
-    /// In a task of its own, polled before this ends. Answers also when it was answered.
+    /// Runs it in a task of its own, which is polled before this returns. The task also returns when it got the result.
     async fn spawn(&self, task: Task, patience: Duration) -> JoinHandle<(Duration, Answered)> {
         let (run, start) = (self.run(task, patience), self.start);
         let handle = tokio::spawn(async move {
@@ -631,7 +631,7 @@ async fn a_runtime_that_ends_under_a_driver_leaves_the_rest_to_another() {
     first.abort();
     eventually(|| bench.sent().len() == 3).await;
     assert_eq!(bench.sent()[2].1, [1, 2]);
-    // The second caller's call is trusted no more by and by; this takes its place, or waits as well.
+    // The second caller's call is no longer trusted after a while; this takes its place, or waits as well.
     sleep(TRUSTED).await;
     let _fills = tokio::spawn(bench.run(Task { lasts: ms(60_000), ..task(4) }, ms(60_000)));
     eventually(|| bench.sent().len() == 4).await;

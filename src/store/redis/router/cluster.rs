@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::super::script::EVAL;
 use super::Sent;
-use super::node::{Asking, InUse, Node};
+use super::node::{Asking, InUse, NodeConnection};
 use super::redirection::{Elsewhere, elsewhere};
 use crate::Error;
 
@@ -49,7 +49,7 @@ pub(super) struct Cluster {
 struct State {
     /// The runtime for further connections. Without one they live on the runtime of the call that needs them.
     home: Option<Handle>,
-    nodes: HashMap<(Server, Asking), Arc<Node>>,
+    nodes: HashMap<(Server, Asking), Arc<NodeConnection>>,
     /// The owners of the slots that were used, as far as they are known to be well.
     owners: HashMap<u16, Server>,
     /// Nodes to which no connection could be opened lately.
@@ -182,7 +182,7 @@ impl Cluster {
     }
 
     /// Returns the connection to the node, which may still be opening.
-    fn node(&self, server: &Server, asking: Asking) -> Result<(Arc<Node>, InUse), Error> {
+    fn node(&self, server: &Server, asking: Asking) -> Result<(Arc<NodeConnection>, InUse), Error> {
         let place = (server.clone(), asking);
         let mut state = self.state();
         if let Some(node) = state.nodes.get(&place) {
@@ -197,7 +197,7 @@ impl Cluster {
             }
         }
         let runtime = state.home.clone().map_or_else(Handle::try_current, Ok).map_err(|_| Error::NoRuntime)?;
-        let node = Arc::new(Node::open(&self.client, &self.config, server, asking, &runtime));
+        let node = Arc::new(NodeConnection::open(&self.client, &self.config, server, asking, &runtime));
         let in_use = node.usage.begin().ok_or_else(Error::timeout)?;
         state.nodes.retain(|_, node| !node.usage.is_over());
         if state.nodes.len() >= CONNECTIONS {
@@ -211,7 +211,7 @@ impl Cluster {
     }
 
     /// Drops a connection that has failed. The next call connects again, to whichever node owns the slot by then.
-    fn forget(&self, server: &Server, asking: Asking, node: &Arc<Node>, error: &Error) {
+    fn forget(&self, server: &Server, asking: Asking, node: &Arc<NodeConnection>, error: &Error) {
         let mut state = self.state();
         let place = (server.clone(), asking);
         if state.nodes.get(&place).is_none_or(|known| !Arc::ptr_eq(known, node)) {

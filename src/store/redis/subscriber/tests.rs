@@ -35,7 +35,7 @@ async fn a_slow_server_is_doubted_and_its_connection_kept() {
     assert!(listening_here.is_open());
     let before = subscription(&server);
     // Asked twice and more, it has answered at once.
-    assert!(timeout(ASK_EVERY * 5 / 2, closed(&mut listening_here)).await.is_err());
+    assert!(timeout(PING_EVERY * 5 / 2, closed(&mut listening_here)).await.is_err());
     proxy.set(Mode::Delay((DOUBT + TIMEOUT) / 2));
     soon(closed(&mut listening_here)).await;
     soon(listening_here.opened()).await;
