@@ -1,5 +1,6 @@
 //! The way to a lock: attempts, and what is waited for between them.
 
+pub(crate) mod answer;
 pub(crate) mod attempt;
 mod hand_over;
 pub(crate) mod queue;
@@ -15,8 +16,9 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+use self::answer::{Held, LastAnswer};
 use self::attempt::{Attempt, Outcome};
-use self::queue::{Got, Learned, Ticket};
+use self::queue::{Obtained, Ticket};
 use self::waiter::{Known, Waiter, Woken};
 use crate::hold::timing::{self, Reminders, Renewal};
 use crate::hold::{GrantId, Owned};
@@ -104,7 +106,7 @@ impl Options {
             let outcome = match woken {
                 Woken::Ask => {
                     attempts += 1;
-                    attempt.place().inspect(|place| place.ask());
+                    attempt.place().inspect(|place| place.asks_again());
                     Box::pin(attempt.make(limit, closed)).await
                 }
                 Woken::Granted(grant) => {
@@ -120,13 +122,13 @@ impl Options {
                 Woken::Closed => return Err(Error::Closed),
                 Woken::Late => {
                     // In a queue, those before this request may have asked after it did, or in its place.
-                    return Err(match attempt.place().and_then(Ticket::learned).or(learned) {
+                    return Err(match attempt.place().and_then(Ticket::last_answer).or(learned) {
                         // What was true before this request began is nothing that it has waited for.
-                        Some(Learned::Held { key, until }) if until.is_none_or(|until| until >= started) => {
+                        Some(LastAnswer::Held(Held { key, until })) if until.is_none_or(|until| until >= started) => {
                             Error::NotObtained { key, attempts, waited: started.elapsed() }
                         }
-                        Some(Learned::Unknown(error)) => error,
-                        Some(Learned::Held { .. }) | None => Error::timeout(),
+                        Some(LastAnswer::Failed(error)) => error,
+                        Some(LastAnswer::Held(_)) | None => Error::timeout(),
                     });
                 }
             };
@@ -142,7 +144,7 @@ impl Options {
                     let remaining = drift.deadline(grant.sent, ttl).saturating_duration_since(now);
                     if drift.suffices(remaining, ttl) {
                         info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
-                        waiting.pass_on(&attempt, Got { at: now, held_until: grant.sent + ttl, was_handed_over });
+                        waiting.pass_on(&attempt, Obtained { at: now, held_until: grant.sent + ttl, was_handed_over });
                         return attempt.succeed(grant, drift, renewal);
                     }
                     debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");
@@ -152,9 +154,9 @@ impl Options {
                     if late == LATE_GRANTS {
                         return Err(Error::ValidityExpired);
                     }
-                    learned = Some(Learned::Unknown(Error::ValidityExpired));
+                    learned = Some(LastAnswer::Failed(Error::ValidityExpired));
                     // The next one's ttl may be longer.
-                    attempt.place().inspect(|place| place.learn(None));
+                    attempt.place().inspect(|place| place.set_last_answer(None));
                     Known::Nothing { failures: late }
                 }
                 Ok(Outcome::Held { key, remaining }) => {
@@ -162,8 +164,8 @@ impl Options {
                     took = asked.elapsed();
                     debug!(name: "tenure.held", %key, attempts, ?waited, ?remaining, "held by another");
                     let until = remaining.and_then(|remaining| Instant::now().checked_add(remaining));
-                    learned = Some(Learned::Held { key: key.clone(), until });
-                    attempt.place().inspect(|place| place.learn(learned.clone()));
+                    learned = Some(LastAnswer::Held(Held { key: key.clone(), until }));
+                    attempt.place().inspect(|place| place.set_last_answer(learned.clone()));
                     Known::Held { key, remaining }
                 }
                 Err(error) => {
@@ -171,8 +173,8 @@ impl Options {
                     // nor about the lock: then the answer before it counts.
                     let is_cut_short = asked.elapsed() < took * 2 && limit.is_some_and(|limit| Instant::now() >= limit);
                     if !(is_cut_short && error.is_timeout()) {
-                        learned = Some(Learned::Unknown(error.clone()));
-                        attempt.place().inspect(|place| place.learn(learned.clone()));
+                        learned = Some(LastAnswer::Failed(error.clone()));
+                        attempt.place().inspect(|place| place.set_last_answer(learned.clone()));
                     }
                     if !error.is_transient() {
                         return Err(error);

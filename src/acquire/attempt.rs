@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use crate::acquire::queue::{HEARTBEAT, Left, TakenBack, Ticket, Turn};
+use crate::acquire::queue::{Claim, HEARTBEAT, Leftovers, Ticket, Wakeup};
 use crate::acquire::waiter::Woken;
 use crate::hold::timing::{Drift, Renewal};
 use crate::hold::{Grant, GrantId, Hold};
@@ -139,7 +139,7 @@ impl Attempt {
     /// What was sent may enter its place in the line for as long as it can be run.
     fn doubt_line(&mut self) {
         match &self.place {
-            Some(place) if place.line_place().is_shared => place.doubt_line(),
+            Some(place) if place.line_place().is_shared => place.may_enter_late(),
             _ => self.may_enter_late = true,
         }
     }
@@ -224,23 +224,23 @@ impl Attempt {
     }
 
     /// What a turn in the queue, other than to be the first, means for this one.
-    pub(crate) fn handed(&mut self, turn: Turn) -> Woken {
-        match turn {
-            Turn::Granted(grant, pending) => {
+    pub(crate) fn handed(&mut self, wakeup: Wakeup) -> Woken {
+        match wakeup {
+            Wakeup::HandedOver(grant, pending) => {
                 // Until a guard has it.
                 self.pending = self.pending.take().or(pending);
                 self.register_undo();
                 Woken::Granted(grant)
             }
-            Turn::AskAgain { settled: false, pending } => {
+            Wakeup::Unknown(pending) => {
                 self.doubt = true;
                 self.pending = self.pending.take().or(pending);
                 self.doubt_line();
                 self.register_undo();
                 Woken::Ask
             }
-            Turn::AskAgain { settled: true, .. } | Turn::First => Woken::Ask,
-            Turn::TakenBack => Woken::TakenBack,
+            Wakeup::NotHandedOver | Wakeup::First => Woken::Ask,
+            Wakeup::TakenBack => Woken::TakenBack,
         }
     }
 
@@ -248,8 +248,8 @@ impl Attempt {
     /// as a hand-over, before the answer came.
     pub(crate) fn claim(&self) -> Option<Woken> {
         match self.place.as_ref()?.claim() {
-            Ok(pending) => (!pending.is_none_or(PendingCleanup::complete)).then_some(Woken::Closed),
-            Err(TakenBack) => Some(Woken::TakenBack),
+            Claim::Kept(pending) => (!pending.is_none_or(PendingCleanup::complete)).then_some(Woken::Closed),
+            Claim::TakenBack => Some(Woken::TakenBack),
         }
     }
 
@@ -351,7 +351,7 @@ impl Attempt {
     }
 
     /// The last of those who shared a place leaves the line for all of them.
-    fn leave_shared(&self, left: &Left) {
+    fn leave_shared(&self, left: &Leftovers) {
         if let Some(place) = left.line.filter(|place| place.is_shared) {
             self.leave(self.wanted.owned.key(), place, left.may_enter_late);
         }

@@ -45,7 +45,7 @@ impl Shared {
                 Ok(Some(Released::Freed))
             }
             HandedOver::NotOurs(loss) => {
-                hand_over.refused();
+                hand_over.not_ours();
                 Ok(Some(Released::NotOurs(loss)))
             }
             HandedOver::PassedBy => {

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::debug;
 
-use crate::acquire::queue::ToTakeBack;
+use crate::acquire::queue::Abandoned;
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
 use crate::store::Ending;
@@ -62,24 +62,24 @@ async fn attend(shared: Weak<Shared>, last_look: Arc<Mutex<Instant>>) {
         let now = Instant::now();
         *last_look.lock().unwrap_or_else(PoisonError::into_inner) = now;
         let Some(taken_back) = shared.queues.find_abandoned(now) else { return };
-        for to_take_back in taken_back {
+        for abandoned in taken_back {
             // Should this runtime stand still, closing does it: it is pending until then.
-            tokio::spawn(shared.clone().take_back(to_take_back));
+            tokio::spawn(shared.clone().take_back(abandoned));
         }
     }
 }
 
 impl Shared {
     /// Releases what was handed over to one who doesn't take it.
-    async fn take_back(self: Arc<Self>, to_take_back: ToTakeBack) {
-        let ToTakeBack { wanted, pending, is_known } = to_take_back;
+    async fn take_back(self: Arc<Self>, abandoned: Abandoned) {
+        let Abandoned { wanted, pending, is_confirmed } = abandoned;
         let pending = pending.unwrap_or_else(|| self.cleanups.register(Cleanup::Undo(wanted.clone())));
         if pending.is_taken_over() {
             return;
         }
         let key = wanted.owned.key();
         debug!(name: "tenure.taken_back", %key, "a lock was handed over to a future that is not polled");
-        if !is_known {
+        if !is_confirmed {
             return self.undo(&wanted.owned, &wanted.latest, wanted.ttl).await;
         }
         if let Err(error) = self.release(&wanted.owned, Ending::Grant, Instant::now() + wanted.ttl).await {

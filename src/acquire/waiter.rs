@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::Key;
 use crate::acquire::attempt::Attempt;
-use crate::acquire::queue::{Got, HEARTBEAT, Ticket, Turn};
+use crate::acquire::queue::{HEARTBEAT, Inherited, Obtained, Ticket, Wakeup};
 use crate::hold::Grant;
 use crate::hold::timing;
 use crate::store::listen::Listening;
@@ -63,7 +63,7 @@ impl<'a> Waiter<'a> {
         if attempt.place().is_none_or(Ticket::is_first) {
             self.first = true;
             // What was listened with not long ago: it hears of what happens after the request is sent.
-            let (listening, _) = attempt.place().map(Ticket::take_over).unwrap_or_default();
+            let Inherited { listening, .. } = attempt.place().map(Ticket::inherit).unwrap_or_default();
             self.listening = attempt.only_key().zip(listening);
             if let Some((_, listening)) = &mut self.listening {
                 listening.mark();
@@ -133,7 +133,7 @@ impl<'a> Waiter<'a> {
                 Ok(()) => {}
                 Err(woken) => return woken,
             }
-            let (listening, held_until) = attempt.place().map(Ticket::take_over).unwrap_or_default();
+            let Inherited { listening, held_until } = attempt.place().map(Ticket::inherit).unwrap_or_default();
             if let (Some(listening), Some(key)) = (listening, attempt.only_key()) {
                 // The one before has got the lock, and left what it knew.
                 known = Some((key.clone(), held_until));
@@ -179,11 +179,11 @@ impl<'a> Waiter<'a> {
         let turn = select! {
             biased;
             () = self.closed.cancelled() => return Err(Woken::Closed),
-            turn = place.turn() => turn,
+            turn = place.until_first() => turn,
             () = at(limit) => return Err(Woken::Late),
         };
         match turn {
-            Turn::First => {
+            Wakeup::First => {
                 self.first = true;
                 Ok(())
             }
@@ -256,16 +256,16 @@ impl<'a> Waiter<'a> {
     }
 
     /// The lock is held from now on: who comes next needs to know no more.
-    pub(crate) fn pass_on(self, attempt: &Attempt, got: Got) {
+    pub(crate) fn pass_on(self, attempt: &Attempt, got: Obtained) {
         if let Some(place) = attempt.place() {
             place.pass_on(self.listening.map(|(_, listening)| listening), got);
         }
     }
 }
 
-async fn granted(place: Option<&Ticket>) -> Turn {
+async fn granted(place: Option<&Ticket>) -> Wakeup {
     match place {
-        Some(place) => place.granted().await,
+        Some(place) => place.until_handed_over().await,
         None => std::future::pending().await,
     }
 }
