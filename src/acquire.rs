@@ -72,16 +72,16 @@ impl Options {
 
     /// Obtains the lock. The options are in a box, as arguments stay in their future for as long as that lives.
     pub(crate) async fn obtain(self: Box<Self>) -> Result<LockGuard, Error> {
-        let mut acquisition = self.begin()?;
+        let mut acquisition = (*self).begin()?;
         acquisition.run().await
     }
 
     /// Refuses what can't work, before anything is sent.
-    fn begin(self: Box<Self>) -> Result<Acquisition, Error> {
+    fn begin(self) -> Result<Acquisition, Error> {
         let started = Instant::now();
         let (ttl, runtime) = self.validate()?;
         let queueing = self.queueing();
-        let Self { shared, keys, patience, wait_at_most, renewal, metadata, token, fenced: wants_token, .. } = *self;
+        let Self { shared, keys, patience, wait_at_most, renewal, metadata, token, fenced: wants_token, .. } = self;
         let own_token = token.is_none();
         let token = token.unwrap_or_else(Token::random);
         // A token that others may use as well needs something else to tell its grants apart.
@@ -107,8 +107,8 @@ impl Options {
         })
     }
 
-    /// Returns an error for what can't work. Otherwise returns the ttl as the server will have it, and the runtime where
-    /// the lock will be kept.
+    /// Returns an error for what can't work. Otherwise returns the ttl as the server will have it, and the runtime
+    /// where the lock will be kept.
     fn validate(&self) -> Result<(Duration, Handle), Error> {
         if self.shared.closed.is_cancelled() {
             return Err(Error::Closed);

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
+use tokio_util::sync::WaitForCancellationFuture;
 
 use crate::Key;
 use crate::locker::shared::Shared;
@@ -29,6 +30,11 @@ impl Context {
             [key] => Some(key.clone()),
             _ => None,
         }
+    }
+
+    /// Waits until the locker is closed.
+    pub(crate) fn closed(&self) -> WaitForCancellationFuture<'_> {
+        self.shared.closed.cancelled()
     }
 
     /// Returns whether the waiters of all processes stand in one line.

@@ -127,8 +127,8 @@ impl Position {
         }
     }
 
-    /// Enters the line for that key of several which another holds, and leaves the line for the one before. Does nothing
-    /// for a request of one key.
+    /// Enters the line for that key of several which another holds, and leaves the line for the one before. Does
+    /// nothing for a request of one key.
     pub(crate) async fn enter_line_for(&mut self, context: &Context, key: &Key) {
         if context.only_key().is_some() || !context.wanted.queueing.waits() || !context.has_line() {
             return;
@@ -185,7 +185,7 @@ impl Position {
                 waits
             }
             Ok(Err(error)) => {
-                debug!(name: "tenure.heartbeat_failed", %key, %error, "no heartbeat; the place in the line may be lost");
+                debug!(name: "tenure.heartbeat_failed", %key, %error, "no heartbeat; the place may be lost");
                 true
             }
             Err(_) => true,

@@ -13,12 +13,12 @@
 //! 3. The first of a lane is polled by the instant that it has [announced](Ticket::expect), or it is *parked*: its
 //!    future is kept somewhere and not polled. A parked waiter goes to the end of its lane, if others wait there
 //!    ([`Queues::find_abandoned`]).
-//! 4. If a waiter doesn't take a lock that was handed over to it, or may have been, within [`TAKEN_WITHIN`], the lock is
-//!    taken back. A waiter that learns in another way that it has the lock [checks](Ticket::claim) first that this has
-//!    not happened. A release that is not polled while it hands a lock over counts as one of unknown outcome.
-//! 5. Locks are taken in this order: the map, a queue's state, a waiter's hand-over. No other lock is taken while one of
-//!    them is held: what takes others when it is dropped is dropped after they are released. Nothing that takes longer
-//!    with more waiters, or more keys, is done under any of them.
+//! 4. If a waiter doesn't take a lock that was handed over to it, or may have been, within [`TAKEN_WITHIN`], the lock
+//!    is taken back. A waiter that learns in another way that it has the lock [checks](Ticket::claim) first that this
+//!    has not happened. A release that is not polled while it hands a lock over counts as one of unknown outcome.
+//! 5. Locks are taken in this order: the map, a queue's state, a waiter's hand-over. No other lock is taken while one
+//!    of them is held: what takes others when it is dropped is dropped after they are released. Nothing that takes
+//!    longer with more waiters, or more keys, is done under any of them.
 
 mod abandoned;
 mod hand_over;

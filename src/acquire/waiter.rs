@@ -1,5 +1,5 @@
-//! The waiter of one request: it asks when there is reason to, and waits in between: for its turn in this process, for a
-//! notification of a release, or for a time.
+//! The waiter of one request: it asks when there is reason to, and waits in between: for its turn in this process, for
+//! a notification of a release, or for a time.
 //!
 //! It has an [`Attempt`], which asks the server and knows nothing of the waiter, and a [`Position`].
 //!
@@ -176,7 +176,7 @@ impl Waiter {
         };
         select! {
             biased;
-            () = self.attempt.context.shared.closed.cancelled() => Step::Close,
+            () = self.attempt.context.closed() => Step::Close,
             () = sleep_until(wake) => step,
         }
     }
@@ -185,7 +185,7 @@ impl Waiter {
     async fn wait_in_queue(&mut self) -> Step {
         select! {
             biased;
-            () = self.attempt.context.shared.closed.cancelled() => return Step::Close,
+            () = self.attempt.context.closed() => return Step::Close,
             is_held = self.attempt.is_held_already() => if is_held {
                 return Step::Ask;
             },
@@ -193,7 +193,7 @@ impl Waiter {
         }
         select! {
             biased;
-            () = self.attempt.context.shared.closed.cancelled() => return Step::Close,
+            () = self.attempt.context.closed() => return Step::Close,
             () = self.position.enter_line(&self.attempt.context) => {}
             () = at(self.limit) => return Step::GiveUp,
         }
@@ -204,7 +204,7 @@ impl Waiter {
         let key = self.attempt.context.only_key().unwrap_or(held.key);
         select! {
             biased;
-            () = self.attempt.context.shared.closed.cancelled() => return Step::Close,
+            () = self.attempt.context.closed() => return Step::Close,
             () = self.position.enter_line_for(&self.attempt.context, &key) => {}
             () = at(self.limit) => return Step::GiveUp,
         }
@@ -251,7 +251,7 @@ impl Waiter {
         let ticket = self.position.ticket()?;
         let wakeup = select! {
             biased;
-            () = self.attempt.context.shared.closed.cancelled() => return Some(Step::Close),
+            () = self.attempt.context.closed() => return Some(Step::Close),
             wakeup = ticket.until_first() => wakeup,
             () = at(self.limit) => return Some(Step::GiveUp),
         };
@@ -264,8 +264,8 @@ impl Waiter {
         }
     }
 
-    /// Subscribes to releases of the key, and waits until the subscription is open, or can't be had for now. Returns what
-    /// to do instead of waiting for a release, if so.
+    /// Subscribes to releases of the key, and waits until the subscription is open, or can't be had for now. Returns
+    /// what to do instead of waiting for a release, if so.
     async fn subscribe(&mut self, key: Key) -> Option<Step> {
         let shared = &self.attempt.context.shared;
         let mut listening = shared.store.listen(&key);
@@ -296,7 +296,7 @@ impl Waiter {
             self.position.expect(poll);
             let wakeup = select! {
                 biased;
-                () = self.attempt.context.shared.closed.cancelled() => return Step::Close,
+                () = self.attempt.context.closed() => return Step::Close,
                 wakeup = handed_over(self.position.ticket()) => wakeup,
                 () = at(self.limit) => return Step::GiveUp,
                 () = notified(&mut self.listening), if listen == Listen::Yes => {
@@ -307,7 +307,7 @@ impl Waiter {
                 () = at(heartbeat) => {
                     select! {
                         biased;
-                        () = self.attempt.context.shared.closed.cancelled() => return Step::Close,
+                        () = self.attempt.context.closed() => return Step::Close,
                         waits = self.position.heartbeat(&self.attempt.context) => match waits {
                             true => continue,
                             false => return Step::Ask,
@@ -321,8 +321,8 @@ impl Waiter {
         }
     }
 
-    /// Waits for a moment of random length. Where votes can be split, waiters that ask at the same time split them again
-    /// and again.
+    /// Waits for a moment of random length. Where votes can be split, waiters that ask at the same time split them
+    /// again and again.
     async fn let_others_go_first(&self) {
         const LONGEST: Duration = Duration::from_millis(5);
         if !self.attempt.context.is_voted_on() {
@@ -331,7 +331,7 @@ impl Waiter {
         let moment = self.took.mul_f64(2.0 * fastrand::f64());
         // In any order: what follows is the same, as the next attempt ends at once when the locker is closed.
         select! {
-            () = self.attempt.context.shared.closed.cancelled() => {}
+            () = self.attempt.context.closed() => {}
             () = sleep_until(Instant::now() + moment.min(LONGEST)) => {}
         }
     }

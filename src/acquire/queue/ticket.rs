@@ -255,8 +255,8 @@ impl Ticket {
         let listening = if is_lane_empty && !is_contended { lane.listening.take() } else { None };
         let is_unused = state.is_empty() && !is_contended;
         drop(guard);
-        // A subscription locks the list of listeners when it is dropped, and what is pending that of cleanups: not under
-        // the queue's mutex (invariant 5).
+        // A subscription locks the list of listeners when it is dropped, and what is pending that of cleanups: not
+        // under the queue's mutex (invariant 5).
         drop((listening, abandoned));
         if is_unused {
             remove(&self.queues, &self.queue);
@@ -267,8 +267,8 @@ impl Ticket {
         leftovers
     }
 
-    /// Returns whether a hand-over may have given the lock to this waiter, without its knowledge. Also returns the state
-    /// of one that is in flight: it is to be dropped when no lock is held.
+    /// Returns whether a hand-over may have given the lock to this waiter, without its knowledge. Also returns the
+    /// state of one that is in flight: it is to be dropped when no lock is held.
     fn abandon_hand_over(&self) -> (bool, Option<HandOverState>) {
         let mut hand_over = lock(&self.waiter.hand_over);
         let may_hold = !hand_over.is_over() && !matches!(*hand_over, HandOverState::TakenBack);
@@ -279,8 +279,8 @@ impl Ticket {
 }
 
 impl Lane {
-    /// Returns what a waiter with this place, which has just left the lane, has to clean up. The last waiter that leaves
-    /// the plain lane gives the shared place up.
+    /// Returns what a waiter with this place, which has just left the lane, has to clean up. The last waiter that
+    /// leaves the plain lane gives the shared place up.
     fn leftovers(&mut self, place: LinePlace, may_hold: bool) -> Leftovers {
         if !place.is_shared {
             return Leftovers { may_hold, line: Some(place), may_enter_late: false };
