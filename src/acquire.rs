@@ -1,29 +1,40 @@
-//! The way to a lock: attempts, and what is waited for between them.
+//! Obtaining a lock: attempts, and what is waited for between them.
+//!
+//! [`Options::obtain`] decides what comes next. The [`Waiter`] asks and waits: it has an [`Attempt`], which asks the
+//! server and undoes what it may have left, and a position in the [queue](queue) of this process and in the server's
+//! line.
 
-pub(crate) mod attempt;
+mod answer;
+mod attempt;
+mod context;
 mod hand_over;
+mod position;
 pub(crate) mod queue;
 pub(crate) mod supervisor;
-pub(crate) mod waiter;
+mod waiter;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio::select;
-use tokio::time::{Instant, sleep_until};
-use tokio_util::sync::CancellationToken;
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
+use self::answer::{Held, LastAnswer};
 use self::attempt::{Attempt, Outcome};
-use self::queue::{Got, Learned, Ticket};
-use self::waiter::{Known, Waiter, Woken};
+use self::queue::{Obtained, Ticket};
+use self::waiter::{Step, WaitFor, Waiter};
 use crate::hold::timing::{self, Reminders, Renewal};
-use crate::hold::{GrantId, Owned};
+use crate::hold::{Grant, GrantId, Owned};
 use crate::locker::shared::Shared;
 use crate::retry::Pauses;
 use crate::store::{Queueing, Wanted};
 use crate::{Error, Key, LockGuard, Retry, Token};
+
+/// How many grants in a row may come too late to be of use, before a request that waits gives up. One can be a stall of
+/// the server, which waiting helps against. A ttl that is always too short for the way to the server would be waited
+/// with for ever.
+const LATE_GRANTS: u32 = 3;
 
 /// What a request asks for.
 #[derive(Clone)]
@@ -40,14 +51,14 @@ pub(crate) struct Options {
     pub(crate) fair: bool,
 }
 
-/// How a request goes on when the lock is not to be had at once.
+/// What a request does when it can't have the lock at once.
 #[derive(Clone, Debug)]
 pub(crate) enum Patience {
-    /// It doesn't.
+    /// It gives up.
     Once,
-    /// It looks again when there is reason to, for as long as it may wait.
+    /// It asks again when there is reason to, for as long as it may wait.
     Wait,
-    /// It tries again after each of the strategy's pauses.
+    /// It asks again after each of the strategy's pauses.
     Retry(Retry),
 }
 
@@ -59,143 +70,45 @@ impl Options {
         Self { shared, keys, patience, wait_at_most, ttl, renewal, metadata, token, fenced, fair }
     }
 
-    /// The request is in a box, as arguments stay in their future for as long as that lives.
+    /// Obtains the lock. The options are in a box, as arguments stay in their future for as long as that lives.
     pub(crate) async fn obtain(self: Box<Self>) -> Result<LockGuard, Error> {
-        let started = Instant::now();
-        // Before anything is sent: what can't work is refused.
-        let (ttl, runtime) = self.validate()?;
-        let Self { shared, keys, patience, wait_at_most, renewal, metadata, token, fenced: wants_token, fair, .. } =
-            *self;
-        let (drift, closed) = (shared.settings.drift, &shared.closed);
+        let mut acquisition = (*self).begin()?;
+        acquisition.run().await
+    }
 
-        let limit = wait_at_most.map(|limit| timing::after(started, limit));
+    /// Refuses what can't work, before anything is sent.
+    fn begin(self) -> Result<Acquisition, Error> {
+        let started = Instant::now();
+        let (ttl, runtime) = self.validate()?;
+        let queueing = self.queueing();
+        let Self { shared, keys, patience, wait_at_most, renewal, metadata, token, fenced: wants_token, .. } = self;
         let own_token = token.is_none();
-        let queueing = match patience {
-            Patience::Wait if fair => Queueing::Own,
-            Patience::Wait => Queueing::Shared,
-            Patience::Once | Patience::Retry(_) if fair => Queueing::Behind,
-            Patience::Once | Patience::Retry(_) => Queueing::None,
-        };
         let token = token.unwrap_or_else(Token::random);
         // A token that others may use as well needs something else to tell its grants apart.
         let grant = (!own_token).then(GrantId::random);
         let owned = Owned { keys: keys.into(), token, own_token, grant };
-        // Who comes back by the same token, and wants a fencing token then, must not be told that of the holder before:
-        // so what is held by a token that can come back has one of its own, wanted or not.
+        // A request may come back by the same token and want a fencing token then, which must not be that of the holder
+        // before. So a lock held by a token that can come back has a fencing token of its own, wanted or not.
         let fenced = wants_token || !own_token;
         let (metadata, latest) = (metadata.into(), Arc::default());
         let wanted = Wanted { owned, metadata, ttl, fenced, queueing, latest };
-        let mut attempt = Attempt::new(wanted, shared.clone(), runtime);
-        let mut waiting = Waiter::new(shared.settings.poll_every, limit, closed);
-        let mut between = match patience {
-            Patience::Once => Between::Nothing,
-            Patience::Wait => Between::News,
-            Patience::Retry(retry) => Between::Pauses(retry.pauses()),
-        };
-        let mut woken = match between {
-            Between::News => waiting.behind_others(&mut attempt).await,
-            Between::Nothing | Between::Pauses(_) => Woken::Ask,
-        };
-        let (mut attempts, mut late, mut failures) = (0, 0, 0);
-        let (mut learned, mut took) = (None, Duration::ZERO);
-        let mut reminders = Reminders::default();
-        loop {
-            let (asked, mut was_handed_over) = (Instant::now(), false);
-            let outcome = match woken {
-                Woken::Ask => {
-                    attempts += 1;
-                    attempt.place().inspect(|place| place.ask());
-                    Box::pin(attempt.make(limit, closed)).await
-                }
-                Woken::Granted(grant) => {
-                    was_handed_over = true;
-                    Ok(Outcome::Granted(grant))
-                }
-                Woken::TakenBack => {
-                    attempt.start_over();
-                    waiting.start_over();
-                    woken = Box::pin(waiting.behind_others(&mut attempt)).await;
-                    continue;
-                }
-                Woken::Closed => return Err(Error::Closed),
-                Woken::Late => {
-                    // In a queue, those before this request may have asked after it did, or in its place.
-                    return Err(match attempt.place().and_then(Ticket::learned).or(learned) {
-                        // What was true before this request began is nothing that it has waited for.
-                        Some(Learned::Held { key, until }) if until.is_none_or(|until| until >= started) => {
-                            Error::NotObtained { key, attempts, waited: started.elapsed() }
-                        }
-                        Some(Learned::Unknown(error)) => error,
-                        Some(Learned::Held { .. }) | None => Error::timeout(),
-                    });
-                }
-            };
-            let now = Instant::now();
-            let waited = now.saturating_duration_since(started);
-            let known = match outcome {
-                Ok(Outcome::Granted(mut grant)) => {
-                    if let Some(why_not) = attempt.claim() {
-                        woken = why_not;
-                        continue;
-                    }
-                    grant.fencing_token = grant.fencing_token.filter(|_| wants_token);
-                    let remaining = drift.deadline(grant.sent, ttl).saturating_duration_since(now);
-                    if drift.suffices(remaining, ttl) {
-                        info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
-                        waiting.pass_on(&attempt, Got { at: now, held_until: grant.sent + ttl, was_handed_over });
-                        return attempt.succeed(grant, drift, renewal);
-                    }
-                    debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");
-                    // Once can be a stall of the server, which waiting helps against. A ttl that is always too short
-                    // for the way to the server would be waited with for ever.
-                    late += 1;
-                    if late == LATE_GRANTS {
-                        return Err(Error::ValidityExpired);
-                    }
-                    learned = Some(Learned::Unknown(Error::ValidityExpired));
-                    // The next one's ttl may be longer.
-                    attempt.place().inspect(|place| place.learn(None));
-                    Known::Nothing { failures: late }
-                }
-                Ok(Outcome::Held { key, remaining }) => {
-                    (late, failures) = (0, 0);
-                    took = asked.elapsed();
-                    debug!(name: "tenure.held", %key, attempts, ?waited, ?remaining, "held by another");
-                    let until = remaining.and_then(|remaining| Instant::now().checked_add(remaining));
-                    learned = Some(Learned::Held { key: key.clone(), until });
-                    attempt.place().inspect(|place| place.learn(learned.clone()));
-                    Known::Held { key, remaining }
-                }
-                Err(error) => {
-                    // An attempt that the limit ends before the server usually answers says nothing about the server,
-                    // nor about the lock: then the answer before it counts.
-                    let is_cut_short = asked.elapsed() < took * 2 && limit.is_some_and(|limit| Instant::now() >= limit);
-                    if !(is_cut_short && error.is_timeout()) {
-                        learned = Some(Learned::Unknown(error.clone()));
-                        attempt.place().inspect(|place| place.learn(learned.clone()));
-                    }
-                    if !error.is_transient() {
-                        return Err(error);
-                    }
-                    failures += 1;
-                    if reminders.is_due(Instant::now()) {
-                        warn!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server, still waiting");
-                    } else {
-                        debug!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server");
-                    }
-                    Known::Nothing { failures }
-                }
-            };
-            // In boxes, here and above: a request that is small costs less than these, which most never come to.
-            woken = match &mut between {
-                Between::Nothing => Woken::Late,
-                Between::News => Box::pin(waiting.wait(&mut attempt, known, asked.elapsed())).await,
-                Between::Pauses(pauses) => Box::pin(pause(pauses, limit, closed)).await,
-            };
-        }
+        let limit = wait_at_most.map(|limit| timing::after(started, limit));
+        Ok(Acquisition {
+            waiter: Waiter::new(Attempt::new(wanted, shared, runtime), limit),
+            pacing: Pacing::from(patience),
+            renewal,
+            wants_token,
+            started,
+            attempts: 0,
+            late: 0,
+            failures: 0,
+            last_answer: None,
+            reminders: Reminders::default(),
+        })
     }
 
-    /// Refuses what can't work. Answers the ttl as the server will have it, and where the lock will be kept.
+    /// Returns an error for what can't work. Otherwise returns the ttl as the server will have it, and the runtime
+    /// where the lock will be kept.
     fn validate(&self) -> Result<(Duration, Handle), Error> {
         if self.shared.closed.is_cancelled() {
             return Err(Error::Closed);
@@ -207,32 +120,162 @@ impl Options {
         Shared::check_runtime()?;
         Ok((ttl, self.shared.runtime()?))
     }
+
+    fn queueing(&self) -> Queueing {
+        match (&self.patience, self.fair) {
+            (Patience::Wait, true) => Queueing::Own,
+            (Patience::Wait, false) => Queueing::Shared,
+            (Patience::Once | Patience::Retry(_), true) => Queueing::Behind,
+            (Patience::Once | Patience::Retry(_), false) => Queueing::None,
+        }
+    }
 }
 
-/// So many grants in a row that came too late to be of use end a request that waits.
-const LATE_GRANTS: u32 = 3;
+/// A request on its way to the lock.
+struct Acquisition {
+    waiter: Waiter,
+    pacing: Pacing,
+    renewal: Renewal,
+    /// The user wants a fencing token.
+    wants_token: bool,
+    started: Instant,
+    attempts: u32,
+    /// How many grants have come too late since the lock was last held by another.
+    late: u32,
+    /// How many attempts have failed since the lock was last held by another.
+    failures: u32,
+    /// What this request has learned itself. If it is in a queue, what others there have learned may be newer.
+    last_answer: Option<LastAnswer>,
+    reminders: Reminders,
+}
 
 /// What there is between two attempts.
-enum Between {
-    /// There is only one.
-    Nothing,
-    /// Whatever makes another worth while.
-    News,
-    /// What the user has said.
+enum Pacing {
+    /// There is only one attempt.
+    Once,
+    /// Whatever makes another attempt worthwhile: a notification, a time.
+    Wait,
+    /// The pauses that the user has chosen.
     Pauses(Pauses),
 }
 
-async fn pause(pauses: &mut Pauses, limit: Option<Instant>, closed: &CancellationToken) -> Woken {
-    let Some(pause) = pauses.next() else { return Woken::Late };
-    let wake = timing::after(Instant::now(), pause);
-    // A pause that the limit cuts short is waited for all the same: the request was not told to give up earlier.
-    let (wake, woken) = match limit {
-        Some(limit) if wake >= limit => (limit, Woken::Late),
-        _ => (wake, Woken::Ask),
-    };
-    select! {
-        biased;
-        () = closed.cancelled() => Woken::Closed,
-        () = sleep_until(wake) => woken,
+impl From<Patience> for Pacing {
+    fn from(patience: Patience) -> Self {
+        match patience {
+            Patience::Once => Self::Once,
+            Patience::Wait => Self::Wait,
+            Patience::Retry(retry) => Self::Pauses(retry.pauses()),
+        }
+    }
+}
+
+impl Acquisition {
+    async fn run(&mut self) -> Result<LockGuard, Error> {
+        let mut step = match self.pacing {
+            Pacing::Wait => self.waiter.start().await,
+            Pacing::Once | Pacing::Pauses(_) => Step::Ask,
+        };
+        // The long futures are in boxes: a request that is small costs less than these boxes, most of which it never
+        // comes to.
+        loop {
+            step = match step {
+                Step::Ask => {
+                    self.attempts += 1;
+                    match Box::pin(self.waiter.ask()).await {
+                        Outcome::Granted(grant) => self.take(grant, false)?,
+                        Outcome::Held(held) => self.held(held),
+                        Outcome::Failed(error) | Outcome::Unknown(error) => self.failed(error)?,
+                        Outcome::Closed => self.failed(Error::Closed)?,
+                    }
+                }
+                Step::Take(grant) => self.take(grant, true)?,
+                Step::Wait(wait_for) => match &mut self.pacing {
+                    Pacing::Once => Step::GiveUp,
+                    Pacing::Wait => Box::pin(self.waiter.wait(wait_for)).await,
+                    Pacing::Pauses(pauses) => Box::pin(self.waiter.pause(pauses)).await,
+                },
+                Step::StartOver => Box::pin(self.waiter.start_over()).await,
+                Step::Finish(guard) => return Ok(guard),
+                Step::GiveUp => return Err(self.give_up()),
+                Step::Close => return Err(Error::Closed),
+            };
+        }
+    }
+
+    /// Takes a lock that was granted, if enough of its ttl is left.
+    fn take(&mut self, mut grant: Grant, was_handed_over: bool) -> Result<Step, Error> {
+        if let Some(instead) = self.waiter.claim() {
+            return Ok(instead);
+        }
+        let (at, attempts, waited, ttl) = (Instant::now(), self.attempts, self.started.elapsed(), grant.ttl);
+        let drift = self.waiter.drift();
+        let remaining = drift.deadline(grant.sent, ttl).saturating_duration_since(at);
+        if drift.suffices(remaining, ttl) {
+            info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
+            grant.fencing_token = grant.fencing_token.filter(|_| self.wants_token);
+            let obtained = Obtained { at, held_until: grant.sent + ttl, was_handed_over };
+            return self.waiter.succeed(grant, self.renewal, obtained).map(Step::Finish);
+        }
+        debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");
+        self.late += 1;
+        if self.late == LATE_GRANTS {
+            return Err(Error::ValidityExpired);
+        }
+        self.last_answer = Some(LastAnswer::Failed(Error::ValidityExpired));
+        // It is this request's alone: the ttl of the next one in the queue may be longer.
+        self.waiter.ticket().inspect(|ticket| ticket.set_last_answer(None));
+        Ok(Step::Wait(WaitFor::Pause { failures: self.late }))
+    }
+
+    /// Waits, as another holds the lock.
+    fn held(&mut self, held: Held) -> Step {
+        (self.late, self.failures) = (0, 0);
+        let (key, attempts, waited) = (&held.key, self.attempts, self.started.elapsed());
+        let remaining = held.until.map(|until| until.saturating_duration_since(Instant::now()));
+        debug!(name: "tenure.held", %key, attempts, ?waited, ?remaining, "held by another");
+        self.learn(LastAnswer::Held(held.clone()));
+        Step::Wait(WaitFor::Release(held))
+    }
+
+    /// Waits after an attempt that failed, unless the next one would fail as well.
+    fn failed(&mut self, error: Error) -> Result<Step, Error> {
+        let (attempts, waited) = (self.attempts, self.started.elapsed());
+        // An attempt that the limit ends before the server usually answers says nothing about the server, nor about the
+        // lock: then the answer before it counts.
+        if !(self.waiter.was_cut_short() && error.is_timeout()) {
+            self.learn(LastAnswer::Failed(error.clone()));
+        }
+        if !error.is_transient() {
+            return Err(error);
+        }
+        self.failures += 1;
+        if self.reminders.is_due(Instant::now()) {
+            warn!(
+                name: "tenure.attempt_failed", attempts, ?waited, %error,
+                "could not ask the server, still waiting"
+            );
+        } else {
+            debug!(name: "tenure.attempt_failed", attempts, ?waited, %error, "could not ask the server");
+        }
+        Ok(Step::Wait(WaitFor::Pause { failures: self.failures }))
+    }
+
+    fn learn(&mut self, answer: LastAnswer) {
+        self.waiter.ticket().inspect(|ticket| ticket.set_last_answer(Some(answer.clone())));
+        self.last_answer = Some(answer);
+    }
+
+    /// Returns the error of a request whose time is over.
+    fn give_up(&mut self) -> Error {
+        // In a queue, those before this request may have asked after it did, or in its place.
+        let in_queue = self.waiter.ticket().and_then(Ticket::last_answer);
+        match in_queue.or_else(|| self.last_answer.take()) {
+            // An answer that was no longer true when this request began is about nothing that it has waited for.
+            Some(LastAnswer::Held(Held { key, until })) if until.is_none_or(|until| until >= self.started) => {
+                Error::NotObtained { key, attempts: self.attempts, waited: self.started.elapsed() }
+            }
+            Some(LastAnswer::Failed(error)) => error,
+            Some(LastAnswer::Held(_)) | None => Error::timeout(),
+        }
     }
 }

@@ -152,7 +152,8 @@ impl Locker {
     ///   everything to disk before they answer, [`RestartWindow::NodesNeverForget`](crate::RestartWindow) does without.
     /// - **Healing.** A node that was away, or lost its memory, has the locks that are held again by their next
     ///   renewals, once it votes. So a guard outlives any number of nodes that are away one after another, as long as
-    ///   each is back before a majority is away. After a restart that takes a window and a renewal.
+    ///   each is back before a majority is away. After a restart that takes a window, up to 2 s more as servers
+    ///   tell their uptime in whole seconds, and a renewal.
     /// - **Fencing tokens** ([what for](https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html))
     ///   are agreed on by ballot: the client proposes one number to all nodes, and each grants only what is greater
     ///   than the last that it knows, or than its own clock where it knows none, and no further ahead than the restart

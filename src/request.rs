@@ -1,4 +1,4 @@
-//! Asking for a lock: a chain of options that ends in `.await`.
+//! A request for a lock: a chain of options that ends in `.await`.
 
 #[cfg(test)]
 mod tests;
@@ -19,35 +19,35 @@ use crate::hold::timing::Renewal;
 use crate::locker::shared::Shared;
 use crate::{Error, Key, LockGuard, Retry, Token};
 
-/// A lock that is asked for: set what you need, then `.await` it for the [`LockGuard`].
+/// A request for a lock: set what you need, then `.await` it for the [`LockGuard`].
 ///
-/// Made by [`Locker::lock`], [`Locker::try_lock`] and [`Locker::obtain`], which differ in nothing but their patience,
-/// and by [`Locker::lock_all`] and [`Locker::obtain_all`] for several keys.
-/// Nothing happens before it is awaited. What is not set here is as the [`Locker`] was built.
+/// Created by [`Locker::lock`], [`Locker::try_lock`] and [`Locker::obtain`], which differ only in their patience, and
+/// by [`Locker::lock_all`] and [`Locker::obtain_all`] for several keys. Nothing happens before it is awaited. Options
+/// that are not set here are those of the [`Locker`].
 ///
 /// # Cancel safety
 ///
 /// The future may be dropped at any time. What an attempt may have left at the server is then released in the
 /// background, on the runtime that polled it; nothing else is left behind.
 ///
-/// While it is neither polled nor dropped, it keeps its place: those who wait for the key behind it in this process
-/// wait for it, as they do with tokio's `Mutex`.
+/// While the future is neither polled nor dropped, it keeps its position: the waiters for the key behind it in this
+/// process wait for it, as they do with tokio's `Mutex`.
 ///
 /// # Errors
 ///
-/// - [`Error::NotObtained`]: another holds it, as the server last reported, and the request's patience is at an end.
+/// - [`Error::NotObtained`]: another holds the lock, as the server last reported, and the request's patience is over.
 /// - [`Error::Redis`]: the server refused for good, or the last attempt failed, or the server did not answer at all
-///   within the time that the request may wait. One that waits behind others in this process has the errors of those
-///   that asked before it. [`Error::Quorum`] where that is true of so many nodes that no majority was left.
-/// - [`Error::NotReplicated`]: too few [replicas](crate::LockerBuilder::min_replicas) acknowledged it in time, and it
-///   was released again.
-/// - [`Error::ValidityExpired`]: the answer came so late that too little of the ttl was left, several times in a row
-///   where the request waits.
+///   within the time that the request may wait. A request that waits behind others in this process returns the errors
+///   of those that asked before it. [`Error::Quorum`] where that is true of so many nodes that no majority was left.
+/// - [`Error::NotReplicated`]: too few [replicas](crate::LockerBuilder::min_replicas) acknowledged the lock in time,
+///   and it was released again.
+/// - [`Error::ValidityExpired`]: the answer came so late that too little of the ttl was left; for a request that waits,
+///   several times in a row.
 /// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`]: no such lock can work; nothing was sent.
 /// - [`Error::Unsupported`]: replicas are asked for where there can be none; nothing was sent.
 /// - [`Error::CrossSlot`]: several keys that lie in different slots of a cluster; nothing was sent.
 /// - [`Error::Closed`]: the locker was closed before or meanwhile.
-/// - [`Error::NoRuntime`]: it was polled outside a tokio runtime.
+/// - [`Error::NoRuntime`]: the future was polled outside a tokio runtime.
 ///
 /// # Examples
 ///
@@ -78,11 +78,11 @@ impl LockRequest {
         Self { options: Box::new(Options::new(shared, keys, patience)) }
     }
 
-    /// How long the server keeps the lock after each renewal, in whole milliseconds: from 4 ms (with the usual drift)
-    /// to 365 days. Default: the locker's, 30 s.
+    /// Sets how long the server keeps the lock after each renewal, in whole milliseconds: from 4 ms (with the default
+    /// drift) to 365 days. Default: the locker's, 30 s.
     ///
-    /// It is what others wait for when this process dies; and what the process may be cut off from the server before it
-    /// loses the lock.
+    /// Others wait for this long when this process dies, and the process loses the lock when it is cut off from the
+    /// server for this long.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -100,7 +100,7 @@ impl LockRequest {
         self
     }
 
-    /// Gives up when the lock could not be had for this long. Kept within 50 ms, whatever the server does.
+    /// Limits how long the request waits. It gives up within 50 ms of the limit, whatever the server does.
     ///
     /// Makes [`obtain`](Locker::obtain) wait, and [`try_lock`](Locker::try_lock) too.
     ///
@@ -124,7 +124,8 @@ impl LockRequest {
         self
     }
 
-    /// Tries again after each of these pauses, and gives up when they end. Failures of the server count as attempts.
+    /// Makes the request try again after each of these pauses, and give up when they end. An attempt that the server
+    /// fails counts, too.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -142,7 +143,7 @@ impl LockRequest {
         self
     }
 
-    /// Bytes to store beside the token, for [`Locker::inspect`] to show: who holds it, and what for.
+    /// Stores these bytes beside the token, for [`Locker::inspect`] to show: for example, who holds the lock, and why.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -158,13 +159,13 @@ impl LockRequest {
         self
     }
 
-    /// Obtains the lock in the name of this token: at once also where the same token holds it already, which then has
-    /// it renewed. Default: a fresh [random](Token::random) one.
+    /// Obtains the lock for this token. If the token holds the lock already, the request succeeds at once and renews
+    /// it. Default: a new [random](Token::random) token.
     ///
-    /// Several guards may hold the lock by one token. Each is released in the background, when it is dropped or
-    /// expires, without ending the others; an explicit [`release`](LockGuard::release) of any of them ends the lock for
-    /// all. A holder that died counts until its own ttl has passed: where its token is used again before, the key stays
-    /// for that long after a drop.
+    /// Several guards may hold the lock by one token. A guard that is dropped or expires is released in the background,
+    /// without ending the others; an explicit [`release`](LockGuard::release) of any of them ends the lock for all. A
+    /// holder that died counts until its own ttl has passed: if its token is used again before that, the key stays for
+    /// that long after a drop.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -181,8 +182,8 @@ impl LockRequest {
         self
     }
 
-    /// The time between renewals: at least 1 ms, and shorter than the ttl less drift. Default: the locker's, or a third
-    /// of the ttl.
+    /// Sets the time between renewals: at least 1 ms, and shorter than the ttl less drift. Default: the locker's, or a
+    /// third of the ttl.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -199,7 +200,7 @@ impl LockRequest {
         self
     }
 
-    /// Doesn't renew the lock: it expires by itself when its ttl ends, and the guard says so.
+    /// Turns renewals off: the lock expires when its ttl ends, and the guard reports [`Loss::Expired`](crate::Loss).
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
@@ -217,11 +218,11 @@ impl LockRequest {
         self
     }
 
-    /// Whether the guard shall have a [fencing token](LockGuard::fencing_token). Default: the locker's, true.
+    /// Sets whether the guard has a [fencing token](LockGuard::fencing_token). Default: the locker's, true.
     ///
-    /// A lock that was obtained without one, and is obtained again with one by its guard's random
-    /// [token](LockGuard::token), has that of the holder before. By a token that was [chosen](LockRequest::token) each
-    /// time, it has its own.
+    /// If a lock was obtained without a fencing token, and is obtained again with one by its guard's random
+    /// [token](LockGuard::token), it has that of the holder before. If the token was [chosen](LockRequest::token) each
+    /// time, the lock has a fencing token of its own.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -236,11 +237,11 @@ impl LockRequest {
         self
     }
 
-    /// Whether the request has a place of its own in the line for the lock. Default: false.
+    /// Sets whether the request has a place of its own in the line for the lock. Default: false.
     ///
-    /// All that wait in one process share a place in the line, and a process that has the lock may serve several of them
-    /// in a row ([turns](crate::Locker::lock)). Fair requests have one place and one turn each, in the order of their
-    /// arrival in whatever process, at about one call more for each. One that doesn't wait
+    /// The plain requests of one process share a place in the line, and a process that has the lock may serve several
+    /// of them in a row ([turns](crate::Locker::lock)). Fair requests have one place and one turn each, in the order
+    /// in which they arrive in whatever process. Each takes about one call more. A fair request that doesn't wait
     /// ([`try_lock`](crate::Locker::try_lock)) is refused while others are in the line.
     ///
     /// Plain and fair requests for one key stand in the same line. For several keys, in a quorum, and on the embedded
@@ -266,7 +267,7 @@ impl LockRequest {
 }
 
 impl fmt::Debug for LockRequest {
-    /// Shows how much metadata there is, and no token.
+    /// Shows the length of the metadata, and hides the token.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LockRequest")
             .field("store", &self.options.shared.store)
@@ -304,11 +305,11 @@ impl fmt::Display for Keys<'_> {
     }
 }
 
-/// Obtains a lock: the future of a [`LockRequest`], made by awaiting it.
+/// The future of a [`LockRequest`], which obtains the lock.
 ///
 /// # Cancel safety
 ///
-/// May be dropped at any time, see [`LockRequest`].
+/// It may be dropped at any time, see [`LockRequest`].
 ///
 /// # Examples
 ///

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
@@ -11,10 +12,11 @@ use crate::Error;
 use crate::hold::{Grant, Owned};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
-use crate::store::{Ending, HandedOver, Verdict};
+use crate::store::{Ending, HandedOver, Verdict, Wanted};
 
 impl Shared {
-    /// Releases the lock and gives it to one who waits for it here, in one step, or to another process whose turn it is.
+    /// Releases the lock and gives it, in one step, to a waiter of this process, or to another process whose turn it
+    /// is. Returns `None` if the lock is still held, as other grants rely on it.
     pub(crate) async fn hand_over(
         self: &Arc<Self>,
         owned: &Owned,
@@ -23,29 +25,25 @@ impl Shared {
         timeout: Duration,
     ) -> Result<Option<Verdict>, Error> {
         let (sent, wanted) = (Instant::now(), hand_over.wanted().clone());
-        // Should it fail, or be dropped, the next one is told that nobody knows.
+        // If this fails, or is dropped, the hand-over is dropped: then the waiter learns that its outcome is unknown.
         let next = *hand_over.next();
         hand_over.send(self.cleanups.register(Cleanup::Undo(wanted.clone())), sent + timeout);
         let call = self.store.hand_over(owned, ending, &wanted, &next, timeout);
         match timeout_at(sent + timeout, call).await.unwrap_or_else(|_| Err(Error::timeout()))? {
             HandedOver::Done { fencing_token, alone } => {
                 debug!(name: "tenure.handed_over", key = %owned.key(), "handed over");
-                let grant = Grant { sent, ttl: wanted.ttl, fencing_token, doubt: None };
                 let runtime = self.runtime()?;
+                let grant = Grant { sent, ttl: wanted.ttl, fencing_token, doubt: None };
                 if hand_over.granted(grant, alone) {
-                    // In case that it isn't polled.
+                    // In case that the waiter isn't polled.
                     self.supervise_queues(&runtime);
                 } else {
-                    let (shared, pending) = (self.clone(), self.cleanups.register(Cleanup::Undo(wanted.clone())));
-                    runtime.spawn(async move {
-                        shared.undo(&wanted.owned, &wanted.latest, wanted.ttl).await;
-                        drop(pending);
-                    });
+                    self.undo_hand_over(wanted, &runtime);
                 }
                 Ok(Some(Verdict::Done))
             }
             HandedOver::NotOurs(loss) => {
-                hand_over.refused();
+                hand_over.not_ours();
                 Ok(Some(Verdict::NotOurs(loss)))
             }
             HandedOver::PassedBy => {
@@ -57,5 +55,13 @@ impl Shared {
                 Ok(None)
             }
         }
+    }
+    /// Undoes, in the background, a hand-over to a waiter that has left.
+    fn undo_hand_over(self: &Arc<Self>, wanted: Arc<Wanted>, runtime: &Handle) {
+        let (shared, pending) = (self.clone(), self.cleanups.register(Cleanup::Undo(wanted.clone())));
+        runtime.spawn(async move {
+            shared.undo(&wanted.owned, &wanted.latest, wanted.ttl).await;
+            drop(pending);
+        });
     }
 }

@@ -1,8 +1,8 @@
-//! Looks after those who wait for the same key in this process: one that is not polled any more must not keep the lock
-//! from the others (invariants 3 and 4 of `queue.rs`).
+//! The supervisor of the queues: a waiter that is no longer polled must not keep the lock from the others (invariants 3
+//! and 4 of `queue.rs`).
 //!
-//! A task of its own, as nobody else is sure to be polled. It runs while there is somebody to look after, on the
-//! runtime of one who waits; when that has ended or stands still, the next one who comes starts it again elsewhere.
+//! It is a task of its own, as nothing else is sure to be polled. It runs while a queue needs it, on the runtime of one
+//! of the waiters. If that runtime has ended or is not driven, the next waiter that comes starts the task on its own.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
@@ -12,74 +12,75 @@ use tokio::time::{Instant, sleep};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::debug;
 
-use crate::acquire::queue::ToTakeBack;
+use crate::acquire::queue::Abandoned;
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
 use crate::store::Ending;
 
-/// How often it looks.
+/// How often the supervisor checks the queues.
 const EVERY: Duration = Duration::from_millis(250);
-/// After so long without a look, its runtime stands still.
+/// After so long without a check, the supervisor's runtime counts as not driven.
 const STALLED: Duration = Duration::from_secs(2);
 
-/// The task, if it was ever needed.
+/// The supervisor's task, if it was ever needed.
 #[derive(Debug, Default)]
 pub(crate) struct Supervisor(Mutex<Option<Running>>);
 
 #[derive(Debug)]
 struct Running {
     task: AbortOnDropHandle<()>,
-    last_look: Arc<Mutex<Instant>>,
+    last_check: Arc<Mutex<Instant>>,
 }
 
 impl Running {
-    fn is_well(&self, now: Instant) -> bool {
-        let last_look = *self.last_look.lock().unwrap_or_else(PoisonError::into_inner);
-        !self.task.is_finished() && now.saturating_duration_since(last_look) < STALLED
+    fn is_running(&self, now: Instant) -> bool {
+        let last_check = *self.last_check.lock().unwrap_or_else(PoisonError::into_inner);
+        !self.task.is_finished() && now.saturating_duration_since(last_check) < STALLED
     }
 }
 
 impl Shared {
-    /// Sees to it that somebody looks after the queues.
+    /// Starts the supervisor, if it doesn't run.
     pub(crate) fn supervise_queues(self: &Arc<Self>, runtime: &Handle) {
         let now = Instant::now();
         let mut running = self.supervisor.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if running.as_ref().is_some_and(|running| running.is_well(now)) {
+        if running.as_ref().is_some_and(|running| running.is_running(now)) {
             return;
         }
-        let last_look = Arc::new(Mutex::new(now));
-        let task = AbortOnDropHandle::new(runtime.spawn(attend(Arc::downgrade(self), last_look.clone())));
-        let before = running.replace(Running { task, last_look });
+        let last_check = Arc::new(Mutex::new(now));
+        let task = AbortOnDropHandle::new(runtime.spawn(supervise(Arc::downgrade(self), last_check.clone())));
+        let before = running.replace(Running { task, last_check });
+        // Dropping the task aborts it, which may run code of its runtime: not under the mutex.
         drop(running);
         drop(before);
     }
 }
 
-async fn attend(shared: Weak<Shared>, last_look: Arc<Mutex<Instant>>) {
+async fn supervise(shared: Weak<Shared>, last_check: Arc<Mutex<Instant>>) {
     loop {
         sleep(EVERY).await;
         let Some(shared) = shared.upgrade() else { return };
         let now = Instant::now();
-        *last_look.lock().unwrap_or_else(PoisonError::into_inner) = now;
-        let Some(taken_back) = shared.queues.find_abandoned(now) else { return };
-        for to_take_back in taken_back {
-            // Should this runtime stand still, closing does it: it is pending until then.
-            tokio::spawn(shared.clone().take_back(to_take_back));
+        *last_check.lock().unwrap_or_else(PoisonError::into_inner) = now;
+        let Some(abandoned) = shared.queues.find_abandoned(now) else { return };
+        for one in abandoned {
+            // If this runtime isn't driven, closing does it: what is to be undone is registered as pending.
+            tokio::spawn(shared.clone().take_back(one));
         }
     }
 }
 
 impl Shared {
-    /// Releases what was handed over to one who doesn't take it.
-    async fn take_back(self: Arc<Self>, to_take_back: ToTakeBack) {
-        let ToTakeBack { wanted, pending, is_known } = to_take_back;
+    /// Releases a lock that was handed over to a waiter that doesn't take it.
+    async fn take_back(self: Arc<Self>, abandoned: Abandoned) {
+        let Abandoned { wanted, pending, is_confirmed } = abandoned;
         let pending = pending.unwrap_or_else(|| self.cleanups.register(Cleanup::Undo(wanted.clone())));
         if pending.is_taken_over() {
             return;
         }
         let key = wanted.owned.key();
         debug!(name: "tenure.taken_back", %key, "a lock was handed over to a future that is not polled");
-        if !is_known {
+        if !is_confirmed {
             return self.undo(&wanted.owned, &wanted.latest, wanted.ttl).await;
         }
         if let Err(error) = self.release(&wanted.owned, Ending::Grant, Instant::now() + wanted.ttl).await {

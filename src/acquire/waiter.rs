@@ -1,278 +1,403 @@
-//! Waiter for a lock that another holds: for its turn in this process, then for news of the lock, or for its time.
+//! The waiter of one request: it asks when there is reason to, and waits in between: for its turn in this process, for
+//! a notification of a release, or for a time.
+//!
+//! It has an [`Attempt`], which asks the server and knows nothing of the waiter, and a [`Position`].
+//!
+//! The order in every biased `select!` here: closing ends every wait at once; an outcome that is there already is not
+//! lost to a limit that passes at the same time; the limit comes before anything that would make the waiter go on.
 
 use std::time::Duration;
 
 use tokio::select;
 use tokio::time::{Instant, sleep_until};
-use tokio_util::sync::CancellationToken;
 
-use crate::Key;
-use crate::acquire::attempt::Attempt;
-use crate::acquire::queue::{Got, HEARTBEAT, Ticket, Turn};
+use crate::acquire::answer::Held;
+use crate::acquire::attempt::{Attempt, Outcome};
+use crate::acquire::position::Position;
+use crate::acquire::queue::{Claim, HEARTBEAT, Inherited, Obtained, Ticket, Wakeup};
 use crate::hold::Grant;
-use crate::hold::timing;
+use crate::hold::timing::{self, Drift, Renewal};
+use crate::locker::cleanups::PendingCleanup;
+use crate::retry::Pauses;
+use crate::store::InLine;
 use crate::store::notifications::Subscription;
+use crate::{Error, Key, LockGuard};
 
-/// The waiting of one request.
-pub(crate) struct Waiter<'a> {
-    /// Also without any news the lock is looked at, this often.
-    poll_every: Duration,
+/// The waiter of one request. When it is dropped, it leaves the queue and the line, and then undoes what is pending.
+pub(crate) struct Waiter {
+    attempt: Attempt,
+    position: Position,
+    /// When its time is over.
     limit: Option<Instant>,
-    closed: &'a CancellationToken,
-    /// To the news of a key.
-    listening: Option<(Key, Subscription)>,
-    first: bool,
-    /// How long the server took to answer.
+    /// The subscription to releases of a key.
+    subscription: Option<(Key, Subscription)>,
+    /// It has been the first of its lane since it last waited for that.
+    is_first: bool,
+    /// When the server was last asked.
+    asked: Instant,
+    /// How long the server took for its last answer that another holds the lock.
     took: Duration,
 }
 
-/// Why it ended.
-pub(crate) enum Woken {
-    /// The lock may be free.
+/// What a request does next.
+pub(crate) enum Step {
+    /// Ask the server.
     Ask,
-    /// It was handed over.
-    Granted(Grant),
-    /// It was handed over, and taken back.
-    TakenBack,
-    /// The limit has passed.
-    Late,
-    Closed,
+    /// Take the lock, which was handed over.
+    Take(Grant),
+    /// Wait.
+    Wait(WaitFor),
+    /// Begin as a new request: the lock was handed over, and taken back.
+    StartOver,
+    /// Return the guard.
+    Finish(LockGuard),
+    /// Return an error: the time is over.
+    GiveUp,
+    /// Return an error: the locker is closed.
+    Close,
 }
 
-/// What is known of the lock.
-pub(crate) enum Known {
-    /// Held by another, for so long unless renewed.
-    Held { key: Key, remaining: Option<Duration> },
-    /// So many attempts in a row have failed.
-    Nothing { failures: u32 },
+/// What a waiter waits for.
+pub(crate) enum WaitFor {
+    /// That another releases the lock, or its ttl ends.
+    Release(Held),
+    /// The end of a pause, after so many failures in a row.
+    Pause { failures: u32 },
 }
 
-impl<'a> Waiter<'a> {
-    pub(crate) fn new(poll_every: Duration, limit: Option<Instant>, closed: &'a CancellationToken) -> Self {
-        Self { poll_every, limit, closed, listening: None, first: false, took: Duration::ZERO }
+impl Waiter {
+    pub(crate) fn new(attempt: Attempt, limit: Option<Instant>) -> Self {
+        let (position, subscription, is_first) = (Position::default(), None, false);
+        Self { attempt, position, limit, subscription, is_first, asked: Instant::now(), took: Duration::ZERO }
     }
 
-    /// It waits as a new request does.
-    pub(crate) fn start_over(&mut self) {
-        (self.first, self.listening) = (false, None);
+    /// Enters the queue of this process, and waits behind those who came before.
+    pub(crate) async fn start(&mut self) -> Step {
+        self.position.enter_queue(&self.attempt.context);
+        if !self.position.ticket().is_none_or(Ticket::is_first) {
+            return Box::pin(self.wait_in_queue()).await;
+        }
+        self.is_first = true;
+        // A subscription that was used not long ago. It is notified of what happens after the request is sent.
+        let inherited = self.position.ticket().map(Ticket::inherit).unwrap_or_default();
+        self.subscription = self.attempt.context.only_key().zip(inherited.subscription);
+        self.mark();
+        Step::Ask
     }
 
-    /// Takes its place in this process, and waits behind those who came before.
-    pub(crate) async fn behind_others(&mut self, attempt: &mut Attempt) -> Woken {
-        attempt.queue_up();
-        if attempt.place().is_none_or(Ticket::is_first) {
-            self.first = true;
-            // What was listened with not long ago: it hears of what happens after the request is sent.
-            let (listening, _) = attempt.place().map(Ticket::take_over).unwrap_or_default();
-            self.listening = attempt.only_key().zip(listening);
-            if let Some((_, listening)) = &mut self.listening {
-                listening.mark();
+    /// Gives up the token and the position, and begins as a new request does, behind all who wait.
+    pub(crate) async fn start_over(&mut self) -> Step {
+        self.leave();
+        self.attempt.start_over();
+        self.position.start_over();
+        (self.is_first, self.subscription) = (false, None);
+        self.start().await
+    }
+
+    /// Asks the server once.
+    pub(crate) async fn ask(&mut self) -> Outcome {
+        self.asked = Instant::now();
+        self.position.ticket().inspect(|ticket| ticket.asks_again());
+        let sending = self.attempt.prepare(self.limit);
+        self.position.expect(sending.ends());
+        let in_line = self.position.in_line(&self.attempt.context);
+        let outcome = self.attempt.send(&sending, &in_line).await;
+        match &outcome {
+            Outcome::Unknown(_) if matches!(in_line, InLine::At { .. }) => self.position.may_enter_late(),
+            Outcome::Held(_) => {
+                self.took = self.asked.elapsed();
+                self.position.refused(&self.attempt.context);
             }
-            return Woken::Ask;
+            _ => {}
         }
-        Box::pin(self.queue_up(attempt)).await
+        outcome
     }
 
-    async fn queue_up(&mut self, attempt: &mut Attempt) -> Woken {
-        select! {
-            biased;
-            () = self.closed.cancelled() => return Woken::Closed,
-            is_held = attempt.is_held_already() => if is_held {
-                return Woken::Ask;
-            },
-            () = at(self.limit) => return Woken::Late,
+    /// Returns the request's place among the waiters of this process, if it has one.
+    pub(crate) fn ticket(&self) -> Option<&Ticket> {
+        self.position.ticket()
+    }
+
+    /// Returns how far the server's clock may be off.
+    pub(crate) fn drift(&self) -> Drift {
+        self.attempt.context.shared.settings.drift
+    }
+
+    /// Returns whether the limit ended the last attempt before the server usually answers.
+    pub(crate) fn was_cut_short(&self) -> bool {
+        self.asked.elapsed() < self.took * 2 && self.limit.is_some_and(|limit| Instant::now() >= limit)
+    }
+
+    /// Claims a lock that was granted or handed over. Returns what to do instead, where it can't be used: it was taken
+    /// back before its answer came, or the locker is being closed.
+    pub(crate) fn claim(&self) -> Option<Step> {
+        match self.position.ticket()?.claim() {
+            Claim::Kept(pending) => (!pending.is_none_or(PendingCleanup::complete)).then_some(Step::Close),
+            Claim::TakenBack => Some(Step::StartOver),
         }
-        select! {
-            biased;
-            () = self.closed.cancelled() => return Woken::Closed,
-            () = attempt.stand_in_line() => {}
-            () = at(self.limit) => return Woken::Late,
+    }
+
+    /// Starts the guard of a lock that was granted and claimed, and leaves the queue and the line.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Closed`], where the locker is closed and the attempt is being undone.
+    pub(crate) fn succeed(&mut self, grant: Grant, renewal: Renewal, obtained: Obtained) -> Result<LockGuard, Error> {
+        let subscription = self.subscription.take().map(|(_, subscription)| subscription);
+        match self.position.ticket() {
+            Some(ticket) => ticket.pass_on(subscription, obtained),
+            None => drop(subscription),
         }
-        self.wait_as_next(attempt, None).await
+        let guard = self.attempt.succeed(grant, renewal)?;
+        self.position.leave_with_lock(&self.attempt.context);
+        Ok(guard)
     }
 
     /// Waits until it makes sense to ask again.
-    pub(crate) async fn wait(&mut self, attempt: &mut Attempt, known: Known, took: Duration) -> Woken {
-        self.took = took;
-        self.first &= attempt.place().is_some_and(Ticket::is_first);
-        match known {
-            Known::Held { key, remaining } => {
-                let key = attempt.only_key().unwrap_or(key);
-                if let Some(woken) = self.stand_in_line_for(attempt, &key).await {
-                    return woken;
-                }
-                if let (true, Some((_, listening))) = (attempt.is_to_enter_line(), &mut self.listening) {
-                    // It asked as one that has nobody to wait for.
-                    listening.mark();
-                    return Woken::Ask;
-                }
-                let held_until = remaining.map(|remaining| Instant::now() + remaining);
-                self.wait_as_next(attempt, Some((key, held_until))).await
-            }
-            Known::Nothing { failures } => {
+    pub(crate) async fn wait(&mut self, wait_for: WaitFor) -> Step {
+        self.is_first &= self.position.ticket().is_some_and(Ticket::is_first);
+        match wait_for {
+            WaitFor::Release(held) => self.wait_for_release(held).await,
+            WaitFor::Pause { failures } => {
                 let pause = timing::poll_after(failures, None, fastrand::f64());
-                self.until(attempt, Instant::now() + pause, true).await
+                self.wait_until(Instant::now() + pause, Listen::No).await
             }
         }
     }
 
-    /// Takes a place in the line for one of several keys.
-    async fn stand_in_line_for(&self, attempt: &mut Attempt, key: &Key) -> Option<Woken> {
+    /// Waits for the next of the pauses that the user has chosen.
+    pub(crate) async fn pause(&self, pauses: &mut Pauses) -> Step {
+        let Some(pause) = pauses.next() else { return Step::GiveUp };
+        let wake = timing::after(Instant::now(), pause);
+        // A pause that the limit cuts short is waited for all the same: the request was not told to give up earlier.
+        let (wake, step) = match self.limit {
+            Some(limit) if wake >= limit => (limit, Step::GiveUp),
+            _ => (wake, Step::Ask),
+        };
         select! {
             biased;
-            () = self.closed.cancelled() => Some(Woken::Closed),
-            () = attempt.stand_in_line_for(key) => None,
-            () = at(self.limit) => Some(Woken::Late),
+            () = self.attempt.context.closed() => Step::Close,
+            () = sleep_until(wake) => step,
         }
     }
 
-    async fn wait_as_next(&mut self, attempt: &mut Attempt, known: Option<(Key, Option<Instant>)>) -> Woken {
-        let mut known = known;
-        if !self.first && attempt.place().is_some() {
-            match self.turn(attempt).await {
-                Ok(()) => {}
-                Err(woken) => return woken,
-            }
-            let (listening, held_until) = attempt.place().map(Ticket::take_over).unwrap_or_default();
-            if let (Some(listening), Some(key)) = (listening, attempt.only_key()) {
-                // The one before has got the lock, and left what it knew.
-                known = Some((key.clone(), held_until));
-                self.listening = Some((key, listening));
-            }
-            if !attempt.can_be_handed() {
-                // Whoever has the lock now gives it to the line, which this one is not in.
-                if let Some((_, listening)) = &mut self.listening {
-                    listening.mark();
-                    return Woken::Ask;
-                }
-            }
-        }
-        // Without having asked, nothing is known but that it is the first.
-        let Some((key, held_until)) = known.or_else(|| attempt.only_key().map(|key| (key, None))) else {
-            return Woken::Ask;
-        };
-        if self.listening.as_ref().is_none_or(|(to, _)| *to != key) {
-            let mut listening = attempt.subscribe(&key);
-            let opened = self.open(attempt, &mut listening).await;
-            listening.mark();
-            let is_open = listening.is_open();
-            self.listening = Some((key, listening));
-            match opened {
-                // What was released before is found by asking.
-                None if is_open => return Woken::Ask,
-                None => {}
-                Some(woken) => return woken,
-            }
-        }
-        let wake = timing::look_after(
-            held_until.map(|until| until.saturating_duration_since(Instant::now())),
-            self.poll_every,
-            fastrand::f64(),
-        );
-        self.until(attempt, Instant::now() + wake, false).await
-    }
-
-    /// Waits to be the first, and nothing more.
-    async fn turn(&mut self, attempt: &mut Attempt) -> Result<(), Woken> {
-        let limit = self.limit;
-        let Some(place) = attempt.place() else { return Ok(()) };
-        let turn = select! {
+    /// Waits behind others of this process, and then as the first.
+    async fn wait_in_queue(&mut self) -> Step {
+        select! {
             biased;
-            () = self.closed.cancelled() => return Err(Woken::Closed),
-            turn = place.turn() => turn,
-            () = at(limit) => return Err(Woken::Late),
-        };
-        match turn {
-            Turn::First => {
-                self.first = true;
-                Ok(())
+            () = self.attempt.context.closed() => return Step::Close,
+            is_held = self.attempt.is_held_already() => if is_held {
+                return Step::Ask;
+            },
+            () = at(self.limit) => return Step::GiveUp,
+        }
+        select! {
+            biased;
+            () = self.attempt.context.closed() => return Step::Close,
+            () = self.position.enter_line(&self.attempt.context) => {}
+            () = at(self.limit) => return Step::GiveUp,
+        }
+        self.wait_as_next(None).await
+    }
+
+    async fn wait_for_release(&mut self, held: Held) -> Step {
+        let key = self.attempt.context.only_key().unwrap_or(held.key);
+        select! {
+            biased;
+            () = self.attempt.context.closed() => return Step::Close,
+            () = self.position.enter_line_for(&self.attempt.context, &key) => {}
+            () = at(self.limit) => return Step::GiveUp,
+        }
+        if self.position.has_to_enter_line(&self.attempt.context) && self.mark() {
+            // It asked as one that has nobody to wait for, and without its place.
+            return Step::Ask;
+        }
+        self.wait_as_next(Some(Held { key, until: held.until })).await
+    }
+
+    /// Waits to be the first, and then for a release or a time. `held` is what is known of the lock.
+    async fn wait_as_next(&mut self, mut held: Option<Held>) -> Step {
+        if !self.is_first && self.position.ticket().is_some() {
+            if let Some(step) = self.wait_to_be_first().await {
+                return step;
             }
-            other => Err(attempt.handed(other)),
+            let Inherited { subscription, held_until } =
+                self.position.ticket().map(Ticket::inherit).unwrap_or_default();
+            if let (Some(subscription), Some(key)) = (subscription, self.attempt.context.only_key()) {
+                // The waiter before has obtained the lock, and has left what it knew.
+                held = Some(Held { key: key.clone(), until: held_until });
+                self.subscription = Some((key, subscription));
+            }
+            // A holder that can't hand the lock over to this waiter gives it to the line, which this one is not in.
+            if !self.attempt.context.can_be_handed_over() && self.mark() {
+                return Step::Ask;
+            }
+        }
+        // A waiter that hasn't asked knows nothing but that it is the first.
+        let only_key = || self.attempt.context.only_key().map(|key| Held { key, until: None });
+        let Some(Held { key, until }) = held.or_else(only_key) else { return Step::Ask };
+        if self.subscription.as_ref().is_none_or(|(to, _)| *to != key) {
+            if let Some(step) = self.subscribe(key).await {
+                return step;
+            }
+        }
+        let remaining = until.map(|until| until.saturating_duration_since(Instant::now()));
+        let poll_every = self.attempt.context.shared.settings.poll_every;
+        let pause = timing::look_after(remaining, poll_every, fastrand::f64());
+        self.wait_until(Instant::now() + pause, Listen::Yes).await
+    }
+
+    /// Waits to be the first of its lane. Returns what to do instead, if something else ends that.
+    async fn wait_to_be_first(&mut self) -> Option<Step> {
+        let ticket = self.position.ticket()?;
+        let wakeup = select! {
+            biased;
+            () = self.attempt.context.closed() => return Some(Step::Close),
+            wakeup = ticket.until_first() => wakeup,
+            () = at(self.limit) => return Some(Step::GiveUp),
+        };
+        match wakeup {
+            Wakeup::First => {
+                self.is_first = true;
+                None
+            }
+            other => Some(self.woken(other)),
         }
     }
 
-    /// Waits for the line to open, if it can be had.
-    async fn open(&self, attempt: &mut Attempt, listening: &mut Subscription) -> Option<Woken> {
-        let patience = Instant::now() + attempt.command_timeout();
-        attempt.expect(patience);
-        let turn = select! {
+    /// Subscribes to releases of the key, and waits until the subscription is open, or can't be had for now. Returns
+    /// what to do instead of waiting for a release, if so.
+    async fn subscribe(&mut self, key: Key) -> Option<Step> {
+        let shared = &self.attempt.context.shared;
+        let mut subscription = shared.store.subscribe(&key);
+        let patience = Instant::now() + shared.command_timeout;
+        self.position.expect(patience);
+        let opened = select! {
             biased;
-            () = self.closed.cancelled() => return Some(Woken::Closed),
-            turn = granted(attempt.place()) => turn,
-            () = at(self.limit) => return Some(Woken::Late),
-            () = listening.opened() => return None,
-            () = sleep_until(patience) => return None,
+            () = shared.closed.cancelled() => Err(Step::Close),
+            wakeup = handed_over(self.position.ticket()) => Err(self.woken(wakeup)),
+            () = at(self.limit) => Err(Step::GiveUp),
+            () = subscription.opened() => Ok(()),
+            // Then it listens to what comes, and polls.
+            () = sleep_until(patience) => Ok(()),
         };
-        Some(attempt.handed(turn))
+        subscription.mark();
+        // What was released before it was open is found by asking.
+        let found_by_asking = subscription.is_open().then_some(Step::Ask);
+        self.subscription = Some((key, subscription));
+        opened.map_or_else(Some, |()| found_by_asking)
     }
 
-    async fn until(&mut self, attempt: &mut Attempt, wake: Instant, failed: bool) -> Woken {
-        let limit = self.limit;
+    /// Waits until `wake`, or until something happens before that.
+    async fn wait_until(&mut self, wake: Instant, listen: Listen) -> Step {
         loop {
-            // Also where it has no sign of life to give: who is polled no more is found out by that.
+            // Also where no heartbeat is due: a waiter that isn't polled any longer is found out by that.
             let poll = Instant::now() + HEARTBEAT;
-            let heartbeat = attempt.next_heartbeat();
-            attempt.expect(poll);
-            let turn = select! {
+            let heartbeat = self.position.next_heartbeat();
+            self.position.expect(poll);
+            let wakeup = select! {
                 biased;
-                () = self.closed.cancelled() => return Woken::Closed,
-                turn = granted(attempt.place()) => turn,
-                () = at(limit) => return Woken::Late,
-                // After a failure news are no reason to hurry.
-                () = news(&mut self.listening), if !failed => {
-                    self.let_others_go_first(attempt).await;
-                    return Woken::Ask;
+                () = self.attempt.context.closed() => return Step::Close,
+                wakeup = handed_over(self.position.ticket()) => wakeup,
+                () = at(self.limit) => return Step::GiveUp,
+                () = notified(&mut self.subscription), if listen == Listen::Yes => {
+                    self.let_others_go_first().await;
+                    return Step::Ask;
                 }
-                () = sleep_until(wake) => return Woken::Ask,
+                () = sleep_until(wake) => return Step::Ask,
                 () = at(heartbeat) => {
                     select! {
                         biased;
-                        () = self.closed.cancelled() => return Woken::Closed,
-                        waits = attempt.heartbeat() => match waits {
+                        () = self.attempt.context.closed() => return Step::Close,
+                        waits = self.position.heartbeat(&self.attempt.context) => match waits {
                             true => continue,
-                            false => return Woken::Ask,
+                            false => return Step::Ask,
                         },
-                        () = at(limit) => return Woken::Late,
+                        () = at(self.limit) => return Step::GiveUp,
                     }
                 }
                 () = sleep_until(poll) => continue,
             };
-            return attempt.handed(turn);
+            return self.woken(wakeup);
         }
     }
 
-    /// Where votes can be split, those who come at once split them again and again: so one comes a moment later than
-    /// another, by chance.
-    async fn let_others_go_first(&self, attempt: &Attempt) {
+    /// Waits for a moment of random length. Where votes can be split, waiters that ask at the same time split them
+    /// again and again.
+    async fn let_others_go_first(&self) {
         const LONGEST: Duration = Duration::from_millis(5);
-        if !attempt.is_voted_on() {
+        if !self.attempt.context.is_voted_on() {
             return;
         }
         let moment = self.took.mul_f64(2.0 * fastrand::f64());
+        // In any order: what follows is the same, as the next attempt ends at once when the locker is closed.
         select! {
-            () = self.closed.cancelled() => {}
+            () = self.attempt.context.closed() => {}
             () = sleep_until(Instant::now() + moment.min(LONGEST)) => {}
         }
     }
 
-    /// The lock is held from now on: who comes next needs to know no more.
-    pub(crate) fn pass_on(self, attempt: &Attempt, got: Got) {
-        if let Some(place) = attempt.place() {
-            place.pass_on(self.listening.map(|(_, listening)| listening), got);
+    /// Returns what to do after a wakeup other than to be the first.
+    fn woken(&mut self, wakeup: Wakeup) -> Step {
+        match wakeup {
+            Wakeup::HandedOver(grant, pending) => {
+                // Pending until a guard has it.
+                self.attempt.keep_pending(pending);
+                Step::Take(grant)
+            }
+            Wakeup::Unknown(pending) => {
+                self.attempt.doubt(pending);
+                self.position.may_enter_late();
+                Step::Ask
+            }
+            Wakeup::NotHandedOver | Wakeup::First => Step::Ask,
+            Wakeup::TakenBack => Step::StartOver,
         }
+    }
+
+    /// Ignores all notifications until now. Returns whether there is a subscription.
+    fn mark(&mut self) -> bool {
+        self.subscription.iter_mut().for_each(|(_, subscription)| subscription.mark());
+        self.subscription.is_some()
+    }
+
+    /// Leaves the queue and the line, in the background as far as the server has to be told.
+    fn leave(&mut self) {
+        if let Some(left) = self.position.leave_queue() {
+            if left.may_hold {
+                self.attempt.keep_pending(None);
+            }
+            Position::leave_shared_place(&self.attempt.context, &left);
+        }
+        self.position.leave_line(&self.attempt.context);
     }
 }
 
-async fn granted(place: Option<&Ticket>) -> Turn {
-    match place {
-        Some(place) => place.granted().await,
+impl Drop for Waiter {
+    fn drop(&mut self) {
+        self.subscription = None;
+        self.leave();
+        // The attempt, which is dropped next, undoes what is pending.
+    }
+}
+
+/// Whether a waiter reacts to notifications. After a failure they are no reason to hurry.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Listen {
+    Yes,
+    No,
+}
+
+async fn handed_over(ticket: Option<&Ticket>) -> Wakeup {
+    match ticket {
+        Some(ticket) => ticket.until_handed_over().await,
         None => std::future::pending().await,
     }
 }
 
-async fn news(listening: &mut Option<(Key, Subscription)>) {
-    match listening {
-        Some((_, listening)) => listening.notified().await,
+async fn notified(subscription: &mut Option<(Key, Subscription)>) {
+    match subscription {
+        Some((_, subscription)) => subscription.notified().await,
         None => std::future::pending().await,
     }
 }

@@ -1,8 +1,10 @@
-//! What is pending to the server: releases of guards that were dropped, and what attempts of unknown outcome may have left.
+//! What is still to be cleaned up at the server: the locks of guards that were dropped, and what attempts of unknown
+//! outcome may have left.
 //!
-//! Whoever owes something sees to it: a renewer, a task, the future of a request. But a future may be kept and not polled,
-//! and a runtime may not be driven any more. So what is pending is noted here as well, and [`Locker::close`] does what is
-//! not done in time, on its own runtime. All of it may be done twice: it ends a grant that nobody holds by.
+//! A renewer, a task or the future of a request does each cleanup. But a future may be kept and not polled, and a
+//! runtime may no longer be driven. So every cleanup is registered here as well, and [`Locker::close`] does those that
+//! are not done in time, on its own runtime. It does no harm to do one twice: it ends a grant by which nobody holds a
+//! lock.
 //!
 //! [`Locker::close`]: crate::Locker::close
 
@@ -23,27 +25,27 @@ use crate::hold::{GrantId, Hold, Owned};
 use crate::locker::shared::Shared;
 use crate::store::{LinePlace, Wanted};
 
-/// How long closing leaves what is pending to those who register it.
+/// How long closing leaves a cleanup to whoever has registered it.
 const PATIENCE: Duration = Duration::from_millis(250);
 
-/// What has to be done.
+/// What has to be cleaned up.
 #[derive(Clone)]
 pub(crate) enum Cleanup {
-    /// An attempt may have obtained the lock, and nobody knows.
+    /// An attempt may have obtained the lock, without anybody's knowledge.
     Undo(Arc<Wanted>),
     /// The lock is to be released in the background.
     Release(Arc<Hold>),
-    /// It is released; what an earlier attempt has left is not.
+    /// The lock is released; what an earlier attempt may have left is to be undone.
     UndoAttempt(Arc<Hold>),
-    /// A lease's lock was taken over by a grant that nobody holds by.
+    /// A grant that nobody uses has taken over the lock of a lease.
     GiveBack { owned: Owned, earlier: Option<GrantId>, ttl: Duration },
-    /// A place in the line is nobody's any more.
+    /// No request has this place in the line any longer.
     Leave(Key, LinePlace),
 }
 
-/// All that is pending by one locker.
+/// The pending cleanups of one locker.
 pub(crate) struct Cleanups {
-    /// Counts them, so that closing can wait.
+    /// Counts the cleanups, so that closing can wait for them.
     tracker: TaskTracker,
     entries: Arc<Mutex<Entries>>,
 }
@@ -51,7 +53,7 @@ pub(crate) struct Cleanups {
 #[derive(Default)]
 struct Entries {
     slots: Slab<Entry>,
-    /// The number of the last entry: slots are used again.
+    /// The number of the last entry. It tells entries apart that have the same slot, one after the other.
     last: u64,
 }
 
@@ -62,7 +64,7 @@ struct Entry {
     token: TaskTrackerToken,
 }
 
-/// Something that is pending, until this is dropped.
+/// A cleanup that is pending until this is dropped.
 pub(crate) struct PendingCleanup {
     entries: Arc<Mutex<Entries>>,
     slot: usize,
@@ -88,7 +90,8 @@ impl Cleanups {
         PendingCleanup { entries: self.entries.clone(), slot, number }
     }
 
-    /// Takes over what was not done in time. Those who register it learn of that when they come to it.
+    /// Removes and returns the cleanups that were not done in time. Whoever has registered one learns that by
+    /// [`PendingCleanup::is_taken_over`].
     fn take_over(&self, now: Instant) -> Vec<(Cleanup, TaskTrackerToken)> {
         let mut entries = lock(&self.entries);
         let is_late = |entry: &Entry| now.saturating_duration_since(entry.since) >= PATIENCE;
@@ -99,7 +102,8 @@ impl Cleanups {
 }
 
 impl PendingCleanup {
-    /// It is done, or was never pending. Returns false where another has taken it over: it is being undone.
+    /// Ends the cleanup, as it is done or not needed. Returns false if closing has taken it over: then it is being
+    /// done.
     pub(crate) fn complete(self) -> bool {
         self.remove()
     }
@@ -114,7 +118,7 @@ impl PendingCleanup {
             return false;
         }
         let entry = entries.slots.try_remove(self.slot);
-        // Its token wakes others: not under the mutex.
+        // Dropping its token wakes what waits for the tracker: not under the mutex.
         drop(entries);
         drop(entry);
         true
@@ -128,19 +132,21 @@ impl Drop for PendingCleanup {
 }
 
 impl Shared {
-    /// Waits until nothing is pending any more, and does itself what others don't.
+    /// Waits until no cleanup is pending, and does those that nobody else does in time.
     pub(crate) async fn finish_cleanups(self: &Arc<Self>) {
         if Self::check_runtime().is_err() {
             return self.releases.wait().await;
         }
         if self.store.capabilities().has_line {
-            // Those who wait leave the line when they learn that it is over, which may be after the end of the program.
+            // Waiters leave the line when they learn that the locker is closed, which may be after the end of the
+            // program.
             for (key, place) in self.queues.line_places() {
                 self.leave_line(key, place, false, &Handle::current());
             }
         }
         loop {
             select! {
+                // Nothing is taken over if all is done.
                 biased;
                 () = self.releases.wait() => return,
                 () = sleep(PATIENCE) => {}
@@ -148,7 +154,7 @@ impl Shared {
             for (work, token) in self.cleanups.take_over(Instant::now()) {
                 debug!(name: "tenure.taken_over", "done while closing, as nobody else does");
                 let shared = self.clone();
-                // Its token is what closing waits for, here or in another call.
+                // Closing waits for its token, here or in another call.
                 tokio::spawn(async move {
                     shared.perform(work).await;
                     drop(token);
@@ -157,14 +163,14 @@ impl Shared {
         }
     }
 
-    /// Leaves the line in the background. `again`: once more when what was sent can't be run any more, as it may enter
-    /// the place after this.
+    /// Leaves the line in the background. `again`: something that was sent may still enter the place, so the line is
+    /// left once more when the server can no longer run that.
     pub(crate) fn leave_line(self: &Arc<Self>, key: Key, place: LinePlace, again: bool, runtime: &Handle) {
         let work = Cleanup::Leave(key, place);
         let (shared, pending) = (self.clone(), self.cleanups.register(work.clone()));
         runtime.spawn(async move {
             shared.perform(work.clone()).await;
-            // Closing doesn't wait for the rest: with the process, its places end.
+            // Closing doesn't wait for the rest: when the process ends, its places do.
             drop(pending);
             if again {
                 sleep(shared.patience()).await;
@@ -173,7 +179,7 @@ impl Shared {
         });
     }
 
-    /// Does what is pending.
+    /// Does a cleanup.
     pub(crate) async fn perform(self: &Arc<Self>, work: Cleanup) {
         match work {
             Cleanup::Undo(wanted) => self.undo(&wanted.owned, &wanted.latest, wanted.ttl).await,
@@ -189,7 +195,7 @@ impl Shared {
     }
 }
 
-/// No code panics while it holds this mutex, so a poisoned one would be as good as any.
+/// Locks the entries, poisoned or not: no code panics while it holds this mutex.
 fn lock(entries: &Mutex<Entries>) -> MutexGuard<'_, Entries> {
     entries.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -6,8 +6,10 @@ use tokio::time::{advance, timeout};
 use tokio_util::task::TaskTracker;
 
 use super::*;
-use crate::Token;
+use crate::acquire::answer::Held;
+use crate::hold::Grant;
 use crate::locker::cleanups::{Cleanup, Cleanups};
+use crate::{Error, Token};
 
 fn wanted(queueing: Queueing) -> Arc<Wanted> {
     let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true, grant: None };
@@ -45,7 +47,7 @@ fn a_hand_over_is_for_the_first_and_one_at_a_time() {
     assert!(queues.next(&from).is_none(), "nobody knows yet how the first one goes");
     assert!(hand_over.granted(grant(), false));
     assert!(queues.next(&from).is_none(), "it has not heard of it yet");
-    assert!(matches!(a.handed(), Some(Turn::Granted(..))));
+    assert!(matches!(a.take_outcome(), Some(Wakeup::HandedOver(..))));
     assert!(!a.leave().may_hold);
     assert!(b.is_first() && queues.next(&from).is_some());
 }
@@ -56,16 +58,16 @@ fn who_leaves_while_the_lock_is_on_its_way_may_have_got_it() {
     let (asked, given, lost, refused) = (0, 1, 2, 3);
     for what in [asked, given, lost, refused] {
         let queues = Queues::default();
-        let place = enter(&queues, Queueing::Shared);
+        let ticket = enter(&queues, Queueing::Shared);
         let hand_over = queues.next(&from).unwrap();
         let mut pending = None;
         match what {
             0 => pending = Some(hand_over),
             1 => assert!(hand_over.granted(grant(), false)),
             2 => drop(hand_over),
-            _ => hand_over.refused(),
+            _ => hand_over.not_ours(),
         }
-        assert_eq!(place.leave().may_hold, what != refused, "{what}");
+        assert_eq!(ticket.leave().may_hold, what != refused, "{what}");
         drop(pending);
     }
 }
@@ -73,42 +75,42 @@ fn who_leaves_while_the_lock_is_on_its_way_may_have_got_it() {
 #[test]
 fn a_hand_over_that_went_wrong_unheard_is_not_forgotten_for_the_next() {
     let queues = Queues::default();
-    let place = enter(&queues, Queueing::Shared);
+    let ticket = enter(&queues, Queueing::Shared);
     let from = wanted(Queueing::None).owned.clone();
     drop(queues.next(&from));
     assert!(queues.next(&from).is_none());
-    assert!(matches!(place.handed(), Some(Turn::AskAgain { settled: false, .. })));
+    assert!(matches!(ticket.take_outcome(), Some(Wakeup::Unknown(_))));
     assert!(queues.next(&from).is_some());
 }
 
 #[test]
 fn hand_overs_go_on_for_many_in_a_row_and_then_while_nobody_else_is_in_the_line() {
     let queues = Queues::default();
-    let place = enter(&queues, Queueing::Shared);
+    let ticket = enter(&queues, Queueing::Shared);
     let from = wanted(Queueing::None).owned.clone();
     for _ in 0..IN_A_ROW {
         let hand_over = queues.next(&from).unwrap();
         assert!(hand_over.next().may_keep);
         assert!(hand_over.granted(grant(), false));
-        assert!(matches!(place.handed(), Some(Turn::Granted(..))));
+        assert!(matches!(ticket.take_outcome(), Some(Wakeup::HandedOver(..))));
     }
     let hand_over = queues.next(&from).unwrap();
     assert!(!hand_over.next().may_keep);
     assert!(hand_over.granted(grant(), true));
-    assert!(matches!(place.handed(), Some(Turn::Granted(..))));
+    assert!(matches!(ticket.take_outcome(), Some(Wakeup::HandedOver(..))));
     assert!(queues.next(&from).unwrap().next().may_keep);
 }
 
 #[tokio::test(start_paused = true)]
 async fn hand_overs_of_locks_that_are_held_for_long_go_on_for_a_time_only() {
     let queues = Queues::default();
-    let place = enter(&queues, Queueing::Shared);
+    let ticket = enter(&queues, Queueing::Shared);
     let from = wanted(Queueing::None).owned.clone();
     for may_keep in [true, false] {
         let hand_over = queues.next(&from).unwrap();
         assert_eq!(hand_over.next().may_keep, may_keep);
         assert!(hand_over.granted(grant(), false));
-        assert!(matches!(place.handed(), Some(Turn::Granted(..))));
+        assert!(matches!(ticket.take_outcome(), Some(Wakeup::HandedOver(..))));
         advance(TURN).await;
     }
 }
@@ -138,13 +140,13 @@ fn one_that_was_passed_by_is_in_the_line_and_the_others_have_to_ask() {
     let from = wanted(Queueing::None).owned.clone();
     for _ in 0..IN_A_ROW {
         assert!(queues.next(&from).unwrap().granted(grant(), false));
-        assert!(matches!(shared.handed(), Some(Turn::Granted(..))));
+        assert!(matches!(shared.take_outcome(), Some(Wakeup::HandedOver(..))));
     }
     let hand_over = queues.next(&from).unwrap();
     assert_eq!(hand_over.next().place, own.line_place());
     hand_over.passed_by();
-    assert!(own.next_heartbeat().is_some() && own.handed().is_none());
-    assert!(matches!(shared.handed(), Some(Turn::AskAgain { settled: true, .. })));
+    assert!(own.next_heartbeat().is_some() && own.take_outcome().is_none());
+    assert!(matches!(shared.take_outcome(), Some(Wakeup::NotHandedOver)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -160,7 +162,7 @@ async fn one_that_is_not_polled_goes_behind_those_who_wait_with_it() {
     advance(Duration::from_millis(1)).await;
     assert_eq!(queues.find_abandoned(Instant::now()).unwrap().len(), 0);
     assert!(other.is_first() && !parked.is_first());
-    assert!(matches!(timeout(Duration::ZERO, other.turn()).await, Ok(Turn::First)));
+    assert!(matches!(timeout(Duration::ZERO, other.until_first()).await, Ok(Wakeup::First)));
     // It is expected from now on, and comes.
     other.expect(Instant::now() + HEARTBEAT);
     assert_eq!(queues.find_abandoned(Instant::now()).unwrap().len(), 0);
@@ -170,19 +172,19 @@ async fn one_that_is_not_polled_goes_behind_those_who_wait_with_it() {
 #[tokio::test(start_paused = true)]
 async fn a_release_that_is_not_polled_while_it_hands_over_keeps_nobody_waiting() {
     let queues = Queues::default();
-    let place = enter(&queues, Queueing::Shared);
+    let ticket = enter(&queues, Queueing::Shared);
     let cleanups = Cleanups::new(TaskTracker::new());
     let parked = queues.next(&wanted(Queueing::None).owned).unwrap();
-    parked.send(cleanups.register(Cleanup::Undo(place.waiter.wanted.clone())), Instant::now());
+    parked.send(cleanups.register(Cleanup::Undo(ticket.waiter.wanted.clone())), Instant::now());
     advance(LATE - Duration::from_millis(1)).await;
     assert_eq!(queues.find_abandoned(Instant::now()).unwrap().len(), 0);
-    assert!(place.handed().is_none());
+    assert!(ticket.take_outcome().is_none());
     advance(Duration::from_millis(1)).await;
     assert_eq!(queues.find_abandoned(Instant::now()).unwrap().len(), 0);
-    assert!(matches!(place.handed(), Some(Turn::AskAgain { settled: false, pending: Some(_) })));
+    assert!(matches!(ticket.take_outcome(), Some(Wakeup::Unknown(Some(_)))));
     // It has asked by itself meanwhile: what the release learns in the end changes nothing.
     assert!(parked.granted(grant(), false));
-    assert!(place.handed().is_none());
+    assert!(ticket.take_outcome().is_none());
 }
 
 #[tokio::test(start_paused = true)]
@@ -196,7 +198,7 @@ async fn a_lock_that_is_not_taken_is_taken_back() {
     let taken_back = queues.find_abandoned(Instant::now()).unwrap();
     assert_eq!(taken_back[0].wanted.owned.token, parked.waiter.wanted.owned.token);
     assert!(other.is_first());
-    assert!(matches!(parked.handed(), Some(Turn::TakenBack)));
+    assert!(matches!(parked.take_outcome(), Some(Wakeup::TakenBack)));
     assert!(!parked.leave().may_hold, "it is released already");
     assert!(other.is_first() && !other.leave().may_hold);
     assert!(lock(&queues.by_key).is_empty());
@@ -206,15 +208,15 @@ async fn a_lock_that_is_not_taken_is_taken_back() {
 fn what_the_first_learned_is_known_to_those_behind_it_and_after_it() {
     let queues = Queues::default();
     let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
-    assert!(b.learned().is_none());
-    a.learn(Some(Learned::Unknown(Error::Closed)));
+    assert!(b.last_answer().is_none());
+    a.set_last_answer(Some(LastAnswer::Failed(Error::Closed)));
     assert!(!a.leave().may_hold);
-    assert!(matches!(b.learned(), Some(Learned::Unknown(Error::Closed))));
+    assert!(matches!(b.last_answer(), Some(LastAnswer::Failed(Error::Closed))));
     let c = enter(&queues, Queueing::Shared);
-    b.pass_on(None, Got { at: Instant::now(), held_until: Instant::now(), was_handed_over: true });
-    assert!(matches!(c.learned(), Some(Learned::Held { key, .. }) if key == "k".into()));
-    c.learn(None);
-    assert!(c.learned().is_none());
+    b.pass_on(None, Obtained { at: Instant::now(), held_until: Instant::now(), was_handed_over: true });
+    assert!(matches!(c.last_answer(), Some(LastAnswer::Held(Held { key, .. })) if key == "k".into()));
+    c.set_last_answer(None);
+    assert!(c.last_answer().is_none());
 }
 
 #[test]
@@ -222,6 +224,6 @@ fn a_token_from_elsewhere_is_handed_nothing() {
     let queues = Queues::default();
     let mut wanted = Wanted::clone(&wanted(Queueing::None));
     wanted.owned.own_token = false;
-    let _place = queues.enter(Key::from("k"), Arc::new(wanted.clone()));
+    let _ticket = queues.enter(Key::from("k"), Arc::new(wanted.clone()));
     assert!(queues.next(&wanted.owned).is_none());
 }

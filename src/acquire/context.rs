@@ -1,0 +1,54 @@
+//! What the parts of one request work with: its attempts, its position, its waiter.
+
+use std::sync::Arc;
+
+use tokio::runtime::Handle;
+use tokio_util::sync::WaitForCancellationFuture;
+
+use crate::Key;
+use crate::locker::shared::Shared;
+use crate::store::Wanted;
+
+/// What a request wants, and where it is carried out.
+pub(crate) struct Context {
+    /// Shared with the queue and the cleanups. Replaced when the token is.
+    pub(crate) wanted: Arc<Wanted>,
+    pub(crate) shared: Arc<Shared>,
+    /// The runtime that background work is spawned on.
+    pub(crate) runtime: Handle,
+}
+
+impl Context {
+    /// Returns the key that messages name.
+    pub(crate) fn key(&self) -> Key {
+        self.wanted.owned.key()
+    }
+
+    /// Returns the key of a request for one key.
+    pub(crate) fn only_key(&self) -> Option<Key> {
+        match &*self.wanted.owned.keys {
+            [key] => Some(key.clone()),
+            _ => None,
+        }
+    }
+
+    /// Waits until the locker is closed.
+    pub(crate) fn closed(&self) -> WaitForCancellationFuture<'_> {
+        self.shared.closed.cancelled()
+    }
+
+    /// Returns whether the waiters of all processes stand in one line.
+    pub(crate) fn has_line(&self) -> bool {
+        self.shared.store.capabilities().has_line
+    }
+
+    /// Returns whether a waiter before this one can hand the lock over to it, so that it need not be in the line.
+    pub(crate) fn can_be_handed_over(&self) -> bool {
+        !self.has_line() || self.shared.store.capabilities().hands_over && self.wanted.owned.own_token
+    }
+
+    /// Returns whether several servers decide, each by itself.
+    pub(crate) fn is_voted_on(&self) -> bool {
+        self.shared.store.capabilities().undoes_attempts
+    }
+}

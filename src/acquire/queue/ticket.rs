@@ -1,0 +1,303 @@
+//! A waiter's handle to its queue.
+
+use std::fmt;
+use std::sync::{Arc, MutexGuard};
+
+use tokio::time::Instant;
+
+use super::hand_over::HandOverState;
+use super::{ByKey, HEARTBEAT, Lane, Queue, QueueEntry, State, lock, remove};
+use crate::acquire::answer::{Held, LastAnswer};
+use crate::hold::Grant;
+use crate::locker::cleanups::PendingCleanup;
+use crate::store::LinePlace;
+use crate::store::notifications::Subscription;
+
+/// A waiter's handle to its queue. Its owner calls [`leave`](Ticket::leave) before it drops it.
+pub(crate) struct Ticket {
+    queues: Arc<ByKey>,
+    queue: Arc<Queue>,
+    pub(super) waiter: Arc<QueueEntry>,
+}
+
+/// Why a waiter was woken.
+pub(crate) enum Wakeup {
+    /// It is the first of its lane.
+    First,
+    /// The lock was handed over to it. What is pending is to release it.
+    HandedOver(Grant, Option<PendingCleanup>),
+    /// The lock surely was not handed over to it, and may be free.
+    NotHandedOver,
+    /// Nobody knows whether the lock was handed over to it. What is pending is to undo that.
+    Unknown(Option<PendingCleanup>),
+    /// The lock was handed over, and taken back: the waiter is not in the queue any longer, and its token must not be
+    /// used again.
+    TakenBack,
+}
+
+/// Whether a waiter may keep a lock that the server has given it.
+pub(crate) enum Claim {
+    /// It may. What is pending, of a hand-over that it had not heard of, is the waiter's from now on.
+    Kept(Option<PendingCleanup>),
+    /// The lock was taken back before.
+    TakenBack,
+}
+
+/// What the waiter before has left to the next one.
+#[derive(Default)]
+pub(crate) struct Inherited {
+    pub(crate) subscription: Option<Subscription>,
+    /// When the ttl ends with which the waiter before obtained the lock.
+    pub(crate) held_until: Option<Instant>,
+}
+
+/// How a waiter has obtained the lock.
+#[derive(Clone, Copy)]
+pub(crate) struct Obtained {
+    pub(crate) at: Instant,
+    /// The end of its ttl.
+    pub(crate) held_until: Instant,
+    pub(crate) was_handed_over: bool,
+}
+
+/// What a waiter that has left the queue still has to clean up.
+pub(crate) struct Leftovers {
+    /// Its token may have got the lock by a hand-over that it hasn't heard of (invariant 2).
+    pub(crate) may_hold: bool,
+    /// A place that may be in the line, and that nobody has any longer.
+    pub(crate) line: Option<LinePlace>,
+    /// A request that may still be run may enter that place into the line again.
+    pub(crate) may_enter_late: bool,
+}
+
+impl Ticket {
+    pub(super) fn new(queues: Arc<ByKey>, queue: Arc<Queue>, waiter: Arc<QueueEntry>) -> Self {
+        Self { queues, queue, waiter }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.queue.state)
+    }
+
+    fn with_lane<T>(&self, look: impl FnOnce(&mut Lane) -> T) -> T {
+        look(self.state().lane_of(self.waiter.place))
+    }
+
+    pub(crate) fn is_first(&self) -> bool {
+        self.with_lane(|lane| lane.is_first(&self.waiter))
+    }
+
+    /// Returns whether a request found the lock held by another not long ago.
+    pub(crate) fn is_contended(&self) -> bool {
+        self.state().is_contended()
+    }
+
+    /// Returns the waiter's place in the line, which it may share.
+    pub(crate) fn line_place(&self) -> LinePlace {
+        self.waiter.place
+    }
+
+    /// Notes that the server is about to be asked with the place in the line: it is in the line from now on, unless the
+    /// lock is granted.
+    pub(crate) fn enters_line(&self) {
+        self.with_lane(|lane| {
+            lane.in_line = true;
+            lane.heartbeat = Some(Instant::now() + HEARTBEAT);
+        });
+    }
+
+    /// Returns whether the shared place may be in the line already.
+    pub(crate) fn may_be_in_line(&self) -> bool {
+        self.with_lane(|lane| lane.in_line)
+    }
+
+    /// Notes that a request of unknown outcome may still enter the shared place into the line.
+    pub(crate) fn may_enter_late(&self) {
+        self.with_lane(|lane| lane.may_enter_late = true);
+    }
+
+    /// Returns when the next heartbeat is due, if the waiter is in the line.
+    pub(crate) fn next_heartbeat(&self) -> Option<Instant> {
+        self.with_lane(|lane| lane.heartbeat.filter(|_| lane.in_line))
+    }
+
+    /// Announces that this waiter, if it is the first, will be polled by then (invariant 3).
+    pub(crate) fn expect(&self, until: Instant) {
+        self.with_lane(|lane| {
+            if lane.is_first(&self.waiter) {
+                lane.expected = Some(until);
+            }
+        });
+    }
+
+    /// Waits until this waiter is the first, or has an outcome of a hand-over.
+    pub(crate) async fn until_first(&self) -> Wakeup {
+        loop {
+            match self.take_outcome() {
+                Some(wakeup) => return wakeup,
+                None if self.is_first() => return Wakeup::First,
+                // `notify_one` leaves a permit if nobody waits for it: nothing is missed since the look above.
+                None => self.waiter.changed.notified().await,
+            }
+        }
+    }
+
+    /// Waits for the outcome of a hand-over. For the first of a lane.
+    pub(crate) async fn until_handed_over(&self) -> Wakeup {
+        loop {
+            match self.take_outcome() {
+                Some(wakeup) => return wakeup,
+                None => self.waiter.changed.notified().await,
+            }
+        }
+    }
+
+    /// Takes the outcome of a hand-over, if there is one that was not taken yet.
+    pub(crate) fn take_outcome(&self) -> Option<Wakeup> {
+        let mut hand_over = lock(&self.waiter.hand_over);
+        match std::mem::take(&mut *hand_over) {
+            HandOverState::None | HandOverState::Abandoned => None,
+            in_flight @ HandOverState::InFlight { .. } => {
+                *hand_over = in_flight;
+                None
+            }
+            HandOverState::Granted { grant, pending, .. } => Some(Wakeup::HandedOver(grant, pending)),
+            HandOverState::NotGranted => Some(Wakeup::NotHandedOver),
+            HandOverState::Unknown { pending, .. } => Some(Wakeup::Unknown(pending)),
+            HandOverState::TakenBack => Some(Wakeup::TakenBack),
+        }
+    }
+
+    /// Claims the lock that the server has given to this waiter, by whichever request: after this, it is not taken back
+    /// (invariant 4).
+    pub(crate) fn claim(&self) -> Claim {
+        let mut hand_over = lock(&self.waiter.hand_over);
+        match std::mem::take(&mut *hand_over) {
+            HandOverState::TakenBack => {
+                *hand_over = HandOverState::TakenBack;
+                Claim::TakenBack
+            }
+            HandOverState::InFlight { pending, .. }
+            | HandOverState::Granted { pending, .. }
+            | HandOverState::Unknown { pending, .. } => Claim::Kept(pending),
+            HandOverState::None | HandOverState::NotGranted | HandOverState::Abandoned => Claim::Kept(None),
+        }
+    }
+
+    /// Takes what the waiter before has left.
+    pub(crate) fn inherit(&self) -> Inherited {
+        self.with_lane(|lane| Inherited { subscription: lane.subscription.take(), held_until: lane.held_until.take() })
+    }
+
+    /// Stores what a request has learned. `None`: what was stored is no longer true.
+    pub(crate) fn set_last_answer(&self, answer: Option<LastAnswer>) {
+        let mut state = self.state();
+        if let Some(LastAnswer::Held(_)) = answer {
+            state.last_held = Some(Instant::now());
+        }
+        state.last_answer = answer;
+    }
+
+    /// Returns what was last learned by this request, or by one that was before it.
+    pub(crate) fn last_answer(&self) -> Option<LastAnswer> {
+        self.state().last_answer.clone()
+    }
+
+    /// Notes that the server is about to be asked: from now on, the last answer says nothing about the present.
+    pub(crate) fn asks_again(&self) {
+        if let Some(LastAnswer::Held(Held { until, .. })) = &mut self.state().last_answer {
+            let now = Instant::now();
+            *until = Some(until.map_or(now, |until| until.min(now)));
+        }
+    }
+
+    /// Notes that this waiter has obtained the lock, and leaves to the next one what it can use.
+    pub(crate) fn pass_on(&self, subscription: Option<Subscription>, obtained: Obtained) {
+        let Obtained { at, held_until, was_handed_over } = obtained;
+        let before = {
+            let mut state = self.state();
+            if !was_handed_over {
+                state.begin_turn(at);
+            }
+            let held = Held { key: self.queue.key.clone(), until: Some(held_until) };
+            state.last_answer = Some(LastAnswer::Held(held));
+            let lane = state.lane_of(self.waiter.place);
+            if lane.is_first(&self.waiter) {
+                // The grant took a shared place out of the line.
+                lane.in_line &= !self.waiter.place.is_shared;
+                lane.held_until = subscription.is_some().then_some(held_until);
+                std::mem::replace(&mut lane.subscription, subscription)
+            } else {
+                // It got the lock by a token that had it already. The first still waits, in the line.
+                subscription
+            }
+        };
+        // A subscription locks the list of listeners when it is dropped: not under the queue's mutex (invariant 5).
+        drop(before);
+    }
+
+    /// Leaves the queue, and wakes the waiter that is the first after that (invariant 1).
+    pub(crate) fn leave(&self) -> Leftovers {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        let (may_hold, abandoned) = self.abandon_hand_over();
+        let lane = state.lane_of(self.waiter.place);
+        let was_first = lane.is_first(&self.waiter);
+        lane.waiters.remove(&self.waiter.number());
+        let next = lane.first().filter(|_| was_first).cloned();
+        if was_first {
+            lane.expected = next.is_some().then(Instant::now);
+        }
+        let leftovers = lane.leftovers(self.waiter.place, may_hold);
+        let is_lane_empty = lane.waiters.is_empty();
+        let is_contended = state.is_contended();
+        let lane = state.lane_of(self.waiter.place);
+        let subscription = if is_lane_empty && !is_contended { lane.subscription.take() } else { None };
+        let is_unused = state.is_empty() && !is_contended;
+        drop(guard);
+        // A subscription locks the list of listeners when it is dropped, and what is pending that of cleanups: not
+        // under the queue's mutex (invariant 5).
+        drop((subscription, abandoned));
+        if is_unused {
+            remove(&self.queues, &self.queue);
+        }
+        if let Some(next) = next {
+            next.changed.notify_one();
+        }
+        leftovers
+    }
+
+    /// Returns whether a hand-over may have given the lock to this waiter, without its knowledge. Also returns the
+    /// state of one that is in flight: it is to be dropped when no lock is held.
+    fn abandon_hand_over(&self) -> (bool, Option<HandOverState>) {
+        let mut hand_over = lock(&self.waiter.hand_over);
+        let may_hold = !hand_over.is_over() && !matches!(*hand_over, HandOverState::TakenBack);
+        let is_in_flight = matches!(*hand_over, HandOverState::InFlight { .. });
+        let abandoned = is_in_flight.then(|| std::mem::replace(&mut *hand_over, HandOverState::Abandoned));
+        (may_hold, abandoned)
+    }
+}
+
+impl Lane {
+    /// Returns what a waiter with this place, which has just left the lane, has to clean up. The last waiter that
+    /// leaves the plain lane gives the shared place up.
+    fn leftovers(&mut self, place: LinePlace, may_hold: bool) -> Leftovers {
+        if !place.is_shared {
+            return Leftovers { may_hold, line: Some(place), may_enter_late: false };
+        }
+        if !self.waiters.is_empty() {
+            return Leftovers { may_hold, line: None, may_enter_late: false };
+        }
+        let may_enter_late = std::mem::take(&mut self.may_enter_late);
+        // A hand-over that is on its way may put the place into the line.
+        let line = self.place.take().filter(|_| self.in_line || may_hold || may_enter_late);
+        self.in_line = false;
+        Leftovers { may_hold, line, may_enter_late }
+    }
+}
+
+impl fmt::Debug for Ticket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ticket").field("key", &self.queue.key).field("first", &self.is_first()).finish()
+    }
+}
