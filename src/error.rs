@@ -1,4 +1,4 @@
-//! What can go wrong, and what a caller can do about it.
+//! The errors of the crate, and what a caller can do about them.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -8,11 +8,11 @@ use fred::error::ErrorKind;
 
 use crate::{Key, Loss};
 
-/// Why an operation did not do what it was asked for.
+/// Why an operation failed.
 ///
-/// "Somebody else has it" ([`NotObtained`](Error::NotObtained)) and "nobody could tell" ([`Redis`](Error::Redis)) are
-/// never mixed up: after the latter, the operation may or may not have taken effect on the server, and whatever it may
-/// have left there is cleaned up in the background.
+/// A lock that another holds ([`NotObtained`](Error::NotObtained)) and an unknown outcome ([`Redis`](Error::Redis)) are
+/// never confused. After the latter, the operation may or may not have taken effect on the server, and the locker
+/// undoes in the background whatever it may have left there.
 ///
 /// # Examples
 ///
@@ -34,22 +34,22 @@ use crate::{Key, Loss};
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Somebody else holds the lock, as the server last reported, and the request was not willing to wait longer. For a
-    /// [fair](crate::LockRequest::fair) request also: it is somebody else's turn to take it.
+    /// Another holds the lock, as the server last reported, and the request does not wait longer. For a
+    /// [fair](crate::LockRequest::fair) request also: it is another's turn.
     ///
-    /// Where the server did not report that, the error is [`Redis`](Error::Redis).
+    /// If the server did not report that, the error is [`Redis`](Error::Redis).
     #[error("`{key}` is held by another (attempts: {attempts}, waited: {waited:?}); try later or wait longer")]
     NotObtained {
-        /// The key that was held; of several, the first that was found to be.
+        /// The key that was held; of several, the first one that was found held.
         key: Key,
-        /// How often this request asked the server. Zero for one that waited behind another request of this process,
-        /// which asked for both.
+        /// How often this request tried to take the lock. Zero for a request that waited behind another one of this
+        /// process, which tried for both.
         attempts: u32,
-        /// From the first attempt until giving up.
+        /// The time from the first attempt until the request gave up.
         waited: Duration,
     },
 
-    /// The lock is no longer held by the one who asked.
+    /// The caller no longer holds the lock.
     #[error("`{key}` is no longer held by this owner: {loss}")]
     NotHeld {
         /// The key in question; of several, the first.
@@ -58,30 +58,31 @@ pub enum Error {
         loss: Loss,
     },
 
-    /// The lock was lost while it was needed; stop the work that it protects.
+    /// The lock was lost while it was in use; stop the work that it protects.
     #[error("the lock was lost: {0}")]
     Lost(Loss),
 
-    /// No majority of a quorum's nodes has done what it was asked for: too many could not be asked, refused, or have
-    /// been up for too short a time to vote. That others hold the lock is [`NotObtained`](Error::NotObtained), as ever.
+    /// No majority of a quorum's nodes has run the operation: too many could not be reached, refused, or have been up
+    /// for too short a time to vote. If others hold the lock, the error is [`NotObtained`](Error::NotObtained), as
+    /// always.
     #[error("{needed} of {} nodes needed, {granted} granted: {}", 2 * needed - 1, Nodes(nodes))]
     Quorum {
         /// How many nodes make a majority.
         needed: usize,
-        /// How many did what they were asked for.
+        /// How many nodes ran the operation.
         granted: usize,
-        /// What kept the others from it, as far as they had any say in the matter.
+        /// The errors of the others, as far as they contributed to the failure.
         nodes: Vec<NodeError>,
     },
 
     /// A node of a quorum was started less than the [restart window](crate::LockerBuilder::restart_window) ago.
     ///
-    /// It may have forgotten locks, or it is new: it can't tell. So a quorum of new nodes grants nothing for a window.
+    /// It can't tell whether it has forgotten locks or is new. So a quorum of new nodes grants nothing for a window.
     #[error(
         "it was started less than a restart window ago and may have forgotten locks; it votes again in {remaining:?}"
     )]
     NotVoting {
-        /// Until it votes again.
+        /// The time until it votes again.
         remaining: Duration,
     },
 
@@ -89,31 +90,31 @@ pub enum Error {
     #[error("it refused the proposed fencing token: {0}")]
     Outbid(&'static str),
 
-    /// The URL names no server that can be connected to, or says something that would be ignored. Nothing was sent.
+    /// The URL names no server that can be connected to, or has a part that would be ignored. Nothing was sent.
     ///
-    /// The text names the part of the URL that is wrong. It never shows a password.
+    /// The text names the part of the URL that is wrong. It never contains a password.
     #[error("invalid URL: {0}")]
     InvalidUrl(Cow<'static, str>),
 
-    /// No quorum can be made of these nodes. Nothing was sent.
+    /// These nodes can't form a quorum. Nothing was sent.
     #[error("invalid nodes: {0}")]
     InvalidNodes(&'static str),
 
-    /// The server granted the lock so late that too little of its ttl was left, so it was released again.
+    /// The server granted the lock so late that too little of its ttl was left. It has been released again.
     #[error("the server's answer took so long that too little of the ttl was left; use a longer ttl")]
     ValidityExpired,
 
-    /// Fewer replicas than [wanted](crate::LockerBuilder::min_replicas) acknowledged the lock, or its renewal, in time.
-    /// A lock that was to be obtained has been released again; one that is held stays so until its deadline.
+    /// Fewer replicas than [required](crate::LockerBuilder::min_replicas) acknowledged the lock, or its renewal, in
+    /// time. A new lock has been released again; a lock that was held before remains held until its deadline.
     #[error("{acknowledged} of {needed} replicas acknowledged it in time; see to the others, or ask for fewer")]
     NotReplicated {
-        /// How many must.
+        /// How many have to acknowledge it.
         needed: usize,
-        /// How many are known to have.
+        /// How many are known to have acknowledged it.
         acknowledged: usize,
     },
 
-    /// What was asked for can't be had of this kind of server.
+    /// This kind of server does not support the operation.
     #[error("not supported here: {0}")]
     Unsupported(&'static str),
 
@@ -133,15 +134,15 @@ pub enum Error {
     #[error("invalid renewal interval: {0}")]
     InvalidRenewal(&'static str),
 
-    /// This text can't be a token.
+    /// This text is not a token.
     #[error("invalid token: {0}")]
     InvalidToken(&'static str),
 
-    /// This text is no lease.
+    /// This text is not a lease.
     #[error("invalid lease: {0}")]
     InvalidLease(&'static str),
 
-    /// The [`WatchDog`](crate::WatchDog) watches a lock of this key already.
+    /// The [`WatchDog`](crate::WatchDog) already watches a lock with this key.
     #[error("`{key}` is watched already; unwatch or release it first")]
     AlreadyWatched {
         /// The key in question; of several, the first that is watched.
@@ -149,24 +150,23 @@ pub enum Error {
     },
 
     /// [`Locker::close`](crate::Locker::close) or [`WatchDog::shutdown`](crate::WatchDog::shutdown) was called before
-    /// or meanwhile.
+    /// the operation, or while it ran.
     #[error("the locker, or the watchdog, is closed")]
     Closed,
 
-    /// The future was polled outside a tokio runtime, and has sent nothing; or the system has no thread left for a
-    /// locker that is to be [isolated](crate::LockerBuilder::isolated).
+    /// The future was polled outside a tokio runtime, and has sent nothing; or the system has no thread left for an
+    /// [isolated](crate::LockerBuilder::isolated) locker.
     ///
-    /// Every call that may have to ask the server needs a runtime, by whose clock it waits; also where the locker is
-    /// isolated.
+    /// Every call that may contact the server needs a runtime, whose clock it uses, even if the locker is isolated.
     #[error("no tokio runtime: poll the future inside one; an isolated locker also needs a thread of its own")]
     NoRuntime,
 
-    /// The server refused, or could not be asked, or did not answer in time.
+    /// The server refused the operation, could not be reached, or did not reply in time.
     #[error("redis: {0}")]
     Redis(fred::error::Error),
 }
 
-// What an error consists of is no source of it, as its own text says all of it: a chain of errors would say it twice.
+// No error has a source: its own text contains that of the errors it consists of, and a chain would repeat it.
 
 impl From<Loss> for Error {
     fn from(loss: Loss) -> Self {
@@ -181,12 +181,12 @@ impl From<fred::error::Error> for Error {
 }
 
 impl Error {
-    /// Whether the same call may succeed a little later without anybody changing anything but the server's state.
+    /// Returns whether the same call may succeed a little later, without a change to anything but the server's state.
     ///
-    /// True of timeouts, lost connections, servers that are loading, read-only, busy, out of memory or electing, and of
-    /// replicas that are behind. Not of a certificate that is not accepted, nor of a refused password.
-    /// While it waits, [`Locker::lock`](crate::Locker::lock) goes on through all of these by itself. A quorum's failure
-    /// is transient when a majority could be had without the nodes whose own errors are not.
+    /// That is so for timeouts, lost connections, servers that are loading, read-only, busy, out of memory or electing
+    /// a primary, and replicas that are behind. It is not so for a certificate or a password that is not accepted.
+    /// [`Locker::lock`](crate::Locker::lock) keeps waiting through all transient errors. The failure of a quorum is
+    /// transient if a majority is possible without the nodes whose own errors are not.
     ///
     /// ```
     /// use tenure::fred::error::{Error, ErrorKind};
@@ -223,7 +223,7 @@ impl Error {
         }
     }
 
-    /// The word with which the server named its refusal, such as `WRONGTYPE`, `NOPERM`, `READONLY` or `OOM`.
+    /// Returns the code of the server's refusal, such as `WRONGTYPE`, `NOPERM`, `READONLY` or `OOM`.
     ///
     /// ```
     /// use tenure::fred::error::{Error, ErrorKind};
@@ -238,24 +238,23 @@ impl Error {
         is_code.then_some(word)
     }
 
-    /// Whether the server itself has refused the command, so that it was surely not run. Of any other failure the
-    /// outcome is unknown; also of a timeout that is explained by what keeps the connection from being made again.
+    /// Returns whether the server has refused the command, so that it has surely not run. After any other failure the
+    /// outcome is unknown, also after a timeout whose text explains why there is no connection.
     pub(crate) fn is_refusal(&self) -> bool {
         self.code().is_some() && !self.is_timeout()
     }
 
-    /// Whether the operation was surely not run: refused, or never sent.
+    /// Returns whether the operation has surely not run: it was refused, or never sent.
     pub(crate) fn has_not_run(&self) -> bool {
         self.is_refusal() || self.was_not_sent()
     }
 
-    /// Whether the operation has surely not been sent to the server: there was no connection from its beginning to its
-    /// end.
+    /// Returns whether the operation was surely never sent: there was no connection from its beginning to its end.
     pub(crate) fn was_not_sent(&self) -> bool {
         matches!(self, Self::Redis(error) if error.details().ends_with(NOT_SENT))
     }
 
-    /// Whether the cluster refused the command because its keys are on another node, or on two. It has not run.
+    /// Returns whether the cluster refused the command because its keys are on another node, or on two. It has not run.
     pub(crate) fn is_redirection(&self) -> bool {
         matches!(self.code(), Some("ASK" | "MOVED" | "TRYAGAIN"))
     }
@@ -269,7 +268,7 @@ impl Error {
     }
 }
 
-/// What went wrong at one node of a quorum.
+/// The error of one node of a quorum.
 ///
 /// ```
 /// # fn example(failed: tenure::Error) {
@@ -284,9 +283,9 @@ impl Error {
 #[error("{address}: {error}")]
 #[non_exhaustive]
 pub struct NodeError {
-    /// Where the node is: `host:port`, or the path of its socket.
+    /// The address of the node: `host:port`, or the path of its socket.
     pub address: String,
-    /// What it said, or what kept it from being asked.
+    /// Its refusal, or why it could not be reached.
     pub error: Error,
 }
 
@@ -303,7 +302,7 @@ impl fmt::Display for Nodes<'_> {
     }
 }
 
-/// What a server answers that will do its work again some time later.
+/// The codes of refusals after which the server is expected to recover.
 const TRANSIENT_CODES: [&str; 14] = [
     "ASK",
     "BUSY",
@@ -321,10 +320,10 @@ const TRANSIENT_CODES: [&str; 14] = [
     "TRYAGAIN",
 ];
 
-/// What the connection puts behind the reason why an operation could not be sent.
+/// The end of the text of an error for an operation that was never sent.
 pub(crate) const NOT_SENT: &str = " (nothing was sent)";
 
-/// What fred says of a client on which nobody has called `init`: no waiting helps there.
+/// fred's error for a client whose `init` was never called. Waiting doesn't help.
 const NOT_INITIALIZED: &str = "Client is not initialized.";
 
 #[cfg(test)]

@@ -1,44 +1,45 @@
-//! What a user holds: a lock, as a value that releases it when dropped.
+//! The guard: a held lock as a value that releases it when dropped.
 
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::runtime::Handle;
+use tokio::runtime::Handle as Runtime;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::hold::renewer::Renewer;
-use crate::hold::scheduler::ScheduleHandle;
+use crate::hold::scheduler::Handle;
 use crate::hold::{FinalStep, Hold};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
 use crate::loss::{Lost, Protected};
-use crate::store::{Ending, Released};
+use crate::store::{Ending, Verdict};
 use crate::{Error, Key, Lease, Loss, Token};
 
 /// A held lock: renewed in the background until it is released, dropped or lost.
 ///
-/// Made by awaiting a [`LockRequest`](crate::LockRequest). A guard never believes longer than the server: it counts as
-/// held until its [`deadline`](LockGuard::deadline), which only a confirmed renewal moves, and which lies before the
-/// moment at which the server lets go. [`is_held`](LockGuard::is_held), [`check`](LockGuard::check),
+/// Created by awaiting a [`LockRequest`](crate::LockRequest). A guard counts as held until its
+/// [`deadline`](LockGuard::deadline). Only a confirmed renewal moves the deadline, and it always lies before the moment
+/// at which the server frees the lock. [`is_held`](LockGuard::is_held), [`check`](LockGuard::check),
 /// [`lost`](LockGuard::lost) and [`protect`](LockGuard::protect) read that one deadline themselves, on whatever runtime
 /// they are used; [`cancellation_token`](LockGuard::cancellation_token) depends on a task that runs.
 ///
 /// # Dropping
 ///
 /// Dropping a guard releases the lock in the background, on the runtime that it was obtained on, whatever thread it is
-/// dropped on. The release is not immediate: [`release`](LockGuard::release) waits for it and tells how it went. Where
-/// the server can't be asked, it is tried until the ttl has freed the lock; with the runtime gone, the ttl alone does.
+/// dropped on. The release is not immediate: call [`release`](LockGuard::release) to wait for it and to get its result.
+/// While the server can't be reached, the release is tried again until the ttl has freed the lock. If the runtime has
+/// ended, the lock stays until its ttl ends.
 ///
 /// # What it does not do
 ///
-/// It can't stop work that never looks: code that runs on without an `.await`, or a request that has left for a third
-/// system. Where a late write does harm, send the [`fencing_token`](LockGuard::fencing_token) along and let the
-/// receiver refuse lower ones (<https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html>). It is
-/// not re-entrant either: a task that asks for a lock that it holds waits for itself.
+/// A guard can't stop work that never checks it: code that runs on without an `.await`, or a request that was already
+/// sent to another system. If a late write would do harm, send the [`fencing_token`](LockGuard::fencing_token) along
+/// and let the receiver refuse lower ones
+/// (<https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html>). A guard is not re-entrant either: a
+/// task that requests a lock that it holds waits for itself.
 ///
 /// # Examples
 ///
@@ -62,21 +63,21 @@ use crate::{Error, Key, Lease, Loss, Token};
 pub struct LockGuard {
     hold: Arc<Hold>,
     shared: Arc<Shared>,
-    /// Where the renewer stands when it has nothing to do.
-    place: ScheduleHandle<Renewer>,
+    /// Calls the renewer.
+    renewer: Handle,
 }
 
 impl LockGuard {
-    /// A lock that was just obtained or adopted: from here on its renewer sees to it.
-    pub(crate) fn start(hold: Hold, shared: &Arc<Shared>, runtime: &Handle) -> Self {
+    /// Creates the guard of a lock that was just obtained or adopted. The renewer starts with it.
+    pub(crate) fn start(hold: Hold, shared: &Arc<Shared>, runtime: &Runtime) -> Self {
         let hold = Arc::new(hold);
         #[cfg(test)]
         crate::simulation::born(&hold, Arc::as_ptr(shared) as usize);
-        let place = shared.keep(hold.clone(), runtime);
-        Self { hold, shared: shared.clone(), place }
+        let renewer = shared.keep(hold.clone(), runtime);
+        Self { hold, shared: shared.clone(), renewer }
     }
 
-    /// The key that is locked; of several, the first.
+    /// Returns the key that is locked. If there are several, the first of them.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -87,12 +88,12 @@ impl LockGuard {
     /// # }
     /// ```
     pub fn key(&self) -> &Key {
-        // A request without a key is refused, so there is a first; the empty slice is only what the type can't say.
+        // A request without a key is refused, so there is a first key, but the type doesn't say so.
         static NONE: std::sync::LazyLock<Key> = std::sync::LazyLock::new(|| Key::from(""));
         self.keys().first().unwrap_or(&NONE)
     }
 
-    /// All keys that are locked.
+    /// Returns all keys that are locked.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -106,7 +107,7 @@ impl LockGuard {
         &self.hold.owned.keys
     }
 
-    /// The token that the server stores at the key: this owner's secret.
+    /// Returns the token that the server stores at the key: the secret of this holder.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -120,7 +121,7 @@ impl LockGuard {
         &self.hold.owned.token
     }
 
-    /// What was stored beside the token; empty where nothing.
+    /// Returns the metadata that was stored beside the token. Empty if there is none.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -134,13 +135,13 @@ impl LockGuard {
         &self.hold.metadata
     }
 
-    /// A number that is greater than those of all earlier holders of the lock, unless the request was not
-    /// [`fenced`](crate::LockRequest::fenced).
+    /// Returns the fencing token: a number that is greater than those of all earlier holders of the lock. `None` if the
+    /// request was not [`fenced`](crate::LockRequest::fenced).
     ///
-    /// Send it along with every write to a store that can refuse lower ones: then even a holder that was stopped in the
-    /// middle of a write, and woke up after its lock had passed on, does no harm. It is the larger of the last one plus
-    /// one and the server's time in microseconds, so it also grows when the server has lost its memory, as long as its
-    /// clock goes on. It never changes during the life of a guard.
+    /// Send it along with every write to a store that can refuse lower ones. Then even a holder that was stopped in the
+    /// middle of a write, and goes on after another has obtained the lock, does no harm. The number is the larger of
+    /// the last one plus one and the server's time in microseconds. So it also grows when the server has lost its data,
+    /// as long as its clock goes on. It never changes during the life of a guard.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -156,7 +157,7 @@ impl LockGuard {
         self.hold.fencing_token
     }
 
-    /// For how long the server keeps the lock after each renewal. Whole milliseconds.
+    /// Returns how long the server keeps the lock after each renewal, in whole milliseconds.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -172,7 +173,7 @@ impl LockGuard {
         self.hold.ttl()
     }
 
-    /// Until when the lock is surely held if no further renewal succeeds.
+    /// Returns until when the lock is certainly held if no further renewal succeeds.
     ///
     /// `instant just before the last confirmed request was sent + ttl - drift`, on the monotonic clock. That clock
     /// stands still while the whole machine is suspended, and so does this deadline.
@@ -193,7 +194,7 @@ impl LockGuard {
         self.hold.deadline()
     }
 
-    /// How much time is left until the [`deadline`](LockGuard::deadline); zero when the lock is held no more.
+    /// Returns the time left until the [`deadline`](LockGuard::deadline). Zero if the lock is no longer held.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -210,9 +211,9 @@ impl LockGuard {
         }
     }
 
-    /// Whether the lock is held now.
+    /// Returns whether the lock is held now.
     ///
-    /// Reads the clock, so it is right even when the runtime has been blocked or the process stopped. Once false it
+    /// Reads the clock, so the result is right even if the runtime was blocked or the process stopped. Once false, it
     /// stays false.
     ///
     /// ```
@@ -227,11 +228,12 @@ impl LockGuard {
         self.check().is_ok()
     }
 
-    /// Like [`is_held`](LockGuard::is_held), as a result: for `?` between the steps of work that can't be dropped.
+    /// Like [`is_held`](LockGuard::is_held), but returns a result: for `?` between the steps of work that can't be
+    /// dropped.
     ///
     /// # Errors
     ///
-    /// How the lock was lost.
+    /// The [`Loss`], if the lock is no longer held.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -247,8 +249,8 @@ impl LockGuard {
         self.hold.check()
     }
 
-    /// Returns why the latest renewal failed, if none has succeeded since: in the background or by a call of this
-    /// guard. Where the lock [expired](Loss::Expired), that is what led to it.
+    /// Returns why the latest renewal failed, in the background or by a call of this guard, if none has succeeded
+    /// since. If the lock [expired](Loss::Expired), this error led to it.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -265,15 +267,15 @@ impl LockGuard {
         self.hold.last_error()
     }
 
-    /// Waits until the lock is held no more, and says why. Lives on its own: it may outlast the guard, and then says
-    /// [`Loss::Released`].
+    /// Waits until the lock is no longer held, and returns the reason. The future may outlast the guard; it then
+    /// returns [`Loss::Released`].
     ///
-    /// It watches the deadline by itself, on the runtime that polls it: it is on time also when the runtime that the
-    /// lock was obtained on is blocked or not driven.
+    /// It watches the deadline itself, on the runtime that polls it. So it is on time even if the runtime that the lock
+    /// was obtained on is blocked or not driven.
     ///
     /// # Cancel safety
     ///
-    /// May be dropped and made again at any time; nothing is missed.
+    /// The future may be dropped and created again at any time; no loss is missed.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -291,15 +293,16 @@ impl LockGuard {
         Lost::new(self.hold.clone())
     }
 
-    /// A token that fires when the lock is held no more: lost, released or dropped. For code that already takes one.
+    /// Returns a token that fires when the lock is no longer held: lost, released or dropped. For code that already
+    /// takes such a token.
     ///
     /// A task on the runtime that the lock was obtained on fires it at the deadline. While that runtime is blocked or
-    /// not driven, the token is late, and its `is_cancelled`, which does not read the clock, returns false after the
-    /// deadline. [`is_held`](LockGuard::is_held), [`check`](LockGuard::check), [`lost`](LockGuard::lost) and
+    /// not driven, the token is late: its `is_cancelled` doesn't read the clock, and returns false after the deadline.
+    /// [`is_held`](LockGuard::is_held), [`check`](LockGuard::check), [`lost`](LockGuard::lost) and
     /// [`protect`](LockGuard::protect) read the clock themselves; any of them that finds the deadline passed fires the
     /// token, too.
     ///
-    /// It is yours: cancelling it, or a child of it, does nothing to the lock.
+    /// Cancelling the token, or a child of it, does nothing to the lock.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -316,9 +319,9 @@ impl LockGuard {
         self.hold.over().child_token()
     }
 
-    /// Runs `work` for as long as the lock is held. On a loss the work is dropped at once, and the loss is the answer,
-    /// also when the work has become ready at the same time. As with [`lost`](LockGuard::lost), the deadline is watched
-    /// on the runtime that polls the future.
+    /// Runs `work` for as long as the lock is held. On a loss, drops the work at once and returns the loss, even if the
+    /// work has become ready at the same time. Like [`lost`](LockGuard::lost), the future watches the deadline on the
+    /// runtime that polls it.
     ///
     /// # Cancel safety
     ///
@@ -337,16 +340,16 @@ impl LockGuard {
         Protected::new(self.hold.clone(), work)
     }
 
-    /// Renews the lock now, for its ttl. Seldom needed: it is renewed in the background.
+    /// Renews the lock now, for its ttl. Seldom needed, as locks are renewed in the background.
     ///
     /// # Errors
     ///
-    /// [`Error::NotHeld`] when the lock is lost, known before or found out now. [`Error::Redis`] when the server could
+    /// [`Error::NotHeld`] if the lock was lost before, or the server says so now. [`Error::Redis`] if the server could
     /// not be asked; the lock may still be held, until its deadline.
     ///
     /// # Cancel safety
     ///
-    /// Dropping it leaves the lock held; the renewal may have taken effect at the server.
+    /// Dropping the future leaves the lock held. The renewal may have taken effect at the server.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
@@ -364,21 +367,21 @@ impl LockGuard {
         self.send_renewal(None, false).await
     }
 
-    /// Sets the ttl, from now and for all renewals to come: shorter or longer than before. The deadline follows.
+    /// Sets the ttl for now and for all later renewals, shorter or longer than before. The deadline follows.
     ///
-    /// A shorter ttl counts from the moment of the call, even when the server can't be asked.
+    /// A shorter ttl counts from the moment of the call, even if the server can't be asked.
     ///
     /// While the outcome of such a call is unknown, the server may still set this ttl: until then, for up to twice the
-    /// [command timeout](crate::LockerBuilder::command_timeout), later renewals move the deadline by no more than it.
+    /// [command timeout](crate::LockerBuilder::command_timeout), later renewals move the deadline by this ttl at most.
     ///
     /// # Errors
     ///
-    /// Those of [`renew`](LockGuard::renew), and [`Error::InvalidTtl`] for a ttl that can't work; nothing is
-    /// changed then.
+    /// Those of [`renew`](LockGuard::renew), and [`Error::InvalidTtl`] for a ttl that can't work; then nothing is
+    /// changed.
     ///
     /// # Cancel safety
     ///
-    /// Dropping it leaves the lock held; the new ttl may have taken effect at the server.
+    /// Dropping the future leaves the lock held. The new ttl may have taken effect at the server.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -400,7 +403,7 @@ impl LockGuard {
     ///
     /// # Errors
     ///
-    /// As [`renew_for`](LockGuard::renew_for).
+    /// Those of [`renew_for`](LockGuard::renew_for).
     ///
     /// # Cancel safety
     ///
@@ -424,18 +427,18 @@ impl LockGuard {
         self.send_renewal(Some(at_least), false).await
     }
 
-    /// Asks the server how long it will keep the lock unless it is renewed. `None`: it is not held there any more.
+    /// Asks the server how long it will keep the lock unless it is renewed. Returns `None` if the server no longer has
+    /// it, and [`Duration::MAX`] if somebody has removed the ttl of the key.
     ///
-    /// Only an observation: what the guard believes does not change by it. [`Duration::MAX`] where somebody has taken
-    /// the key's ttl away.
+    /// This only observes: the guard does not change.
     ///
     /// # Errors
     ///
-    /// [`Error::Redis`] when the server could not be asked.
+    /// [`Error::Redis`] if the server could not be asked.
     ///
     /// # Cancel safety
     ///
-    /// It only reads.
+    /// The future may be dropped at any time: it only reads.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -450,17 +453,17 @@ impl LockGuard {
         self.shared.store.remaining(&self.hold.owned, self.shared.command_timeout).await
     }
 
-    /// Releases the lock and waits for the server's word on it. Cleanup that this guard protects is told first.
+    /// Releases the lock and waits for the server to confirm it. Futures and tokens of this guard fire first.
     ///
     /// # Errors
     ///
-    /// [`Error::NotHeld`] when it was lost before or turned out to be: what was done under it may not have been alone.
-    /// [`Error::Redis`] when the server could not be asked within the command timeout; the background goes on trying
-    /// then, until the ttl has freed the lock.
+    /// [`Error::NotHeld`] if the lock was lost before, or the server says so now: another may have held it in the
+    /// meantime. [`Error::Redis`] if the server could not be asked within the command timeout; then the release is
+    /// tried again in the background until the ttl has freed the lock.
     ///
     /// # Cancel safety
     ///
-    /// A dropped release still releases, in the background.
+    /// If the future is dropped, the lock is released in the background.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -473,31 +476,34 @@ impl LockGuard {
     /// # }
     /// ```
     pub async fn release(self) -> Result<(), Error> {
-        // From here on, dropping `self` makes the renewer release, unless it is settled otherwise below.
+        // From here on, dropping `self` makes the renewer release the lock, unless another final step is set below.
         match self.hold.end(Loss::Released) {
             Loss::Released => {}
             loss => return Err(self.not_held(loss)),
         }
+        // A renewal that is on its way is given up.
+        self.renewer.interrupt();
         let until = Instant::now() + self.shared.command_timeout;
         let released = self.shared.release(&self.hold.owned, Ending::Lock, until).await?;
-        self.hold.settle(match self.hold.doubt {
+        self.hold.set_final_step(match self.hold.doubt {
             Some(_) => FinalStep::Undo(self.shared.cleanups.register(Cleanup::UndoAttempt(self.hold.clone()))),
             None => FinalStep::Nothing,
         });
         match released {
-            Released::Freed => {
+            Verdict::Done => {
                 info!(name: "tenure.released", key = %self.key(), "released");
                 Ok(())
             }
-            Released::NotOurs(loss) => Err(self.not_held(loss)),
+            Verdict::NotOurs(loss) => Err(self.not_held(loss)),
         }
     }
 
-    /// Stops the renewal and keeps the lock: what identifies it can be stored, or passed on, to be taken up again by
-    /// [`Locker::adopt`](crate::Locker::adopt), here or in another process, before its ttl ends.
+    /// Stops the renewal and keeps the lock. The lease can be stored or passed on, and
+    /// [`Locker::adopt`](crate::Locker::adopt) takes the lock up again, here or in another process, before its ttl
+    /// ends.
     ///
-    /// Futures and tokens of this guard say [`Loss::Released`]: it is held here no more. A guard that was lost before
-    /// gives a lease too; who adopts it is told.
+    /// Futures of this guard return [`Loss::Released`], as it no longer holds the lock. A guard that has lost its lock
+    /// returns a lease too; adopting it fails.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -511,17 +517,18 @@ impl LockGuard {
     /// # }
     /// ```
     pub fn into_lease(self) -> Lease {
-        // Settled before it is ended: the renewer that wakes from the end finds nothing to release.
-        self.hold.settle(FinalStep::Nothing);
+        // Before the end, so that nobody finds a lock that has ended and is to be released.
+        self.hold.set_final_step(FinalStep::Nothing);
         self.hold.end(Loss::Released);
         Lease::from_parts(self.hold.owned.clone(), self.ttl(), self.fencing_token())
     }
 
-    /// As [`into_lease`](LockGuard::into_lease), for a lock that is held until then; a lost one is cleaned up after.
+    /// Like [`into_lease`](LockGuard::into_lease), but fails if the lock is no longer held; what is left of it is
+    /// cleaned up.
     pub(crate) fn into_held_lease(self) -> Result<Lease, Loss> {
         self.check()?;
-        // As there: settled first.
-        self.hold.settle(FinalStep::Nothing);
+        // In this order, as in `into_lease`.
+        self.hold.set_final_step(FinalStep::Nothing);
         match self.hold.end(Loss::Released) {
             Loss::Released => Ok(Lease::from_parts(self.hold.owned.clone(), self.ttl(), self.fencing_token())),
             loss => Err(loss),
@@ -539,19 +546,27 @@ impl LockGuard {
         let renewing = match ttl {
             Some(ttl) if exact => {
                 let renewing = self.hold.setting_ttl(ttl, self.shared.patience());
-                // What is due may be due sooner now.
-                self.place.call();
+                // With a shorter ttl, the next renewal may be due sooner.
+                self.renewer.call();
                 renewing
             }
             ttl => self.hold.renewing(ttl, self.shared.patience()),
         };
         let renewed = self.shared.renew(&self.hold, renewing).await;
-        let renewed = renewed.inspect_err(|error| self.hold.failed(&Arc::new(error.clone())));
-        renewed?.map_err(|loss| {
-            // It sees to the rest.
-            self.place.call();
-            self.not_held(loss)
-        })
+        match renewed.inspect_err(|error| self.hold.failed(&Arc::new(error.clone())))? {
+            Verdict::Done => {
+                if exact {
+                    // A renewal that is on its way, or is to be tried again, is for the ttl before.
+                    self.renewer.interrupt();
+                }
+                Ok(())
+            }
+            Verdict::NotOurs(loss) => {
+                // The renewer does what is left to do.
+                self.renewer.call();
+                Err(self.not_held(loss))
+            }
+        }
     }
 
     fn not_held(&self, loss: Loss) -> Error {
@@ -560,16 +575,16 @@ impl LockGuard {
 }
 
 impl Drop for LockGuard {
-    /// Only calls the renewer: nothing here spawns, blocks or panics.
+    /// Only calls the renewer: nothing here starts a task, blocks or panics.
     fn drop(&mut self) {
         self.hold.end(Loss::Released);
-        if self.hold.is_settled() {
-            return self.place.leave();
+        if self.hold.nothing_left() {
+            return self.renewer.remove();
         }
         let pending = self.shared.cleanups.register(Cleanup::Release(self.hold.clone()));
-        match self.hold.settle(FinalStep::Release(Some(pending))) {
-            true => self.place.call(),
-            false => self.place.leave(),
+        match self.hold.set_final_step(FinalStep::Release(Some(pending))) {
+            true => self.renewer.call(),
+            false => self.renewer.remove(),
         }
     }
 }

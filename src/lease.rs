@@ -9,17 +9,17 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_e
 use crate::hold::{GrantId, Owned};
 use crate::{Error, Key, Token};
 
-/// What identifies a held lock, apart from any guard: its keys and token, its ttl and fencing token.
+/// A held lock as plain data, apart from any guard: its keys and token, its ttl and fencing token.
 ///
-/// A lease keeps nothing alive. It is made by [`LockGuard::into_lease`](crate::LockGuard::into_lease), or from a token
-/// that came from elsewhere, and taken up by [`Locker::adopt`](crate::Locker::adopt), in this process or another. Its
-/// keys are without the locker's [prefix](crate::LockerBuilder::prefix).
+/// A lease renews nothing. [`LockGuard::into_lease`](crate::LockGuard::into_lease) returns one, and it can be created
+/// from a token that came from elsewhere. [`Locker::adopt`](crate::Locker::adopt) takes it up, in this process or
+/// another. Its keys are without the locker's [prefix](crate::LockerBuilder::prefix).
 ///
 /// # Text
 ///
 /// [`Display`](fmt::Display) and [`FromStr`] turn it into one word of letters, digits and `:-._~%`, fit for an
-/// environment variable or the payload of a job, and back. The word tells its version, so that later ones can be told
-/// apart. It contains the token: whoever reads it can release the lock. `Debug` does not show it.
+/// environment variable or the payload of a job, and back. The word begins with its version. It contains the token:
+/// anybody who reads it can release the lock. `Debug` does not show the token.
 ///
 /// With the feature `serde`, a lease is serialised as that text.
 ///
@@ -42,13 +42,14 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// A lease from its parts, for a token that came from elsewhere.
+    /// Creates a lease from its parts, for a token that came from elsewhere.
     ///
-    /// Nothing is checked here; what can't work is refused by whatever uses it.
+    /// Nothing is checked here: the functions that use the lease refuse what can't work.
     ///
-    /// It names a token, and not the guard that has the lock by it, which may be alive. So a guard that
-    /// [adopted](crate::Locker::adopt) it ends that lock by an explicit [`release`](crate::LockGuard::release) only;
-    /// when it is dropped, the lock stays until its ttl ends. A lease that was made from a guard has no such limit.
+    /// The lease has the token, and doesn't know the guard that has the lock by it, which may be alive. So a guard that
+    /// [adopted](crate::Locker::adopt) the lease only ends the lock by an explicit
+    /// [`release`](crate::LockGuard::release); when it is dropped, the lock stays until its ttl ends. A lease that was
+    /// made from a guard has no such limit.
     ///
     /// ```
     /// use std::time::Duration;
@@ -70,36 +71,36 @@ impl Lease {
     }
 
     pub(crate) fn from_parts(mut owned: Owned, ttl: Duration, fencing_token: Option<u64>) -> Self {
-        // It can be read from the lease.
+        // The token can be read from the lease, so that others may use it.
         owned.own_token = false;
-        // In the unit of the server and of the text, so that it stays the same on its way through either.
+        // Rounded to the unit of the server and of the text, so that neither changes it.
         let millis = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
         Self { owned, ttl: Duration::from_millis(millis), fencing_token }
     }
 
-    /// The key that is locked; of several, the first. See [`new`](Lease::new) for an example.
+    /// Returns the key that is locked. If there are several, the first of them. See [`new`](Lease::new) for an example.
     pub fn key(&self) -> Key {
         self.owned.key()
     }
 
-    /// All keys that are locked. See [`new`](Lease::new) for an example.
+    /// Returns all keys that are locked. See [`new`](Lease::new) for an example.
     pub fn keys(&self) -> &[Key] {
         &self.owned.keys
     }
 
-    /// The owner's secret. See [`new`](Lease::new) for an example.
+    /// Returns the token: the secret of the holder. See [`new`](Lease::new) for an example.
     pub fn token(&self) -> &Token {
         &self.owned.token
     }
 
-    /// For how long the server keeps the lock after each renewal. Whole milliseconds. See [`new`](Lease::new) for an
-    /// example.
+    /// Returns how long the server keeps the lock after each renewal, in whole milliseconds. See [`new`](Lease::new)
+    /// for an example.
     pub fn ttl(&self) -> Duration {
         self.ttl
     }
 
-    /// The number that is greater than those of all earlier holders, if it is known. See [`new`](Lease::new) for an
-    /// example.
+    /// Returns the fencing token, which is greater than those of all earlier holders, if it is known. See
+    /// [`new`](Lease::new) for an example.
     pub fn fencing_token(&self) -> Option<u64> {
         self.fencing_token
     }
@@ -109,15 +110,15 @@ impl Lease {
     }
 }
 
-/// What begins the text of this version.
+/// The beginning of the text, in this version.
 const VERSION: &str = "tenure:1:";
 
-/// All but what needs no escaping anywhere (RFC 3986's unreserved characters); so the colons in between are ours.
+/// All characters but those that need no escaping anywhere (RFC 3986's unreserved ones). So only separators are colons.
 const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 impl fmt::Display for Lease {
-    /// `tenure:1:` ttl in ms `:` fencing token or nothing `:` token `:` key, and more keys, each after a colon. After
-    /// the fencing token, `~` and what tells the grant from others of its token, where there is such.
+    /// Writes `tenure:1:` ttl in ms `:` fencing token or nothing `:` token `:` key, and more keys, each after a colon.
+    /// The fencing token is followed by `~` and the id of the grant, unless that is unknown.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{VERSION}{}:", self.ttl.as_millis())?;
         if let Some(fence) = self.fencing_token {
@@ -138,7 +139,7 @@ impl FromStr for Lease {
 
     /// # Errors
     ///
-    /// [`Error::InvalidLease`] for what is no lease, or one of a later version.
+    /// [`Error::InvalidLease`] if the text is not a lease, or one of a later version.
     fn from_str(text: &str) -> Result<Self, Error> {
         let Some(rest) = text.strip_prefix(VERSION) else {
             return Err(Error::InvalidLease(match text.starts_with("tenure:") {

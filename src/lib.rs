@@ -1,6 +1,6 @@
 //! Distributed locks on Redis and Valkey, as RAII guards that **know when they are lost**.
 //!
-//! Run the same service on many machines, and have one of them at a time do a thing:
+//! Run the same service on many machines, and have one of them at a time do a piece of work:
 //!
 //! ```
 //! # async fn rebuild_invoices() -> std::io::Result<()> { Ok(()) }
@@ -22,21 +22,22 @@
 //! # }
 //! ```
 //!
-//! A release in the background needs a runtime that runs. A guard that is dropped as `main` returns is not released:
-//! its key stays until the ttl ends. [`Locker::scope`] releases before it returns, [`Locker::close`] waits for what was
-//! dropped, and [`Locker::close_on_drop`] does so at the end of a scope.
+//! A release in the background needs a running runtime. A guard that is dropped as `main` returns is not released:
+//! its key stays until the ttl ends. [`Locker::scope`] releases before it returns, [`Locker::close`] waits for guards
+//! that were dropped, and [`Locker::close_on_drop`] does so at the end of a scope.
 //!
 //! # The promise
 //!
 //! A [`LockGuard`] is *held* from the moment an attempt succeeded until its local deadline: the instant just before the
 //! last confirmed request was sent, plus the ttl, less an allowance for clock drift. Only a confirmed renewal moves
-//! that deadline, so every guard stops believing before the server lets go, whatever the network, the server or a hung
+//! that deadline, so every guard ends before the server frees the lock, whatever the network, the server or a hung
 //! reply does. [`is_held`](LockGuard::is_held), [`check`](LockGuard::check), [`lost`](LockGuard::lost) and
 //! [`protect`](LockGuard::protect) read that one deadline themselves, on whatever runtime they are used. The
-//! [`cancellation_token`](LockGuard::cancellation_token) is fired by a task, and so is late when that task can't run.
+//! [`cancellation_token`](LockGuard::cancellation_token) is fired by a task, so it is late while that task can't run.
 //!
-//! A [`Loss`] says how a lock ended. A server that can't be reached is no loss: renewals are tried again, with growing
-//! pauses, until the deadline. A definite answer (another has it, the key is gone) ends the guard at once.
+//! A [`Loss`] is the reason why a lock ended. A server that can't be reached is no loss: renewals are retried, with
+//! growing pauses, until the deadline. A definite reply (another token has the key, the key is gone) ends the guard at
+//! once.
 //!
 //! # Which call
 //!
@@ -45,12 +46,12 @@
 //! | wait for a lock | [`Locker::lock`] |
 //! | have it now or not at all | [`Locker::try_lock`] |
 //! | try for a while, by a strategy | [`Locker::obtain`] with a [`Retry`] |
-//! | wait in strict order of arrival, in whatever process | [`LockRequest::fair`] |
+//! | wait in strict order of arrival, across processes | [`LockRequest::fair`] |
 //! | run a block of code under a lock | [`Locker::scope`] |
 //! | stop work when the lock is lost | [`LockGuard::protect`], [`LockGuard::lost`], [`LockGuard::cancellation_token`] |
-//! | hold several locks, all or none | [`Locker::lock_all`], [`Locker::obtain_all`] |
+//! | hold several locks, all or none | [`Locker::lock_all`], [`Locker::try_lock_all`], [`Locker::obtain_all`] |
 //! | hand a lock to another process | [`LockGuard::into_lease`], [`Locker::adopt`] |
-//! | keep many locks at once, and be told what becomes of them | [`WatchDog`] |
+//! | keep many locks at once, and get their events | [`WatchDog`] |
 //! | protect a store from a late writer | [`LockGuard::fencing_token`] |
 //! | survive the loss of a server and its memory | [`Locker::quorum`] |
 //!
@@ -58,23 +59,62 @@
 //!
 //! - The server's clock and ours run at about the same speed: [`LockerBuilder::drift`].
 //! - The server doesn't forget. One that loses its memory (restarted without persistence, failed over to a replica that
-//!   was behind, told to evict or flush) may let a second holder in before the first has noticed at its next renewal.
-//!   Fencing tokens grow all the same. [`Locker::quorum`] survives it, as long as it happens to fewer than half of the
-//!   nodes.
-//! - The machine is not suspended: the monotonic clock stands still then, and the deadline with it.
+//!   was behind, configured to evict, or flushed) may let a second holder in before the first has noticed at its next
+//!   renewal. Fencing tokens grow even then. [`Locker::quorum`] survives it, as long as it happens to fewer than half
+//!   of the nodes.
+//! - The machine is not suspended: the monotonic clock would stand still, and the deadline with it.
 //!
 //! # Observing
 //!
-//! Through [`tracing`](https://docs.rs/tracing): a span `tenure.obtain` per request (`key`, `ttl`) and `tenure.keep`
-//! per held lock (`key`), with the events `tenure.obtained`, `tenure.held`, `tenure.attempt_failed`, `tenure.renewed`,
-//! `tenure.renew_failed`, `tenure.lost`, `tenure.released`, `tenure.release_failed`, `tenure.handed_over`,
-//! `tenure.too_late`, `tenure.undone`, `tenure.undo_failed`, `tenure.no_news` where releases can't be heard of,
-//! `tenure.heartbeat_failed`, `tenure.leave_failed` and `tenure.without_line` of the line for a lock,
-//! `tenure.taken_back` and `tenure.taken_over` where a future or a runtime is not driven, `tenure.wait_failed` where
-//! replicas can't be asked for, `tenure.callback_panicked`, `tenure.callback_delayed`; of connections,
-//! `tenure.reconnect`, `tenure.revive`, `tenure.mixed_up` and, in a cluster, `tenure.node_failed`; and of a quorum,
-//! `tenure.ballot`, `tenure.healed`, `tenure.node_away`, `tenure.same_node`, `tenure.node_is_replica`,
-//! `tenure.node_was_promoted` and `tenure.node_may_forget`. No token is ever shown.
+//! The crate reports what it does through [`tracing`](https://docs.rs/tracing). No event and no span shows a token.
+//!
+//! | event | level | fields | meaning |
+//! | --- | --- | --- | --- |
+//! | `tenure.obtain` | info span | `key`, `ttl` | One per request. `key` lists all keys of the request. |
+//! | `tenure.keep` | info span | `key` | One per held lock, from the grant to the end. |
+//! | `tenure.obtained` | info | `waited`, `attempts`, `remaining` | The lock is held. |
+//! | `tenure.held` | debug | `key`, `attempts`, `waited`, `remaining` | Another holder has the lock. |
+//! | `tenure.attempt_failed` | warn, debug | `attempts`, `waited`, `error` | The server could not be asked. |
+//! | `tenure.too_late` | debug | `waited`, `attempts`, `remaining` | The grant came too late to be of use. |
+//! | `tenure.undone` | debug | `key` | What an attempt without a reply may have left is undone. |
+//! | `tenure.undo_failed` | debug, warn | `key`, `error` | It could not be undone; its ttl will. |
+//! | `tenure.handed_over` | debug | `key` | A holder released the lock to the next waiter of this process. |
+//! | `tenure.taken_back` | debug | `key` | The lock was handed over to a future that is not polled. |
+//! | `tenure.renewed` | debug | `remaining`, `took` | The lock was renewed. |
+//! | `tenure.renew_failed` | warn, debug | `failures`, `remaining`, `pause`, `error` | `warn`: the first in a row. |
+//! | `tenure.lost` | warn | `key`, `loss`, `cause` | The lock is lost. `cause`: why it could not be renewed. |
+//! | `tenure.released` | info | `key`, `outcome` | The lock was released; with `outcome`, in the background. |
+//! | `tenure.release_failed` | debug, warn | `key`, `error` | It could not be released; the ttl will free it. |
+//! | `tenure.taken_over` | debug | | `close()` does what a runtime that stands still has left undone. |
+//! | `tenure.no_news` | debug, warn | `error` | There is no subscription. Until there is, waiters poll. |
+//! | `tenure.heartbeat_failed` | debug | `key`, `error` | A waiter could not report that it lives. |
+//! | `tenure.leave_failed` | debug | `key`, `error` | A place in the line could not be given up; it expires. |
+//! | `tenure.without_line` | debug | `error` | The user may not use the line; waiters poll. |
+//! | `tenure.reconnect` | debug | | The client did not take the request to reconnect. |
+//! | `tenure.revive` | debug | `stalled` | A connection or subscription moves to a runtime that runs. |
+//! | `tenure.mixed_up` | warn | | The client returned the reply to another request; it reconnects. |
+//! | `tenure.node_failed` | debug | `server`, `error` | A connection to a node of a cluster was dropped. |
+//! | `tenure.wait_failed` | debug | `error` | The server could not be asked which replicas have a write. |
+//! | `tenure.ballot` | debug | `ballot` | The nodes want a higher fencing token; one more round. |
+//! | `tenure.healed` | debug | `key`, `node` | A node that had lost the key has it again. |
+//! | `tenure.node_away` | warn | `node`, `error` | A node is not connected yet. |
+//! | `tenure.same_node` | warn | `node` | Two URLs name databases of one server. |
+//! | `tenure.same_server` | warn | `node`, `other` | Two addresses lead to one server, which has one vote. |
+//! | `tenure.node_is_replica` | warn | `node` | The node follows another server, and can't vote. |
+//! | `tenure.node_was_promoted` | warn | `node` | The node was a replica, and may lack what was granted before. |
+//! | `tenure.node_may_forget` | warn | `node` | A restart of the node can give a lock to a second holder. |
+//! | `tenure.callback_panicked` | error | `key`, `panic` | The callback panicked; the next event is delivered. |
+//! | `tenure.callback_delayed` | error | `error` | There was no thread for the callback. |
+//!
+//! # Features
+//!
+//! None is enabled by default.
+//!
+//! | feature | adds |
+//! | --- | --- |
+//! | `rustls` | `rediss://` URLs, by [rustls](https://docs.rs/rustls) on ring |
+//! | `native-tls` | `rediss://` URLs, by the platform's TLS library; with both features, this one is used |
+//! | `serde` | `Serialize` and `Deserialize` for [`Lease`] |
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

@@ -383,7 +383,7 @@ impl Locker {
             return Err(Error::ValidityExpired);
         }
         let grant = Grant { sent, ttl, fencing_token: lease.fencing_token(), doubt: None };
-        let is_voted_on = shared.store.settles();
+        let is_voted_on = shared.store.capabilities().undoes_attempts;
         let hold = Hold::new(owned, Box::default(), &grant, drift, renewal, shared.origin, is_voted_on);
         if !claim.keep() {
             return Err(Error::Closed);

@@ -1,4 +1,4 @@
-//! How a lock ends, and the futures that wait for it or guard against it.
+//! How a lock ends, and the futures that wait for the end or stop work at it.
 
 #[cfg(test)]
 mod tests;
@@ -17,7 +17,7 @@ use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use crate::hold::Hold;
 
-/// How a lock came to be held no more.
+/// The reason why a lock is no longer held.
 ///
 /// # Examples
 ///
@@ -36,30 +36,31 @@ use crate::hold::Hold;
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, thiserror::Error)]
 pub enum Loss {
-    /// The deadline passed without a confirmed renewal: the server could not be reached or did not answer, or this
-    /// process stood still. Others may hold the lock a little later.
+    /// The deadline passed without a confirmed renewal: the server could not be reached or did not reply, or this
+    /// process was stopped. Others may hold the lock a little later.
     #[error("it expired: no renewal was confirmed in time")]
     Expired,
-    /// The server said that the key holds something else now. Others may already be at work.
+    /// The key holds something else, according to the server. Another holder may be at work.
     #[error("another has it: the key holds another token")]
     Taken,
-    /// The server said that the key is gone: deleted, evicted, flushed, expired, or lost in a restart or a failover.
+    /// The key is gone, according to the server: deleted, evicted, flushed, expired, or lost in a restart or a
+    /// failover.
     #[error("its key is gone from the server")]
     Missing,
-    /// Its owner gave it up.
+    /// Its holder released it.
     #[error("it was released")]
     Released,
 }
 
-/// Waits until a lock is held no more; made by [`LockGuard::lost`](crate::LockGuard::lost).
+/// Waits until a lock is no longer held; created by [`LockGuard::lost`](crate::LockGuard::lost).
 ///
-/// It reads the clock itself and sleeps until the deadline on the runtime that polls it, so it is on time even when the
-/// runtime that renews the lock is blocked, or is not driven at all. Polled outside any tokio runtime it has no timer:
-/// then it waits for the task that renews the lock.
+/// It reads the clock itself and sleeps until the deadline on the runtime that polls it. So it is on time even if the
+/// runtime that renews the lock is blocked or not driven. Outside any tokio runtime it has no timer, and waits for the
+/// task that renews the lock.
 ///
 /// # Cancel safety
 ///
-/// It may be dropped at any time, and made again: nothing is missed.
+/// It may be dropped and created again at any time; no loss is missed.
 ///
 /// # Examples
 ///
@@ -67,10 +68,10 @@ pub enum Loss {
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let guard = tenure::Locker::in_memory().lock("k").await?;
-/// // It lives on its own: a task can wait for it.
-/// let told = tokio::spawn(guard.lost());
+/// // It doesn't borrow the guard: a task can wait for it.
+/// let waiter = tokio::spawn(guard.lost());
 /// guard.release().await?;
-/// assert_eq!(told.await?, tenure::Loss::Released);
+/// assert_eq!(waiter.await?, tenure::Loss::Released);
 /// # Ok(())
 /// # }
 /// ```
@@ -100,7 +101,7 @@ impl Future for Lost {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Loss> {
         let mut this = self.project();
         loop {
-            // The clock first: a runtime that stood still past the deadline may poll this before it runs the renewer.
+            // First of all the clock: a runtime that was blocked past the deadline may poll this before the renewer.
             if let Err(loss) = this.hold.check() {
                 return Poll::Ready(loss);
             }
@@ -121,20 +122,20 @@ impl Future for Lost {
     }
 }
 
-/// Sleeps until a deadline that moves, on whatever runtime it is polled.
+/// Sleeps until a deadline that may move, on the runtime that polls it.
 #[pin_project]
 #[derive(Default)]
 struct Timer {
-    /// Created when it is first needed: most futures of this module end long before the deadline.
+    /// Created when first needed: most futures of this module end long before the deadline.
     #[pin]
     sleep: Option<Sleep>,
-    /// The runtime whose timers `sleep` uses. It is not polled on any other, which may go on when that one has ended.
+    /// The runtime whose timers `sleep` uses. Another runtime needs another `sleep`, as this one may end first.
     runtime: Option<runtime::Id>,
 }
 
 impl Timer {
-    /// Returns ready once the deadline has passed. A deadline that moved further away costs nothing until the old one
-    /// passes.
+    /// Returns ready once the deadline has passed. The timer is only reset for a later deadline when the earlier one
+    /// has passed, so that renewals cost nothing.
     fn poll_elapsed(self: Pin<&mut Self>, deadline: Instant, cx: &mut Context<'_>) -> Poll<()> {
         let mut this = self.project();
         let runtime = Handle::try_current().ok().map(|handle| handle.id());
@@ -173,11 +174,11 @@ impl fmt::Debug for Lost {
     }
 }
 
-/// Runs a future for as long as a lock is held; made by [`LockGuard::protect`](crate::LockGuard::protect).
+/// Runs a future for as long as a lock is held; created by [`LockGuard::protect`](crate::LockGuard::protect).
 ///
-/// The loss is looked at before the work is polled, and once more when the work is done: work that was not under the
-/// lock from beginning to end has lost, and its output is dropped. On a loss the work is dropped at once. It reads the
-/// clock and sleeps until the deadline as [`Lost`] does.
+/// It checks the lock before it polls the work, and once more when the work is done. The output of work that was not
+/// under the lock from beginning to end is dropped, and the loss returned. On a loss the work is dropped at once. Like
+/// [`Lost`], it reads the clock and sleeps until the deadline.
 ///
 /// # Cancel safety
 ///
@@ -215,7 +216,7 @@ impl<F: Future> Future for Protected<F> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         if let Err(loss) = this.lost.hold.check() {
-            // Before the answer: whoever hears of the loss may rely on the work having stopped.
+            // Before the loss is returned: the caller may rely on the work having stopped.
             this.work.set(None);
             return Poll::Ready(Err(loss));
         }
@@ -225,7 +226,7 @@ impl<F: Future> Future for Protected<F> {
                 return Poll::Ready(this.lost.hold.check().map(|()| output));
             }
         }
-        // After the work, since work that is never pending needs no timer.
+        // After the work, as work that is never pending needs no timer.
         let loss = ready!(this.lost.poll(cx));
         this.work.set(None);
         Poll::Ready(Err(loss))

@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod tests;
 
+#[cfg(doc)]
+use crate::Locker;
 use std::fmt;
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;

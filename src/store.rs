@@ -1,16 +1,16 @@
 //! Where locks live: the contract between the crate and a server.
 //!
-//! **Verdicts are values, failures are errors.** `Ok` carries what the server has decided. `Err` means that nobody
-//! knows: the operation may have taken effect, may yet, or never will. Unknown is never taken for refused, nor for
-//! lost.
-//!
-//! Every operation may be repeated with the same token: a repeat after a lost answer does no harm and answers what the
-//! first one would have.
+//! 1. **Verdicts are values, failures are errors.** `Ok` carries what the server has decided. `Err` means that nobody
+//!    knows: the operation may have taken effect, may yet, or never will. The crate never takes an unknown outcome for
+//!    a refusal, nor for a loss.
+//! 2. **Every operation may be repeated with the same token.** A repeat after a lost reply does no harm and returns
+//!    what the first one would have.
 
 #[cfg(test)]
 pub(crate) mod faulty;
-pub(crate) mod listen;
 pub(crate) mod memory;
+mod node;
+pub(crate) mod notifications;
 pub(crate) mod quorum;
 pub(crate) mod redis;
 
@@ -21,41 +21,43 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use self::listen::Listening;
+use self::notifications::Subscription;
 use crate::hold::{GrantId, Owned};
 use crate::{Error, Key, Loss, Token};
 
-/// An operation on its way.
+/// An operation in progress.
 pub(crate) type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'a>>;
 
-/// Several of them on their way: an answer for each, in their order.
-pub(crate) type Each<'a, T> = Pin<Box<dyn Future<Output = Vec<Result<T, Error>>> + Send + 'a>>;
+/// Several operations in progress. Resolves to one result for each, in their order.
+pub(crate) type Answers<'a, T> = Pin<Box<dyn Future<Output = Vec<Result<T, Error>>> + Send + 'a>>;
 
 /// The operations of a lock's life. Each ends within its `timeout`, whatever the server does.
 pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
+    /// Returns what the store can do at this moment. A server may turn out to forbid something later, so callers ask
+    /// whenever they need to know; it is cheap.
+    fn capabilities(&self) -> Capabilities;
+
     /// Takes all keys for the token, or none.
     fn acquire<'a>(&'a self, wanted: &'a Wanted, in_line: InLine, timeout: Duration) -> Answer<'a, Acquired>;
 
-    /// Makes the keys live on, if all hold the token.
-    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Renewed>;
+    /// Extends the ttl of the keys, if all of them hold the token.
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Verdict>;
 
-    /// How locks are renewed together, where that costs less than each by itself.
-    fn together(&self) -> Option<&dyn Together> {
-        None
+    /// Renews several locks of one key each, as [`renew`](Self::renew) does with [`Extending::AtLeast`]. Only where the
+    /// store [renews batches](Capabilities::renews_batches).
+    fn renew_batch<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], _timeout: Duration) -> Answers<'a, Verdict> {
+        let unsupported = || Err(Error::Unsupported("this store renews one lock at a time"));
+        Box::pin(async move { locks.iter().map(|_| unsupported()).collect() })
     }
 
     /// Releases those of the keys that hold the token.
-    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Released>;
+    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Verdict>;
 
-    /// Ends a grant whose request may not have been run yet, until `latest`: what it has left at the server, if
-    /// anything.
+    /// Ends a grant whose request the server may run until `latest`, and removes what it has left so far, if anything.
     fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, timeout: Duration) -> Answer<'a, Undone>;
 
-    /// Whether a lock can be handed over.
-    fn hands_over(&self) -> bool;
-
-    /// Releases a lock of one key, and acquires it for another owner of this process, in one step, or gives it to another
-    /// process whose turn it is.
+    /// Releases a lock of one key and acquires it for another owner of this process in one step, or gives it to another
+    /// process whose turn it is. Only where the store [hands over](Capabilities::hands_over).
     fn hand_over<'a>(
         &'a self,
         from: &'a Owned,
@@ -65,18 +67,13 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
         timeout: Duration,
     ) -> Answer<'a, HandedOver>;
 
-    /// Whether those who wait in different processes stand in one line for a key.
-    fn has_line(&self) -> bool {
-        false
-    }
-
     /// Takes the last place in the line for the key.
     fn enter<'a>(&'a self, _key: &'a Key, _place: LinePlace, _timeout: Duration) -> Answer<'a, ()> {
         Box::pin(async { Ok(()) })
     }
 
-    /// Gives a sign of life of this process, which waits for the key. Returns whether its place is in the line, and not
-    /// next.
+    /// Tells the server that this process is alive and still waits for the key. Returns whether its place is in the
+    /// line and not the next to get the lock.
     fn heartbeat<'a>(&'a self, _key: &'a Key, _place: LinePlace, _timeout: Duration) -> Answer<'a, bool> {
         Box::pin(async { Ok(true) })
     }
@@ -86,26 +83,28 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
         Box::pin(async { Ok(()) })
     }
 
-    /// News of the key, from now on: that it may have become free.
-    fn listen(&self, key: &Key) -> Listening;
+    /// Subscribes to the notifications that the key may have become free.
+    fn subscribe(&self, key: &Key) -> Subscription;
 
-    /// How long the keys will live on, the shortest of them, if all hold the token.
+    /// Returns the time that is left until the first of the keys expires, if all of them hold the token.
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>>;
 
-    /// Who holds the key.
+    /// Returns the holder of the key.
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>>;
-
-    /// Whether an acquire that is not granted leaves nothing that others have to undo, whatever became of it. Each
-    /// attempt must have a token of its own then: what is taken back may be so after the answer.
-    fn settles(&self) -> bool {
-        false
-    }
 }
 
-/// What is done for several locks at a time. Each of them has one key.
-pub(crate) trait Together: Send + Sync {
-    /// Renews each as [`Store::renew`] does, to at least its ttl. Ends within `timeout`.
-    fn renew_all<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], timeout: Duration) -> Each<'a, Renewed>;
+/// What a store can do besides the operations that every store has.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Capabilities {
+    /// It gives a lock from one owner to the next in one step ([`Store::hand_over`]).
+    pub(crate) hands_over: bool,
+    /// Waiters of different processes stand in one line for a key.
+    pub(crate) has_line: bool,
+    /// It renews several locks in one call ([`Store::renew_batch`]).
+    pub(crate) renews_batches: bool,
+    /// It undoes every acquire that is not granted by itself, whatever became of the calls. It may still do so after it
+    /// has returned, so each attempt needs a token, or a grant, of its own.
+    pub(crate) undoes_attempts: bool,
 }
 
 /// What a request wants of the server.
@@ -115,21 +114,21 @@ pub(crate) struct Wanted {
     pub(crate) metadata: Box<[u8]>,
     pub(crate) ttl: Duration,
     pub(crate) fenced: bool,
-    /// How to stand in line with those of other processes.
+    /// How it relates to the line of waiters of other processes.
     pub(crate) queueing: Queueing,
-    /// Until when what was sent of it may be run. Shared by all copies.
+    /// Until when the server may run what was sent for this request. All copies share it.
     pub(crate) latest: Arc<Latest>,
 }
 
-/// The latest time, in ms by the server's clock, at which the server may run what was sent of one request.
+/// The latest time, in ms by the server's clock, at which the server may run what was sent for one request.
 ///
-/// A server refuses what arrives later. So once its clock has passed this, and what the request left until then is
-/// undone, nothing of the request can come to pass any more.
+/// A server refuses what arrives later. So once its clock has passed this time, and what the request left until then is
+/// undone, nothing of the request can take effect any longer.
 #[derive(Debug, Default)]
 pub(crate) struct Latest(AtomicU64);
 
 impl Latest {
-    /// Another request is about to be sent.
+    /// Notes that the next call, which the server may run until this time, is about to be sent.
     pub(crate) fn extend(&self, until: u64) {
         self.0.fetch_max(until, Ordering::Relaxed);
     }
@@ -139,10 +138,10 @@ impl Latest {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// How long a server whose clock shows `now` may still run what was sent.
+    /// Returns for how long a server whose clock shows `now` may still run what was sent.
     pub(crate) fn remaining(&self, now: u64) -> Option<Duration> {
         let latest = self.0.load(Ordering::Relaxed);
-        // The millisecond itself is part of it.
+        // The server still runs it in that very millisecond.
         (now <= latest).then(|| Duration::from_millis(latest - now + 1))
     }
 }
@@ -150,7 +149,7 @@ impl Latest {
 /// What a release ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
-    /// The lock, whichever grants rely on it: a user asked for that.
+    /// The lock, even if other grants rely on it: a user asked for that.
     Lock,
     /// The owner's own grant. What others have obtained by the same token stays.
     Grant,
@@ -163,20 +162,20 @@ pub(crate) enum Extending {
     AtLeast,
     /// To exactly this; to at least this while other grants rely on the lock.
     Exactly,
-    /// To at least this, and the owner's grant takes the place of this one.
+    /// To at least this, and the owner's grant replaces the earlier one.
     Claim { earlier: Option<GrantId> },
-    /// To at least this, and the record of grants lives on as well.
+    /// To at least this, and extends the record of grants as well.
     KeepRecord,
-    /// To at least this, of a lock that a lease speaks of; and the record, where the lease's grant has an id. Unlike a
-    /// guard's, its renewal is no word that the lock was held until now.
+    /// To at least this, for the lock of a lease; and extends the record, where the lease's grant has an id. Unlike the
+    /// renewal of a guard, it doesn't imply that the lock was held until now.
     Ensure,
-    /// Not at all: the owner's grant ends, and this one, which it took the place of, takes its place where no other has
-    /// the lock. The ttl is that of this one.
+    /// Leaves the ttl alone. The owner's grant ends, and the earlier one, which it had replaced, gets its place back
+    /// where no other grant relies on the lock. The ttl is that of the earlier one.
     GiveBack { earlier: Option<GrantId> },
 }
 
 impl Extending {
-    /// What is done at the server.
+    /// Returns what the server has to do.
     pub(crate) fn of(self, owned: &Owned) -> Self {
         match (self, owned.grant) {
             (Self::Ensure, None | Some(GrantId::UNKNOWN)) => Self::AtLeast,
@@ -186,7 +185,7 @@ impl Extending {
         }
     }
 
-    /// Whether it begins a hold, or confirms one that nobody here has seen held. Guards prolong theirs.
+    /// Returns whether it begins a hold, or confirms one that this process has not seen held. Guards prolong theirs.
     pub(crate) fn begins(self) -> bool {
         matches!(self, Self::Claim { .. } | Self::Ensure)
     }
@@ -196,103 +195,105 @@ impl Extending {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Undone {
     /// Nothing is left of it, and nothing will be.
-    Settled,
-    /// Nothing is left of it, but it may still be run within this time.
+    Complete,
+    /// Nothing is left of it, but the server may still run its request within this time.
     MayRun(Duration),
 }
 
-/// For how long a record of grants lives, at least. It is deleted with the lock; this is for locks whose holder died.
+/// The shortest ttl of a record of grants. The record is deleted with the lock; the ttl is for locks whose holder died.
 pub(crate) const RECORD_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// The verdict on an acquire.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Acquired {
     Granted {
         fencing_token: Option<u64>,
     },
-    /// One of the keys, told by its place, by another: for this long unless renewed; for ever where there is no ttl.
+    /// Another holds one of the keys.
     Held {
+        /// The index of the key in the request.
         place: usize,
+        /// How long the lock lasts unless it is renewed; `None` where it has no ttl.
         remaining: Option<Duration>,
     },
 }
 
+/// The verdict on a renewal or a release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Renewed {
-    Extended,
+pub(crate) enum Verdict {
+    /// All keys held the token, and are renewed or released.
+    Done,
+    /// Not all of the keys held the token.
     NotOurs(Loss),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Released {
-    Freed,
-    NotOurs(Loss),
-}
-
-/// How a request stands in line with those of other processes.
+/// How a request relates to the line in which waiters of other processes stand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Queueing {
-    /// Not at all: it tries, and gets the lock if that is free.
+    /// It ignores the line: it tries, and gets the lock if that is free.
     None,
-    /// Not at all, but it doesn't overtake those who do.
+    /// It doesn't enter the line, and doesn't overtake those who stand in it.
     Behind,
-    /// All that wait for the key in its process have one place.
+    /// It waits at the place that all waiters for the key in its process share.
     Shared,
-    /// It has a place of its own.
+    /// It waits at a place of its own.
     Own,
 }
 
 impl Queueing {
-    /// Whether it waits: where nobody can tell whether another has the lock, it asks again, and wants no error.
+    /// Returns whether the request waits. Where nobody can tell whether another has the lock, a waiter tries again and
+    /// needs no error.
     pub(crate) fn waits(self) -> bool {
         matches!(self, Self::Shared | Self::Own)
     }
 }
 
-/// A place in the line of all processes for a key.
+/// A place in the line in which the waiters of all processes stand for a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct LinePlace {
-    /// Tells it from others of its process.
+    /// Distinguishes it from other places of its process.
     pub(crate) number: u64,
-    /// Whether all that wait in the process have it, or one request.
+    /// Whether all waiters of the process share it, or one request has it to itself.
     pub(crate) is_shared: bool,
 }
 
-/// How an acquire stands in the line.
+/// How an acquire uses the line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum InLine {
-    /// It doesn't.
+    /// It ignores the line.
     No,
-    /// It takes nothing that others are in line for.
+    /// It takes nothing that others wait for in the line.
     Behind,
-    /// It has this place in the line for one of its keys, or takes it if it is not granted.
+    /// It has this place in the line for one of its keys, or enters there if it is not granted.
     At { key: usize, place: LinePlace },
 }
 
-/// Who is to get a lock that is handed over.
+/// The waiter that gets a lock that is handed over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Next {
     pub(crate) place: LinePlace,
     /// The place may be in the line.
     pub(crate) in_line: bool,
-    /// Other processes have to wait, whether they are in the line or not.
+    /// This process may keep the lock from other processes, whether they stand in the line or not.
     pub(crate) may_keep: bool,
 }
 
+/// The verdict on a hand-over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum HandedOver {
     Done {
         fencing_token: Option<u64>,
-        /// Nobody else is in the line.
+        /// The line is empty.
         alone: bool,
     },
     NotOurs(Loss),
-    /// Others rely on the lock, and nothing has been changed.
+    /// Other grants rely on the lock, and nothing has changed.
     NotNow,
-    /// It was released, and went to another process. The place is in the line.
+    /// The lock was released and went to another process. The place is in the line.
     PassedBy,
 }
 
-/// Who holds a lock; answered by [`Locker::inspect`](crate::Locker::inspect).
+/// The holder of a lock, as [`Locker::inspect`](crate::Locker::inspect) returns it.
 ///
 /// # Examples
 ///
@@ -312,17 +313,17 @@ pub(crate) enum HandedOver {
 pub struct Holder {
     /// The holder's token.
     pub token: Token,
-    /// What the holder put beside its token; empty where nothing.
+    /// What the holder stored beside its token; empty if it stored nothing.
     pub metadata: Vec<u8>,
-    /// For how long the server will keep the key unless it is renewed; `None` for a key without a ttl, which no lock
-    /// of this crate is.
+    /// How long the server keeps the key unless it is renewed; `None` for a key without a ttl, which no lock of this
+    /// crate is.
     pub remaining: Option<Duration>,
-    /// The latest fencing token that was handed out for this key: the holder's, unless it asked for none.
+    /// The last fencing token that was granted for this key: the holder's, unless it asked for none.
     pub fencing_token: Option<u64>,
 }
 
 impl fmt::Debug for Holder {
-    /// Shows the metadata as text, and no token.
+    /// Shows the metadata as text, and hides the token.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Holder")
             .field("token", &self.token)

@@ -1,51 +1,61 @@
-//! Many locks kept in one place, by key, and what becomes of them reported.
+//! Keeps many locks in one place, by key, and reports what becomes of them.
+//!
+//! Each file below uses only those above it in this list:
+//!
+//! - `events.rs`, `status.rs`: what is reported
+//! - `outbox.rs`: delivers events to the callback and to subscribers
+//! - `entries.rs`, `registry.rs`: the table of watched locks; its header numbers the invariants
+//! - `observer.rs`: turns what a renewer reports into events
+//! - `inner.rs`, `obtaining.rs`: what can be done with the locks
+//! - `builder.rs`, `request.rs`: the settings of a watchdog, and of one request (the builder also makes the `WatchDog`)
 
+mod builder;
 mod entries;
 mod events;
+mod inner;
+mod observer;
 mod obtaining;
 mod outbox;
 mod registry;
 mod request;
+mod status;
 #[cfg(test)]
 mod tests;
-mod watcher;
 
 use std::fmt;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use tokio::sync::broadcast;
-use tokio::time::Instant;
 
+pub use self::builder::WatchDogBuilder;
 pub use self::events::WatchEvent;
-use self::outbox::{Callback, Outbox};
-use self::registry::Registry;
+use self::inner::{Inner, Owner};
 pub use self::request::{WatchRequest, Watching};
-use crate::hold::timing::Renewal;
+pub use self::status::WatchStatus;
 use crate::{Error, Key, Lease, LockGuard, Locker};
 
 /// Keeps many locks at once, by key, and reports what becomes of them.
 ///
-/// For programs whose locks are no matter of a scope: a worker that owns a changing set of shards, a pool of sessions.
-/// Every lock is renewed on its own, by the same loop as a guard's. It is given either as a guard, which belongs to the
-/// watchdog from then on, or as a [`Lease`], and found again under each of its keys. A lock that is lost leaves by
-/// itself.
+/// It is for programs whose locks don't belong to a scope: a worker that owns a changing set of shards, a pool of
+/// sessions. You give it a lock as a guard, which it owns from then on, or as a [`Lease`], and find the lock again
+/// under each of its keys. Every lock is renewed on its own, as a guard's is. A lock that is lost is removed.
 ///
-/// Where a piece of code holds a lock while it works, use the [`LockGuard`] itself: it needs nobody to watch it.
+/// Where a piece of code holds a lock while it works, use the [`LockGuard`] itself: it needs no watchdog.
 ///
 /// # Events
 ///
-/// [`on_event`](WatchDogBuilder::on_event) sets a callback, [`subscribe`](WatchDog::subscribe) gives a stream. Both get
-/// the events of one key in order. The callback misses none, whatever it does: [`WatchEvent`] says what is told when.
+/// [`on_event`](WatchDogBuilder::on_event) sets a callback, [`subscribe`](WatchDog::subscribe) returns a stream. Both
+/// get the events of one key in order. The callback misses none, whatever it does. [`WatchEvent`] lists the events.
 ///
 /// Events come from the tasks that renew the locks. While the runtime that a lock was obtained on is blocked or not
-/// driven, its loss is reported late; [`status`](WatchDog::status) reads the clock, and so is right all the same.
+/// driven, its loss is reported late. [`status`](WatchDog::status) reads the clock, so it is right even then.
 ///
 /// # Dropping
 ///
-/// Clones are handles on one watchdog. Dropping the last stops it: what came as a guard is released in the background,
-/// what came as a lease is let be. A callback must not own a handle, which would then never be the last: give it a
-/// [`WeakWatchDog`]. [`shutdown`](WatchDog::shutdown) lets all be, [`release_all`](WatchDog::release_all) releases all.
+/// Clones are handles on one watchdog. Dropping the last handle stops it: locks that came as guards are released in the
+/// background, those that came as leases are kept until their ttl ends. A callback must not own a handle, which would
+/// then never be the last: give it a [`WeakWatchDog`]. [`shutdown`](WatchDog::shutdown) keeps all locks as leases,
+/// [`release_all`](WatchDog::release_all) releases them all.
 ///
 /// # Examples
 ///
@@ -75,20 +85,9 @@ pub struct WatchDog {
     owner: Arc<Owner>,
 }
 
-/// What all handles share, and nobody else owns: dropped with the last of them.
-struct Owner {
-    registry: Arc<Registry>,
-}
-
-impl Drop for Owner {
-    fn drop(&mut self) {
-        self.registry.stop();
-    }
-}
-
 impl WatchDog {
-    /// Starts from a locker, whose server, prefix, drift and renewal the watchdog's leases have. It is kept open as
-    /// long as the watchdog is there.
+    /// Returns a builder of a watchdog whose leases use this locker's server, prefix, drift and renewal. The watchdog
+    /// keeps the locker open.
     ///
     /// ```
     /// let locker = tenure::Locker::in_memory();
@@ -96,20 +95,20 @@ impl WatchDog {
     /// assert!(dog.is_empty());
     /// ```
     pub fn builder(locker: &Locker) -> WatchDogBuilder {
-        WatchDogBuilder { locker: locker.clone(), renewal: locker.shared().settings.renewal, callback: None }
+        WatchDogBuilder::new(locker)
     }
 
-    /// Takes a guard over, to be kept until it is released, unwatched or lost. It is renewed as before, be it of this
-    /// locker or another. May be called on any thread, and never waits.
+    /// Takes ownership of a guard, and keeps it until it is released, unwatched or lost. The guard may come from any
+    /// locker, and is renewed as before. May be called on any thread, and never waits.
     ///
     /// # Errors
     ///
     /// - [`Error::AlreadyWatched`]: one of its keys is watched.
-    /// - [`Error::NotHeld`]: the lock is lost. That is no event, as it was never watched.
+    /// - [`Error::NotHeld`]: the lock is lost. No event reports that, as the lock was never watched.
     /// - [`Error::Closed`]: the watchdog was shut down.
     ///
-    /// A guard that is refused is dropped, and so released in the background. A lock that is watched by the same token
-    /// stays.
+    /// A guard that is refused is dropped, and so released in the background. That doesn't end a lock that is already
+    /// watched under the same token.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -122,11 +121,11 @@ impl WatchDog {
     /// # }
     /// ```
     pub fn watch(&self, guard: LockGuard) -> Result<(), Error> {
-        self.registry().watch(guard)
+        self.inner().watch(guard)
     }
 
-    /// Asks for the lock of a lease to be watched: held already, or [obtained](WatchRequest::obtain_when_free) as soon
-    /// as it is free.
+    /// Returns a request to watch the lock of a lease: one that is held, or one to be
+    /// [obtained](WatchRequest::obtain_when_free) as soon as it is free.
     ///
     /// See [`WatchRequest`] for options, errors and cancel safety.
     ///
@@ -141,11 +140,11 @@ impl WatchDog {
     /// # }
     /// ```
     pub fn watch_lease(&self, lease: Lease) -> WatchRequest {
-        WatchRequest::new(self.clone(), lease, self.registry().renewal)
+        WatchRequest::new(self.owner.clone(), lease, self.inner().renewal)
     }
 
-    /// Stops the renewal and keeps the lock, as [`LockGuard::into_lease`] does. `None` where the key isn't watched, or
-    /// the lock isn't held: one that is waited for is so no more, and its lease is the one that you gave.
+    /// Stops the renewal and keeps the lock, as [`LockGuard::into_lease`] does. Returns `None` if the key isn't watched
+    /// or the lock isn't held. If the lock is waited for, this ends the wait, and the lease is the one that you gave.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -159,24 +158,25 @@ impl WatchDog {
     /// # }
     /// ```
     pub fn unwatch(&self, key: impl Into<Key>) -> Option<Lease> {
-        self.registry().unwatch(&key.into())
+        self.inner().unwatch(&key.into())
     }
 
-    /// Releases a lock and waits for the server's word on it, as [`LockGuard::release`] does. Of several keys, any will
-    /// do: they are released together. Until then the key counts as watched, though not as held.
+    /// Releases a lock and waits for the server's reply, as [`LockGuard::release`] does. Any of the lock's keys will
+    /// do: they are released together. Until the reply, the key counts as watched, but not as held.
     ///
     /// # Errors
     ///
-    /// - [`Error::NotHeld`]: it turned out to be lost; or the key isn't watched, which reads as [`Released`]: it never
-    ///   was, or its end was reported before.
-    /// - [`Error::Redis`]: the server could not be asked within the command timeout. The background goes on trying,
-    ///   until the ttl has freed the lock.
+    /// - [`Error::NotHeld`]: the lock was found to be lost. Or the key isn't watched (it never was, or its end was
+    ///   reported before), and then the loss is [`Released`].
+    /// - [`Error::Redis`]: the server could not be reached within the command timeout. The release is retried in the
+    ///   background until the ttl has freed the lock.
     ///
-    /// A lock that is waited for is so no more, which is no error, and is reported as [`Stopped`](WatchEvent::Stopped).
+    /// If the lock is waited for, this ends the wait. That is no error, and is reported as
+    /// [`Stopped`](WatchEvent::Stopped).
     ///
     /// # Cancel safety
     ///
-    /// A dropped release still releases, in the background.
+    /// If the future is dropped, the lock is released in the background.
     ///
     /// [`Released`]: crate::Loss::Released
     ///
@@ -192,15 +192,15 @@ impl WatchDog {
     /// # }
     /// ```
     pub async fn release(&self, key: impl Into<Key>) -> Result<(), Error> {
-        self.registry().release(&key.into()).await
+        self.inner().release(&key.into()).await
     }
 
-    /// Releases all that are watched now, many at a time, and answers what went wrong. A lock of several keys is named
-    /// by the first. The watchdog goes on: what is added meanwhile stays.
+    /// Releases every lock that is watched now, many at a time, and returns the errors. A lock of several keys is named
+    /// by the first. The watchdog stays open: locks that are added meanwhile stay.
     ///
     /// # Cancel safety
     ///
-    /// Dropped, it leaves those watched whose turn has not come.
+    /// If the future is dropped, locks whose release has not begun stay watched.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -217,17 +217,17 @@ impl WatchDog {
     /// # }
     /// ```
     pub async fn release_all(&self) -> Vec<(Key, Error)> {
-        self.registry().release_all().await
+        self.inner().release_all().await
     }
 
-    /// Stops renewing and keeps the locks: answers a lease for each that is held, to be taken up elsewhere before its
-    /// ttl ends. Other handles see an empty watchdog, and [`Error::Closed`] from [`watch`](WatchDog::watch).
+    /// Stops renewing and keeps the locks: returns a lease for each lock that is held, to be adopted elsewhere before
+    /// its ttl ends. Other handles see an empty watchdog, and [`Error::Closed`] from [`watch`](WatchDog::watch).
     ///
     /// # Cancel safety
     ///
-    /// It waits for tasks that end at once (and no longer than the [command
-    /// timeout](crate::LockerBuilder::command_timeout), should their runtime stand still), and then stops all in one
-    /// step: dropped before, it has closed the watchdog, and what is held stays with the other handles.
+    /// The future first waits for cancelled tasks, which end at once, or no longer than the [command
+    /// timeout](crate::LockerBuilder::command_timeout) if their runtime stands still. Then it stops everything in one
+    /// step. If it is dropped before, the watchdog is closed, and locks that are held stay with the other handles.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -242,14 +242,15 @@ impl WatchDog {
     /// # }
     /// ```
     pub async fn shutdown(self) -> Vec<Lease> {
-        self.registry().shut_down().await
+        self.inner().shut_down().await
     }
 
-    /// All events from now on, as a stream. It holds the latest 1,024: a receiver that is further behind is told by
-    /// [`Lagged`](broadcast::error::RecvError::Lagged) how many it has missed, a loss maybe among them. Only the
-    /// [callback](WatchDogBuilder::on_event) misses nothing. Nothing is merged: every `Renewed` counts one.
+    /// Returns a stream of all events from now on. It buffers the latest 1,024. A receiver that is further behind gets
+    /// [`Lagged`](broadcast::error::RecvError::Lagged) with the number of events that it has missed, which may include
+    /// a loss. Only the [callback](WatchDogBuilder::on_event) misses none. Events are not merged: every `Renewed` has a
+    /// count of one.
     ///
-    /// It ends when the last handle is dropped.
+    /// The stream ends when the last handle is dropped.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -264,15 +265,15 @@ impl WatchDog {
     /// # }
     /// ```
     pub fn subscribe(&self) -> broadcast::Receiver<WatchEvent> {
-        self.registry().outbox.subscribe()
+        self.inner().registry.outbox.subscribe()
     }
 
-    /// Waits until the callback has been told, and has returned from, all that has happened up to now. For the end of a
-    /// program, and for tests. In the callback it would wait for itself.
+    /// Waits until the callback has returned from every event up to now. For the end of a program, and for tests.
+    /// Called from the callback, it would wait for itself.
     ///
     /// # Cancel safety
     ///
-    /// It only waits.
+    /// Dropping the future has no effect.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -293,10 +294,10 @@ impl WatchDog {
     /// # }
     /// ```
     pub async fn delivered(&self) {
-        self.registry().outbox.delivered().await;
+        self.inner().registry.outbox.delivered().await;
     }
 
-    /// Whether the key is watched: its lock is held, or waited for, or on its way to be released.
+    /// Returns whether the key is watched: its lock is held, or waited for, or being released.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -309,10 +310,10 @@ impl WatchDog {
     /// # }
     /// ```
     pub fn contains(&self, key: impl Into<Key>) -> bool {
-        self.registry().contains(&key.into())
+        self.inner().contains(&key.into())
     }
 
-    /// How many locks are watched. One of several keys counts once.
+    /// Returns how many locks are watched. A lock of several keys counts once.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -325,16 +326,16 @@ impl WatchDog {
     /// # }
     /// ```
     pub fn len(&self) -> usize {
-        self.registry().len()
+        self.inner().len()
     }
 
-    /// Whether no lock is watched. See [`len`](WatchDog::len) for an example.
+    /// Returns whether no lock is watched. See [`len`](WatchDog::len) for an example.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// How it stands with a lock; `None` where the key isn't watched. Whether it is held is read from the clock, and so
-    /// is right even when the runtime has been blocked.
+    /// Returns the state of a lock, or `None` if the key isn't watched. Whether the lock is held is read from the
+    /// clock, so it is right even if the runtime has been blocked.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -348,136 +349,30 @@ impl WatchDog {
     /// # }
     /// ```
     pub fn status(&self, key: impl Into<Key>) -> Option<WatchStatus> {
-        self.registry().status(&key.into())
+        self.inner().status(&key.into())
     }
 
-    /// A handle that keeps nothing alive: for the callback. See [`WeakWatchDog`] for an example.
+    /// Returns a handle that doesn't keep the watchdog alive, for the callback. See [`WeakWatchDog`] for an example.
     pub fn downgrade(&self) -> WeakWatchDog {
         WeakWatchDog { owner: Arc::downgrade(&self.owner) }
     }
 
-    fn registry(&self) -> &Arc<Registry> {
-        &self.owner.registry
+    fn inner(&self) -> &Arc<Inner> {
+        &self.owner.inner
     }
 }
 
 impl fmt::Debug for WatchDog {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("WatchDog").field("registry", self.registry()).finish()
+        f.debug_struct("WatchDog").field("inner", self.inner()).finish()
     }
-}
-
-/// The settings of a [`WatchDog`]; made by [`WatchDog::builder`].
-///
-/// # Examples
-///
-/// ```
-/// use std::time::Duration;
-/// use tenure::{Locker, WatchDog};
-///
-/// let locker = Locker::in_memory();
-/// let dog = WatchDog::builder(&locker)
-///     .renew_every(Duration::from_secs(2))
-///     .on_event(|event| println!("{event:?}"))
-///     .build();
-/// ```
-#[must_use = "a builder does nothing until it is ended"]
-pub struct WatchDogBuilder {
-    locker: Locker,
-    renewal: Renewal,
-    callback: Option<Callback>,
-}
-
-impl WatchDogBuilder {
-    /// Called with every event, one at a time, those of one key in order. Set twice, the latter counts.
-    ///
-    /// It may block, panic, and call the watchdog: it runs on a thread for blocking work
-    /// (`tokio::task::spawn_blocking`) of the runtime that the watchdog was last given a lock on, and no renewal waits
-    /// for it. While it is busy, the renewals of a lock and its failures are each merged into one event, which says how
-    /// many it stands for; all other events are told one by one. A panic is logged, and the next event is told.
-    ///
-    /// As with all blocking work, a runtime that is dropped waits for the callback to return. Where there is no
-    /// runtime, or none any more, it runs on a thread of its own.
-    ///
-    /// ```
-    /// # let locker = tenure::Locker::in_memory();
-    /// let dog = tenure::WatchDog::builder(&locker).on_event(|event| println!("{event:?}")).build();
-    /// ```
-    pub fn on_event(self, callback: impl Fn(&WatchEvent) + Send + Sync + 'static) -> Self {
-        Self { callback: Some(Box::new(callback)), ..self }
-    }
-
-    /// The time between the renewals of [leases](WatchDog::watch_lease) that set none. Default: the
-    /// [locker's](crate::LockerBuilder::renew_every), or a third of the ttl. Guards keep what their request said.
-    ///
-    /// ```
-    /// # use std::time::Duration;
-    /// # let locker = tenure::Locker::in_memory();
-    /// let dog = tenure::WatchDog::builder(&locker).renew_every(Duration::from_secs(3)).build();
-    /// ```
-    pub fn renew_every(self, interval: Duration) -> Self {
-        Self { renewal: Renewal::Every(interval), ..self }
-    }
-
-    /// Makes the watchdog. It has nothing to do yet, and needs no runtime here.
-    ///
-    /// ```
-    /// # let locker = tenure::Locker::in_memory();
-    /// let dog = tenure::WatchDog::builder(&locker).build();
-    /// ```
-    pub fn build(self) -> WatchDog {
-        let outbox = Outbox::new(self.callback);
-        outbox.call_back_here();
-        let registry = Arc::new(Registry::new(self.locker, self.renewal, outbox));
-        WatchDog { owner: Arc::new(Owner { registry }) }
-    }
-}
-
-impl fmt::Debug for WatchDogBuilder {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("WatchDogBuilder")
-            .field("locker", &self.locker)
-            .field("renewal", &self.renewal)
-            .field("callback", &self.callback.is_some())
-            .finish()
-    }
-}
-
-/// How it stands with a lock that is watched; answered by [`WatchDog::status`].
-///
-/// # Examples
-///
-/// ```
-/// # #[tokio::main(flavor = "current_thread", start_paused = true)]
-/// # async fn main() -> Result<(), tenure::Error> {
-/// use std::time::Duration;
-///
-/// let locker = tenure::Locker::in_memory();
-/// let dog = tenure::WatchDog::builder(&locker).build();
-/// dog.watch(locker.lock("k").await?)?;
-/// tokio::time::sleep(Duration::from_secs(25)).await;
-/// assert_eq!(dog.status("k").map(|status| status.renewals), Some(2));
-/// # Ok(())
-/// # }
-/// ```
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct WatchStatus {
-    /// Whether the lock is held now.
-    pub held: bool,
-    /// Until when it is surely held if no further renewal succeeds. `None` while it is waited for or released.
-    pub deadline: Option<Instant>,
-    /// How many renewals have succeeded since it is watched.
-    pub renewals: u64,
-    /// Why the latest renewal failed; `None` where it succeeded.
-    pub last_error: Option<Arc<Error>>,
 }
 
 /// A handle on a [`WatchDog`] that doesn't keep it alive; made by [`WatchDog::downgrade`].
 ///
 /// # Examples
 ///
-/// A callback that gives a lost lock back to be waited for:
+/// A callback that waits for a lost lock again:
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -510,7 +405,7 @@ pub struct WeakWatchDog {
 }
 
 impl WeakWatchDog {
-    /// The watchdog, unless its last handle is dropped.
+    /// Returns the watchdog, unless its last handle is dropped.
     ///
     /// ```
     /// # let locker = tenure::Locker::in_memory();

@@ -1,5 +1,5 @@
-//! Many operations that share calls, on real servers: none pays for another, whatever goes wrong. A program of its own,
-//! as it needs the machine for itself.
+//! Operations that share calls on real servers: none pays for another, whatever goes wrong. A program of its own, as
+//! its operations have to arrive together, and other tests on the machine would spread them.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
@@ -39,7 +39,7 @@ fn count_scripts(server: &Server, what: &str) -> u64 {
     counts.filter_map(|count| count.strip_prefix(what)?.parse::<u64>().ok()).sum()
 }
 
-/// Asks for all of them at once. Answers in the order of the keys.
+/// Asks for all of them at once. Returns the results in the order of the keys.
 async fn try_all(locker: &Locker, keys: impl IntoIterator<Item = String>) -> Vec<(String, Result<LockGuard, Error>)> {
     let mut requests = JoinSet::new();
     for (n, key) in keys.into_iter().enumerate() {

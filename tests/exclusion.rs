@@ -1,16 +1,15 @@
 //! Two hundred tasks in four processes never hold one lock together.
 //!
-//! The program starts itself four times as a worker. Two witnesses look on, both on the server and both apart from the
-//! locks: a mark that every holder sets when it enters and takes away when it leaves, and a ledger of fencing tokens
-//! in the order of entry.
+//! Two witnesses, both on the server and apart from the locks, check that: a mark that every holder sets when it enters
+//! and removes when it leaves, and a ledger of fencing tokens in order of entry. A program of its own, as it starts
+//! itself four times as a worker.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is a test")]
 
 use std::env;
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use libtest_mimic::{Arguments, Trial};
 use tenure::Locker;
 use tenure::fred::prelude::{Builder, Client, ClientLike, Config, Value};
 use tenure::fred::types::{ClusterHash, CustomCommand};
@@ -23,20 +22,16 @@ const RUN: Duration = Duration::from_secs(30);
 /// Tells a worker from the test: the server's URL.
 const WORKER: &str = "TENURE_EXCLUSION_WORKER";
 
-fn main() -> ExitCode {
+/// What a process does that was started as a worker. In the test program itself it has nothing to do.
+#[test]
+fn worker() {
     if let Ok(url) = env::var(WORKER) {
         tokio::runtime::Runtime::new().unwrap().block_on(work(&url));
-        return ExitCode::SUCCESS;
     }
-    let name = "two_hundred_tasks_in_four_processes_never_hold_one_lock_together";
-    let trial = Trial::test(name, || {
-        never_two_holders();
-        Ok(())
-    });
-    libtest_mimic::run(&Arguments::from_args(), vec![trial]).exit_code()
 }
 
-fn never_two_holders() {
+#[test]
+fn two_hundred_tasks_in_four_processes_never_hold_one_lock_together() {
     let server = Server::start();
     let workers: Vec<Child> = (0..PROCESSES).map(|_| start_worker(&server)).collect();
     for worker in workers {
@@ -56,8 +51,8 @@ fn never_two_holders() {
 
 fn start_worker(server: &Server) -> Child {
     let mut worker = Command::new(env::current_exe().unwrap());
-    worker.env(WORKER, server.url()).stdout(Stdio::null()).stderr(Stdio::piped());
-    worker.spawn().unwrap()
+    worker.args(["--exact", "worker", "--nocapture"]).env(WORKER, server.url());
+    worker.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
 async fn work(url: &str) {

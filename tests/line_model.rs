@@ -1,13 +1,14 @@
-//! The line for a lock, in which those who wait stand in all processes, as a model in which everything that can
-//! happen does: an exhaustive check of the promises, and of the safeguards that keep them.
+//! A model of the line for a lock, in which the waiters of all processes stand. Everything that can happen does: an
+//! exhaustive check of the promises, and of the safeguards that keep them. A program of its own, as it needs no server
+//! and takes the whole processor.
 //!
 //! | in the model                            | in the crate                                                      |
 //! | --------------------------------------- | ----------------------------------------------------------------- |
 //! | `State::run` and below (`server.rs`)    | `src/store/redis/scripts/`, a function each                       |
-//! | `Process`, `Handing`, `State::next`     | `src/queue.rs`: two lanes, hand-overs, turns in a row             |
-//! | `handed_over`, `leave_lane`             | there: `HandOver`, `Place::leave`                                 |
-//! | `Ask`, `Heartbeat`, `Learn`, `doubt`    | `src/attempt.rs`, `src/wait.rs`                                   |
-//! | `Park`                                  | `src/supervisor.rs`: who isn't polled goes behind the others       |
+//! | `Process`, `Handing`, `State::next`     | `src/acquire/queue.rs`: two lanes, hand-overs, turns in a row     |
+//! | `handed_over`, `leave_lane`             | `src/acquire/queue/`: `HandOver`, `Ticket::leave`                 |
+//! | `Ask`, `Heartbeat`, `Learn`, `doubt`    | `waiter.rs`, `position.rs` and `attempt.rs` in `src/acquire/`     |
+//! | `Park`                                  | `src/acquire/supervisor.rs`: who isn't polled goes to the end     |
 //! | `Silence`, `Expire`                     | signs of life, a reservation or a lock that end by time           |
 //!
 //! A script is one step. So are the sending of a request, the arrival of its answer, and each decision of a waiter.

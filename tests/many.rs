@@ -1,4 +1,5 @@
-//! Ten thousand requests, dropped at random points. A program of its own, as it needs the machine for itself.
+//! Ten thousand requests, dropped at random points. A program of its own, as they take the whole machine, and tests
+//! beside them would run late.
 
 #![allow(clippy::unwrap_used, reason = "this is a test")]
 

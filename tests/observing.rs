@@ -1,8 +1,13 @@
-//! What a lock's life looks like through `tracing`.
+//! What a lock's life looks like through `tracing`, and that the front page documents every event. A program of its
+//! own, as `tracing` remembers for the whole process which events anybody listens to: tests beside this one, which
+//! listen to none, could silence it.
 
-#![allow(clippy::unwrap_used, reason = "this is a test")]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::io::Write;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -80,4 +85,104 @@ async fn every_step_is_told_with_its_key_and_without_its_token() {
         assert!(text.contains(expected), "{expected} in:\n{text}");
     }
     assert!(!text.contains(&token));
+}
+
+/// An event or a span: its levels, and its fields. Of an event that the crate emits in several places, all of them.
+type Table = BTreeMap<String, (BTreeSet<String>, BTreeSet<String>)>;
+
+#[test]
+fn every_event_is_in_the_table_on_the_front_page_and_that_has_no_other() {
+    let (documented, emitted) = (documented(), emitted());
+    for (name, found) in &emitted {
+        let Some(told) = documented.get(name) else { panic!("{name} is not in the table in src/lib.rs") };
+        assert_eq!(told, found, "{name}: levels and fields in the table (left), and in the code");
+    }
+    let unknown: Vec<_> = documented.keys().filter(|&name| !emitted.contains_key(name)).collect();
+    assert!(unknown.is_empty(), "in the table in src/lib.rs, and nothing emits them: {unknown:?}");
+    // Or nothing was read.
+    assert!(emitted.contains_key("tenure.lost") && emitted.contains_key("tenure.keep"), "{emitted:?}");
+}
+
+/// The rows of the table: `| event | level | fields | meaning |`.
+fn documented() -> Table {
+    let mut table = Table::new();
+    let list = |cell: &str| {
+        let entries = cell.split(',').map(|entry| entry.trim().trim_matches('`').to_owned());
+        entries.filter(|entry| !entry.is_empty()).collect::<BTreeSet<_>>()
+    };
+    let front_page = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/src/lib.rs")).unwrap();
+    for row in front_page.lines().filter(|line| line.starts_with("//! | `tenure.")) {
+        let cells: Vec<_> = row.split('|').map(str::trim).collect();
+        let [_, name, levels, fields, _meaning, _] = cells[..] else { panic!("not four cells: {row}") };
+        let before = table.insert(name.trim_matches('`').to_owned(), (list(levels), list(fields)));
+        assert!(before.is_none(), "{name} has two rows");
+    }
+    table
+}
+
+/// What the macros of `tracing` are called with, as the sources have it: `warn!(name: "tenure.lost", key = …, "lost")`
+/// and `info_span!("tenure.keep", key = …)`.
+fn emitted() -> Table {
+    let mut table = Table::new();
+    let mut folders = vec![PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let source = fs::read_to_string(&path).unwrap();
+                // Not the table itself, nor other comments.
+                let code = source.lines().filter(|line| !line.trim_start().starts_with("//"));
+                read_macros(&code.collect::<Vec<_>>().join("\n"), &mut table);
+            }
+        }
+    }
+    table
+}
+
+fn read_macros(code: &str, table: &mut Table) {
+    for (at, _) in code.match_indices("\"tenure.") {
+        let call = code[..at].rfind("!(").unwrap();
+        let before = &code[..call];
+        let name_of_macro = &before[before.rfind(|c: char| !c.is_alphanumeric() && c != '_').unwrap() + 1..];
+        let level = match name_of_macro.strip_suffix("_span") {
+            Some(level) => format!("{level} span"),
+            None => name_of_macro.to_owned(),
+        };
+        let levels = ["error", "warn", "info", "debug", "trace"];
+        assert!(levels.iter().any(|known| level.starts_with(known)), "{level}: a name outside of an event or a span?");
+        let arguments = arguments(&code[call + 2..]);
+        let named = arguments.iter().position(|argument| argument.contains("\"tenure.")).unwrap();
+        let name = arguments[named].split('"').nth(1).unwrap().to_owned();
+        let fields = arguments[named + 1..].iter().filter(|argument| !argument.starts_with('"')).map(|argument| {
+            let field = argument.split_once('=').map_or(argument.as_str(), |(field, _)| field);
+            field.trim().trim_start_matches(['%', '?']).to_owned()
+        });
+        let entry = table.entry(name).or_default();
+        entry.0.insert(level);
+        entry.1.extend(fields);
+    }
+}
+
+/// The arguments of a call, up to its closing parenthesis.
+fn arguments(code: &str) -> Vec<String> {
+    let (mut all, mut depth, mut is_text) = (vec![String::new()], 0, false);
+    let mut chars = code.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            '\\' if is_text => drop(chars.next()),
+            '"' => is_text = !is_text,
+            '(' if !is_text => depth += 1,
+            ')' if !is_text && depth == 0 => break,
+            ')' if !is_text => depth -= 1,
+            ',' if !is_text && depth == 0 => {
+                all.push(String::new());
+                continue;
+            }
+            _ => {}
+        }
+        all.last_mut().unwrap().push(c);
+    }
+    all.into_iter().map(|argument| argument.trim().to_owned()).filter(|argument| !argument.is_empty()).collect()
 }

@@ -1,4 +1,4 @@
-//! What holds for all values, shown on many.
+//! Properties of all values, shown on many random ones. A program of its own, as it needs no server.
 
 #![allow(clippy::unwrap_used, reason = "these are tests")]
 
@@ -177,7 +177,10 @@ proptest! {
     }
 
     #[test]
-    fn keys_of_any_bytes_exclude_each_other_and_no_others(one in vec(any::<u8>(), 1..40), other in vec(any::<u8>(), 1..40)) {
+    fn keys_of_any_bytes_exclude_each_other_and_no_others(
+        one in vec(any::<u8>(), 1..40),
+        other in vec(any::<u8>(), 1..40),
+    ) {
         runtime().block_on(async {
             let locker = Locker::in_memory();
             let _guard = locker.lock(one.clone()).await.unwrap();

@@ -1,4 +1,5 @@
-//! Locks on a majority of real servers, some of which freeze, die, forget, or were never there.
+//! Locks on a majority of real servers, some of which freeze, die, forget, or were never there. A program of its own,
+//! as each test starts three to five servers, and only so many should run at a time.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 

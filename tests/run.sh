@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
-# Runs every check of the project. Installs what it needs where that is missing: redis-server, Python with redis-py
-# (whose locks must exclude ours), what the TLS features compile against, and a Valkey server of the tests' own.
-#     bash tests/run.sh                  on the redis-server that is installed, and on Valkey 9.1
-#     bash tests/run.sh --all-servers    then on Redis 6.2 and 7.4, too
+# Runs every check of the project. Installs what is missing: redis-server, Python with redis-py (whose locks must
+# exclude ours), what the TLS features compile against, and a Valkey server for the tests alone.
+#     bash tests/run.sh                  on the installed redis-server, and on Valkey 9.1
+#     bash tests/run.sh --all-servers    and then on Redis 6.2 and 7.4
+#
+# Most tests wait for something, and use about a tenth of the time of two cores. So they run in three lanes beside each
+# other, each with libtest's own two threads. Behind them, at the lowest priority, runs what needs the processor and
+# measures no time: clippy, the documentation, the models, the simulations. Last come, one after the other, the programs
+# that need the machine for themselves.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Most of the time goes into compiling: what only debuggers and the next change would need is left out.
-export CARGO_INCREMENTAL=${CARGO_INCREMENTAL:-0} CARGO_PROFILE_DEV_DEBUG=${CARGO_PROFILE_DEV_DEBUG:-line-tables-only}
+# Incremental compilation would only help the next change.
+export CARGO_INCREMENTAL=${CARGO_INCREMENTAL:-0}
 
 heading() { printf '\n== %s\n' "$*"; }
 
-# Debian's packages, asked for together. Services that they bring are not started: every test starts its own servers.
+# Installs Debian packages. Their services are not started, as every test starts its own servers.
 install() {
     if [[ $(id -u) -ne 0 ]] || ! command -v apt-get >/dev/null; then
         echo "Please install: $*" >&2
@@ -42,17 +47,9 @@ if ! "$python/bin/python" -c "import redis; assert redis.__version__ == '$redis_
 fi
 export TENURE_PYTHON="$python/bin/python"
 
-# Runs a command with the tests' servers being these, and all of that version: whoever starts another fails.
-on() {
-    local name=$1 server=redis-server
-    shift
-    [[ $name == "$installed" ]] || server=$(bash tests/server.sh "$name")
-    TENURE_SERVER=$server TENURE_SERVER_VERSION=${name/-/ } "$@"
-}
-
 installed=redis-$(redis-server --version | sed -E 's/.* v=([0-9]+\.[0-9]+)\..*/\1/')
 if [[ -n ${CI:-} && $installed != redis-7.0 ]]; then
-    echo "README says that every run is on Redis 7.0, and not $installed" >&2
+    echo "README says that every run is on Redis 7.0, and this is $installed" >&2
     exit 1
 fi
 other=valkey-9.1
@@ -60,37 +57,142 @@ if [[ $(uname -sm) != "Linux x86_64" ]]; then
     echo "There is no Valkey server for $(uname -sm) here: all tests run on $installed." >&2
     other=$installed
 fi
+[[ $other == "$installed" ]] || bash tests/server.sh "$other" >/dev/null
+
+scratch=$(mktemp -d)
+lanes=()
+cleanup() {
+    local lane
+    # Each lane is a process group. What has ended by itself can't be killed.
+    for lane in "${lanes[@]}"; do kill -- "-${lane%% *}" 2>/dev/null || true; done
+    [[ -z ${server:-} ]] || kill "$server" 2>/dev/null || true
+    rm -rf "$scratch"
+}
+trap cleanup EXIT
+
+# compile SET ARGUMENTS: compiles test programs with cargo's arguments, and remembers where each of them is.
+compile() {
+    local set=$1
+    shift
+    cargo test --package tenure --no-run --message-format json-render-diagnostics "$@" | python3 -c '
+import json, sys
+for line in sys.stdin:
+    unit = json.loads(line)
+    if unit.get("executable") and unit["profile"]["test"]:
+        print(unit["target"]["name"], unit["executable"])
+' >"$scratch/$set.programs"
+}
+
+# run SET SERVER PROGRAM ARGUMENTS: runs one of them. It finds only this server, and fails if it starts another version.
+run() {
+    local set=$1 server=$2 program=$3 path binary=redis-server
+    shift 3
+    path=$(awk -v program="$program" '$1 == program { print $2 }' "$scratch/$set.programs")
+    [[ -n $path ]] || { echo "there is no test program $program" >&2; return 1; }
+    [[ $server == "$installed" ]] || binary=$(bash tests/server.sh "$server")
+    printf '\n-- %s, %s, on %s\n' "$program" "$set" "$server"
+    TENURE_SERVER=$binary TENURE_SERVER_VERSION=${server/-/ } "$path" "$@"
+}
+
+# lane FUNCTION: runs it beside the others. join_lanes waits for all, and shows what they have printed.
+lane() {
+    set -m
+    (
+        set -e
+        SECONDS=0
+        "$1"
+        heading "$1: passed in $SECONDS s"
+    ) >"$scratch/$1.log" 2>&1 </dev/null &
+    set +m
+    lanes+=("$! $1")
+}
+
+join_lanes() {
+    local failed=() lane
+    for lane in "${lanes[@]}"; do
+        wait "${lane%% *}" || failed+=("${lane#* }")
+        heading "lane ${lane#* }"
+        cat "$scratch/${lane#* }.log"
+    done
+    lanes=()
+    [[ ${#failed[@]} -eq 0 ]] || { echo "failed: ${failed[*]}" >&2; exit 1; }
+}
 
 heading "format"
 cargo fmt --all --check
 
-heading "clippy"
-cargo clippy --workspace --all-targets --all-features -- -D warnings
+heading "compile, all features"
+compile all --all-features --lib --tests
 
-heading "documentation"
-RUSTDOCFLAGS="-D warnings" cargo doc --package tenure --no-deps --all-features
+# The run on the other server is the one without features, as features concern no server.
+heading "compile, no features"
+compile none --lib --test it --test quorum --test topologies --test combined --test watchdog
+heading "compiled in $SECONDS s"
 
-heading "tests, no features, on $other"
-# Features concern no server, so this run is also the one on another server. All but those that take longest: the soaks,
-# the model, the contest of processes, the random histories, the large numbers, requests that are late by up to 30 s,
-# runtimes and connections that fall silent, and the examples in the documentation.
-on "$other" cargo test --package tenure --no-default-features --lib --tests -- \
-    --skip no_two_hold_a_lock_while_nodes_freeze_die_and_forget \
-    --skip no_guard_is_lost_while_nodes_are_away_one_after_another \
-    --skip two_hundred_tasks_in_four_processes_never_hold_one_lock_together \
-    --skip nothing_breaks:: --skip each_safeguard_is_needed:: --skip each_bound_is_tight:: \
-    --skip simulation::no_history --skip simulation::a_server_that_forgets --skip every_history --skip differential:: \
-    --skip a_hundred_thousand_waiters_come_and_go --skip ten_thousand_ --skip late:: --skip listening:: --skip larger::
+# Many operations at a time: they take the whole machine, and would be late beside others.
+many=(--skip a_hundred_thousand_ --skip ten_thousand_ --skip thousands_of_ --skip a_lock_costs_)
 
-heading "tests, all features, on $installed"
-on "$installed" cargo test --package tenure --all-features
+promises() {
+    run all "$installed" it "${many[@]}"
+    run all "$installed" observing
+    # By native-tls: with both TLS features, rediss:// uses that.
+    run all "$installed" tls
+}
 
-# With both TLS features rediss:// uses native-tls; here it uses rustls.
-heading "TLS, feature rustls, on $installed"
-on "$installed" cargo test --package tenure --features rustls --test tls
+# Left out on the other server: programs that say nothing about a server, or no more than these do (seeds, turns, soak,
+# exclusion, many, tls), and the tests that take longest: many operations at a time, requests that are late by up to
+# 30 s, runtimes and connections that fall silent.
+other_server() {
+    run none "$other" it "${many[@]}" --skip late:: --skip listening::
+    run none "$other" combined "${many[@]}"
+    run none "$other" watchdog "${many[@]}"
+    # What differs where there is no TLS.
+    run none "$other" tenure store::redis::
+    # The crate's own tests that need a server: what tests/internals.rs runs.
+    run none "$other" tenure --ignored --skip differential::
+    run all "$installed" tenure --ignored
+}
 
-scratch=$(mktemp -d)
-trap 'kill "${server:-}" 2>/dev/null || true; rm -rf "$scratch"' EXIT
+several_servers() {
+    run all "$installed" topologies
+    run none "$other" topologies
+    run none "$other" quorum "${many[@]}"
+    run all "$installed" seeds
+    run all "$installed" properties
+}
+
+processor() {
+    renice -n 19 "$BASHPID" >/dev/null
+    heading "clippy"
+    cargo clippy --workspace --all-targets --all-features -- -D warnings
+    heading "documentation"
+    RUSTDOCFLAGS="-D warnings" cargo doc --package tenure --no-deps --all-features
+    # Where it is the only TLS feature, rediss:// uses it.
+    heading "compile, feature rustls"
+    compile rustls --features rustls --test tls
+    heading "examples"
+    cargo build --package tenure --examples
+    heading "examples in the documentation"
+    cargo test --package tenure --all-features --doc
+    run all "$installed" model
+    run all "$installed" line_model
+    run all "$installed" tenure
+}
+
+heading "tests in lanes: about five minutes"
+for name in promises other_server several_servers processor; do lane "$name"; done
+join_lanes
+
+heading "tests that need the machine for themselves"
+run all "$installed" it a_hundred_thousand_ ten_thousand_
+for program in quorum combined many turns watchdog exclusion; do
+    run all "$installed" "$program"
+done
+run rustls "$installed" tls
+# What is rare takes longer to find (CONTRIBUTING.md).
+TENURE_SOAK_SECONDS=60 run all "$installed" soak --skip tasks_and
+TENURE_SOAK_SECONDS=20 run all "$installed" soak tasks_and
+
 redis-server --port 0 --unixsocket "$scratch/socket" --save "" --dir "$scratch" >"$scratch/log" &
 server=$!
 for _ in {1..100}; do
@@ -107,8 +209,10 @@ done
 if [[ ${1:-} == --all-servers ]]; then
     for name in redis-6.2 redis-7.4; do
         heading "tests on $name"
-        on "$name" cargo test --package tenure --all-features --lib --test combined --test it --test quorum \
-            --test topologies --test watchdog
+        run all "$name" tenure --ignored
+        for program in combined it quorum topologies watchdog; do
+            run all "$name" "$program"
+        done
     done
 fi
 

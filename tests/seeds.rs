@@ -1,5 +1,6 @@
-//! What the Go libraries that tenure learned from let a user do, one test per thing. How each of them reads there and
-//! here is shown in `tenure::migrating_from_go`.
+//! What the Go libraries that tenure learned from let a user do, one test for each thing. A program of its own, so that
+//! its list of tests is the list of these things. `tenure::docs::migrating_from_go` shows how each is written there and
+//! here.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "these are tests")]
 
@@ -23,7 +24,7 @@ fn token(text: &str) -> Token {
     text.parse().unwrap()
 }
 
-/// A watchdog, and all that its callback is told.
+/// A watchdog, and every event that its callback gets.
 fn watchdog(locker: &Locker) -> (WatchDog, Arc<Mutex<Vec<WatchEvent>>>) {
     let told: Arc<Mutex<Vec<WatchEvent>>> = Arc::default();
     let log = told.clone();

@@ -1,8 +1,9 @@
-//! Connections by TLS: only to the server that was meant, and never in silence to none.
+//! Connections over TLS: only to the server that was meant, and never silently without TLS.
 //!
-//! `rediss://` trusts what the system trusts: so its tests run in processes of their own, for which `SSL_CERT_FILE`
-//! names the authority. With both features it uses native-tls, else the library that there is.
-//! A client of the user's own brings what it trusts, for either library.
+//! A program of its own, as it starts itself: `rediss://` trusts the authorities of the system, or those in the file
+//! that the environment variable `SSL_CERT_FILE` names, and that is one for a whole process. With both features
+//! `rediss://` uses native-tls, else the library that is enabled. A client of the user's own brings its authorities,
+//! with either library.
 
 #![cfg(any(feature = "rustls", feature = "native-tls"))]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]

@@ -1,5 +1,5 @@
-//! Sentinels and clusters in which servers change their parts, move their slots and die, while locks are held and
-//! contended. A program of its own: elections take their time on a busy machine.
+//! Sentinels and clusters in which servers change roles, move slots and die, while locks are held and contended. A
+//! program of its own, as each test starts several servers, and elections among them take long on a busy machine.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 
@@ -27,7 +27,7 @@ fn builder() -> LockerBuilder {
     Locker::builder().ttl(TTL).command_timeout(ms(500))
 }
 
-/// Who has held what. All contenders are in this process, and so is their clock.
+/// Which contender has held which key. All contenders are in this process, and so is their clock.
 #[derive(Default)]
 struct Witness {
     /// By key: until when its last holder believed to have it, and the fencing token.
@@ -73,7 +73,7 @@ impl Witness {
         self.turns.load(Ordering::Relaxed)
     }
 
-    /// Some more have held something since. Answers how many did at all.
+    /// Waits until more locks have been held. Returns how many were in all.
     async fn goes_on(&self, turns: u64) -> u64 {
         let since = self.turns();
         eventually("locks change hands", async || (self.turns() > since + turns).then_some(())).await;

@@ -1,14 +1,14 @@
-//! Between processes, turns go round: nobody starves, whoever is near or far, polite or strict, alive or dead.
+//! Turns between processes: nobody starves, whoever is near or far, fair or not, alive or dead.
 //!
-//! The program starts itself as workers, which take the lock as often as they can, and say how often that was.
+//! A program of its own, as it starts itself as workers. They take the lock as often as they can, and report how often
+//! that was.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "this is a test")]
 
 use std::env;
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use libtest_mimic::{Arguments, Trial};
 use tenure::{Error, Locker};
 use tenure_test_support::{Mode, Proxy, Server};
 use tokio::runtime::Runtime;
@@ -18,33 +18,19 @@ use tokio::time::{sleep, sleep_until};
 /// Tells a worker from the test: its [`Work`], as text.
 const WORKER: &str = "TENURE_TURNS_WORKER";
 
+/// How the line begins in which a worker prints what it has [`Done`]. libtest prints others.
+const DONE: &str = "done: ";
+
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-fn main() -> ExitCode {
+/// What a process does that was started as a worker. In the test program itself it has nothing to do.
+#[test]
+fn worker() {
     if let Ok(work) = env::var(WORKER) {
         Runtime::new().unwrap().block_on(Work::from_text(&work).run());
-        return ExitCode::SUCCESS;
     }
-    let tests: [(&str, fn()); 6] = [
-        ("processes_of_one_task_have_as_many_turns_each", processes_of_one_task_have_as_many_turns_each),
-        ("a_process_that_is_far_has_its_share", a_process_that_is_far_has_its_share),
-        (
-            "plain_waiters_have_turns_beside_a_stream_of_fair_ones",
-            plain_waiters_have_turns_beside_a_stream_of_fair_ones,
-        ),
-        ("a_process_that_dies_in_the_line_costs_a_moment", a_process_that_dies_in_the_line_costs_a_moment),
-        ("fair_waiters_of_different_processes_keep_their_order", fair_waiters_of_different_processes_keep_their_order),
-        ("nothing_is_left_of_any_line", nothing_is_left_of_any_line),
-    ];
-    let trials = tests.map(|(name, test)| {
-        Trial::test(name, move || {
-            test();
-            Ok(())
-        })
-    });
-    libtest_mimic::run(&Arguments::from_args(), trials.into()).exit_code()
 }
 
 /// What a worker does.
@@ -89,8 +75,8 @@ impl Work {
 
     fn start(&self) -> Child {
         let mut worker = Command::new(env::current_exe().unwrap());
-        worker.env(WORKER, self.to_text()).stdout(Stdio::piped()).stderr(Stdio::inherit());
-        worker.spawn().unwrap()
+        worker.args(["--exact", "worker", "--nocapture"]).env(WORKER, self.to_text());
+        worker.stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap()
     }
 
     async fn run(self) {
@@ -120,7 +106,7 @@ impl Work {
         let done = tasks.join_all().await;
         locker.close().await;
         let all = |count: fn(&Done) -> u32| done.iter().map(count).sum::<u32>();
-        println!("{} {}", all(|done| done.turns), all(|done| done.in_vain));
+        println!("\n{DONE}{} {}", all(|done| done.turns), all(|done| done.in_vain));
     }
 }
 
@@ -128,7 +114,8 @@ fn done(worker: Child) -> Done {
     let output = worker.wait_with_output().unwrap();
     assert!(output.status.success());
     let text = String::from_utf8(output.stdout).unwrap();
-    let numbers: Vec<u32> = text.split_whitespace().map(|number| number.parse().unwrap()).collect();
+    let line = text.lines().find_map(|line| line.strip_prefix(DONE)).unwrap();
+    let numbers: Vec<u32> = line.split_whitespace().map(|number| number.parse().unwrap()).collect();
     Done { turns: numbers[0], in_vain: numbers[1] }
 }
 
@@ -137,6 +124,7 @@ fn run_all(works: &[Work]) -> Vec<Done> {
     workers.into_iter().map(done).collect()
 }
 
+#[test]
 fn processes_of_one_task_have_as_many_turns_each() {
     for hold in [Duration::from_micros(500), ms(5)] {
         let server = Server::start();
@@ -150,6 +138,7 @@ fn processes_of_one_task_have_as_many_turns_each() {
     }
 }
 
+#[test]
 fn a_process_that_is_far_has_its_share() {
     for (fair, share) in [(false, 17.0), (true, 2.0)] {
         let server = Server::start();
@@ -168,6 +157,7 @@ fn a_process_that_is_far_has_its_share() {
     }
 }
 
+#[test]
 fn plain_waiters_have_turns_beside_a_stream_of_fair_ones() {
     let server = Server::start();
     let plain = Work { tasks: 2, ..Work::new(&server.url(), ms(1)) };
@@ -180,6 +170,7 @@ fn plain_waiters_have_turns_beside_a_stream_of_fair_ones() {
     assert!(fair >= (plain + fair) / 8.0, "{done:?}");
 }
 
+#[test]
 fn a_process_that_dies_in_the_line_costs_a_moment() {
     let server = Server::start();
     Runtime::new().unwrap().block_on(async {
@@ -200,6 +191,7 @@ fn a_process_that_dies_in_the_line_costs_a_moment() {
     });
 }
 
+#[test]
 fn fair_waiters_of_different_processes_keep_their_order() {
     let server = Server::start();
     Runtime::new().unwrap().block_on(async {
@@ -228,6 +220,7 @@ fn fair_waiters_of_different_processes_keep_their_order() {
     });
 }
 
+#[test]
 fn nothing_is_left_of_any_line() {
     let server = Server::start();
     let plain = Work { tasks: 3, length: ms(1_500), ..Work::new(&server.url(), Duration::ZERO) };

@@ -1,5 +1,5 @@
-//! The watchdog on real servers: through restarts, and with ten thousand locks. A program of its own, as the latter
-//! need the machine for themselves.
+//! The watchdog on real servers: through restarts, and with ten thousand locks. A program of its own, as those take
+//! the whole machine, and tests beside them would run late.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
 
@@ -16,7 +16,7 @@ const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// Every event that the callback was told.
+/// Every event that the callback got.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<WatchEvent>>>);
 
@@ -134,7 +134,10 @@ async fn a_refusal_that_no_waiting_helps_against_ends_the_waiting_with_its_reaso
     server.cli(&["ACL", "SETUSER", "app", "-evalsha", "-eval"]);
     eventually("it is given up", async || dog.is_empty().then_some(())).await;
     dog.delivered().await;
-    let refused = |event: &WatchEvent| matches!(event, WatchEvent::Stopped { reason: Some(reason), .. } if reason.code() == Some("NOPERM"));
+    let refused = |event: &WatchEvent| match event {
+        WatchEvent::Stopped { reason: Some(reason), .. } => reason.code() == Some("NOPERM"),
+        _ => false,
+    };
     assert_eq!(log.count(refused), 1, "{:?}", log.0.lock().unwrap());
     // Found by the first try, it is the answer.
     assert!(matches!(dog.watch_lease(lease).obtain_when_free(true).await, Err(Error::Redis(_))));
@@ -190,7 +193,7 @@ async fn ten_thousand_locks_are_renewed_for_seconds_without_a_loss_and_then_rele
     println!("released in {:?}", started.elapsed());
     soon(dog.delivered()).await;
     assert_eq!(others.count(|event| matches!(event, WatchEvent::Released { .. })), LOCKS);
-    // Nothing was told after the end of any.
+    // No event came after the last one of a lock.
     assert_eq!(others.count(|_| true), LOCKS);
     assert_eq!(*late.lock().unwrap(), 0);
     assert_eq!(server.cli(&["EVAL", "return #redis.call('KEYS', 'k:*')", "0"]), "0");

@@ -39,16 +39,16 @@ impl Context {
 
     /// Returns whether the waiters of all processes stand in one line.
     pub(crate) fn has_line(&self) -> bool {
-        self.shared.store.has_line()
+        self.shared.store.capabilities().has_line
     }
 
     /// Returns whether a waiter before this one can hand the lock over to it, so that it need not be in the line.
     pub(crate) fn can_be_handed_over(&self) -> bool {
-        !self.has_line() || self.shared.store.hands_over() && self.wanted.owned.own_token
+        !self.has_line() || self.shared.store.capabilities().hands_over && self.wanted.owned.own_token
     }
 
     /// Returns whether several servers decide, each by itself.
     pub(crate) fn is_voted_on(&self) -> bool {
-        self.shared.store.settles()
+        self.shared.store.capabilities().undoes_attempts
     }
 }

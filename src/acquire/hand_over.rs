@@ -12,7 +12,7 @@ use crate::Error;
 use crate::hold::{Grant, Owned};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
-use crate::store::{Ending, HandedOver, Released, Wanted};
+use crate::store::{Ending, HandedOver, Verdict, Wanted};
 
 impl Shared {
     /// Releases the lock and gives it, in one step, to a waiter of this process, or to another process whose turn it
@@ -23,7 +23,7 @@ impl Shared {
         ending: Ending,
         hand_over: HandOver,
         timeout: Duration,
-    ) -> Result<Option<Released>, Error> {
+    ) -> Result<Option<Verdict>, Error> {
         let (sent, wanted) = (Instant::now(), hand_over.wanted().clone());
         // If this fails, or is dropped, the hand-over is dropped: then the waiter learns that its outcome is unknown.
         let next = *hand_over.next();
@@ -40,15 +40,15 @@ impl Shared {
                 } else {
                     self.undo_hand_over(wanted, &runtime);
                 }
-                Ok(Some(Released::Freed))
+                Ok(Some(Verdict::Done))
             }
             HandedOver::NotOurs(loss) => {
                 hand_over.not_ours();
-                Ok(Some(Released::NotOurs(loss)))
+                Ok(Some(Verdict::NotOurs(loss)))
             }
             HandedOver::PassedBy => {
                 hand_over.passed_by();
-                Ok(Some(Released::Freed))
+                Ok(Some(Verdict::Done))
             }
             HandedOver::NotNow => {
                 hand_over.not_now();

@@ -43,7 +43,7 @@ pub(crate) use self::ticket::{Claim, Inherited, Leftovers, Obtained, Ticket, Wak
 use crate::Key;
 use crate::acquire::answer::LastAnswer;
 use crate::hold::Owned;
-use crate::store::listen::Listening;
+use crate::store::notifications::Subscription;
 use crate::store::{LinePlace, Next, Queueing, Wanted};
 
 /// How many times in a row a process hands the lock over to its own waiters while another process waits. More would be
@@ -117,7 +117,7 @@ struct Lane {
     /// When the next heartbeat is due.
     heartbeat: Option<Instant>,
     /// The subscription. The first waiter leaves it to the next one, which then has nothing to ask before it listens.
-    listening: Option<Listening>,
+    subscription: Option<Subscription>,
     /// The end of the ttl of the last waiter that obtained the lock, for the one that takes over the subscription.
     held_until: Option<Instant>,
 }

@@ -20,7 +20,7 @@ use crate::hold::timing::{self, Drift, Renewal};
 use crate::locker::cleanups::PendingCleanup;
 use crate::retry::Pauses;
 use crate::store::InLine;
-use crate::store::listen::Listening;
+use crate::store::notifications::Subscription;
 use crate::{Error, Key, LockGuard};
 
 /// The waiter of one request. When it is dropped, it leaves the queue and the line, and then undoes what is pending.
@@ -30,7 +30,7 @@ pub(crate) struct Waiter {
     /// When its time is over.
     limit: Option<Instant>,
     /// The subscription to releases of a key.
-    listening: Option<(Key, Listening)>,
+    subscription: Option<(Key, Subscription)>,
     /// It has been the first of its lane since it last waited for that.
     is_first: bool,
     /// When the server was last asked.
@@ -67,8 +67,8 @@ pub(crate) enum WaitFor {
 
 impl Waiter {
     pub(crate) fn new(attempt: Attempt, limit: Option<Instant>) -> Self {
-        let (position, listening, is_first) = (Position::default(), None, false);
-        Self { attempt, position, limit, listening, is_first, asked: Instant::now(), took: Duration::ZERO }
+        let (position, subscription, is_first) = (Position::default(), None, false);
+        Self { attempt, position, limit, subscription, is_first, asked: Instant::now(), took: Duration::ZERO }
     }
 
     /// Enters the queue of this process, and waits behind those who came before.
@@ -80,7 +80,7 @@ impl Waiter {
         self.is_first = true;
         // A subscription that was used not long ago. It is notified of what happens after the request is sent.
         let inherited = self.position.ticket().map(Ticket::inherit).unwrap_or_default();
-        self.listening = self.attempt.context.only_key().zip(inherited.listening);
+        self.subscription = self.attempt.context.only_key().zip(inherited.subscription);
         self.mark();
         Step::Ask
     }
@@ -90,7 +90,7 @@ impl Waiter {
         self.leave();
         self.attempt.start_over();
         self.position.start_over();
-        (self.is_first, self.listening) = (false, None);
+        (self.is_first, self.subscription) = (false, None);
         self.start().await
     }
 
@@ -143,10 +143,10 @@ impl Waiter {
     ///
     /// [`Error::Closed`], where the locker is closed and the attempt is being undone.
     pub(crate) fn succeed(&mut self, grant: Grant, renewal: Renewal, obtained: Obtained) -> Result<LockGuard, Error> {
-        let listening = self.listening.take().map(|(_, listening)| listening);
+        let subscription = self.subscription.take().map(|(_, subscription)| subscription);
         match self.position.ticket() {
-            Some(ticket) => ticket.pass_on(listening, obtained),
-            None => drop(listening),
+            Some(ticket) => ticket.pass_on(subscription, obtained),
+            None => drop(subscription),
         }
         let guard = self.attempt.succeed(grant, renewal)?;
         self.position.leave_with_lock(&self.attempt.context);
@@ -221,11 +221,12 @@ impl Waiter {
             if let Some(step) = self.wait_to_be_first().await {
                 return step;
             }
-            let Inherited { listening, held_until } = self.position.ticket().map(Ticket::inherit).unwrap_or_default();
-            if let (Some(listening), Some(key)) = (listening, self.attempt.context.only_key()) {
+            let Inherited { subscription, held_until } =
+                self.position.ticket().map(Ticket::inherit).unwrap_or_default();
+            if let (Some(subscription), Some(key)) = (subscription, self.attempt.context.only_key()) {
                 // The waiter before has obtained the lock, and has left what it knew.
                 held = Some(Held { key: key.clone(), until: held_until });
-                self.listening = Some((key, listening));
+                self.subscription = Some((key, subscription));
             }
             // A holder that can't hand the lock over to this waiter gives it to the line, which this one is not in.
             if !self.attempt.context.can_be_handed_over() && self.mark() {
@@ -235,7 +236,7 @@ impl Waiter {
         // A waiter that hasn't asked knows nothing but that it is the first.
         let only_key = || self.attempt.context.only_key().map(|key| Held { key, until: None });
         let Some(Held { key, until }) = held.or_else(only_key) else { return Step::Ask };
-        if self.listening.as_ref().is_none_or(|(to, _)| *to != key) {
+        if self.subscription.as_ref().is_none_or(|(to, _)| *to != key) {
             if let Some(step) = self.subscribe(key).await {
                 return step;
             }
@@ -268,7 +269,7 @@ impl Waiter {
     /// what to do instead of waiting for a release, if so.
     async fn subscribe(&mut self, key: Key) -> Option<Step> {
         let shared = &self.attempt.context.shared;
-        let mut listening = shared.store.listen(&key);
+        let mut subscription = shared.store.subscribe(&key);
         let patience = Instant::now() + shared.command_timeout;
         self.position.expect(patience);
         let opened = select! {
@@ -276,14 +277,14 @@ impl Waiter {
             () = shared.closed.cancelled() => Err(Step::Close),
             wakeup = handed_over(self.position.ticket()) => Err(self.woken(wakeup)),
             () = at(self.limit) => Err(Step::GiveUp),
-            () = listening.opened() => Ok(()),
+            () = subscription.opened() => Ok(()),
             // Then it listens to what comes, and polls.
             () = sleep_until(patience) => Ok(()),
         };
-        listening.mark();
+        subscription.mark();
         // What was released before it was open is found by asking.
-        let found_by_asking = listening.is_open().then_some(Step::Ask);
-        self.listening = Some((key, listening));
+        let found_by_asking = subscription.is_open().then_some(Step::Ask);
+        self.subscription = Some((key, subscription));
         opened.map_or_else(Some, |()| found_by_asking)
     }
 
@@ -299,7 +300,7 @@ impl Waiter {
                 () = self.attempt.context.closed() => return Step::Close,
                 wakeup = handed_over(self.position.ticket()) => wakeup,
                 () = at(self.limit) => return Step::GiveUp,
-                () = notified(&mut self.listening), if listen == Listen::Yes => {
+                () = notified(&mut self.subscription), if listen == Listen::Yes => {
                     self.let_others_go_first().await;
                     return Step::Ask;
                 }
@@ -356,8 +357,8 @@ impl Waiter {
 
     /// Ignores all notifications until now. Returns whether there is a subscription.
     fn mark(&mut self) -> bool {
-        self.listening.iter_mut().for_each(|(_, listening)| listening.mark());
-        self.listening.is_some()
+        self.subscription.iter_mut().for_each(|(_, subscription)| subscription.mark());
+        self.subscription.is_some()
     }
 
     /// Leaves the queue and the line, in the background as far as the server has to be told.
@@ -374,7 +375,7 @@ impl Waiter {
 
 impl Drop for Waiter {
     fn drop(&mut self) {
-        self.listening = None;
+        self.subscription = None;
         self.leave();
         // The attempt, which is dropped next, undoes what is pending.
     }
@@ -394,9 +395,9 @@ async fn handed_over(ticket: Option<&Ticket>) -> Wakeup {
     }
 }
 
-async fn notified(listening: &mut Option<(Key, Listening)>) {
-    match listening {
-        Some((_, listening)) => listening.news().await,
+async fn notified(subscription: &mut Option<(Key, Subscription)>) {
+    match subscription {
+        Some((_, subscription)) => subscription.notified().await,
         None => std::future::pending().await,
     }
 }

@@ -1,4 +1,4 @@
-//! Taking over a lease's lock, and giving it back.
+//! Takes over the lock of a lease, and gives it back.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,30 +10,29 @@ use super::{GrantId, Owned, timing};
 use crate::Error;
 use crate::locker::cleanups::{Cleanup, PendingCleanup};
 use crate::locker::shared::Shared;
-use crate::store::{Extending, Renewed};
+use crate::store::{Extending, Verdict};
 
-/// A lease's lock, which a grant of our own has taken over.
+/// The lock of a lease, which a new grant has taken over.
 pub(crate) struct Claim {
     shared: Arc<Shared>,
     runtime: Handle,
     owned: Owned,
-    /// The lease's.
+    /// The grant of the lease.
     earlier: Option<GrantId>,
     ttl: Duration,
-    /// There while no guard has it. Makes [`Locker::close`](crate::Locker::close) wait until it is given back.
+    /// `Some` while no guard has the lock. [`Locker::close`](crate::Locker::close) waits until the lock is given back.
     pending: Option<PendingCleanup>,
 }
 
 impl Claim {
-    /// From here on a guard sees to it. Returns false where it was given back already: the locker is closed.
+    /// Leaves the lock to a guard. Returns false if it was given back already, as the locker is closed.
     pub(crate) fn keep(mut self) -> bool {
         self.pending.take().is_none_or(PendingCleanup::complete)
     }
 }
 
 impl Drop for Claim {
-    /// Nobody will hold by this grant: the lease's takes its place again, or the lock would be kept for one that is not
-    /// there.
+    /// Gives the lock back: no guard will have this grant, and nobody would release it.
     fn drop(&mut self) {
         let Some(pending) = self.pending.take() else { return };
         let (shared, owned, earlier, ttl) = (self.shared.clone(), self.owned.clone(), self.earlier, self.ttl);
@@ -45,8 +44,8 @@ impl Drop for Claim {
 }
 
 impl Shared {
-    /// Takes a lease's lock over for a grant of our own, `owned`. The claim is given back in the background when it is
-    /// dropped before a guard [keeps](Claim::keep) it.
+    /// Takes over the lock of a lease for a new grant, `owned`. If the claim is dropped before a guard
+    /// [keeps](Claim::keep) it, the lock is given back in the background.
     pub(crate) async fn claim(
         self: &Arc<Self>,
         owned: Owned,
@@ -58,8 +57,8 @@ impl Shared {
         let mut claim = Claim { shared: self.clone(), runtime: runtime.clone(), owned, earlier, ttl, pending };
         let how = Extending::Claim { earlier };
         match self.store.renew(&claim.owned, ttl, how, self.command_timeout).await {
-            Ok(Renewed::Extended) => Ok(claim),
-            Ok(Renewed::NotOurs(loss)) => {
+            Ok(Verdict::Done) => Ok(claim),
+            Ok(Verdict::NotOurs(loss)) => {
                 claim.pending = None;
                 Err(Error::NotHeld { key: claim.owned.key(), loss })
             }
@@ -72,27 +71,27 @@ impl Shared {
         }
     }
 
-    /// Gives the lock back to the lease that a guard had it from, in the background: nobody will hold it by `owned`.
+    /// Gives the lock back in the background to the lease that a guard had adopted; nobody will use `owned`.
     pub(crate) fn give_back(self: &Arc<Self>, owned: Owned, earlier: Option<GrantId>, ttl: Duration) {
         let Ok(runtime) = self.runtime() else { return };
         let pending = Some(self.cleanups.register(Cleanup::GiveBack { owned: owned.clone(), earlier, ttl }));
         drop(Claim { shared: self.clone(), runtime, owned, earlier, ttl, pending });
     }
 
-    /// Gives the lock back to the lease that the grant `owned` took it over from.
+    /// Gives the lock back to the lease from which the grant `owned` took it over.
     pub(crate) async fn return_claim(&self, owned: &Owned, earlier: Option<GrantId>, ttl: Duration) {
         let until = Instant::now() + ttl;
-        // The claim itself may be run until then: after that, once more.
-        let settled = Instant::now() + self.patience();
+        // Until then the server may still run the claim itself. So the lock is given back once more after that.
+        let claim_expires = Instant::now() + self.patience();
         let mut failures = 0;
         loop {
             let timeout = timing::call_timeout(self.command_timeout, Instant::now(), until);
             let given_back = self.store.renew(owned, ttl, Extending::GiveBack { earlier }, timeout).await;
             let remaining = until.saturating_duration_since(Instant::now());
             let pause = match given_back {
-                Ok(Renewed::NotOurs(_)) => return,
-                Ok(Renewed::Extended) if Instant::now() >= settled => return,
-                Ok(Renewed::Extended) => settled.saturating_duration_since(Instant::now()),
+                Ok(Verdict::NotOurs(_)) => return,
+                Ok(Verdict::Done) if Instant::now() >= claim_expires => return,
+                Ok(Verdict::Done) => claim_expires.saturating_duration_since(Instant::now()),
                 Err(error) if !error.is_transient() => return,
                 Err(_) => {
                     failures += 1;
@@ -106,12 +105,12 @@ impl Shared {
         }
     }
 
-    /// Renews a lock that no guard of ours holds, to at least this ttl.
+    /// Renews a lock that no guard of this locker holds, to at least this ttl.
     pub(crate) async fn extend(&self, owned: &Owned, ttl: Duration) -> Result<(), Error> {
         Self::check_runtime()?;
         match self.store.renew(owned, ttl, Extending::Ensure, self.command_timeout).await? {
-            Renewed::Extended => Ok(()),
-            Renewed::NotOurs(loss) => Err(Error::NotHeld { key: owned.key(), loss }),
+            Verdict::Done => Ok(()),
+            Verdict::NotOurs(loss) => Err(Error::NotHeld { key: owned.key(), loss }),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Releasing a lock: by its holder, or in the background.
+//! Releases locks: for their holders, or in the background.
 
 use std::sync::Arc;
 
@@ -8,55 +8,51 @@ use tracing::{info, warn};
 use super::{Hold, Owned, timing};
 use crate::Error;
 use crate::locker::shared::Shared;
-use crate::store::{Ending, Released};
+use crate::store::{Ending, Verdict};
 
 impl Shared {
-    /// Releases, trying again after failures, until then.
+    /// Releases the lock, or hands it over to a waiter of this process. Tries again after failures, until `until`.
     ///
-    /// After a try of unknown outcome the lock may be free by that very try, and whoever has it now got it rightly:
-    /// then "not ours" is a success.
-    ///
-    /// Whatever comes after the first try ends the owner's grant alone: the lock may have been obtained again by then.
+    /// After a try of unknown outcome, the verdict "not ours" is a success: that try may have freed the lock, and
+    /// another may rightly hold it now. Later tries only end the grant of `owned`, since the lock may have been
+    /// obtained again by the same token.
     pub(crate) async fn release(
         self: &Arc<Self>,
         owned: &Owned,
         ending: Ending,
         until: Instant,
-    ) -> Result<Released, Error> {
+    ) -> Result<Verdict, Error> {
         Self::check_runtime()?;
         let mut handed_over = None;
-        if let Some(hand_over) = self.store.hands_over().then(|| self.queues.next(owned)).flatten() {
+        if let Some(hand_over) = self.store.capabilities().hands_over.then(|| self.queues.next(owned)).flatten() {
             let patience = self.command_timeout.min(until.saturating_duration_since(Instant::now()));
             handed_over = Some(self.hand_over(owned, ending, hand_over, patience).await);
         }
         if let Some(Ok(Some(released))) = handed_over {
             return Ok(released);
         }
-        let ending = if matches!(handed_over, Some(Err(_))) { Ending::Grant } else { ending };
-        let (released, doubtful) = self.release_until(owned, ending, until).await?;
-        Ok(if doubtful || matches!(handed_over, Some(Err(_))) { Released::Freed } else { released })
+        self.release_until(owned, ending, until, matches!(handed_over, Some(Err(_)))).await
     }
 
-    /// Answers also whether a try of unknown outcome came before.
+    /// Releases the lock. `has_tried`: a hand-over of unknown outcome came before.
     async fn release_until(
         &self,
         owned: &Owned,
-        mut ending: Ending,
+        ending: Ending,
         until: Instant,
-    ) -> Result<(Released, bool), Error> {
-        let (mut failures, mut doubtful) = (0, false);
+        mut has_tried: bool,
+    ) -> Result<Verdict, Error> {
+        let mut failures = 0;
         loop {
             let now = Instant::now();
             let timeout = timing::call_timeout(self.command_timeout, now, until);
-            let call = self.store.release(owned, ending, timeout);
+            let call = self.store.release(owned, if has_tried { Ending::Grant } else { ending }, timeout);
             let error = match timeout_at(until, call).await.unwrap_or_else(|_| Err(Error::timeout())) {
-                Ok(released) => return Ok((released, doubtful)),
+                Ok(released) => return Ok(if has_tried { Verdict::Done } else { released }),
                 Err(error) => error,
             };
             failures += 1;
-            if !error.has_not_run() {
-                (doubtful, ending) = (true, Ending::Grant);
-            }
+            has_tried |= !error.has_not_run();
             let remaining = until.saturating_duration_since(Instant::now());
             let pause = timing::pause_after(failures, self.command_timeout, remaining, fastrand::f64());
             if !error.is_transient() || pause >= remaining {
@@ -66,11 +62,11 @@ impl Shared {
         }
     }
 
-    /// Does what the end of a lock has left to do: ends its grant, if that is not done, and then undoes what an attempt
-    /// of unknown outcome may leave.
+    /// Does what the end of a lock leaves to do: ends its grant if `releases`, and then undoes what an attempt of
+    /// unknown outcome may have left.
     pub(crate) async fn clean_up(self: &Arc<Self>, hold: &Hold, releases: bool) {
         if releases {
-            // Until the ttl has done the same, whichever of those that were asked for; for one call, at least.
+            // Until the longest ttl that was ever requested has freed the lock; at least for one call.
             let until = hold.kept_until().max(Instant::now() + self.command_timeout);
             match self.release(&hold.owned, Ending::Grant, until).await {
                 Ok(outcome) => info!(name: "tenure.released", ?outcome, "released in the background"),

@@ -1,125 +1,107 @@
-//! What keeps a held lock alive, and releases it in the end: one renewer per lock.
+//! Renews a held lock, and releases it in the end: one renewer per lock.
 //!
-//! The renewer is there from the moment the lock is obtained, and runs as a task while there is something to do for it
-//! (`scheduler.rs`). It renews until the lock is held no more, says why, does what is left to do at the server, and ends.
-//! Renewals that are due at the same time are sent together, while their renewers rest: one of them runs when its
-//! renewal fails, or is not the next thing to do. Dropping a guard only calls it: so a guard may be dropped on any
-//! thread, in a panic, or while the runtime shuts down.
+//! A renewer exists from the moment the lock is obtained, and runs as a task while there is something to do for it
+//! (`scheduler.rs`). It renews the lock until the lock is no longer held, reports the reason, does what is left to do
+//! at the server, and ends. Renewals that are due at the same time are sent together while their renewers rest; a
+//! renewer runs when its renewal fails, or when something other than a renewal comes next. Dropping a guard only calls
+//! its renewer. So a guard may be dropped on any thread, in a panic, or while the runtime shuts down.
 
-use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::runtime::Handle;
+use tokio::runtime::Handle as Runtime;
 use tokio::select;
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::{Instrument, Span, debug, info_span, warn};
 
-use super::scheduler::{self, ScheduleHandle};
+use super::scheduler::Handle;
 use super::{FinalStep, Hold, Renewing, timing};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
-use crate::store::Renewed;
+use crate::store::Verdict;
 use crate::{Error, Loss};
 
 impl Shared {
-    /// Sees to it that the lock is kept.
-    pub(crate) fn keep(self: &Arc<Self>, hold: Arc<Hold>, runtime: &Handle) -> ScheduleHandle<Renewer> {
+    /// Renews the lock from now on, until it is no longer held.
+    pub(crate) fn keep(self: &Arc<Self>, hold: Arc<Hold>, runtime: &Runtime) -> Handle {
         let due = hold.next_duty();
-        self.schedulers.enter(Renewer { hold, shared: self.clone() }, due, runtime)
+        self.schedulers.add(Renewer { hold, shared: self.clone() }, due, runtime)
     }
 
-    /// Sends a renewal. A definite answer is passed on to the hold.
-    pub(crate) async fn renew(&self, hold: &Hold, renewing: Renewing) -> Result<Result<(), Loss>, Error> {
+    /// Sends a renewal, and passes the server's verdict on to the hold. Returns the hold's.
+    pub(crate) async fn renew(&self, hold: &Hold, renewing: Renewing) -> Result<Verdict, Error> {
         let deadline = hold.deadline();
         let timeout = timing::renewal_timeout(self.command_timeout, renewing.sent, deadline);
         let call = self.store.renew(&hold.owned, renewing.ttl, renewing.how(), timeout);
-        // The store keeps to its timeout; should it not, the deadline still holds.
-        let answer = timeout_at(deadline, call).await.unwrap_or_else(|_| Err(Error::timeout()));
-        if answer.as_ref().is_err_and(Error::has_not_run) {
+        // The store keeps to its timeout; if it does not, the deadline still holds.
+        let reply = timeout_at(deadline, call).await.unwrap_or_else(|_| Err(Error::timeout()));
+        if reply.as_ref().is_err_and(Error::has_not_run) {
             hold.was_refused(renewing);
         }
-        answer.map(|renewed| learn(hold, renewing, renewed))
+        reply.map(|verdict| hold.confirm(renewing, verdict))
     }
 
-    /// Sends renewals that all have the whole of a call's time.
-    async fn renew_all(&self, errands: &[DueRenewal]) -> Vec<Result<Renewed, Error>> {
-        let timed_out = || errands.iter().map(|_| Err(Error::timeout())).collect();
-        let Some(store) = self.store.together() else { return timed_out() };
-        let locks: Vec<_> = errands.iter().map(|errand| (&errand.hold.owned, errand.renewing.ttl)).collect();
-        // As above: the first of their deadlines.
-        match errands.iter().map(|errand| errand.hold.deadline()).min() {
-            None => Vec::new(),
-            Some(until) => match timeout_at(until, store.renew_all(&locks, self.command_timeout)).await {
-                Ok(answers) => answers,
-                Err(_) => timed_out(),
-            },
+    /// Sends renewals together. Each of them has time for a whole call.
+    async fn renew_all(&self, renewals: &[DueRenewal]) -> Vec<Result<Verdict, Error>> {
+        let timed_out = || renewals.iter().map(|_| Err(Error::timeout())).collect();
+        if !self.store.capabilities().renews_batches {
+            return timed_out();
         }
+        let deadlines = renewals.iter().map(|renewal| renewal.renewer.hold.deadline());
+        let Some(first) = deadlines.min() else { return Vec::new() };
+        let locks: Vec<_> =
+            renewals.iter().map(|renewal| (&renewal.renewer.hold.owned, renewal.renewing.ttl)).collect();
+        // The store keeps to its timeout; if it does not, the first of the deadlines still holds.
+        timeout_at(first, self.store.renew_batch(&locks, self.command_timeout)).await.unwrap_or_else(|_| timed_out())
     }
 }
 
-/// Passes on what the server has said to a renewal.
-fn learn(hold: &Hold, renewing: Renewing, renewed: Renewed) -> Result<(), Loss> {
-    match renewed {
-        Renewed::Extended => hold.renewed(renewing),
-        Renewed::NotOurs(loss) => Err(hold.end(loss)),
-    }
-}
-
-/// Keeps one lock.
+/// Renews one lock. An entry of the scheduler owns it; the tasks that work for the lock have clones.
+#[derive(Clone)]
 pub(crate) struct Renewer {
-    hold: Arc<Hold>,
-    shared: Arc<Shared>,
+    pub(super) hold: Arc<Hold>,
+    pub(super) shared: Arc<Shared>,
 }
 
-/// A renewal that is due, to be sent along with those of others.
-pub(crate) struct DueRenewal {
-    hold: Arc<Hold>,
-    shared: Arc<Shared>,
+/// A renewal that is due, and may be sent together with others.
+pub(super) struct DueRenewal {
+    pub(super) renewer: Renewer,
     renewing: Renewing,
 }
 
-impl scheduler::Job for Renewer {
-    type DueRenewal = DueRenewal;
-    type Outcome = (Renewing, Result<Renewed, Error>);
-    type Failure = Error;
-
-    fn run(self, failure: Option<Error>) -> impl Future<Output = Option<(Self, Instant)>> + Send + 'static {
-        let span = self.span();
-        self.keep(failure).instrument(span)
+/// Sends renewals of one locker. Returns the replies in their order.
+pub(super) async fn send_together(renewals: &[DueRenewal]) -> Vec<Result<Verdict, Error>> {
+    match renewals.first() {
+        Some(first) => first.renewer.shared.renew_all(renewals).await,
+        None => Vec::new(),
     }
+}
 
-    /// Where the deadline comes before the call is given up on, that has to be watched as well: not along with others.
-    fn errand(&self, now: Instant) -> Option<DueRenewal> {
-        let Self { hold, shared } = self;
-        if shared.store.together().is_none() || hold.owned.keys.len() != 1 {
-            return None;
-        }
-        // Twice, so that another try fits in before the deadline.
-        let renewing = hold.renewing_when_due(now, shared.command_timeout.saturating_mul(2))?;
-        Some(DueRenewal { hold: hold.clone(), shared: shared.clone(), renewing })
-    }
+/// What a renewer does after its renewal was sent in a batch.
+pub(super) enum AfterBatch {
+    /// It rests until then.
+    Rest(Instant),
+    /// It runs: the renewal failed with this error, or the lock is lost.
+    Run(Option<Error>),
+}
 
-    async fn run_errands(errands: Vec<DueRenewal>) -> Vec<Self::Outcome> {
-        let Some(shared) = errands.first().map(|errand| errand.shared.clone()) else { return Vec::new() };
-        let answers = shared.renew_all(&errands).await;
-        errands.iter().map(|errand| errand.renewing).zip(answers).collect()
-    }
-
-    fn conclude(&self, (renewing, answer): Self::Outcome) -> Result<Instant, Option<Error>> {
-        match answer.map(|renewed| learn(&self.hold, renewing, renewed)) {
-            Ok(Ok(())) => {
-                self.span().in_scope(|| self.tell_renewed(renewing));
-                Ok(self.hold.next_duty())
+impl DueRenewal {
+    /// Passes the reply on to the hold.
+    pub(super) fn conclude(&self, reply: Result<Verdict, Error>) -> AfterBatch {
+        let Self { renewer, renewing } = self;
+        match reply.map(|verdict| renewer.hold.confirm(*renewing, verdict)) {
+            Ok(Verdict::Done) => {
+                renewer.span().in_scope(|| renewer.report_renewed(*renewing));
+                AfterBatch::Rest(renewer.hold.next_duty())
             }
-            // The hold knows.
-            Ok(Err(_)) => Err(None),
-            Err(error) => Err(Some(error)),
+            // The hold has the reason.
+            Ok(Verdict::NotOurs(_)) => AfterBatch::Run(None),
+            Err(error) => AfterBatch::Run(Some(error)),
         }
     }
 }
 
-/// What is next for a lock.
+/// What comes next for a lock.
 enum Next {
     /// Nothing until then.
     Rest(Instant),
@@ -128,40 +110,68 @@ enum Next {
 }
 
 impl Renewer {
+    /// Does what there is to do; first what follows from `failure`, if a renewal failed in a batch. Returns when there
+    /// is more to do, or `None` when the renewer is finished. `handle` is that of its entry.
+    pub(super) async fn run(&self, handle: &Handle, failure: Option<Error>) -> Option<Instant> {
+        async {
+            match self.renew_when_due(handle, failure).await {
+                Next::Rest(due) => Some(due),
+                Next::Over(loss) => {
+                    self.report_end(loss);
+                    self.clean_up(handle).await;
+                    None
+                }
+            }
+        }
+        .instrument(self.span())
+        .await
+    }
+
+    /// Returns the renewal if it is all that is to do now, and may be sent together with others. The scheduler asks
+    /// under its mutex.
+    ///
+    /// A renewal that could outlast the deadline is not sent together: its renewer has to watch the deadline as well.
+    pub(super) fn due_renewal(&self, now: Instant) -> Option<DueRenewal> {
+        let Self { hold, shared } = self;
+        if !shared.store.capabilities().renews_batches || hold.owned.keys.len() != 1 {
+            return None;
+        }
+        // The time for two calls, so that another try fits in before the deadline.
+        let renewing = hold.renewing_when_due(now, shared.command_timeout.saturating_mul(2))?;
+        Some(DueRenewal { renewer: self.clone(), renewing })
+    }
+
+    /// Reports the end of a lock that is renewed no longer, as the entry of its renewer has ended.
+    ///
+    /// If the lock is still held, its runtime shuts down, and no task would report the deadline. So the lock is
+    /// reported lost at once: too early is safe, too late is not.
+    pub(super) fn abandon(&self) {
+        let loss = self.hold.end(Loss::Expired);
+        // Nobody is left to release it either, so that nothing waits for that.
+        self.hold.set_final_step(FinalStep::Nothing);
+        drop(self.hold.take_final_step());
+        if let (true, Some(observer)) = (loss != Loss::Released, self.hold.observer()) {
+            observer.lost(loss);
+        }
+    }
+
     fn span(&self) -> Span {
         info_span!(parent: None, "tenure.keep", key = %self.hold.owned.key())
     }
 
-    async fn keep(self, failure: Option<Error>) -> Option<(Self, Instant)> {
-        match self.renew_when_due(failure).await {
-            Next::Rest(until) => return Some((self, until)),
-            Next::Over(Loss::Released) => {}
-            Next::Over(loss) => {
-                let cause = self.hold.cause_of(loss);
-                let cause = cause.as_deref().map(tracing::field::display);
-                warn!(name: "tenure.lost", key = %self.hold.owned.key(), %loss, cause, "lost");
-                if let Some(observer) = self.hold.observer() {
-                    observer.lost(loss);
-                }
-            }
-        }
-        self.clean_up().await;
-        None
-    }
-
-    /// The renewal loop. Ends when the lock is held no more, for whatever reason, and when nothing is due.
-    async fn renew_when_due(&self, failure: Option<Error>) -> Next {
+    /// The renewal loop. It ends when the lock is no longer held, for whatever reason, and when nothing is due.
+    async fn renew_when_due(&self, handle: &Handle, failure: Option<Error>) -> Next {
         let hold = &*self.hold;
         let mut failure = failure.map(|error| self.note(error));
         let (mut failures, mut retry_at) = (0, None);
         loop {
             if let Err(loss) = hold.check() {
-                // Also when the clock alone says so: now everybody learns it.
+                // It may be only the clock that has shown it: this makes it known to all.
                 return Next::Over(hold.end(loss));
             }
             if let Some(error) = failure.take() {
                 failures += 1;
-                retry_at = Some(self.tell_failed(failures, error));
+                retry_at = Some(self.report_failure(failures, error));
             }
             match retry_at.take() {
                 None => {
@@ -171,10 +181,10 @@ impl Renewer {
                     }
                 }
                 Some(at) => select! {
-                    // In this order: after a release nothing is renewed any more, even when a renewal is due as well.
+                    // In this order: nothing is renewed after a release, even if a renewal is due as well.
                     biased;
-                    // Released, or another ttl.
-                    () = hold.changed() => continue,
+                    // The guard was released or has another ttl: look again.
+                    () = handle.called() => continue,
                     () = sleep_until(hold.deadline().min(at)) => {}
                 },
             }
@@ -183,32 +193,33 @@ impl Renewer {
             }
             let renewing = hold.renewing(None, self.shared.patience());
             let renewal = select! {
+                // In this order: a release is not held up by a renewal. The renewal is given up; if the server runs it
+                // all the same, it finds the lock released, or extends it once more.
                 biased;
-                // Given up on: should it still be run, it finds the lock released, or extends it once more.
-                () = hold.changed() => continue,
+                () = handle.called() => continue,
                 renewal = self.shared.renew(hold, renewing) => renewal,
             };
             match renewal {
-                Ok(Ok(())) => {
+                Ok(Verdict::Done) => {
                     failures = 0;
-                    self.tell_renewed(renewing);
+                    self.report_renewed(renewing);
                 }
-                // Learned at the top of the loop.
-                Ok(Err(_)) => {}
+                // The hold has the reason, and is checked at the top of the loop.
+                Ok(Verdict::NotOurs(_)) => {}
                 Err(error) => failure = Some(self.note(error)),
             }
         }
     }
 
-    /// Keeps the error, which counts also where the lock is lost by now.
+    /// Stores the error with the hold, even if the lock is lost by now: it may be the cause.
     fn note(&self, error: Error) -> Arc<Error> {
         let error = Arc::new(error);
         self.hold.failed(&error);
         error
     }
 
-    fn tell_renewed(&self, renewing: Renewing) {
-        // Looked at only where it is told.
+    fn report_renewed(&self, renewing: Renewing) {
+        // The fields are only evaluated if somebody subscribes to the event.
         debug!(
             name: "tenure.renewed", remaining = ?remaining(&self.hold), took = ?renewing.sent.elapsed(),
             "renewed"
@@ -218,15 +229,18 @@ impl Renewer {
         }
     }
 
-    /// Answers when to try again. The first failure of a row is told, the others more quietly.
-    fn tell_failed(&self, failures: u32, error: Arc<Error>) -> Instant {
+    /// Returns when to try again. The first failure in a row is a warning; the others are logged at a lower level.
+    fn report_failure(&self, failures: u32, error: Arc<Error>) -> Instant {
         let interval = self.hold.renewal_interval().unwrap_or_default();
         let remaining = remaining(&self.hold);
         let pause = timing::pause_after(failures, interval, remaining, fastrand::f64());
         if failures == 1 {
             warn!(name: "tenure.renew_failed", ?remaining, ?pause, %error, "could not renew, will try again");
         } else {
-            debug!(name: "tenure.renew_failed", failures, ?remaining, ?pause, %error, "could not renew, will try again");
+            debug!(
+                name: "tenure.renew_failed", failures, ?remaining, ?pause, %error,
+                "could not renew, will try again"
+            );
         }
         let retry_at = Instant::now() + pause;
         if let Some(observer) = self.hold.observer() {
@@ -235,12 +249,25 @@ impl Renewer {
         retry_at
     }
 
-    /// Does what the end of the lock has left to do: known already, or as soon as an explicit release has said.
-    async fn clean_up(&self) {
+    fn report_end(&self, loss: Loss) {
+        if loss == Loss::Released {
+            return;
+        }
+        let cause = self.hold.cause_of(loss);
+        let cause = cause.as_deref().map(tracing::field::display);
+        warn!(name: "tenure.lost", key = %self.hold.owned.key(), %loss, cause, "lost");
+        if let Some(observer) = self.hold.observer() {
+            observer.lost(loss);
+        }
+    }
+
+    /// Does what the end of the lock leaves to do. While an explicit release is under way, that is not known yet.
+    async fn clean_up(&self, handle: &Handle) {
         let final_step = loop {
             match self.hold.take_final_step() {
                 Some(final_step) => break final_step,
-                None => self.hold.changed().await,
+                // The release ends with the guard, which then calls its renewer.
+                None => handle.called().await,
             }
         };
         let register = || self.shared.cleanups.register(Cleanup::Release(self.hold.clone()));
@@ -257,18 +284,4 @@ impl Renewer {
 
 fn remaining(hold: &Hold) -> Duration {
     hold.deadline().saturating_duration_since(Instant::now())
-}
-
-impl Drop for Renewer {
-    /// A renewer that ends while the lock is held, because its runtime shuts down, leaves a lock that nobody renews and
-    /// whose deadline nobody announces: said at once, since too early is safe and too late is not.
-    fn drop(&mut self) {
-        let loss = self.hold.end(Loss::Expired);
-        // Nobody is left to release it either: let no one wait for that.
-        self.hold.settle(FinalStep::Nothing);
-        drop(self.hold.take_final_step());
-        if let (true, Some(observer)) = (loss != Loss::Released, self.hold.observer()) {
-            observer.lost(loss);
-        }
-    }
 }

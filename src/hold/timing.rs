@@ -1,4 +1,4 @@
-//! The arithmetic of a lock's time: deadline, next renewal, pause after a failure. Pure: it has no clock of its own.
+//! Computes the times of a lock: deadlines, renewals, pauses after failures. Nothing here reads the clock.
 
 use std::time::Duration;
 
@@ -6,18 +6,18 @@ use tokio::time::Instant;
 
 use crate::Error;
 
-/// The shortest and the longest ttl that make sense: below, the drift eats it up; above, the server's own arithmetic
-/// comes near its end, and so does the patience of whoever waits for a dead holder's lock.
+/// The shortest validity and the longest ttl. The drift leaves nothing of a shorter one. With a longer one the server's
+/// own arithmetic comes close to its limits, and the lock of a holder that has died stays for too long.
 pub(crate) const MIN_VALIDITY: Duration = Duration::from_millis(1);
 pub(crate) const MAX_TTL: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
-/// Returns the instant so much later, or one that nobody lives to see where the clock ends before that.
+/// Returns the instant `time` after `now`; at most 100 years after it, as the clock might overflow.
 pub(crate) fn after(now: Instant, time: Duration) -> Instant {
     const FAR: Duration = Duration::from_secs(100 * MAX_TTL.as_secs());
     now + time.min(FAR)
 }
 
-/// How much faster than ours the server's clock may run: what is cut off a ttl before we trust it.
+/// How much faster than the local clock the server's clock may run. A ttl is shortened by this.
 ///
 /// Redlock's safety argument calls it the clock drift:
 /// <https://redis.io/docs/latest/develop/clients/patterns/distributed-locks/>.
@@ -35,30 +35,35 @@ impl Default for Drift {
 
 impl Drift {
     fn of(self, ttl: Duration) -> Duration {
-        // A factor that is no number between 0 and 1 cuts off everything: `validate` then refuses every ttl.
+        // Any other factor is taken for 1, which leaves nothing of a ttl: so `validate` refuses every ttl.
         let factor = if (0.0..1.0).contains(&self.factor) { self.factor } else { 1.0 };
         ttl.mul_f64(factor).saturating_add(self.margin)
     }
 
-    /// For how long after it was sent a request with this ttl may be relied upon.
+    /// Returns how long a request with this ttl can be relied upon after it was sent.
     fn validity(self, ttl: Duration) -> Duration {
         ttl.saturating_sub(self.of(ttl))
     }
 
-    /// Until when the lock is surely held, when a request with this ttl, sent at `sent`, succeeds.
+    /// Returns until when the lock is certainly held if a request with this ttl, sent at `sent`, succeeds.
     ///
-    /// Counted from before the request left, as the server can't have started its own count any earlier. Counting from
-    /// the reply would be wrong by the time that the reply took.
+    /// The deadline counts from before the request was sent: the server's own count can't have started earlier. Counted
+    /// from the reply, the deadline would be too late by the time that the reply took.
     pub(crate) fn deadline(self, sent: Instant, ttl: Duration) -> Instant {
         sent + self.validity(ttl)
     }
 
-    /// Whether a lock that was obtained with this much of its ttl left is worth having: a tenth, at least.
+    /// Returns whether enough is left of the ttl of a lock that was just obtained: at least a tenth.
     pub(crate) fn suffices(self, remaining: Duration, ttl: Duration) -> bool {
         !remaining.is_zero() && remaining >= self.validity(ttl) / 10
     }
 
-    /// The ttl in whole milliseconds, as the server counts; rounded up, it would promise more than the server keeps.
+    /// Returns the ttl in whole milliseconds, the unit of the server. Rounded up, it would promise more than the server
+    /// keeps.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidTtl`] for a ttl that is too short or too long.
     pub(crate) fn validate(self, ttl: Duration) -> Result<Duration, Error> {
         if ttl > MAX_TTL {
             return Err(Error::InvalidTtl("it is longer than 365 days"));
@@ -74,7 +79,7 @@ impl Drift {
 /// When a held lock is renewed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Renewal {
-    /// Every third of the ttl: two more tries fit in when one fails.
+    /// Every third of the ttl: if one fails, there is time for two more.
     #[default]
     Third,
     Every(Duration),
@@ -82,27 +87,28 @@ pub(crate) enum Renewal {
 }
 
 impl Renewal {
-    /// The time from one confirmed request to the next renewal.
+    /// Returns the time from one confirmed request to the next renewal.
     pub(crate) fn interval(self, ttl: Duration) -> Option<Duration> {
         match self {
             Self::Third => Some(ttl / 3),
-            // Kept below the ttl also after `renew_for` has made it shorter than the request foresaw.
+            // At most half of the ttl, which `renew_for` may have made shorter than it was when the interval was set.
             Self::Every(interval) => Some(interval.min(ttl / 2)),
             Self::Never => None,
         }
     }
 
-    /// When the renewal is due that follows a confirmed request.
+    /// Returns when the renewal after a confirmed request is due.
     ///
-    /// Rounded down to a grid that begins at `origin`: so those of many locks fall together, and share calls. Spread
-    /// evenly each would travel alone, at ten times the cost.
+    /// The time is rounded down to a grid that begins at `origin`, so that renewals of many locks are due together and
+    /// share calls. Spread evenly, each would need a call of its own, at ten times the cost
+    /// (`cargo bench --bench watch`).
     pub(crate) fn due(self, sent: Instant, ttl: Duration, origin: Instant) -> Option<Instant> {
         const STEPS: u32 = 32;
         let interval = self.interval(ttl)?;
         let due = sent + interval;
         let step = (interval / STEPS).as_nanos().max(1);
         let past = due.saturating_duration_since(origin).as_nanos() % step;
-        // Less than a step, and so less than the interval: never before it was sent.
+        // Less than a step, which is less than the interval: the result is never before `sent`.
         Some(due - Duration::from_nanos(u64::try_from(past).unwrap_or_default()))
     }
 
@@ -119,19 +125,19 @@ impl Renewal {
     }
 }
 
-/// How long one call may take: never past the deadline, as an answer that comes later is of no use.
+/// Returns the timeout of one call. It ends at the deadline at the latest, as a later reply is of no use.
 pub(crate) fn call_timeout(command_timeout: Duration, now: Instant, deadline: Instant) -> Duration {
     command_timeout.min(deadline.saturating_duration_since(now))
 }
 
-/// How long one renewal may take: half of what is left, at most. One that hangs on a connection that is dead must leave
-/// time for another on a new connection.
+/// Returns the timeout of one renewal: at most half of the time that is left. A renewal that hangs on a dead connection
+/// must leave time for another one on a new connection.
 pub(crate) fn renewal_timeout(command_timeout: Duration, now: Instant, deadline: Instant) -> Duration {
     command_timeout.min(deadline.saturating_duration_since(now) / 2)
 }
 
-/// The pause after the `failures`th failed renewal in a row: growing, but so that a next try still fits in before the
-/// deadline. `chance` is random in `0.0..1.0`: many whose server fails at once shall not come back at once.
+/// Returns the pause after the `failures`th failure in a row. Pauses grow, but leave time for another try before the
+/// deadline. `chance` is random in `0.0..1.0`, so that clients whose server has failed don't all come back at once.
 pub(crate) fn pause_after(failures: u32, interval: Duration, remaining: Duration, chance: f64) -> Duration {
     const FLOOR: Duration = Duration::from_millis(5);
     let first = (interval / 16).clamp(FLOOR, Duration::from_millis(250));
@@ -140,7 +146,7 @@ pub(crate) fn pause_after(failures: u32, interval: Duration, remaining: Duration
     pause.min(remaining / 2).max(FLOOR)
 }
 
-/// When to log again that something still fails: at once, then at intervals that double, from 10 s up to 10 min.
+/// Limits how often a lasting failure is logged: at once, then at intervals that double from 10 s up to 10 min.
 #[derive(Debug, Default)]
 pub(crate) struct Reminders {
     next: Option<Instant>,
@@ -162,17 +168,17 @@ impl Reminders {
     }
 }
 
-/// When to look at a lock again that is held for so long: when its ttl ends, or so often, whichever comes first. A lock
-/// that is released by who sends no messages is found by that alone. Those who wait on other machines shall not come at
-/// once.
+/// Returns when a waiter checks a lock again that is `held` for this long: when the ttl ends or after about `every`,
+/// whichever comes first. If the holder's client sends no notification of the release, nothing else finds the lock
+/// free. `chance` is random in `0.0..1.0`, so that waiters on several machines don't all check at once.
 pub(crate) fn look_after(held: Option<Duration>, every: Duration, chance: f64) -> Duration {
     const SPREAD: Duration = Duration::from_millis(9);
     let poll = every.mul_f64(0.75 + chance / 2.0);
     held.map_or(poll, |held| poll.min(held.saturating_add(Duration::from_millis(1) + SPREAD.mul_f64(chance))))
 }
 
-/// The pause before the `attempt`th look at a lock that another holds: growing with the attempts, and never past the
-/// moment at which the holder's ttl ends.
+/// Returns the pause before the `attempt`th check of a lock that another holds. Pauses grow, and end when the holder's
+/// ttl does.
 pub(crate) fn poll_after(attempt: u32, holder: Option<Duration>, chance: f64) -> Duration {
     const FIRST: Duration = Duration::from_millis(10);
     const CEILING: Duration = Duration::from_millis(250);

@@ -1,4 +1,4 @@
-//! Undoing what an attempt of unknown outcome may have left at the server.
+//! Undoes what an attempt of unknown outcome may have left at the server.
 
 use std::time::Duration;
 
@@ -10,13 +10,13 @@ use crate::Error;
 use crate::locker::shared::Shared;
 use crate::store::{Latest, Undone};
 
-/// The time for a call that is made when its own is over.
+/// The timeout of the last call, which is made when the time for all of them is over.
 const LAST_LOOK: Duration = Duration::from_millis(100);
 
 impl Shared {
-    /// Undoes what a request has left whose outcome nobody has learned, as often as it takes: it may still wait
-    /// somewhere to be run, on a connection that has broken or behind another call, but not after `latest` by the
-    /// server's clock. Gives up when the ttl has done the same.
+    /// Undoes what a request of unknown outcome has left, as often as it takes. The request may still wait to be run,
+    /// on a connection that has broken or behind another call, but the server won't run it after `latest` by its own
+    /// clock. Gives up when the ttl has done the same.
     pub(crate) async fn undo(&self, owned: &Owned, latest: &Latest, ttl: Duration) {
         let until = Instant::now() + self.command_timeout + ttl;
         let mut failures = 0;
@@ -24,11 +24,11 @@ impl Shared {
             let timeout = timing::call_timeout(self.command_timeout, Instant::now(), until).max(LAST_LOOK);
             let call = self.store.undo(owned, latest, timeout);
             let pause = match timeout_at(until + LAST_LOOK, call).await.unwrap_or_else(|_| Err(Error::timeout())) {
-                Ok(Undone::Settled) => {
+                Ok(Undone::Complete) => {
                     debug!(name: "tenure.undone", key = %owned.key(), "undid an attempt of unknown outcome");
                     return;
                 }
-                // What it left until now is gone, and what it leaves later ends by its ttl.
+                // What it has left is gone, and what it may still leave ends with its ttl.
                 Ok(Undone::MayRun(_)) if Instant::now() >= until => return,
                 Ok(Undone::MayRun(within)) => {
                     failures = 0;
@@ -44,7 +44,8 @@ impl Shared {
                     pause
                 }
             };
-            // A server whose clock was set back, or another's, may say that this takes long: no longer than the ttl.
+            // If the server's clock was set back, or another server replies, the pause may be far too long: it ends
+            // with the ttl.
             sleep_until(until.min(Instant::now() + pause)).await;
         };
         warn!(

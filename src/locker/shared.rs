@@ -11,7 +11,6 @@ use super::cleanups::Cleanups;
 use super::isolated::Isolated;
 use crate::acquire::queue::Queues;
 use crate::acquire::supervisor::Supervisor;
-use crate::hold::renewer::Renewer;
 use crate::hold::scheduler::Schedulers;
 use crate::hold::timing::{Drift, Renewal};
 use crate::store::Store;
@@ -30,7 +29,7 @@ pub(crate) struct Shared {
     /// Where the grid of renewals begins.
     pub(crate) origin: Instant,
     /// Keepers that have nothing to do for now.
-    pub(crate) schedulers: Schedulers<Renewer>,
+    pub(crate) schedulers: Schedulers,
     /// The runtime of their own that renewers run on, where the user wants one.
     pub(crate) isolated: Option<Isolated>,
     pub(crate) settings: Settings,

@@ -21,13 +21,13 @@ fn runtime() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// Obtained on a runtime that nobody drives from then on.
+/// Returns a guard of a runtime that nobody drives from then on.
 fn guard_of(idle: &Runtime, ttl: Duration) -> LockGuard {
     idle.block_on(Locker::in_memory().lock("k").ttl(ttl).into_future()).unwrap()
 }
 
-/// Waits in a task of that runtime, where nothing but its own wake-up polls the future again. The bound is generous: a
-/// future that is not woken at the deadline is never woken.
+/// Waits in a task of that runtime, where only its own wake-up polls the future again. The limit is generous: a future
+/// that is not woken at the deadline is never woken.
 fn loss_on(runtime: &Runtime, loss: impl Future<Output = Loss> + Send + 'static) -> Loss {
     runtime.block_on(async { timeout(Duration::from_secs(20), tokio::spawn(loss)).await.expect("not woken").unwrap() })
 }
@@ -90,7 +90,7 @@ async fn a_deadline_that_moves_is_followed() {
 }
 
 #[test]
-fn a_deadline_that_moves_closer_is_followed_without_the_keeper() {
+fn a_deadline_that_moves_closer_is_followed_without_the_renewer() {
     let (idle, other) = (runtime(), runtime());
     let guard = guard_of(&idle, Duration::from_secs(3_600));
     let lost = guard.lost();

@@ -27,7 +27,7 @@ use tokio::time::Instant;
 use crate::hold::Hold;
 use crate::store::faulty::{Fault, Operation, Ran};
 use crate::store::memory::MemoryStore;
-use crate::store::{Acquired, Ending, Extending, HandedOver, Holder, Renewed};
+use crate::store::{Acquired, Ending, Extending, HandedOver, Holder, Verdict};
 use crate::{Error, Key, Lease, LockGuard, Loss, Token};
 
 /// What the calls of this moment are part of.
@@ -289,10 +289,10 @@ impl World {
                 });
             }
             Ran::Renew(owned, ttl, how, renewed) => {
-                if let (Extending::Claim { .. }, Renewed::Extended) = (how, renewed) {
+                if let (Extending::Claim { .. }, Verdict::Done) = (how, renewed) {
                     *state.grants.entry(owned.token.clone()).or_default() += 1;
                 }
-                if let (Extending::Exactly, Renewed::Extended) = (how, renewed) {
+                if let (Extending::Exactly, Verdict::Done) = (how, renewed) {
                     for key in &owned.keys {
                         state.last.insert((key.clone(), owned.token.clone()), Last::SetTtl(call));
                     }
@@ -575,7 +575,7 @@ impl World {
                 self.violate("a key outlives its ttl", key.to_string());
             }
         }
-        if self.store.listeners() > 0 {
+        if self.store.subscriptions() > 0 {
             self.violate("a listener is left behind", String::new());
         }
         if !lockers.is_empty() {

@@ -145,6 +145,7 @@ fn play(seeds: std::ops::Range<u64>, forgets: bool) -> Vec<(u64, Vec<Violation>)
 }
 
 #[test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 fn no_history_on_a_real_server_breaks_a_promise() {
     let first = number("TENURE_FIRST_REAL_HISTORY").unwrap_or(0);
     let found = play(first..first + number("TENURE_REAL_HISTORIES").unwrap_or(4), false);
@@ -152,6 +153,7 @@ fn no_history_on_a_real_server_breaks_a_promise() {
 }
 
 #[test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 fn a_real_server_that_forgets_is_found_out_or_the_histories_are_toothless() {
     let found = play(0..4, true);
     assert!(!found.is_empty());

@@ -17,7 +17,7 @@ use super::actor::{Actor, COMMAND_TIMEOUT, Dog, Habits, Process};
 use super::ms;
 use super::oracle::{Violation, World};
 use crate::store::faulty::{Fault, FaultyStore, Operation, Ran, Witness};
-use crate::store::listen::Listening;
+use crate::store::notifications::Subscription;
 use crate::{Key, Locker, Token};
 
 /// How late a call can be: ten of the ttls that most locks have.
@@ -120,15 +120,15 @@ impl Witness for Line {
         self.world.ran(call, &ran);
     }
 
-    fn listens(&self, listening: Listening) -> Listening {
+    fn subscribes(&self, subscription: Subscription) -> Subscription {
         let delay = self.world.take_delay();
-        let (listening, carry) = listening.later(ms(delay));
+        let (subscription, carry) = subscription.later(ms(delay));
         let world = self.world.clone();
         tokio::spawn(async move {
             carry.await;
             world.give_back_delay(delay);
         });
-        listening
+        subscription
     }
 }
 

@@ -1,4 +1,4 @@
-//! For tests: a store whose calls go wrong as they are told to.
+//! For tests: a store whose calls go wrong as planned.
 
 use std::fmt;
 use std::sync::Arc;
@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::listen::Listening;
 use super::memory::MemoryStore;
+use super::notifications::Subscription;
 use super::{
-    Acquired, Answer, Each, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Released, Renewed, Store,
-    Together, Undone, Wanted,
+    Acquired, Answer, Answers, Capabilities, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Store,
+    Undone, Verdict, Wanted,
 };
 use crate::hold::Owned;
 use crate::{Error, Key};
@@ -18,26 +18,26 @@ use crate::{Error, Key};
 /// What happens to one call.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Fault {
-    /// Nothing: it is run and answered.
+    /// Nothing: it runs and returns.
     None,
-    /// It fails at once, and is never run.
+    /// It fails at once, and never runs.
     Refused,
-    /// It is never answered, nor given up on, nor run.
+    /// It never returns and never runs.
     Hung,
-    /// It is never run, and given up on when its time is over.
+    /// It never runs, and fails when its time is over.
     Lost,
-    /// It is run at once, and its answer is lost with the connection.
+    /// It runs at once, and its reply is lost with the connection.
     AnswerLost,
-    /// It is run at once, and its answer takes so long. Whoever gives up earlier never learns it.
+    /// It runs at once, and its reply takes this long. A caller that gives up earlier never gets it.
     AnsweredAfter(Duration),
-    /// It arrives so much later, whether anybody still waits for it or not, and is answered then. After its timeout the
+    /// It arrives this much later, whether or not its caller still waits, and returns then. After its timeout the
     /// server refuses to run it.
     RunAfter(Duration),
-    /// It arrives twice: at once, and so much later.
+    /// It arrives twice: at once, and this much later.
     Doubled(Duration),
-    /// It arrives twice, and is answered the second time.
+    /// It arrives twice, and returns the second time.
     Twice(Duration),
-    /// Before it is run, the server forgets everything.
+    /// The server forgets everything before it runs.
     Forgotten,
 }
 
@@ -47,37 +47,37 @@ pub(crate) enum Operation {
     Renew,
     /// Also one that hands the lock over.
     Release,
-    /// What only reads: the ttl that is left, and who holds the key.
+    /// A read: of the ttl that is left, or of the holder.
     Read,
 }
 
 /// What the server has done for a call.
 pub(crate) enum Ran<'a> {
     Acquire(&'a Wanted, &'a Acquired),
-    Renew(&'a Owned, Duration, Extending, &'a Renewed),
-    Release(&'a Owned, Ending, &'a Released),
+    Renew(&'a Owned, Duration, Extending, &'a Verdict),
+    Release(&'a Owned, Ending, &'a Verdict),
     Undo(&'a Owned, &'a Undone),
     HandOver(&'a Owned, Ending, &'a Wanted, &'a HandedOver),
 }
 
 /// Learns when calls are sent, and what the server does for them and when.
 pub(crate) trait Witness: Send + Sync {
-    /// A call is on its way. Returns what it is told by later.
+    /// A call is being sent. Returns the call's number.
     fn sent(&self, operation: Operation, fault: Fault) -> u64;
 
     /// The server has just run the call.
     fn ran(&self, call: u64, ran: Ran<'_>);
 
-    /// Somebody listens to the store.
-    fn listens(&self, listening: Listening) -> Listening;
+    /// A waiter subscribes to notifications.
+    fn subscribes(&self, subscription: Subscription) -> Subscription;
 }
 
-/// The embedded store, behind a line that does what `plan` says to each call.
+/// The embedded store, behind a connection that does to each call what `plan` returns.
 pub(crate) struct FaultyStore {
     store: Arc<MemoryStore>,
     plan: Box<dyn Fn(Operation) -> Fault + Send + Sync>,
     witness: Option<Arc<dyn Witness>>,
-    /// For how many of its timeouts the server runs a request.
+    /// For how many of its timeouts a request may run.
     lives: u32,
 }
 
@@ -86,23 +86,23 @@ impl FaultyStore {
         Self { store, plan: Box::new(plan), witness: None, lives: 1 }
     }
 
-    /// The same, with a witness of all that goes over the line.
+    /// Returns the store with a witness of all calls.
     pub(crate) fn witnessed(self, witness: Arc<dyn Witness>) -> Self {
         Self { witness: Some(witness), ..self }
     }
 
-    /// The same, whose requests are run for so many of their timeouts after they were sent: the time by which a
-    /// client's idea of the server's clock is late counts, too.
+    /// Returns the store with requests that may run for this many of their timeouts after they were sent. The error in
+    /// what a client knows of the server's clock counts, too.
     pub(crate) fn living(self, lives: u32) -> Self {
         Self { lives, ..self }
     }
 
-    /// The latest time at which a request may be run.
+    /// Returns the latest time at which a request may run.
     fn latest(&self, timeout: Duration) -> u64 {
         self.store.millis(Instant::now() + timeout * self.lives)
     }
 
-    /// `ran` puts the reply in words for the witness.
+    /// Runs a call that reports to the witness what it has done.
     async fn call<T: Send + 'static>(
         &self,
         operation: Operation,
@@ -122,7 +122,7 @@ impl FaultyStore {
     }
 }
 
-/// One call to a store, of whatever kind, that goes wrong as told. The server refuses to run it after `life`.
+/// Runs a call to a store of any kind with a fault. The server refuses to run it after `life`.
 pub(super) async fn call_within<S: Send + Sync + 'static, T: Send + 'static>(
     fault: Fault,
     store: &Arc<S>,
@@ -185,6 +185,10 @@ pub(super) async fn call_within<S: Send + Sync + 'static, T: Send + 'static>(
 }
 
 impl Store for FaultyStore {
+    fn capabilities(&self) -> Capabilities {
+        self.store.capabilities()
+    }
+
     fn acquire<'a>(&'a self, wanted: &'a Wanted, _: InLine, timeout: Duration) -> Answer<'a, Acquired> {
         let wanted = wanted.clone();
         wanted.latest.extend(self.latest(timeout));
@@ -195,7 +199,7 @@ impl Store for FaultyStore {
         }))
     }
 
-    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Renewed> {
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Verdict> {
         let owned = owned.clone();
         Box::pin(self.call(Operation::Renew, timeout, move |store, ran| {
             let renewed = store.renew_now(&owned, ttl, how);
@@ -204,11 +208,26 @@ impl Store for FaultyStore {
         }))
     }
 
-    fn together(&self) -> Option<&dyn Together> {
-        Some(self)
+    /// They share a call, and what becomes of it.
+    fn renew_batch<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], timeout: Duration) -> Answers<'a, Verdict> {
+        let owned: Vec<_> = locks.iter().map(|&(owned, ttl)| (owned.clone(), ttl)).collect();
+        let call = self.call(Operation::Renew, timeout, move |store, ran| -> Vec<_> {
+            let renew = |(owned, ttl): &(Owned, Duration)| {
+                let renewed = store.renew_now(owned, *ttl, Extending::AtLeast);
+                ran(Ran::Renew(owned, *ttl, Extending::AtLeast, &renewed));
+                renewed
+            };
+            owned.iter().map(renew).collect()
+        });
+        Box::pin(async {
+            match call.await {
+                Ok(answers) => answers.into_iter().map(Ok).collect(),
+                Err(error) => locks.iter().map(|_| Err(error.clone())).collect(),
+            }
+        })
     }
 
-    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Released> {
+    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Verdict> {
         let owned = owned.clone();
         Box::pin(self.call(Operation::Release, timeout, move |store, ran| {
             let released = store.release_now(&owned, ending);
@@ -225,10 +244,6 @@ impl Store for FaultyStore {
             ran(Ran::Undo(&owned, &undone));
             undone
         }))
-    }
-
-    fn hands_over(&self) -> bool {
-        true
     }
 
     fn hand_over<'a>(
@@ -248,11 +263,11 @@ impl Store for FaultyStore {
         }))
     }
 
-    fn listen(&self, key: &Key) -> Listening {
-        let listening = self.store.listen_now(key);
+    fn subscribe(&self, key: &Key) -> Subscription {
+        let subscription = self.store.subscribe_now(key);
         match &self.witness {
-            Some(witness) => witness.listens(listening),
-            None => listening,
+            Some(witness) => witness.subscribes(subscription),
+            None => subscription,
         }
     }
 
@@ -264,27 +279,6 @@ impl Store for FaultyStore {
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {
         let key = key.clone();
         Box::pin(self.call(Operation::Read, timeout, move |store, _| store.inspect_now(&key)))
-    }
-}
-
-impl Together for FaultyStore {
-    /// They share a call, and what becomes of it.
-    fn renew_all<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], timeout: Duration) -> Each<'a, Renewed> {
-        let owned: Vec<_> = locks.iter().map(|&(owned, ttl)| (owned.clone(), ttl)).collect();
-        let call = self.call(Operation::Renew, timeout, move |store, ran| -> Vec<_> {
-            let renew = |(owned, ttl): &(Owned, Duration)| {
-                let renewed = store.renew_now(owned, *ttl, Extending::AtLeast);
-                ran(Ran::Renew(owned, *ttl, Extending::AtLeast, &renewed));
-                renewed
-            };
-            owned.iter().map(renew).collect()
-        });
-        Box::pin(async {
-            match call.await {
-                Ok(answers) => answers.into_iter().map(Ok).collect(),
-                Err(error) => locks.iter().map(|_| Err(error.clone())).collect(),
-            }
-        })
     }
 }
 

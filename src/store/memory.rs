@@ -8,27 +8,27 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::task::consume_budget;
 use tokio::time::Instant;
 
-use super::listen::{Line, Listeners, Listening};
+use super::notifications::{ChannelState, Subscription, Subscriptions};
 use super::{
-    Acquired, Answer, Each, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Released, Renewed, Store,
-    Together, Undone, Wanted,
+    Acquired, Answer, Answers, Capabilities, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Store,
+    Undone, Verdict, Wanted,
 };
 use crate::hold::{GrantId, Owned};
 use crate::{Key, Loss, Token};
 
-/// Locks in a map. No operation waits for anything but its task's turn, so none can time out.
+/// Locks in a map. Operations wait for nothing but tokio's cooperative budget, so none can time out.
 pub(crate) struct MemoryStore {
     held: Mutex<Held>,
-    listeners: Listeners,
+    subscriptions: Subscriptions,
 }
 
 struct Held {
     locks: HashMap<Key, Entry>,
-    /// One counter for all keys: it grows for each of them.
+    /// One counter for all keys, so it grows for each of them.
     last_fence: u64,
-    /// Expired entries are swept out whenever the map has doubled since the last time.
+    /// The size of the map at which expired entries are removed next: twice its size after the last time.
     sweep_at: usize,
-    /// Ties tokio's clock, which tests may pause, to the wall clock that fencing tokens start from.
+    /// Relates tokio's clock, which tests may pause, to the wall clock that fencing tokens start from.
     epoch: (Instant, Duration),
 }
 
@@ -37,15 +37,15 @@ struct Entry {
     metadata: Box<[u8]>,
     expires: Instant,
     fence: Option<u64>,
-    /// Which grants rely on it. Empty: that of the request that made the token, alone.
+    /// The grants that rely on it. If empty, only the grant of the request that made the token.
     grants: Vec<Reliance>,
 }
 
-/// A grant that relies on a lock: as in the record that `grants.lua` keeps.
+/// A grant that relies on a lock, as in the record of `grants.lua`.
 #[derive(Clone, Copy, Debug)]
 struct Reliance {
     grant: Option<GrantId>,
-    /// The longest ttl that it has asked for. `None` where that is not known, as with the grant that has no id.
+    /// The longest ttl that it has asked for. `None` if that is not known, as for the grant that has no id.
     ttl: Option<Duration>,
 }
 
@@ -57,12 +57,12 @@ impl Entry {
         }
     }
 
-    /// The grants that rely on it, other than this one.
+    /// Returns the grants that rely on it, other than this one.
     fn others(&self, grant: Option<GrantId>) -> Vec<Reliance> {
         self.grants().into_iter().filter(|other| other.grant != grant).collect()
     }
 
-    /// The grant relies on it as well, for at least so long.
+    /// Adds a grant that relies on it for at least this ttl.
     fn rely(&mut self, grant: Option<GrantId>, ttl: Duration) {
         let known = self.grants.iter().find(|known| known.grant == grant).and_then(|known| known.ttl);
         let mut grants = self.others(grant);
@@ -77,29 +77,29 @@ impl MemoryStore {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let epoch = (Instant::now(), since_1970);
         let held = Mutex::new(Held { locks: HashMap::new(), last_fence: 0, sweep_at: 64, epoch });
-        Self { held, listeners: Listeners::new() }
+        Self { held, subscriptions: Subscriptions::new() }
     }
 
     pub(super) fn acquire_now(&self, wanted: &Wanted) -> Acquired {
         self.held().acquire(wanted)
     }
 
-    pub(super) fn renew_now(&self, owned: &Owned, ttl: Duration, how: Extending) -> Renewed {
+    pub(super) fn renew_now(&self, owned: &Owned, ttl: Duration, how: Extending) -> Verdict {
         self.held().renew(owned, ttl, how)
     }
 
-    pub(super) fn release_now(&self, owned: &Owned, ending: Ending) -> Released {
+    pub(super) fn release_now(&self, owned: &Owned, ending: Ending) -> Verdict {
         let released = self.held().release(owned, ending);
-        owned.keys.iter().for_each(|key| self.listeners.tell(key.as_bytes()));
+        owned.keys.iter().for_each(|key| self.subscriptions.notify(key.as_bytes()));
         released
     }
 
     pub(super) fn undo_now(&self, owned: &Owned, latest: &Latest) -> Undone {
         self.release_now(owned, Ending::Grant);
-        latest.remaining(self.millis(Instant::now())).map_or(Undone::Settled, Undone::MayRun)
+        latest.remaining(self.millis(Instant::now())).map_or(Undone::Complete, Undone::MayRun)
     }
 
-    /// The clock that requests expire by.
+    /// Returns the time in ms by the clock that requests expire by.
     pub(super) fn millis(&self, instant: Instant) -> u64 {
         let (start, _) = self.held().epoch;
         u64::try_from(instant.saturating_duration_since(start).as_millis()).unwrap_or(u64::MAX)
@@ -110,12 +110,12 @@ impl MemoryStore {
         if ending == Ending::Grant && held.is_shared(from) {
             return HandedOver::NotNow;
         }
-        if let Released::NotOurs(loss) = held.release(from, ending) {
+        if let Verdict::NotOurs(loss) = held.release(from, ending) {
             return HandedOver::NotOurs(loss);
         }
         match held.acquire(to) {
             Acquired::Granted { fencing_token } => HandedOver::Done { fencing_token, alone: true },
-            // Nobody can have come in between.
+            // The mutex was held since the release.
             Acquired::Held { .. } => HandedOver::NotOurs(Loss::Taken),
         }
     }
@@ -128,29 +128,29 @@ impl MemoryStore {
         self.held().inspect(key)
     }
 
-    pub(super) fn listen_now(&self, key: &Key) -> Listening {
-        self.listeners.listen(key.to_bytes(), Line::Open).0
+    pub(super) fn subscribe_now(&self, key: &Key) -> Subscription {
+        self.subscriptions.subscribe(key.to_bytes(), ChannelState::Open).0
     }
 
-    /// Who holds the key now, and until when unless renewed.
+    /// Returns the holder of the key, and when the lock expires unless it is renewed.
     #[cfg(test)]
     pub(crate) fn holder(&self, key: &Key) -> Option<(Token, Instant)> {
         self.held().live(key, Instant::now()).map(|entry| (entry.token.clone(), entry.expires))
     }
 
-    /// As somebody does who deletes a key by hand: nobody is told.
+    /// Deletes a key without a notification, as a user does by hand.
     #[cfg(test)]
     pub(crate) fn delete(&self, key: &Key) {
         self.held().locks.remove(key);
     }
 
-    /// To how many keys somebody listens, or is thought to.
+    /// Returns how many keys have subscriptions.
     #[cfg(test)]
-    pub(crate) fn listeners(&self) -> usize {
-        self.listeners.len()
+    pub(crate) fn subscriptions(&self) -> usize {
+        self.subscriptions.len()
     }
 
-    /// As a server does that is restarted without its data.
+    /// Forgets all locks, as a server does that is restarted without its data.
     #[cfg(test)]
     pub(crate) fn forget(&self) {
         self.held().locks.clear();
@@ -166,7 +166,7 @@ impl Held {
         self.locks.get(key).filter(|entry| now < entry.expires)
     }
 
-    /// Which loss explains that not all keys hold the token, if they don't.
+    /// Returns the loss that explains why not all keys hold the token, if they don't.
     fn not_ours(&self, owned: &Owned, now: Instant) -> Option<Loss> {
         let mut loss = None;
         for key in &owned.keys {
@@ -179,7 +179,7 @@ impl Held {
         loss
     }
 
-    /// Whether other grants rely on one of the keys.
+    /// Returns whether other grants rely on one of the keys.
     fn is_shared(&self, owned: &Owned) -> bool {
         let now = Instant::now();
         let mut entries = owned.keys.iter().filter_map(|key| self.live(key, now));
@@ -189,9 +189,9 @@ impl Held {
     fn acquire(&mut self, wanted: &Wanted) -> Acquired {
         let now = Instant::now();
         let Owned { keys, token, grant, .. } = &wanted.owned;
-        // Never shorter than it is: another of the same token may rely on it.
+        // Never earlier than it is: another grant of the same token may rely on it.
         let mut expires = now + wanted.ttl;
-        // The greatest, where a twin was granted some of the keys later; none, where one key has none.
+        // The greatest token of the keys, as some may have been granted later than others; none if one key has none.
         let mut repeated = Some(0);
         for (place, key) in keys.iter().enumerate() {
             match self.live(key, now) {
@@ -203,7 +203,7 @@ impl Held {
                 None => {}
             }
         }
-        // Minted once for one holder: a repeat answers the same.
+        // A holder has one fencing token: a repeat returns the same.
         let repeated = repeated.filter(|_| self.not_ours(&wanted.owned, now).is_none());
         let fence = wanted.fenced.then(|| repeated.unwrap_or_else(|| self.next_fence(now)));
         for key in keys {
@@ -232,10 +232,10 @@ impl Held {
         self.last_fence
     }
 
-    fn renew(&mut self, owned: &Owned, ttl: Duration, how: Extending) -> Renewed {
+    fn renew(&mut self, owned: &Owned, ttl: Duration, how: Extending) -> Verdict {
         let (how, now) = (how.of(owned), Instant::now());
         if let Some(loss) = self.not_ours(owned, now) {
-            return Renewed::NotOurs(loss);
+            return Verdict::NotOurs(loss);
         }
         for key in &owned.keys {
             if let Some(entry) = self.locks.get_mut(key) {
@@ -265,10 +265,10 @@ impl Held {
                 entry.expires = if is_exact { now + ttl } else { entry.expires.max(now + ttl) };
             }
         }
-        Renewed::Extended
+        Verdict::Done
     }
 
-    fn release(&mut self, owned: &Owned, ending: Ending) -> Released {
+    fn release(&mut self, owned: &Owned, ending: Ending) -> Verdict {
         let now = Instant::now();
         let loss = self.not_ours(owned, now);
         for key in &owned.keys {
@@ -288,7 +288,7 @@ impl Held {
                 entry.grants = others;
             }
         }
-        loss.map_or(Released::Freed, Released::NotOurs)
+        loss.map_or(Verdict::Done, Verdict::NotOurs)
     }
 
     fn remaining(&self, owned: &Owned) -> Option<Duration> {
@@ -311,28 +311,31 @@ impl Held {
 }
 
 impl Store for MemoryStore {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { hands_over: true, renews_batches: true, ..Capabilities::default() }
+    }
+
     fn acquire<'a>(&'a self, wanted: &'a Wanted, _: InLine, _: Duration) -> Answer<'a, Acquired> {
         in_turn(move || self.acquire_now(wanted))
     }
 
-    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, _: Duration) -> Answer<'a, Renewed> {
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, _: Duration) -> Answer<'a, Verdict> {
         in_turn(move || self.renew_now(owned, ttl, how))
     }
 
-    fn together(&self) -> Option<&dyn Together> {
-        Some(self)
+    fn renew_batch<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], _: Duration) -> Answers<'a, Verdict> {
+        Box::pin(async {
+            consume_budget().await;
+            locks.iter().map(|(owned, ttl)| Ok(self.renew_now(owned, *ttl, Extending::AtLeast))).collect()
+        })
     }
 
-    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, _: Duration) -> Answer<'a, Released> {
+    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, _: Duration) -> Answer<'a, Verdict> {
         in_turn(move || self.release_now(owned, ending))
     }
 
     fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, _: Duration) -> Answer<'a, Undone> {
         in_turn(move || self.undo_now(owned, latest))
-    }
-
-    fn hands_over(&self) -> bool {
-        true
     }
 
     fn hand_over<'a>(
@@ -346,8 +349,8 @@ impl Store for MemoryStore {
         in_turn(move || self.hand_over_now(from, ending, to))
     }
 
-    fn listen(&self, key: &Key) -> Listening {
-        self.listen_now(key)
+    fn subscribe(&self, key: &Key) -> Subscription {
+        self.subscribe_now(key)
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, _: Duration) -> Answer<'a, Option<Duration>> {
@@ -359,9 +362,8 @@ impl Store for MemoryStore {
     }
 }
 
-/// Runs an operation, which is never pending for itself. It takes part in tokio's cooperative budget: a task that does
-/// nothing but lock and release gives others their turn. Yields before it runs, so one that is dropped has not been
-/// run.
+/// Runs an operation, which is never pending by itself, within tokio's cooperative budget: a task that does nothing but
+/// lock and release lets other tasks run. It yields before it runs, so an operation that is dropped has not run.
 fn in_turn<'a, T: Send + 'a>(run: impl FnOnce() -> T + Send + 'a) -> Answer<'a, T> {
     Box::pin(async {
         consume_budget().await;
@@ -370,19 +372,10 @@ fn in_turn<'a, T: Send + 'a>(run: impl FnOnce() -> T + Send + 'a) -> Answer<'a, 
 }
 
 impl fmt::Debug for MemoryStore {
-    /// Shows how many locks there are: what they hold belongs to their owners.
+    /// Shows how many locks there are, and not what they hold.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let locks = self.held().locks.len();
-        f.debug_struct("MemoryStore").field("locks", &locks).field("listeners", &self.listeners).finish()
-    }
-}
-
-impl Together for MemoryStore {
-    fn renew_all<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], _: Duration) -> Each<'a, Renewed> {
-        Box::pin(async {
-            consume_budget().await;
-            locks.iter().map(|(owned, ttl)| Ok(self.renew_now(owned, *ttl, Extending::AtLeast))).collect()
-        })
+        f.debug_struct("MemoryStore").field("locks", &locks).field("subscriptions", &self.subscriptions).finish()
     }
 }
 
@@ -456,8 +449,8 @@ mod tests {
             locker.lock(format!("k{n}")).wait_at_most(ms(500)).await.unwrap_err();
             waiter.await.unwrap().unwrap().into_lease();
         }
-        // A queue is kept for a moment: who waited often waits again.
+        // A queue is kept for a moment, as a request that waited is often followed by another.
         sleep(ms(1_500)).await;
-        assert_eq!(store.listeners.len(), 0);
+        assert_eq!(store.subscriptions.len(), 0);
     }
 }

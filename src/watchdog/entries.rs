@@ -1,4 +1,4 @@
-//! The entries of a registry: which locks are watched, under which keys, and what sees to each.
+//! The entries of a registry: which locks are watched, under which keys, and what keeps each of them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,21 +9,21 @@ use super::outbox::Id;
 use crate::hold::Owned;
 use crate::{Error, Key, LockGuard};
 
-/// Nothing here runs code of others: what is replaced or removed is handed out.
+/// Nothing here runs foreign code: what is replaced or removed is returned to the caller, which drops it.
 #[derive(Default)]
 pub(super) struct Entries {
     ids: HashMap<Key, Id>,
     entries: HashMap<Id, Entry>,
-    /// How many of them are only reserved.
+    /// How many of the entries are only reserved.
     reserved: usize,
     next: Id,
-    /// Takes nothing new.
+    /// No further lock is accepted.
     pub(super) closed: bool,
 }
 
 pub(super) struct Entry {
     pub(super) owned: Owned,
-    /// Came as a lease: not released unless somebody asks for it.
+    /// The lock came as a lease, so it is released only on request.
     pub(super) leased: bool,
     pub(super) keeping: Keeping,
     pub(super) renewals: u64,
@@ -31,18 +31,18 @@ pub(super) struct Entry {
 }
 
 pub(super) enum Keeping {
-    /// A lease that is about to be taken up. Nobody sees it but who would use one of its keys too.
+    /// A lease that is about to be taken up. It only keeps others from entering one of its keys.
     Reserved,
-    /// A task waits for the lock. It is entered a moment later than it starts.
+    /// A task waits for the lock. The handle is entered a moment after the task was started.
     Obtaining(Option<AbortOnDropHandle<()>>),
     /// The guard's renewer renews it.
     Held(LockGuard),
-    /// Somebody has taken out what was here and is about to say how it ended.
+    /// Somebody has taken out the guard or the task, and is about to report how the watching ended.
     Ending,
 }
 
 impl Entries {
-    /// Refuses what is watched already.
+    /// Refuses a lock of which a key is already entered.
     pub(super) fn admits(&self, owned: &Owned) -> Result<(), Error> {
         if self.closed {
             return Err(Error::Closed);
@@ -53,7 +53,7 @@ impl Entries {
         }
     }
 
-    /// The id of what is entered next.
+    /// Returns the id that the next entry will have.
     pub(super) fn next(&self) -> Id {
         self.next
     }
@@ -67,7 +67,7 @@ impl Entries {
         id
     }
 
-    /// What sees to the lock from now on; answers what did before. Never reserved again.
+    /// Replaces what keeps the lock, and returns what did so before. An entry never becomes reserved again.
     pub(super) fn replace(&mut self, id: Id, keeping: Keeping) -> Option<Keeping> {
         let before = std::mem::replace(&mut self.entries.get_mut(&id)?.keeping, keeping);
         self.reserved -= usize::from(matches!(before, Keeping::Reserved));
@@ -91,12 +91,12 @@ impl Entries {
         self.entries.get_mut(&id)
     }
 
-    /// How many are watched.
+    /// Returns how many locks are watched.
     pub(super) fn len(&self) -> usize {
         self.entries.len() - self.reserved
     }
 
-    /// Which are watched, each by the first of its keys, in the order in which they came.
+    /// Returns the watched locks, each with the first of its keys, in order of entry.
     pub(super) fn watched(&self) -> Vec<(Id, Key)> {
         let watched = self.entries.iter().filter(|(_, entry)| !matches!(entry.keeping, Keeping::Reserved));
         let mut watched: Vec<_> = watched.map(|(&id, entry)| (id, entry.owned.key())).collect();
@@ -104,7 +104,7 @@ impl Entries {
         watched
     }
 
-    /// What is watched under the key.
+    /// Returns the entry that is watched under the key.
     pub(super) fn find(&self, key: &Key) -> Option<(Id, &Entry)> {
         let id = *self.ids.get(key)?;
         let entry = self.entries.get(&id)?;

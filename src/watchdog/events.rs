@@ -1,4 +1,4 @@
-//! What a watchdog reports: the events, and how many that wait become few.
+//! What a watchdog reports, and how events that wait for delivery are merged.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,11 +7,10 @@ use tokio::time::Instant;
 
 use crate::{Error, Key, Loss};
 
-/// What a [`WatchDog`](crate::WatchDog) reports of a lock that it watches.
+/// What a [`WatchDog`](crate::WatchDog) reports about a lock that it watches.
 ///
-/// For each time that a lock is watched they come in one order: `Obtained`, if the lock was to be waited for; any
-/// number of `Renewed` and `RenewFailed`; and one of `Lost`, `Released` and `Stopped`, after which there is nothing
-/// more.
+/// Each time that a lock is watched, its events come in this order: `Obtained`, if the request was to wait for the
+/// lock; any number of `Renewed` and `RenewFailed`; and at the end one of `Lost`, `Released` and `Stopped`.
 ///
 /// # Examples
 ///
@@ -32,11 +31,11 @@ use crate::{Error, Key, Loss};
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum WatchEvent {
-    /// The lock is held from now on. Only where it was to be [waited for](crate::WatchRequest::obtain_when_free).
+    /// The lock is held from now on. Reported only for requests that [wait](crate::WatchRequest::obtain_when_free).
     Obtained {
         /// The lock's key; of several, the first.
         key: Key,
-        /// What the lock's [`fencing_token`](crate::LockGuard::fencing_token) is.
+        /// The lock's [`fencing_token`](crate::LockGuard::fencing_token).
         fencing_token: Option<u64>,
     },
 
@@ -44,13 +43,13 @@ pub enum WatchEvent {
     Renewed {
         /// The lock's key; of several, the first.
         key: Key,
-        /// How many renewals this event stands for: those that came while the callback was busy are told together.
+        /// How many renewals this event stands for: those made while the callback was busy are reported as one.
         count: u64,
-        /// Until when the lock is surely held, by the latest of them.
+        /// Until when the lock is surely held, as of the latest of them.
         deadline: Instant,
     },
 
-    /// The lock could not be renewed. That is no loss yet, and is tried again until the deadline.
+    /// The lock could not be renewed. It is not lost yet: the renewal is retried until the deadline.
     RenewFailed {
         /// The lock's key; of several, the first.
         key: Key,
@@ -58,38 +57,38 @@ pub enum WatchEvent {
         count: u64,
         /// Why the latest of them failed.
         error: Arc<Error>,
-        /// How long the lock was surely held from then on.
+        /// How long the lock is surely held, counted from the latest failure.
         remaining: Duration,
     },
 
-    /// The lock is lost: stop what it protects. It is watched no more.
+    /// The lock is lost: stop the work that it protects. It is no longer watched.
     Lost {
         /// The lock's key; of several, the first.
         key: Key,
         /// How it was lost.
         loss: Loss,
-        /// Why the latest renewal failed, where the lock [expired](Loss::Expired) and none had succeeded since.
+        /// Why the latest renewal failed, if the lock [expired](Loss::Expired) and no renewal has succeeded since.
         cause: Option<Arc<Error>>,
     },
 
-    /// The lock was released: by name, or in the background, as the last handle of the watchdog was dropped.
+    /// The lock was released: on request, or in the background after the last handle of the watchdog was dropped.
     Released {
         /// The lock's key; of several, the first.
         key: Key,
     },
 
-    /// The lock is watched no more, and was neither lost nor released: somebody else has to renew it now. Or it was
-    /// only waited for, and is so no more.
+    /// The lock is no longer watched, and was neither lost nor released: somebody else has to renew it now. Or it was
+    /// waited for, and the wait has ended.
     Stopped {
         /// The lock's key; of several, the first.
         key: Key,
-        /// Why waiting for the lock came to an end, where nobody asked for that.
+        /// Why the wait for the lock ended, unless somebody asked for that.
         reason: Option<Arc<Error>>,
     },
 }
 
 impl WatchEvent {
-    /// The key of the lock that this is about; of several, the first.
+    /// Returns the key of the lock; of several, the first.
     ///
     /// ```
     /// use tenure::WatchEvent;
@@ -107,14 +106,13 @@ impl WatchEvent {
         }
     }
 
-    /// Adds an event to those of its lock that nobody has been told of yet. There is never more than one of each kind,
-    /// however long nobody is told: a later renewal takes the place of an earlier one and counts for both, and so does
-    /// a failure.
+    /// Adds an event to those of its lock that wait for delivery. There is never more than one of each kind, however
+    /// long they wait: a later renewal replaces an earlier one and counts for both, and so does a failure.
     pub(super) fn add_to(mut self, waiting: &mut Vec<Self>) {
         let kind = std::mem::discriminant(&self);
         if let Self::Renewed { count, .. } | Self::RenewFailed { count, .. } = &mut self {
-            if let Some(place) = waiting.iter().position(|earlier| std::mem::discriminant(earlier) == kind) {
-                if let Self::Renewed { count: more, .. } | Self::RenewFailed { count: more, .. } = waiting.remove(place)
+            if let Some(index) = waiting.iter().position(|earlier| std::mem::discriminant(earlier) == kind) {
+                if let Self::Renewed { count: more, .. } | Self::RenewFailed { count: more, .. } = waiting.remove(index)
                 {
                     *count = count.saturating_add(more);
                 }

@@ -1,4 +1,4 @@
-//! From a lease to a lock that is watched: held already, or waited for.
+//! Takes up the lock of a lease: adopts it if it is held, or else waits until it is free.
 
 use std::sync::Arc;
 
@@ -7,19 +7,21 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::entries::{Entry, Keeping};
 use super::events::WatchEvent;
+use super::inner::Inner;
+use super::observer::RenewalObserver;
 use super::outbox::Id;
-use super::registry::{End, Registry};
+use super::registry::End;
 use crate::hold::timing::{self, Renewal};
 use crate::{Error, Lease, LockGuard};
 
-impl Registry {
+impl Inner {
     pub(super) async fn watch_lease(
         self: &Arc<Self>,
         lease: Lease,
         renewal: Renewal,
         obtain_when_free: bool,
     ) -> Result<(), Error> {
-        self.outbox.call_back_here();
+        self.registry.outbox.call_back_here();
         let reservation = Reservation::new(self, &lease)?;
         let id = reservation.id;
         let failed = match self.locker.adopt_and_renew(&lease, renewal).await {
@@ -30,15 +32,16 @@ impl Registry {
             return Err(failed);
         }
         let runtime = self.locker.shared().runtime()?;
-        self.change(|entries| match entries.closed {
+        self.registry.change(|entries| match entries.closed {
             true => Err(Error::Closed),
             false => Ok(entries.replace(id, Keeping::Obtaining(None))),
         })?;
-        // Not under the mutex: a runtime that is gone drops the task, and the reservation with it, on the spot.
+        // Outside the mutex (invariant 3): a runtime that has shut down drops the task, and with it the reservation,
+        // within spawn().
         let task = AbortOnDropHandle::new(runtime.spawn(reservation.obtain(lease, renewal, failed)));
-        let late = self.change(|entries| match entries.get_mut(id) {
+        let late = self.registry.change(|entries| match entries.get_mut(id) {
             Some(Entry { keeping: Keeping::Obtaining(entered), .. }) => entered.replace(task),
-            // It has obtained the lock already, or nobody wants it any more.
+            // The task has obtained the lock already, or somebody has ended the watching.
             _ => Some(task),
         });
         drop(late);
@@ -46,24 +49,24 @@ impl Registry {
     }
 }
 
-/// The entry of a lease whose lock is not held yet. Dropped before it is, nothing stays entered.
+/// The entry of a lease whose lock is not held yet. Dropping it before the lock is held removes the entry.
 struct Reservation {
-    registry: Arc<Registry>,
+    inner: Arc<Inner>,
     id: Id,
 }
 
 impl Reservation {
-    fn new(registry: &Arc<Registry>, lease: &Lease) -> Result<Self, Error> {
-        let id = registry.change(|entries| {
+    fn new(inner: &Arc<Inner>, lease: &Lease) -> Result<Self, Error> {
+        let id = inner.registry.change(|entries| {
             entries.admits(lease.owned())?;
             Ok::<_, Error>(entries.enter(lease.owned().clone(), true, Keeping::Reserved))
         })?;
-        Ok(Self { registry: registry.clone(), id })
+        Ok(Self { inner: inner.clone(), id })
     }
 
-    /// Waits for the lock, for as long as waiting may help.
+    /// Waits for the lock until it is held or an error occurs that waiting cannot resolve.
     async fn obtain(self, lease: Lease, renewal: Renewal, mut failed: Error) {
-        let locker = &self.registry.locker;
+        let locker = &self.inner.locker;
         let mut attempts = 0;
         let given_up = loop {
             let attempt = match &failed {
@@ -72,14 +75,14 @@ impl Reservation {
                     request.ttl(lease.ttl()).renewal(renewal).await.map(|guard| (guard, None))
                 }
                 passing if may_pass(passing) => {
-                    // It may well be held: a renewal, other than an attempt, leaves its metadata as it is.
+                    // The lock may still be held by the lease. A renewal keeps its metadata, and an attempt would not.
                     attempts += 1;
                     sleep(timing::poll_after(attempts, None, fastrand::f64())).await;
                     locker.adopt_and_renew(&lease, renewal).await.map(|guard| (guard, Some(&lease)))
                 }
                 _ => break failed,
             };
-            // Lost again before it could be taken up, it is waited for again.
+            // A lock that was lost before it could be taken up is waited for again.
             match attempt.and_then(|(guard, lease)| self.take_up(guard, true, lease)) {
                 Ok(()) => return,
                 Err(error) => failed = error,
@@ -88,9 +91,9 @@ impl Reservation {
         self.give_up(given_up);
     }
 
-    /// The lock is held: from here on it is watched. `lease` is what it was adopted from, if it was.
+    /// Watches the lock, which is held now. `lease` is the one that it was adopted from, if it was adopted.
     fn take_up(&self, guard: LockGuard, tell: bool, lease: Option<&Lease>) -> Result<(), Error> {
-        let (registry, id, hold) = (&self.registry, self.id, guard.hold());
+        let (registry, id, hold) = (&self.inner.registry, self.id, guard.hold());
         let (key, fencing_token) = (hold.owned.key(), hold.fencing_token);
         let taken = registry.change(|entries| {
             let wanted = matches!(
@@ -100,7 +103,7 @@ impl Reservation {
             if !wanted {
                 return Err((Error::Closed, guard));
             }
-            if let Err(loss) = hold.observe(registry.watcher(id)) {
+            if let Err(loss) = hold.observe(RenewalObserver::new(registry, id)) {
                 return Err((Error::NotHeld { key, loss }, guard));
             }
             if tell {
@@ -115,8 +118,8 @@ impl Reservation {
             }
             Err((error, guard)) => {
                 match lease {
-                    Some(lease) => drop(registry.return_to(guard, lease.owned().grant)),
-                    // Obtained for nobody: it is released.
+                    Some(lease) => drop(self.inner.return_to(guard, lease.owned().grant)),
+                    // It was obtained, and nobody wants it any more: it is released.
                     None => drop(guard),
                 }
                 Err(error)
@@ -125,35 +128,35 @@ impl Reservation {
     }
 
     fn give_up(&self, reason: Error) {
-        // Whoever no longer wants the lock has taken the task out.
-        let task = self.registry.take_out_if(self.id, |keeping| matches!(keeping, Keeping::Obtaining(_)));
+        // Whoever ended the watching has taken the task out (invariant 2).
+        let task = self.inner.registry.take_out_if(self.id, |keeping| matches!(keeping, Keeping::Obtaining(_)));
         if task.is_some() {
             detach(task);
-            self.registry.finish(self.id, End::Stopped(Some(Arc::new(reason))));
+            self.inner.registry.finish(self.id, End::Stopped(Some(Arc::new(reason))));
         }
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        let unused = self.registry.change(|entries| {
+        let unused = self.inner.registry.change(|entries| {
             let unused = matches!(entries.get(self.id)?.keeping, Keeping::Reserved);
             unused.then(|| entries.remove(self.id))
         });
         drop(unused);
-        // The task was dropped with its runtime.
+        // Has an effect only if the task was dropped with its runtime.
         self.give_up(Error::NoRuntime);
     }
 }
 
-/// The task is the one that calls this, and ends by itself.
+/// Lets the task go on: it is the one that calls this, and is about to end.
 fn detach(keeping: Option<Keeping>) {
     if let Some(Keeping::Obtaining(Some(task))) = keeping {
         drop(task.detach());
     }
 }
 
-/// Whether waiting may help against it.
+/// Returns whether the error may pass while the lock is waited for.
 fn may_pass(error: &Error) -> bool {
     error.is_transient() || matches!(error, Error::NotHeld { .. } | Error::ValidityExpired)
 }

@@ -1,10 +1,10 @@
-//! How events get to the callback, and nobody has to wait for it.
+//! Delivers events to the callback and to subscribers, without making anybody wait for the callback.
 //!
-//! 1. The callback runs on a thread for blocking work, never on one that renews, and with no lock of ours held.
-//! 2. One job at a time calls it. It takes the locks that have events in turn, and all events of one lock together: so
-//!    the events of one key come in order, also when it is watched again, and no key has to wait for a busier one.
-//! 3. What waits is bounded for each time that a lock is watched ([`WatchEvent::add_to`]). Only the last event of each
-//!    can't be merged, as none may be missed.
+//! 1. The callback runs on a thread for blocking work, never on one that renews, and with no mutex of this crate held.
+//! 2. One job at a time calls it. The job takes the locks that have events in turn, and all events of one lock
+//!    together. So the events of one key come in order, even if it is watched again, and no key waits for a busier one.
+//! 3. Each time that a lock is watched, the number of its waiting events is bounded ([`WatchEvent::add_to`]). Last
+//!    events are never merged, as none may be missed.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -19,10 +19,10 @@ use tracing::error;
 
 use super::events::WatchEvent;
 
-/// What is called with every event.
+/// The function that is called with every event.
 pub(super) type Callback = Box<dyn Fn(&WatchEvent) + Send + Sync>;
 
-/// Tells apart each time that a lock is watched.
+/// Identifies one time that a lock is watched.
 pub(super) type Id = u64;
 
 /// How many events a subscriber may be behind.
@@ -30,24 +30,25 @@ pub(super) const SUBSCRIBERS_MAY_LAG: usize = 1_024;
 
 pub(super) struct Outbox {
     callback: Option<Callback>,
-    /// Made when somebody first subscribes.
+    /// Made on the first subscription.
     subscribers: OnceLock<broadcast::Sender<WatchEvent>>,
     queue: Mutex<Queue>,
-    /// How many turns have been delivered.
+    /// How many batches have been delivered.
     delivered: watch::Sender<u64>,
 }
 
 #[derive(Default)]
 struct Queue {
-    waiting: HashMap<Id, Vec<WatchEvent>>,
-    /// Whose turn it is: each of `waiting` once.
-    turns: VecDeque<Id>,
-    /// How many turns there have been, those that wait included.
-    taken: u64,
+    /// The batch of waiting events of each lock.
+    batches: HashMap<Id, Vec<WatchEvent>>,
+    /// The keys of `batches`, each once, in order of delivery.
+    order: VecDeque<Id>,
+    /// How many batches there have been, including those that wait.
+    begun: u64,
     /// A job calls the callback, or is about to.
     delivering: bool,
-    /// Where the watchdog was last used from. Not where renewals run, if that is a runtime of their own: what the
-    /// callback spawns would run there too.
+    /// The runtime that the watchdog was last used on. It need not be the one that renews: if that is a runtime of
+    /// this crate's own, tasks that the callback spawns must not run there.
     runtime: Option<Handle>,
 }
 
@@ -61,7 +62,7 @@ impl Outbox {
         self.subscribers.get_or_init(|| broadcast::Sender::new(SUBSCRIBERS_MAY_LAG)).subscribe()
     }
 
-    /// The callback shall run on the runtime of who calls this, if there is one.
+    /// From now on, runs the callback on the caller's runtime, if there is one.
     pub(super) fn call_back_here(&self) {
         if let (Some(_), Ok(runtime)) = (&self.callback, Handle::try_current()) {
             let before = self.queue().runtime.replace(runtime);
@@ -69,75 +70,75 @@ impl Outbox {
         }
     }
 
-    /// Puts an event where it will be told from. The caller sees to the order, and calls [`deliver`](Outbox::deliver)
-    /// when it holds no lock any more.
+    /// Adds an event. Events are delivered in the order of these calls. The caller holds the registry's mutex to keep
+    /// that order, and calls [`deliver`](Outbox::deliver) once it is unlocked.
     pub(super) fn put(&self, id: Id, event: WatchEvent) {
         if let Some(subscribers) = self.subscribers.get() {
-            // Under the caller's mutex, as the order would be lost otherwise; the wakers of tasks only schedule them.
-            // Without any subscriber left it comes back, and is not needed.
+            // This wakes tasks under the caller's mutex, which it has to, for the order. Their wakers only schedule
+            // them. Without any subscriber left, send() returns the event, which nobody needs.
             drop(subscribers.send(event.clone()));
         }
         if self.callback.is_none() {
             return;
         }
         let mut queue = self.queue();
-        let Queue { waiting, turns, taken, .. } = &mut *queue;
-        let events = waiting.entry(id).or_insert_with(|| {
-            turns.push_back(id);
-            *taken += 1;
+        let Queue { batches, order, begun, .. } = &mut *queue;
+        let events = batches.entry(id).or_insert_with(|| {
+            order.push_back(id);
+            *begun += 1;
             Vec::new()
         });
         event.add_to(events);
     }
 
-    /// Sees to it that a job tells what is there to tell.
+    /// Starts a job that delivers the waiting events, unless one is running.
     pub(super) fn deliver(self: &Arc<Self>) {
         let runtime = {
             let mut queue = self.queue();
-            if queue.delivering || queue.turns.is_empty() {
+            if queue.delivering || queue.order.is_empty() {
                 return;
             }
             queue.delivering = true;
             queue.runtime.clone()
         };
-        let delivery = Delivery { outbox: self.clone(), place: Place::Pool };
+        let delivery = Delivery { outbox: self.clone(), stage: Stage::OnPool };
         let Some(runtime) = runtime else { return delivery.run_on_a_thread() };
-        // Tokio panics where the system has no thread for its pool. The caller, who renews, must not.
+        // Tokio panics if the system has no thread for its pool. The caller may be a renewer, and must not panic.
         let started = catch_unwind(AssertUnwindSafe(|| drop(runtime.spawn_blocking(|| delivery.run()))));
         if started.is_err() {
             error!(name: "tenure.callback_delayed", "tokio has no thread for blocking work");
         }
     }
 
-    /// Waits until all that is there to tell now has been told.
+    /// Waits until every event that has been added so far is delivered.
     pub(super) async fn delivered(&self) {
-        let taken = self.queue().taken;
-        // It can't be closed, as it is ours.
-        drop(self.delivered.subscribe().wait_for(|&delivered| delivered >= taken).await);
+        let begun = self.queue().begun;
+        // The channel can't be closed, as `self` owns the sender.
+        drop(self.delivered.subscribe().wait_for(|&delivered| delivered >= begun).await);
     }
 
-    /// The events of the lock whose turn it is. Without any, the job is done.
+    /// Returns the next batch. `None` ends the job: the next event starts another.
     fn next(&self) -> Option<Vec<WatchEvent>> {
         let mut queue = self.queue();
-        let Some(id) = queue.turns.pop_front() else {
+        let Some(id) = queue.order.pop_front() else {
             queue.delivering = false;
             return None;
         };
-        Some(queue.waiting.remove(&id).unwrap_or_default())
+        Some(queue.batches.remove(&id).unwrap_or_default())
     }
 
-    fn tell(&self, event: &WatchEvent) {
+    fn call(&self, event: &WatchEvent) {
         let Some(callback) = &self.callback else { return };
-        // What it may leave half done is its own: nothing of ours is lent to it but the event.
+        // Unwind safe: the callback borrows nothing of this crate's but the event, which is read-only.
         let Err(panic) = catch_unwind(AssertUnwindSafe(|| callback(event))) else { return };
         error!(name: "tenure.callback_panicked", key = %event.key(), panic = message(&*panic), "the callback panicked");
-        // A value that panics again when it is dropped would end the job.
+        // The panic's value may panic again when it is dropped, and that would end the job.
         if let Err(again) = catch_unwind(AssertUnwindSafe(|| drop(panic))) {
             std::mem::forget(again);
         }
     }
 
-    /// No code panics while it holds this mutex, so a poisoned one would be as good as any.
+    /// No code panics while it holds this mutex, so the data of a poisoned one is intact.
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -154,33 +155,33 @@ impl fmt::Debug for Outbox {
     }
 }
 
-/// The job that calls the callback until nothing is left to tell.
+/// The job that calls the callback until no event waits.
 struct Delivery {
     outbox: Arc<Outbox>,
-    place: Place,
+    stage: Stage,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Place {
-    /// The blocking threads of a runtime.
-    Pool,
-    /// A thread of its own: where there is no runtime, or none any more.
-    Thread,
-    /// It has run.
-    Over,
+enum Stage {
+    /// Waits for, or runs on, a blocking thread of a runtime.
+    OnPool,
+    /// Runs on a thread of its own, as there is no runtime, or it has shut down.
+    OnThread,
+    /// Has delivered everything.
+    Done,
 }
 
 impl Delivery {
     fn run(mut self) {
         while let Some(events) = self.outbox.next() {
-            events.iter().for_each(|event| self.outbox.tell(event));
+            events.iter().for_each(|event| self.outbox.call(event));
             self.outbox.delivered.send_modify(|delivered| *delivered += 1);
         }
-        self.place = Place::Over;
+        self.stage = Stage::Done;
     }
 
     fn run_on_a_thread(mut self) {
-        self.place = Place::Thread;
+        self.stage = Stage::OnThread;
         let started = thread::Builder::new().name("tenure-events".into()).spawn(|| self.run());
         if let Err(error) = started {
             error!(name: "tenure.callback_delayed", %error, "the system has no thread for the callback");
@@ -189,13 +190,13 @@ impl Delivery {
 }
 
 impl Drop for Delivery {
-    /// A runtime that shuts down drops the jobs that wait for a thread; a loss is to be told all the same.
+    /// A runtime that shuts down drops the jobs that wait for a thread. The events have to be delivered all the same.
     fn drop(&mut self) {
-        match self.place {
-            Place::Pool => Self { outbox: self.outbox.clone(), place: Place::Pool }.run_on_a_thread(),
-            // The next event tries again.
-            Place::Thread => self.outbox.queue().delivering = false,
-            Place::Over => {}
+        match self.stage {
+            Stage::OnPool => Self { outbox: self.outbox.clone(), stage: Stage::OnPool }.run_on_a_thread(),
+            // The system has no thread. The next event tries again.
+            Stage::OnThread => self.outbox.queue().delivering = false,
+            Stage::Done => {}
         }
     }
 }
@@ -233,7 +234,7 @@ mod tests {
         let (outbox, told) = outbox();
         let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
         let (release, blocked) = mpsc::channel::<()>();
-        // The only thread for blocking work is taken.
+        // The only thread for blocking work is busy.
         drop(runtime.spawn_blocking(move || blocked.recv()));
         {
             let _context = runtime.enter();
@@ -251,6 +252,6 @@ mod tests {
     fn without_a_callback_nothing_is_kept() {
         let outbox = Outbox::new(None);
         outbox.put(1, lost("k"));
-        assert!(outbox.queue().waiting.is_empty());
+        assert!(outbox.queue().batches.is_empty());
     }
 }

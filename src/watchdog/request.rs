@@ -1,27 +1,30 @@
-//! Asking for a lease to be watched: options, and `.await` at the end.
+//! A request to watch a lease: options, and `.await` at the end.
 
 use std::fmt;
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use super::inner::Owner;
 use crate::hold::timing::Renewal;
-use crate::{Error, Lease, WatchDog};
+use crate::{Error, Lease};
 
-/// A lease that shall be watched: set what you need, then `.await` it.
+/// A request to watch a lease: set what you need, then `.await` it.
 ///
-/// Made by [`WatchDog::watch_lease`]. Nothing happens before it is awaited. The lock is renewed at once then, as
-/// [`Locker::adopt`](crate::Locker::adopt) does, and watched when that was confirmed.
+/// Made by [`WatchDog::watch_lease`](crate::WatchDog::watch_lease). Nothing happens before it is awaited. Then it
+/// renews the lock at once, as [`Locker::adopt`](crate::Locker::adopt) does, and watches it once the renewal is
+/// confirmed.
 ///
 /// # Errors
 ///
-/// - [`Error::NotHeld`]: the lock is the lease's no more.
-/// - [`Error::AlreadyWatched`]: the watchdog has one of its keys; nothing was sent.
-/// - [`Error::Redis`]: the server refused, or could not be asked.
-/// - [`Error::ValidityExpired`]: the answer came so late that too little of the ttl was left.
-/// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`]: the lease can't work; nothing was sent.
-/// - [`Error::CrossSlot`]: its keys lie in different slots of a cluster.
+/// - [`Error::NotHeld`]: the lease no longer holds the lock.
+/// - [`Error::AlreadyWatched`]: the watchdog watches one of its keys; nothing was sent.
+/// - [`Error::Redis`]: the server refused, or could not be reached.
+/// - [`Error::ValidityExpired`]: the reply came so late that too little of the ttl was left.
+/// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`]: the lease is invalid; nothing was sent.
+/// - [`Error::CrossSlot`]: its keys are in different slots of a cluster.
 /// - [`Error::Closed`]: the watchdog or the locker was closed.
 ///
 /// # Cancel safety
@@ -46,19 +49,19 @@ use crate::{Error, Lease, WatchDog};
 #[must_use = "a request does nothing until it is awaited"]
 #[derive(Clone, Debug)]
 pub struct WatchRequest {
-    dog: WatchDog,
+    dog: Arc<Owner>,
     lease: Lease,
     renewal: Renewal,
     obtain_when_free: bool,
 }
 
 impl WatchRequest {
-    pub(super) fn new(dog: WatchDog, lease: Lease, renewal: Renewal) -> Self {
+    pub(super) fn new(dog: Arc<Owner>, lease: Lease, renewal: Renewal) -> Self {
         Self { dog, lease, renewal, obtain_when_free: false }
     }
 
-    /// The time between renewals: at least 1 ms, and shorter than the lease's ttl less drift. Default: the watchdog's,
-    /// or else the locker's, or a third of the ttl.
+    /// Sets the time between renewals: at least 1 ms, and shorter than the lease's ttl less drift. Default: the
+    /// watchdog's, or else the locker's, or a third of the ttl.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -76,12 +79,12 @@ impl WatchRequest {
         Self { renewal: Renewal::Every(interval), ..self }
     }
 
-    /// Where the lock isn't held by the lease's token: watches the lease all the same, and obtains the lock in its name
-    /// as soon as it is to be had, however long that takes, through whatever failures of the server.
+    /// Watches the lease even if its token doesn't hold the lock, and obtains the lock with its token as soon as it is
+    /// free. The wait is unlimited, and goes on through failures of the server.
     ///
-    /// Awaiting the request waits for the first try alone. That the lock is held is told by
-    /// [`WatchEvent::Obtained`](crate::WatchEvent::Obtained), or by [`status`](WatchDog::status). Errors that no
-    /// waiting helps against are answered if the first try finds them; later ones end it with
+    /// Awaiting the request waits for the first attempt only. [`WatchEvent::Obtained`](crate::WatchEvent::Obtained)
+    /// reports that the lock is held, and [`status`](crate::WatchDog::status) shows it. The request returns an error
+    /// that waiting can't resolve if the first attempt finds it; if a later one does, the watching ends with
     /// [`WatchEvent::Stopped`](crate::WatchEvent::Stopped), which has the reason. Default: false.
     ///
     /// ```
@@ -114,13 +117,13 @@ impl IntoFuture for WatchRequest {
 
     fn into_future(self) -> Watching {
         let Self { dog, lease, renewal, obtain_when_free } = self;
-        // The handle goes along: what is asked for is wanted until the answer is there.
-        let watching = async move { dog.registry().watch_lease(lease, renewal, obtain_when_free).await };
+        // The future owns the watchdog, which so lives until the request is answered.
+        let watching = async move { dog.inner.watch_lease(lease, renewal, obtain_when_free).await };
         Watching(Box::pin(watching))
     }
 }
 
-/// Takes a lease up to be watched: the future of a [`WatchRequest`], made by awaiting it.
+/// The future of a [`WatchRequest`], made by awaiting it.
 ///
 /// # Cancel safety
 ///

@@ -1,11 +1,12 @@
-//! The order of events, and what becomes of locks, to the millisecond: on a store that fails as told, under paused
-//! time.
+//! The order of events, and what becomes of locks, to the millisecond: under paused time, on a store that fails as
+//! each test says.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock, mpsc};
+use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio::time::{advance, sleep, timeout};
+use tokio::time::{Instant, advance, sleep, timeout};
 
 use super::*;
 use crate::store::faulty::{Fault, FaultyStore, Operation};
@@ -35,7 +36,7 @@ fn lease(key: &str) -> Lease {
     Lease::new(key, Token::random(), TTL)
 }
 
-/// What a callback was told, in short.
+/// The events that a callback got, in short form.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<String>>>);
 
@@ -71,21 +72,21 @@ fn short(event: &WatchEvent) -> String {
     format!("{} {what}", event.key())
 }
 
-/// A callback that waits for a word before it returns, each time that it is told something.
+/// A callback that returns only when the test lets it go, once for each event.
 fn blocked(log: &Log) -> (impl Fn(&WatchEvent) + Send + Sync + 'static, mpsc::Sender<()>, mpsc::Receiver<()>) {
     let (let_go, wait) = mpsc::channel();
     let (entered, entries) = mpsc::channel();
     let (log, wait) = (log.clone(), Mutex::new(wait));
     let callback = move |event: &WatchEvent| {
         entered.send(()).ok();
-        // Without anybody left to say the word, nothing is waited for.
+        // Once the test has dropped the sender, it returns at once.
         wait.lock().unwrap().recv().ok();
         log.add(event);
     };
     (callback, let_go, entries)
 }
 
-/// Time passes while the callback blocks, which keeps it from passing by itself.
+/// Lets time pass while the callback blocks: paused time doesn't advance by itself then.
 async fn step(duration: Duration) {
     let end = Instant::now() + duration;
     while Instant::now() < end {
@@ -108,7 +109,7 @@ async fn a_lock_has_its_renewals_told_and_then_one_end() {
             sleep(ms(1_100)).await;
             dog.delivered().await;
         }
-        let outbox = dog.registry().outbox.clone();
+        let outbox = dog.inner().registry.outbox.clone();
         match end {
             0 => dog.release("k").await.unwrap(),
             1 => drop(dog.unwatch("k").unwrap()),
@@ -119,7 +120,7 @@ async fn a_lock_has_its_renewals_told_and_then_one_end() {
         outbox.delivered().await;
         assert_eq!(log.all(), ["k renewed 1", "k renewed 1", last]);
         assert!(weak.upgrade().is_none_or(|dog| dog.is_empty() && !dog.contains("k")));
-        // Stopped, it is let be, and free when its ttl has ended.
+        // A stopped lock is kept, and is free when its ttl has ended.
         assert_eq!(locker.inspect("k").await.unwrap(), None);
     }
 }
@@ -215,12 +216,12 @@ async fn no_loss_is_dropped_however_long_the_callback_blocks() {
     for n in 0..500 {
         let key = format!("{n} ");
         let of_key: Vec<_> = told.iter().filter(|event| event.starts_with(&key)).collect();
-        // Renewed, failed, lost: however many failures there were.
+        // Renewed, failed, lost, however many failures there were.
         assert!(of_key.len() <= 3, "{of_key:?}");
         assert_eq!(*of_key.last().unwrap(), &format!("{n} lost Expired"));
     }
     assert_eq!(told.iter().filter(|event| event.ends_with("lost Expired")).count(), 500);
-    // The stream has only the latest, and says so.
+    // The stream has only the latest events, and reports how many it has dropped.
     assert!(matches!(events.try_recv(), Err(broadcast::error::TryRecvError::Lagged(_))));
 }
 
@@ -272,14 +273,14 @@ async fn keys_are_added_and_removed_from_within_the_callback() {
         })
         .build();
     this.get_or_init(|| dog.downgrade());
-    // The spare one is renewed by its guard in the meantime.
+    // The spare lock is renewed by its guard in the meantime.
     dog.watch(locker.lock("first").await.unwrap()).unwrap();
     sleep(ms(1_500)).await;
     dog.delivered().await;
     sleep(ms(100)).await;
     dog.delivered().await;
     assert_eq!(log.all(), ["first renewed 1", "first stopped", "k released", "k obtained"]);
-    // No handle is kept by what the callback did.
+    // What the callback did keeps no handle alive.
     drop(dog);
     assert!(this.get().unwrap().upgrade().is_none());
 }
@@ -292,7 +293,7 @@ async fn a_key_that_is_watched_is_refused_and_the_lock_stays() {
     let token = guard.token().clone();
     dog.watch(guard).unwrap();
     let refused = |result| matches!(result, Err(Error::AlreadyWatched { key }) if key == "b".into());
-    // The same lock again, as a guard: dropped, but not released.
+    // The same lock again, as a guard: the guard is dropped, but the lock is not released.
     let again = locker.obtain("b").token(token.clone()).await.unwrap();
     assert!(refused(dog.watch(again)));
     assert!(refused(dog.watch_lease(Lease::new("b", token, TTL)).await));
@@ -301,7 +302,7 @@ async fn a_key_that_is_watched_is_refused_and_the_lock_stays() {
     assert!(dog.status("a").unwrap().held && dog.status("b").unwrap().held);
     assert_eq!(dog.len(), 1);
 
-    // Another's is released, as any guard that is dropped.
+    // A lock under another token is released, as that of any dropped guard.
     let elsewhere = Locker::in_memory();
     assert!(refused(dog.watch(elsewhere.lock("b").await.unwrap())));
     sleep(ms(1)).await;
@@ -407,7 +408,7 @@ async fn waiting_ends_with_its_reason_and_leaves_no_task() {
     dog.release("b").await.unwrap();
     dog.delivered().await;
     assert_eq!(log.all(), ["a stopped", "b stopped"]);
-    // The locker is closed: only what is held goes on.
+    // The locker is closed: only locks that are held are kept on.
     let closing = tokio::spawn({
         let locker = locker.clone();
         async move { locker.close().await }
@@ -420,7 +421,7 @@ async fn waiting_ends_with_its_reason_and_leaves_no_task() {
     held.release().await.unwrap();
     closing.await.unwrap();
     drop(dog);
-    // Those who waited are looked after for a moment longer.
+    // The tasks that waited take a moment to end.
     sleep(ms(2_000)).await;
     assert_eq!(Handle::current().metrics().num_alive_tasks(), before);
 }
@@ -439,8 +440,8 @@ async fn the_last_handle_releases_guards_and_lets_leases_be() {
     let clone = dog.clone();
     drop(dog);
     assert_eq!(clone.len(), 3);
-    let outbox = clone.registry().outbox.clone();
-    // On a thread that knows of no runtime.
+    let outbox = clone.inner().registry.outbox.clone();
+    // On a thread outside of any runtime.
     std::thread::spawn(|| drop(clone)).join().unwrap();
     sleep(ms(1)).await;
     assert_eq!(events.len(), 3);
@@ -448,9 +449,9 @@ async fn the_last_handle_releases_guards_and_lets_leases_be() {
     assert!(locker.inspect("lease").await.unwrap().is_some());
     sleep(TTL).await;
     assert_eq!(locker.inspect("lease").await.unwrap(), None, "nobody renews it");
-    // The one that is held without a watchdog has its renewer.
+    // The lock that is held without a watchdog still has its renewer.
     assert_eq!(Handle::current().metrics().num_alive_tasks(), before + 1);
-    // Told by a thread of its own, for which paused time doesn't wait.
+    // The event is delivered by a thread of its own, for which paused time doesn't wait.
     outbox.delivered().await;
     let mut told = log.all();
     told.sort();
@@ -524,7 +525,7 @@ async fn while_it_is_released_a_key_counts_as_watched() {
         async move { dog.release("k").await }
     });
     sleep(ms(50)).await;
-    // At the server it is free, and here it is obtained anew.
+    // It is free at the server, and is obtained anew here.
     let guard = locker.lock("k").await.unwrap();
     assert!(dog.contains("k") && !dog.status("k").unwrap().held);
     assert!(matches!(dog.release("k").await, Err(Error::NotHeld { .. })));
@@ -538,7 +539,7 @@ async fn while_it_is_released_a_key_counts_as_watched() {
 async fn all_are_released_many_at_a_time_and_what_failed_is_answered() {
     let started = AtomicU32::new(0);
     let locker = locker(move |operation| match operation {
-        // One of them, over and over.
+        // One of the keys, over and over.
         Operation::Release if started.fetch_add(1, Ordering::Relaxed) == 7 => Fault::Hung,
         Operation::Release => Fault::AnsweredAfter(ms(100)),
         _ => Fault::None,
@@ -597,8 +598,8 @@ async fn the_callback_runs_beside_who_uses_the_watchdog_and_not_where_renewals_d
     assert_eq!(receiver.recv().await.unwrap(), std::thread::current().id());
 }
 
-/// Whatever is done to a watchdog, at whatever moment, and whatever the store does: each time that a lock is watched,
-/// what is told is a beginning, a middle and one end.
+/// Each time that a lock is watched, its events are a beginning, a middle and one end: whatever is done to the
+/// watchdog, at whatever moment, and whatever the store does.
 async fn random_life(seed: u64) {
     let rng = Mutex::new(fastrand::Rng::with_seed(seed));
     let locker = locker(move |_| {
@@ -642,7 +643,7 @@ async fn random_life(seed: u64) {
     }
     tasks.join_all().await;
     assert_eq!(dog.len(), ["a", "b", "c"].iter().filter(|&&key| dog.contains(key)).count(), "seed {seed}");
-    let outbox = dog.registry().outbox.clone();
+    let outbox = dog.inner().registry.outbox.clone();
     match rng.u8(..3) {
         0 => drop(dog),
         1 => drop(dog.release_all().await),
@@ -713,7 +714,7 @@ async fn an_expiry_is_reported_with_what_led_to_it() {
         let failing = failing.clone();
         move |called| match called {
             Operation::Renew if failing.load(Ordering::Relaxed) => Fault::Refused,
-            // The server has forgotten the lock, and says so: no failure before has led to that.
+            // The server has forgotten the lock, and replies so: an earlier failed renewal is not the cause.
             Operation::Renew => Fault::Forgotten,
             _ => Fault::None,
         }

@@ -184,7 +184,7 @@ async fn a_server_out_of_memory_refuses_by_name_and_is_waited_out() {
 async fn a_loading_server_refuses_by_name_and_is_waited_out() {
     let mut server = Server::start();
     let locker = Locker::connect(&server.url()).await.unwrap();
-    // Servers look at clients after every 2 MB that they load. Older ones can't be told to look more often.
+    // A server looks at its clients after every 2 MB that it loads. Older ones have no setting for that.
     server.cli(&["CONFIG", "SET", "rdbcompression", "no"]);
     let fill = "for i = 1, 30 do redis.call('SET', 'filler:' .. i, string.rep('x', 2 ^ 21)) end";
     server.cli(&["EVAL", fill, "0"]);

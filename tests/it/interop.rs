@@ -7,7 +7,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use tenure::{Error, Locker};
 use tenure_test_support::Server;
 
-/// redis-py's Lock, told what to do line by line.
+/// redis-py's Lock, which gets its commands line by line.
 struct Python {
     process: Child,
     input: ChildStdin,

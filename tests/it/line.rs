@@ -1,4 +1,4 @@
-//! The line of those who wait, as the server has it: who waits is in it, and nobody else.
+//! The line of waiters at the server: every waiter is in it, and nobody else.
 
 use std::future::IntoFuture;
 use std::time::Duration;

@@ -197,7 +197,7 @@ async fn silence(server: &Server, proxies: &[Proxy], locker: &Locker, other: &Lo
     let held = soon(other.lock("k")).await.unwrap();
     let waiter = wait_and_listen(server, locker, "k").await;
     let before = listening(server);
-    // As long as the server answers it is left alone.
+    // The connection is left alone as long as the server replies.
     sleep(ms(2_500)).await;
     let after = listening(server);
     assert!(before.iter().all(|id| after.contains(id)), "{before:?}, then {after:?}");

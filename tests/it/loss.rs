@@ -142,7 +142,7 @@ async fn a_line_that_has_gone_silent_is_replaced_in_time() {
     let locker = Locker::builder().command_timeout(ms(250)).connect(&proxy.url()).await.unwrap();
     let guard = locker.lock("k").ttl(ms(3_000)).await.unwrap();
     let first = guard.deadline();
-    // Requests arrive, answers don't, and nobody is told: as behind a firewall that has forgotten the connection.
+    // Requests arrive, replies don't, and there is no error: as behind a firewall that has forgotten the connection.
     proxy.set(Mode::Silence);
     eventually("a renewal by a new connection", async || (guard.deadline() > first + ms(1_000)).then_some(())).await;
     assert_eq!(guard.check(), Ok(()));

@@ -14,7 +14,7 @@ const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// A future that is polled as often as it wakes for some time, and then no more.
+/// A future that is polled whenever it wakes, for some time, and then never again.
 async fn park(mut future: Obtaining, polled: Duration) -> Obtaining {
     assert!(timeout(polled, &mut future).await.is_err(), "it obtained the lock");
     future

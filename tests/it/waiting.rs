@@ -377,7 +377,7 @@ async fn fair_requests_are_served_in_the_order_of_their_arrival_in_whatever_proc
         let queued = (n + 1).to_string();
         eventually("it queues", async || (server.cli(&["ZCARD", "{k}:queue"]) == queued).then_some(())).await;
     }
-    // Who doesn't wait doesn't overtake.
+    // A request that doesn't wait doesn't overtake waiters.
     assert!(matches!(lockers[1].try_lock("k").fair(true).await, Err(Error::NotObtained { .. })));
     guard.release().await.unwrap();
     for n in 0..40 {

@@ -1,5 +1,5 @@
 //! Slots of a cluster that are half moved: some keys are on the new node, the slot is still with the old one. The old
-//! node answers ASK for the keys that it doesn't have, and TRYAGAIN for several keys of which it has some.
+//! node replies ASK for the keys that it doesn't have, and TRYAGAIN for several keys of which it has some.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -76,7 +76,7 @@ fn key_at(cluster: &Cluster, node: usize) -> String {
 
 const MOVES: &str = "{moves}:held";
 
-/// Another holds it, and the locker is told so, and nothing else.
+/// Another holder has the key, and the locker reports that, and nothing else.
 async fn refuses(locker: &Locker, key: &str) {
     match locker.try_lock(key).await {
         Err(Error::NotObtained { .. }) => {}
@@ -151,7 +151,7 @@ async fn decides(cluster: Cluster, locker: Locker) {
     for key in ["{moves}:ours", "{moves}:ours:fence", "{moves}:unfenced", "{moves}:split", "{moves}:meets"] {
         migration.move_key(key);
     }
-    // Who asks there finds no script that it knows.
+    // That node knows no script yet.
     cluster.nodes[to].cli(&["SCRIPT", "FLUSH"]);
 
     truth.confirm(to, &held).await;
@@ -185,7 +185,7 @@ async fn decides(cluster: Cluster, locker: Locker) {
     assert!(fair.fencing_token() > last);
     soon(fair.release()).await.unwrap();
 
-    // Its lock key and its fence key are on different nodes: nobody can take it, and who has it keeps it.
+    // Its lock key and its fence key are on different nodes: nobody can take it, and its holder keeps it.
     let refused = soon(locker.try_lock("{moves}:split")).await.unwrap_err();
     assert!(refused.is_transient(), "{refused}");
     // A look takes its time, and those keys have met before it is over.

@@ -11,7 +11,7 @@ use crate::acquire::answer::{Held, LastAnswer};
 use crate::hold::Grant;
 use crate::locker::cleanups::PendingCleanup;
 use crate::store::LinePlace;
-use crate::store::listen::Listening;
+use crate::store::notifications::Subscription;
 
 /// A waiter's handle to its queue. Its owner calls [`leave`](Ticket::leave) before it drops it.
 pub(crate) struct Ticket {
@@ -46,7 +46,7 @@ pub(crate) enum Claim {
 /// What the waiter before has left to the next one.
 #[derive(Default)]
 pub(crate) struct Inherited {
-    pub(crate) listening: Option<Listening>,
+    pub(crate) subscription: Option<Subscription>,
     /// When the ttl ends with which the waiter before obtained the lock.
     pub(crate) held_until: Option<Instant>,
 }
@@ -186,7 +186,7 @@ impl Ticket {
 
     /// Takes what the waiter before has left.
     pub(crate) fn inherit(&self) -> Inherited {
-        self.with_lane(|lane| Inherited { listening: lane.listening.take(), held_until: lane.held_until.take() })
+        self.with_lane(|lane| Inherited { subscription: lane.subscription.take(), held_until: lane.held_until.take() })
     }
 
     /// Stores what a request has learned. `None`: what was stored is no longer true.
@@ -212,7 +212,7 @@ impl Ticket {
     }
 
     /// Notes that this waiter has obtained the lock, and leaves to the next one what it can use.
-    pub(crate) fn pass_on(&self, listening: Option<Listening>, obtained: Obtained) {
+    pub(crate) fn pass_on(&self, subscription: Option<Subscription>, obtained: Obtained) {
         let Obtained { at, held_until, was_handed_over } = obtained;
         let before = {
             let mut state = self.state();
@@ -225,11 +225,11 @@ impl Ticket {
             if lane.is_first(&self.waiter) {
                 // The grant took a shared place out of the line.
                 lane.in_line &= !self.waiter.place.is_shared;
-                lane.held_until = listening.is_some().then_some(held_until);
-                std::mem::replace(&mut lane.listening, listening)
+                lane.held_until = subscription.is_some().then_some(held_until);
+                std::mem::replace(&mut lane.subscription, subscription)
             } else {
                 // It got the lock by a token that had it already. The first still waits, in the line.
-                listening
+                subscription
             }
         };
         // A subscription locks the list of listeners when it is dropped: not under the queue's mutex (invariant 5).
@@ -252,12 +252,12 @@ impl Ticket {
         let is_lane_empty = lane.waiters.is_empty();
         let is_contended = state.is_contended();
         let lane = state.lane_of(self.waiter.place);
-        let listening = if is_lane_empty && !is_contended { lane.listening.take() } else { None };
+        let subscription = if is_lane_empty && !is_contended { lane.subscription.take() } else { None };
         let is_unused = state.is_empty() && !is_contended;
         drop(guard);
         // A subscription locks the list of listeners when it is dropped, and what is pending that of cleanups: not
         // under the queue's mutex (invariant 5).
-        drop((listening, abandoned));
+        drop((subscription, abandoned));
         if is_unused {
             remove(&self.queues, &self.queue);
         }

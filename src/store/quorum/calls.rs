@@ -1,7 +1,7 @@
-//! Calls to nodes: sent in order, bounded in time and number, and seen to their end whether anybody listens or not.
+//! Calls to nodes: sent in order, bounded in time and number, and run to their end even if nothing waits for them.
 //!
-//! Whoever asks drives the calls by itself: with a task for each, every answer would have to wake one thread more.
-//! Those that are left when it has heard enough, or is dropped, are seen to their end by a task.
+//! The caller polls its calls itself: with a task for each, every reply would have to wake one more thread. When the
+//! caller has enough replies, or is dropped, a task runs the remaining calls to their end.
 
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
@@ -17,18 +17,19 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
 
-use super::{Member, Node, Quorum};
+use super::{Member, Quorum};
 use crate::Error;
 use crate::error::NOT_SENT;
 use crate::store::Answer;
+use crate::store::node::Node;
 
-/// By how much a node may overrun its timeout before its call is given up on from outside.
+/// How much longer than its timeout a call may take before it is given up from outside.
 pub(super) const GRACE: Duration = Duration::from_millis(5);
 
-/// Calls on their way, and what their asker knows each of them by.
+/// Calls in flight, each with the caller's name for it.
 pub(super) struct Calls<K: Send + 'static, T: Send + 'static> {
     under_way: UnderWay<K, T>,
-    /// Answered by the time they were sent.
+    /// Those that had a reply when they were sent.
     answered: VecDeque<(K, Result<T, Error>)>,
     runtime: Handle,
     tracker: TaskTracker,
@@ -36,7 +37,7 @@ pub(super) struct Calls<K: Send + 'static, T: Send + 'static> {
 
 struct UnderWay<K, T> {
     calls: Vec<Call<K, T>>,
-    /// There once it was needed, and set to the moment when the first of the calls is overdue.
+    /// Created when it is first needed, and set to the time when the first of the calls is overdue.
     overdue: Option<Pin<Box<Sleep>>>,
 }
 
@@ -48,7 +49,7 @@ struct Call<K, T> {
 }
 
 impl Quorum {
-    /// Asks all nodes at once; answers come by the node's place.
+    /// Calls all nodes at once. Each reply comes with the index of its node.
     pub(super) fn ask<T: Send + 'static>(
         &self,
         timeout: Duration,
@@ -69,33 +70,34 @@ impl<K: Send + 'static, T: Send + 'static> Calls<K, T> {
         Ok(Self { under_way, answered: VecDeque::new(), runtime, tracker: quorum.calls.clone() })
     }
 
-    /// Calls one node. The call is on its way when this returns, ahead of all later ones to the same node.
-    ///
-    /// Or stands in line for that, behind those that were there before it, for as long as a call may take.
+    /// Calls one node. When this returns, the call has been sent, ahead of all later ones to the same node; or it waits
+    /// to be sent, behind earlier ones, for as long as a call may take.
     pub(super) fn send(&mut self, of: K, member: &Member, within: Duration, call: Answer<'static, T>) {
         let now = Instant::now();
         let permit = member.calls.clone().try_acquire_owned();
         let call = match &member.identity {
             None => call,
             Some(identity) if permit.is_ok() => identity.before(within, call),
-            // Its address may lead elsewhere when the call has stood in line.
+            // The address may lead to another server by the time the call is sent.
             Some(identity) => identity.at_last(within, call),
         };
         let (mut call, permit, until) = match permit {
             Ok(permit) => (call, permit, now + within + GRACE),
             Err(_) => match member.waiting.clone().try_acquire_owned() {
-                Ok(place) => (stand_in_line(member.calls.clone(), within, call), place, now + within * 2 + GRACE),
+                Ok(place) => (wait_to_be_sent(member.calls.clone(), within, call), place, now + within * 2 + GRACE),
                 Err(_) => return self.answered.push_back((of, Err(too_many_calls()))),
             },
         };
-        // Sent by its first poll: were that left for later, a later call could overtake it.
+        // The first poll sends it. If that were left for later, a later call could overtake this one.
         if let Poll::Ready(answer) = call.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             return self.answered.push_back((of, answer));
         }
         self.under_way.calls.push(Call { of, answer: call, until, _permit: permit });
     }
 
-    /// The next answer; `None` when all calls have ended. Nothing is lost by dropping this future.
+    /// Returns the next reply, or `None` when all calls have ended.
+    ///
+    /// Cancel safe: dropping the future loses no reply.
     pub(super) async fn next(&mut self) -> Option<(K, Result<T, Error>)> {
         if let Some(answered) = self.answered.pop_front() {
             return Some(answered);
@@ -114,7 +116,7 @@ impl<K: Send + 'static, T: Send + 'static> Calls<K, T> {
 
 impl<K, T> UnderWay<K, T> {
     fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<(K, Result<T, Error>)>> {
-        // They are few: to poll them all costs less than to find out which of them has woken us.
+        // They are few, so polling all of them costs less than finding out which one has woken the task.
         let mut first_overdue: Option<(usize, Instant)> = None;
         for (index, call) in self.calls.iter_mut().enumerate() {
             if let Poll::Ready(answer) = call.answer.as_mut().poll(context) {
@@ -135,7 +137,7 @@ impl<K, T> UnderWay<K, T> {
 }
 
 impl<K: Send + 'static, T: Send + 'static> Drop for Calls<K, T> {
-    /// None is dropped on its way: fred would run it later, at any time.
+    /// No call in flight is dropped: fred would run it later, at any time.
     fn drop(&mut self) {
         if self.under_way.calls.is_empty() {
             return;
@@ -147,14 +149,18 @@ impl<K: Send + 'static, T: Send + 'static> Drop for Calls<K, T> {
     }
 }
 
-/// Until when a call that is sent now, and given up on later, may be run: it may stand in line for as long as it may
-/// take, and as much again is for what we don't know of the node's clock.
+/// Returns until when a node may run a call that is made now and given up later: it may wait for as long as it may
+/// take, and the same time again accounts for what we don't know of the node's clock.
 pub(super) fn may_run_until(sent: Instant, within: Duration) -> Instant {
     sent + within * 3
 }
 
-/// The line is first in, first out: a call is sent before all later ones.
-fn stand_in_line<T: 'static>(calls: Arc<Semaphore>, within: Duration, call: Answer<'static, T>) -> Answer<'static, T> {
+/// Waits for a permit. The semaphore is first in, first out, so a call is sent before all later ones.
+fn wait_to_be_sent<T: 'static>(
+    calls: Arc<Semaphore>,
+    within: Duration,
+    call: Answer<'static, T>,
+) -> Answer<'static, T> {
     Box::pin(async move {
         let Ok(Ok(_permit)) = timeout(within, calls.acquire_owned()).await else { return Err(too_many_calls()) };
         call.await

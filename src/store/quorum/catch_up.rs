@@ -1,7 +1,7 @@
-//! What nodes still owe when a majority has decided: releases that have not reached them, and attempts to take back.
+//! Catching up with nodes after a majority has decided: releases that have not reached them, and attempts to undo.
 //!
-//! All of it is for promptness alone: where it comes to nothing, the ttl frees the key. So it is bounded, in time and
-//! in number, and nobody waits for it but [`Locker::close`](crate::Locker::close).
+//! It only makes keys free sooner: if it fails, the ttl frees them. So it is bounded in time and in number, and nothing
+//! but [`Locker::close`](crate::Locker::close) waits for it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,67 +15,68 @@ use tracing::debug;
 
 use super::Quorum;
 use super::calls::{Calls, GRACE};
-use super::rounds::Releasing;
+use super::open_rounds::Releasing;
 use crate::Error;
 use crate::hold::Owned;
 use crate::hold::timing;
-use crate::store::{Answer, Ending, Latest, Released, Undone};
+use crate::store::{Answer, Ending, Latest, Undone, Verdict};
 
-/// With so many locks a node may be behind at a time. Of any more, it is told once.
+/// For how many locks at a time a node that fails is tried again. For any more, it is tried once.
 pub(super) const LOCKS: usize = 1_024;
 
-/// For how long a node that is away is tried again.
+/// How long a node that is away is tried again.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// And from when the locker is closed: somebody waits for it then.
+/// How long it is tried again from the moment when the locker is closed, which waits for it.
 const PATIENCE_WHEN_CLOSED: Duration = Duration::from_secs(3);
 
-/// For how long one try waits for a node's answer.
+/// How long one try waits for a node's reply.
 const TRY: Duration = Duration::from_secs(1);
 
-/// An attempt to take back on one node.
+/// An attempt to undo on one node.
 pub(super) struct Undo {
     pub(super) owned: Owned,
-    /// Until when a vote of it may be run that has not been answered.
+    /// Until when the node may run a vote that it has not replied to.
     pub(super) latest: Option<Arc<Latest>>,
     pub(super) ttl: Duration,
 }
 
 impl Quorum {
-    /// Takes an attempt back on one node, in the background.
+    /// Undoes an attempt on one node, in the background.
     pub(super) fn undo(&self, place: usize, undo: Undo) -> Option<JoinHandle<()>> {
         let member = self.members.get(place)?;
         let runtime = Handle::try_current().ok()?;
-        let (node, arrears, releases) = (member.node.clone(), member.arrears.clone(), self.releases.clone());
+        let (node, catching_up, releases) = (member.node.clone(), member.catching_up.clone(), self.releases.clone());
         let task = async move {
             let Undo { owned, latest, ttl } = undo;
             let until = Instant::now() + ttl.min(PATIENCE);
             let latest = latest.unwrap_or_default();
             let done = loop {
-                match retry(&arrears, &releases, until, |timeout| node.undo(&owned, &latest, timeout)).await {
-                    Ok(Undone::Settled) => break Ok(()),
+                match retry(&catching_up, &releases, until, |timeout| node.undo(&owned, &latest, timeout)).await {
+                    Ok(Undone::Complete) => break Ok(()),
                     Ok(Undone::MayRun(_)) if Instant::now() >= until => break Ok(()),
                     Ok(Undone::MayRun(within)) => sleep_until(until.min(Instant::now() + within)).await,
                     Err(error) => break Err(error),
                 }
             };
             if let Err(error) = done {
-                debug!(name: "tenure.undo_failed", key = %owned.key(), %error, "a node keeps a vote until its ttl ends");
+                let key = owned.key();
+                debug!(name: "tenure.undo_failed", %key, %error, "a node keeps a vote until its ttl ends");
             }
         };
         Some(self.releases.spawn_on(task, &runtime))
     }
 
-    /// A majority has answered a release: sees to the nodes that failed, or have yet to answer.
+    /// Releases on the nodes that failed, or fail later, after a majority has decided on a release.
     ///
-    /// By then the lock may be held again, by the same token: each of these ends its own grant alone.
+    /// By then the same token may hold the lock again, so each of these ends its own grant alone.
     pub(super) fn release_the_rest(
         self: &Arc<Self>,
         owned: &Owned,
         timeout: Duration,
         releasing: Releasing,
         mut behind: Vec<usize>,
-        mut answers: Calls<usize, Released>,
+        mut answers: Calls<usize, Verdict>,
     ) {
         if behind.is_empty() && answers.have_ended() {
             return;
@@ -84,19 +85,21 @@ impl Quorum {
         let (quorum, owned) = (self.clone(), owned.clone());
         let rest = async move {
             while let Some((place, answer)) = answers.next().await {
-                releasing.answered(place, matches!(answer, Ok(Released::Freed)));
+                releasing.answered(place, matches!(answer, Ok(Verdict::Done)));
                 if answer.is_err() {
                     behind.push(place);
                 }
             }
             for member in behind.into_iter().filter_map(|place| quorum.members.get(place)) {
-                let (node, arrears, owned) = (member.node.clone(), member.arrears.clone(), owned.clone());
+                let (node, catching_up, owned) = (member.node.clone(), member.catching_up.clone(), owned.clone());
                 let until = Instant::now() + PATIENCE.max(timeout);
                 let releases = quorum.releases.clone();
                 quorum.releases.spawn(async move {
-                    let released = retry(&arrears, &releases, until, |timeout| node.release(&owned, Ending::Grant, timeout)).await;
+                    let release = |timeout| node.release(&owned, Ending::Grant, timeout);
+                    let released = retry(&catching_up, &releases, until, release).await;
                     if let Err(error) = released {
-                        debug!(name: "tenure.release_failed", key = %owned.key(), %error, "a node keeps the key until its ttl");
+                        let key = owned.key();
+                        debug!(name: "tenure.release_failed", %key, %error, "a node keeps the key until its ttl");
                     }
                 });
             }
@@ -105,9 +108,9 @@ impl Quorum {
     }
 }
 
-/// Calls a node until it answers, refuses for good, or it is that late.
+/// Calls a node until it replies or refuses for good, or until the time is over.
 async fn retry<'a, T>(
-    arrears: &Semaphore,
+    catching_up: &Semaphore,
     releases: &TaskTracker,
     mut until: Instant,
     call: impl Fn(Duration) -> Answer<'a, T>,
@@ -131,7 +134,7 @@ async fn retry<'a, T>(
             return Err(error);
         }
         if permit.is_none() {
-            permit = arrears.try_acquire().ok();
+            permit = catching_up.try_acquire().ok();
         }
         if permit.is_none() {
             return Err(error);

@@ -1,29 +1,30 @@
-//! Which number to propose: ahead of what the nodes will accept as their last, and of none by much.
+//! Which number to propose as the fencing token: ahead of every node's last number and clock, but not by much.
 //!
-//! Nothing here is needed for the order of fencing tokens, which the nodes see to. A bad guess costs another round.
+//! The order of fencing tokens doesn't depend on this: the nodes enforce it. A bad guess costs another round.
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::Seen;
+use crate::store::node::Seen;
 
-/// By how much a proposal is ahead of the clocks that it is made for, so that it still is when it arrives.
+/// How far a proposal is ahead of the clocks that it is made for, in us, so that it is still ahead when it arrives.
 const LEAD: u64 = 100_000;
 
-/// Nodes whose clocks differ by less are all written for; of those further ahead than a majority is, none.
+/// A proposal is ahead of all nodes whose clocks are ahead of a majority's by less than this, in us. Clocks that are
+/// further ahead are ignored.
 const TOGETHER: u64 = 1_000_000;
 
-/// Where Lua's numbers stop being exact.
+/// The highest number: Lua's numbers are exact below 2^53.
 const HIGHEST: u64 = (1 << 53) - 2;
 
-/// In microseconds since 1970.
+/// Returns the microseconds since 1970.
 pub(super) fn since_1970() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
     u64::try_from(since.as_micros()).unwrap_or(HIGHEST)
 }
 
-/// Our clock, and what we know of the nodes'.
+/// Our clock, and what is known of the nodes' clocks.
 pub(super) struct Clocks {
     own: Box<dyn Fn() -> u64 + Send + Sync>,
     needed: usize,
@@ -31,7 +32,7 @@ pub(super) struct Clocks {
 }
 
 struct Known {
-    /// By how much each node's clock was ahead of ours, a call's way included.
+    /// How far each node's clock was ahead of ours, including the time that the call took to get there.
     ahead: Vec<Option<i64>>,
     /// The highest number that was proposed or seen.
     highest: u64,
@@ -47,15 +48,15 @@ impl Clocks {
         (self.own)()
     }
 
-    /// A number that a majority should grant, of whom these are the last ones known; ahead of their clocks by at least
-    /// this, where the calls take longer than most.
+    /// Returns a number that a majority should grant. `last` are the last numbers of the nodes, as far as they are
+    /// known; `lead` is how far it must be ahead of their clocks if calls take longer than usual.
     pub(super) fn propose(&self, last: impl Iterator<Item = u64>, lead: Duration) -> u64 {
         let lead = u64::try_from(lead.as_micros()).unwrap_or(HIGHEST).max(LEAD);
         let now = self.now();
         let mut known = self.known();
         let clocks = known.ahead.iter().flatten().map(|&ahead| now.saturating_add_signed(ahead));
         let mut number = reach(clocks, self.needed).unwrap_or(now).saturating_add(lead);
-        // Unless somebody has written nonsense into some fence key, which is that key's trouble alone.
+        // Unless a fence key holds nonsense, which must not affect other keys.
         if known.highest < number.saturating_add(TOGETHER) {
             number = number.max(known.highest.saturating_add(1));
         }
@@ -67,7 +68,7 @@ impl Clocks {
         number
     }
 
-    /// What a node has said, to a call that was sent when our clock said `sent`.
+    /// Notes a node's reply to a call that was sent when our clock showed `sent`.
     pub(super) fn learn(&self, place: usize, sent: u64, seen: Seen) {
         let mut known = self.known();
         if let Some(ahead) = known.ahead.get_mut(place) {
@@ -90,7 +91,7 @@ impl fmt::Debug for Clocks {
     }
 }
 
-/// The highest of these that is not far above the majority's, so that no single node leads us astray.
+/// Returns the highest value that is not far above a majority's, so that no single node misleads us.
 fn reach(values: impl Iterator<Item = u64>, needed: usize) -> Option<u64> {
     let mut values: Vec<u64> = values.collect();
     values.sort_unstable();

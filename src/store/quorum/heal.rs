@@ -1,28 +1,29 @@
 //! Bringing a lock back to nodes that have lost it, or never had it.
 //!
-//! Without this, each node that was away for a moment, one after the other and however far apart, would be one less
-//! that knows of the lock, until a majority had forgotten it.
+//! Without this, every node that was away for a moment, one after the other and however far apart, would lose the lock,
+//! until a majority had lost it.
 //!
-//! When a majority has confirmed a guard's renewal, each node that says that the key is gone is asked for its vote,
-//! without a ballot. It grants where the key is free and the node has been up for longer than the restart window. The
-//! vote counts for nothing by itself: the node confirms later renewals as any other does.
+//! When a majority has confirmed a guard's renewal, each node without the key is asked for its vote, without a number.
+//! It grants if the key is free and the node has been up for longer than the restart window. The vote itself counts for
+//! nothing: it makes the node confirm later renewals like any other.
 //!
-//! Why there is still one holder at a time: until the deadline that the renewal has set, nobody else holds the lock,
-//! and the vote can't be run later (2). So it takes no node from a holder. Nor from one who is about to be: a vote that
-//! another has been granted there, and counts on, keeps the key from being free (1); and if the node has forgotten that
-//! vote, the other has given up by the time that the node may vote again (3).
+//! Why there is still one holder at a time: until the deadline that the renewal has set, no other holds the lock, and
+//! the node can't run the vote later (2). So healing takes no node from a holder. Nor does it take a node from a
+//! request that is about to become the holder. If the node has granted it a vote, the key is not free (1). If the node
+//! has forgotten that vote, the request has given up by the time that the node may vote again (3).
 //!
-//! Why tokens grow: no number is written, and a majority that granted a number is needed for each, as before. What a
-//! node last granted stays what a later number must be greater than. A node that holds the key by such a vote may tell
-//! an old number to who comes back by the same token; but for that to be a majority's number, nodes that granted the
-//! later one would have to have forgotten it, and those trust no number from before their restart.
+//! Why tokens grow: healing writes no number, and each number still needs a majority that granted it. The number that a
+//! node granted last remains the one that a later number must exceed. A node that holds the key by such a vote may
+//! return an old number to a request with the same token. But it could only be a majority's number if nodes had
+//! forgotten the later one, and those trust no number from before their restart.
 //!
-//! `tests/model.rs` shows that it takes all of these:
+//! `tests/model.rs` shows that all of these are needed:
 //!
 //! 1. The key is brought back only where it is free.
 //! 2. Only by a renewal that a majority has confirmed, and before the deadline that this has set.
 //! 3. Only on nodes that vote.
-//! 4. What comes to pass after a release is undone. The renewal is an open round from before it is sent.
+//! 4. What takes effect after a release is undone. To know of releases, the renewal is an open round from before it is
+//!    sent.
 
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -32,19 +33,20 @@ use tracing::debug;
 
 use super::calls::{Calls, may_run_until};
 use super::catch_up::Undo;
-use super::rounds::OpenRound;
-use super::{Ballot, Member, Quorum, Vote, node_timeout};
+use super::open_rounds::OpenRound;
+use super::{Member, Quorum, node_timeout};
 use crate::Loss;
 use crate::hold::Owned;
-use crate::store::{Extending, Latest, Queueing, Renewed, Wanted};
+use crate::store::node::{Ballot, Vote};
+use crate::store::{Extending, Latest, Queueing, Verdict, Wanted};
 
-/// A renewal of a guard, which heals once a majority has confirmed it.
+/// A renewal of a guard, which heals nodes once a majority has confirmed it.
 pub(super) struct Healing {
     quorum: Arc<Quorum>,
     open: OpenRound,
     owned: Owned,
     ttl: Duration,
-    /// The deadline that it sets, or a little earlier.
+    /// The deadline that the renewal sets, or a little earlier.
     until: Instant,
     /// A node that has confirmed it.
     confirmed: Option<usize>,
@@ -52,30 +54,30 @@ pub(super) struct Healing {
 }
 
 impl Healing {
-    /// To be called before the renewal is sent. `None` for what is no renewal of a lock that a guard holds.
+    /// Must be called before the renewal is sent. Returns `None` for what is not a guard's renewal.
     pub(super) fn begin(quorum: &Arc<Quorum>, owned: &Owned, ttl: Duration, how: Extending) -> Option<Self> {
         matches!(how, Extending::AtLeast | Extending::KeepRecord).then(|| Self {
             quorum: quorum.clone(),
             open: quorum.rounds.open(owned),
             owned: owned.clone(),
             ttl,
-            // More than drift takes off, and what our idea of the node's clock may be wrong by.
+            // This takes off more than the drift, and more than the error in what we know of the node's clock.
             until: Instant::now() + ttl.mul_f64(0.9),
             confirmed: None,
             missing: Vec::new(),
         })
     }
 
-    pub(super) fn note(&mut self, place: usize, renewed: Renewed) {
+    pub(super) fn note(&mut self, place: usize, renewed: Verdict) {
         match renewed {
-            Renewed::Extended => self.confirmed = self.confirmed.or(Some(place)),
-            Renewed::NotOurs(Loss::Missing) => self.missing.push(place),
-            Renewed::NotOurs(_) => {}
+            Verdict::Done => self.confirmed = self.confirmed.or(Some(place)),
+            Verdict::NotOurs(Loss::Missing) => self.missing.push(place),
+            Verdict::NotOurs(_) => {}
         }
     }
 
-    /// A majority has confirmed it: heals in the background, also those nodes that have yet to answer.
-    pub(super) fn confirmed(mut self, mut answers: Calls<usize, Renewed>) {
+    /// Heals in the background after a majority has confirmed, also nodes that have yet to reply.
+    pub(super) fn confirmed(mut self, mut answers: Calls<usize, Verdict>) {
         if self.missing.is_empty() && answers.have_ended() {
             return;
         }
@@ -99,8 +101,8 @@ impl Healing {
         if !self.is_wanted() {
             return;
         }
-        // Closing waits for it: it may have to be undone.
-        let _owed = self.quorum.releases.token();
+        // Closing the locker waits for this, as it may have to be undone.
+        let _pending = self.quorum.releases.token();
         let Some(metadata) = self.metadata().await.filter(|_| self.is_wanted()) else { return };
         let (sent, timeout, latest) = (Instant::now(), self.timeout(), Arc::<Latest>::default());
         let wanted = Wanted {
@@ -138,7 +140,7 @@ impl Healing {
         }
     }
 
-    /// Not after the deadline, nor after a release; nor where the ttl is to be another.
+    /// Returns false after the deadline or a release, and while the ttl is about to be changed.
     fn is_wanted(&self) -> bool {
         let is_late = Instant::now() >= self.until;
         !is_late && !self.open.was_released() && !self.quorum.shortened.concerns(&self.owned)
@@ -148,7 +150,7 @@ impl Healing {
         node_timeout(self.ttl, self.until.saturating_duration_since(Instant::now()))
     }
 
-    /// What the holder has put beside its token, by a node that has it.
+    /// Returns what the holder has stored beside its token, from a node that has it.
     async fn metadata(&self) -> Option<Box<[u8]>> {
         let node = &self.quorum.members.get(self.confirmed?)?.node;
         let holder = node.inspect(&self.owned.key(), self.timeout()).await.ok()??;
@@ -157,7 +159,7 @@ impl Healing {
 }
 
 impl Member {
-    /// It was restarted lately, and has said so.
+    /// Returns whether it has replied that it was restarted lately.
     fn is_silent(&self) -> bool {
         let until = self.silent_until.lock().unwrap_or_else(PoisonError::into_inner);
         until.is_some_and(|until| Instant::now() < until)

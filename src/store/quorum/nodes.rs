@@ -1,4 +1,4 @@
-//! Which nodes make a quorum, and how they are connected to.
+//! Checks which nodes can form a quorum, and connects to them.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -9,15 +9,15 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
-use super::Node;
 use super::identity::{Identities, Identity};
+use crate::store::node::Node;
 use crate::store::redis::{RedisStore, url};
 use crate::{Error, NodeError};
 
-/// For how long the others are waited for once a majority is connected.
+/// How long to wait for the other nodes once a majority is connected.
 const GRACE: Duration = Duration::from_millis(250);
 
-/// A node, and who it is, where that can be told.
+/// A node, and the identity of its server, if that can be asked.
 pub(crate) struct Connected {
     pub(super) address: String,
     pub(super) node: Arc<dyn Node>,
@@ -30,12 +30,12 @@ impl From<(String, Arc<dyn Node>)> for Connected {
     }
 }
 
-/// Connects to a majority, at least, of the nodes at these URLs; to the others as they come.
+/// Connects to at least a majority of the nodes at these URLs, and to the others as they come up.
 ///
 /// # Errors
 ///
-/// [`Error::InvalidNodes`] for a list that makes no quorum, [`Error::InvalidUrl`] for a URL that makes no sense, and
-/// [`Error::Quorum`] when no majority could be reached within `timeout`.
+/// [`Error::InvalidNodes`] for nodes that can form no quorum, [`Error::InvalidUrl`] for a URL that is wrong, and
+/// [`Error::Quorum`] if no majority could be connected within `timeout`.
 pub(crate) async fn connect(
     urls: &[String],
     prefix: &str,
@@ -68,8 +68,8 @@ pub(crate) async fn connect(
         connecting.spawn(async move {
             let ready = node.ready(timeout).await;
             if let (Ok(()), Some(identity)) = (&ready, &identity) {
-                // Where it can't say yet who it is, it is asked again before anything is sent to it.
-                drop(identity.settle(timeout).await);
+                // If it can't identify itself yet, it is asked again before anything is sent to it.
+                drop(identity.identify(timeout).await);
             }
             (place, ready)
         });
@@ -110,7 +110,7 @@ pub(crate) async fn connect(
     Ok(nodes)
 }
 
-/// Refuses lists that make no quorum. Answers the nodes' addresses, which never show a password.
+/// Refuses nodes that can form no quorum. Returns their addresses, which never contain a password.
 fn check(urls: &[String]) -> Result<Vec<(String, Config)>, Error> {
     if urls.is_empty() {
         return Err(Error::InvalidNodes("there are none; name an odd number of independent servers"));
@@ -133,7 +133,10 @@ fn check(urls: &[String]) -> Result<Vec<(String, Config)>, Error> {
         match same.map(|(_, other)| other.database.unwrap_or(0) == config.database.unwrap_or(0)) {
             Some(true) => return Err(Error::InvalidNodes("one is named twice, and would have two votes")),
             Some(false) => {
-                warn!(name: "tenure.same_node", node = %address, "two databases of one server are no independent nodes");
+                warn!(
+                    name: "tenure.same_node", node = %address,
+                    "two databases of one server are no independent nodes"
+                );
             }
             None => {}
         }

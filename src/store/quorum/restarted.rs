@@ -7,9 +7,10 @@ use fred::types::config::Config;
 use tenure_test_support::{Server, eventually, soon};
 use tokio_util::task::TaskTracker;
 
+use super::QuorumStore;
 use super::clocks::since_1970;
-use super::{Node, QuorumStore};
 use crate::Locker;
+use crate::store::node::Node;
 use crate::store::redis::RedisStore;
 
 const WINDOW: Duration = Duration::from_secs(3);
@@ -30,6 +31,7 @@ async fn client(servers: &[Server], skew: i64) -> Locker {
 }
 
 #[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn fencing_tokens_grow_where_a_majority_comes_back_with_an_old_dump() {
     let mut servers = [(); 3].map(|()| Server::start());
     let locker = client(&servers, 0).await;
@@ -63,6 +65,7 @@ async fn fencing_tokens_grow_where_a_majority_comes_back_with_an_old_dump() {
 }
 
 #[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_token_that_comes_back_is_told_no_number_that_its_nodes_found_on_disk() {
     let mut servers = [(); 3].map(|()| Server::start());
     let locker = client(&servers, 0).await;

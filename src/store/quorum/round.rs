@@ -1,6 +1,6 @@
-//! One attempt to obtain a lock from a majority: as many ballots as it takes, and then the cleaning up.
+//! One attempt to obtain a lock from a majority: as many ballots as it takes, and then the cleanup.
 //!
-//! Its asker drives it. What is left when that has its answer, or stops waiting for one, is seen to its end by a task.
+//! The caller polls it. When the caller has its result, or stops waiting, a task does what is left.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,19 +10,20 @@ use tracing::debug;
 
 use super::calls::{Calls, may_run_until};
 use super::catch_up::Undo;
-use super::rounds::OpenRound;
+use super::open_rounds::OpenRound;
 use super::tally::{Decision, decide};
-use super::{Ballot, Quorum, Reply, Vote, first, grace, node_timeout};
+use super::{Quorum, first, grace, node_timeout};
 use crate::Error;
+use crate::store::node::{Ballot, Vote, VoteReply};
 use crate::store::{Acquired, Latest, Wanted};
 
-/// So many ballots are held at most. The second suffices unless others vote for the same keys in between.
+/// The most ballots of one attempt. The second suffices unless others obtain the same keys in between.
 const BALLOTS: usize = 4;
 
-/// For how long a release's answer is waited for where it may make another one needless.
+/// How long to wait for the reply to a release that may make another release unnecessary.
 const ANSWER: Duration = Duration::from_secs(1);
 
-/// Asks once for what is wanted.
+/// Tries once to obtain the lock.
 pub(super) async fn attempt(quorum: &Arc<Quorum>, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
     let mut asking = Asking(Some(Round::new(quorum.clone(), wanted.clone(), timeout)?));
     let Some(round) = &mut asking.0 else { return Err(Error::NoRuntime) };
@@ -37,11 +38,11 @@ pub(super) async fn attempt(quorum: &Arc<Quorum>, wanted: &Wanted, timeout: Dura
     outcome
 }
 
-/// Somebody waits for the round's outcome, until this is dropped.
+/// A round whose caller waits for the result, until this is dropped.
 struct Asking(Option<Round>);
 
 impl Drop for Asking {
-    /// Whoever has gone can't say that it wants the lock.
+    /// A caller that has gone no longer wants the lock.
     fn drop(&mut self) {
         if let Some(round) = self.0.take() {
             round.leave(false);
@@ -54,32 +55,32 @@ struct Round {
     open: OpenRound,
     wanted: Arc<Wanted>,
     until: Instant,
-    /// Until when a vote that has not been answered may be run.
+    /// Until when a node may run a vote that it has not replied to.
     may_run_until: Instant,
-    members: Vec<Standing>,
-    /// The votes on their way, by ballot and node.
-    calls: Calls<(usize, usize), Reply>,
-    /// How long the round of votes took in which nobody need have got a majority.
+    members: Vec<NodeState>,
+    /// The votes in flight, by ballot and node.
+    calls: Calls<(usize, usize), VoteReply>,
+    /// How long the round of votes took that was split: perhaps no request has got a majority.
     split: Option<Duration>,
 }
 
-/// How one node stands to this attempt.
+/// The state of this attempt on one node.
 #[derive(Default)]
-struct Standing {
-    /// Calls on their way.
+struct NodeState {
+    /// How many calls are in flight.
     calls: usize,
-    /// It has granted something, or may have.
+    /// The node has granted something, or may have.
     touched: bool,
-    /// A call failed, so that nobody knows whether it was run, or will be.
+    /// A call has failed with an unknown outcome: the node may have run it, or may yet.
     doubtful: bool,
-    /// Until when.
+    /// Until when the node may run the votes.
     latest: Arc<Latest>,
 }
 
 impl Round {
     fn new(quorum: Arc<Quorum>, wanted: Wanted, timeout: Duration) -> Result<Self, Error> {
         let calls = Calls::new(&quorum)?;
-        let members = quorum.members.iter().map(|_| Standing::default()).collect();
+        let members = quorum.members.iter().map(|_| NodeState::default()).collect();
         let open = quorum.rounds.open(&wanted.owned);
         let until = Instant::now() + first(timeout);
         let may_run_until = Instant::now();
@@ -87,8 +88,8 @@ impl Round {
     }
 
     async fn ballots(&mut self) -> Result<Acquired, Error> {
-        let mut votes: Vec<Option<Result<Reply, Error>>> = Vec::new();
-        // Calls that stand in line for a node come later than the clock that they were made for.
+        let mut votes: Vec<Option<Result<VoteReply, Error>>> = Vec::new();
+        // Calls that wait to be sent to a node arrive later than the clock that their number was made for.
         let mut took = Duration::ZERO;
         for ballot in 0..BALLOTS {
             let started = Instant::now();
@@ -98,35 +99,7 @@ impl Round {
                 self.wanted.fenced.then(|| self.quorum.clocks.propose(last, (took * 2).min(self.quorum.ahead() / 2)));
             self.ask(ballot, number);
             votes = self.members.iter().map(|_| None).collect();
-            let mut wait_until = None;
-            let decision = loop {
-                let next = match wait_until {
-                    None => self.calls.next().await,
-                    Some(until) => match timeout_at(until, self.calls.next()).await {
-                        Ok(next) => next,
-                        Err(_) => break decide(&votes, self.quorum.needed, true).unwrap_or(Decision::Failed),
-                    },
-                };
-                let Some(((of, place), answer)) = next else { break Decision::Failed };
-                self.settle(place, &answer);
-                if let Ok(reply) = &answer {
-                    self.quorum.clocks.learn(place, asked, reply.seen);
-                }
-                if of != ballot {
-                    continue;
-                }
-                if let Some(vote) = votes.get_mut(place) {
-                    *vote = Some(answer);
-                }
-                if let Some(decision) = decide(&votes, self.quorum.needed, false) {
-                    break decision;
-                }
-                // Who waits asks again anyway: sooner than one slow node answers, which may be the last to be asked.
-                let answered = votes.iter().filter(|vote| matches!(vote, Some(Ok(_)))).count();
-                if self.wanted.queueing.waits() && answered >= self.quorum.needed {
-                    wait_until = wait_until.or_else(|| Some(Instant::now() + grace(started.elapsed())));
-                }
-            };
+            let decision = self.collect_votes(ballot, asked, started, &mut votes).await;
             took = started.elapsed();
             match decision {
                 Decision::Granted { number } => return Ok(Acquired::Granted { fencing_token: number }),
@@ -136,7 +109,7 @@ impl Round {
                     if self.wanted.queueing.waits() {
                         return Ok(Acquired::Held { place, remaining });
                     }
-                    // Unknown is no refusal.
+                    // An unknown outcome is no refusal.
                     break;
                 }
                 Decision::Again => {
@@ -151,45 +124,85 @@ impl Round {
         Err(self.failure(votes))
     }
 
+    /// Collects the votes of a ballot until they decide it. `asked` is what our clock showed when the nodes were asked.
+    async fn collect_votes(
+        &mut self,
+        ballot: usize,
+        asked: u64,
+        started: Instant,
+        votes: &mut [Option<Result<VoteReply, Error>>],
+    ) -> Decision {
+        let needed = self.quorum.needed;
+        let mut wait_until = None;
+        loop {
+            let next = match wait_until {
+                None => self.calls.next().await,
+                Some(until) => match timeout_at(until, self.calls.next()).await {
+                    Ok(next) => next,
+                    Err(_) => return decide(votes, needed, true).unwrap_or(Decision::Failed),
+                },
+            };
+            let Some(((of, place), answer)) = next else { return Decision::Failed };
+            self.note_vote(place, &answer);
+            if let Ok(reply) = &answer {
+                self.quorum.clocks.learn(place, asked, reply.seen);
+            }
+            if of != ballot {
+                continue;
+            }
+            if let Some(vote) = votes.get_mut(place) {
+                *vote = Some(answer);
+            }
+            if let Some(decision) = decide(votes, needed, false) {
+                return decision;
+            }
+            // A waiter tries again anyway, and sooner than a slow node replies.
+            let answered = votes.iter().filter(|vote| matches!(vote, Some(Ok(_)))).count();
+            if self.wanted.queueing.waits() && answered >= needed {
+                wait_until = wait_until.or_else(|| Some(Instant::now() + grace(started.elapsed())));
+            }
+        }
+    }
+
     /// Asks all nodes for their vote.
     fn ask(&mut self, ballot: usize, number: Option<u64>) {
         let left = self.until.saturating_duration_since(Instant::now());
         let timeout = node_timeout(self.wanted.ttl, left);
         self.may_run_until = may_run_until(Instant::now(), timeout);
         let wish = Ballot { number, exactly: ballot > 0, window: self.quorum.window, ahead: self.quorum.ahead() };
-        for (place, (member, standing)) in self.quorum.members.iter().zip(&mut self.members).enumerate() {
-            standing.calls += 1;
-            // Each node has a clock of its own.
-            let wanted = Wanted { latest: standing.latest.clone(), ..Wanted::clone(&self.wanted) };
+        for (place, (member, state)) in self.quorum.members.iter().zip(&mut self.members).enumerate() {
+            state.calls += 1;
+            // Each node has its own clock.
+            let wanted = Wanted { latest: state.latest.clone(), ..Wanted::clone(&self.wanted) };
             let (node, wish) = (member.node.clone(), wish.clone());
             let call = Box::pin(async move { node.vote(&wanted, &wish, timeout).await });
             self.calls.send((ballot, place), member, timeout, call);
         }
     }
 
-    fn settle(&mut self, place: usize, answer: &Result<Reply, Error>) {
-        let Some(standing) = self.members.get_mut(place) else { return };
-        standing.calls -= 1;
+    fn note_vote(&mut self, place: usize, answer: &Result<VoteReply, Error>) {
+        let Some(state) = self.members.get_mut(place) else { return };
+        state.calls -= 1;
         match answer {
-            Ok(reply) => standing.touched |= matches!(reply.vote, Vote::Granted { .. }),
+            Ok(reply) => state.touched |= matches!(reply.vote, Vote::Granted { .. }),
             Err(error) if error.has_not_run() => {}
             Err(_) => {
-                standing.touched = true;
-                standing.doubtful = true;
+                state.touched = true;
+                state.doubtful = true;
             }
         }
     }
 
-    /// Takes back what this attempt may have left on nodes that owe it no more answers. Once for each node.
-    fn undo_settled(&mut self) -> Vec<tokio::task::JoinHandle<()>> {
+    /// Undoes what this attempt may have left on nodes without calls in flight. Once for each node.
+    fn undo_on_idle_nodes(&mut self) -> Vec<tokio::task::JoinHandle<()>> {
         let mut undone = Vec::new();
-        for (place, standing) in self.members.iter_mut().enumerate() {
-            if standing.calls > 0 || !std::mem::take(&mut standing.touched) {
+        for (place, state) in self.members.iter_mut().enumerate() {
+            if state.calls > 0 || !std::mem::take(&mut state.touched) {
                 continue;
             }
             let undo = Undo {
                 owned: self.wanted.owned.clone(),
-                latest: standing.doubtful.then(|| standing.latest.clone()),
+                latest: state.doubtful.then(|| state.latest.clone()),
                 ttl: self.wanted.ttl,
             };
             undone.extend(self.quorum.undo(place, undo));
@@ -197,34 +210,34 @@ impl Round {
         undone
     }
 
-    /// Takes back what it was granted, before it is said that there is no lock.
+    /// Undoes what nodes have granted, before the attempt returns without the lock.
     async fn give_back(&mut self) {
-        let undone = self.undo_settled();
+        let undone = self.undo_on_idle_nodes();
         if !self.wanted.owned.own_token {
-            // The next attempt comes in the same token's name: it shall find this one gone.
+            // The next attempt uses the same token, and must find this one gone.
             for undone in undone {
                 drop(timeout_at(self.until, undone).await);
             }
         }
         if let Some(round) = self.split {
-            // Who collided shall not come back together.
+            // Requests that collided must not come back together.
             let longest = (round * 4).clamp(Duration::from_millis(1), Duration::from_millis(50));
             let left = self.until.saturating_duration_since(Instant::now());
             sleep(longest.mul_f64(fastrand::f64()).min(left)).await;
         }
     }
 
-    /// Nobody waits for the outcome any more. `taken`: it was the lock, and it has been told.
+    /// Ends the round for its caller. `taken` if the caller has got the lock.
     fn leave(mut self, taken: bool) {
         if taken {
             self.open.begin();
-            // A release comes after these nodes' votes in any case.
+            // A release reaches these nodes after their votes in any case.
             self.members
                 .iter_mut()
-                .filter(|standing| standing.calls == 0 && !standing.doubtful)
-                .for_each(|standing| standing.touched = false);
+                .filter(|state| state.calls == 0 && !state.doubtful)
+                .for_each(|state| state.touched = false);
         }
-        if self.calls.have_ended() && !self.members.iter().any(|standing| standing.touched) {
+        if self.calls.have_ended() && !self.members.iter().any(|state| state.touched) {
             return;
         }
         let (releases, runtime) = (self.quorum.releases.clone(), self.calls.runtime().clone());
@@ -233,45 +246,47 @@ impl Round {
 
     async fn finish(mut self, taken: bool) {
         if !taken {
-            drop(self.undo_settled());
+            drop(self.undo_on_idle_nodes());
         }
         while let Some(((_, place), answer)) = self.calls.next().await {
-            self.settle(place, &answer);
+            self.note_vote(place, &answer);
             if !taken {
-                drop(self.undo_settled());
+                drop(self.undo_on_idle_nodes());
             }
         }
-        if taken && self.members.iter().any(|standing| standing.doubtful) {
+        if taken && self.members.iter().any(|state| state.doubtful) {
             sleep_until(self.may_run_until).await;
         }
-        // Released before its last vote had come: what that one took is taken back, unless the release has come to the
-        // node after it.
+        // The lock was released before the last vote arrived. Undoes what that vote took, unless the release has
+        // reached the node after the vote.
         if taken && self.open.was_released() {
             let until = Instant::now() + ANSWER;
-            for (place, standing) in self.members.iter_mut().enumerate() {
-                if standing.touched && !standing.doubtful {
-                    standing.touched = !self.open.is_freed(place, until).await;
+            for (place, state) in self.members.iter_mut().enumerate() {
+                if state.touched && !state.doubtful {
+                    state.touched = !self.open.is_freed(place, until).await;
                 }
             }
-            drop(self.undo_settled());
+            drop(self.undo_on_idle_nodes());
         }
     }
 
-    /// Why there is no majority, node by node.
-    fn failure(&self, votes: Vec<Option<Result<Reply, Error>>>) -> Error {
+    /// Returns why there is no majority, node by node.
+    fn failure(&self, votes: Vec<Option<Result<VoteReply, Error>>>) -> Error {
         let mut granted = 0;
         let mut nodes = Vec::new();
         for (place, vote) in votes.into_iter().enumerate() {
             let error = match vote {
-                Some(Ok(Reply { vote: Vote::Granted { .. }, .. })) => {
+                Some(Ok(VoteReply { vote: Vote::Granted { .. }, .. })) => {
                     granted += 1;
                     continue;
                 }
-                // Not the reason; and the node may be well.
-                None | Some(Ok(Reply { vote: Vote::Held { .. }, .. })) => continue,
-                Some(Ok(Reply { vote: Vote::Silent { remaining }, .. })) => Error::NotVoting { remaining },
-                Some(Ok(Reply { vote: Vote::Behind, .. })) => Error::Outbid("it has granted a higher one meanwhile"),
-                Some(Ok(Reply { vote: Vote::Ahead, .. })) => {
+                // This is not the reason, and the node may be well.
+                None | Some(Ok(VoteReply { vote: Vote::Held { .. }, .. })) => continue,
+                Some(Ok(VoteReply { vote: Vote::Silent { remaining }, .. })) => Error::NotVoting { remaining },
+                Some(Ok(VoteReply { vote: Vote::Behind, .. })) => {
+                    Error::Outbid("it has granted a higher one meanwhile")
+                }
+                Some(Ok(VoteReply { vote: Vote::Ahead, .. })) => {
                     Error::Outbid("its clock is further behind those of the others than the restart window")
                 }
                 Some(Err(error)) => error,

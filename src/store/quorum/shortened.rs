@@ -1,8 +1,8 @@
 //! Requests for an exact ttl that some nodes may still run, although a majority has confirmed them.
 //!
-//! `hold.rs` counts an exact ttl as set once it is confirmed (invariant 5 there). One server has run it then. Of a
-//! quorum, a minority may do so later, after it has confirmed a longer ttl. So until such a node has answered, or can't
-//! run the request any more, it confirms no longer ttl of the same grant.
+//! `hold.rs` counts an exact ttl as set once it is confirmed (invariant 5 there). A single server has run the request
+//! then. In a quorum, a minority may run it later, after it has confirmed a longer ttl. So until such a node has
+//! replied, or can no longer run the request, its confirmation of a longer ttl of the same grant doesn't count.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,7 +27,7 @@ struct Request {
     id: RequestId,
     place: usize,
     ttl: Duration,
-    /// The node refuses to run it from then on.
+    /// The node refuses to run the request from this time on.
     until: Instant,
 }
 
@@ -35,7 +35,7 @@ struct Request {
 pub(super) struct RequestId(u64);
 
 impl Shortened {
-    /// An exact ttl is about to be asked for, of so many nodes.
+    /// Notes that an exact ttl is about to be requested of this many nodes.
     pub(super) fn begin(&self, owned: &Owned, ttl: Duration, nodes: usize, until: Instant) -> RequestId {
         let id = RequestId(self.next.fetch_add(1, Ordering::Relaxed));
         let now = Instant::now();
@@ -49,14 +49,14 @@ impl Shortened {
         id
     }
 
-    /// A node has run the request, or never will.
-    pub(super) fn settle(&self, owned: &Owned, settled: RequestId, place: usize) {
+    /// Notes that a node has run the request, or never will.
+    pub(super) fn has_ended(&self, owned: &Owned, ended: RequestId, place: usize) {
         if let Some(requests) = self.all().get_mut(&grant_of(owned)) {
-            requests.retain(|request| request.id != settled || request.place != place);
+            requests.retain(|request| request.id != ended || request.place != place);
         }
     }
 
-    /// Whether a node may make the ttl shorter than this after it has confirmed it, by another request than `own`.
+    /// Returns whether a node may run another request than `own` later, which sets a ttl shorter than this.
     pub(super) fn may_shorten(&self, owned: &Owned, own: Option<RequestId>, place: usize, ttl: Duration) -> bool {
         let all = self.all();
         if all.is_empty() {
@@ -68,7 +68,7 @@ impl Shortened {
         })
     }
 
-    /// Whether an exact ttl of this grant is, or may be, still to be set anywhere.
+    /// Returns whether any node may still set an exact ttl for this grant.
     pub(super) fn concerns(&self, owned: &Owned) -> bool {
         let all = self.all();
         let now = Instant::now();
@@ -80,7 +80,7 @@ impl Shortened {
     }
 }
 
-/// Why a node's confirmation doesn't count.
+/// The error of a node whose confirmation doesn't count.
 pub(super) fn may_be_set_late() -> Error {
     let details = "an earlier request may still set a shorter ttl there";
     fred::error::Error::new(ErrorKind::Timeout, details).into()

@@ -11,13 +11,14 @@ use tokio::runtime::{Builder, Handle};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::TaskTracker;
 
-use super::{Ballot, Node, QuorumStore, Reply, Seen, Vote};
+use super::QuorumStore;
 use crate::hold::{GrantId, Hold, Owned};
 use crate::store::faulty::{Fault, call_within};
-use crate::store::listen::Listening;
+use crate::store::node::{Ballot, Node, Seen, Vote, VoteReply};
+use crate::store::notifications::Subscription;
 use crate::store::{
-    Acquired, Answer, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Queueing, Released, Renewed, Store,
-    Undone, Wanted,
+    Acquired, Answer, Capabilities, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Queueing, Store,
+    Undone, Verdict, Wanted,
 };
 use crate::{Error, Key, Locker, Loss, Token};
 
@@ -82,11 +83,11 @@ impl Server {
         *state = State { fences: saved.clone(), saved, ..State::started_at(Instant::now()) };
     }
 
-    fn vote(&self, wanted: &Wanted, ballot: &Ballot) -> Reply {
+    fn vote(&self, wanted: &Wanted, ballot: &Ballot) -> VoteReply {
         self.votes.fetch_add(1, Ordering::Relaxed);
         let now = self.now();
         let mut state = self.state.lock().unwrap();
-        let reply = |vote, last| Reply { vote, seen: Seen { now, last } };
+        let reply = |vote, last| VoteReply { vote, seen: Seen { now, last } };
         let up = state.started.elapsed();
         if up < ballot.window {
             return reply(Vote::Silent { remaining: ballot.window - up }, 0);
@@ -140,10 +141,10 @@ impl Server {
         (up < window).then(|| window - up)
     }
 
-    fn renew(&self, owned: &Owned, ttl: Duration, how: Extending) -> Renewed {
+    fn renew(&self, owned: &Owned, ttl: Duration, how: Extending) -> Verdict {
         let mut state = self.state.lock().unwrap();
         if let Some(loss) = state.not_ours(owned) {
-            return Renewed::NotOurs(loss);
+            return Verdict::NotOurs(loss);
         }
         let until = Instant::now() + ttl;
         for key in &owned.keys {
@@ -170,10 +171,10 @@ impl Server {
                 *expires = if is_exact { until } else { until.max(*expires) };
             }
         }
-        Renewed::Extended
+        Verdict::Done
     }
 
-    fn release(&self, owned: &Owned, ending: Ending) -> Released {
+    fn release(&self, owned: &Owned, ending: Ending) -> Verdict {
         let mut state = self.state.lock().unwrap();
         let loss = state.not_ours(owned);
         for key in &owned.keys {
@@ -188,7 +189,7 @@ impl Server {
                 state.grants.insert(key.clone(), others);
             }
         }
-        loss.map_or(Released::Freed, Released::NotOurs)
+        loss.map_or(Verdict::Done, Verdict::NotOurs)
     }
 
     fn remaining(&self, owned: &Owned) -> Option<Duration> {
@@ -250,14 +251,14 @@ fn clock(origin: Instant, skew: i64) -> u64 {
 type Plan = Arc<dyn Fn(usize) -> Fault + Send + Sync>;
 
 /// One client's line to one server.
-struct Line {
+struct Link {
     place: usize,
     server: Arc<Server>,
     plan: Plan,
     lives: u32,
 }
 
-impl Line {
+impl Link {
     async fn call<T: Send + 'static>(
         &self,
         timeout: Duration,
@@ -268,8 +269,8 @@ impl Line {
     }
 }
 
-impl Node for Line {
-    fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, Reply> {
+impl Node for Link {
+    fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, VoteReply> {
         let (wanted, ballot) = (wanted.clone(), ballot.clone());
         wanted.latest.extend(self.server.millis(Instant::now() + timeout * self.lives));
         Box::pin(self.call(timeout, move |server| server.vote(&wanted, &ballot)))
@@ -282,7 +283,7 @@ impl Node for Line {
         how: Extending,
         window: Duration,
         timeout: Duration,
-    ) -> Answer<'a, Renewed> {
+    ) -> Answer<'a, Verdict> {
         let owned = owned.clone();
         let renewed = self.call(timeout, move |server| match server.silent_for(window) {
             Some(remaining) => Err(Error::NotVoting { remaining }),
@@ -292,17 +293,21 @@ impl Node for Line {
     }
 }
 
-impl Store for Line {
+impl Store for Link {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
+    }
+
     fn acquire<'a>(&'a self, _: &'a Wanted, _: InLine, _: Duration) -> Answer<'a, Acquired> {
         unreachable!("nodes are asked for votes")
     }
 
-    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Renewed> {
+    fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Verdict> {
         let owned = owned.clone();
         Box::pin(self.call(timeout, move |server| server.renew(&owned, ttl, how)))
     }
 
-    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Released> {
+    fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Verdict> {
         let owned = owned.clone();
         Box::pin(self.call(timeout, move |server| server.release(&owned, ending)))
     }
@@ -313,12 +318,8 @@ impl Store for Line {
             server.release(&owned, Ending::Grant);
             let may_run = Latest::default();
             may_run.extend(latest);
-            may_run.remaining(server.millis(Instant::now())).map_or(Undone::Settled, Undone::MayRun)
+            may_run.remaining(server.millis(Instant::now())).map_or(Undone::Complete, Undone::MayRun)
         }))
-    }
-
-    fn hands_over(&self) -> bool {
-        false
     }
 
     fn hand_over<'a>(
@@ -333,8 +334,8 @@ impl Store for Line {
     }
 
     /// Nothing is ever heard.
-    fn listen(&self, _: &Key) -> Listening {
-        Listening::join([])
+    fn subscribe(&self, _: &Key) -> Subscription {
+        Subscription::join([])
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
@@ -348,7 +349,7 @@ impl Store for Line {
     }
 }
 
-impl fmt::Debug for Line {
+impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Line").finish_non_exhaustive()
     }
@@ -374,7 +375,7 @@ impl World {
     fn client(&self, skew: i64, plan: impl Fn(usize) -> Fault + Send + Sync + 'static) -> Locker {
         let plan: Plan = Arc::new(plan);
         let nodes = self.servers.iter().enumerate().map(|(place, server)| {
-            let line = Line { place, server: server.clone(), plan: plan.clone(), lives: self.lives };
+            let line = Link { place, server: server.clone(), plan: plan.clone(), lives: self.lives };
             (format!("node-{place}"), Arc::new(line) as Arc<dyn Node>)
         });
         let (origin, releases) = (self.origin, TaskTracker::new());

@@ -1,4 +1,4 @@
-//! Counting answers: what a majority says, as soon as the others can't change it any more. No I/O.
+//! Counting replies: what a majority has decided, as soon as the others can no longer change it. No I/O.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
 
-use super::{Quorum, Reply, Vote, grace};
+use super::{Quorum, grace};
+use crate::store::node::{Vote, VoteReply};
 use crate::{Error, NodeError};
 
-/// The answers to a question of yes or no.
+/// The replies to a request that each node confirms or refuses.
 pub(super) struct Tally<'a> {
     quorum: &'a Quorum,
     yes: usize,
@@ -18,12 +19,12 @@ pub(super) struct Tally<'a> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
-    /// A majority says yes.
+pub(super) enum Outcome {
+    /// A majority has confirmed.
     Yes,
-    /// So many say no that no majority can say yes.
+    /// So many have refused that no majority can confirm.
     No,
-    /// Neither, and the nodes that are left can't change that.
+    /// Neither, and the nodes that have yet to reply can't change that.
     Unknown,
 }
 
@@ -53,19 +54,19 @@ impl<'a> Tally<'a> {
         self.quorum.members.len() - self.yes - self.no - self.failed.len()
     }
 
-    pub(super) fn verdict(&self) -> Option<Verdict> {
+    pub(super) fn outcome(&self) -> Option<Outcome> {
         let needed = self.quorum.needed;
         let enough_to_refuse = self.quorum.members.len() - needed + 1;
         let open = self.unanswered();
         match () {
-            () if self.yes >= needed => Some(Verdict::Yes),
-            () if self.no >= enough_to_refuse => Some(Verdict::No),
-            () if self.yes + open < needed && self.no + open < enough_to_refuse => Some(Verdict::Unknown),
+            () if self.yes >= needed => Some(Outcome::Yes),
+            () if self.no >= enough_to_refuse => Some(Outcome::No),
+            () if self.yes + open < needed && self.no + open < enough_to_refuse => Some(Outcome::Unknown),
             () => None,
         }
     }
 
-    /// Where the lock was gone already, there is nothing left to do either.
+    /// For a release, nodes on which the lock was gone already count as well: nothing is left to do there.
     pub(super) fn into_error_of_release(self) -> Error {
         Error::Quorum { needed: self.quorum.needed, granted: self.yes + self.no, nodes: self.failed }
     }
@@ -75,17 +76,17 @@ impl<'a> Tally<'a> {
     }
 }
 
-/// For how long the last nodes are waited for, at least, where more would be known by their answers. No lock depends on
-/// it: whoever asks would rather know.
+/// The least time to wait for the last nodes if their replies could tell more. No lock depends on it: the caller only
+/// wants to know.
 const PATIENCE: Duration = Duration::from_millis(50);
 
-/// For how long nodes keep a lock, by their answers: a majority does until as many of them as it takes have let go.
+/// How long nodes keep a lock, by their replies: it is held on a majority until too many of them have lost it.
 pub(super) struct Kept {
     needed: usize,
     started: Instant,
-    /// The longest first.
+    /// In descending order.
     remaining: Vec<Duration>,
-    /// Until when more answers are waited for.
+    /// Until when to wait for more replies.
     until: Option<Instant>,
 }
 
@@ -106,7 +107,7 @@ impl Kept {
         self.remaining.get(self.needed - 1).copied()
     }
 
-    /// Whether so many more answers can't change it by much.
+    /// Returns whether this many more replies can't change it by much.
     pub(super) fn is_known(&self, open: usize) -> bool {
         let Some(known) = self.by_majority() else { return false };
         let at_most = match self.needed.checked_sub(open + 1) {
@@ -116,7 +117,7 @@ impl Kept {
         at_most - known <= known / 16
     }
 
-    /// The next answer, if a majority is still missing or it comes soon.
+    /// Returns the next reply, but waits for it only shortly once a majority has replied.
     pub(super) async fn in_time<T>(&self, next: impl Future<Output = Option<T>>) -> Option<T> {
         match self.until {
             None => next.await,
@@ -125,25 +126,25 @@ impl Kept {
     }
 }
 
-/// What a round of votes has come to.
+/// The result of a round of votes.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Decision {
-    /// By a majority, and with one number.
+    /// A majority has granted, and with one number.
     Granted { number: Option<u64> },
-    /// A majority would grant another number.
+    /// A majority would grant, but another number.
     Again,
     /// Others hold a majority of the nodes.
     Held { place: usize, remaining: Option<Duration> },
-    /// Others hold some of the nodes, and too many of the rest could not be asked: another may have a majority, or
-    /// nobody.
+    /// Others hold some of the nodes, and too many of the rest could not be asked: another may have a majority, or no
+    /// one.
     Split { place: usize, remaining: Option<Duration> },
     /// Too many nodes could not be asked, or do not vote.
     Failed,
 }
 
-/// Says what the votes of one round have come to, as soon as that is certain; one vote for each node, or none yet. Those
-/// that are not there yet are done without if it `is_late`.
-pub(super) fn decide(votes: &[Option<Result<Reply, Error>>], needed: usize, is_late: bool) -> Option<Decision> {
+/// Returns the result of one round of votes as soon as it is certain. `votes` has one place for each node; if it
+/// `is_late`, the missing votes count as failed.
+pub(super) fn decide(votes: &[Option<Result<VoteReply, Error>>], needed: usize, is_late: bool) -> Option<Decision> {
     let mut numbers: BTreeMap<Option<u64>, usize> = BTreeMap::new();
     let mut held = Vec::new();
     let (mut open, mut willing, mut failed) = (0, 0, 0);
@@ -175,7 +176,7 @@ pub(super) fn decide(votes: &[Option<Result<Reply, Error>>], needed: usize, is_l
         return None;
     }
     if willing + held.len() >= needed {
-        // So many of the others must let go, the earliest first.
+        // This many of the others must expire, the earliest first.
         held.sort_unstable();
         let (remaining, place) = held.get(needed - willing - 1).copied().unwrap_or_default();
         let remaining = Some(remaining).filter(|&remaining| remaining < Duration::MAX);
@@ -191,22 +192,22 @@ pub(super) fn decide(votes: &[Option<Result<Reply, Error>>], needed: usize, is_l
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::Seen;
     use super::*;
+    use crate::store::node::Seen;
 
-    fn vote(vote: Vote) -> Option<Result<Reply, Error>> {
-        Some(Ok(Reply { vote, seen: Seen { now: 0, last: 0 } }))
+    fn vote(vote: Vote) -> Option<Result<VoteReply, Error>> {
+        Some(Ok(VoteReply { vote, seen: Seen { now: 0, last: 0 } }))
     }
 
-    fn granted(number: u64) -> Option<Result<Reply, Error>> {
+    fn granted(number: u64) -> Option<Result<VoteReply, Error>> {
         vote(Vote::Granted { number: Some(number) })
     }
 
-    fn held(ms: u64) -> Option<Result<Reply, Error>> {
+    fn held(ms: u64) -> Option<Result<VoteReply, Error>> {
         vote(Vote::Held { place: 0, remaining: Some(Duration::from_millis(ms)) })
     }
 
-    fn failed() -> Option<Result<Reply, Error>> {
+    fn failed() -> Option<Result<VoteReply, Error>> {
         Some(Err(Error::timeout()))
     }
 

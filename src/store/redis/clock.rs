@@ -1,31 +1,31 @@
-//! What we know of the server's clock: enough to tell a server until when it may run a request.
+//! An estimate of the server's clock, good enough to tell the server until when it may run a request.
 //!
-//! Every reply carries the server's time. It was read before the reply arrived, so at any later instant the server's
-//! clock shows at least as much more as has passed since: a bound that is too early by the reply's way at most. A
-//! request that is refused for that reason, or because the server's clock was set forward, or because another server
-//! answers now, was not run; its reply tells the time, and it is sent again.
+//! Every reply carries the server's time, which the server read before the reply arrived. So the estimate is never
+//! ahead of the server's clock, and behind it by at most the time that the reply took. A request that the server
+//! refuses for that reason, or because its clock was set forward, or because another server replies now, has not run.
+//! Its reply carries the time as well, and the request is sent again.
 //!
-//! What a late request may leave is undone until the server's own clock has passed the time that the request carried,
-//! so that does not depend on this. What an exact ttl of unknown outcome is worth does (`hold.rs`): that a reading is
-//! not older than [`TRUSTED`], and that clocks are not set back and the nodes of a cluster agree to within the command
-//! timeout, is assumed.
+//! Undoing an attempt doesn't depend on the estimate: it goes on until the server's own clock has passed the time that
+//! the request carried. An exact ttl of unknown outcome does (`hold.rs`). For it we assume that a reading is not older
+//! than [`TRUSTED`], that clocks are not set back, and that the clocks of a cluster's nodes differ by less than the
+//! command timeout.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// For how long the earliest bound of all is kept. Clocks drift: by less than a millisecond in this time.
+/// How long the best reading is kept. Clocks drift by less than a millisecond in this time.
 const KEPT: Duration = Duration::from_secs(1);
 
-/// For how long a reading is good. Clocks that are wrong by 500 ppm, as much as is corrected for, drift by 0.3 s
-/// meanwhile.
+/// How long a reading is valid. Clocks that are wrong by 500 ppm, the most that is corrected for, drift by 0.3 s in
+/// this time.
 const TRUSTED: Duration = Duration::from_secs(600);
 
 /// A server's clock, as its replies show it.
 #[derive(Debug)]
 pub(super) struct ServerClock {
-    /// What instants are counted from.
+    /// The instant that times are counted from.
     origin: Instant,
     reading: Mutex<Option<Reading>>,
 }
@@ -42,13 +42,13 @@ impl ServerClock {
         Self { origin: Instant::now(), reading: Mutex::new(None) }
     }
 
-    /// Takes note of a reply that has just arrived.
+    /// Notes the server's time from a reply that has just arrived.
     pub(super) fn learn(&self, server_ms: u64) -> Reading {
         let taken = Instant::now();
         let offset = i64::try_from(server_ms).unwrap_or(i64::MAX).saturating_sub(self.millis(taken));
         let new = Reading { offset, taken };
         let mut reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
-        // Of several, the one that was the shortest time on its way.
+        // Keeps the reading of the reply that arrived fastest.
         let is_better = |old: &Reading| offset >= old.offset || taken.saturating_duration_since(old.taken) > KEPT;
         if reading.as_ref().is_none_or(is_better) {
             *reading = Some(new);
@@ -61,7 +61,7 @@ impl ServerClock {
         reading.filter(|reading| now.saturating_duration_since(reading.taken) < TRUSTED)
     }
 
-    /// What the server's clock shows at that instant, by this reading. 0, which is long ago, where there is none.
+    /// Returns what the server's clock shows at that instant, by this reading; 0, which is long ago, without a reading.
     pub(super) fn at(&self, instant: Instant, reading: Option<Reading>) -> u64 {
         let shown = reading.map(|reading| self.millis(instant).saturating_add(reading.offset));
         shown.map_or(0, |shown| u64::try_from(shown).unwrap_or(0))

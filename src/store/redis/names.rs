@@ -1,9 +1,9 @@
 //! The names of keys and channels at the server.
 //!
-//! What belongs to a lock key has a name of its own beside it, made of the key and a suffix:
+//! A key that belongs to a lock key has a name that is made of the lock key and a suffix:
 //!
 //! 1. It lies in the hash slot of the lock key, so that one script may touch both on a cluster.
-//! 2. No two lock keys share such a name, whatever bytes they are made of.
+//! 2. No two lock keys have the same such name, whatever bytes they are made of.
 //!
 //! In the table `x` is at least one byte, and has no closing brace.
 //!
@@ -21,22 +21,23 @@ use std::sync::LazyLock;
 use fred::bytes::Bytes;
 use fred::util::redis_keyslot;
 
-/// The name of the key that keeps the last fencing token of a lock key.
+/// Returns the name of the fence key, which keeps the last fencing token of a lock key.
 pub(super) fn fence_of(key: &Bytes) -> Bytes {
     beside(key, ":fence")
 }
 
-/// The name of the record of grants that rely on a lock key.
+/// Returns the name of the record of the grants that rely on a lock key.
 pub(super) fn grants_of(key: &Bytes) -> Bytes {
     beside(key, ":grants")
 }
 
-/// The name of the line of those who wait for a lock key.
+/// Returns the name of the line of waiters for a lock key.
 pub(super) fn line_of(key: &Bytes) -> Bytes {
     beside(key, ":queue")
 }
 
-/// The name of the key that says who of that line is alive. `scripts/line.lua` makes it from that of the line.
+/// Returns the name of the hash of processes in that line that are alive. `scripts/line.lua` derives it from the
+/// line's.
 pub(super) fn alive_of(key: &Bytes) -> Bytes {
     beside(key, ":alive")
 }
@@ -53,14 +54,14 @@ fn beside(key: &Bytes, suffix: &str) -> Bytes {
     parts.concat().into()
 }
 
-/// The channel on which releases of a lock key are published, where it is not called as the key.
+/// Returns the channel on which releases of a lock key are published, if it has another name than the key.
 ///
-/// fred takes only text for the name of a channel. So what is no text in a key is escaped, and a stand-in is put before
-/// it where the key has no hash tag, or one that is no text: on a cluster the channel must lie in the slot of the key,
-/// whose node publishes. Where the key begins with text, as with the locker's prefix, so does the channel, and
-/// permissions for `prefix*` suffice.
+/// fred takes only text for the name of a channel. So bytes of a key that are no text are escaped. A stand-in for the
+/// hash tag precedes them where the key has no hash tag, or one that is no text: on a cluster the channel must be in
+/// the slot of the key, whose node publishes. Where the key begins with text, as it does with the locker's prefix, so
+/// does the channel, and permissions for `prefix*` suffice.
 ///
-/// Two keys may share a channel: then a waiter for one is woken in vain by a release of the other.
+/// Two keys may share a channel. Then a release of one wakes the waiters for the other in vain.
 pub(super) fn channel_of(key: &Bytes) -> Option<Bytes> {
     let text_ends = std::str::from_utf8(key).err()?.valid_up_to();
     if hash_tag(key).is_some_and(|tag| std::str::from_utf8(tag).is_ok()) {
@@ -72,7 +73,7 @@ pub(super) fn channel_of(key: &Bytes) -> Option<Bytes> {
     Some([text, b"{", &stand_in(redis_keyslot(key)), b"}", &escaped(rest)].concat().into())
 }
 
-/// As text: bytes that are none are written as `%ff`.
+/// Returns the bytes as text. Those that are no text become `%ff`.
 fn escaped(bytes: &[u8]) -> Vec<u8> {
     let mut text = Vec::with_capacity(bytes.len() + 8);
     for chunk in bytes.utf8_chunks() {
@@ -82,8 +83,8 @@ fn escaped(bytes: &[u8]) -> Vec<u8> {
     text
 }
 
-/// The part of the key that alone decides its slot: what stands between its first `{` and the first `}` after that, if
-/// anything does. <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#hash-tags>
+/// Returns the part of the key that alone decides its slot: the bytes between its first `{` and the first `}` after
+/// that, if there are any. <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#hash-tags>
 fn hash_tag(key: &[u8]) -> Option<&[u8]> {
     let (_, after) = split_at_first(key, b'{')?;
     let (tag, _) = split_at_first(after, b'}')?;
@@ -95,16 +96,16 @@ fn split_at_first(text: &[u8], byte: u8) -> Option<(&[u8], &[u8])> {
     Some((parts.next()?, parts.next()?))
 }
 
-/// Whether the key is its tag in braces, followed by nothing but empty braces.
+/// Returns whether the key is its tag in braces, followed by nothing but empty braces.
 fn is_only_a_tag(key: &[u8], tag: &[u8]) -> bool {
     let rest = key.strip_prefix(b"{").and_then(|rest| rest.strip_prefix(tag)).and_then(|rest| rest.strip_prefix(b"}"));
     rest.is_some_and(|rest| rest.chunks(2).all(|pair| pair == b"{}"))
 }
 
-/// Four letters that hash to this slot.
+/// Returns four letters that hash to this slot.
 ///
-/// CRC16, which makes the slot, is linear: bits that change in a text change the same bits of the slot, whatever the
-/// text. So the letters are found bit by bit, from those that hash to another slot.
+/// The slot is a CRC16, which is linear: bits that change in a text change the same bits of the slot, whatever the
+/// text. So the letters are found bit by bit, from letters that hash to another slot.
 fn stand_in(slot: u16) -> [u8; 4] {
     let mut letters = FIRST;
     let mut wrong = slot ^ redis_keyslot(&letters);

@@ -1,16 +1,16 @@
-//! What is done to one key, written for its own script or for the one that does many; and how the answers read.
+//! Operations on one key, and the arguments that they become: for a script of their own, or for `many.lua`.
 
 use std::sync::Arc;
 
 use fred::bytes::Bytes;
-use fred::error::ErrorKind;
 use fred::types::Value;
 
+use super::args::{NO_ID, decimal};
 use super::names;
-use super::refusal::normalize;
-use super::script::{Call, Said, decimal};
-use crate::store::Latest;
-use crate::{Error, Loss, Token};
+use super::replies::{Decision, Kind};
+use super::script::Call;
+use crate::Token;
+use crate::store::{Acquired, Latest, Verdict};
 
 /// An operation on one key, as the server knows it.
 #[derive(Clone)]
@@ -23,36 +23,25 @@ pub(super) struct Operation {
 #[derive(Clone)]
 pub(super) enum What {
     Release {
-        /// How waiters are notified: `PUBLISH`, or on a cluster `SPUBLISH`.
+        /// The command that notifies waiters: `PUBLISH`, or `SPUBLISH` on a cluster.
         publish: &'static str,
     },
-    /// In the background, of a grant that has no id.
+    /// Ends a grant that has no id, in the background.
     EndGrant {
         publish: &'static str,
-        /// The name of the record that tells whether there are other grants.
+        /// The name of the record of grants, which shows whether there are others.
         record: Bytes,
     },
-    /// To at least this.
+    /// Extends the ttl to at least this.
     Renew { ttl: i64 },
     Acquire {
-        /// What the key shall hold.
+        /// What the key holds while the lock is held.
         value: Value,
         ttl: i64,
-        /// Where a fencing token is wanted: the name of the fence key, and for how long it lives.
+        /// The name and the ttl of the fence key, if the request wants a fencing token.
         fence: Option<(Bytes, i64)>,
         latest: Arc<Latest>,
     },
-}
-
-/// What the server has decided.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Decision {
-    /// The key held our token, and is released or renewed; or it didn't.
-    Owned(Result<(), Loss>),
-    /// The fencing token, or 0.
-    Granted(i64),
-    /// By another, for so many milliseconds; below zero for ever.
-    Held(i64),
 }
 
 impl Operation {
@@ -60,8 +49,8 @@ impl Operation {
         Box::new(Self { name, token: token.clone(), what })
     }
 
-    /// For `release_one.lua`, `renew_one.lua` or `acquire_one.lua`.
-    pub(super) fn alone(&self) -> Call {
+    /// Returns the call of `release_one.lua`, `renew_one.lua` or `acquire_one.lua`.
+    pub(super) fn call(&self) -> Call {
         let key = Value::Bytes(self.name.clone());
         let token = || Value::from(self.token.to_text());
         let release = |publish: &'static str| {
@@ -83,8 +72,8 @@ impl Operation {
         }
     }
 
-    /// For `acquire.lua` or `end_grant.lua`: what the script for one key leaves to them.
-    pub(super) fn again(&self) -> Call {
+    /// Returns the call of `acquire.lua` or `end_grant.lua`, to which the script for one key leaves some cases.
+    pub(super) fn full_call(&self) -> Call {
         let key = Value::Bytes(self.name.clone());
         let token = || Value::from(self.token.to_text());
         match &self.what {
@@ -103,18 +92,25 @@ impl Operation {
                 let keys = [key, names::line_of(&self.name).into(), record.clone().into()];
                 Call::new(keys.into_iter(), args.into_iter().chain(channels([&self.name])))
             }
-            What::Release { .. } | What::Renew { .. } => self.alone(),
+            What::Release { .. } | What::Renew { .. } => self.call(),
         }
     }
 
-    /// It is about to be sent, and may be run until then.
+    pub(super) fn kind(&self) -> Kind {
+        match self.what {
+            What::Acquire { .. } => Kind::Acquire,
+            What::Release { .. } | What::EndGrant { .. } | What::Renew { .. } => Kind::Owned,
+        }
+    }
+
+    /// Notes that it is about to be sent, and that the server may run it until then.
     pub(super) fn is_sent(&self, until: u64) {
         if let What::Acquire { latest, .. } = &self.what {
             latest.extend(until);
         }
     }
 
-    /// Its place in a call with others.
+    /// Returns where it stands in a batch: `many.lua` takes its operations in the order of these ranks.
     pub(super) fn rank(&self) -> usize {
         match &self.what {
             What::Release { .. } => 0,
@@ -125,12 +121,12 @@ impl Operation {
         }
     }
 
-    /// Whether something was decided that a failover must not forget.
+    /// Returns whether the decision is one that a failover must not forget.
     pub(super) fn is_for_replicas(&self, decision: &Decision) -> bool {
         match (&self.what, decision) {
             (What::Release { .. } | What::EndGrant { .. }, _) => false,
-            (_, Decision::Granted(_) | Decision::Owned(Ok(()))) => true,
-            (_, Decision::Held(_) | Decision::Owned(Err(_))) => false,
+            (_, Decision::Acquire(Acquired::Granted { .. }) | Decision::Owned(Verdict::Done)) => true,
+            (_, Decision::Acquire(Acquired::Held { .. }) | Decision::Owned(Verdict::NotOurs(_))) => false,
         }
     }
 
@@ -141,50 +137,10 @@ impl Operation {
             What::Acquire { value, ttl, .. } => call.args([value.clone(), decimals.get(*ttl)]),
         }
     }
-
-    /// What its own script has said; `None` where it leaves the operation to [another](Self::again).
-    pub(super) fn read_alone(&self, said: &Said) -> Option<Result<Decision, Error>> {
-        match (&self.what, said) {
-            (_, Said::Code(3)) => None,
-            (What::Acquire { .. }, Said::Code(1)) => Some(Ok(Decision::Granted(0))),
-            (What::Acquire { .. }, Said::FencingToken(token)) => Some(Ok(Decision::Granted(*token))),
-            (What::Acquire { .. }, Said::Value(answer)) => self.read(answer),
-            (_, Said::Code(2)) => Some(Ok(Decision::Owned(Err(Loss::Taken)))),
-            (_, Said::Code(verdict)) => Some(Ok(Decision::Owned(owned(*verdict)))),
-            _ => Some(Err(unexpected())),
-        }
-    }
-
-    /// What `many.lua` has said of this operation; `None` where it says that the operation is not for it.
-    pub(super) fn read(&self, answer: &Value) -> Option<Result<Decision, Error>> {
-        match (&self.what, answer) {
-            (What::Acquire { .. }, Value::Integer(fence @ 0..)) => Some(Ok(Decision::Granted(*fence))),
-            (What::Acquire { .. }, Value::Integer(-1)) => Some(Ok(Decision::Held(-1))),
-            (What::Acquire { .. }, Value::Integer(number)) => Some(Ok(Decision::Held(-2 - number))),
-            (_, Value::Integer(verdict)) => Some(Ok(Decision::Owned(owned(*verdict)))),
-            (_, Value::String(said)) if **said == *"ALONE" => None,
-            (_, Value::String(said)) => {
-                let said = fred::error::Error::new(ErrorKind::Unknown, normalize(said).into_owned());
-                Some(self.read_error(said.into()))
-            }
-            _ => Some(Err(unexpected())),
-        }
-    }
-
-    /// A refusal that is a verdict.
-    pub(super) fn read_error(&self, error: Error) -> Result<Decision, Error> {
-        match &self.what {
-            // Not a string: surely not our lock.
-            What::Release { .. } | What::EndGrant { .. } | What::Renew { .. } if error.code() == Some("WRONGTYPE") => {
-                Ok(Decision::Owned(Err(Loss::Taken)))
-            }
-            _ => Err(error),
-        }
-    }
 }
 
-/// For `many.lua`, which wants them in the order of their ranks.
-pub(super) fn together(operations: &[Box<Operation>]) -> Call {
+/// Returns the call of `many.lua` for operations that are sorted by their ranks.
+pub(super) fn batch_call(operations: &[Box<Operation>]) -> Call {
     let mut counts = [0_i64; 5];
     let mut longest = 0;
     let mut how = "PUBLISH";
@@ -225,7 +181,7 @@ pub(super) fn together(operations: &[Box<Operation>]) -> Call {
     call
 }
 
-/// The last number that was written as text: most operations of a call have the same ttl.
+/// The last number that was converted to text: most operations of a call have the same ttl.
 #[derive(Default)]
 struct Decimals(Option<(i64, Value)>);
 
@@ -238,7 +194,8 @@ impl Decimals {
     }
 }
 
-/// The channels on which the releases of these keys are published: nothing where they are called as the keys.
+/// Returns the channels on which the releases of these keys are published, or nothing if they have the names of the
+/// keys.
 pub(super) fn channels<'a>(keys: impl IntoIterator<Item = &'a Bytes, IntoIter: Clone>) -> Vec<Value> {
     let keys = keys.into_iter();
     if keys.clone().all(|key| std::str::from_utf8(key).is_ok()) {
@@ -246,31 +203,3 @@ pub(super) fn channels<'a>(keys: impl IntoIterator<Item = &'a Bytes, IntoIter: C
     }
     keys.map(|key| Value::Bytes(names::channel_of(key).unwrap_or_else(|| key.clone()))).collect()
 }
-
-/// What `many.lua` has answered; `None` for an operation that must go alone.
-pub(super) fn read_together(
-    operations: &[Box<Operation>],
-    answer: &Value,
-) -> Result<Vec<Option<Result<Decision, Error>>>, Error> {
-    match answer {
-        Value::Array(parts) if parts.len() == operations.len() => {
-            Ok(operations.iter().zip(parts).map(|(operation, part)| operation.read(part)).collect())
-        }
-        _ => Err(unexpected()),
-    }
-}
-
-pub(super) fn owned(verdict: i64) -> Result<(), Loss> {
-    match verdict {
-        1 => Ok(()),
-        0 => Err(Loss::Missing),
-        _ => Err(Loss::Taken),
-    }
-}
-
-pub(super) fn unexpected() -> Error {
-    fred::error::Error::new(ErrorKind::Protocol, "the script answered what it never answers").into()
-}
-
-/// What scripts call a grant that has no id.
-pub(super) const NO_ID: &str = "-";

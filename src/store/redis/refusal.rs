@@ -15,7 +15,7 @@ pub(super) fn normalize(details: &str) -> Cow<'_, str> {
     }
     let refusal = refusal.strip_prefix('-').unwrap_or(refusal).trim_end();
     let without_code = refusal.strip_prefix("ERR ").unwrap_or(refusal);
-    // Of a key that has left the node while the script was on its way to it.
+    // The key has left the node while the script was on its way there.
     if without_code.contains(NOT_HERE) {
         return format!("TRYAGAIN {without_code}").into();
     }
@@ -25,7 +25,7 @@ pub(super) fn normalize(details: &str) -> Cow<'_, str> {
     refusal.into()
 }
 
-/// What an error about missing permissions starts with inside a script: up to Redis 7.0, and since.
+/// How an error about missing permissions inside a script starts: up to Redis 7.0, and since.
 const NOT_PERMITTED: [&str; 2] = ["The user executing the script can't", "ACL failure in script"];
 
 /// Part of the error about a key on another node of the cluster inside a script. Scripts look before they write.

@@ -1,4 +1,6 @@
-//! The scripts, and how one is run: by its hash, or whole where the server doesn't know it.
+//! The scripts, how one is run, and what its reply consists of.
+//!
+//! A script is run by its hash, or sent whole to a server that doesn't know it.
 
 #[cfg(test)]
 mod tests;
@@ -11,16 +13,16 @@ use fred::error::ErrorKind;
 use fred::types::Value;
 use tokio::time::Instant;
 
-use super::operation::unexpected;
 use super::refusal::normalize;
+use super::replies::unexpected;
 use super::router::{Router, Sent};
 use crate::Error;
 
-/// A script and the hash by which the server remembers it.
+/// A script, and the hash by which the server knows it.
 pub(super) struct Script {
     pub(super) source: Str,
     hash: Str,
-    /// Whether its keys belong to several operations, which can be sent one by one instead.
+    /// Whether its keys belong to several operations, which could be sent one by one instead.
     is_batch: bool,
 }
 
@@ -42,7 +44,7 @@ pub(super) struct Scripts {
     pub(super) inspect: Script,
     pub(super) many: Script,
     pub(super) vote: Script,
-    /// How many requests have been stamped.
+    /// Counts the stamps, from a random number on.
     mark: AtomicU32,
 }
 
@@ -84,13 +86,13 @@ impl Scripts {
             inspect: Script::new(&[include_str!("scripts/inspect.lua")]),
             many: Script { is_batch: true, ..Script::whole([STAMP, OWNER, include_str!("scripts/many.lua")].concat()) },
             vote: Script::new(&[OWNER, FENCE, GRANTS, UPTIME, include_str!("scripts/vote.lua")]),
-            // Others may use the same connection, and must not count alike.
+            // Other lockers may use the same connection, and must not use the same marks.
             mark: AtomicU32::new(fastrand::u32(..)),
         }
     }
 
-    /// The stamp of a request that may run until `latest`, by the server's clock in ms. No other request of late has had
-    /// the same.
+    /// Returns the stamp of a request that may run until `latest`, in ms by the server's clock. No other recent request
+    /// has the same.
     pub(super) fn stamp(&self, latest: u64) -> Stamp {
         let mark = self.mark.fetch_add(1, Ordering::Relaxed);
         Stamp(latest.min(Stamp::LATEST) * Stamp::MARKS + u64::from(mark) % Stamp::MARKS)
@@ -98,47 +100,47 @@ impl Scripts {
 }
 
 impl fmt::Debug for Scripts {
-    /// Shows nothing of their sources, which are several pages long.
+    /// Leaves out their sources, which are several pages long.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Scripts").finish_non_exhaustive()
     }
 }
 
-/// What a request carries beside the arguments of its script: until when it may run, and what tells its reply from
-/// those to others, in one number (`stamp.lua`).
+/// What every request carries besides the arguments of its script, in one number (`stamp.lua`): the time until which it
+/// may run, and a mark that distinguishes its reply from those to other requests.
 #[derive(Clone, Copy)]
 pub(super) struct Stamp(u64);
 
 impl Stamp {
-    /// Requests that may run until the same millisecond are told apart by so many marks.
+    /// The number of marks that distinguish requests that may run until the same millisecond.
     const MARKS: u64 = 2_048;
     /// Lua's numbers are exact below 2^53. As a time in ms, this is in the year 2109.
     const LATEST: u64 = (1 << 42) - 1;
 
-    /// What the reply shows.
+    /// Returns the mark that the reply repeats.
     fn mark(self) -> i64 {
         i64::try_from(self.0 & u64::from(u32::MAX)).unwrap_or_default()
     }
 
-    /// What the server's clock shows in us when the request may run no more.
+    /// Returns the time, in us by the server's clock, from which the request may no longer run.
     fn end(self) -> i64 {
         i64::try_from((self.0 / Self::MARKS + 1) * 1_000).unwrap_or_default()
     }
 }
 
 impl Script {
-    /// A script from its parts, with what all of them begin and end with.
+    /// Joins the parts of a script, with what all scripts begin and end with.
     fn new(parts: &[&str]) -> Self {
         Self::after("", parts)
     }
 
-    /// The same, with lines before it all that decide the most common case as a script for one key does.
+    /// Does the same, with lines before everything else that decide the most common case as a script for one key does.
     fn after(first: &str, parts: &[&str]) -> Self {
         let before = [STAMP, first, include_str!("scripts/prologue.lua")];
         Self::whole([&before, parts, &[include_str!("scripts/epilogue.lua")]].concat().concat())
     }
 
-    /// A script of those that run most, for one key.
+    /// Joins the parts of a script for one key. These run most often.
     fn for_one_key(parts: &[&str]) -> Self {
         Self::whole([STAMP, &parts.concat()].concat())
     }
@@ -147,11 +149,11 @@ impl Script {
         Self { hash: fred::util::sha1_hash(&source).into(), source: source.into(), is_batch: false }
     }
 
-    /// Runs the script once, and ends by `until`. `call` is made anew for each time that it is sent: it is almost always
-    /// sent once, and to copy it for that would cost more.
+    /// Runs the script once, and ends by `until`. `call` builds the call each time that it is sent: it is almost always
+    /// sent once, and a copy for other times would cost more.
     ///
-    /// By its hash; where the server has forgotten it (a restart, a failover, SCRIPT FLUSH) whole, which makes the
-    /// server remember it again. NOSCRIPT means that nothing was run, so this is still one run.
+    /// Sends its hash. If the server doesn't know it (after a restart, a failover or SCRIPT FLUSH), sends the whole
+    /// script, which the server remembers from then on. NOSCRIPT means that nothing has run, so this is still one run.
     pub(super) async fn run(
         &self,
         router: &Router,
@@ -173,32 +175,32 @@ impl Script {
     }
 }
 
-/// What a script has replied.
+/// The reply of a script.
 pub(super) struct Reply {
-    /// The server's clock in ms, where the reply tells.
+    /// The server's clock in ms, if the reply has it.
     pub(super) now: Option<u64>,
     /// What the script returned, or why it failed.
-    pub(super) outcome: Result<Said, Error>,
+    pub(super) outcome: Result<Returned, Error>,
 }
 
-/// What a script returns.
-pub(super) enum Said {
-    /// One for one key, or what comes before another: a number that it has a meaning for.
+/// What a script returned.
+pub(super) enum Returned {
+    /// A number that only this script gives a meaning to. From a script for one key, or from lines before another.
     Code(i64),
-    /// The same: the fencing token of a lock that it has taken.
+    /// The fencing token of a lock that it has taken. From the same scripts.
     FencingToken(i64),
-    /// Any other.
+    /// From any other script.
     Value(Value),
 }
 
 impl Reply {
     /// # Errors
     ///
-    /// [`mixed_up`] where this is no reply to the request with this stamp: nobody knows what became of that.
+    /// [`mixed_up`] if this is not the reply to the request with this stamp. The outcome of that request is unknown.
     fn read(answer: Value, stamp: Stamp) -> Result<Self, Error> {
         let is_ours = |of: i64| if of == stamp.mark() { Ok(()) } else { Err(mixed_up()) };
         let granted =
-            |token: i64| Self { now: u64::try_from(token / 1_000).ok(), outcome: Ok(Said::FencingToken(token)) };
+            |token: i64| Self { now: u64::try_from(token / 1_000).ok(), outcome: Ok(Returned::FencingToken(token)) };
         let parts = match answer {
             Value::Integer(number @ ..0) => {
                 let (early, mark) = (number.unsigned_abs() >> 32, number.unsigned_abs() & u64::from(u32::MAX));
@@ -207,7 +209,7 @@ impl Reply {
             }
             Value::Integer(number) => {
                 is_ours(number >> 2)?;
-                return Ok(Self { now: None, outcome: Ok(Said::Code(number & 3)) });
+                return Ok(Self { now: None, outcome: Ok(Returned::Code(number & 3)) });
             }
             Value::Array(parts) => parts,
             _ => return Err(mixed_up()),
@@ -219,34 +221,34 @@ impl Reply {
         is_ours(of)?;
         let outcome = match (parts.next(), parts.next()) {
             (None, _) => return Ok(granted(number)),
-            (Some(value), None) => Ok(Said::Value(value)),
+            (Some(value), None) => Ok(Returned::Value(value)),
             (_, Some(failure)) => {
                 let failure = failure.into_string().unwrap_or_default();
                 Err(into_ours(fred::error::Error::new(ErrorKind::Unknown, failure)))
             }
         };
-        // Zero where the server may not be asked.
+        // Zero if the script may not ask for the time.
         Ok(Self { now: u64::try_from(number).ok().filter(|now| *now > 0), outcome })
     }
 
-    /// What a script returns that is not for one key only.
+    /// Returns the value that a script returned which is not for one key only.
     pub(super) fn value(self) -> Result<Value, Error> {
         match self.outcome? {
-            Said::Value(value) => Ok(value),
-            Said::Code(_) | Said::FencingToken(_) => Err(unexpected()),
+            Returned::Value(value) => Ok(value),
+            Returned::Code(_) | Returned::FencingToken(_) => Err(unexpected()),
         }
     }
 }
 
-/// The client has handed us the reply to another request.
+/// The error for a client that has handed us the reply to another request.
 fn mixed_up() -> Error {
-    // As when the connection breaks: nobody knows, and the next one may do better.
+    // Treated as a broken connection: the outcome is unknown, and another connection may work.
     fred::error::Error::new(ErrorKind::IO, MIXED_UP).into()
 }
 
 const MIXED_UP: &str = "the connection handed out the reply to another request; it is replaced";
 
-/// Whether the connection can't be trusted any more.
+/// Returns whether the connection can no longer be trusted.
 pub(super) fn is_mixed_up(error: &Error) -> bool {
     matches!(error, Error::Redis(error) if error.details() == MIXED_UP)
 }
@@ -260,11 +262,11 @@ impl fmt::Debug for Script {
 const EVALSHA: &str = "EVALSHA";
 pub(super) const EVAL: &str = "EVAL";
 
-/// What a script is run with.
+/// The keys and arguments that a script is run with.
 #[derive(Clone)]
 pub(super) struct Call {
     keys: usize,
-    /// Room for the script and the number of keys; the keys; the other arguments.
+    /// Two places for the script and the number of keys, then the keys, then the other arguments.
     args: Vec<Value>,
 }
 
@@ -276,14 +278,14 @@ impl Call {
         call
     }
 
-    /// So many keys and arguments.
+    /// Allocates for so many keys and arguments.
     pub(super) fn with_room_for(parts: usize) -> Self {
         let mut args = Vec::with_capacity(4 + parts);
         args.extend([const { Value::Null }; 2]);
         Self { keys: 0, args }
     }
 
-    /// To be said before the other arguments.
+    /// Adds keys. Must be called before any other argument is added.
     pub(super) fn keys(&mut self, keys: impl Iterator<Item = Value>) {
         let before = self.args.len();
         self.args.extend(keys);
@@ -305,12 +307,6 @@ impl Call {
         self.args.iter_mut().zip(head).for_each(|(place, value)| *place = value);
         self.args
     }
-}
-
-/// A number as an argument. As text: fred takes ten times as long for an integer, which it counts the digits of by a
-/// logarithm.
-pub(super) fn decimal(number: i64) -> Value {
-    number.to_string().into()
 }
 
 pub(super) fn into_ours(error: fred::error::Error) -> Error {

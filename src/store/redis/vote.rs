@@ -6,18 +6,17 @@ use fred::bytes::Bytes;
 use fred::types::Value;
 use fred::types::config::Config;
 
+use super::args::{FENCE_TTL, count_of, id_or_empty, millis, record_ttl, seconds, value_of};
 use super::connection::Connection;
 use super::script::Call;
-use super::{
-    FENCE_TTL, RedisStore, from_millis, integers, millis, names, record_ttl, renewed, unexpected, value_of, verdict,
-};
+use super::{RedisStore, names, replies};
 use crate::Error;
 use crate::hold::Owned;
-use crate::store::quorum::{Ballot, Node, Reply, Seen, Vote};
-use crate::store::{Answer, Extending, Renewed, Wanted};
+use crate::store::node::{Ballot, Node, VoteReply};
+use crate::store::{Answer, Extending, Verdict, Wanted};
 
 impl RedisStore {
-    /// Connects in the background, now or whenever the server comes.
+    /// Connects in the background, now or when the server comes up.
     pub(crate) fn open_lazily(config: Config, prefix: String, command_timeout: Duration) -> Result<Self, Error> {
         let connection = Connection::open_lazily(config, command_timeout)?;
         Ok(Self::on(connection, prefix, 0))
@@ -27,12 +26,12 @@ impl RedisStore {
     ///
     /// # Errors
     ///
-    /// What has kept it from being so within `timeout`.
+    /// Returns why it was not connected within `timeout`.
     pub(crate) async fn ready(&self, timeout: Duration) -> Result<(), Error> {
         self.server().connection.ready(timeout).await
     }
 
-    async fn vote(&self, wanted: &Wanted, ballot: &Ballot, timeout: Duration) -> Result<Reply, Error> {
+    async fn vote(&self, wanted: &Wanted, ballot: &Ballot, timeout: Duration) -> Result<VoteReply, Error> {
         let Owned { keys, token, grant, .. } = &wanted.owned;
         let mut names: Vec<Bytes> = keys.iter().map(|key| self.name(key)).collect();
         let locks = names.clone();
@@ -50,34 +49,20 @@ impl RedisStore {
                 Value::from(token.to_text()),
                 value_of(wanted),
                 millis(wanted.ttl).into(),
-                Value::Integer(i64::try_from(keys.len()).unwrap_or(i64::MAX)),
+                count_of(&wanted.owned),
                 millis(fence_ttl).into(),
-                Value::Integer(i64::try_from(ballot.window.as_secs()).unwrap_or(i64::MAX)),
+                seconds(ballot.window),
                 Value::Integer(i64::try_from(ballot.ahead.as_micros()).unwrap_or(i64::MAX)),
                 Value::Integer(number),
                 Value::Integer(ballot.exactly.into()),
-                grant.map_or_else(|| "".into(), |grant| grant.to_string().into()),
+                id_or_empty(*grant),
                 record_ttl(wanted.ttl).into(),
             ],
         );
         let sending = |until| wanted.latest.extend(until);
-        let answer =
-            self.server().run(&self.server().scripts.vote, || call.clone(), sending, timeout).await?.value()?;
-        let integers = integers(&answer)?;
-        let [kind, now, last, rest @ ..] = &integers[..] else { return Err(unexpected()) };
-        let number = |integer: i64| u64::try_from(integer).map_err(|_| unexpected());
-        let vote = match (kind, rest) {
-            (1, &[0]) => Vote::Granted { number: None },
-            (1, &[granted]) => Vote::Granted { number: Some(number(granted)?) },
-            (0, &[ttl, place]) => {
-                Vote::Held { place: usize::try_from(place - 1).unwrap_or_default(), remaining: from_millis(ttl) }
-            }
-            (2, []) => Vote::Behind,
-            (3, []) => Vote::Ahead,
-            (4, &[seconds]) => Vote::Silent { remaining: Duration::from_secs(number(seconds)?) },
-            _ => return Err(unexpected()),
-        };
-        Ok(Reply { vote, seen: Seen { now: number(*now)?, last: number(*last)? } })
+        let script = &self.server().scripts.vote;
+        let reply = self.server().run(script, || call.clone(), sending, timeout).await?.value()?;
+        replies::vote(&reply)
     }
 
     async fn renew_if_it_votes(
@@ -87,15 +72,11 @@ impl RedisStore {
         how: Extending,
         window: Duration,
         timeout: Duration,
-    ) -> Result<Renewed, Error> {
+    ) -> Result<Verdict, Error> {
         let call = self.renewal_of_grant(owned, ttl, how.of(owned), window);
-        let answer =
-            self.server().run(&self.server().scripts.renew_grant, || call.clone(), |_| {}, timeout).await?.value();
-        if let Ok(Value::Integer(silent @ ..-1)) = answer {
-            let seconds = u64::try_from(-1 - silent).unwrap_or_default();
-            return Err(Error::NotVoting { remaining: Duration::from_secs(seconds) });
-        }
-        verdict(answer).map(renewed)
+        let script = &self.server().scripts.renew_grant;
+        let reply = self.server().run(script, || call.clone(), |_| {}, timeout).await?.value();
+        replies::verdict_of_node(reply)
     }
 }
 
@@ -107,11 +88,11 @@ impl Node for RedisStore {
         how: Extending,
         window: Duration,
         timeout: Duration,
-    ) -> Answer<'a, Renewed> {
+    ) -> Answer<'a, Verdict> {
         Box::pin(self.renew_if_it_votes(owned, ttl, how, window, timeout))
     }
 
-    fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, Reply> {
+    fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, VoteReply> {
         Box::pin(self.vote(wanted, ballot, timeout))
     }
 }

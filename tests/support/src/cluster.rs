@@ -65,7 +65,7 @@ impl Cluster {
                 sleep(Duration::from_millis(50));
             }
         };
-        // It has to be told of the primary first, by gossip. Said once: said again, older servers begin again.
+        // It has to learn of the primary by gossip first. Once only: older servers begin anew when it is repeated.
         wait_until(&|| replica.cli(&["CLUSTER", "REPLICATE", &id]) == "OK");
         wait_until(&|| replica.cli(&["INFO", "replication"]).contains("master_link_status:up"));
         wait_until(&|| self.nodes.iter().all(|node| node.cli(&["CLUSTER", "REPLICAS", &id]).contains("connected")));

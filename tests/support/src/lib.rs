@@ -25,11 +25,11 @@ pub use self::sentinel::{Sentinel, Sentinels};
 pub use self::server::Server;
 pub use self::version::Version;
 
-/// How long is waited for servers to start, to find each other and to elect one. They have their own time for that.
+/// How long servers may take to start, to find each other and to elect one.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Waits until `look` finds something, looking every few milliseconds. Generous, but no ttl is awaited: only a test that
-/// fails waits so long.
+/// Waits until `look` finds something, calling it every few milliseconds. The limit is generous: only a test that fails
+/// waits that long.
 ///
 /// # Panics
 ///

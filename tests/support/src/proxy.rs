@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 
-/// What the proxy does, mostly with the server's answers.
+/// What the proxy does, mostly with the server's replies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// Passes them on.
@@ -24,7 +24,7 @@ pub enum Mode {
     Delay(Duration),
     /// Cuts the connection that brings the next request, and delivers that request so much later all the same.
     DeliverNextLate(Duration),
-    /// Loses all answers on the connections that there are, without a word; new connections work.
+    /// Silently loses all replies on the present connections; new connections work.
     Silence,
 }
 
@@ -64,7 +64,7 @@ impl Proxy {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
-    /// Changes what happens to answers from now on.
+    /// Changes what happens to replies from now on.
     pub fn set(&self, mode: Mode) {
         let mut control = lock(&self.control);
         control.mode = mode;
@@ -73,7 +73,7 @@ impl Proxy {
         }
     }
 
-    /// How many answers were lost.
+    /// Returns how many replies were lost.
     pub fn lost(&self) -> u64 {
         lock(&self.control).lost
     }

@@ -111,7 +111,7 @@ impl Server {
         replica
     }
 
-    /// Stops the process where it stands: it accepts connections and answers nothing.
+    /// Stops the process where it stands: it accepts connections and replies nothing.
     pub fn freeze(&self) {
         self.signal(Signal::SIGSTOP);
     }
@@ -141,7 +141,7 @@ impl Server {
         assert!(self.answers(), "the server did not start again: {}", self.log());
     }
 
-    /// Starts it again with further arguments, and does not wait until it answers.
+    /// Starts it again with further arguments, and does not wait until it replies.
     pub fn restart_without_waiting(&mut self, args: &[&str]) {
         let args: Vec<String> = self.args.iter().cloned().chain(args.iter().map(|&arg| arg.to_owned())).collect();
         self.process = spawn(self.port, &self.dir, &args);
@@ -187,7 +187,7 @@ impl Server {
         std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
     }
 
-    /// Waits until the server answers, or has ended.
+    /// Waits until the server replies, or has ended.
     fn answers(&mut self) -> bool {
         let patience = Instant::now() + PATIENCE;
         while Instant::now() < patience {
@@ -237,7 +237,7 @@ pub(crate) fn is_free(port: u16) -> bool {
     TcpListener::bind(("127.0.0.1", port)).is_ok()
 }
 
-/// Whether a server answers there, be it with a refusal.
+/// Returns whether a server replies there, be it with a refusal.
 fn ping(port: u16) -> bool {
     let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else { return false };
     let mut answer = [0; 1];

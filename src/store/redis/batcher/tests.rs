@@ -34,7 +34,7 @@ enum Fate {
 #[derive(Clone, Debug)]
 struct Task {
     id: usize,
-    line: u16,
+    lane: u16,
     rank: usize,
     fate: Fate,
     /// For so long the call lasts, if it is the longest in it.
@@ -42,14 +42,14 @@ struct Task {
 }
 
 fn task(id: usize) -> Task {
-    Task { id, line: 0, rank: 0, fate: Fate::Done, lasts: ms(10) }
+    Task { id, lane: 0, rank: 0, fate: Fate::Done, lasts: ms(10) }
 }
 
 /// A call as the carrier saw it.
 #[derive(Debug)]
 struct Sent {
     at: Instant,
-    line: u16,
+    lane: u16,
     ids: Vec<usize>,
     together: bool,
     over: Option<Instant>,
@@ -72,11 +72,11 @@ impl Drop for InFlight<'_> {
 
 impl Fake {
     async fn bring(&self, tasks: &[Task], together: bool, patience: Duration) -> Result<(), Error> {
-        assert!(tasks.iter().all(|task| task.line == tasks[0].line), "two lines in a call");
+        assert!(tasks.iter().all(|task| task.lane == tasks[0].lane), "two lanes in a call");
         let _in_flight = {
             let mut calls = self.calls.lock().unwrap();
             let ids = tasks.iter().map(|task| task.id).collect();
-            calls.push(Sent { at: Instant::now(), line: tasks[0].line, ids, together, over: None });
+            calls.push(Sent { at: Instant::now(), lane: tasks[0].lane, ids, together, over: None });
             InFlight(self, calls.len() - 1)
         };
         let lasts = tasks.iter().map(|task| task.lasts).max().unwrap();
@@ -90,27 +90,27 @@ impl Fake {
         self.calls.lock().unwrap().iter().map(|call| (call.at - start, call.ids.clone())).collect()
     }
 
-    /// The most that were on their way on one line at a time; not counting those of one that had lasted for `trusted`.
+    /// The most that were on their way in one lane at a time; not counting those of one that had lasted for `trusted`.
     fn most_at_a_time(&self, trusted: Duration) -> usize {
         let calls = self.calls.lock().unwrap();
         let counts = |call: &Sent, at: Instant| {
             call.at <= at && call.over.is_none_or(|over| at < over) && (call.together || at < call.at + trusted)
         };
         let at_start_of =
-            |new: &Sent| calls.iter().filter(|call| call.line == new.line && counts(call, new.at)).count();
+            |new: &Sent| calls.iter().filter(|call| call.lane == new.lane && counts(call, new.at)).count();
         calls.iter().map(at_start_of).max().unwrap_or_default()
     }
 }
 
-impl Carrier for Fake {
+impl Executor for Fake {
     type Operation = Task;
-    type Answer = usize;
+    type Output = usize;
 
     fn home(&self) -> Option<Handle> {
         self.home.clone()
     }
 
-    async fn one(&self, task: &Task, timeout: Duration) -> Result<usize, Error> {
+    async fn run_one(&self, task: &Task, timeout: Duration) -> Result<usize, Error> {
         self.bring(std::slice::from_ref(task), false, timeout).await?;
         match task.fate {
             Fate::Fails | Fate::IsRefused => Err(refusal()),
@@ -118,13 +118,13 @@ impl Carrier for Fake {
         }
     }
 
-    async fn many(&self, tasks: &[Task], timeout: Duration) -> Result<Answers<usize>, Refused> {
+    async fn run_batch(&self, tasks: &[Task], timeout: Duration) -> Result<BatchResults<usize>, BatchRefused> {
         assert!(tasks.is_sorted_by_key(|task| task.rank), "not in the order of their ranks");
         if self.bring(tasks, true, timeout).await.is_err() {
             return Ok(tasks.iter().map(|_| Some(Err(Error::timeout()))).collect());
         }
         if tasks.iter().any(|task| task.fate == Fate::IsRefused) {
-            return Err(Refused);
+            return Err(BatchRefused);
         }
         let answer = |task: &Task| match task.fate {
             Fate::GoesAlone => None,
@@ -157,16 +157,16 @@ impl Bench {
 
     fn run(&self, task: Task, patience: Duration) -> impl Future<Output = Answered> + Send + use<> {
         let batcher = self.batcher.clone();
-        async move { batcher.run(task.line, task, patience).await }
+        async move { batcher.run(task.lane, task, patience).await }
     }
 
-    /// All of line 0.
+    /// All in lane 0.
     fn run_all(&self, tasks: Vec<Task>, patience: Duration) -> impl Future<Output = Vec<Answered>> + Send + use<> {
         let batcher = self.batcher.clone();
         async move { batcher.run_all(0, tasks, patience).await }
     }
 
-    /// In a task of its own, polled before this ends. Answers also when it was answered.
+    /// Runs it in a task of its own, which is polled before this returns. The task also returns when it got the result.
     async fn spawn(&self, task: Task, patience: Duration) -> JoinHandle<(Duration, Answered)> {
         let (run, start) = (self.run(task, patience), self.start);
         let handle = tokio::spawn(async move {
@@ -178,11 +178,11 @@ impl Bench {
     }
 
     fn sent(&self) -> Vec<(Duration, Vec<usize>)> {
-        self.batcher.carrier().sent(self.start)
+        self.batcher.executor().sent(self.start)
     }
 
     fn assert_nothing_left(&self) {
-        assert_eq!(format!("{:?}", self.batcher.shared.lines()), "Lines { busy: 0, waiting: 0 }");
+        assert_eq!(format!("{:?}", self.batcher.shared.lanes()), "Lanes { busy: 0, queued: 0 }");
     }
 }
 
@@ -268,7 +268,7 @@ async fn no_more_calls_are_on_their_way_than_documented_and_none_with_more_opera
     let sizes: Vec<_> = bench.sent().iter().map(|(_, ids)| ids.len()).collect();
     assert_eq!((CALLS, OPERATIONS), (2, 96));
     assert_eq!(sizes, [1, 1, 96, 96, 96, 96, 96, 96, 96, 96, 96, 96, 40]);
-    assert_eq!(bench.batcher.carrier().most_at_a_time(ALWAYS), 2);
+    assert_eq!(bench.batcher.executor().most_at_a_time(ALWAYS), 2);
     assert_eq!(bench.start.elapsed(), ms(70), "two at a time");
     until_idle().await;
     bench.assert_nothing_left();
@@ -327,7 +327,7 @@ async fn the_fault_of_a_refused_call_is_found_by_halves() {
             all => 2 * all - 1,
         };
         assert_eq!(calls, expected);
-        assert_eq!(bench.batcher.carrier().most_at_a_time(ALWAYS), 2);
+        assert_eq!(bench.batcher.executor().most_at_a_time(ALWAYS), 2);
     }
 }
 
@@ -362,14 +362,14 @@ async fn a_caller_that_is_gone_is_not_sent_again_after_a_call_that_left_it_out_o
 
 #[tokio::test(start_paused = true)]
 async fn a_caller_that_is_out_of_time_is_not_sent_although_it_is_still_there() {
-    let (mut lines, now) = (Lines::<Fake>::default(), Instant::now());
-    let number = lines.on(0).begin(now + TRUSTED).unwrap();
-    let (answer, _receiver) = oneshot::channel();
-    lines.on(0).wait(Waiting { until: now, asked: Asked::One(task(1), answer), runtime: Handle::current() });
+    let (mut lanes, now) = (Lanes::<Fake>::default(), Instant::now());
+    let number = lanes.lane(0).begin(now + TRUSTED).unwrap();
+    let (result, _waiter) = oneshot::channel();
+    lanes.lane(0).push(Queued { operation: task(1), result, until: now, runtime: Handle::current() });
     let mut given_up = Vec::new();
-    assert!(lines.on(0).take(number, now, &mut given_up).is_none());
+    assert!(lanes.lane(0).take(number, now, &mut given_up).is_none());
     assert_eq!(given_up.len(), 1);
-    assert_eq!(format!("{lines:?}"), "Lines { busy: 0, waiting: 0 }");
+    assert_eq!(format!("{lanes:?}"), "Lanes { busy: 0, queued: 0 }");
 }
 
 #[tokio::test(start_paused = true)]
@@ -398,7 +398,7 @@ async fn a_hung_call_fails_each_operation_by_its_own_timeout() {
         assert!(answer.unwrap_err().is_transient());
     }
     assert_eq!(bench.sent().len(), 3);
-    // And once the line is back, it is as ever.
+    // And once the lane is back, it is as ever.
     let back = bench.run(task(500), ms(100)).await;
     assert_eq!(back.unwrap(), 500);
 }
@@ -479,12 +479,12 @@ async fn those_asked_for_together_wait_for_futures_that_were_put_aside_no_longer
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_hung_line_holds_up_no_other() {
+async fn a_hung_lane_holds_up_no_other() {
     let bench = Bench::new();
     let _first = busy(&bench, [ms(60_000), ms(60_000)]).await;
     let stuck = bench.spawn(task(1), ms(30)).await;
     let (other, twin) =
-        tokio::join!(bench.run(Task { line: 1, ..task(2) }, ms(100)), bench.run(Task { line: 1, ..task(3) }, ms(100)));
+        tokio::join!(bench.run(Task { lane: 1, ..task(2) }, ms(100)), bench.run(Task { lane: 1, ..task(3) }, ms(100)));
     assert_eq!((other.unwrap(), twin.unwrap(), bench.start.elapsed()), (2, 3, ms(10)));
     assert!(stuck.await.unwrap().1.is_err());
 }
@@ -530,9 +530,9 @@ async fn slow_calls_are_not_replaced_by_ever_more() {
         sleep(ms(1)).await;
     }
     assert_eq!(waiting.join_all().await.into_iter().filter(Result::is_ok).count(), 400);
-    assert_eq!(bench.batcher.carrier().most_at_a_time(TRUSTED), CALLS);
+    assert_eq!(bench.batcher.executor().most_at_a_time(TRUSTED), CALLS);
     // Those of the first two callers, one that came between the two drivers, and theirs, which are trusted.
-    assert_eq!(bench.batcher.carrier().most_at_a_time(ALWAYS), 2 * CALLS + 1);
+    assert_eq!(bench.batcher.executor().most_at_a_time(ALWAYS), 2 * CALLS + 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -598,7 +598,7 @@ async fn eventually(look: impl Fn() -> bool) {
 }
 
 fn waiting_on(bench: &Bench) -> String {
-    format!("{:?}", bench.batcher.shared.lines())
+    format!("{:?}", bench.batcher.shared.lanes())
 }
 
 #[tokio::test]
@@ -610,14 +610,14 @@ async fn a_runtime_that_ends_takes_along_what_was_on_it_and_no_more() {
     }
     eventually(|| bench.sent().len() == 2).await;
     elsewhere.handle.spawn(bench.run(task(2), ms(500)));
-    eventually(|| waiting_on(&bench) == "Lines { busy: 1, waiting: 1 }").await;
+    eventually(|| waiting_on(&bench) == "Lanes { busy: 1, queued: 1 }").await;
     let here = [3, 4].map(|id| tokio::spawn(bench.run(task(id), ms(60_000))));
-    eventually(|| waiting_on(&bench) == "Lines { busy: 1, waiting: 3 }").await;
+    eventually(|| waiting_on(&bench) == "Lanes { busy: 1, queued: 3 }").await;
     elsewhere.end();
     for (here, id) in here.into_iter().zip([3, 4]) {
         assert_eq!(soon(here).await.unwrap().unwrap(), id);
     }
-    eventually(|| waiting_on(&bench) == "Lines { busy: 0, waiting: 0 }").await;
+    eventually(|| waiting_on(&bench) == "Lanes { busy: 0, queued: 0 }").await;
 }
 
 #[tokio::test]
@@ -627,16 +627,16 @@ async fn a_runtime_that_ends_under_a_driver_leaves_the_rest_to_another() {
     // The driver is that of the operation which goes first, and brings all that waits by then.
     elsewhere.handle.spawn(bench.run(Task { lasts: ms(60_000), ..task(1) }, ms(20_000)));
     let shares = tokio::spawn(bench.run(task(2), ms(60_000)));
-    eventually(|| waiting_on(&bench) == "Lines { busy: 1, waiting: 2 }" || bench.sent().len() == 3).await;
+    eventually(|| waiting_on(&bench) == "Lanes { busy: 1, queued: 2 }" || bench.sent().len() == 3).await;
     first.abort();
     eventually(|| bench.sent().len() == 3).await;
     assert_eq!(bench.sent()[2].1, [1, 2]);
-    // The second caller's call is trusted no more by and by; this takes its place, or waits as well.
+    // The second caller's call is no longer trusted after a while; this takes its place, or waits as well.
     sleep(TRUSTED).await;
     let _fills = tokio::spawn(bench.run(Task { lasts: ms(60_000), ..task(4) }, ms(60_000)));
     eventually(|| bench.sent().len() == 4).await;
     let waits = tokio::spawn(bench.run(task(3), ms(60_000)));
-    eventually(|| waiting_on(&bench) == "Lines { busy: 1, waiting: 1 }").await;
+    eventually(|| waiting_on(&bench) == "Lanes { busy: 1, queued: 1 }").await;
     elsewhere.end();
     // Sent, and nobody knows how far it came.
     assert!(soon(shares).await.unwrap().unwrap_err().is_transient());
@@ -651,7 +651,7 @@ async fn what_waits_for_a_driver_whose_home_has_ended_fails_at_once() {
     let [first, _second] = busy(&bench, [ms(60_000), ms(60_000)]).await;
     let waits = tokio::spawn(bench.run(task(1), ms(60_000)));
     let wait_together = tokio::spawn(bench.run_all(vec![task(2), task(3)], ms(60_000)));
-    eventually(|| waiting_on(&bench) == "Lines { busy: 1, waiting: 3 }").await;
+    eventually(|| waiting_on(&bench) == "Lanes { busy: 1, queued: 3 }").await;
     home.end();
     first.abort();
     assert!(soon(waits).await.unwrap().unwrap_err().is_transient());
@@ -706,7 +706,7 @@ async fn history_of_two(seed: u64) {
             Err(error) => assert!(error.is_transient(), "{error}"),
         }
     }
-    eventually(|| waiting_on(&bench) == "Lines { busy: 0, waiting: 0 }").await;
+    eventually(|| waiting_on(&bench) == "Lanes { busy: 0, queued: 0 }").await;
     assert_eq!(soon(bench.run(task(1_000), ms(20_000))).await.unwrap(), 1_000);
 }
 
@@ -760,7 +760,7 @@ struct Weather {
 async fn history(seed: u64, weather: Weather) {
     let mut rng = fastrand::Rng::with_seed(seed);
     let bench = Bench::new();
-    let lines = rng.u16(1..4);
+    let lanes = rng.u16(1..4);
     let count = *rng.choice(&[3, 20, 200, 600]).unwrap();
     let (span, longest) = (rng.u64(1..200), rng.u64(1..weather.longest));
     let (trouble, drops) = (rng.u8(0..50), rng.u8(0..50));
@@ -769,7 +769,7 @@ async fn history(seed: u64, weather: Weather) {
         let fates = [Fate::Fails, Fate::GoesAlone, Fate::IsRefused];
         let fate = if rng.u8(..100) < trouble { *rng.choice(&fates).unwrap() } else { Fate::Done };
         let lasts = ms(rng.u64(0..longest));
-        let task = Task { id, line: rng.u16(..lines), rank: rng.usize(..4), fate, lasts };
+        let task = Task { id, lane: rng.u16(..lanes), rank: rng.usize(..4), fate, lasts };
         let patience = ms(rng.u64(1..weather.patience));
         let arrives = bench.start + ms(rng.u64(..span));
         let leaves = (rng.u8(..100) < drops).then(|| arrives + ms(rng.u64(..60)));
@@ -822,7 +822,7 @@ async fn history(seed: u64, weather: Weather) {
                 }
             })
             .collect();
-        let task = |(n, &fate)| Task { id: first + n, line: 0, rank: 1, fate, lasts: ms(rng.u64(0..longest)) };
+        let task = |(n, &fate)| Task { id: first + n, lane: 0, rank: 1, fate, lasts: ms(rng.u64(0..longest)) };
         let run = bench.run_all(fates.iter().enumerate().map(task).collect(), ms(rng.u64(1..weather.patience)));
         let (arrives, leaves) = (bench.start + ms(rng.u64(..span)), ms(rng.u64(..400)));
         groups.spawn(async move {
@@ -851,7 +851,7 @@ async fn history(seed: u64, weather: Weather) {
     }
     until_idle().await;
     bench.assert_nothing_left();
-    let carrier = bench.batcher.carrier();
+    let carrier = bench.batcher.executor();
     for call in carrier.calls.lock().unwrap().iter() {
         assert!(call.ids.len() <= OPERATIONS && call.over.is_some());
         for &id in &call.ids {

@@ -1,7 +1,7 @@
-//! What fred says of a connection that failed, in words: at which server, why, and what to look at.
+//! Explains why a connection failed: to which server, why, and what to check.
 //!
-//! fred hands on the `Debug` text of what the system or the TLS library said. Its kind is set right here too: of what a
-//! TLS library says, only what nobody but the operator can change is [`ErrorKind::Tls`], and not transient.
+//! fred passes on the `Debug` text of an error of the system or of the TLS library. This also corrects the kind of the
+//! error: [`ErrorKind::Tls`], which is not transient, is only for what an operator has to change.
 
 use std::borrow::Cow;
 
@@ -15,7 +15,7 @@ pub(super) struct Peer {
     address: String,
     has_password: bool,
     has_tls: bool,
-    /// Never shown, though a server may repeat them.
+    /// Removed from all texts, as a server may repeat them.
     secrets: Vec<String>,
 }
 
@@ -29,7 +29,7 @@ impl Peer {
         Self { address, has_password, has_tls: config.uses_tls(), secrets }
     }
 
-    /// Says why there is no connection. The server is that of several which fred has named, if it has.
+    /// Returns why there is no connection. `server` is the one of several that fred has named, if it has.
     pub(super) fn unreachable(&self, error: &Error, server: Option<&Server>) -> Error {
         let at: Cow<'_, str> = match server {
             Some(server) if server.port != 0 => format!("{}:{}", server.host, server.port).into(),
@@ -40,7 +40,7 @@ impl Peer {
         Error::new(kind, text)
     }
 
-    /// Says why a call has no answer, unless the server has given one.
+    /// Returns why a call has failed, unless the server has replied with an error.
     pub(super) fn unanswered(&self, error: Error) -> Error {
         let at = &self.address;
         match error.kind() {
@@ -54,12 +54,12 @@ impl Peer {
         }
     }
 
-    /// Nothing was heard of it.
+    /// Returns the error for a server that has not replied.
     pub(super) fn silent(&self) -> Error {
         Error::new(ErrorKind::Timeout, format!("{} did not answer in time", self.address))
     }
 
-    /// Nothing drives the connection. Where it is ours, it will go on with the next call.
+    /// Returns the error for a connection that nothing drives. If it is ours, the next call drives it again.
     pub(super) fn gone(&self, ours: bool) -> Error {
         let at = &self.address;
         match ours {
@@ -84,13 +84,13 @@ impl Peer {
     }
 
     fn explain(&self, kind: &ErrorKind, said: &str, at: &str) -> (ErrorKind, String) {
-        // What the server itself has said begins with its word for it, and goes on doing so.
+        // The text of a refusal begins with its code, and must still do so.
         if let Some(hint) = self.refusal(said) {
             return (kind.clone(), format!("{said} ({at}: {hint})"));
         }
         match kind {
             ErrorKind::Timeout => {
-                // A plain server waits for the rest of what it takes for a command.
+                // A server without TLS waits for the rest of what it takes for a command.
                 let tls = if self.has_tls { ", and whether it speaks TLS" } else { "" };
                 let look = format!("look at the address, at firewalls, and whether the server hangs{tls}");
                 (ErrorKind::Timeout, format!("no answer from {at} in time: {look}"))
@@ -104,7 +104,7 @@ impl Peer {
         }
     }
 
-    /// What to look at after a refusal of the server.
+    /// Returns what to check after a refusal of the server.
     fn refusal(&self, said: &str) -> Option<&'static str> {
         match said.split_ascii_whitespace().next()? {
             "NOAUTH" => Some("it wants a password in the URL, as in redis://:password@host"),
@@ -150,7 +150,7 @@ fn explain_io(said: &str, at: &str) -> (ErrorKind, String) {
     (ErrorKind::IO, text)
 }
 
-/// What rustls says through an I/O error.
+/// Signs of an error of rustls in the text of an I/O error.
 const RUSTLS: [&str; 7] = [
     "InvalidCertificate(",
     "NoCertificatesPresented",
@@ -161,12 +161,13 @@ const RUSTLS: [&str; 7] = [
     "UnsupportedNameType",
 ];
 
-/// What OpenSSL says through one, as it does once the handshake is over.
+/// The sign of an error of OpenSSL in the text of an I/O error, after the handshake.
 const OPENSSL: &str = "SSL routines";
 
 fn explain_tls(said: &str, at: &str) -> (ErrorKind, String) {
     let is = |signs: &[&str]| signs.iter().any(|sign| said.contains(sign));
-    // Last: what a library says besides, be it of an expired certificate, may contain any of the other signs.
+    // The signs of a closed connection come last: they may also be part of other errors, such as an expired
+    // certificate.
     let text = match () {
         () if is(&[
             "InvalidCertificate(",
@@ -201,7 +202,7 @@ fn explain_tls(said: &str, at: &str) -> (ErrorKind, String) {
     (tls_kind(), text)
 }
 
-/// Why it isn't accepted, as far as the libraries' texts are known.
+/// Returns why a certificate is not accepted, as far as the texts of the libraries are known.
 fn certificate_fault(said: &str) -> Cow<'_, str> {
     for (sign, fault) in [
         ("UnknownIssuer", "it is signed by an unknown issuer"),
@@ -220,13 +221,13 @@ fn certificate_fault(said: &str) -> Cow<'_, str> {
     verified.unwrap_or(said).into()
 }
 
-/// `AlertReceived(HandshakeFailure)`, or `reason: "sslv3 alert handshake failure"`.
+/// Returns the alert in `AlertReceived(HandshakeFailure)` or `reason: "sslv3 alert handshake failure"`.
 fn alert_in(said: &str) -> &str {
     let rustls = said.split_once("AlertReceived(").and_then(|(_, rest)| rest.split_once(')')).map(|(alert, _)| alert);
     rustls.or_else(|| quoted(said, "reason: ")).unwrap_or(said)
 }
 
-/// What stands for people in the `Debug` text of an I/O error.
+/// Returns the readable part of the `Debug` text of an I/O error.
 fn message_in(said: &str) -> &str {
     quoted(said, "message: ").or_else(|| quoted(said, "error: ")).unwrap_or(said)
 }
@@ -252,7 +253,7 @@ fn tls_kind() -> ErrorKind {
     ErrorKind::Tls
 }
 
-/// There is no TLS to fail then; configured wrongly is what comes next to it.
+/// Without a TLS library, a wrong configuration comes closest.
 #[cfg(not(any(feature = "rustls", feature = "native-tls")))]
 fn tls_kind() -> ErrorKind {
     ErrorKind::Config

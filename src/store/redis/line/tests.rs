@@ -35,6 +35,7 @@ async fn hands_over(store: &RedisStore, from: &Wanted, to: &Wanted, number: u64)
 
 /// A place that nobody has any more, because a request with it arrived late, say, or that of one who isn't polled.
 #[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_process_that_hands_over_has_no_more_turns_than_it_has_places() {
     let server = Server::start();
     let (near, far, key) = (store(&server).await, store(&server).await, Key::from("k"));
@@ -49,6 +50,7 @@ async fn a_process_that_hands_over_has_no_more_turns_than_it_has_places() {
 }
 
 #[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_process_that_asks_has_no_more_turns_than_it_has_places() {
     let server = Server::start();
     let (near, far, key) = (store(&server).await, store(&server).await, Key::from("k"));
@@ -57,7 +59,7 @@ async fn a_process_that_asks_has_no_more_turns_than_it_has_places() {
     near.enter(&key, own(2), PATIENCE).await.unwrap();
     assert!(!asks(&far, &other, 1).await);
     // Somebody has to listen: else, the release does not look at the line.
-    let mut listening = Store::listen(&far, &key);
+    let mut listening = Store::subscribe(&far, &key);
     listening.opened().await;
     Store::release(&near, &first.owned, Ending::Lock, PATIENCE).await.unwrap();
     assert!(asks(&near, &second, 3).await, "reserved for one of this process");

@@ -1,18 +1,17 @@
 -- Takes all keys for one token, or none.
 --
--- KEYS  n lock keys; where the grant has an id, their n records of grants; where a fencing token is wanted, their n
--- fence keys. ARGV  token, value (the token; with metadata: token, newline, metadata), ttl in ms, n, ttl of the fence
--- keys in ms, id of the
---       grant or '', ttl of the records in ms, the place whose turn it may be at one of the
---       keys, or ''.
+-- KEYS  n lock keys; if the grant has an id, their n records of grants; if a fencing token is wanted, their n fence
+--       keys.
+-- ARGV  token, value (the token; with metadata: token, newline, metadata), ttl in ms, n, ttl of the fence keys in ms,
+--       id of the grant or '', ttl of the records in ms, the place whose turn it may be at one of the keys, or ''.
 -- Reply {1, fencing token or 0}  granted.
---       {0, ttl in ms, i}        the ith key is held by another, for so long; -1: for ever.
+--       {0, ttl in ms, i}        another holds the ith key, for this long; -1: without a ttl.
 --
--- Idempotent: where all keys hold the token already, they are taken again, with the same fencing token, and live for
--- the ttl from now, or as long as they would have, whichever is longer.
+-- Idempotent: keys that all hold the token already are taken again, with the same fencing token. They live for the ttl
+-- from now, or as long as they would have, whichever is longer.
 --
--- Scripts do not roll back. So: look first, write the fences and records next, the locks last, and undo those where one
--- fails.
+-- Scripts do not roll back. So this script reads first, then writes the fences and records, and the locks last. If one
+-- of these fails, it undoes the others.
 
 local token, value, ttl, n = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local fence_ttl, grant, record_ttl = ARGV[5], ARGV[6], ARGV[7]
@@ -39,8 +38,8 @@ for i = 1, records do
     grants[i] = with(ours[i] and before or NONE, grant, ARGV[3])
 end
 
--- The number is at once a counter and a clock (max(last + 1, TIME in microseconds)), so it grows also where the counter
--- was lost, in a restart, a failover or a flush. 2^53 is where Lua's numbers stop being exact.
+-- The fencing token is a counter and a clock at once: max(last + 1, TIME in us). So it grows even if the counter was
+-- lost in a restart, a failover or a flush. Lua's numbers are exact below 2^53.
 local fence = 0
 if #KEYS > fences then
     for i = fences + 1, #KEYS do

@@ -1,19 +1,20 @@
--- Takes one key if it is free, and nobody else's turn; otherwise takes a place in the line for it.
+-- Takes one key if it is free and it is no other's turn; otherwise takes a place in the line for it.
 --
--- KEYS  the lock key, its line, who of that is alive, its record of grants, then, where a fencing token is wanted, its
---       fence key.
+-- KEYS  the lock key, its line, its hash of processes that are alive, its record of grants; if a fencing token is
+--       wanted, its fence key.
 -- ARGV  value (the token; with metadata: token, newline, metadata), ttl in ms, ttl of the fence key in ms, place or '',
---       for how long in ms its process counts as alive from now on, id of the grant or '', ttl of the record in ms,
+--       how long in ms its process counts as alive from now on, id of the grant or '', ttl of the record in ms,
 --       'PUBLISH' or 'SPUBLISH', channel.
--- Reply a number. Granted: the fencing token, or 0. Held by another, or given to another: -1 for ever, -2 - ttl for so
---       many ms.
---       'ALONE': the key holds this token already. It is in the line no more: acquire.lua knows the rest.
+-- Reply a number. Granted: the fencing token, or 0. Held by, or given to, another: -1 without a ttl, -2 - ttl in ms
+--       with one.
+--       'ALONE': the key holds this token already. Its place is no longer in the line, and acquire.lua has to decide.
 --
--- A place `process:w7` is that of one waiter. Waiters of one process are served in their own order, and the first asks
--- for all: so one that finds the turn of another waiter of its process takes it, and that one has its place.
+-- A place `process:w7` belongs to one waiter. Waiters of one process are served in their own order, and the first tries
+-- for all of them. So a waiter that finds the turn of another waiter of its process takes it, and that one gets its
+-- place.
 --
--- Idempotent: who is in the line keeps its place. Scripts do not roll back: so all keys are looked at first, and the
--- lock is set last.
+-- Idempotent: a place that is in the line stays where it is. Scripts do not roll back, so this script reads all keys
+-- first, and sets the lock last.
 
 local token = string.match(ARGV[1], '^[^\n]*')
 local line_key, record_key, fence_key = KEYS[2], KEYS[4], KEYS[5]
@@ -22,7 +23,7 @@ local known = fence_key and fence_in(fence_key)
 grants_of(record_key, token)
 check_line(line_key)
 
--- What has to be the same for a turn to be this one's.
+-- The part of a place that must be the same for a turn to be this waiter's.
 local kind = string.match(place, '^[^:]*:w') or place
 local function is_ours(other)
     return other == place or kind ~= place and string.sub(other, 1, #kind) == kind

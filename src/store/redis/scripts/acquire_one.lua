@@ -1,13 +1,13 @@
--- Takes one key, if it is free: what acquire.lua does, for the case that is by far the most common, at half the price.
+-- Takes one key if it is free: does what acquire.lua does, for the most common case, in half the server time.
 --
--- KEYS  the lock key, then, where a fencing token is wanted, its fence key.
+-- KEYS  the lock key; if a fencing token is wanted, its fence key.
 -- ARGV  value (the token; with metadata: token, newline, metadata), ttl in ms, and with a fence key its ttl in ms.
--- Reply granted: 1 where no fencing token is wanted, else the token. Held by another: a number, -1 for ever, -2 - ttl
---       for so many ms. 3: the key holds this token already, or the fence key holds no fencing token. Nothing was done:
---       acquire.lua knows how.
+-- Reply granted: 1 if no fencing token is wanted, otherwise the token. Held by another: -1 without a ttl, -2 - ttl in
+--       ms with one. 3: the key holds this token already, or the fence key holds no fencing token. Nothing has changed,
+--       and acquire.lua has to decide.
 --
--- Idempotent: a repeat finds its own token, says so, and touches nothing. Scripts do not roll back: so the fence is
--- looked at first, and should it not take the number after all, the lock is given back.
+-- Idempotent: a repeat finds its own token, returns that, and changes nothing. Scripts do not roll back. So this script
+-- reads the fence first, and deletes the lock again if the fence can't be written.
 
 local fence_key, fence = KEYS[2], now
 if fence_key then
@@ -26,7 +26,7 @@ end
 
 local taken = redis.pcall('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2])
 if not taken or taken.err then
-    -- Who holds the lock matters more than what would have kept it from being taken.
+    -- The holder of the lock matters more than the error that would have kept this request from taking it.
     local holder = redis.pcall('GET', KEYS[1])
     if not holder or holder.err then
         return {mark, now / 1000, false, holder and holder.err or taken and taken.err}

@@ -1,9 +1,10 @@
 -- Ends one grant: releases those of the keys that hold the token, unless other grants rely on them.
 --
 -- KEYS  n lock keys, their n lines, and their n records of grants.
--- ARGV  token, n, 'PUBLISH' or 'SPUBLISH' as in release.lua, id of the grant (`-`: it has none), channels as in
+-- ARGV  token, n, 'PUBLISH' or 'SPUBLISH' as in release.lua, id of the grant (`-` if it has none), channels as in
 --       release.lua.
--- Reply as release.lua. A key that is left to others counts as released; it lives no longer than they may need it.
+-- Reply as in release.lua. A key that other grants rely on counts as released; it lives no longer than they may need
+--       it.
 --
 -- Idempotent: a repeat finds this grant ended.
 

@@ -1,10 +1,10 @@
--- Put before the scripts that need it.
+-- A part of several scripts.
 
--- GT and NX, of Redis 7, do what takes PTTL on older servers, which refuse them: the ttl becomes this if it was less,
--- or if there was none. So a renewal that has nothing to do needs no other permission than one that has.
+-- GT and NX set the ttl if it is shorter, or if there is none. Servers before Redis 7 refuse them, and need PTTL. With
+-- them, a renewal that has nothing to do needs no other permission than one that has.
 local knows_gt = true
 
--- Makes a key live for at least so long. A key without a ttl gets one.
+-- Extends the ttl of a key to at least this. A key without a ttl gets one.
 local function extend(key, ttl)
     if knows_gt then
         local done = redis.pcall('PEXPIRE', key, ttl, 'GT')

@@ -1,6 +1,6 @@
--- Put before the scripts that need it.
+-- A part of several scripts.
 
--- The last fencing token that was granted, if it is known.
+-- Returns the last fencing token that was granted, or nil if it is not known.
 local function fence_in(fence_key)
     local last = redis.pcall('GET', fence_key)
     if not last then

@@ -1,28 +1,28 @@
--- Who relies on a lock that several grants hold by one token. Put before the scripts that need it, after owner.lua.
+-- The grants that rely on a lock which several of them hold by one token. A part of several scripts, after owner.lua.
 --
--- Most locks are held by a token that one request made for itself, and need no record. Where a token is used again (one
--- that the user chose, a lease that is adopted), each grant has an id, and a record beside the lock key lists those
--- that have not ended: the token, a newline, and for each `id=ttl`, with commas between them. The ttl in ms is the
--- longest that the grant has asked for. `-` is the grant of the request that made the token; it has no ttl here, as its
--- renewals don't know of the record. No record, or one of another token, means that `-` is the only one.
+-- Most locks are held by a token that one request made for itself, and need no record. If a token is used again (one
+-- that the user chose, or that of an adopted lease), each grant has an id, and a record beside the lock key lists the
+-- grants that have not ended: the token, a newline, and for each grant `id=ttl`, with commas between them. The ttl in
+-- ms is the longest that the grant has asked for. `-` is the grant of the request that made the token. It has no ttl
+-- here, as its renewals don't use the record. No record, or one of another token, means that `-` is the only grant.
 --
 -- 1. A release in the background ends its own grant, and frees the key only if no other is left.
--- 2. A grant of a free key begins the record anew; a grant of a key that its token holds already is added.
--- 3. Of those that are left, each renews the key for its own ttl, or has died. So when one ends, the key need not live
---    longer than the longest ttl of the others: a holder that died costs what its own ttl costs.
--- 4. A grant with an id that doesn't find itself in the record, as that was lost, and one of a record that is full
---    (`*`), leave the key to its ttl: too long is safe, too short is not. `-` can't know: that records are not evicted
---    is assumed.
+-- 2. A grant of a free key starts a new record. A grant of a key that its token holds already is added to the record.
+-- 3. Each of the other grants renews the key for its own ttl, or has died. So when a grant ends, the key need not live
+--    longer than the longest ttl of the others, and a holder that died keeps the key for no longer than its own ttl.
+-- 4. A grant with an id that is missing from the record (as the record was lost), and one of a record that is full
+--    (`*`), leave the key to its ttl: too long is safe, too short is not. `-` can't tell; we assume that records are
+--    not evicted.
 
 local MOST_GRANTS = 64
 local NONE = {ids = {}, ttls = {}}
 
--- The ids of those that rely on a key which `token` holds, in their order, and the ttl of each; false where it is not
--- known.
+-- Returns the ids of the grants that rely on a key which `token` holds, in their order, and the ttl of each, or false
+-- if that is not known.
 local function grants_of(record_key, token)
     local record = redis.pcall('GET', record_key)
     if record and record.err then
-        -- Not under the code of the lock key's own type, which would mean that the lock is another's.
+        -- Not with the code WRONGTYPE, which would mean that another holds the lock.
         local is_other = string.find(record.err, '^WRONGTYPE')
         error(is_other and {err = 'ERR the key ' .. record_key .. ' holds no record of grants; delete it'} or record)
     end
@@ -37,7 +37,7 @@ local function grants_of(record_key, token)
     return {ids = ids, ttls = ttls}
 end
 
--- The grants without this one.
+-- Returns the grants without this one.
 local function without(grants, id)
     local others = {ids = {}, ttls = {}}
     for _, other in ipairs(grants.ids) do
@@ -49,7 +49,7 @@ local function without(grants, id)
     return others
 end
 
--- The grants with this one, which relies on the key for at least so long.
+-- Returns the grants with this one, which relies on the key for at least this ttl.
 local function with(grants, id, ttl)
     local all = without(grants, id)
     if #all.ids >= MOST_GRANTS then
@@ -61,7 +61,7 @@ local function with(grants, id, ttl)
     return all
 end
 
--- The longest that any of them may rely on the key from now on; false where that is not known.
+-- Returns the longest time that any of them may rely on the key from now on, or false if that is not known.
 local function longest_of(grants)
     local longest = 0
     for _, id in ipairs(grants.ids) do
@@ -70,7 +70,7 @@ local function longest_of(grants)
     return longest
 end
 
--- The record lives for at least so long in ms, and no shorter than it would have.
+-- Writes the record, which lives for at least this ttl in ms, or as long as it would have.
 local function write_grants(record_key, token, grants, record_ttl)
     local all = {}
     for i, id in ipairs(grants.ids) do

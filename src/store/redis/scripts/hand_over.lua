@@ -1,20 +1,19 @@
--- Releases a lock, and takes it for another token of the same process, with nobody in between, unless it is the turn of
--- another process: then the lock goes there.
+-- Releases a lock and takes it for another token of the same process in one step, unless it is the turn of another
+-- process: then the lock goes there.
 --
--- KEYS  the lock key, its line, who of that is alive, its record of grants; its fence key, where the next one wants a
---       fencing token.
--- ARGV  token that holds it, value for the next (its token; with metadata: token, newline, metadata), ttl in ms, ttl of
---       the fence key in ms, the place of the next one, for how long in ms its process counts as alive, '1' where its
---       process may keep the lock from those in the line, '1' where it wants a fencing token; as in end_grant.lua the
---       id of the grant to end in the background, '' to end the lock, or '*' to end it with its record of grants; '1'
---       where the place may be in the line; 'PUBLISH' or 'SPUBLISH', channel.
--- Reply {the fencing token or 0, 1 where nobody is in the line}  done.  {-1}  the key was gone.
---       {-2}  it held something else.  {-3}  others rely on the lock, and nothing has been changed.
---       {-4}  it was given to another, and the place is in the line.
+-- KEYS  the lock key, its line, its hash of processes that are alive, its record of grants; if the next owner wants a
+--       fencing token, its fence key.
+-- ARGV  token that holds the lock, value of the next owner (its token; with metadata: token, newline, metadata), ttl in
+--       ms, ttl of the fence key in ms, place of the next owner, how long in ms its process counts as alive, '1' if its
+--       process may keep the lock from those in the line, '1' if it wants a fencing token, the grant to end (as in
+--       end_grant.lua its id; '' to end the lock, '*' to end the lock with its record of grants), '1' if the place may
+--       be in the line, 'PUBLISH' or 'SPUBLISH', channel.
+-- Reply {fencing token or 0, 1 if the line is empty}  done.  {-1}  the key was gone.
+--       {-2}  it held something else.  {-3}  others rely on the lock, and nothing has changed.
+--       {-4}  another got the lock, and the place is in the line.
 --
--- Idempotent: a repeat finds the next token, or a reservation, says so, and touches nothing. As in acquire_one.lua,
--- what may be wrong with the fence is looked at first; should it not take the number after all, nothing has been
--- changed.
+-- Idempotent: a repeat finds the next token, or a reservation, returns that, and changes nothing. As in
+-- acquire_one.lua, the fence is read first; if it can't be written, nothing has changed.
 
 local line_key, record_key, fence_key = KEYS[2], KEYS[4], KEYS[5]
 local place, alive, may_keep, grant = ARGV[5], tonumber(ARGV[6]), ARGV[7] == '1', ARGV[9]
@@ -56,7 +55,7 @@ elseif ARGV[10] == '1' then
     leave_line(line_key, place)
 end
 if grant ~= '' then
-    -- Of the token that is gone.
+    -- It belongs to the token that has released the lock.
     redis.pcall('DEL', record_key)
 end
 redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])

@@ -1,9 +1,9 @@
--- What hand_over.lua does, for the case that is by far the most common, at three quarters of the price: its process may
--- keep the lock from those in the line, and isn't in the line itself. Put before all else of hand_over.lua.
+-- Does what hand_over.lua does, for the most common case, in three quarters of the server time: the process may keep
+-- the lock from those in the line, and the next owner isn't in the line. Comes before everything else of hand_over.lua.
 --
--- KEYS, ARGV  as hand_over.lua.
--- Reply 1, or the fencing token where one is wanted: done, and there may be others in the line. Any other case goes on
---       in hand_over.lua; nothing has been changed then.
+-- KEYS, ARGV  as in hand_over.lua.
+-- Reply 1, or the fencing token if one is wanted: done, and there may be others in the line. In any other case nothing
+--       has changed, and hand_over.lua goes on.
 
 local token, grant = ARGV[1], ARGV[9]
 local held = redis.pcall('GET', KEYS[1])

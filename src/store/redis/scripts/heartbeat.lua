@@ -1,11 +1,10 @@
--- A process that waits for a key gives a sign of life, and sees to it that a lock that is free goes to the head of the
--- line.
+-- Notes that a process which waits for a key is alive, and gives a lock that is free to the head of the line.
 --
--- KEYS  the lock key, its line, who of that is alive.
--- ARGV  place, for how long in ms its process counts as alive, 'PUBLISH' or 'SPUBLISH', channel.
--- Reply 1  it is in the line.  0  it is not, or it is its turn: it has to ask.
+-- KEYS  the lock key, its line, its hash of processes that are alive.
+-- ARGV  place, how long in ms its process counts as alive, 'PUBLISH' or 'SPUBLISH', channel.
+-- Reply 1  the place is in the line.  0  it is not, or it is its turn: the process has to acquire.
 --
--- Enters nobody: a sign of life that is late must not bring back a place that was given the lock meanwhile.
+-- Never enters the line: a late heartbeat must not bring back a place that has got the lock meanwhile.
 --
 -- Idempotent.
 

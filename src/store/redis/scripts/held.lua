@@ -1,7 +1,7 @@
--- Put before the scripts that need it.
+-- A part of several scripts.
 
--- What a lock key holds; nil where it is gone, false where it is of another type, which is surely no lock of ours. Any
--- other refusal tells nothing of the lock, and ends the script.
+-- Returns what a lock key holds; nil if it is gone, false if it is of another type, which is surely no lock of ours.
+-- Any other refusal leaves the holder unknown, and ends the script.
 local function held_by(key)
     local held = redis.pcall('GET', key)
     if not held then

@@ -1,8 +1,8 @@
--- Who holds a key.
+-- Returns the holder of a key.
 --
 -- KEYS  the lock key, its fence key.
--- Reply nil where nobody does, or the lock waits for the next one to confirm it; or {what the key holds, its ttl in ms
---       or -1, what the fence key holds, or nil where that is no text}.
+-- Reply nil if no one holds it, or the lock is reserved for the head of the line; or {what the key holds, its ttl in ms
+--       or -1, what the fence key holds, or nil if that is no text}.
 --
 -- Idempotent: it only reads.
 

@@ -1,11 +1,11 @@
 -- Leaves the line for a key.
 --
--- KEYS  the lock key, its line, who of that is alive.
+-- KEYS  the lock key, its line, its hash of processes that are alive.
 -- ARGV  place, 'PUBLISH' or 'SPUBLISH', channel.
 -- Reply 1.
 --
--- Idempotent: a repeat finds nothing to remove. If the lock was reserved for this place, or is free, it is the next
--- one's now, who is told.
+-- Idempotent: a repeat finds nothing to remove. If the lock was reserved for this place, or is free, it goes to the
+-- next place, whose process is notified.
 
 check_line(KEYS[2])
 leave_line(KEYS[2], ARGV[1])

@@ -1,21 +1,21 @@
--- The line for a lock: who waits for it in which process. Put before the scripts that need it.
+-- The line of waiters for a lock. A part of several scripts.
 --
--- The line is a sorted set of places, `process:place`, by their arrival in us. Beside it lies a hash that says until
--- when each process counts as alive, in ms. Its key is made of that of the line. Scripts that write it declare it as
--- well: on a cluster, no node may create it while another has it.
+-- The line is a sorted set of places, `process:place`, by the time of their arrival in us. Beside it lies a hash with
+-- the time in ms until which each process counts as alive. The name of its key is derived from that of the line.
+-- Scripts that write it declare it as well: on a cluster, no node may create it while another has it.
 --
--- While the lock is given to the head of the line, and its process hasn't confirmed that yet, the lock key holds a
--- reservation: a newline and the place. No token is empty, so a reservation belongs to no token, and to every other
--- library it is a lock.
+-- When the lock goes to the head of the line, the lock key holds a reservation until the process confirms: a newline
+-- and the place. No token is empty, so a reservation belongs to no token, and every other library takes it for a lock.
 --
--- 1. Whoever frees a lock gives it to the head of the line in the same step (`pass_on`), and tells that process alone.
+-- 1. The script that frees a lock gives it to the head of the line in the same step (`pass_on`), and notifies that
+--    process alone.
 -- 2. A place is in the line or has a reservation, never both, and leaves the line in the step that gives it the lock.
--- 3. A reservation ends after CONFIRM by itself. The next sign of life, or look, of any process in the line passes the
---    lock on then.
--- 4. A place whose process gave no sign of life for as long as it announced is dropped when it comes to the head.
+-- 3. A reservation expires after CONFIRM. The next heartbeat or acquire of any process in the line passes the lock on
+--    then.
+-- 4. A place at the head is dropped if its process has sent no heartbeat for as long as it said it would be alive.
 
 local CONFIRM = 1000
--- So many dead places are dropped in one call; others want the server, too.
+-- How many places of dead processes one call drops: the server has other clients.
 local MOST_DROPPED = 1000
 
 local function alive_key_of(line_key)
@@ -26,16 +26,16 @@ local function process_of(place)
     return string.match(place, '^[^:]*')
 end
 
--- Takes a place out of the line. With the last one, nothing is left of it; `others` says that there are some, if that
--- is known.
+-- Removes a place from the line, and with the last place the line. `others` is true if the line is known to have other
+-- places.
 local function leave_line(line_key, place, others)
     if redis.call('ZREM', line_key, place) == 1 and not others and redis.call('EXISTS', line_key) == 0 then
-        -- It may be on another node, while their slot moves; and ends by its ttl.
+        -- It may be on another node while its slot moves; then its ttl ends it.
         redis.pcall('DEL', alive_key_of(line_key))
     end
 end
 
--- The head of the line, if anybody is in it, and whether others are behind it. Reads both keys before it writes.
+-- Returns the head of the line, if there is one, and whether others are behind it. Reads both keys before it writes.
 local function head_of(line_key)
     for _ = 1, MOST_DROPPED do
         local first = redis.call('ZRANGE', line_key, 0, 1)
@@ -51,20 +51,20 @@ local function head_of(line_key)
     end
 end
 
--- Until when its process counts as alive; false where nothing is known of it.
+-- Returns the time until which its process counts as alive, or false if the process is unknown.
 local function alive_until_of(line_key, place)
     return redis.call('HGET', alive_key_of(line_key), process_of(place))
 end
 
--- The process of this place is alive for so many ms, where it was so until then.
+-- Notes that the process of this place is alive for this many ms. `alive_until` is what is known of it until now.
 local function sign_of_life(line_key, place, alive, alive_until)
     local alive_key, process = alive_key_of(line_key), process_of(place)
     if alive_until and tonumber(alive_until) - now / 1000 > alive * 0.9 then
-        -- Said a moment ago. Where there are signs of life, there is a line.
+        -- It sent a heartbeat a moment ago, so the keys have their ttls.
         return
     end
     if not alive_until and redis.call('HLEN', alive_key) > 2 * redis.call('ZCARD', line_key) + 8 then
-        -- Those that have left, while others waited. Rare enough: there are as many of them as were left.
+        -- Removes processes that left while others waited. It is rare: as many must have left as there are places.
         local all = redis.call('HGETALL', alive_key)
         for i = 1, #all, 2 do
             if tonumber(all[i + 1]) <= now / 1000 then
@@ -78,16 +78,16 @@ local function sign_of_life(line_key, place, alive, alive_until)
     redis.call('PEXPIRE', line_key, kept)
 end
 
--- Takes the last place, or keeps the one that it has. Keys that hold something else are found before it writes.
+-- Takes the last place, unless the place is in the line already. Finds keys of other types before it writes.
 local function enter_line(line_key, place, alive)
     local alive_until = alive_until_of(line_key, place)
     redis.call('ZADD', line_key, 'NX', string.format('%.0f', now), place)
     sign_of_life(line_key, place, alive, alive_until)
 end
 
--- A waiter takes the turn of another of its process, which gets its place in the line, or the last one. That one must
--- not keep its own, in front: if it is nobody's, the process would have the lock for as long as new waiters come there.
--- `others` says that there are some behind the turn.
+-- Gives the turn of a place to another place of the same process, whose own place, or the last one, the first gets. It
+-- must not stay at the head: if no waiter has it any longer, the process would keep the lock for as long as it gets new
+-- waiters. `others` is true if there are places behind the turn.
 local function take_turn(line_key, turn, place, alive, others)
     if turn ~= place then
         local score = redis.call('ZSCORE', line_key, place) or string.format('%.0f', now)
@@ -97,8 +97,8 @@ local function take_turn(line_key, turn, place, alive, others)
     leave_line(line_key, place, others or turn ~= place)
 end
 
--- Frees the lock, which is free already or was ours: it goes to the head of the line, or, where nobody is in line, to
--- whoever comes; then those who listen are told to look.
+-- Frees a lock that is free already or was ours. It goes to the head of the line. If the line is empty, it is free for
+-- all, and all subscribers are notified.
 local function pass_on(lock_key, line_key, publish, channel)
     local looked, head, others = pcall(head_of, line_key)
     if looked and head then
@@ -116,7 +116,7 @@ local function pass_on(lock_key, line_key, publish, channel)
     redis.pcall(publish, channel, '')
 end
 
--- Refuses keys of a line that hold something else, by name.
+-- Raises an error that names a key of the line which holds something else.
 local function check_line(line_key)
     local alive_key = alive_key_of(line_key)
     for key, command in pairs({[line_key] = {'ZRANGE', line_key, 0, 0}, [alive_key] = {'HGET', alive_key, ''}}) do
@@ -128,7 +128,7 @@ local function check_line(line_key)
     end
 end
 
--- Calls what finds such keys before it writes, and names them.
+-- Calls a function of the line. If it fails, raises the error of check_line for keys that hold something else.
 local function on_line(call, line_key, ...)
     local results = {pcall(call, line_key, ...)}
     if not results[1] then

@@ -1,23 +1,24 @@
--- Many operations in one call, each on a key of its own choice: what release.lua, renew.lua and acquire.lua do for one.
+-- Runs a batch of operations, each on a key of its own: does what release.lua, renew.lua and acquire.lua do for one.
 --
 -- KEYS  the lock keys: of the releases, the releases in the background, the renewals, the acquires with a fencing
 --       token, the acquires without; then the records of grants of the releases in the background, and the fence keys
---       of the acquires with one.
--- ARGV  how many of each kind, in this order; the ttl of fence keys in ms; 'PUBLISH' or 'SPUBLISH', as release.lua; the
---       ttl of all renewals in ms, or '' where each has its own; then for each
---       release: token.  renewal: token, and the ttl if each has its own: at least this.
+--       of the acquires with a fencing token.
+-- ARGV  how many of each kind, in this order; the ttl of fence keys in ms; 'PUBLISH' or 'SPUBLISH', as in release.lua;
+--       the ttl of all renewals in ms, or '' if each has its own; then for each
+--       release: token.  renewal: token, and the ttl if each has its own; the key lives for at least this.
 --       acquire: value (the token; with metadata: token, newline, metadata), ttl in ms.
---       At the end the channels of all releases, as release.lua.
--- Reply {mark, server time in ms, for each, in this order, a number, or a string that says why it could not be done}.
---       Nothing here raises an error, so it does without prologue.lua, and the stamp is still the last argument.
+--       At the end the channels of all releases, as in release.lua.
+-- Reply {mark, server time in ms, for each in this order a number, or a string with the error of an operation}.
+--       Nothing here raises an error, so it needs no prologue.lua, and the stamp is still the last argument.
 --       release, renewal: 1 done, 0 the key is gone, -1 it holds something else.
---       acquire: granted: the fencing token, or 0. Held by another: -1 for ever, -2 - ttl for so many ms.
---       'ALONE': an acquire that meets what is no lock, or no fencing token; a release of a lock that others wait for,
---       or one in the background that other grants may rely on. Nothing was done: the script for one knows how.
+--       acquire: granted: the fencing token, or 0. Held by another: -1 without a ttl, -2 - ttl in ms with one.
+--       'ALONE': an acquire that finds something that is no lock, or no fencing token; a release of a lock that others
+--       wait for, or in the background one that other grants may rely on. Nothing has changed, and the script for one
+--       key has to decide.
 --
--- Idempotent, as each operation is. One that fails fails alone: whatever may be refused is called by pcall, so the
--- script never ends in an error after it has begun to write. Releases come first, so that who waits in the same call
--- finds the key free.
+-- Idempotent, as each operation is. An operation that fails affects no other: commands that may be refused are called
+-- by pcall, so the script never ends in an error after it has begun to write. Releases come first, so that an acquire
+-- in the same batch finds the key free.
 
 local n_end, n_renew, n_fenced, n_plain = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local n_explicit = tonumber(ARGV[1])
@@ -33,8 +34,8 @@ local function refused(answer)
     return type(answer) == 'table' and answer.err
 end
 
--- What the keys hold; false also for what is no string. MGET is cheaper than GET for each, but who may use the other
--- scripts may not be allowed to call it.
+-- What the keys hold; false also for what is no string. MGET costs less than a GET for each key, but a user with the
+-- permissions for the other scripts may not be allowed to call it.
 local values = redis.pcall('MGET', unpack(KEYS))
 if values.err then
     values = {}
@@ -44,8 +45,8 @@ if values.err then
     end
 end
 
--- The same by key, kept up to date below, as a key may be in here twice. Renewals need it only where a release came
--- before.
+-- The same by key, kept up to date below, as a key may be in the batch twice. Renewals only need it for a key that was
+-- released before.
 local held = {}
 for i = 1, n_release do
     held[KEYS[i]] = values[i]
@@ -54,13 +55,13 @@ for i = n_release + n_renew + 1, #KEYS do
     held[KEYS[i]] = values[i]
 end
 
--- Why a key holds no token: it is gone, or the server says that it is no string.
+-- Returns why a key holds no token: 0 if it is gone, or the server's error.
 local function absent(key)
     return refused(redis.pcall('GET', key)) or 0
 end
 
--- Waiters listen to their lock: one that nobody listens to has none. The others are left to release_one.lua, and so are
--- all where that can't be asked.
+-- Waiters subscribe to their lock, so a lock without subscribers has no waiters. The others are left to
+-- release_one.lua, and all of them if the server doesn't tell.
 local heard
 if n_release > 0 then
     local before = 8 + n_release + n_renew * (renewed_ttl == '' and 2 or 1) + 2 * (n_fenced + n_plain)
@@ -78,7 +79,7 @@ for i = 1, n_release do
     local key, token = KEYS[i], ARGV[at]
     at = at + 1
     local value = held[key]
-    -- Of a release in the background.
+    -- For a release in the background.
     local record = i > n_explicit and held[KEYS[n_locks + i - n_explicit]]
     if not value then
         reply[i] = was[key] and 0 or absent(key)
@@ -108,7 +109,7 @@ if #freed > 0 then
     end
 end
 
--- For how long a key will live on; -1: for ever. Or what kept the server from saying so.
+-- Returns the ttl of a key in ms, or -1 if it has none; and the error if it could not be read.
 local function left_of(key)
     local left = redis.pcall('PTTL', key)
     local err = refused(left)
@@ -116,10 +117,10 @@ local function left_of(key)
 end
 
 if n_renew > 0 then
-    -- As in renew.lua: GT and NX do what takes PTTL on servers before Redis 7, which refuse them.
+    -- As in extend.lua: servers before Redis 7 refuse GT and NX, and need PTTL.
     local knows_gt = true
 
-    -- Returns why not, if not. The ttl is given as a number, too.
+    -- Returns the error, if there is one. `px` is the ttl as a number.
     local function extend(key, ttl, px)
         if knows_gt then
             local done = redis.pcall('PEXPIRE', key, ttl, 'GT')
@@ -164,7 +165,7 @@ local n_others = n_release + n_renew
 local now_text = n_fenced > 0 and string.format('%.0f', now)
 
 if n_locks > n_others then
-    -- Takes a key that is free. Answers why not, if not.
+    -- Takes a key that is free. Returns the error, if there is one.
     local function take(key, value, ttl)
         local done = redis.pcall('SET', key, value, 'PX', ttl, 'NX')
         if done and not done.err then
@@ -174,14 +175,14 @@ if n_locks > n_others then
         return done and done.err or 'ALONE'
     end
 
-    -- Answers why not, if not.
+    -- Returns the error, if there is one.
     local function write_fence(fence_key, fence)
         local done
         local text = fence == now and now_text or string.format('%.0f', fence)
         if held[fence_key] then
             done = redis.pcall('SET', fence_key, text, 'PX', fence_ttl)
         else
-            -- NX: what is no string only looks as if it weren't there.
+            -- NX, because MGET returns nothing for a key that holds no string.
             done = redis.pcall('SET', fence_key, text, 'PX', fence_ttl, 'NX')
         end
         if done and not done.err then
@@ -191,7 +192,7 @@ if n_locks > n_others then
         return done and done.err or 'ALONE'
     end
 
-    -- As in acquire.lua: greater than the last, and no smaller than the clock; for who has the lock already, the last.
+    -- As in acquire.lua: greater than the last, and at least the clock; for the holder of the lock, the last.
     local function next_fence(fence_key, is_ours)
         local last = held[fence_key]
         local known = last and tonumber(last)

@@ -1,5 +1,7 @@
--- How scripts for one key begin that are for its owner: they end here unless it holds the token, the first of ARGV. Reply
--- 0  it is gone.  2  it holds something else.
+-- The first lines of scripts for one key that only its owner may use. They end here unless the key holds the token,
+-- which is the first argument.
+--
+-- Reply 0  it is gone.  2  it holds something else.
 
 local token = ARGV[1]
 local held = redis.pcall('GET', KEYS[1])

@@ -1,7 +1,7 @@
--- Put before the scripts that need it.
+-- A part of several scripts.
 
--- Whether what a key holds is this token, alone or with metadata. Compared whole: `job-1` does not own what `job-10`
--- holds.
+-- Returns whether a key holds this token, alone or with metadata. Compares whole tokens: `job-1` does not own what
+-- `job-10` holds.
 local function is_owner(token, held)
     return held == token or string.sub(held, 1, #token + 1) == token .. '\n'
 end

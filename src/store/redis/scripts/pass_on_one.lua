@@ -1,5 +1,5 @@
 
--- The end of release_one.lua.
+-- The last lines of release_one.lua, after line.lua.
 
 local done, why = pcall(pass_on, KEYS[1], ARGV[3], publish, channel)
 if not done then

@@ -1,5 +1,5 @@
--- What all scripts but those for one key and many.lua go on with after stamp.lua; epilogue.lua is what they end with. Both run around
--- the script's own lines, whose arguments are without the stamp, and which may raise errors.
+-- Comes after stamp.lua in all scripts but many.lua and those for one key; epilogue.lua ends them. Between the two, the
+-- script's own lines see no stamp among their arguments, and may raise errors.
 
 ARGV[#ARGV] = nil
 

@@ -1,13 +1,13 @@
--- Releases those of the keys that hold the token, whoever else relies on them.
+-- Releases those of the keys that hold the token, even if other grants rely on them.
 --
--- KEYS  n lock keys, their n lines, then other keys to delete with them: the records of grants, where the token may be
+-- KEYS  n lock keys, their n lines, then other keys to delete with them: the records of grants, if the token may be
 --       used again.
--- ARGV  token, n, 'PUBLISH' or 'SPUBLISH': how waiters are notified; then the n channels for that, where they are not
---       called as the lock keys.
+-- ARGV  token, n, 'PUBLISH' or 'SPUBLISH' to notify waiters, then the n channels for that, if their names are not those
+--       of the lock keys.
 -- Reply 1  all were ours and are free.  0  a key was gone.  -1  a key holds something else.
 --
--- Idempotent: a repeat finds nothing of ours, says so, and touches nothing. A key of another type is not ours, and
--- keeps none of the others from being released, nor does one that can't be looked at.
+-- Idempotent: a repeat finds nothing of ours, returns that, and changes nothing. A key of another type is not ours.
+-- Neither such a key nor one that can't be read keeps the others from being released.
 
 local token, n = ARGV[1], tonumber(ARGV[2])
 local reply, failure = 1, nil

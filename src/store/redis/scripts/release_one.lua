@@ -1,16 +1,16 @@
--- Releases one key that holds a token which one request made for itself: what release.lua and end_grant.lua do, for the
--- case that is by far the most common, at half the price.
+-- Releases one key that holds a token which one request made for itself: does what release.lua and end_grant.lua do,
+-- for the most common case, in half the server time.
 --
--- KEYS  the lock key; then, for a release in the background, its record of grants.
--- ARGV  token, 'PUBLISH' or 'SPUBLISH': how waiters are notified; the line's key; the channel on which they are
---       notified, where it is not called as the lock key.
--- Reply 1  it was ours and is free.  3  others may rely on the lock. Nothing was done: end_grant.lua knows how. Or as
---       ours_one.lua, which comes before.
+-- KEYS  the lock key; for a release in the background, its record of grants.
+-- ARGV  token, 'PUBLISH' or 'SPUBLISH' to notify waiters, the line's key, and the channel on which they are notified,
+--       if its name is not that of the lock key.
+-- Reply 1  it was ours and is free.  3  others may rely on the lock: nothing has changed, and end_grant.lua has to
+--       decide. Or as in ours_one.lua, which comes before.
 --
--- Idempotent: a repeat finds nothing of ours, says so, and touches nothing.
+-- Idempotent: a repeat finds nothing of ours, returns that, and changes nothing.
 --
--- A lock that nobody listens for has no waiters: the line is not looked at. Its key is no argument of KEYS: it lies in
--- the slot of the lock key, and while that slot moves, a call with one key can be decided.
+-- A lock without subscribers has no waiters, so its line is not read. The line's key is not among KEYS: it lies in the
+-- slot of the lock key, and while that slot moves, a call with one key can still be decided.
 
 local publish = ARGV[2]
 -- The last argument is the stamp.
@@ -29,5 +29,5 @@ if listeners[2] == 0 then
     end
     return mark * 4 + 1
 end
--- Somebody listens, or that can't be asked. What follows is the line, and pass_on_one.lua.
+-- There are subscribers, or the server doesn't tell. What follows is line.lua, and pass_on_one.lua.
 

@@ -1,4 +1,4 @@
--- How long the keys will live on, if all of them hold the token.
+-- Returns the time until the first of the keys expires, if all of them hold the token.
 --
 -- KEYS  the lock keys.
 -- ARGV  token.

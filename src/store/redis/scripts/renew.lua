@@ -1,11 +1,11 @@
--- Makes the keys live on, if all of them hold the token.
+-- Extends the ttl of the keys, if all of them hold the token.
 --
 -- KEYS  the lock keys.
 -- ARGV  token, ttl in ms: they live for at least this.
 -- Reply 1  extended.  0  a key is gone.  -1  a key holds something else.
 --
--- Idempotent: a repeat extends again. One that comes after a release changes nothing. PEXPIRE and never SET: it works
--- on a server that is out of memory, and can't bring back a key.
+-- Idempotent: a repeat extends again. One that comes after a release changes nothing. It uses PEXPIRE and never SET, so
+-- it works on a server that is out of memory, and can't bring back a key.
 
 local missing = false
 

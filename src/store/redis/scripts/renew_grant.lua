@@ -1,18 +1,17 @@
--- Makes the keys live on for one grant of several, if all of them hold the token.
+-- Extends the ttl of the keys for one grant of several, if all of them hold the token.
 --
 -- KEYS  n lock keys, then their n records of grants.
--- ARGV  token, ttl in ms, n, how, id of the grant (`-`: it has none), ttl of the records in ms, id of an earlier
---       grant, restart window in s, where this server is a node of a quorum and its word shall count only if it has
---       been up for longer.
+-- ARGV  token, ttl in ms, n, how, id of the grant (`-` if it has none), ttl of the records in ms, id of an earlier
+--       grant, restart window in s if this server is a node of a quorum: its reply only counts if it has been up for
+--       longer.
 -- How:
 --       'exactly'  the keys live for the ttl, or for at least the ttl while other grants rely on them.
---       'claim'    they live for at least the ttl, and the grant takes the place of the earlier one.
---       'keep'     they live for at least the ttl, and the records live on, too, and know of that ttl.
+--       'claim'    they live for at least the ttl, and the grant replaces the earlier one.
+--       'keep'     they live for at least the ttl. The records are extended too, and note that ttl.
 --       'least'    they live for at least the ttl.
---       'return'   nothing of theirs changes; the grant ends, and the earlier one takes its place where there is no
---       other.
--- Reply as renew.lua; below -1 where the server was restarted lately: nothing was done, and for as many seconds as it
--- is below that its word does not count. What it holds may be from an old dump, and forgotten be what followed.
+--       'return'   the keys do not change. The grant ends, and the earlier one replaces it if there is no other.
+-- Reply as in renew.lua; -1 - s if the server was restarted lately: nothing has changed, and its replies don't count
+--       for s more seconds. What it holds may be from an old dump, and it may have forgotten what came later.
 --
 -- Idempotent, as renew.lua is.
 
@@ -46,7 +45,7 @@ local function rewrite(record_key, record)
     if how == 'claim' then
         return write_grants(record_key, token, with(without(record, earlier), grant, ttl), record_ttl)
     elseif how == 'keep' or how == 'exactly' then
-        -- `-` is in no record of its own making.
+        -- `-` never adds itself to a record.
         return grant ~= '-' and write_grants(record_key, token, with(record, grant, ttl), record_ttl)
     end
     local others = without(record, grant)

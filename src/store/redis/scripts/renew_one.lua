@@ -1,11 +1,11 @@
--- Makes one key live on, if it holds the token: what renew.lua does, for the case that is by far the most common.
+-- Extends the ttl of one key, if it holds the token: does what renew.lua does, for the most common case.
 --
 -- KEYS  the lock key.
 -- ARGV  token, ttl in ms: it lives for at least this.
--- Reply 1  extended; or as ours_one.lua, which comes before.
+-- Reply 1  extended. Or as in ours_one.lua, which comes before.
 --
--- Idempotent: a repeat extends again. One that comes after a release changes nothing. PEXPIRE and never SET: it works
--- on a server that is out of memory, and can't bring back a key.
+-- Idempotent: a repeat extends again. One that comes after a release changes nothing. It uses PEXPIRE and never SET, so
+-- it works on a server that is out of memory, and can't bring back a key.
 
 -- As in extend.lua.
 local done = redis.pcall('PEXPIRE', KEYS[1], ARGV[2], 'GT')

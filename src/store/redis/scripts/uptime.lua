@@ -1,7 +1,7 @@
--- Put before the scripts that need it.
+-- A part of several scripts.
 
--- For how many seconds this server has been up: the difference of two times in whole seconds, so it may be almost one
--- too many.
+-- Returns for how many seconds this server has been up. It is the difference of two times in whole seconds, so it may
+-- be almost one too many.
 local function uptime()
     local up = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)'))
     if not up then

@@ -1,33 +1,32 @@
--- One node's part in a quorum: takes all keys for one token, by ballot, or none.
+-- Votes as a node of a quorum: takes all keys for one token by a ballot, or none.
 --
--- KEYS  n lock keys; where a fencing token is wanted, their n fence keys; where the grant has an id, their n records of
--- grants. ARGV  token, value (the token; with metadata: token, newline, metadata), ttl in ms, n, ttl of the fence keys
--- in ms,
+-- KEYS  n lock keys; if a fencing token is wanted, their n fence keys; if the grant has an id, their n records of
+--       grants.
+-- ARGV  token, value (the token; with metadata: token, newline, metadata), ttl in ms, n, ttl of the fence keys in ms,
 --       restart window in s (0: none), how far in us a number may be ahead, the number (0: no fencing token wanted),
 --       '1' to have this number and no earlier one, id of the grant or '', ttl of the records in ms.
--- Reply {1, now, last, number}   granted, with this number or, where the keys hold the token already, an earlier one.
---       {0, now, last, ttl, i}   the ith key is held by another, for so long in ms; -1: for ever.
+-- Reply {1, now, last, number}   granted, with this number or, if the keys hold the token already, an earlier one.
+--       {0, now, last, ttl, i}   another holds the ith key, for this long in ms; -1: without a ttl.
 --       {2, now, last}           the number is behind: it must be greater than last.
---       {3, now, last}           the number is ahead: it must not be greater than now and as much as is allowed.
---       {4, now, 0, seconds}     restarted lately, and silent for so long: what it has granted may be forgotten.
+--       {3, now, last}           the number is ahead: it must not exceed now by more than is allowed.
+--       {4, now, 0, seconds}     restarted lately: it doesn't vote for this long, as it may have forgotten grants.
 --
 -- now is this server's clock in us; last is the highest number that it remembers for the keys.
 --
--- Idempotent: where all keys hold the token already, they are taken again, with the same number (or a greater one,
--- where this server may have found it on its disk), and live for the ttl from now, or as long as they would have,
+-- Idempotent: keys that all hold the token already are taken again, with the same number, or a greater one if this
+-- server may have found that number on its disk. They live for the ttl from now, or as long as they would have,
 -- whichever is longer.
 --
--- With the number 0 it is also how a lock that is held is brought back here (heal.rs): no fence is read or written.
+-- With the number 0 it also brings back a lock that is held (heal.rs). Then it reads and writes no fence.
 --
--- Why numbers grow is argued in quorum.rs. Scripts do not roll back. So: look first, write the fences and records next,
--- the locks last, and undo those where one fails.
+-- quorum.rs argues why numbers grow. Scripts do not roll back. So this script reads first, then writes the fences and
+-- records, and the locks last. If one of these fails, it undoes the others.
 
 local token, value, ttl, n = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local window, ahead, number, grant = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[10]
 
--- What this server granted before it was last started was no greater than this: as far ahead of its clock as is
--- allowed. A number that it still knows from then, from an old dump or a file that was cut off, need not be the last of
--- them.
+-- What this server granted before it was last started was at most this: as far ahead of its clock as is allowed. A
+-- number that it still knows from then, from an old dump or a truncated file, need not be the last one.
 local before = 0
 if window > 0 then
     local up = uptime()
@@ -48,7 +47,7 @@ if number > 0 then
             lowest = 0
         end
         if not fence or fence <= before then
-            -- Never known, forgotten, or followed by others that are: the clock has passed whatever they were.
+            -- It was never known, or is forgotten, or others that followed it are. The clock has passed all of them.
             bar = now
         end
     end
@@ -77,8 +76,9 @@ for i = 1, records and n or 0 do
 end
 
 if number > 0 then
-    -- Ours already, by one number: that is answered again, unless it is known to be no use; or it may be from before
-    -- the restart, when others may have followed that are forgotten. Renewals keep alive what was found on disk.
+    -- The token holds the keys already, by one number. That is returned again, unless the ballot wants another; or
+    -- unless it may be from before the restart, so that the numbers which followed it may be forgotten. (Renewals keep
+    -- alive what was found on disk.)
     local again = missing == 0 and last > before and lowest == last and (ARGV[9] == '0' or last == number)
     if again then
         number = last

@@ -1,4 +1,4 @@
-//! One connection of the subscriber, from its opening until it breaks, falls silent, or nobody needs it any more.
+//! One connection of the subscriber, from its opening until it breaks, falls silent, or is no longer needed.
 
 use std::collections::{HashMap, HashSet};
 use std::future::Future;
@@ -18,29 +18,29 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::super::connection::connect;
-use super::{ASK_EVERY, DOUBT, LINGER, Shared, TIMEOUT, Task};
+use super::{DOUBT, LINGER, PING_EVERY, Shared, TIMEOUT, Task};
 use crate::Error;
-use crate::store::listen::Line;
+use crate::store::notifications::ChannelState;
 
-/// So many subscriptions that nobody needs are kept.
+/// How many subscriptions without waiters are kept.
 const UNUSED: usize = 256;
-/// Messages that may wait to be looked at. More, and everybody is told.
+/// How many messages may wait to be passed on. If there are more, all waiters are notified.
 const BACKLOG: usize = 4_096;
 
 /// A connection, and what it is subscribed to.
 struct Connected<'a> {
     task: &'a Task,
     client: Client,
-    /// fred tells of connections that broke,
+    /// Connections that broke, as fred reports them.
     errors: Receiver<(fred::error::Error, Option<Server>)>,
-    /// and of connections that were made.
+    /// Connections that were made.
     reconnects: Receiver<Server>,
     subscribed: HashSet<Bytes>,
 }
 
-/// Opens a connection and brings the news on it, until nobody has listened for a while.
+/// Opens a connection and passes on its messages, until there have been no subscriptions for a while.
 ///
-/// Sets `was_open` once a line was open.
+/// Sets `was_open` once a channel was open.
 pub(super) async fn serve(task: &Task, was_open: &mut bool) -> Result<(), Error> {
     let client = Builder::from_config(task.shared.config.clone())
         .with_connection_config(|config| {
@@ -56,24 +56,24 @@ pub(super) async fn serve(task: &Task, was_open: &mut bool) -> Result<(), Error>
         .set_policy(ReconnectPolicy::new_exponential(0, 50, 2_000, 2))
         .build()?;
     let mut driver = within(connect(&client)).await?;
-    // Nothing is subscribed to yet: what happened until now doesn't matter.
+    // Created before the first subscription, so they miss no event that matters.
     let (messages, errors, reconnects) = (client.message_rx(), client.error_rx(), client.reconnect_rx());
     let connected = Connected { task, client, errors, reconnects, subscribed: HashSet::new() };
     select! {
-        // Messages are passed on also while the server is asked something.
-        error = hear(messages, &task.shared) => Err(error),
+        // Messages are passed on also while `serve` waits for a reply.
+        error = pass_on(messages, &task.shared) => Err(error),
         ended = connected.serve(was_open) => ended,
         // fred has given up.
         _ = &mut driver => Err(Error::timeout()),
     }
 }
 
-async fn hear(mut messages: Receiver<Message>, shared: &Shared) -> Error {
+async fn pass_on(mut messages: Receiver<Message>, shared: &Shared) -> Error {
     loop {
         match messages.recv().await {
-            Ok(message) if shared.is_for_us(&message.value) => shared.listeners.tell(message.channel.as_bytes()),
+            Ok(message) if shared.is_for_us(&message.value) => shared.subscriptions.notify(message.channel.as_bytes()),
             Ok(_) => {}
-            Err(RecvError::Lagged(_)) => shared.listeners.tell_all(),
+            Err(RecvError::Lagged(_)) => shared.subscriptions.notify_all(),
             Err(RecvError::Closed) => return Error::timeout(),
         }
     }
@@ -82,24 +82,24 @@ async fn hear(mut messages: Receiver<Message>, shared: &Shared) -> Error {
 impl Connected<'_> {
     async fn serve(mut self, was_open: &mut bool) -> Result<(), Error> {
         let (mut is_used, mut last_used) = (false, Instant::now());
-        let mut ask_at = last_used + ASK_EVERY;
+        let mut ping_at = last_used + PING_EVERY;
         loop {
-            if is_used && Instant::now() >= ask_at {
-                self.ask().await?;
-                ask_at = Instant::now() + ASK_EVERY;
+            if is_used && Instant::now() >= ping_at {
+                self.ping().await?;
+                ping_at = Instant::now() + PING_EVERY;
             }
-            is_used = self.settle().await?;
+            is_used = self.sync_subscriptions().await?;
             *was_open |= is_used;
             if is_used {
                 last_used = Instant::now();
             } else if last_used.elapsed() >= LINGER {
                 return Ok(());
             }
-            // That nobody listens any more is noticed then, too.
-            let look_at = if is_used { ask_at } else { last_used + LINGER };
+            // Then it also notices that there are no subscriptions left.
+            let look_at = if is_used { ping_at } else { last_used + LINGER };
             select! {
                 broken = self.errors.recv() => return Err(broken.map_or_else(|_| Error::timeout(), |it| it.0.into())),
-                // What was subscribed to is so no more, and messages may have been missed.
+                // The new connection has no subscriptions, and messages may have been missed.
                 _ = self.reconnects.recv() => self.subscribe_again(),
                 () = self.task.added.notified() => {}
                 () = sleep_until(look_at) => {}
@@ -107,20 +107,20 @@ impl Connected<'_> {
         }
     }
 
-    /// Subscribes to what is listened to, and opens the lines. Returns whether anything is.
-    async fn settle(&mut self) -> Result<bool, Error> {
-        let wanted: HashSet<Bytes> = self.task.shared.listeners.keys().into_iter().collect();
+    /// Subscribes to the channels that waiters want, and opens them. Returns whether there are any.
+    async fn sync_subscriptions(&mut self) -> Result<bool, Error> {
+        let wanted: HashSet<Bytes> = self.task.shared.subscriptions.keys().into_iter().collect();
         let added: Vec<Bytes> = wanted.difference(&self.subscribed).cloned().collect();
         if !added.is_empty() {
             self.doubting(self.subscribe(&added)).await?;
         }
-        // A connection that broke meanwhile may have been subscribed on before, and asked after.
+        // If the connection broke meanwhile, the subscription may belong to the old one and the reply to the new one.
         if self.errors.is_empty() && self.reconnects.is_empty() {
-            // Those that were subscribed to for others before, too.
-            self.task.if_last(|listeners| listeners.open(&wanted, &added));
+            // Also those that were still subscribed to for earlier waiters.
+            self.task.if_last(|subscriptions| subscriptions.open(&wanted, &added));
         }
         self.subscribed.extend(added);
-        // Not at once: who obtains lock after lock would subscribe again and again.
+        // Not at once: a process that obtains lock after lock would subscribe again and again.
         let unused: Vec<Bytes> = self.subscribed.difference(&wanted).cloned().collect();
         if unused.len() > wanted.len().max(UNUSED) {
             self.unsubscribe(&unused).await?;
@@ -129,32 +129,33 @@ impl Connected<'_> {
         Ok(!wanted.is_empty())
     }
 
-    /// Everything has to be subscribed to once more; until then nothing is heard.
+    /// Forgets all subscriptions, so that they are made again. Until then there are no notifications.
     fn subscribe_again(&mut self) {
         self.subscribed.clear();
-        self.task.if_last(|listeners| listeners.close(Line::Opening));
+        self.task.if_last(|subscriptions| subscriptions.close(ChannelState::Opening));
     }
 
-    /// Asks the server something. While no answer comes, the connection may be silent: no line is open then, and
-    /// everybody looks. Who calls this has to settle afterwards.
+    /// Waits for a reply of the server. If it takes long, the connection may be silent: then this closes all channels,
+    /// and all waiters check. The caller must call [`sync_subscriptions`](Self::sync_subscriptions) afterwards.
     async fn doubting(&self, call: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
         let mut call = pin!(call);
         select! {
             biased;
             answer = &mut call => return answer,
-            () = sleep(DOUBT) => self.task.if_last(|listeners| listeners.close(Line::Opening)),
+            () = sleep(DOUBT) => self.task.if_last(|subscriptions| subscriptions.close(ChannelState::Opening)),
         }
         call.await
     }
 
-    /// Makes sure that the server still speaks to us; of a cluster, every node that is listened to.
-    async fn ask(&mut self) -> Result<(), Error> {
+    /// Makes sure that the server still replies; on a cluster, every node with subscriptions.
+    async fn ping(&mut self) -> Result<(), Error> {
         if !self.client.is_clustered() {
             return self.doubting(async { answered(within(self.client.ping(None)).await) }).await;
         }
-        // Nobody is told by fred that a slot has moved and its subscriptions have ended. So each node is asked for a
-        // channel that it should have, another each time; fred follows when it has moved, and knows all slots then.
-        let mut channels: Vec<Bytes> = self.task.shared.listeners.keys();
+        // fred doesn't report that a slot has moved and its subscriptions have ended. So this subscribes on each node
+        // to a channel that it should have, another one each time. fred follows if the channel has moved, and knows all
+        // slots then.
+        let mut channels: Vec<Bytes> = self.task.shared.subscriptions.keys();
         channels.retain(|channel| self.subscribed.contains(channel));
         fastrand::shuffle(&mut channels);
         let owners = self.owners_of(&channels);
@@ -167,7 +168,7 @@ impl Connected<'_> {
         Ok(())
     }
 
-    /// Whose the channels are, as far as is known here.
+    /// Returns the nodes that own the channels, as far as they are known.
     fn owners_of(&self, channels: &[Bytes]) -> Vec<Option<Server>> {
         let routing = self.client.cached_cluster_state();
         let owner = |channel: &Bytes| routing.as_ref()?.get_server(redis_keyslot(channel)).cloned();
@@ -182,7 +183,8 @@ impl Connected<'_> {
             return Ok(());
         }
         within(self.client.subscribe(texts(channels))).await?;
-        // fred says so before the server has. What comes behind it on the same connection is answered after it.
+        // fred returns before the server has replied. The server replies to a later command on the same connection
+        // after that.
         answered(within(self.client.ping(None)).await)
     }
 
@@ -197,12 +199,12 @@ impl Connected<'_> {
     }
 }
 
-/// Any answer of the server will do, also that it is not allowed to ask.
+/// Takes any reply of the server for a sign that it is alive, even a refusal of the command.
 fn answered(answer: Result<(), Error>) -> Result<(), Error> {
     answer.or_else(|error| if error.is_refusal() { Ok(()) } else { Err(error) })
 }
 
-/// As fred wants them. They are text, all of them.
+/// Returns the names as fred wants them. All of them are text.
 fn texts(channels: &[Bytes]) -> Vec<Str> {
     channels.iter().filter_map(|channel| Str::from_inner(channel.clone()).ok()).collect()
 }

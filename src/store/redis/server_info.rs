@@ -12,20 +12,20 @@ use tokio::time::Instant;
 use super::RedisStore;
 use crate::Error;
 
-/// What could be learned; a server that doesn't say is given the benefit of the doubt.
+/// What a server has reported about itself. What it doesn't report is assumed to be well.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct About {
-    /// Which process this is, whatever address it is reached by.
+pub(crate) struct ServerInfo {
+    /// Identifies the process, whatever address it is reached by.
     pub(crate) run_id: Option<String>,
     /// It follows another server, and refuses every lock.
     pub(crate) is_replica: bool,
-    /// It followed another server until it was promoted, and need not have all that was granted there.
+    /// It followed another server until it was promoted, and may lack some of what was granted there.
     pub(crate) was_promoted: bool,
-    /// It answers before what it has granted is on disk.
+    /// It replies before what it has granted is on disk.
     pub(crate) may_forget: bool,
 }
 
-impl About {
+impl ServerInfo {
     /// `appendfsync` is unknown where the server may not be asked for its configuration.
     fn read(info: &str, appendfsync: Option<&str>) -> Self {
         let field = |name: &str| {
@@ -41,7 +41,7 @@ impl About {
         }
     }
 
-    /// What there is to be warned of that there was not before.
+    /// Returns what deserves a warning now and did not before.
     pub(crate) fn since(&self, before: &Self) -> Self {
         Self {
             run_id: None,
@@ -53,13 +53,13 @@ impl About {
 }
 
 /// The connections that are made from now on.
-pub(crate) struct Contacts(Receiver<Server>);
+pub(crate) struct Reconnects(Receiver<Server>);
 
-impl Contacts {
-    /// Whether any were made since this was last asked.
+impl Reconnects {
+    /// Returns whether any were made since the last call.
     pub(crate) fn were_made(&mut self) -> bool {
         let mut were_made = false;
-        // Each event, and the news that some were missed.
+        // Both an event and the notice that some were missed count.
         while !self.0.is_empty() && !matches!(self.0.try_recv(), Err(TryRecvError::Closed | TryRecvError::Empty)) {
             were_made = true;
         }
@@ -68,20 +68,20 @@ impl Contacts {
 }
 
 impl RedisStore {
-    pub(crate) fn contacts(&self) -> Contacts {
-        Contacts(self.server().client().reconnect_rx())
+    pub(crate) fn reconnects(&self) -> Reconnects {
+        Reconnects(self.server().client().reconnect_rx())
     }
 
     pub(crate) fn is_connected(&self) -> bool {
         self.server().client().is_connected()
     }
 
-    /// Asks the server about itself.
-    pub(crate) async fn about(&self, timeout: Duration) -> Result<About, Error> {
+    /// Asks the server for its role, its run id and its persistence.
+    pub(crate) async fn info(&self, timeout: Duration) -> Result<ServerInfo, Error> {
         let until = Instant::now() + timeout;
         let info = self.ask(CustomCommand::new_static("INFO", ClusterHash::FirstKey, false), &[], until).await?;
         let config = CustomCommand::new_static("CONFIG", ClusterHash::FirstKey, false);
-        // May be refused, which is no reason to refuse the server.
+        // The server may refuse this, which is no reason to refuse the server.
         let config = self.ask(config, &["GET", "appendfsync"], until).await.unwrap_or(Value::Null);
         let appendfsync = match config {
             Value::Map(map) => map.inner().into_values().next(),
@@ -89,7 +89,7 @@ impl RedisStore {
             _ => None,
         };
         let appendfsync = appendfsync.and_then(Value::into_string);
-        Ok(About::read(&info.into_string().unwrap_or_default(), appendfsync.as_deref()))
+        Ok(ServerInfo::read(&info.into_string().unwrap_or_default(), appendfsync.as_deref()))
     }
 
     async fn ask(&self, command: CustomCommand, args: &[&'static str], until: Instant) -> Result<Value, Error> {
@@ -107,29 +107,31 @@ mod tests {
     use fred::types::config::Config;
     use tenure_test_support::{Server, eventually};
 
-    use super::{About, RedisStore};
+    use super::{RedisStore, ServerInfo};
 
-    async fn about(server: &Server) -> About {
+    async fn info(server: &Server) -> ServerInfo {
         let store =
             RedisStore::open_lazily(Config::from_url(&server.url()).unwrap(), String::new(), Duration::from_secs(2));
         let store = store.unwrap();
         store.ready(Duration::from_secs(10)).await.unwrap();
-        store.about(Duration::from_secs(10)).await.unwrap()
+        store.info(Duration::from_secs(10)).await.unwrap()
     }
 
     #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn a_replica_that_was_promoted_is_told_from_a_server_of_its_own() {
         let primary = Server::start();
         let replica = primary.start_replica();
-        let (own, following) = (about(&primary).await, about(&replica).await);
+        let (own, following) = (info(&primary).await, info(&replica).await);
         assert!(!own.is_replica && !own.was_promoted && own.run_id.is_some(), "{own:?}");
         assert!(following.is_replica && following.run_id != own.run_id, "{following:?}");
         replica.cli(&["REPLICAOF", "NO", "ONE"]);
-        let promoted = eventually("it is promoted", async || Some(about(&replica).await).filter(|now| !now.is_replica));
+        let promoted = eventually("it is promoted", async || Some(info(&replica).await).filter(|now| !now.is_replica));
         assert!(promoted.await.was_promoted);
     }
 
     #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn a_server_says_whether_it_may_forget() {
         for (args, may_forget) in [
             (&[][..], true),
@@ -137,12 +139,12 @@ mod tests {
             (&["--appendonly", "yes", "--appendfsync", "always"], false),
         ] {
             let server = Server::start_with(args);
-            assert_eq!(about(&server).await.may_forget, may_forget, "{args:?}");
+            assert_eq!(info(&server).await.may_forget, may_forget, "{args:?}");
         }
     }
 
     #[test]
     fn a_server_that_says_nothing_is_trusted() {
-        assert_eq!(About::read("", None), About::default());
+        assert_eq!(ServerInfo::read("", None), ServerInfo::default());
     }
 }

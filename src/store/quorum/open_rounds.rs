@@ -1,4 +1,4 @@
-//! Rounds that may still be granted something, and the releases that come before they are over.
+//! Open rounds, which nodes may still grant something to, and the releases that come before they end.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,24 +11,24 @@ use crate::Token;
 use crate::hold::{GrantId, Owned};
 use crate::store::Ending;
 
-/// The rounds whose calls have not all ended, by their token.
+/// The rounds with calls in flight, by their token.
 #[derive(Clone, Default)]
-pub(super) struct Rounds(Arc<Mutex<HashMap<Token, Vec<Arc<Open>>>>>);
+pub(super) struct OpenRounds(Arc<Mutex<HashMap<Token, Vec<Arc<Open>>>>>);
 
-/// One of them.
+/// An open round.
 struct Open {
     grant: Option<GrantId>,
     released: AtomicBool,
-    /// What the nodes have answered to the release.
+    /// Which nodes have replied to the release, and whether they have freed the lock.
     answers: Mutex<HashMap<usize, bool>>,
     answered: Notify,
 }
 
-/// A release on its way, and the rounds that were open when it was sent.
+/// A release, and the rounds that were open when it was sent.
 pub(super) struct Releasing(Vec<Arc<Open>>);
 
 impl Releasing {
-    /// Whether the node has freed the lock.
+    /// Notes a node's reply to the release.
     pub(super) fn answered(&self, place: usize, is_freed: bool) {
         for open in &self.0 {
             open.answers().insert(place, is_freed);
@@ -43,14 +43,14 @@ impl Open {
     }
 }
 
-/// A round that is open until this is dropped.
+/// Keeps a round open until this is dropped.
 pub(super) struct OpenRound {
-    rounds: Rounds,
+    rounds: OpenRounds,
     token: Token,
     open: Arc<Open>,
 }
 
-impl Rounds {
+impl OpenRounds {
     pub(super) fn open(&self, owned: &Owned) -> OpenRound {
         let open = Arc::new(Open {
             grant: owned.grant,
@@ -62,8 +62,8 @@ impl Rounds {
         OpenRound { rounds: self.clone(), token: owned.token.clone(), open }
     }
 
-    /// A release was sent: what these rounds are granted late must be taken back. One that ends the lock is for all
-    /// grants of its token.
+    /// Notes that a release was sent, so that what these rounds get granted late must be undone. A release that ends
+    /// the lock concerns all grants of its token.
     pub(super) fn mark_released(&self, owned: &Owned, ending: Ending) -> Releasing {
         let all = self.all();
         let ended = all.get(&owned.token).into_iter().flatten();
@@ -81,8 +81,8 @@ impl OpenRound {
         self.open.released.load(Ordering::Acquire)
     }
 
-    /// Whether the release has freed the lock on this node, which has granted it before: waits for its answer, but no
-    /// longer than `until`.
+    /// Returns whether the release has freed the lock on this node, which had granted it before. Waits for the node's
+    /// reply, but no longer than `until`.
     pub(super) async fn is_freed(&self, place: usize, until: Instant) -> bool {
         loop {
             let answered = self.open.answered.notified();
@@ -95,7 +95,7 @@ impl OpenRound {
         }
     }
 
-    /// It has been granted the lock. What was released before that was another's.
+    /// Notes that the round got the lock. A release before that was for another holder.
     pub(super) fn begin(&self) {
         self.open.answers().clear();
         self.open.released.store(false, Ordering::Release);

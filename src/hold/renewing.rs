@@ -1,0 +1,30 @@
+//! A renewal that is on its way.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::store::Extending;
+
+/// A renewal that was sent, and what its confirmation means for the deadline.
+#[derive(Clone, Copy)]
+pub(crate) struct Renewing {
+    pub(crate) sent: Instant,
+    pub(crate) ttl: Duration,
+    /// Whether it sets the ttl to exactly this; otherwise to at least this.
+    pub(super) exact: bool,
+    /// Whether it prolongs the record of grants, too.
+    pub(super) keeps_record: bool,
+    /// How many requests had set the ttl before it was sent, and with it.
+    pub(super) epoch: u32,
+}
+
+impl Renewing {
+    pub(crate) fn how(self) -> Extending {
+        match (self.exact, self.keeps_record) {
+            (true, _) => Extending::Exactly,
+            (false, true) => Extending::KeepRecord,
+            (false, false) => Extending::AtLeast,
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! The state of a hold.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::Observer;
+use super::timing::Renewal;
+use crate::locker::cleanups::PendingCleanup;
+use crate::{Error, Loss};
+
+/// What changes while a lock is held. [`Hold`](super::Hold) guards it.
+pub(super) struct State {
+    pub(super) ttl: Duration,
+    pub(super) renewal: Renewal,
+    /// When the last confirmed request was sent.
+    pub(super) sent: Instant,
+    /// The ttl that the lock certainly has from then on, before drift.
+    pub(super) worth: Duration,
+    pub(super) deadline: Instant,
+    /// Until when the server may keep the lock, by all requests that were ever sent, confirmed or not.
+    pub(super) kept_until: Instant,
+    /// Counts the requests that set the ttl. A reply of an earlier epoch moves no deadline (invariant 4).
+    pub(super) epoch: u32,
+    /// The requests that set the ttl and whose outcome is unknown (invariant 5).
+    pub(super) unresolved: Vec<Unresolved>,
+    /// When the record of grants was last written, and the longest ttl that it knows of.
+    pub(super) recorded: Instant,
+    pub(super) recorded_ttl: Duration,
+    /// Why the latest renewal failed, if none has succeeded since.
+    pub(super) last_error: Option<Arc<Error>>,
+    pub(super) loss: Option<Loss>,
+    pub(super) final_step: Option<FinalStep>,
+    pub(super) observer: Option<Arc<dyn Observer>>,
+    /// Fires when the deadline moves closer. Created when the first future sleeps until the deadline.
+    pub(super) shortened: Option<CancellationToken>,
+}
+
+/// A request that sets the ttl to exactly `ttl`. The server may run it until `until`.
+pub(super) struct Unresolved {
+    pub(super) epoch: u32,
+    pub(super) ttl: Duration,
+    pub(super) until: Instant,
+}
+
+/// What the renewer has to do when the lock is no longer held.
+pub(crate) enum FinalStep {
+    /// Release the lock. [`Locker::close`](crate::Locker::close) waits for the pending cleanup; if there is none yet,
+    /// the renewer registers it.
+    Release(Option<PendingCleanup>),
+    /// The lock is released: undo what an earlier attempt of unknown outcome may still leave.
+    Undo(PendingCleanup),
+    /// Nothing: the lock is released, or stays at the server as it is.
+    Nothing,
+}
+
+impl State {
+    pub(super) fn verdict(&self, now: Instant) -> Result<(), Loss> {
+        match self.loss {
+            Some(loss) => Err(loss),
+            None if now >= self.deadline => Err(Loss::Expired),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn interval(&self) -> Option<Duration> {
+        self.renewal.interval(self.ttl.min(self.worth))
+    }
+
+    pub(super) fn due(&self, origin: Instant) -> Option<Instant> {
+        self.renewal.due(self.sent, self.ttl.min(self.worth), origin)
+    }
+}

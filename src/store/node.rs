@@ -1,0 +1,67 @@
+//! A node of a quorum: what it is asked to vote on, and what it replies. The stores that can be nodes and the quorum
+//! both depend on this.
+
+use std::time::Duration;
+
+use crate::hold::Owned;
+use crate::store::{Answer, Extending, Store, Verdict, Wanted};
+
+/// A store that can be a node of a quorum.
+pub(crate) trait Node: Store {
+    /// Votes on a ballot: takes all keys for the token, or none.
+    fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, VoteReply>;
+
+    /// Renews as [`Store::renew`] does, unless the node was restarted within the window: then it changes nothing, and
+    /// fails with [`Error::NotVoting`](crate::Error::NotVoting).
+    fn renew_if_it_votes<'a>(
+        &'a self,
+        owned: &'a Owned,
+        ttl: Duration,
+        how: Extending,
+        window: Duration,
+        timeout: Duration,
+    ) -> Answer<'a, Verdict>;
+}
+
+/// What a quorum asks all of its nodes to agree on.
+#[derive(Clone, Debug)]
+pub(crate) struct Ballot {
+    /// The proposed fencing token, if one is wanted.
+    pub(crate) number: Option<u64>,
+    /// Whether the number must replace an earlier one by which the token holds the keys.
+    pub(crate) exactly: bool,
+    /// How long a node doesn't vote after a restart, in whole seconds.
+    pub(crate) window: Duration,
+    /// How far ahead of a node's clock the number may be.
+    pub(crate) ahead: Duration,
+}
+
+/// What a node has decided, and what its reply shows of its memory.
+#[derive(Clone, Debug)]
+pub(crate) struct VoteReply {
+    pub(crate) vote: Vote,
+    pub(crate) seen: Seen,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Vote {
+    /// With the ballot's number, or an earlier one where the token held the keys already.
+    Granted { number: Option<u64> },
+    /// Another holds one of the keys, which is given by its index.
+    Held { place: usize, remaining: Option<Duration> },
+    /// The number must be greater.
+    Behind,
+    /// The number must be smaller.
+    Ahead,
+    /// It was restarted lately, and votes again after this time.
+    Silent { remaining: Duration },
+}
+
+/// The node's clock and memory, in microseconds since 1970.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Seen {
+    /// The node's clock.
+    pub(crate) now: u64,
+    /// The highest number that it knows, or assumes, for the keys; 0 if the ballot has no number.
+    pub(crate) last: u64,
+}

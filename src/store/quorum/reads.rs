@@ -1,0 +1,95 @@
+//! What a majority of the nodes replies about a lock, without a change to it.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use super::tally::{Kept, Outcome, Tally};
+use super::{QuorumStore, first};
+use crate::hold::Owned;
+use crate::store::Holder;
+use crate::{Error, Key, Token};
+
+impl QuorumStore {
+    pub(super) async fn remaining(&self, owned: &Owned, timeout: Duration) -> Result<Option<Duration>, Error> {
+        let (quorum, timeout) = (&self.quorum, first(timeout));
+        let mut answers = quorum.ask(timeout, |node| {
+            let owned = owned.clone();
+            Box::pin(async move { node.remaining(&owned, timeout).await })
+        })?;
+        let mut tally = Tally::new(quorum);
+        let mut kept = Kept::new(quorum.needed);
+        while let Some((place, answer)) = kept.in_time(answers.next()).await {
+            match answer {
+                Ok(Some(remaining)) => {
+                    kept.push(remaining);
+                    tally.yes();
+                }
+                Ok(None) => tally.no(),
+                Err(error) => tally.failed(place, error),
+            }
+            match tally.outcome() {
+                Some(Outcome::Yes) if kept.is_known(tally.unanswered()) => break,
+                Some(Outcome::Yes) | None => {}
+                Some(Outcome::No) => return Ok(None),
+                Some(Outcome::Unknown) => break,
+            }
+        }
+        kept.by_majority().map(Some).ok_or_else(|| tally.into_error())
+    }
+
+    /// Returns the holder of the key on a majority; `None` once no one can hold it on a majority.
+    pub(super) async fn inspect(&self, key: &Key, timeout: Duration) -> Result<Option<Holder>, Error> {
+        let (quorum, timeout) = (&self.quorum, first(timeout));
+        let mut answers = quorum.ask(timeout, |node| {
+            let key = key.clone();
+            Box::pin(async move { node.inspect(&key, timeout).await })
+        })?;
+        let mut tally = Tally::new(quorum);
+        let mut holders: HashMap<Token, (Vec<Holder>, Kept)> = HashMap::new();
+        let mut holder_of_most: Option<Token> = None;
+        loop {
+            let next = match holder_of_most.as_ref().and_then(|token| holders.get_mut(token)) {
+                Some((_, kept)) => kept.in_time(answers.next()).await,
+                None => answers.next().await,
+            };
+            let Some((place, answer)) = next else { break };
+            match answer {
+                Ok(Some(holder)) => {
+                    tally.no();
+                    let new = || (Vec::new(), Kept::new(quorum.needed));
+                    let (same, kept) = holders.entry(holder.token.clone()).or_insert_with(new);
+                    kept.push(holder.remaining.unwrap_or(Duration::MAX));
+                    if same.len() + 1 >= quorum.needed {
+                        holder_of_most = Some(holder.token.clone());
+                    }
+                    same.push(holder);
+                }
+                Ok(None) => tally.no(),
+                Err(error) => tally.failed(place, error),
+            }
+            let most = holders.values().map(|(same, _)| same.len()).max().unwrap_or_default();
+            if most + tally.unanswered() + tally.failures() < quorum.needed {
+                return Ok(None);
+            }
+            let known = holder_of_most.as_ref().and_then(|token| holders.get(token));
+            if known.is_some_and(|(_, kept)| kept.is_known(tally.unanswered())) {
+                break;
+            }
+        }
+        match holder_of_most.and_then(|token| holders.remove(&token)) {
+            Some((same, kept)) => Ok(summary(&same, kept.by_majority())),
+            None => Err(tally.into_error()),
+        }
+    }
+}
+
+/// Combines what a majority has replied about one holder with how long a majority keeps its lock.
+fn summary(same: &[Holder], kept: Option<Duration>) -> Option<Holder> {
+    let remaining = kept.filter(|kept| *kept < Duration::MAX);
+    let fence = same.iter().map(|holder| holder.fencing_token).max_by_key(|fence| {
+        // The fencing token is the number that most nodes know; a single node may know an earlier or a later one.
+        (same.iter().filter(|other| other.fencing_token == *fence).count(), *fence)
+    });
+    let holder = same.first()?.clone();
+    Some(Holder { remaining, fencing_token: fence.flatten(), ..holder })
+}

@@ -1,0 +1,144 @@
+//! Acquiring locks, and handing one over.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use fred::bytes::Bytes;
+use fred::types::Value;
+use tokio::time::Instant;
+use tracing::debug;
+
+use super::args::{count_of, decimal, fence_ttl, flag, id_of, id_or_empty, millis, record_ttl, value_of};
+use super::operation::{Operation, What};
+use super::replicas::within;
+use super::script::Call;
+use super::{RedisStore, line, names, replies};
+use crate::hold::Owned;
+use crate::store::{Acquired, Ending, HandedOver, InLine, LinePlace, Next, Store, Wanted};
+use crate::{Error, Loss};
+
+impl RedisStore {
+    pub(super) async fn acquire(&self, wanted: &Wanted, in_line: InLine, timeout: Duration) -> Result<Acquired, Error> {
+        self.check_replicas()?;
+        let timeout = within(timeout, wanted.ttl, self.server().min_replicas);
+        let until = Instant::now() + timeout;
+        let acquired = self.try_acquire(wanted, in_line, timeout).await;
+        if matches!(acquired, Err(Error::NotReplicated { .. })) {
+            // Releases the lock before it reports the failure. Should that fail, the caller has to undo the attempt, as
+            // after any failure. Not by the script for one key: the next attempt may use this token again, so nothing
+            // may end it later.
+            let left = until.saturating_duration_since(Instant::now());
+            drop(Store::release(self, &wanted.owned, Ending::Grant, left).await);
+        }
+        acquired
+    }
+
+    async fn try_acquire(&self, wanted: &Wanted, in_line: InLine, timeout: Duration) -> Result<Acquired, Error> {
+        let Owned { keys, token, grant, .. } = &wanted.owned;
+        let place = match in_line {
+            InLine::At { place, .. } => Some(place),
+            InLine::No | InLine::Behind => None,
+        };
+        let is_shared = place.is_some_and(|place| place.is_shared);
+        if let (InLine::Behind | InLine::At { .. }, [key]) = (in_line, &**keys) {
+            if !is_shared {
+                return Box::pin(self.acquire_in_line(wanted, key, place, timeout)).await;
+            }
+            if self.has_line() {
+                match Box::pin(self.acquire_in_line(wanted, key, place, timeout)).await {
+                    // Without permission for the line's keys, requests wait without a line, unless the user has asked
+                    // for one.
+                    Err(error) if error.code() == Some("NOPERM") => {
+                        debug!(name: "tenure.without_line", %error, "may not stand in line");
+                        self.without_line.store(true, Ordering::Relaxed);
+                    }
+                    acquired => return acquired,
+                }
+            }
+        }
+        let (ttl, fence_ttl) = (millis(wanted.ttl), fence_ttl(wanted.ttl));
+        if let ([key], None) = (&**keys, grant) {
+            let name = self.name(key);
+            let fence = wanted.fenced.then(|| (names::fence_of(&name), fence_ttl));
+            let what = What::Acquire { value: value_of(wanted), ttl, fence, latest: wanted.latest.clone() };
+            return self.run(Operation::new(name, token, what), timeout).await?.acquired();
+        }
+        Box::pin(self.acquire_whole(wanted, place, timeout)).await
+    }
+
+    /// Acquires by the script that handles every case.
+    pub(super) async fn acquire_whole(
+        &self,
+        wanted: &Wanted,
+        place: Option<LinePlace>,
+        timeout: Duration,
+    ) -> Result<Acquired, Error> {
+        let Owned { keys, token, grant, .. } = &wanted.owned;
+        let mut names: Vec<Bytes> = keys.iter().map(|key| self.name(key)).collect();
+        self.check_slots(&names)?;
+        let locks = names.clone();
+        if grant.is_some() {
+            names.extend(locks.iter().map(names::grants_of));
+        }
+        if wanted.fenced {
+            names.extend(locks.iter().map(names::fence_of));
+        }
+        let args = [
+            token.to_text().into(),
+            value_of(wanted),
+            millis(wanted.ttl).into(),
+            count_of(&wanted.owned),
+            fence_ttl(wanted.ttl).into(),
+            id_or_empty(*grant),
+            record_ttl(wanted.ttl).into(),
+            place.map_or_else(|| "".into(), |place| self.place(place)),
+        ];
+        let call = Call::new(names.into_iter().map(Value::Bytes), args);
+        let (until, writing) = self.server().writing(timeout);
+        let sending = |until| wanted.latest.extend(until);
+        let reply = self.server().run(&self.server().scripts.acquire, || call.clone(), sending, timeout).await?;
+        let acquired = replies::acquired(&reply.value()?)?;
+        if matches!(acquired, Acquired::Granted { .. }) {
+            self.server().replicated(writing, until).await?;
+        }
+        Ok(acquired)
+    }
+
+    pub(super) async fn hand_over(
+        &self,
+        from: &Owned,
+        ending: Ending,
+        to: &Wanted,
+        next: &Next,
+        timeout: Duration,
+    ) -> Result<HandedOver, Error> {
+        let [key] = &*from.keys else { return Ok(HandedOver::NotOurs(Loss::Missing)) };
+        let name = self.name(key);
+        let fence = to.fenced.then(|| names::fence_of(&name));
+        let keys = line::lock_and_line(&name).into_iter().chain([names::grants_of(&name)]).chain(fence);
+        let keys: Vec<Value> = keys.map(Value::Bytes).collect();
+        // Without permission for the line's keys, no hand-over tries them.
+        let has_line = self.has_line();
+        let grant = match ending {
+            Ending::Grant => id_of(from.grant),
+            Ending::Lock if from.own_token => "".into(),
+            Ending::Lock => "*".into(),
+        };
+        let args = [
+            from.token.to_text().into(),
+            value_of(to),
+            decimal(millis(to.ttl)),
+            decimal(fence_ttl(to.ttl)),
+            self.place(next.place),
+            line::alive(),
+            flag(next.may_keep || !has_line),
+            flag(to.fenced),
+            grant,
+            flag(next.in_line && has_line),
+        ];
+        let call = Call::new(keys.into_iter(), args.into_iter().chain(self.notify(&name)));
+        let sending = |until| to.latest.extend(until);
+        let reply = self.server().run(&self.server().scripts.hand_over, || call.clone(), sending, timeout).await?;
+        replies::handed_over(&reply.outcome?)
+    }
+}

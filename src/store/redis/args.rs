@@ -1,0 +1,78 @@
+//! The arguments of scripts.
+
+use std::time::Duration;
+
+use fred::types::Value;
+
+use crate::hold::{GrantId, Owned};
+use crate::store::{Extending, RECORD_TTL, Wanted};
+
+/// What scripts call a grant that has no id.
+pub(super) const NO_ID: &str = "-";
+
+/// The shortest ttl of a fence key. Should the server forget the last fencing token after that, its clock takes over:
+/// the memory only matters where that clock is set back, by less than this.
+pub(super) const FENCE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Returns what the lock key holds while the lock is held.
+pub(super) fn value_of(wanted: &Wanted) -> Value {
+    let token = &wanted.owned.token;
+    match &*wanted.metadata {
+        [] => Value::from(token.to_text()),
+        metadata => Value::Bytes([token.as_str().as_bytes(), b"\n", metadata].concat().into()),
+    }
+}
+
+/// Returns the ttl of the fence key of a lock with this ttl.
+pub(super) fn fence_ttl(ttl: Duration) -> i64 {
+    millis(FENCE_TTL.max(ttl.saturating_mul(2)))
+}
+
+/// Returns the ttl of the record of grants of a lock with this ttl.
+pub(super) fn record_ttl(ttl: Duration) -> i64 {
+    millis(RECORD_TTL.max(ttl.saturating_mul(2)))
+}
+
+/// Returns what scripts call a grant of a record.
+pub(super) fn id_of(grant: Option<GrantId>) -> Value {
+    grant.map_or_else(|| NO_ID.into(), |grant| grant.to_string().into())
+}
+
+/// Returns the id of a grant that has one, and an empty text for one that needs no record.
+pub(super) fn id_or_empty(grant: Option<GrantId>) -> Value {
+    grant.map_or_else(|| "".into(), |grant| grant.to_string().into())
+}
+
+pub(super) fn count_of(owned: &Owned) -> Value {
+    Value::Integer(i64::try_from(owned.keys.len()).unwrap_or(i64::MAX))
+}
+
+pub(super) fn flag(is_set: bool) -> Value {
+    Value::from_static_str(if is_set { "1" } else { "0" })
+}
+
+/// Returns a number as text: fred takes ten times as long for an integer, whose digits it counts by a logarithm.
+pub(super) fn decimal(number: i64) -> Value {
+    number.to_string().into()
+}
+
+pub(super) fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+pub(super) fn seconds(duration: Duration) -> Value {
+    Value::Integer(i64::try_from(duration.as_secs()).unwrap_or(i64::MAX))
+}
+
+impl Extending {
+    /// Returns what `renew_grant.lua` calls it; `None` where `renew.lua` does it.
+    pub(super) fn name(self) -> Option<&'static str> {
+        match self {
+            Self::AtLeast | Self::Ensure => None,
+            Self::Exactly => Some("exactly"),
+            Self::Claim { .. } => Some("claim"),
+            Self::KeepRecord => Some("keep"),
+            Self::GiveBack { .. } => Some("return"),
+        }
+    }
+}

@@ -1,0 +1,219 @@
+//! Which calls are in flight and which operations wait, lane by lane: the batcher's state, kept under its mutex.
+//!
+//! Nothing here has an effect outside. What wakes a caller when it is dropped is handed to the code that called.
+
+use std::cmp::{Ordering, Reverse};
+use std::collections::{BinaryHeap, HashMap};
+use std::fmt;
+use std::mem;
+use std::time::Duration;
+
+use tokio::runtime::{self, Handle};
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::{CALLS, Executor, OPERATIONS, TRUSTED};
+use crate::Error;
+
+/// All lanes, by what operations must have in common to share a call: nothing, or on a cluster their slot. A lane that
+/// has been used is kept.
+pub(super) struct Lanes<E: Executor> {
+    lanes: HashMap<u16, Lane<E>>,
+    /// The number of the last call.
+    last: u64,
+}
+
+struct Lane<E: Executor> {
+    calls: [Option<InFlight>; CALLS],
+    queue: BinaryHeap<Reverse<Queued<E>>>,
+}
+
+/// A call that is in flight.
+struct InFlight {
+    number: u64,
+    /// Until when it counts as in flight (invariant 3 of the batcher).
+    trusted_until: Instant,
+}
+
+/// An operation that waits for the next call, or is part of one.
+pub(super) struct Queued<E: Executor> {
+    pub(super) operation: E::Operation,
+    pub(super) result: oneshot::Sender<Result<E::Output, Error>>,
+    pub(super) until: Instant,
+    /// The runtime on which it can be sent.
+    pub(super) runtime: Handle,
+}
+
+impl<E: Executor> Lanes<E> {
+    pub(super) fn lane(&mut self, number: u16) -> LaneMut<'_, E> {
+        let new = || Lane { calls: [const { None }; CALLS], queue: BinaryHeap::new() };
+        LaneMut { lane: self.lanes.entry(number).or_insert_with(new), last: &mut self.last }
+    }
+}
+
+/// One lane, looked up once for all that is done to it under the mutex.
+pub(super) struct LaneMut<'a, E: Executor> {
+    lane: &'a mut Lane<E>,
+    last: &'a mut u64,
+}
+
+/// A call that has begun, to be driven for the operations that wait.
+pub(super) struct NextCall {
+    pub(super) number: u64,
+    pub(super) runtime: Handle,
+}
+
+impl<E: Executor> LaneMut<'_, E> {
+    /// Returns how many operations wait.
+    pub(super) fn queued(&self) -> usize {
+        self.lane.queue.len()
+    }
+
+    pub(super) fn push(&mut self, queued: Queued<E>) {
+        self.lane.queue.push(Reverse(queued));
+    }
+
+    /// Begins a call for the operations that wait, if there are any and there is room for one. Returns its number, and
+    /// the runtime on which the first of them can be sent.
+    pub(super) fn begin_for_next(&mut self, trusted_until: Instant) -> Option<NextCall> {
+        let runtime = self.lane.queue.peek()?.0.runtime.clone();
+        Some(NextCall { number: self.begin(trusted_until)?, runtime })
+    }
+
+    /// Begins a call. Returns its number, or `None` if enough are in flight.
+    pub(super) fn begin(&mut self, trusted_until: Instant) -> Option<u64> {
+        let slot = self.lane.calls.iter_mut().find(|slot| slot.is_none())?;
+        *self.last += 1;
+        *slot = Some(InFlight { number: *self.last, trusted_until });
+        Some(*self.last)
+    }
+
+    pub(super) fn end(&mut self, number: u64) {
+        self.lane.retain_calls(|call| call.number != number);
+    }
+
+    /// Stops counting the calls that are no longer trusted, so that others can take their place.
+    pub(super) fn forget_stalled(&mut self, now: Instant) {
+        self.lane.retain_calls(|call| now < call.trusted_until);
+    }
+
+    /// Returns the time at which no call in flight is trusted any longer, unless one of them proceeds until then.
+    pub(super) fn trusted_until(&self) -> Option<Instant> {
+        self.lane.calls.iter().flatten().map(|call| call.trusted_until).max()
+    }
+
+    /// Takes the next batch for a call. Returns `None` if nothing waits, which ends the call, or if the call is no
+    /// longer counted.
+    ///
+    /// Moves to `given_up` what nobody waits for any longer.
+    pub(super) fn take(&mut self, number: u64, now: Instant, given_up: &mut Vec<Queued<E>>) -> Option<Vec<Queued<E>>> {
+        let Lane { calls, queue } = &mut *self.lane;
+        let call = calls.iter_mut().flatten().find(|call| call.number == number)?;
+        let mut batch = Vec::with_capacity(queue.len().min(OPERATIONS));
+        while batch.len() < OPERATIONS {
+            let Some(Reverse(next)) = queue.pop() else { break };
+            match next.time_left(now) {
+                Some(_) => batch.push(next),
+                None => given_up.push(next),
+            }
+        }
+        if queue.is_empty() {
+            // Once there may have been many.
+            queue.shrink_to(OPERATIONS);
+        }
+        match batch.iter().map(|next| next.until).max() {
+            // By then it has ended, or its driver is not polled.
+            Some(until) => call.trusted_until = until + TRUSTED,
+            None => {
+                self.end(number);
+                return None;
+            }
+        }
+        Some(batch)
+    }
+
+    /// Takes all operations that can be sent on that runtime only.
+    pub(super) fn take_all_of(&mut self, runtime: runtime::Id) -> Vec<Queued<E>> {
+        let queue = mem::take(&mut self.lane.queue).into_iter();
+        let (taken, others): (Vec<_>, Vec<_>) = queue.partition(|Reverse(next)| next.runtime.id() == runtime);
+        self.lane.queue = others.into();
+        taken.into_iter().map(|Reverse(queued)| queued).collect()
+    }
+}
+
+impl<E: Executor> Lane<E> {
+    fn retain_calls(&mut self, keep: impl Fn(&InFlight) -> bool) {
+        for slot in &mut self.calls {
+            slot.take_if(|call| !keep(call));
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.calls.iter().all(Option::is_none)
+    }
+}
+
+impl<E: Executor> Default for Lanes<E> {
+    fn default() -> Self {
+        Self { lanes: HashMap::new(), last: 0 }
+    }
+}
+
+impl<E: Executor> fmt::Debug for Lanes<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let busy = self.lanes.values().filter(|lane| !lane.is_idle()).count();
+        let queued: usize = self.lanes.values().map(|lane| lane.queue.len()).sum();
+        f.debug_struct("Lanes").field("busy", &busy).field("queued", &queued).finish()
+    }
+}
+
+/// An operation without what it is run with: who waits for it, and until when.
+pub(super) struct Caller<E: Executor> {
+    result: oneshot::Sender<Result<E::Output, Error>>,
+    until: Instant,
+    runtime: Handle,
+}
+
+impl<E: Executor> Queued<E> {
+    /// Returns how long its caller still waits, if it does.
+    pub(super) fn time_left(&self, now: Instant) -> Option<Duration> {
+        let left = self.until.saturating_duration_since(now);
+        (!self.result.is_closed() && !left.is_zero()).then_some(left)
+    }
+
+    /// Sends the result to the caller. A caller that has gone takes the outcome for unknown, and cleans up.
+    pub(super) fn finish(self, result: Result<E::Output, Error>) {
+        drop(self.result.send(result));
+    }
+
+    pub(super) fn split(self) -> (E::Operation, Caller<E>) {
+        let Self { operation, result, until, runtime } = self;
+        (operation, Caller { result, until, runtime })
+    }
+
+    pub(super) fn joined((operation, caller): (E::Operation, Caller<E>)) -> Self {
+        let Caller { result, until, runtime } = caller;
+        Self { operation, result, until, runtime }
+    }
+}
+
+// Ordered by the time that is left, for the heap alone.
+impl<E: Executor> PartialEq for Queued<E> {
+    fn eq(&self, other: &Self) -> bool {
+        self.until == other.until
+    }
+}
+
+impl<E: Executor> Eq for Queued<E> {}
+
+impl<E: Executor> PartialOrd for Queued<E> {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl<E: Executor> Ord for Queued<E> {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.until.cmp(&other.until)
+    }
+}

@@ -1,0 +1,105 @@
+//! Detects connections that are dead although nobody has closed them.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// The shortest silence that counts: a server that is far away may take so long to reply.
+const SHORTEST_SILENCE: Duration = Duration::from_millis(150);
+
+/// Whether the server still replies. A connection that was silently cut (by a firewall that forgot it, or a peer that
+/// vanished) looks like any other until the system gives up on it, which takes minutes.
+#[derive(Default)]
+pub(super) struct Liveness {
+    /// How long the server may send nothing while calls wait for a reply.
+    pub(super) patience: Duration,
+    /// When the server last replied, or a new connection was requested.
+    heard: Option<Instant>,
+    /// When the first call was sent of those that have had no reply since.
+    unanswered: Option<Instant>,
+}
+
+impl Liveness {
+    pub(super) fn heard(&mut self) {
+        self.heard = Some(Instant::now());
+        self.unanswered = None;
+    }
+
+    /// Returns whether the connection is dead, as a call that was sent then has had no reply. Returns true once for
+    /// each connection: opening one after the other while all are slow would make nothing faster.
+    pub(super) fn is_silent(&mut self, sent: Instant) -> bool {
+        // Other calls have had replies meanwhile: the server is slow, not dead.
+        if self.heard.is_some_and(|heard| heard >= sent) {
+            return false;
+        }
+        let since = *self.unanswered.get_or_insert(sent);
+        // A call that has less time than others needs a reply sooner, or a lock with a short ttl is lost.
+        let waited = sent.elapsed();
+        let patience = if waited * 2 < self.patience { waited.max(SHORTEST_SILENCE) } else { self.patience };
+        let silent = since.elapsed() >= patience;
+        if silent {
+            self.heard();
+        }
+        silent
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    const fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_is_dead_when_nothing_was_heard_for_long_while_something_was_asked() {
+        let mut liveness = Liveness { patience: ms(400), ..Liveness::default() };
+        liveness.heard();
+        // However long nothing was asked.
+        advance(ms(60_000)).await;
+        let first = Instant::now();
+        advance(ms(200)).await;
+        assert!(!liveness.is_silent(first));
+        let second = Instant::now();
+        advance(ms(200)).await;
+        assert!(liveness.is_silent(second));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_has_little_time_finds_a_connection_dead_sooner() {
+        let mut liveness = Liveness { patience: ms(4_000), ..Liveness::default() };
+        liveness.heard();
+        advance(ms(1_000)).await;
+        let first = Instant::now();
+        advance(ms(30)).await;
+        assert!(!liveness.is_silent(first), "it may be far away");
+        let second = Instant::now();
+        advance(ms(300)).await;
+        assert!(liveness.is_silent(second));
+        assert!(!liveness.is_silent(second), "once for each connection");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_server_is_not_a_dead_connection() {
+        let mut liveness = Liveness { patience: ms(400), ..Liveness::default() };
+        for _ in 0..10 {
+            let sent = Instant::now();
+            advance(ms(100)).await;
+            liveness.heard();
+            advance(ms(400)).await;
+            assert!(!liveness.is_silent(sent));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_many_calls_on_a_dead_connection_one_opens_a_new_one() {
+        let mut liveness = Liveness { patience: ms(400), ..Liveness::default() };
+        let sent = Instant::now();
+        advance(ms(400)).await;
+        let opened = (0..1_000).filter(|_| liveness.is_silent(sent)).count();
+        assert_eq!(opened, 1);
+    }
+}

@@ -1,0 +1,173 @@
+//! Renewing, releasing and undoing locks that an owner has, or may have.
+
+use std::time::Duration;
+
+use fred::bytes::Bytes;
+use fred::types::Value;
+use tokio::time::Instant;
+
+use super::args::{count_of, id_of, millis, record_ttl, seconds};
+use super::operation::{self, Operation, What};
+use super::replicas::within;
+use super::script::Call;
+use super::{RedisStore, SHARED_LANE, names, replies};
+use crate::hold::Owned;
+use crate::store::{Ending, Extending, Latest, Store, Undone, Verdict};
+use crate::{Error, Key, Token};
+
+impl RedisStore {
+    pub(super) async fn renew(
+        &self,
+        owned: &Owned,
+        ttl: Duration,
+        how: Extending,
+        timeout: Duration,
+    ) -> Result<Verdict, Error> {
+        let (how, timeout) = (how.of(owned), within(timeout, ttl, self.server().min_replicas));
+        if let ([key], Extending::AtLeast) = (&*owned.keys, how) {
+            return self.run_owned(key, &owned.token, What::Renew { ttl: millis(ttl) }, timeout).await;
+        }
+        let (script, call) = match how.name() {
+            None => {
+                let args = [Value::from(owned.token.to_text()), millis(ttl).into()];
+                (&self.server().scripts.renew, Call::new(self.names(owned), args))
+            }
+            Some(_) => (&self.server().scripts.renew_grant, self.renewal_of_grant(owned, ttl, how, Duration::ZERO)),
+        };
+        let (until, writing) = self.server().writing(timeout);
+        let reply = match self.server().run(script, || call.clone(), |_| {}, timeout).await {
+            Err(error) if error.is_redirection() && owned.keys.len() > 1 => {
+                return self.one_by_one(owned, EachKey::Renew(ttl, how), until).await;
+            }
+            reply => reply?.value(),
+        };
+        let verdict = replies::verdict(reply)?;
+        if verdict == Verdict::Done {
+            self.server().replicated(writing, until).await?;
+        }
+        Ok(verdict)
+    }
+
+    /// Returns the call of `renew_grant.lua`. The window is that of a quorum's node, or zero.
+    pub(super) fn renewal_of_grant(&self, owned: &Owned, ttl: Duration, how: Extending, window: Duration) -> Call {
+        let earlier = match how {
+            Extending::Claim { earlier } | Extending::GiveBack { earlier } => id_of(earlier),
+            _ => "".into(),
+        };
+        let args = [
+            owned.token.to_text().into(),
+            millis(ttl).into(),
+            count_of(owned),
+            how.name().unwrap_or("least").into(),
+            id_of(owned.grant),
+            record_ttl(ttl).into(),
+            earlier,
+            seconds(window),
+        ];
+        Call::new(self.names_with_records(owned), args)
+    }
+
+    pub(super) async fn renew_batch(
+        &self,
+        locks: &[(&Owned, Duration)],
+        timeout: Duration,
+    ) -> Vec<Result<Verdict, Error>> {
+        let renewal = |&(owned, ttl): &(&Owned, Duration)| {
+            Operation::new(self.name(&owned.key()), &owned.token, What::Renew { ttl: millis(ttl) })
+        };
+        let decisions = self.batcher.run_all(SHARED_LANE, locks.iter().map(renewal).collect(), timeout).await;
+        decisions.into_iter().map(|decision| decision?.verdict()).collect()
+    }
+
+    pub(super) async fn release(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<Verdict, Error> {
+        let what = match (&*owned.keys, owned.grant, ending) {
+            ([_], None, Ending::Lock) if owned.own_token => What::Release { publish: self.publish() },
+            ([key], None, Ending::Grant) => {
+                What::EndGrant { publish: self.publish(), record: names::grants_of(&self.name(key)) }
+            }
+            _ => {
+                let until = Instant::now() + timeout;
+                return match Box::pin(self.release_whole(owned, ending, timeout)).await {
+                    Err(error) if error.is_redirection() && owned.keys.len() > 1 => {
+                        Box::pin(self.one_by_one(owned, EachKey::Release(ending), until)).await
+                    }
+                    released => released.map(|(verdict, _)| verdict),
+                };
+            }
+        };
+        self.run_owned(&owned.key(), &owned.token, what, timeout).await
+    }
+
+    /// Releases all keys, with their records, in one call. Returns the server's time in ms as well.
+    async fn release_whole(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<(Verdict, u64), Error> {
+        let (token, count) = (Value::from(owned.token.to_text()), count_of(owned));
+        let publish = self.publish().into();
+        let locks: Vec<Bytes> = owned.keys.iter().map(|key| self.name(key)).collect();
+        let scripts = &self.server().scripts;
+        let lines = locks.iter().map(names::line_of);
+        let records = locks.iter().filter(|_| ending == Ending::Grant || !owned.own_token).map(names::grants_of);
+        let keys: Vec<Bytes> = locks.iter().cloned().chain(lines).chain(records).collect();
+        let keys = keys.into_iter().map(Value::Bytes);
+        let (script, mut call) = match ending {
+            Ending::Lock => (&scripts.release, Call::new(keys, [token, count, publish])),
+            Ending::Grant => (&scripts.end_grant, Call::new(keys, [token, count, publish, id_of(owned.grant)])),
+        };
+        call.args(operation::channels(&locks));
+        let reply = self.server().run(script, || call.clone(), |_| {}, timeout).await?;
+        let now = reply.now.unwrap_or_default();
+        Ok((replies::verdict(reply.value())?, now))
+    }
+
+    pub(super) async fn undo(&self, owned: &Owned, latest: &Latest, timeout: Duration) -> Result<Undone, Error> {
+        let (_, now) = self.release_whole(owned, Ending::Grant, timeout).await?;
+        Ok(latest.remaining(now).map_or(Undone::Complete, Undone::MayRun))
+    }
+
+    /// Returns the lock keys, then their records of grants.
+    fn names_with_records(&self, owned: &Owned) -> impl ExactSizeIterator<Item = Value> {
+        let locks: Vec<Bytes> = owned.keys.iter().map(|key| self.name(key)).collect();
+        let records: Vec<Bytes> = locks.iter().map(names::grants_of).collect();
+        [locks, records].concat().into_iter().map(Value::Bytes)
+    }
+
+    async fn run_owned(&self, key: &Key, token: &Token, what: What, timeout: Duration) -> Result<Verdict, Error> {
+        self.run(Operation::new(self.name(key), token, what), timeout).await?.verdict()
+    }
+
+    /// Runs an operation on each of the keys by itself, as none could run on all at once: they are on two nodes while
+    /// their slot moves. Returns the loss of any key that is no longer ours.
+    async fn one_by_one(&self, owned: &Owned, what: EachKey, until: Instant) -> Result<Verdict, Error> {
+        let (mut all, mut done, mut failure) = (Verdict::Done, 0, None);
+        for key in &*owned.keys {
+            let one = Owned { keys: [key.clone()].into(), ..owned.clone() };
+            let left = until.saturating_duration_since(Instant::now());
+            let verdict = match what {
+                EachKey::Renew(ttl, how) => Store::renew(self, &one, ttl, how, left).await,
+                EachKey::Release(ending) => Store::release(self, &one, ending, left).await,
+            };
+            match verdict {
+                Ok(verdict) => {
+                    done += 1;
+                    // The first loss counts.
+                    all = if all == Verdict::Done { verdict } else { all };
+                }
+                // A refusal doesn't hide that the outcome for another key is unknown.
+                Err(error) if failure.as_ref().is_none_or(Error::has_not_run) => failure = Some(error),
+                Err(_) => {}
+            }
+        }
+        match failure {
+            None => Ok(all),
+            // A refusal would mean that nothing has run.
+            Some(error) if done > 0 && error.has_not_run() => Err(Error::timeout()),
+            Some(error) => Err(error),
+        }
+    }
+}
+
+/// What [`RedisStore::one_by_one`] does to each key.
+#[derive(Clone, Copy)]
+enum EachKey {
+    Renew(Duration, Extending),
+    Release(Ending),
+}

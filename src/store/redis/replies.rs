@@ -1,0 +1,256 @@
+//! What the replies of the scripts mean: each is parsed here, and nowhere else, into the verdicts of the store.
+
+use std::time::Duration;
+
+use fred::error::ErrorKind;
+use fred::types::Value;
+
+use super::refusal::normalize;
+use super::script::Returned;
+use crate::store::node::{Seen, Vote, VoteReply};
+use crate::store::{Acquired, HandedOver, Holder, Verdict};
+use crate::{Error, Loss, Token};
+
+/// What the server has decided about an operation on one key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Decision {
+    Acquire(Acquired),
+    /// About a renewal or a release.
+    Owned(Verdict),
+}
+
+impl Decision {
+    pub(super) fn acquired(self) -> Result<Acquired, Error> {
+        match self {
+            Self::Acquire(acquired) => Ok(acquired),
+            Self::Owned(_) => Err(unexpected()),
+        }
+    }
+
+    pub(super) fn verdict(self) -> Result<Verdict, Error> {
+        match self {
+            Self::Owned(verdict) => Ok(verdict),
+            Self::Acquire(_) => Err(unexpected()),
+        }
+    }
+}
+
+/// The kinds of operations, as far as their replies differ.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Acquire,
+    /// A renewal or a release.
+    Owned,
+}
+
+/// Parses what `acquire_one.lua`, `renew_one.lua` or `release_one.lua` has returned. `None` where the script leaves the
+/// operation to another one.
+pub(super) fn single(kind: Kind, returned: &Returned) -> Option<Result<Decision, Error>> {
+    let decision = match (kind, returned) {
+        (_, Returned::Code(3)) => return None,
+        (Kind::Acquire, Returned::Code(1)) => Decision::Acquire(granted(0)),
+        (Kind::Acquire, Returned::FencingToken(token)) => Decision::Acquire(granted(*token)),
+        (Kind::Acquire, Returned::Value(reply)) => return part_of_batch(kind, reply),
+        (Kind::Owned, Returned::Code(2)) => Decision::Owned(Verdict::NotOurs(Loss::Taken)),
+        (Kind::Owned, Returned::Code(code)) => Decision::Owned(owned(*code)),
+        _ => return Some(Err(unexpected())),
+    };
+    Some(Ok(decision))
+}
+
+/// Parses what `many.lua` has returned: a decision about each operation, and `None` where it leaves the operation to
+/// another script.
+pub(super) fn batch(
+    kinds: impl ExactSizeIterator<Item = Kind>,
+    reply: &Value,
+) -> Result<Vec<Option<Result<Decision, Error>>>, Error> {
+    match reply {
+        Value::Array(parts) if parts.len() == kinds.len() => {
+            Ok(kinds.zip(parts).map(|(kind, part)| part_of_batch(kind, part)).collect())
+        }
+        _ => Err(unexpected()),
+    }
+}
+
+fn part_of_batch(kind: Kind, part: &Value) -> Option<Result<Decision, Error>> {
+    Some(match (kind, part) {
+        (Kind::Acquire, Value::Integer(number)) => Ok(Decision::Acquire(acquired_or_ttl(*number))),
+        (Kind::Owned, Value::Integer(code)) => Ok(Decision::Owned(owned(*code))),
+        (_, Value::String(text)) if **text == *LEFT_TO_ANOTHER => return None,
+        (_, Value::String(refusal)) => {
+            let refusal = fred::error::Error::new(ErrorKind::Unknown, normalize(refusal).into_owned());
+            refused(kind, refusal.into())
+        }
+        _ => Err(unexpected()),
+    })
+}
+
+/// Returns the verdict that a refusal implies, if it implies one.
+pub(super) fn refused(kind: Kind, error: Error) -> Result<Decision, Error> {
+    match kind {
+        // A key that holds no string is surely not our lock.
+        Kind::Owned if error.code() == Some("WRONGTYPE") => Ok(Decision::Owned(Verdict::NotOurs(Loss::Taken))),
+        _ => Err(error),
+    }
+}
+
+/// Parses what `acquire.lua` has returned.
+pub(super) fn acquired(reply: &Value) -> Result<Acquired, Error> {
+    match integers(reply)?[..] {
+        [1, fence] => Ok(granted(fence)),
+        [0, ttl, place] => {
+            let place = usize::try_from(place - 1).unwrap_or_default();
+            Ok(Acquired::Held { place, remaining: from_millis(ttl) })
+        }
+        _ => Err(unexpected()),
+    }
+}
+
+/// Parses what `acquire_in_line.lua` has returned. `None` where the key holds the token already: the token is no longer
+/// in the line, and `acquire.lua` decides.
+pub(super) fn acquired_in_line(reply: &Value) -> Result<Option<Acquired>, Error> {
+    match reply {
+        Value::Integer(number) => Ok(Some(acquired_or_ttl(*number))),
+        Value::String(text) if **text == *LEFT_TO_ANOTHER => Ok(None),
+        _ => Err(unexpected()),
+    }
+}
+
+/// Parses what `release.lua`, `renew.lua` and the scripts for grants have returned.
+pub(super) fn verdict(reply: Result<Value, Error>) -> Result<Verdict, Error> {
+    match reply {
+        Ok(reply) => Ok(owned(integer(&reply)?)),
+        Err(error) => refused(Kind::Owned, error)?.verdict(),
+    }
+}
+
+/// Parses what `renew_grant.lua` has returned on a node of a quorum.
+pub(super) fn verdict_of_node(reply: Result<Value, Error>) -> Result<Verdict, Error> {
+    if let Ok(Value::Integer(silent @ ..-1)) = reply {
+        let seconds = u64::try_from(-1 - silent).unwrap_or_default();
+        return Err(Error::NotVoting { remaining: Duration::from_secs(seconds) });
+    }
+    verdict(reply)
+}
+
+/// Parses what `hand_over.lua` has returned.
+pub(super) fn handed_over(returned: &Returned) -> Result<HandedOver, Error> {
+    let done = |fence, alone| HandedOver::Done { fencing_token: fencing_token(fence), alone };
+    let reply = match returned {
+        Returned::Code(1) => return Ok(done(0, false)),
+        Returned::FencingToken(fence) => return Ok(done(*fence, false)),
+        Returned::Value(reply) => reply,
+        Returned::Code(_) => return Err(unexpected()),
+    };
+    Ok(match integers(reply)?[..] {
+        [-1] => HandedOver::NotOurs(Loss::Missing),
+        [-2] => HandedOver::NotOurs(Loss::Taken),
+        [-3] => HandedOver::NotNow,
+        [-4] => HandedOver::PassedBy,
+        [fence, alone] => done(fence, alone == 1),
+        _ => return Err(unexpected()),
+    })
+}
+
+/// Parses what `heartbeat.lua` has returned: whether the place is in the line.
+pub(super) fn is_in_line(reply: &Value) -> bool {
+    *reply == Value::Integer(1)
+}
+
+/// Parses what `remaining.lua` has returned.
+pub(super) fn remaining(reply: &Value) -> Result<Option<Duration>, Error> {
+    Ok(match integer(reply)? {
+        -2 => None,
+        // Somebody has removed the ttl; the next renewal sets it again.
+        -1 => Some(Duration::MAX),
+        ttl => from_millis(ttl),
+    })
+}
+
+/// Parses what `inspect.lua` has returned.
+pub(super) fn holder(reply: Value) -> Result<Option<Holder>, Error> {
+    if reply.is_null() {
+        return Ok(None);
+    }
+    let Value::Array(parts) = reply else { return Err(unexpected()) };
+    let Ok([held, ttl, fence]) = <[Value; 3]>::try_from(parts) else { return Err(unexpected()) };
+    let held = held.into_owned_bytes().ok_or_else(unexpected)?;
+    let mut parts = held.splitn(2, |&b| b == b'\n');
+    let (token, metadata) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+    Ok(Some(Holder {
+        // What other libraries store there may be no text at all.
+        token: Token::from_server(token),
+        metadata: metadata.to_vec(),
+        remaining: from_millis(integer(&ttl)?),
+        fencing_token: fence.as_str().and_then(|fence| fence.parse().ok()),
+    }))
+}
+
+/// Parses what `vote.lua` has returned.
+pub(super) fn vote(reply: &Value) -> Result<VoteReply, Error> {
+    let integers = integers(reply)?;
+    let [kind, now, last, rest @ ..] = &integers[..] else { return Err(unexpected()) };
+    let number = |integer: i64| u64::try_from(integer).map_err(|_| unexpected());
+    let vote = match (kind, rest) {
+        (1, &[0]) => Vote::Granted { number: None },
+        (1, &[granted]) => Vote::Granted { number: Some(number(granted)?) },
+        (0, &[ttl, place]) => {
+            Vote::Held { place: usize::try_from(place - 1).unwrap_or_default(), remaining: from_millis(ttl) }
+        }
+        (2, []) => Vote::Behind,
+        (3, []) => Vote::Ahead,
+        (4, &[seconds]) => Vote::Silent { remaining: Duration::from_secs(number(seconds)?) },
+        _ => return Err(unexpected()),
+    };
+    Ok(VoteReply { vote, seen: Seen { now: number(*now)?, last: number(*last)? } })
+}
+
+pub(super) fn unexpected() -> Error {
+    fred::error::Error::new(ErrorKind::Protocol, "the script answered what it never answers").into()
+}
+
+/// What a script returns of an operation that another script has to decide.
+const LEFT_TO_ANOTHER: &str = "ALONE";
+
+/// One number for an acquire of one key: the fencing token, or 0; held by another, -1 without a ttl, and -2 - ttl with
+/// one.
+fn acquired_or_ttl(number: i64) -> Acquired {
+    match number {
+        0.. => granted(number),
+        -1 => Acquired::Held { place: 0, remaining: None },
+        held => Acquired::Held { place: 0, remaining: from_millis(-2 - held) },
+    }
+}
+
+fn granted(fence: i64) -> Acquired {
+    Acquired::Granted { fencing_token: fencing_token(fence) }
+}
+
+/// 0 stands for none.
+fn fencing_token(number: i64) -> Option<u64> {
+    u64::try_from(number).ok().filter(|number| *number > 0)
+}
+
+fn owned(code: i64) -> Verdict {
+    match code {
+        1 => Verdict::Done,
+        0 => Verdict::NotOurs(Loss::Missing),
+        _ => Verdict::NotOurs(Loss::Taken),
+    }
+}
+
+fn integer(reply: &Value) -> Result<i64, Error> {
+    reply.as_i64().ok_or_else(unexpected)
+}
+
+pub(super) fn integers(reply: &Value) -> Result<Vec<i64>, Error> {
+    match reply {
+        Value::Array(parts) => parts.iter().map(integer).collect(),
+        _ => Err(unexpected()),
+    }
+}
+
+/// A ttl below zero stands for none.
+fn from_millis(ttl: i64) -> Option<Duration> {
+    u64::try_from(ttl).ok().map(Duration::from_millis)
+}

@@ -1,0 +1,319 @@
+//! Connections to the single nodes of a cluster, and which of them owns a slot.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use fred::bytes_utils::Str;
+use fred::clients::Client;
+use fred::error::ErrorKind;
+use fred::interfaces::{ClientLike, ClusterInterface};
+use fred::types::Value;
+use fred::types::config::{Config, Server};
+use fred::util::redis_keyslot;
+use tokio::runtime::Handle;
+use tokio::time::{Instant, sleep_until};
+
+use super::super::script::EVAL;
+use super::Sent;
+use super::node::{Asking, InUse, NodeConnection};
+use super::redirection::{Elsewhere, elsewhere};
+use crate::Error;
+
+/// How many redirections one command follows.
+const REDIRECTIONS: u32 = 5;
+/// The pause before the third redirection; it doubles with each one after that. Two nodes may point at each other until
+/// both know who owns the slot.
+const PAUSE: Duration = Duration::from_millis(4);
+/// How long a slot counts as half moved after it was last seen to be.
+const REMEMBERED: Duration = Duration::from_secs(1);
+/// How long after a failure no new connection to the same node is opened.
+const RECONNECT: Duration = Duration::from_millis(50);
+/// How long after a failure other nodes are asked who owns the slots of a node.
+const AVOIDED: Duration = Duration::from_secs(2);
+/// How many connections to single nodes are kept, not counting those that only finish their calls.
+const CONNECTIONS: usize = 64;
+
+/// The nodes of a cluster, one by one.
+pub(super) struct Cluster {
+    client: Client,
+    /// The client's configuration, for connections to single nodes.
+    config: Config,
+    state: Mutex<State>,
+    /// False while no slot is half moved, so that the common path needs no mutex.
+    any_moves: AtomicBool,
+}
+
+#[derive(Default)]
+struct State {
+    /// The runtime for further connections. Without one they live on the runtime of the call that needs them.
+    home: Option<Handle>,
+    nodes: HashMap<(Server, Asking), Arc<NodeConnection>>,
+    /// The owners of the slots that were used, as far as they are known to be well.
+    owners: HashMap<u16, Server>,
+    /// Nodes to which no connection could be opened lately.
+    failed: HashMap<Server, Failed>,
+    /// Half-moved slots, and when a node last said so.
+    moving: HashMap<u16, Instant>,
+}
+
+struct Failed {
+    at: Instant,
+    error: Error,
+}
+
+impl Cluster {
+    pub(super) fn new(client: Client) -> Self {
+        let config = client.client_config();
+        Self { client, config, state: Mutex::default(), any_moves: AtomicBool::new(false) }
+    }
+
+    /// Further connections live on this runtime.
+    pub(super) fn live_on(&self, runtime: Option<Handle>) {
+        self.state().home = runtime;
+    }
+
+    /// Drops all connections.
+    pub(super) fn replace(&self) {
+        self.state().nodes.clear();
+    }
+
+    /// Returns how many connections there are.
+    pub(super) fn len(&self) -> usize {
+        self.state().nodes.len()
+    }
+
+    pub(super) async fn send<F: Fn() -> Vec<Value> + Sync>(
+        &self,
+        sent: Sent<'_>,
+        args: &F,
+        until: Instant,
+    ) -> Result<Value, Error> {
+        let first = args();
+        let slot = slot_of(&first);
+        let mut first = Some(first);
+        let mut server = self.owner_of(slot)?;
+        let (mut asking, mut source) = (Asking::No, None);
+        for followed in 0.. {
+            if let Some(doublings) = u32::checked_sub(followed, 2) {
+                sleep_until(until.min(Instant::now() + PAUSE * 2u32.saturating_pow(doublings))).await;
+            }
+            let answer = self.ask(&server, asking, sent.command, first.take().unwrap_or_else(args), until).await;
+            let Err(error) = answer else { return answer };
+            match elsewhere(&error, &server) {
+                Some(_) if followed >= REDIRECTIONS => return Err(error),
+                Some(Elsewhere::Moved(to)) => {
+                    self.learn(slot, &to);
+                    self.state().moving.remove(&slot);
+                    (server, asking, source) = (self.known(to), Asking::No, None);
+                }
+                Some(Elsewhere::Ask(to)) => {
+                    let from = std::mem::replace(&mut server, self.known(to));
+                    self.note_moving(slot);
+                    (asking, source) = (Asking::Yes, Some(from));
+                }
+                None => {
+                    if error.is_redirection() {
+                        self.note_moving(slot);
+                    }
+                    return match (source, sent.source) {
+                        (Some(source), Some(script)) if error.code() == Some("TRYAGAIN") => {
+                            self.send_undivided((&source, &server), script, args(), until).await.unwrap_or(Err(error))
+                        }
+                        _ => Err(error),
+                    };
+                }
+            }
+        }
+        Err(Error::timeout())
+    }
+
+    /// Runs the script on the new node if the old one has none of its keys. Returns `None` if it has not run.
+    async fn send_undivided(
+        &self,
+        (source, target): (&Server, &Server),
+        script: &Str,
+        args: Vec<Value>,
+        until: Instant,
+    ) -> Option<Result<Value, Error>> {
+        let (keys, rest) = keys_and_rest(&args)?;
+        for key in keys {
+            let probe = vec![Value::from_static_str("return 1"), Value::Integer(1), key.clone()];
+            let answer = self.ask(source, Asking::No, EVAL, probe, until).await;
+            match answer.map_err(|error| elsewhere(&error, source)) {
+                Err(Some(Elsewhere::Ask(to))) if to == *target => {}
+                // The old node has this key, or the whole slot has moved.
+                _ => return None,
+            }
+        }
+        let (first, others) = keys.split_first()?;
+        let count = i64::try_from(keys.len()).ok()?;
+        let mut args = vec![Value::from([TOLD_OF_KEYS, script].concat()), Value::Integer(1), first.clone()];
+        args.extend(rest.iter().chain(others).cloned());
+        args.push(Value::Integer(count));
+        let answer = self.ask(target, Asking::Yes, EVAL, args, until).await;
+        match answer {
+            // The slot has begun to leave the new node.
+            Err(error) if elsewhere(&error, target).is_some() => None,
+            answer => Some(answer),
+        }
+    }
+
+    /// Sends a command to this node, and follows no redirection.
+    async fn ask(
+        &self,
+        server: &Server,
+        asking: Asking,
+        command: &'static str,
+        args: Vec<Value>,
+        until: Instant,
+    ) -> Result<Value, Error> {
+        let (node, _in_use) = self.node(server, asking)?;
+        let answer = node.ask(asking, command, args, until).await;
+        match &answer {
+            Err(error) if node.has_failed(&answer) => {
+                tracing::debug!(name: "tenure.node_failed", %server, %error, "a connection to a node is dropped");
+                self.forget(server, asking, &node, error);
+            }
+            _ => {}
+        }
+        answer
+    }
+
+    /// Returns the connection to the node, which may still be opening.
+    fn node(&self, server: &Server, asking: Asking) -> Result<(Arc<NodeConnection>, InUse), Error> {
+        let place = (server.clone(), asking);
+        let mut state = self.state();
+        if let Some(node) = state.nodes.get(&place) {
+            if let Some(in_use) = node.usage.begin() {
+                return Ok((node.clone(), in_use));
+            }
+        }
+        // One that could not be opened a moment ago: callers share that failure, too.
+        if let Some(Failed { at, error }) = state.failed.get(server) {
+            if at.elapsed() < RECONNECT {
+                return Err(error.clone());
+            }
+        }
+        let runtime = state.home.clone().map_or_else(Handle::try_current, Ok).map_err(|_| Error::NoRuntime)?;
+        let node = Arc::new(NodeConnection::open(&self.client, &self.config, server, asking, &runtime));
+        let in_use = node.usage.begin().ok_or_else(Error::timeout)?;
+        state.nodes.retain(|_, node| !node.usage.is_over());
+        if state.nodes.len() >= CONNECTIONS {
+            let longest_unused = state.nodes.iter().min_by_key(|(_, node)| node.usage.last_used());
+            if let Some(place) = longest_unused.map(|(place, _)| place.clone()) {
+                state.nodes.remove(&place);
+            }
+        }
+        state.nodes.insert(place, node.clone());
+        Ok((node, in_use))
+    }
+
+    /// Drops a connection that has failed. The next call connects again, to whichever node owns the slot by then.
+    fn forget(&self, server: &Server, asking: Asking, node: &Arc<NodeConnection>, error: &Error) {
+        let mut state = self.state();
+        let place = (server.clone(), asking);
+        if state.nodes.get(&place).is_none_or(|known| !Arc::ptr_eq(known, node)) {
+            // Another call was faster.
+            return;
+        }
+        state.nodes.remove(&place);
+        state.owners.retain(|_, owner| owner != server);
+        state.failed.retain(|_, failed| failed.at.elapsed() < AVOIDED);
+        if !node.was_open() {
+            state.failed.insert(server.clone(), Failed { at: Instant::now(), error: error.clone() });
+        }
+        drop(state);
+        // One poll queues the request. Its result may take as long as the node is away; nobody waits for it.
+        let mut request = Box::pin(self.client.sync_cluster());
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        let _: bool = request.as_mut().poll(&mut context).is_ready();
+    }
+
+    /// Returns the owner of the slot, or any other node if that is unknown or has failed lately. Such a node redirects
+    /// to the owner; after a failover it knows the new one before the client does.
+    fn owner_of(&self, slot: u16) -> Result<Server, Error> {
+        if let Some(owner) = self.state().owners.get(&slot) {
+            return Ok(owner.clone());
+        }
+        let routing = self.client.cached_cluster_state();
+        let owner = routing.as_ref().and_then(|routing| routing.get_server(slot));
+        let ranges = routing.iter().flat_map(|routing| routing.slots());
+        let seeds = self.config.server.hosts();
+        let others: Vec<&Server> = ranges.map(|range| &range.primary).chain(&seeds).collect();
+        let state = self.state();
+        let is_well = |server: &&Server| state.failed.get(server).is_none_or(|failed| failed.at.elapsed() >= AVOIDED);
+        if let Some(owner) = owner.filter(is_well) {
+            let owner = owner.clone();
+            drop(state);
+            self.learn(slot, &owner);
+            return Ok(owner);
+        }
+        let well: Vec<&Server> = others.iter().copied().filter(is_well).collect();
+        let any = fastrand::choice(well).or(owner).or_else(|| others.first().copied());
+        let unknown = || fred::error::Error::new(ErrorKind::Cluster, "no node of the cluster is known");
+        any.cloned().ok_or_else(|| unknown().into())
+    }
+
+    fn learn(&self, slot: u16, owner: &Server) {
+        self.state().owners.insert(slot, owner.clone());
+    }
+
+    fn note_moving(&self, slot: u16) {
+        self.state().moving.insert(slot, Instant::now());
+        self.any_moves.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_moving(&self, slot: u16) -> bool {
+        if !self.any_moves.load(Ordering::Relaxed) {
+            return false;
+        }
+        let mut state = self.state();
+        state.moving.retain(|_, seen| seen.elapsed() < REMEMBERED);
+        self.any_moves.store(!state.moving.is_empty(), Ordering::Relaxed);
+        state.moving.contains_key(&slot)
+    }
+
+    /// Returns the server as the client's map has it, with the name in its certificate.
+    fn known(&self, server: Server) -> Server {
+        let routing = self.client.cached_cluster_state();
+        let same = |routing: &fred::types::cluster::ClusterRouting| {
+            routing.slots().iter().map(|range| &range.primary).find(|known| **known == server).cloned()
+        };
+        routing.as_ref().and_then(same).unwrap_or(server)
+    }
+
+    /// Nothing panics while it holds this mutex, so a poisoned one is still valid.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Returns the slot of the first key. Every script has one.
+fn slot_of(args: &[Value]) -> u16 {
+    args.get(2).and_then(Value::as_bytes).map_or(0, redis_keyslot)
+}
+
+/// Splits the arguments of a script into its keys and the rest.
+fn keys_and_rest(args: &[Value]) -> Option<(&[Value], &[Value])> {
+    let count = usize::try_from(args.get(1)?.as_i64()?).ok()?;
+    args.get(2..)?.split_at_checked(count)
+}
+
+/// Prepended to a script that runs with only its first key declared. Takes the other keys, and behind them the number
+/// of all keys, off the end of the arguments.
+const TOLD_OF_KEYS: &str = "for i = tonumber(table.remove(ARGV)), 2, -1 do KEYS[i] = table.remove(ARGV) end\n";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_told_from_other_arguments() {
+        let args: Vec<Value> = vec!["script".into(), Value::Integer(2), "a".into(), "b".into(), "c".into()];
+        assert_eq!(keys_and_rest(&args), Some((&args[2..4], &args[4..])));
+        assert_eq!(keys_and_rest(&args[..3]), None);
+        assert_eq!(slot_of(&args), redis_keyslot(b"a"));
+    }
+}

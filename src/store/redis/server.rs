@@ -1,0 +1,250 @@
+//! The server at the other end of a connection: runs scripts within their time, and the batcher's operations.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use fred::clients::Client;
+use fred::interfaces::ClientLike;
+use tokio::runtime::Handle;
+use tokio::time::Instant;
+use tracing::debug;
+
+use super::batcher::{BatchRefused, BatchResults, Executor};
+use super::clock::ServerClock;
+use super::connection::{Connection, Sent};
+use super::operation::{self, Operation, What};
+use super::replicas::Writing;
+use super::replies::{self, Decision, Kind};
+use super::router::{self, Router};
+use super::script::{Call, Reply, Script, Scripts, is_mixed_up};
+use crate::Error;
+
+/// A server, and the scripts that it is asked to run.
+#[derive(Debug)]
+pub(super) struct Server {
+    pub(super) connection: Connection,
+    pub(super) router: Router,
+    pub(super) scripts: Scripts,
+    pub(super) clock: ServerClock,
+    /// How many replicas must have acknowledged what is granted and renewed.
+    pub(super) min_replicas: usize,
+    /// The server has refused a call with keys of several slots, although the client takes it for no cluster: it may be
+    /// one behind a proxy.
+    takes_one_slot: AtomicBool,
+}
+
+/// How often a request is sent again because the server's clock differs from what was known of it.
+const CLOCKS: u32 = 3;
+
+impl Server {
+    pub(super) fn new(connection: Connection, min_replicas: usize) -> Self {
+        let router = Router::new(connection.client().clone());
+        let (scripts, takes_one_slot) = (Scripts::new(), AtomicBool::new(false));
+        Self { connection, router, scripts, clock: ServerClock::new(), min_replicas, takes_one_slot }
+    }
+
+    pub(super) fn client(&self) -> &Client {
+        self.connection.client()
+    }
+
+    /// Returns whether all keys of a call must be in one slot.
+    pub(super) fn takes_one_slot(&self) -> bool {
+        self.client().is_clustered() || self.takes_one_slot.load(Ordering::Relaxed)
+    }
+
+    /// Runs a script once, within `timeout` by our clock and by the server's. Before anything is sent, `sending` gets
+    /// the latest time at which the server may run it, in ms by the server's clock.
+    pub(super) async fn run(
+        &self,
+        script: &Script,
+        call: impl Fn() -> Call + Sync,
+        sending: impl Fn(u64),
+        timeout: Duration,
+    ) -> Result<Reply, Error> {
+        self.run_by_clocks(CLOCKS, script, call, sending, timeout).await
+    }
+
+    /// Like [`run`](Self::run), but sends the script again at most `clocks` times because the server's clock differs
+    /// from what was known of it.
+    async fn run_by_clocks(
+        &self,
+        clocks: u32,
+        script: &Script,
+        call: impl Fn() -> Call + Sync,
+        sending: impl Fn(u64),
+        timeout: Duration,
+    ) -> Result<Reply, Error> {
+        let now = Instant::now();
+        let until = now + timeout;
+        let mut reading = self.clock.reading(now);
+        let mut refused = 0;
+        loop {
+            let sent = self.connection.begin()?;
+            self.router.live_on(|| self.connection.runtime());
+            let latest = self.clock.at(until, reading);
+            sending(latest);
+            let stamp = self.scripts.stamp(latest);
+            // Boxed: fred's futures are several kilobytes large, and those around them would be as large on every path.
+            let reply = Box::pin(script.run(&self.router, &call, stamp, until)).await;
+            if reply.as_ref().is_err_and(is_mixed_up) {
+                self.connection.replace();
+                self.router.replace();
+            }
+            let reply = self.connection.heard(sent, reply)?;
+            let learned = reply.now.map(|now| self.clock.learn(now));
+            match &reply.outcome {
+                // Another server's clock, or one that was not known yet. If this is too late by our clock, there is no
+                // time left for another try.
+                Err(error) if error.code() == Some("LATE") && refused < clocks => {
+                    refused += 1;
+                    reading = learned;
+                }
+                _ => return Ok(reply),
+            }
+        }
+    }
+
+    /// Prepares for a write that replicas have to acknowledge. Must be called before it is sent.
+    pub(super) fn writing(&self, timeout: Duration) -> (Instant, Option<Writing>) {
+        (Instant::now() + timeout, Writing::on(self.client(), self.min_replicas))
+    }
+
+    /// Waits until enough replicas have acknowledged the write.
+    pub(super) async fn replicated(&self, writing: Option<Writing>, until: Instant) -> Result<(), Error> {
+        let Some(writing) = writing else { return Ok(()) };
+        let sent = Sent::in_part();
+        let acknowledged = Box::pin(writing.acknowledged(self.client(), until)).await;
+        match self.connection.heard(sent, acknowledged) {
+            // The write itself has succeeded. Whatever keeps the server from telling which replicas have it, it is
+            // there and must be undone.
+            Err(error @ Error::Redis(_)) => {
+                debug!(name: "tenure.wait_failed", %error, "could not ask the server which replicas have a write");
+                Err(Error::NotReplicated { needed: self.min_replicas, acknowledged: 0 })
+            }
+            acknowledged => acknowledged,
+        }
+    }
+
+    /// Waits until enough replicas have acknowledged what one call has granted and renewed.
+    async fn all_replicated(
+        &self,
+        operations: &[Box<Operation>],
+        mut results: BatchResults<Decision>,
+        writing: Option<Writing>,
+        until: Instant,
+    ) -> BatchResults<Decision> {
+        let mut both = operations.iter().zip(&results);
+        if self.min_replicas == 0 || !both.any(|(operation, result)| is_for_replicas(operation, result)) {
+            return results;
+        }
+        if let Err(error) = self.replicated(writing, until).await {
+            for (operation, result) in operations.iter().zip(&mut results) {
+                if is_for_replicas(operation, result) {
+                    *result = Some(Err(error.clone()));
+                }
+            }
+        }
+        results
+    }
+
+    async fn decide(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
+        let script = match operation.what {
+            What::Release { .. } | What::EndGrant { .. } => &self.scripts.release_one,
+            What::Renew { .. } => &self.scripts.renew_one,
+            What::Acquire { .. } => &self.scripts.acquire_one,
+        };
+        let until = Instant::now() + timeout;
+        let sending = |until| operation.is_sent(until);
+        let reply = self.run(script, || operation.call(), sending, timeout).await?;
+        let decision = match reply.outcome {
+            Ok(returned) => replies::single(operation.kind(), &returned),
+            Err(error) => Some(replies::refused(operation.kind(), error)),
+        };
+        match decision {
+            Some(decision) => decision,
+            None => {
+                let left = until.saturating_duration_since(Instant::now());
+                Box::pin(self.decide_by_full_script(operation, left)).await
+            }
+        }
+    }
+
+    /// Decides what the scripts for one key leave to others: an acquire that finds its own token, and the end of a
+    /// grant when there may be other grants.
+    async fn decide_by_full_script(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
+        let script = match operation.kind() {
+            Kind::Acquire => &self.scripts.acquire,
+            Kind::Owned => &self.scripts.end_grant,
+        };
+        let sending = |until| operation.is_sent(until);
+        let reply = self.run(script, || operation.full_call(), sending, timeout).await?.value();
+        match operation.kind() {
+            Kind::Acquire => replies::acquired(&reply?).map(Decision::Acquire),
+            Kind::Owned => replies::verdict(reply).map(Decision::Owned),
+        }
+    }
+}
+
+impl Executor for Server {
+    /// Boxed, because it is moved several times until it is sent.
+    type Operation = Box<Operation>;
+    type Output = Decision;
+
+    fn home(&self) -> Option<Handle> {
+        self.connection.runtime()
+    }
+
+    fn begin_waiting(&self, now: Instant) -> impl FnOnce() -> Error + Send {
+        let sent = self.connection.will_wait(now);
+        move || self.connection.unheard(sent)
+    }
+
+    async fn run_one(&self, operation: &Box<Operation>, timeout: Duration) -> Result<Decision, Error> {
+        let (until, writing) = self.writing(timeout);
+        let decision = self.decide(operation, timeout).await?;
+        if operation.is_for_replicas(&decision) {
+            self.replicated(writing, until).await?;
+        }
+        Ok(decision)
+    }
+
+    async fn run_batch(
+        &self,
+        operations: &[Box<Operation>],
+        timeout: Duration,
+    ) -> Result<BatchResults<Decision>, BatchRefused> {
+        let (until, writing) = self.writing(timeout);
+        let sending = |until| operations.iter().for_each(|operation| operation.is_sent(until));
+        let call = || operation::batch_call(operations);
+        let reply = self.run_by_clocks(0, &self.scripts.many, call, sending, timeout).await.and_then(Reply::value);
+        let kinds = operations.iter().map(|operation| operation.kind());
+        match reply.and_then(|reply| replies::batch(kinds, &reply)) {
+            Ok(results) => Ok(self.all_replicated(operations, results, writing, until).await),
+            // The server's clock was not known yet, or this is another server. Nothing has run. The batch is not sent
+            // again as it is: some callers may have gone by now, and their attempts have been undone.
+            Err(error) if error.code() == Some("LATE") => Ok(operations.iter().map(|_| None).collect()),
+            // From a proxy in front of a cluster. Nothing has run. From now on operations are batched by slot.
+            Err(Error::CrossSlot) => {
+                self.takes_one_slot.store(true, Ordering::Relaxed);
+                Err(BatchRefused)
+            }
+            // The slot is half moved, so no node has all of the keys. Nothing has run.
+            Err(error) if error.is_redirection() => {
+                let left = until.saturating_duration_since(Instant::now());
+                let each = router::all(operations.iter().map(|operation| self.decide(operation, left))).await;
+                Ok(each.into_iter().map(Some).collect())
+            }
+            // The batch as a whole, because of one of its keys (NOPERM). Nothing has run.
+            Err(error) if error.is_refusal() && !error.is_transient() => Err(BatchRefused),
+            Err(error) => Ok(operations.iter().map(|_| Some(Err(error.clone()))).collect()),
+        }
+    }
+
+    fn rank(operation: &Box<Operation>) -> usize {
+        operation.rank()
+    }
+}
+
+fn is_for_replicas(operation: &Operation, result: &Option<Result<Decision, Error>>) -> bool {
+    matches!(result, Some(Ok(decision)) if operation.is_for_replicas(decision))
+}
