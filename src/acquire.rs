@@ -10,6 +10,7 @@ mod context;
 mod hand_over;
 mod position;
 pub(crate) mod queue;
+mod step;
 pub(crate) mod supervisor;
 mod waiter;
 
@@ -23,7 +24,8 @@ use tracing::{debug, info, warn};
 use self::answer::{Held, LastAnswer};
 use self::attempt::{Attempt, Outcome};
 use self::queue::{Obtained, Ticket};
-use self::waiter::{Step, WaitFor, Waiter};
+use self::step::{Step, WaitFor};
+use self::waiter::Waiter;
 use crate::hold::timing::{self, Reminders, Renewal};
 use crate::hold::{Grant, GrantId, Owned};
 use crate::locker::shared::Shared;

@@ -6,8 +6,8 @@
 //! | --------------------------------------- | ----------------------------------------------------------------- |
 //! | `State::run` and below (`server.rs`)    | `src/store/redis/scripts/`, a function each                       |
 //! | `Process`, `Handing`, `State::next`     | `src/acquire/queue.rs`: two lanes, hand-overs, turns in a row     |
-//! | `handed_over`, `leave_lane`             | there: `HandOver`, `Place::leave`                                 |
-//! | `Ask`, `Heartbeat`, `Learn`, `doubt`    | `src/acquire/attempt.rs`, `src/acquire/waiter.rs`                 |
+//! | `handed_over`, `leave_lane`             | `src/acquire/queue/`: `HandOver`, `Ticket::leave`                 |
+//! | `Ask`, `Heartbeat`, `Learn`, `doubt`    | `waiter.rs`, `position.rs` and `attempt.rs` in `src/acquire/`     |
 //! | `Park`                                  | `src/acquire/supervisor.rs`: who isn't polled goes to the end     |
 //! | `Silence`, `Expire`                     | signs of life, a reservation or a lock that end by time           |
 //!

@@ -90,7 +90,7 @@ impl Attempt {
     pub(crate) async fn send(&mut self, sending: &Sending, in_line: &InLine) -> Outcome {
         let Context { wanted, shared, .. } = &self.context;
         let call = shared.store.acquire(wanted, *in_line, sending.timeout);
-        let (answer, settles) = select! {
+        let (answer, undoes_attempts) = select! {
             // Closing comes first: what is granted after it would be undone all the same.
             biased;
             () = shared.closed.cancelled() => return Outcome::Closed,
@@ -99,11 +99,11 @@ impl Attempt {
                 Err(_) => (Err(Error::timeout()), false),
             },
         };
-        self.complete(sending, answer, settles)
+        self.complete(sending, answer, undoes_attempts)
     }
 
-    /// `settles`: the store leaves nothing behind where it doesn't grant.
-    fn complete(&mut self, sending: &Sending, answer: Result<Acquired, Error>, settles: bool) -> Outcome {
+    /// `undoes_attempts`: the store leaves nothing behind where it doesn't grant.
+    fn complete(&mut self, sending: &Sending, answer: Result<Acquired, Error>, undoes_attempts: bool) -> Outcome {
         let Context { wanted, .. } = &self.context;
         let outcome = match answer {
             Ok(Acquired::Granted { fencing_token }) => {
@@ -114,7 +114,7 @@ impl Attempt {
                 let until = remaining.and_then(|remaining| Instant::now().checked_add(remaining));
                 Outcome::Held(Held { key, until })
             }
-            Err(error) if settles || error.has_not_run() => Outcome::Failed(error),
+            Err(error) if undoes_attempts || error.has_not_run() => Outcome::Failed(error),
             Err(error) => {
                 self.doubt = true;
                 return Outcome::Unknown(error);

@@ -15,6 +15,7 @@ use crate::acquire::answer::Held;
 use crate::acquire::attempt::{Attempt, Outcome};
 use crate::acquire::position::Position;
 use crate::acquire::queue::{Claim, HEARTBEAT, Inherited, Obtained, Ticket, Wakeup};
+use crate::acquire::step::{Step, WaitFor};
 use crate::hold::Grant;
 use crate::hold::timing::{self, Drift, Renewal};
 use crate::locker::cleanups::PendingCleanup;
@@ -37,32 +38,6 @@ pub(crate) struct Waiter {
     asked: Instant,
     /// How long the server took for its last answer that another holds the lock.
     took: Duration,
-}
-
-/// What a request does next.
-pub(crate) enum Step {
-    /// Ask the server.
-    Ask,
-    /// Take the lock, which was handed over.
-    Take(Grant),
-    /// Wait.
-    Wait(WaitFor),
-    /// Begin as a new request: the lock was handed over, and taken back.
-    StartOver,
-    /// Return the guard.
-    Finish(LockGuard),
-    /// Return an error: the time is over.
-    GiveUp,
-    /// Return an error: the locker is closed.
-    Close,
-}
-
-/// What a waiter waits for.
-pub(crate) enum WaitFor {
-    /// That another releases the lock, or its ttl ends.
-    Release(Held),
-    /// The end of a pause, after so many failures in a row.
-    Pause { failures: u32 },
 }
 
 impl Waiter {

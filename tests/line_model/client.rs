@@ -3,7 +3,7 @@
 use crate::state::{Call, Handing, Lock, PLACES, Phase, Process, Request, SHARED, Sent, State, Waiter};
 use crate::world::{Answer, World};
 
-/// `IN_A_ROW` in `src/queue.rs`.
+/// `IN_A_ROW` in `src/acquire/queue.rs`.
 const IN_A_ROW: u8 = 2;
 
 impl State {
@@ -91,7 +91,7 @@ impl State {
         !calls && self.late.is_empty() && self.processes.iter().all(|process| process.sent.is_empty())
     }
 
-    /// `Place::leave` in `src/queue.rs`.
+    /// `Ticket::leave` in `src/acquire/queue/ticket.rs`.
     pub(crate) fn leave_lane(&mut self, world: &World, waiter: u8, has_lock: bool) {
         self.lane(world, waiter).retain(|other| *other != waiter);
         let process = world.process(waiter);
@@ -170,7 +170,7 @@ impl State {
         }
     }
 
-    /// `HandOver` in `src/queue.rs`.
+    /// `HandOver` in `src/acquire/queue/hand_over.rs`.
     pub(crate) fn handed_over(&mut self, world: &World, to: u8, told: bool, answer: Answer) {
         let process = world.process(to);
         let is_own = world.is_own(to);

@@ -53,7 +53,7 @@ pub(crate) enum Lock {
     Stranger,
 }
 
-/// `Queue` in `src/queue.rs`.
+/// `Queue` in `src/acquire/queue.rs`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Process {
     pub(crate) up: bool,
@@ -113,7 +113,7 @@ pub(crate) enum Call {
     Answered(Request, crate::world::Answer),
 }
 
-/// `Handing` in `src/queue.rs`.
+/// `HandOverState` in `src/acquire/queue/hand_over.rs`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) enum Handing {
     #[default]
