@@ -399,6 +399,18 @@ impl LockGuard {
         self.send_renewal(Some(ttl), true).await
     }
 
+    /// The name of [`renew`](LockGuard::renew) until now. It goes with the first release.
+    #[doc(hidden)]
+    pub async fn refresh(&self) -> Result<(), Error> {
+        self.renew().await
+    }
+
+    /// The name of [`renew_for`](LockGuard::renew_for) until now. It goes with the first release.
+    #[doc(hidden)]
+    pub async fn refresh_for(&self, ttl: Duration) -> Result<(), Error> {
+        self.renew_for(ttl).await
+    }
+
     /// Makes sure that the server will keep the lock for at least this long from now; never makes it shorter.
     ///
     /// # Errors
