@@ -40,11 +40,11 @@ pub(crate) use self::abandoned::Abandoned;
 pub(crate) use self::hand_over::HandOver;
 use self::hand_over::HandOverState;
 pub(crate) use self::ticket::{Claim, Inherited, Leftovers, Obtained, Ticket, Wakeup};
-use crate::Key;
 use crate::acquire::answer::LastAnswer;
 use crate::hold::Owned;
 use crate::store::notifications::Subscription;
 use crate::store::{LinePlace, Next, Queueing, Wanted};
+use crate::{Key, Token};
 
 /// How many times in a row a process hands the lock over to its own waiters while another process waits. More would be
 /// faster, and less fair.
@@ -98,6 +98,8 @@ struct State {
     /// What the last of these requests that asked the server learned. It is for those whose time runs out before they
     /// have asked.
     last_answer: Option<LastAnswer>,
+    /// The token that has the lock by that answer, if it is that of a request of this process.
+    obtained_by: Option<Token>,
 }
 
 #[derive(Default)]

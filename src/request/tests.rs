@@ -149,3 +149,14 @@ async fn a_token_that_holds_the_lock_already_waits_behind_nobody() {
     assert_eq!(again.fencing_token(), held.fencing_token());
     first.abort();
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_lock_that_the_requests_own_token_has_obtained_is_not_held_by_another() {
+    let locker = locker(|call| if call == 1 { Fault::AnswerLost } else { Fault::None });
+    let request = || locker.lock("k").token("mine".parse().unwrap());
+    // It doesn't learn that it has the lock, and waits before it asks again; its twin has the lock meanwhile.
+    let first = waits(request().wait_at_most(ms(5))).await;
+    let _twin = request().await.unwrap();
+    let error = first.await.unwrap().unwrap_err();
+    assert!(error.is_timeout(), "{error}");
+}

@@ -195,12 +195,16 @@ impl Ticket {
         if let Some(LastAnswer::Held(_)) = answer {
             state.last_held = Some(Instant::now());
         }
-        state.last_answer = answer;
+        (state.last_answer, state.obtained_by) = (answer, None);
     }
 
     /// Returns what was last learned by this request, or by one that was before it.
+    ///
+    /// That the lock is held is no answer to a request whose own token has it: no other holds it.
     pub(crate) fn last_answer(&self) -> Option<LastAnswer> {
-        self.state().last_answer.clone()
+        let state = self.state();
+        let is_by_own_token = state.obtained_by.as_ref() == Some(&self.waiter.wanted.owned.token);
+        if is_by_own_token { None } else { state.last_answer.clone() }
     }
 
     /// Notes that the server is about to be asked: from now on, the last answer says nothing about the present.
@@ -221,6 +225,7 @@ impl Ticket {
             }
             let held = Held { key: self.queue.key.clone(), until: Some(held_until) };
             state.last_answer = Some(LastAnswer::Held(held));
+            state.obtained_by = Some(self.waiter.wanted.owned.token.clone());
             let lane = state.lane_of(self.waiter.place);
             if lane.is_first(&self.waiter) {
                 // The grant took a shared place out of the line.
