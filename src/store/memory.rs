@@ -281,7 +281,7 @@ impl Held {
             if ending == Ending::Lock || others.is_empty() {
                 self.locks.remove(key);
             } else if others.len() < entry.grants().len() {
-                // Each of the other holders renews the lock for its own ttl, or has died.
+                // Each of the other grants renews the lock for its own ttl, or its holder has died.
                 let longest = others.iter().try_fold(Duration::ZERO, |longest, other| Some(longest.max(other.ttl?)));
                 if let Some(longest) = longest {
                     entry.expires = entry.expires.min(now + longest);
