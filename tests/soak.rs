@@ -115,7 +115,8 @@ async fn no_two_hold_a_lock_while_nodes_freeze_die_and_forget() {
         eprintln!("{key}: {} holders, one after the other", fences.len());
     }
     eprintln!(
-        "{held} held, {lost} of them lost; frozen {}, restarted empty or with old data {}, saved {}, majority frozen {}",
+        "{held} held, {lost} of them lost; frozen {}, restarted empty or with old data {}, saved {}, \
+         majority frozen {}",
         faults[0], faults[1], faults[2], faults[3]
     );
     // Otherwise nothing was shown.
