@@ -133,9 +133,7 @@ fn print_header(plan: Plan, machine: &str) {
     println!(
         "  PING         median round trip on the same kind of connection, just before; p50/PING is the ratio to it."
     );
-    println!(
-        "  calls/turn   commands that clients have sent: calls of scripts, SET, SUBSCRIBE. Messages don't count."
-    );
+    println!("  calls/turn   commands that clients have sent: calls of scripts, SET, SUBSCRIBE. Messages don't count.");
     println!("  cmds/turn    all commands that the server has run, including those of scripts.");
     println!("  max/min      the most turns of a waiter, divided by the fewest.");
     println!("  longest      the longest wait in any round, ended or not; no more than a round.");
@@ -166,7 +164,8 @@ fn print_table(crowd: Crowd, samples: &[Vec<Sample>]) {
         let of = |figure: fn(&Sample) -> f64| median(samples.iter().map(figure));
         let longest = samples.iter().map(|sample| sample.longest_wait_millis).fold(0.0, f64::max);
         println!(
-            "  {:<21} | {:>7.0} | {:>9.1} % | {:>8} | {:>8} | {:>6} | {:>8.2} | {:>10.2} | {:>9.2} | {:>8.2} | {:>6.0} ms | {:>11.1}",
+            "  {:<21} | {:>7.0} | {:>9.1} % | {:>8} | {:>8} | {:>6} | {:>8.2} | {:>10.2} \
+             | {:>9.2} | {:>8.2} | {:>6.0} ms | {:>11.1}",
             contender.name,
             of(|sample| sample.turns_a_second),
             of(|sample| sample.handed_over_percent),

@@ -132,7 +132,8 @@ fn print_heading(locks: u32) {
 
 fn print_row(contender: Contender, figures: &Figures) {
     println!(
-        "  {:<17} | {:>10.0} | {:>8} | {:>8.2} % {:>6.1} | {:>8.2} % {:>6.1} | {:>7.0} | {:>7.0} | {:>10.0} | {:>5} | {:>4}",
+        "  {:<17} | {:>10.0} | {:>8} | {:>8.2} % {:>6.1} | {:>8.2} % {:>6.1} \
+         | {:>7.0} | {:>7.0} | {:>10.0} | {:>5} | {:>4}",
         contender.name(),
         f64::from(figures.locks) / figures.obtaining_seconds,
         figures.renewals,

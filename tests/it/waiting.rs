@@ -300,8 +300,7 @@ async fn waiters_for_keys_that_are_no_text_hear_of_releases_that_share_a_call() 
     for n in 0..600 {
         guards.push(here.lock(format!("text:{n}")).await.unwrap());
     }
-    eventually("they are subscribed", async || (server.cli(&["PUBSUB", "CHANNELS"]).lines().count() == 600).then_some(()))
-        .await;
+    eventually("subscribed", async || (server.cli(&["PUBSUB", "CHANNELS"]).lines().count() == 600).then_some(())).await;
     let mut releases = JoinSet::new();
     guards.into_iter().for_each(|guard| drop(releases.spawn(guard.release())));
     while let Some(released) = releases.join_next().await {
