@@ -4,14 +4,15 @@
 //!
 //! 1. Two guards of one key and of different tokens are not both held.
 //! 2. A guard that is held has its keys at the server until its deadline. The exception is a guard whose lock was ended
-//! on purpose: by an explicit release with the same token, or by deleting the key by hand. It learns of that later.
+//!    on purpose: by an explicit release with the same token, or by deleting the key by hand. It learns of that later.
 //! 3. Fencing tokens grow in the order of grants.
 //!
 //! Whenever a call fails, and at the end:
 //!
 //! 4. When all delays have passed, only the leases remain that were left on purpose: no key that would stay for long,
-//! no queue, no subscription, no task. When those leases have expired, nothing remains at all. 5. `NotObtained` is
-//! returned only if another held the lock at some time during the call. 6. Every call ends in time.
+//!    no queue, no subscription, no task. When those leases have expired, nothing remains at all.
+//! 5. `NotObtained` is returned only if another held the lock at some time during the call.
+//! 6. Every call ends in time.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
