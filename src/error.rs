@@ -91,7 +91,7 @@ pub enum Error {
     Outbid(&'static str),
 
     /// The URL names no server that can be connected to, or has a part that would be ignored. Nothing was sent.
-    /// The errors of the other nodes, as far as they contributed to the failure.
+    ///
     /// The text names the part of the URL that is wrong. It never contains a password.
     #[error("invalid URL: {0}")]
     InvalidUrl(Cow<'static, str>),

@@ -213,7 +213,7 @@ impl LockerBuilder {
     ///
     /// This is not consensus: if there are more replicas than this number, the promoted one may be another, which knows
     /// nothing of the lock. The guard detects what a failover forgot at its next renewal, and [fencing
-    /// tokens](crate::LockGuard::fencing_token) keep it from doing harm. If the number is that of all replicas, nothing
+    /// tokens](crate::LockGuard::fencing_token) keep it from doing harm. If all replicas must acknowledge, nothing
     /// is forgotten, and nothing can be locked while one of them is away.
     ///
     /// Each request and renewal asks the server to `WAIT`. This takes another round trip and, while replicas are
@@ -318,7 +318,7 @@ impl LockerBuilder {
 
     async fn connect_quorum(self, urls: Vec<String>) -> Result<Locker, Error> {
         if self.min_replicas > 0 {
-            return Err(Error::Unsupported("the nodes of a quorum have no replicas: more nodes do what those would"));
+            return Err(Error::Unsupported("the nodes of a quorum have no replicas; use more nodes instead"));
         }
         quorum::check_ttl(self.settings.ttl, self.restart_window)?;
         Shared::check_runtime()?;
