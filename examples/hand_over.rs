@@ -3,8 +3,8 @@
 //!     cargo run --example hand_over
 //!
 //! Anna obtains the lock, starts Ben with its lease, and exits. Ben adopts it, keeps it past its ttl, and releases it.
-//! Carl, a third process, tries to get it all the while. Needs a server: that of `REDIS_URL`, or else a redis-server of
-//! its own, where that is installed.
+//! Carl, a third process, tries to get it all the while. This needs a server: the one that `REDIS_URL` names, or else
+//! it starts its own redis-server, if that is installed.
 
 use std::env;
 use std::error::Error;
@@ -41,7 +41,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// Starts the first and the third, and waits until the second has released the lock.
+/// Starts Anna and Carl, and waits until Ben has released the lock.
 async fn play(url: &str) -> Result<(), Box<dyn Error>> {
     let mut anna = start("anna", url, None)?;
     let locker = Locker::connect(url).await?;
@@ -60,7 +60,7 @@ async fn anna(url: &str) -> Result<(), Box<dyn Error>> {
     let guard = locker.lock(KEY).ttl(TTL).await?;
     say(&format!("anna has the lock, fencing token {}", guard.fencing_token().unwrap_or_default()));
     sleep(Duration::from_millis(500)).await;
-    // The guard is gone, the lock stays.
+    // The guard is gone, and the lock stays held.
     let lease = guard.into_lease();
     start("ben", url, Some(&lease))?;
     say("anna has started ben with the lease, and exits");
@@ -106,13 +106,13 @@ fn start(role: &str, url: &str, lease: Option<&Lease>) -> Result<Child, Box<dyn 
     Ok(command.spawn()?)
 }
 
-/// With the process that says it, and the time.
+/// Prints a line with the time and the id of the process.
 fn say(what: &str) {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     println!("{:>2}.{:03} s  [process {}] {what}", now.as_secs() % 60, now.subsec_millis(), std::process::id());
 }
 
-/// A redis-server for the length of this play.
+/// A redis-server for this example.
 struct OwnServer {
     process: Child,
     socket: PathBuf,

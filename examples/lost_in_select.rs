@@ -2,8 +2,8 @@
 //!
 //!     cargo run --example lost_in_select
 //!
-//! On the embedded store the lock is lost by its ttl: nobody renews it. With `REDIS_URL` set, it is also lost by its
-//! key, which somebody deletes on that server.
+//! On the embedded store the lock is lost because nobody renews it and its ttl ends. With `REDIS_URL` set, a second
+//! lock is lost because somebody deletes its key on that server.
 
 use std::env;
 use std::error::Error;
@@ -26,19 +26,19 @@ async fn main() -> Result<(), Box<dyn Error>> {
     deleted(&locker, &url).await
 }
 
-/// Without renewal: as for a process that is cut off from the server.
+/// Holds a lock without renewal, like a process that is cut off from the server.
 async fn expired(locker: &Locker) -> Result<(), Box<dyn Error>> {
     println!("A lock with a ttl of 1.5 s that nobody renews:");
     let guard = locker.lock("index:products").ttl(Duration::from_millis(1_500)).no_renewal().await?;
     let loss = rebuild_index(&guard).await;
     if let Err(error) = guard.release().await {
-        println!("           release says: {error}");
+        println!("           release() returned: {error}");
     }
     assert_eq!(loss, Some(Loss::Expired));
     Ok(())
 }
 
-/// With renewal: the next one finds the key gone.
+/// Holds a lock with renewal: the next renewal finds the key gone.
 async fn deleted(locker: &Locker, url: &str) -> Result<(), Box<dyn Error>> {
     println!("\nA lock that is renewed every 500 ms, whose key somebody deletes:");
     let guard = locker.lock("index:products").renew_every(Duration::from_millis(500)).await?;
@@ -49,7 +49,7 @@ async fn deleted(locker: &Locker, url: &str) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Works step by step until it is done, or the lock is lost. Answers the loss.
+/// Works step by step until it is done, or the lock is lost. Returns the loss.
 async fn rebuild_index(guard: &LockGuard) -> Option<Loss> {
     let start = Instant::now();
     let now = || format!("  {:>4} ms", start.elapsed().as_millis());
@@ -77,6 +77,6 @@ async fn delete(key: &'static str, url: String, after: Duration) -> FredResult<(
     sleep(after).await;
     let command = CustomCommand::new_static("DEL", ClusterHash::FirstKey, false);
     let _deleted: Value = client.custom(command, vec![key]).await?;
-    println!("           somebody deletes the key; the next renewal will find out");
+    println!("           somebody deletes the key; the next renewal will notice");
     client.quit().await
 }

@@ -26,19 +26,19 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let start = Instant::now();
     let now = move || format!("{:>4} ms", start.elapsed().as_millis());
 
-    // Anna has the lock. It is renewed in the background for as long as the guard lives.
+    // Anna has the lock. The guard renews it in the background for as long as it lives.
     let guard = locker.lock("invoices:42").await?;
     let (key, remaining) = (guard.key(), guard.remaining().as_millis());
     println!("{}  anna has `{key}`, surely for {remaining} ms more even if it were never renewed", now());
     println!("{}  anna's fencing token is {}", now(), guard.fencing_token().unwrap_or_default());
 
-    // Who doesn't want to wait is told so at once.
+    // `try_lock` doesn't wait: it fails at once if another holds the lock.
     match locker.try_lock("invoices:42").await {
         Err(LockError::NotObtained { key, .. }) => println!("{}  carl tries once: `{key}` is held by another", now()),
         other => drop(other?),
     }
 
-    // Ben waits for his turn, in a task of his own.
+    // Ben waits for his turn in a separate task.
     let ben = tokio::spawn({
         let locker = locker.clone();
         async move {
@@ -46,12 +46,12 @@ async fn main() -> Result<(), Box<dyn Error>> {
             let guard = locker.lock("invoices:42").wait_at_most(Duration::from_secs(10)).await?;
             let fence = guard.fencing_token().unwrap_or_default();
             println!("{}  ben has it; his fencing token is greater: {fence}", now());
-            // Dropped here: released in the background.
+            // The guard is dropped here, and the lock is released in the background.
             Ok::<_, LockError>(())
         }
     });
 
-    // Anna's work, which is dropped should the lock be lost meanwhile.
+    // Anna's work, which is dropped if the lock is lost meanwhile.
     let sum = guard.protect(async {
         sleep(Duration::from_millis(500)).await;
         40 + 2
@@ -61,8 +61,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     guard.release().await?;
 
     ben.await??;
-    // Waits for what was only dropped.
+    // Waits for the release of dropped guards.
     locker.close().await;
-    println!("{}  all is released", now());
+    println!("{}  all locks are released", now());
     Ok(())
 }

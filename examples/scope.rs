@@ -35,8 +35,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     for _ in 0..3 {
         let (locker, inside) = (locker.clone(), inside.clone());
         tasks.spawn(async move {
-            // Waits for the lock, runs the block while it is held, releases it. Should the lock be lost, the block is
-            // dropped where it stands, and the answer is `Error::Lost`.
+            // Waits for the lock, runs the block while it is held, and releases it. If the lock is lost, the block is
+            // dropped where it is, and `scope` returns `Error::Lost`.
             let answer = locker.scope("migrations", async |guard| {
                 let count = inside.fetch_add(1, Ordering::SeqCst) + 1;
                 let fence = guard.fencing_token().unwrap_or_default();
@@ -50,7 +50,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         });
     }
 
-    // What a block answers is what `scope` answers.
+    // `scope` returns what the block returns.
     let mut most = 0;
     while let Some(count) = tasks.join_next().await {
         most = most.max(count??);

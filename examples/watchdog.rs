@@ -2,9 +2,9 @@
 //!
 //!     cargo run --example watchdog
 //!
-//! The locks are kept on the server that `REDIS_URL` names, or else embedded. The second part needs a server that may
-//! be killed: a redis-server of its own, where that is installed. It writes all that it does to a file, as a server
-//! must whose locks shall survive its restart.
+//! The locks are kept on the server that `REDIS_URL` names, or else on the embedded store. The second part needs a
+//! server that it may kill: it starts its own redis-server, if that is installed. That server writes every command to a
+//! file, which a server needs to do if its locks are to survive its restart.
 
 use std::env;
 use std::error::Error;
@@ -35,13 +35,13 @@ async fn main() -> Result<(), Box<dyn Error>> {
     match OwnServer::start().await {
         Ok(mut server) => a_server_restarts(&mut server).await,
         Err(_) => {
-            println!("There is no redis-server here to be killed: the second part is left out.");
+            println!("redis-server could not be started: the second part is left out.");
             Ok(())
         }
     }
 }
 
-/// Shards come and go, and one is taken over from another worker.
+/// Shards come and go, and the worker takes one over from another.
 async fn a_changing_set(locker: &Locker) -> Result<(), Box<dyn Error>> {
     let say = Clock::start();
     let dog = WatchDog::builder(locker).on_event(move |event| say.event(event)).build();
@@ -52,7 +52,7 @@ async fn a_changing_set(locker: &Locker) -> Result<(), Box<dyn Error>> {
     }
     let other = locker.lock("shard:4").ttl(TTL).await?;
 
-    say.line("it waits for shard 4 without waiting itself, and gives shard 2 back");
+    say.line("its watchdog waits for shard 4, and it gives shard 2 back");
     let lease = Lease::new("shard:4", Token::random(), TTL);
     dog.watch_lease(lease).obtain_when_free(true).await?;
     dog.release("shard:2").await?;
@@ -70,7 +70,7 @@ async fn a_changing_set(locker: &Locker) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Killed in the middle of the work, the server is back before the locks would be lost.
+/// The server is killed in the middle of the work, and is back before the locks are lost.
 async fn a_server_restarts(server: &mut OwnServer) -> Result<(), Box<dyn Error>> {
     let say = Clock::start();
     let locker = Locker::builder().command_timeout(Duration::from_millis(500)).connect(&server.url).await?;
@@ -108,7 +108,7 @@ async fn until(done: impl Fn() -> bool) {
     }
 }
 
-/// Prints with the time since the start.
+/// Prints lines with the time since the start.
 #[derive(Clone, Copy)]
 struct Clock(Instant);
 
@@ -132,12 +132,12 @@ impl Clock {
             }
             WatchEvent::Lost { loss, .. } => format!("    {key}: LOST, {loss}"),
             WatchEvent::Released { .. } => format!("    {key}: released"),
-            _ => format!("    {key}: watched no more"),
+            _ => format!("    {key}: no longer watched"),
         });
     }
 }
 
-/// A redis-server for the length of this example, which writes every command to a file before it answers.
+/// A redis-server for this example, which writes every command to a file before it replies.
 struct OwnServer {
     process: Child,
     dir: PathBuf,
@@ -160,7 +160,7 @@ impl OwnServer {
         Err("redis-server did not start".into())
     }
 
-    /// As a power cut would.
+    /// Kills the server, as a power cut would.
     fn kill(&mut self) -> std::io::Result<()> {
         self.process.kill()?;
         self.process.wait().map(drop)

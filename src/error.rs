@@ -24,8 +24,8 @@ use crate::{Key, Loss};
 /// let locker = Locker::in_memory();
 /// let first = locker.lock("job").await?;
 /// match locker.try_lock("job").await {
-///     Err(Error::NotObtained { key, .. }) => println!("{key} is busy, another time"),
-///     Err(error) if error.is_transient() => println!("the server is not well: {error}"),
+///     Err(Error::NotObtained { key, .. }) => println!("{key} is busy"),
+///     Err(error) if error.is_transient() => println!("try again later: {error}"),
 ///     other => drop(other?),
 /// }
 /// # first.release().await
@@ -35,7 +35,7 @@ use crate::{Key, Loss};
 #[non_exhaustive]
 pub enum Error {
     /// Another holds the lock, as the server last reported, and the request does not wait longer. For a
-    /// [fair](crate::LockRequest::fair) request also: it is another's turn.
+    /// [fair](crate::LockRequest::fair) request, also: it is another's turn.
     ///
     /// If the server did not report that, the error is [`Redis`](Error::Redis).
     #[error("`{key}` is held by another (attempts: {attempts}, waited: {waited:?}); try later or wait longer")]
@@ -54,7 +54,7 @@ pub enum Error {
     NotHeld {
         /// The key in question; of several, the first.
         key: Key,
-        /// How it came to an end.
+        /// How the lock ended.
         loss: Loss,
     },
 
@@ -71,7 +71,7 @@ pub enum Error {
         needed: usize,
         /// How many nodes ran the operation.
         granted: usize,
-        /// The errors of the others, as far as they contributed to the failure.
+        /// The errors of the other nodes, as far as they contributed to the failure.
         nodes: Vec<NodeError>,
     },
 
@@ -101,12 +101,12 @@ pub enum Error {
     InvalidNodes(&'static str),
 
     /// The server granted the lock so late that too little of its ttl was left. It has been released again.
-    #[error("the server's answer took so long that too little of the ttl was left; use a longer ttl")]
+    #[error("the server replied so late that too little of the ttl was left; use a longer ttl")]
     ValidityExpired,
 
     /// Fewer replicas than [required](crate::LockerBuilder::min_replicas) acknowledged the lock, or its renewal, in
     /// time. A new lock has been released again; a lock that was held before remains held until its deadline.
-    #[error("{acknowledged} of {needed} replicas acknowledged it in time; see to the others, or ask for fewer")]
+    #[error("{acknowledged} of {needed} replicas acknowledged it in time; check the other replicas, or require fewer")]
     NotReplicated {
         /// How many have to acknowledge it.
         needed: usize,
@@ -239,7 +239,7 @@ impl Error {
     }
 
     /// Returns whether the server has refused the command, so that it has surely not run. After any other failure the
-    /// outcome is unknown, also after a timeout whose text explains why there is no connection.
+    /// outcome is unknown, even after a timeout whose text explains why there is no connection.
     pub(crate) fn is_refusal(&self) -> bool {
         self.code().is_some() && !self.is_timeout()
     }
@@ -264,7 +264,7 @@ impl Error {
     }
 
     pub(crate) fn timeout() -> Self {
-        Self::Redis(fred::error::Error::new(ErrorKind::Timeout, "the server did not answer in time"))
+        Self::Redis(fred::error::Error::new(ErrorKind::Timeout, "the server did not reply in time"))
     }
 }
 
@@ -295,7 +295,7 @@ struct Nodes<'a>(&'a [NodeError]);
 impl fmt::Display for Nodes<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.0.is_empty() {
-            return f.write_str("nobody can tell why");
+            return f.write_str("no node reported an error");
         }
         let mut separator = "";
         self.0.iter().try_for_each(|node| write!(f, "{}{node}", std::mem::replace(&mut separator, "; ")))
@@ -350,7 +350,7 @@ mod tests {
     #[test]
     fn a_quorum_says_who_failed_and_how() {
         let failed = quorum(vec![Error::timeout(), server_said("WRONGTYPE Operation")]);
-        let said = "2 of 3 nodes needed, 1 granted: node:1: redis: Timeout Error: the server did not answer in time; \
+        let said = "2 of 3 nodes needed, 1 granted: node:1: redis: Timeout Error: the server did not reply in time; \
                     node:2: redis: Unknown Error: WRONGTYPE Operation";
         assert_eq!(failed.to_string(), said);
     }

@@ -7,18 +7,18 @@ use fred::bytes::Bytes;
 
 use crate::Error;
 
-/// The name of a lock: any bytes but none.
+/// The name of a lock: any bytes, but at least one.
 ///
 /// It is the key at the server, after the locker's [prefix](crate::LockerBuilder::prefix). Cheap to clone.
 ///
 /// # Reserved names
 ///
-/// The server keeps more keys beside a lock key, in the same hash slot of a cluster. None of them may be used as a lock
-/// key, or for anything else. For the key `job` they are
+/// The server keeps further keys beside a lock key, in the same hash slot of a cluster. None of them may be used as a
+/// lock key, or for anything else. For the key `job` they are
 ///
 /// - `{job}:fence`, the last fencing token;
-/// - `{job}:grants`, the grants of a token that was [chosen](crate::LockRequest::token), which may have several;
-/// - `{job}:queue` and `{job}:alive`, the line of those who wait, and who in it is alive.
+/// - `{job}:grants`, the grants of a [chosen](crate::LockRequest::token) token, which may have several;
+/// - `{job}:queue` and `{job}:alive`, the line of waiters, and which of them are alive.
 ///
 /// A key with a hash tag of its own keeps it: `{user:1}:job` has `{user:1}:job:fence`. A key that is nothing but a tag
 /// gets empty braces: `{job}` has `{job}{}:fence`. A key with a `}` but without a tag gets a stand-in of four letters
@@ -38,10 +38,10 @@ use crate::Error;
 pub struct Key(Bytes);
 
 impl Key {
-    /// The most bytes that a key may have: what the server takes, less room for the names beside it.
+    /// The greatest length of a key in bytes: the server's limit, less room for the names beside it.
     pub const MAX_LEN: usize = 512 * 1024 * 1024 - 1024;
 
-    /// The key's bytes.
+    /// Returns the key's bytes.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
@@ -50,14 +50,14 @@ impl Key {
         self.0.clone()
     }
 
-    /// Refuses what no lock, or set of locks, can have.
+    /// Refuses keys that no lock, or set of locks, can have.
     pub(crate) fn validate_all(keys: &[Self]) -> Result<(), Error> {
         if keys.is_empty() {
-            return Err(Error::InvalidKey("there is none"));
+            return Err(Error::InvalidKey("no key was given"));
         }
         keys.iter().try_for_each(Self::validate)?;
         if keys.len() > 1 && keys.iter().collect::<HashSet<_>>().len() < keys.len() {
-            return Err(Error::InvalidKey("it is asked for twice"));
+            return Err(Error::InvalidKey("the same key was given twice"));
         }
         Ok(())
     }
@@ -122,7 +122,7 @@ impl AsRef<[u8]> for Key {
 }
 
 impl fmt::Display for Key {
-    /// Text as it is, but for control characters and bytes that are no UTF-8, which are escaped.
+    /// Writes text as it is, except control characters and bytes that are not UTF-8, which it escapes.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for chunk in self.0.utf8_chunks() {
             for c in chunk.valid().chars() {

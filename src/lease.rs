@@ -1,4 +1,4 @@
-//! A held lock as plain data: what identifies it, apart from any guard.
+//! A held lock as plain data: what identifies it, without a guard.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,15 +9,15 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_e
 use crate::hold::{GrantId, Owned};
 use crate::{Error, Key, Token};
 
-/// A held lock as plain data, apart from any guard: its keys and token, its ttl and fencing token.
+/// A held lock as plain data, without a guard: its keys and token, its ttl and fencing token.
 ///
-/// A lease renews nothing. [`LockGuard::into_lease`](crate::LockGuard::into_lease) returns one, and it can be created
-/// from a token that came from elsewhere. [`Locker::adopt`](crate::Locker::adopt) takes it up, in this process or
-/// another. Its keys are without the locker's [prefix](crate::LockerBuilder::prefix).
+/// A lease renews nothing. [`LockGuard::into_lease`](crate::LockGuard::into_lease) returns one, and [`new`](Lease::new)
+/// creates one for a token that came from elsewhere. [`Locker::adopt`](crate::Locker::adopt) turns it back into a
+/// guard, in this process or another. Its keys don't include the locker's [prefix](crate::LockerBuilder::prefix).
 ///
 /// # Text
 ///
-/// [`Display`](fmt::Display) and [`FromStr`] turn it into one word of letters, digits and `:-._~%`, fit for an
+/// [`Display`](fmt::Display) and [`FromStr`] convert it to one word of letters, digits and `:-._~%`, fit for an
 /// environment variable or the payload of a job, and back. The word begins with its version. It contains the token:
 /// anybody who reads it can release the lock. `Debug` does not show the token.
 ///
@@ -44,12 +44,12 @@ pub struct Lease {
 impl Lease {
     /// Creates a lease from its parts, for a token that came from elsewhere.
     ///
-    /// Nothing is checked here: the functions that use the lease refuse what can't work.
+    /// Nothing is checked here: the functions that use the lease refuse one that can't work.
     ///
-    /// The lease has the token, and doesn't know the guard that has the lock by it, which may be alive. So a guard that
-    /// [adopted](crate::Locker::adopt) the lease only ends the lock by an explicit
-    /// [`release`](crate::LockGuard::release); when it is dropped, the lock stays until its ttl ends. A lease that was
-    /// made from a guard has no such limit.
+    /// The lease has only the token. It doesn't know which guard holds the lock by it, and that guard may be alive. So
+    /// a guard that [adopted](crate::Locker::adopt) the lease ends the lock only by an explicit
+    /// [`release`](crate::LockGuard::release); when it is dropped, the lock stays until its ttl ends. A lease that came
+    /// from a guard has no such limit.
     ///
     /// ```
     /// use std::time::Duration;
@@ -78,12 +78,12 @@ impl Lease {
         Self { owned, ttl: Duration::from_millis(millis), fencing_token }
     }
 
-    /// Returns the key that is locked. If there are several, the first of them. See [`new`](Lease::new) for an example.
+    /// Returns the locked key; the first one if there are several. See [`new`](Lease::new) for an example.
     pub fn key(&self) -> Key {
         self.owned.key()
     }
 
-    /// Returns all keys that are locked. See [`new`](Lease::new) for an example.
+    /// Returns all locked keys. See [`new`](Lease::new) for an example.
     pub fn keys(&self) -> &[Key] {
         &self.owned.keys
     }
@@ -99,7 +99,7 @@ impl Lease {
         self.ttl
     }
 
-    /// Returns the fencing token, which is greater than those of all earlier holders, if it is known. See
+    /// Returns the fencing token, if it is known; it is greater than those of all earlier holders. See
     /// [`new`](Lease::new) for an example.
     pub fn fencing_token(&self) -> Option<u64> {
         self.fencing_token
@@ -110,10 +110,11 @@ impl Lease {
     }
 }
 
-/// The beginning of the text, in this version.
+/// The beginning of the text in this version.
 const VERSION: &str = "tenure:1:";
 
-/// All characters but those that need no escaping anywhere (RFC 3986's unreserved ones). So only separators are colons.
+/// All characters except those that need no escaping anywhere (RFC 3986's unreserved ones). So colons are only
+/// separators.
 const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 impl fmt::Display for Lease {
@@ -143,30 +144,30 @@ impl FromStr for Lease {
     fn from_str(text: &str) -> Result<Self, Error> {
         let Some(rest) = text.strip_prefix(VERSION) else {
             return Err(Error::InvalidLease(match text.starts_with("tenure:") {
-                true => "it is of a version that this one of tenure doesn't know",
+                true => "this version of tenure doesn't know its version",
                 false => "it does not begin with `tenure:`",
             }));
         };
         let mut parts = rest.split(':');
         let mut part = || parts.next().ok_or(Error::InvalidLease("it ends too early"));
         let ttl =
-            part()?.parse().map(Duration::from_millis).map_err(|_| Error::InvalidLease("its ttl is no number"))?;
+            part()?.parse().map(Duration::from_millis).map_err(|_| Error::InvalidLease("its ttl is not a number"))?;
         let fence = part()?;
         let (fence, grant) = fence.split_once('~').map_or((fence, None), |(fence, grant)| (fence, Some(grant)));
         let fencing_token = match fence {
             "" => None,
-            fence => Some(fence.parse().map_err(|_| Error::InvalidLease("its fencing token is no number"))?),
+            fence => Some(fence.parse().map_err(|_| Error::InvalidLease("its fencing token is not a number"))?),
         };
         let grant = match grant {
             None => Some(GrantId::UNKNOWN),
             Some("-") => None,
-            Some(grant) => Some(grant.parse().map_err(|_| Error::InvalidLease("its grant is no number"))?),
+            Some(grant) => Some(grant.parse().map_err(|_| Error::InvalidLease("its grant is not a number"))?),
         };
         let token =
-            percent_decode_str(part()?).decode_utf8().map_err(|_| Error::InvalidLease("its token is no text"))?;
-        let token = token.parse().map_err(|_| Error::InvalidLease("its token is none"))?;
+            percent_decode_str(part()?).decode_utf8().map_err(|_| Error::InvalidLease("its token is not text"))?;
+        let token = token.parse().map_err(|_| Error::InvalidLease("its token is invalid"))?;
         let keys: Box<[Key]> = parts.map(|key| percent_decode_str(key).collect::<Vec<u8>>().into()).collect();
-        Key::validate_all(&keys).map_err(|_| Error::InvalidLease("it has no key, an empty one, or one twice"))?;
+        Key::validate_all(&keys).map_err(|_| Error::InvalidLease("it has no key, an empty key, or a key twice"))?;
         Ok(Self::from_parts(Owned { keys, token, own_token: false, grant }, ttl, fencing_token))
     }
 }
@@ -206,15 +207,15 @@ mod tests {
             ("", "does not begin"),
             ("redis:1:1::t:k", "does not begin"),
             ("tenure:2:1::t:k", "version"),
-            ("tenure:1:", "no number"),
-            ("tenure:1:-5::t:k", "no number"),
-            ("tenure:1:99999999999999999999::t:k", "no number"),
+            ("tenure:1:", "not a number"),
+            ("tenure:1:-5::t:k", "not a number"),
+            ("tenure:1:99999999999999999999::t:k", "not a number"),
             ("tenure:1:5", "too early"),
-            ("tenure:1:5:x:t:k", "no number"),
+            ("tenure:1:5:x:t:k", "not a number"),
             ("tenure:1:5:1", "too early"),
-            ("tenure:1:5:1:%FF:k", "no text"),
-            ("tenure:1:5:1::k", "is none"),
-            ("tenure:1:5:1:a%0Ab:k", "is none"),
+            ("tenure:1:5:1:%FF:k", "not text"),
+            ("tenure:1:5:1::k", "is invalid"),
+            ("tenure:1:5:1:a%0Ab:k", "is invalid"),
             ("tenure:1:5:1:t", "no key"),
             ("tenure:1:5:1:t:", "empty"),
             ("tenure:1:5:1:t:k:k", "twice"),

@@ -22,20 +22,21 @@
 //! # }
 //! ```
 //!
-//! A release in the background needs a running runtime. A guard that is dropped as `main` returns is not released:
-//! its key stays until the ttl ends. [`Locker::scope`] releases before it returns, [`Locker::close`] waits for guards
-//! that were dropped, and [`Locker::close_on_drop`] does so at the end of a scope.
+//! The background release needs a running runtime. A guard that is dropped as `main` returns is not released: its key
+//! stays until the ttl ends. [`Locker::scope`] releases the lock before it returns, [`Locker::close`] waits for the
+//! releases of dropped guards, and [`Locker::close_on_drop`] does the same at the end of a scope.
 //!
 //! # The promise
 //!
-//! A [`LockGuard`] is *held* from the moment an attempt succeeded until its local deadline: the instant just before the
+//! A [`LockGuard`] is *held* from the moment an attempt succeeds until its local deadline: the instant just before the
 //! last confirmed request was sent, plus the ttl, less an allowance for clock drift. Only a confirmed renewal moves
-//! that deadline, so every guard ends before the server frees the lock, whatever the network, the server or a hung
-//! reply does. [`is_held`](LockGuard::is_held), [`check`](LockGuard::check), [`lost`](LockGuard::lost) and
-//! [`protect`](LockGuard::protect) read that one deadline themselves, on whatever runtime they are used. The
-//! [`cancellation_token`](LockGuard::cancellation_token) is fired by a task, so it is late while that task can't run.
+//! that deadline, so every guard ends before the server frees the lock, whatever happens to the network, the server or
+//! a reply. [`is_held`](LockGuard::is_held), [`check`](LockGuard::check), [`lost`](LockGuard::lost) and
+//! [`protect`](LockGuard::protect) compare that deadline with the clock themselves, on whatever runtime they are used.
+//! A task fires the [`cancellation_token`](LockGuard::cancellation_token), so the token is late while that task can't
+//! run.
 //!
-//! A [`Loss`] is the reason why a lock ended. A server that can't be reached is no loss: renewals are retried, with
+//! A [`Loss`] is the reason why a lock ended. An unreachable server is not a loss: the guard retries renewals, with
 //! growing pauses, until the deadline. A definite reply (another token has the key, the key is gone) ends the guard at
 //! once.
 //!
@@ -44,8 +45,8 @@
 //! | to | use |
 //! | --- | --- |
 //! | wait for a lock | [`Locker::lock`] |
-//! | have it now or not at all | [`Locker::try_lock`] |
-//! | try for a while, by a strategy | [`Locker::obtain`] with a [`Retry`] |
+//! | get it now or not at all | [`Locker::try_lock`] |
+//! | try for a while, with a retry strategy | [`Locker::obtain`] with a [`Retry`] |
 //! | wait in strict order of arrival, across processes | [`LockRequest::fair`] |
 //! | run a block of code under a lock | [`Locker::scope`] |
 //! | stop work when the lock is lost | [`LockGuard::protect`], [`LockGuard::lost`], [`LockGuard::cancellation_token`] |
@@ -55,13 +56,13 @@
 //! | protect a store from a late writer | [`LockGuard::fencing_token`] |
 //! | survive the loss of a server and its memory | [`Locker::quorum`] |
 //!
-//! # What it rests on
+//! # What it relies on
 //!
 //! - The server's clock and ours run at about the same speed: [`LockerBuilder::drift`].
-//! - The server doesn't forget. One that loses its memory (restarted without persistence, failed over to a replica that
-//!   was behind, configured to evict, or flushed) may let a second holder in before the first has noticed at its next
-//!   renewal. Fencing tokens grow even then. [`Locker::quorum`] survives it, as long as it happens to fewer than half
-//!   of the nodes.
+//! - The server doesn't forget. A server that loses its memory (restarted without persistence, failed over to a replica
+//!   that was behind, configured to evict, or flushed) may let a second holder in before the first one notices at its
+//!   next renewal. Fencing tokens grow even then. [`Locker::quorum`] survives this, as long as it happens to fewer than
+//!   half of the nodes.
 //! - The machine is not suspended: the monotonic clock would stand still, and the deadline with it.
 //!
 //! # Observing
@@ -74,30 +75,30 @@
 //! | `tenure.keep` | info span | `key` | One per held lock, from the grant to the end. |
 //! | `tenure.obtained` | info | `waited`, `attempts`, `remaining` | The lock is held. |
 //! | `tenure.held` | debug | `key`, `attempts`, `waited`, `remaining` | Another holder has the lock. |
-//! | `tenure.attempt_failed` | warn, debug | `attempts`, `waited`, `error` | The server could not be asked. |
+//! | `tenure.attempt_failed` | warn, debug | `attempts`, `waited`, `error` | The server failed or was unreachable. |
 //! | `tenure.too_late` | debug | `waited`, `attempts`, `remaining` | The grant came too late to be of use. |
-//! | `tenure.undone` | debug | `key` | What an attempt without a reply may have left is undone. |
-//! | `tenure.undo_failed` | debug, warn | `key`, `error` | It could not be undone; its ttl will. |
+//! | `tenure.undone` | debug | `key` | An attempt without a reply was undone. |
+//! | `tenure.undo_failed` | debug, warn | `key`, `error` | It could not be undone; its ttl will free the lock. |
 //! | `tenure.handed_over` | debug | `key` | A holder released the lock to the next waiter of this process. |
-//! | `tenure.taken_back` | debug | `key` | The lock was handed over to a future that is not polled. |
+//! | `tenure.taken_back` | debug | `key` | The lock was handed over to a future that nobody polls. |
 //! | `tenure.renewed` | debug | `remaining`, `took` | The lock was renewed. |
 //! | `tenure.renew_failed` | warn, debug | `failures`, `remaining`, `pause`, `error` | `warn`: the first in a row. |
 //! | `tenure.lost` | warn | `key`, `loss`, `cause` | The lock is lost. `cause`: why it could not be renewed. |
 //! | `tenure.released` | info | `key`, `outcome` | The lock was released; with `outcome`, in the background. |
 //! | `tenure.release_failed` | debug, warn | `key`, `error` | It could not be released; the ttl will free it. |
-//! | `tenure.taken_over` | debug | | `close()` does what a runtime that stands still has left undone. |
+//! | `tenure.taken_over` | debug | | `close()` does what a stalled runtime has left undone. |
 //! | `tenure.no_news` | debug, warn | `error` | There is no subscription. Until there is, waiters poll. |
-//! | `tenure.heartbeat_failed` | debug | `key`, `error` | A waiter could not report that it lives. |
-//! | `tenure.leave_failed` | debug | `key`, `error` | A place in the line could not be given up; it expires. |
+//! | `tenure.heartbeat_failed` | debug | `key`, `error` | A waiter could not report that it is alive. |
+//! | `tenure.leave_failed` | debug | `key`, `error` | A waiter could not leave the line; its place expires. |
 //! | `tenure.without_line` | debug | `error` | The user may not use the line; waiters poll. |
 //! | `tenure.reconnect` | debug | | The client did not take the request to reconnect. |
-//! | `tenure.revive` | debug | `stalled` | A connection or subscription moves to a runtime that runs. |
+//! | `tenure.revive` | debug | `stalled` | A connection or subscription moves to a running runtime. |
 //! | `tenure.mixed_up` | warn | | The client returned the reply to another request; it reconnects. |
 //! | `tenure.node_failed` | debug | `server`, `error` | A connection to a node of a cluster was dropped. |
-//! | `tenure.wait_failed` | debug | `error` | The server could not be asked which replicas have a write. |
-//! | `tenure.ballot` | debug | `ballot` | The nodes want a higher fencing token; one more round. |
+//! | `tenure.wait_failed` | debug | `error` | Asking which replicas have a write failed. |
+//! | `tenure.ballot` | debug | `ballot` | The nodes need a higher fencing token; one more round. |
 //! | `tenure.healed` | debug | `key`, `node` | A node that had lost the key has it again. |
-//! | `tenure.node_away` | warn | `node`, `error` | A node is not connected yet. |
+//! | `tenure.node_away` | warn | `node`, `error` | A node could not be connected to yet. |
 //! | `tenure.same_node` | warn | `node` | Two URLs name databases of one server. |
 //! | `tenure.same_server` | warn | `node`, `other` | Two addresses lead to one server, which has one vote. |
 //! | `tenure.node_is_replica` | warn | `node` | The node follows another server, and can't vote. |
@@ -112,8 +113,8 @@
 //!
 //! | feature | adds |
 //! | --- | --- |
-//! | `rustls` | `rediss://` URLs, by [rustls](https://docs.rs/rustls) on ring |
-//! | `native-tls` | `rediss://` URLs, by the platform's TLS library; with both features, this one is used |
+//! | `rustls` | `rediss://` URLs, with [rustls](https://docs.rs/rustls) on ring |
+//! | `native-tls` | `rediss://` URLs, with the platform's TLS library; with both features, this one is used |
 //! | `serde` | `Serialize` and `Deserialize` for [`Lease`] |
 
 #![cfg_attr(docsrs, feature(doc_cfg))]

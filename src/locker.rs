@@ -1,4 +1,4 @@
-//! Where locks come from: a handle on a store, and the settings that its requests start from.
+//! A handle on a store, from which locks are requested.
 
 pub(crate) mod builder;
 pub(crate) mod cleanups;
@@ -23,10 +23,10 @@ use crate::locker::shared::Shared;
 use crate::store::Holder;
 use crate::{Error, Key, Lease, LockGuard, LockRequest};
 
-/// Obtains locks on one server, one that Sentinels watch over, a cluster, a quorum, or the embedded store.
+/// Obtains locks on one server, on one watched by Sentinels, on a cluster, a quorum, or the embedded store.
 ///
-/// Cheap to clone: make one at start-up and hand out clones. Its connection is closed when the last clone and the last
-/// guard are gone; [`close`](Locker::close) makes sure that nothing is left half done.
+/// Cheap to clone: create one at start-up and hand out clones. Its connection is closed when the last clone and the
+/// last guard are gone; [`close`](Locker::close) makes sure that nothing is left half done.
 ///
 /// # Examples
 ///
@@ -52,28 +52,29 @@ pub struct Locker {
 impl Locker {
     /// Connects to a server with the default settings.
     ///
-    /// The URL's scheme says what is there: `redis://` or `valkey://` for one server, `rediss://` with TLS (features
-    /// `rustls` or `native-tls`), `redis+unix:///path/to.sock`, `redis-sentinel://host:26379?sentinelServiceName=name`
-    /// (more with `&node=host:port`), `redis-cluster://host:port?node=host:port`. Credentials and database as usual:
+    /// The URL's scheme names the kind of server: `redis://` or `valkey://` for one server, `rediss://` with TLS
+    /// (features `rustls` or `native-tls`), `redis+unix:///path/to.sock`,
+    /// `redis-sentinel://host:26379?sentinelServiceName=name` (more with `&node=host:port`),
+    /// `redis-cluster://host:port?node=host:port`. Credentials and database are part of it as usual:
     /// `redis://user:password@host:6379/1`. Other schemes and parameters are refused.
     ///
-    /// Behind Sentinels and in a cluster, a server that dies takes locks with it that none of its replicas has yet:
-    /// [`min_replicas`](LockerBuilder::min_replicas), [`quorum`](Locker::quorum). To keep those that a replica has,
-    /// their ttl must be longer than a failover takes.
+    /// Behind Sentinels and in a cluster, a server that dies takes with it the locks that none of its replicas has yet;
+    /// see [`min_replicas`](LockerBuilder::min_replicas) and [`quorum`](Locker::quorum). A lock that a replica has
+    /// survives if its ttl is longer than a failover takes.
     ///
-    /// The connection is driven on the runtime that this is called on. When that one ends, or nobody drives it any
-    /// more, the connection is opened anew on the runtime of whoever uses the locker next; so a locker may be a static
-    /// that several runtimes use, one after the other or at a time.
+    /// The connection is driven by the runtime that this is called on. If that runtime ends or is no longer driven, the
+    /// locker opens a new connection on the runtime of its next caller; so a locker may be a static that several
+    /// runtimes use, one after the other or at the same time.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidUrl`] when the URL makes no sense. [`Error::Redis`] when the server can't be reached within the
-    /// [command timeout](LockerBuilder::command_timeout), or refuses the credentials or the database. Later
-    /// interruptions are survived: it reconnects for ever. [`Error::NoRuntime`] outside a tokio runtime.
+    /// [`Error::InvalidUrl`] if the URL is malformed or unsupported. [`Error::Redis`] if the server can't be reached
+    /// within the [command timeout](LockerBuilder::command_timeout), or refuses the credentials or the database. The
+    /// locker survives later interruptions: it reconnects for ever. [`Error::NoRuntime`] outside a tokio runtime.
     ///
     /// # Cancel safety
     ///
-    /// Dropping it closes what it has opened.
+    /// Dropping the future closes what it has opened.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), tenure::Error> {
@@ -85,16 +86,15 @@ impl Locker {
         Self::builder().connect(url).await
     }
 
-    /// Uses a client of your own, with the default settings. It must be initialised, and stays yours to quit: when no
-    /// request waits any more, as one that does can't tell that client from one whose server is away.
+    /// Uses a client of your own, with the default settings. You initialise it, and you quit it, once no request is
+    /// waiting any longer: a waiting request can't tell a client that has quit from one whose server is away.
     ///
     /// Give it a [reconnect policy](fred::types::Builder::set_policy): without one, fred never connects again after an
-    /// interruption. Its other settings matter little, as every command brings its own timeout and is written only
-    /// once.
+    /// interruption. Its other settings matter little, as every command sets its own timeout and is written only once.
     ///
-    /// A client of a cluster is only asked for its configuration and its map of the slots. Commands go over connections
-    /// to the nodes that the locker opens itself, on the runtime that uses it: while a slot moves, fred gives replies
-    /// to the wrong callers.
+    /// A client of a cluster only provides its configuration and its map of the slots. The locker itself opens the
+    /// connections that carry its commands to the nodes, on the runtime that uses it: while a slot moves, fred gives
+    /// replies to the wrong callers.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -112,8 +112,8 @@ impl Locker {
         Self::builder().client(client)
     }
 
-    /// The embedded store, with the default settings: locks within this process, by the same contract, on tokio's
-    /// clock. For tests (also under `tokio::time::pause`), and for running without a server.
+    /// Uses the embedded store, with the default settings: locks within this process, under the same contract, on
+    /// tokio's clock. It is for tests (also under `tokio::time::pause`), and for running without a server.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -128,58 +128,57 @@ impl Locker {
         Self::builder().in_memory()
     }
 
-    /// Locks on a majority of independent servers, with the default settings: for locks that must outlive the loss of a
-    /// server and its memory.
+    /// Connects to a majority of independent servers, with the default settings: for locks that must survive the loss
+    /// of a server and its memory.
     ///
-    /// One server, or one under Sentinels, does for most: a lock is lost now and then, and its guard says so. A quorum
-    /// costs as many servers as it has nodes, and every lock, renewal and release a call to each; in return a lock
-    /// stays held, and stays exclusive, while fewer than half of the nodes are away or have lost their memory. The
-    /// guard is the same: renewed by a majority, lost by its own deadline at the latest.
+    /// One server, alone or under Sentinels, is enough for most uses: a lock is lost now and then, and its guard
+    /// reports it. A quorum needs as many servers as it has nodes, and one call to each of them per lock, renewal and
+    /// release; in return a lock stays held, and stays exclusive, while fewer than half of the nodes are away or have
+    /// lost their memory. The guard is the same: a majority renews it, and its own deadline ends it at the latest.
     ///
-    /// The URLs are those of plain servers ([`connect`](Locker::connect)): no replicas of each other, no cluster, not
-    /// under Sentinels. Their number is odd: 3 or 5, or 1 where there will be more one day. The nodes that are away
-    /// when this is called join when they come, as long as a majority is there.
+    /// The URLs are those of plain servers ([`connect`](Locker::connect)): not replicas of each other, not a cluster,
+    /// not under Sentinels. Their number is odd: 3 or 5, or 1 if you will add more one day. Nodes that are away when
+    /// this is called join when they come back, as long as a majority is there now.
     ///
-    /// # How it works, and what it rests on
+    /// # How it works, and what it relies on
     ///
     /// It is [Redlock](https://redis.io/docs/latest/develop/clients/patterns/distributed-locks/): a lock is held when
-    /// more than half of the nodes have granted it, within a time that is small against the ttl. On top of it:
+    /// more than half of the nodes have granted it, within a time that is small compared to the ttl. On top of it:
     ///
-    /// - **Restart window.** A node that has been up for less than the
-    ///   [restart window](LockerBuilder::restart_window) (60 s) may have forgotten what it granted, and doesn't vote:
-    ///   [`Error::NotVoting`]. No [ttl](LockRequest::ttl) can be longer. So a new quorum grants its first lock when its
-    ///   nodes have been up for a window; [`lock`](Locker::lock) waits through that. In tests, and on nodes that write
-    ///   everything to disk before they answer, [`RestartWindow::NodesNeverForget`](crate::RestartWindow) does without.
-    /// - **Healing.** A node that was away, or lost its memory, has the locks that are held again by their next
-    ///   renewals, once it votes. So a guard outlives any number of nodes that are away one after another, as long as
-    ///   each is back before a majority is away. After a restart that takes a window, up to 2 s more as servers
-    ///   tell their uptime in whole seconds, and a renewal.
-    /// - **Fencing tokens** ([what for](https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html))
-    ///   are agreed on by ballot: the client proposes one number to all nodes, and each grants only what is greater
-    ///   than the last that it knows, or than its own clock where it knows none, and no further ahead than the restart
-    ///   window. Two majorities share a node. Either it remembers the earlier number, and has granted a greater one; or
-    ///   it has forgotten, and its clock has passed the earlier number before it voted again. So tokens grow from
-    ///   holder to holder. A number that a node may have from before a restart, from an old dump or a file that was cut
-    ///   off, counts for no more than its clock.
-    ///   It rests on this: the clock of a node is not set back by more than the time it was away, nor put forward right
-    ///   after a restart; a node forgets only in a restart, not by a flush or an eviction; and all who share locks have
-    ///   set the same window. Clients' clocks may be wrong by hours: that costs their first request another round trip.
+    /// - **Restart window.** A node that has been up for less than the [restart window](LockerBuilder::restart_window)
+    ///   (60 s) may have forgotten what it granted, and doesn't vote: [`Error::NotVoting`]. No [ttl](LockRequest::ttl)
+    ///   can be longer. So a new quorum grants its first lock once its nodes have been up for a window;
+    ///   [`lock`](Locker::lock) waits through that. In tests, and on nodes that write everything to disk before they
+    ///   reply, [`RestartWindow::NodesNeverForget`](crate::RestartWindow) removes this wait.
+    /// - **Healing.** A node that was away, or lost its memory, gets the held locks back with their next renewals, once
+    ///   it votes. So a guard survives any number of nodes that are away one after another, as long as each is back
+    ///   before a majority is away. After a restart that takes a window, up to 2 s more because servers report their
+    ///   uptime in whole seconds, and a renewal.
+    /// - **Fencing tokens** ([why](https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html)) are
+    ///   agreed on by ballot: the client proposes one number to all nodes. Each node grants only a number that is
+    ///   greater than the last one it knows, or than its own clock if it knows none, and no further ahead than the
+    ///   restart window. Two majorities share a node. Either that node remembers the earlier number, and has granted a
+    ///   greater one; or it has forgotten it, and its clock had passed the earlier number before it voted again. So
+    ///   tokens grow from holder to holder. A number that a node has from before a restart, from an old dump or a
+    ///   truncated file, counts for no more than its clock. This relies on three things: a node's clock is not set back
+    ///   by more than the time it was away, nor put forward right after a restart; a node forgets only in a restart,
+    ///   not by a flush or an eviction; and all clients that share locks have set the same window. Clients' clocks may
+    ///   be wrong by hours: that costs their first request another round trip.
     ///
     /// As with any lock, nodes' clocks must run at about the same speed as ours ([`drift`](LockerBuilder::drift)).
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidNodes`] for no nodes, an even number of them (it tolerates no more failures than one node less),
-    /// one node twice (whatever its addresses, as far as it says which server it is), a cluster or Sentinels.
-    /// [`Error::InvalidUrl`] for a URL that makes no sense. [`Error::InvalidTtl`] where the locker's ttl is longer than
-    /// the restart window.
-    /// [`Error::Quorum`] when no majority could be reached within the [command
-    /// timeout](LockerBuilder::command_timeout), with each node's own error. Later, wherever [`Error::Redis`] is
-    /// documented, it is [`Error::Quorum`] that tells of failed nodes.
+    /// [`Error::InvalidNodes`] for no nodes, an even number of them (it tolerates no more failures than one node
+    /// fewer), the same node twice (whatever its addresses, as far as it reports which server it is), a cluster or
+    /// Sentinels. [`Error::InvalidUrl`] for a URL that is malformed or unsupported. [`Error::InvalidTtl`] if the
+    /// locker's ttl is longer than the restart window. [`Error::Quorum`] if no majority could be reached within the
+    /// [command timeout](LockerBuilder::command_timeout), with each node's own error. Later, wherever [`Error::Redis`]
+    /// is documented, [`Error::Quorum`] reports the failed nodes instead.
     ///
     /// # Cancel safety
     ///
-    /// Dropping it closes what it has opened.
+    /// Dropping the future closes what it has opened.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), tenure::Error> {
@@ -193,7 +192,7 @@ impl Locker {
         Self::builder().quorum(urls).await
     }
 
-    /// Starts from the default settings; ends in one of [`connect`](LockerBuilder::connect),
+    /// Returns a builder with the default settings; end it with one of [`connect`](LockerBuilder::connect),
     /// [`quorum`](LockerBuilder::quorum), [`client`](LockerBuilder::client) and
     /// [`in_memory`](LockerBuilder::in_memory).
     ///
@@ -206,25 +205,28 @@ impl Locker {
         LockerBuilder::default()
     }
 
-    /// Asks for a lock and waits for it, without limit unless one is [set](LockRequest::wait_at_most).
+    /// Requests a lock and waits for it, without limit unless one is [set](LockRequest::wait_at_most).
     ///
     /// # Turns
     ///
-    /// Waiters are notified of releases; they don't poll ([`poll_every`](LockerBuilder::poll_every) is for locks of other
-    /// libraries, which notify nobody). In this process they are served first in, first out. Between processes there is
-    /// a line at the server, in which each process that waits has one place, by the time of its arrival. Whoever
-    /// releases the lock gives it to the head of the line in the same step, so nobody who waits is overtaken by one who
-    /// comes later, with these exceptions: a process that has the lock serves its own waiters for up to 16 turns or
-    /// 100 ms in a row, whichever is over first, before it goes to the end of the line ([`fair`](LockRequest::fair)
-    /// requests have one turn each); and when a lock ends by its ttl, or another library has released it, the next one
-    /// who asks may get it. A process that dies in the line, or doesn't poll its request, costs the others 1.5 s when it
-    /// would be its turn, once; up to 3 s where it had several places in it. Another library sees an ordinary key all
-    /// the while, also in the moment between the release and the next holder's confirmation. On a quorum there is no
-    /// line: whoever comes at the right time gets the lock. Requests for [several keys](Locker::lock_all) stand in line
-    /// for one of them at a time.
+    /// Waiters are notified of releases; they don't poll ([`poll_every`](LockerBuilder::poll_every) is for locks of
+    /// other libraries, which send no notification). Within a process, waiters are served first in, first out. Between
+    /// processes there is a line at the server, in which each waiting process has one place, in order of arrival. A
+    /// release gives the lock to the head of the line in the same step, so no newcomer overtakes a waiter, with these
+    /// exceptions:
     ///
-    /// While it waits it goes on through whatever may pass: lost connections, failovers, servers that are loading. See
-    /// [`LockRequest`] for options, errors and cancel safety.
+    /// - A process that has the lock serves its own waiters for up to 16 turns or 100 ms in a row, whichever is over
+    ///   first, before it goes to the end of the line ([`fair`](LockRequest::fair) requests have one turn each).
+    /// - When a lock expires, or another library releases it, the next process that asks may get it.
+    /// - On a quorum there is no line: the process that asks at the right moment gets the lock.
+    ///
+    /// A process that dies in the line, or doesn't poll its request, costs the others 1.5 s when its turn comes, once;
+    /// up to 3 s if it had several places. Another library sees an ordinary key all the while, also in the moment
+    /// between the release and the next holder's confirmation. A request for [several keys](Locker::lock_all) waits in
+    /// line for one of them at a time.
+    ///
+    /// The request keeps waiting through lost connections, failovers and servers that are loading. See [`LockRequest`]
+    /// for options, errors and cancel safety.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -238,7 +240,7 @@ impl Locker {
         LockRequest::new(self.shared.clone(), vec![key.into()], Patience::Wait)
     }
 
-    /// Asks for a lock once, and fails with [`Error::NotObtained`] when another holds it.
+    /// Requests a lock once, and fails with [`Error::NotObtained`] if another holds it.
     ///
     /// See [`LockRequest`] for options, errors and cancel safety.
     ///
@@ -257,8 +259,8 @@ impl Locker {
         LockRequest::new(self.shared.clone(), vec![key.into()], Patience::Once)
     }
 
-    /// Asks for a lock as the locker was built to: with the builder's [`retry`](LockerBuilder::retry), or once. The
-    /// request can say otherwise, with [`retry`](LockRequest::retry) or [`wait_at_most`](LockRequest::wait_at_most).
+    /// Requests a lock as configured: with the builder's [`retry`](LockerBuilder::retry), or once. The request can
+    /// override this with [`retry`](LockRequest::retry) or [`wait_at_most`](LockRequest::wait_at_most).
     ///
     /// See [`LockRequest`] for options, errors and cancel safety.
     ///
@@ -278,13 +280,13 @@ impl Locker {
         LockRequest::new(self.shared.clone(), vec![key.into()], self.obtains())
     }
 
-    /// Asks for several locks at once, all or none, and waits for them: one guard, one renewal, one loss for the whole
-    /// set.
+    /// Requests several locks at once, all or none, and waits for them: one guard, one renewal and one loss for the
+    /// whole set.
     ///
-    /// They are taken in one step at the server, so that requests for overlapping sets can't block each other for ever,
-    /// in whatever order they name their keys. On a cluster, all keys must lie in one slot, which a common hash tag
-    /// sees to: `{invoices}:1`, `{invoices}:2`. See [`LockRequest`] for options, errors and cancel safety; no keys, or
-    /// one twice, is [`Error::InvalidKey`].
+    /// The server takes them in one step, so requests for overlapping sets can't deadlock, in whatever order they name
+    /// their keys. On a cluster, all keys must lie in one slot; a common hash tag ensures that: `{invoices}:1`,
+    /// `{invoices}:2`. See [`LockRequest`] for options, errors and cancel safety; no keys, or the same key twice, is
+    /// [`Error::InvalidKey`].
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -300,7 +302,7 @@ impl Locker {
         LockRequest::new(self.shared.clone(), keys.into_iter().map(Into::into).collect(), Patience::Wait)
     }
 
-    /// Asks for several locks once, all or none, and fails with [`Error::NotObtained`] when another holds one of them.
+    /// Requests several locks once, all or none, and fails with [`Error::NotObtained`] if another holds one of them.
     ///
     /// See [`lock_all`](Locker::lock_all), and [`LockRequest`] for options, errors and cancel safety.
     ///
@@ -320,7 +322,7 @@ impl Locker {
         LockRequest::new(self.shared.clone(), keys.into_iter().map(Into::into).collect(), Patience::Once)
     }
 
-    /// As [`lock_all`](Locker::lock_all), with the patience of [`obtain`](Locker::obtain).
+    /// Requests several locks like [`lock_all`](Locker::lock_all), with the patience of [`obtain`](Locker::obtain).
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -339,22 +341,22 @@ impl Locker {
         LockRequest::new(self.shared.clone(), keys.into_iter().map(Into::into).collect(), self.obtains())
     }
 
-    /// Takes up a lock that is held by a lease: renews it at once, and from then on as any other guard.
+    /// Turns a lease back into a guard: renews the lock at once, and from then on like any other guard.
     ///
     /// The guard has no metadata. It is renewed at the [locker's interval](LockerBuilder::renew_every). When it is
-    /// dropped, the lock is released in the background, unless another guard relies on it by the same token; or the lease
-    /// was [made by hand](Lease::new), and not from a guard: then only an explicit release ends it.
+    /// dropped, the lock is released in the background, unless another guard relies on it by the same token, or the
+    /// lease was [created from a token](Lease::new) rather than from a guard: then only an explicit release ends it.
     ///
     /// # Errors
     ///
-    /// [`Error::NotHeld`] when the lock is the lease's no more; it is not obtained again then, for which there is
-    /// [`obtain`](Locker::obtain) with the lease's [`token`](LockRequest::token). [`Error::InvalidTtl`] and the like
-    /// when the lease can't work; [`Error::ValidityExpired`] when too little of the ttl was left at the answer;
-    /// [`Error::Redis`] when the server could not be asked; [`Error::Closed`].
+    /// [`Error::NotHeld`] if the lease no longer holds the lock. `adopt` does not obtain it again; for that, use
+    /// [`obtain`](Locker::obtain) with the lease's [`token`](LockRequest::token). [`Error::InvalidTtl`] and the like if
+    /// the lease can't work; [`Error::ValidityExpired`] if too little of the ttl was left when the reply came;
+    /// [`Error::Redis`] if the server could not be reached, or failed; [`Error::Closed`].
     ///
     /// # Cancel safety
     ///
-    /// Dropping it leaves the lock to the lease, as a failure does; it may have been renewed once.
+    /// Dropping the future leaves the lock to the lease, as a failure does; it may have been renewed once.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -369,7 +371,7 @@ impl Locker {
         self.adopt_and_renew(&lease, self.shared.settings.renewal).await
     }
 
-    /// As [`adopt`](Locker::adopt), with a renewal of its own.
+    /// Adopts a lease like [`adopt`](Locker::adopt), with the given renewal.
     pub(crate) async fn adopt_and_renew(&self, lease: &Lease, renewal: Renewal) -> Result<LockGuard, Error> {
         let drift = self.shared.settings.drift;
         let ttl = self.validate(lease, lease.ttl())?;
@@ -392,18 +394,18 @@ impl Locker {
         Ok(LockGuard::start(hold, shared, &runtime))
     }
 
-    /// Makes sure that the server keeps a lease's lock for at least this long from now; never makes it shorter.
+    /// Makes sure that the server keeps a lease's lock for at least this long from now; never shortens it.
     ///
-    /// To extend or obtain in one, ask for the lock in the lease's name: [`obtain`](Locker::obtain) with its
+    /// To extend the lock or obtain it again in one call, use [`obtain`](Locker::obtain) with the lease's
     /// [`token`](LockRequest::token).
     ///
     /// # Errors
     ///
-    /// [`Error::NotHeld`] when the lock is the lease's no more; otherwise as [`adopt`](Locker::adopt).
+    /// [`Error::NotHeld`] if the lease no longer holds the lock; otherwise those of [`adopt`](Locker::adopt).
     ///
     /// # Cancel safety
     ///
-    /// Dropping it leaves the lock held; its ttl may be longer.
+    /// Dropping the future leaves the lock held; its ttl may be longer.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -421,17 +423,17 @@ impl Locker {
         self.shared.extend(lease.owned(), at_least).await
     }
 
-    /// Runs `body` under a lock: waits for it, runs the body for as long as it is held, and releases it.
+    /// Runs `body` under a lock: waits for the lock, runs the body for as long as it is held, and releases it.
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] when the lock is lost meanwhile; the body is dropped then, wherever it was. What the request for
-    /// the lock may fail with ([`LockRequest`]). When the body is done and only the release could not be confirmed,
-    /// that is no error: it goes on in the background.
+    /// [`Error::Lost`] if the lock is lost while the body runs; the body is then dropped, wherever it was. Any error of
+    /// the request for the lock ([`LockRequest`]). If the body is done and only the release could not be confirmed,
+    /// `scope` returns its output: the release goes on in the background.
     ///
     /// # Cancel safety
     ///
-    /// Dropping it drops the body and releases the lock in the background.
+    /// Dropping the future drops the body and releases the lock in the background.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -454,11 +456,11 @@ impl Locker {
         }
     }
 
-    /// Who holds a lock now, if anybody does: by this or another library.
+    /// Returns the current holder of a lock, if there is one: through this or another library.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidKey`]; [`Error::Redis`] when the server could not be asked; [`Error::Closed`].
+    /// [`Error::InvalidKey`]; [`Error::Redis`] if the server could not be reached, or failed; [`Error::Closed`].
     ///
     /// # Cancel safety
     ///
@@ -486,19 +488,19 @@ impl Locker {
         shared.store.inspect(&key, shared.command_timeout).await
     }
 
-    /// Refuses all new requests, ends those that wait with [`Error::Closed`], and waits for the releases that are in
-    /// flight: those of guards that were dropped, and of attempts that were given up.
+    /// Refuses all new requests, ends waiting ones with [`Error::Closed`], and waits for the releases in flight: those
+    /// of dropped guards, and of abandoned attempts.
     ///
-    /// It waits for nobody who doesn't run: what is pending by a future that is not polled, or on a runtime that is not
-    /// driven, it does itself.
+    /// It doesn't depend on stalled tasks: if a release is left to a future that nobody polls, or to a runtime that is
+    /// not driven, `close` does it itself.
     ///
-    /// For the end of a program: what the runtime's shutdown would cut off is done then. Guards that are still held
-    /// stay held and are renewed on, those of a [`WatchDog`](crate::WatchDog) too. Where the server doesn't answer any
-    /// more, this takes until the ttls have done the same; [`close_within`](Locker::close_within) doesn't.
+    /// Call it at the end of a program: it finishes what the runtime's shutdown would cut off. Guards that are still
+    /// held stay held and are still renewed, those of a [`WatchDog`](crate::WatchDog) too. If the server no longer
+    /// replies, this waits until the ttls have freed the locks; [`close_within`](Locker::close_within) doesn't.
     ///
     /// # Cancel safety
     ///
-    /// Dropping it stops the waiting; the locker stays closed, and the releases go on.
+    /// Dropping the future stops the waiting; the locker stays closed, and the releases go on.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -515,15 +517,15 @@ impl Locker {
         self.shared.finish_cleanups().await;
     }
 
-    /// Closes as [`close`](Locker::close) does, and waits no longer than `limit`. Returns how many releases it had to
-    /// leave; zero when all are done.
+    /// Closes like [`close`](Locker::close), and waits no longer than `limit`. Returns how many releases are not done
+    /// yet; zero when all are done.
     ///
-    /// What is left goes on in the background for as long as the runtime lives; after that the ttls free the locks.
-    /// Outside a tokio runtime there is no clock to wait by: then it doesn't wait at all.
+    /// The remaining releases go on in the background for as long as the runtime lives; after that the ttls free the
+    /// locks. Outside a tokio runtime there is no clock to wait by, so it doesn't wait at all.
     ///
     /// # Cancel safety
     ///
-    /// As [`close`](Locker::close).
+    /// The same as for [`close`](Locker::close).
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -542,7 +544,7 @@ impl Locker {
     pub async fn close_within(&self, limit: Duration) -> usize {
         let releases = self.refuse_new_requests();
         if Shared::check_runtime().is_ok() {
-            // What is left when the time is up is counted below.
+            // The return value counts what is left when the time is up.
             drop(tokio::time::timeout(limit, self.shared.finish_cleanups()).await);
         }
         releases.len()
@@ -550,7 +552,7 @@ impl Locker {
 
     /// Closes the locker when the returned value is dropped, and waits for the releases in flight, up to `limit`.
     ///
-    /// For programs that hold a guard until `main` returns: see [`CloseOnDrop`] for what it can't do.
+    /// For programs that hold a guard until `main` returns; [`CloseOnDrop`] lists its limits.
     ///
     /// ```
     /// # #[tokio::main]
@@ -569,7 +571,7 @@ impl Locker {
         CloseOnDrop::new(self.clone(), limit)
     }
 
-    /// Ends what waits, and refuses what comes. Returns what keeps count of the releases that are still in flight.
+    /// Ends waiting requests, and refuses new ones. Returns the tracker that counts the releases still in flight.
     pub(crate) fn refuse_new_requests(&self) -> &TaskTracker {
         self.shared.closed.cancel();
         let releases = &self.shared.releases;
@@ -577,12 +579,12 @@ impl Locker {
         releases
     }
 
-    /// The patience of `obtain`.
+    /// Returns the patience of `obtain`.
     fn obtains(&self) -> Patience {
         self.shared.settings.retry.clone().map_or(Patience::Once, Patience::Retry)
     }
 
-    /// Refuses a lease that can't work. Answers the ttl as the server will have it.
+    /// Refuses a lease that can't work. Returns the ttl in the server's unit.
     fn validate(&self, lease: &Lease, ttl: Duration) -> Result<Duration, Error> {
         if self.shared.closed.is_cancelled() {
             return Err(Error::Closed);

@@ -1,4 +1,4 @@
-//! How a lock ends, and the futures that wait for the end or stop work at it.
+//! The reasons why a lock ends, and the futures that wait for the end or stop work at it.
 
 #[cfg(test)]
 mod tests;
@@ -37,10 +37,10 @@ use crate::hold::Hold;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, thiserror::Error)]
 pub enum Loss {
     /// The deadline passed without a confirmed renewal: the server could not be reached or did not reply, or this
-    /// process was stopped. Others may hold the lock a little later.
+    /// process was suspended. Others may hold the lock a little later.
     #[error("it expired: no renewal was confirmed in time")]
     Expired,
-    /// The key holds something else, according to the server. Another holder may be at work.
+    /// The key holds another token, according to the server. Another holder may be at work.
     #[error("another has it: the key holds another token")]
     Taken,
     /// The key is gone, according to the server: deleted, evicted, flushed, expired, or lost in a restart or a
@@ -101,7 +101,7 @@ impl Future for Lost {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Loss> {
         let mut this = self.project();
         loop {
-            // First of all the clock: a runtime that was blocked past the deadline may poll this before the renewer.
+            // The clock comes first: a runtime that was blocked past the deadline may poll this before the renewer.
             if let Err(loss) = this.hold.check() {
                 return Poll::Ready(loss);
             }
@@ -129,13 +129,14 @@ struct Timer {
     /// Created when first needed: most futures of this module end long before the deadline.
     #[pin]
     sleep: Option<Sleep>,
-    /// The runtime whose timers `sleep` uses. Another runtime needs another `sleep`, as this one may end first.
+    /// The runtime whose timers `sleep` uses. On another runtime a new `sleep` is needed, as this one may shut down
+    /// first.
     runtime: Option<runtime::Id>,
 }
 
 impl Timer {
-    /// Returns ready once the deadline has passed. The timer is only reset for a later deadline when the earlier one
-    /// has passed, so that renewals cost nothing.
+    /// Returns ready once the deadline has passed. A later deadline only resets the timer when the earlier one has
+    /// passed, so renewals cost nothing.
     fn poll_elapsed(self: Pin<&mut Self>, deadline: Instant, cx: &mut Context<'_>) -> Poll<()> {
         let mut this = self.project();
         let runtime = Handle::try_current().ok().map(|handle| handle.id());
@@ -216,7 +217,7 @@ impl<F: Future> Future for Protected<F> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         if let Err(loss) = this.lost.hold.check() {
-            // Before the loss is returned: the caller may rely on the work having stopped.
+            // Dropped before the loss is returned: the caller may rely on the work having stopped.
             this.work.set(None);
             return Poll::Ready(Err(loss));
         }
@@ -226,7 +227,7 @@ impl<F: Future> Future for Protected<F> {
                 return Poll::Ready(this.lost.hold.check().map(|()| output));
             }
         }
-        // After the work, as work that is never pending needs no timer.
+        // Polled after the work: work that is never pending needs no timer.
         let loss = ready!(this.lost.poll(cx));
         this.work.set(None);
         Poll::Ready(Err(loss))

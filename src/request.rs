@@ -22,8 +22,8 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 /// A request for a lock: set what you need, then `.await` it for the [`LockGuard`].
 ///
 /// Created by [`Locker::lock`], [`Locker::try_lock`] and [`Locker::obtain`], which differ only in their patience, and
-/// by [`Locker::lock_all`] and [`Locker::obtain_all`] for several keys. Nothing happens before it is awaited. Options
-/// that are not set here are those of the [`Locker`].
+/// by [`Locker::lock_all`], [`Locker::try_lock_all`] and [`Locker::obtain_all`] for several keys. Nothing happens
+/// before it is awaited. Options that are not set here are those of the [`Locker`].
 ///
 /// # Cancel safety
 ///
@@ -35,17 +35,17 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 ///
 /// # Errors
 ///
-/// - [`Error::NotObtained`]: another holds the lock, as the server last reported, and the request's patience is over.
-/// - [`Error::Redis`]: the server refused for good, or the last attempt failed, or the server did not answer at all
+/// - [`Error::NotObtained`]: another holds the lock, as the server last reported, and the request doesn't wait longer.
+/// - [`Error::Redis`]: the server refused for good, or the last attempt failed, or the server did not reply at all
 ///   within the time that the request may wait. A request that waits behind others in this process returns the errors
-///   of those that asked before it. [`Error::Quorum`] where that is true of so many nodes that no majority was left.
+///   of those that asked before it. [`Error::Quorum`] if so many nodes failed that no majority was left.
 /// - [`Error::NotReplicated`]: too few [replicas](crate::LockerBuilder::min_replicas) acknowledged the lock in time,
 ///   and it was released again.
-/// - [`Error::ValidityExpired`]: the answer came so late that too little of the ttl was left; for a request that waits,
+/// - [`Error::ValidityExpired`]: the reply came so late that too little of the ttl was left; for a request that waits,
 ///   several times in a row.
 /// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`]: no such lock can work; nothing was sent.
-/// - [`Error::Unsupported`]: replicas are asked for where there can be none; nothing was sent.
-/// - [`Error::CrossSlot`]: several keys that lie in different slots of a cluster; nothing was sent.
+/// - [`Error::Unsupported`]: the locker requires replicas on a server that can't have any; nothing was sent.
+/// - [`Error::CrossSlot`]: the keys lie in different slots of a cluster; nothing was sent.
 /// - [`Error::Closed`]: the locker was closed before or meanwhile.
 /// - [`Error::NoRuntime`]: the future was polled outside a tokio runtime.
 ///
@@ -81,8 +81,8 @@ impl LockRequest {
     /// Sets how long the server keeps the lock after each renewal, in whole milliseconds: from 4 ms (with the default
     /// drift) to 365 days. Default: the locker's, 30 s.
     ///
-    /// Others wait for this long when this process dies, and the process loses the lock when it is cut off from the
-    /// server for this long.
+    /// If this process dies, others wait for this long. If the process is cut off from the server for this long, it
+    /// loses the lock.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -102,7 +102,7 @@ impl LockRequest {
 
     /// Limits how long the request waits. It gives up within 50 ms of the limit, whatever the server does.
     ///
-    /// Makes [`obtain`](Locker::obtain) wait, and [`try_lock`](Locker::try_lock) too.
+    /// Makes [`obtain`](Locker::obtain) and [`try_lock`](Locker::try_lock) wait, too.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -124,8 +124,8 @@ impl LockRequest {
         self
     }
 
-    /// Makes the request try again after each of these pauses, and give up when they end. An attempt that the server
-    /// fails counts, too.
+    /// Makes the request try again after each of these pauses, and give up when they end. An attempt that fails at the
+    /// server counts, too.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -143,7 +143,8 @@ impl LockRequest {
         self
     }
 
-    /// Stores these bytes beside the token, for [`Locker::inspect`] to show: for example, who holds the lock, and why.
+    /// Stores these bytes beside the token, for [`Locker::inspect`] to return: for example, who holds the lock, and
+    /// why.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -220,9 +221,9 @@ impl LockRequest {
 
     /// Sets whether the guard has a [fencing token](LockGuard::fencing_token). Default: the locker's, true.
     ///
-    /// If a lock was obtained without a fencing token, and is obtained again with one by its guard's random
-    /// [token](LockGuard::token), it has that of the holder before. If the token was [chosen](LockRequest::token) each
-    /// time, the lock has a fencing token of its own.
+    /// If a lock was obtained without a fencing token, and its guard's random [token](LockGuard::token) obtains it
+    /// again with one, that is the fencing token of the previous holder. If the token was [chosen](LockRequest::token)
+    /// each time, the lock gets a fencing token of its own.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -237,15 +238,15 @@ impl LockRequest {
         self
     }
 
-    /// Sets whether the request has a place of its own in the line for the lock. Default: false.
+    /// Sets whether the request has its own place in the line for the lock. Default: false.
     ///
     /// The plain requests of one process share a place in the line, and a process that has the lock may serve several
-    /// of them in a row ([turns](crate::Locker::lock)). Fair requests have one place and one turn each, in the order
-    /// in which they arrive in whatever process. Each takes about one call more. A fair request that doesn't wait
+    /// of them in a row ([turns](crate::Locker::lock)). Fair requests have one place and one turn each, in order of
+    /// arrival across all processes. Each takes about one call more. A fair request that doesn't wait
     /// ([`try_lock`](crate::Locker::try_lock)) is refused while others are in the line.
     ///
-    /// Plain and fair requests for one key stand in the same line. For several keys, in a quorum, and on the embedded
-    /// store this setting changes nothing.
+    /// Plain and fair requests for one key wait in the same line. For several keys, in a quorum, and on the embedded
+    /// store this setting has no effect.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -309,7 +310,7 @@ impl fmt::Display for Keys<'_> {
 ///
 /// # Cancel safety
 ///
-/// It may be dropped at any time, see [`LockRequest`].
+/// It may be dropped at any time; see [`LockRequest`].
 ///
 /// # Examples
 ///

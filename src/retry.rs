@@ -1,4 +1,4 @@
-//! How long to pause between attempts to obtain a lock: a value that makes a sequence of pauses.
+//! The pauses between attempts to obtain a lock.
 
 use std::fmt;
 use std::iter;
@@ -7,10 +7,10 @@ use std::time::Duration;
 
 /// A strategy of pauses between attempts; when the pauses end, so do the attempts.
 ///
-/// Given to one request with [`LockRequest::retry`](crate::LockRequest::retry) or to all with
-/// [`LockerBuilder::retry`](crate::LockerBuilder::retry). A deadline set with
-/// [`wait_at_most`](crate::LockRequest::wait_at_most) wins over any strategy. Without one of its own,
-/// a request that waits chooses its pauses by itself, and looks again at the latest when the holder's ttl ends.
+/// Set for one request with [`LockRequest::retry`](crate::LockRequest::retry) or for all with
+/// [`LockerBuilder::retry`](crate::LockerBuilder::retry). A limit set with
+/// [`wait_at_most`](crate::LockRequest::wait_at_most) wins over any strategy. A waiting request without a strategy
+/// chooses its own pauses, and tries again no later than the end of the holder's ttl.
 ///
 /// # Examples
 ///
@@ -36,7 +36,7 @@ pub struct Retry {
 pub type Pauses = Box<dyn Iterator<Item = Duration> + Send>;
 
 impl Retry {
-    /// One attempt, no more.
+    /// Makes one attempt and no retries.
     ///
     /// ```
     /// assert_eq!(tenure::Retry::none().pauses().count(), 0);
@@ -45,7 +45,7 @@ impl Retry {
         Self::from_iter(iter::empty())
     }
 
-    /// The same pause for ever.
+    /// Repeats the same pause for ever.
     ///
     /// ```
     /// let ten_times_a_second = tenure::Retry::linear(std::time::Duration::from_millis(100));
@@ -54,7 +54,7 @@ impl Retry {
         Self::from_iter(iter::repeat(pause))
     }
 
-    /// Doubling pauses: `min` first, never longer than `max`.
+    /// Doubles the pause each time, from `min` up to `max`.
     ///
     /// ```
     /// use std::time::Duration;
@@ -66,7 +66,7 @@ impl Retry {
         Self::from_iter(iter::successors(Some(min.min(max)), double))
     }
 
-    /// Any pauses: an iterator of them (started afresh for every request), or a function that makes one.
+    /// Uses any pauses: an iterator of them (restarted for every request), or a function that returns one.
     ///
     /// # Examples
     ///
@@ -84,7 +84,7 @@ impl Retry {
         Self { make: pauses.into_pauses(), limit: None, jitter: Duration::ZERO }
     }
 
-    /// At most `n` retries, that is `n + 1` attempts.
+    /// Allows at most `n` retries, that is, `n + 1` attempts.
     ///
     /// ```
     /// use std::time::Duration;
@@ -95,7 +95,7 @@ impl Retry {
         Self { limit: Some(self.limit.map_or(n, |limit| limit.min(n))), ..self }
     }
 
-    /// Adds a random time below `jitter` to every pause, so that many who wait don't ask all at once.
+    /// Adds a random time below `jitter` to every pause, so that many waiters don't all ask at once.
     ///
     /// ```
     /// use std::time::Duration;
@@ -106,7 +106,7 @@ impl Retry {
         Self { jitter, ..self }
     }
 
-    /// Starts the strategy: the pauses of one request.
+    /// Returns the pauses of one request, from the beginning.
     ///
     /// ```
     /// use std::time::Duration;
@@ -130,9 +130,9 @@ impl fmt::Debug for Retry {
     }
 }
 
-/// What [`Retry::from_iter`] takes: an iterator of pauses, or a function that makes one.
+/// What [`Retry::from_iter`] accepts: an iterator of pauses, or a function that returns one.
 ///
-/// Implemented for all that fits; `Kind` only tells the two apart.
+/// Implemented for everything that fits; `Kind` only distinguishes the two.
 pub trait IntoPauses<Kind> {
     #[doc(hidden)]
     fn into_pauses(self) -> Arc<dyn Fn() -> Pauses + Send + Sync>;

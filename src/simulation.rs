@@ -1,5 +1,5 @@
-//! What happens when, to the millisecond: locks on a store that fails as told, under paused time. And thousands of
-//! random histories, none of which may have two holders at once.
+//! Locks on a store that fails as planned, under paused time: exact timing to the millisecond, and thousands of random
+//! histories, none of which may have two holders at once.
 
 mod actor;
 mod oracle;
@@ -26,7 +26,7 @@ const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// A locker whose renewals and releases go as told; drift is 1 % and 2 ms.
+/// Returns a locker whose calls fail as planned; drift is 1 % and 2 ms.
 fn locker(plan: impl Fn(Operation) -> Fault + Send + Sync + 'static) -> Locker {
     locker_on(Arc::new(MemoryStore::new()), plan)
 }
@@ -36,12 +36,12 @@ fn locker_on(store: Arc<MemoryStore>, plan: impl Fn(Operation) -> Fault + Send +
     builder.build(Box::new(FaultyStore::new(store, plan)), None)
 }
 
-/// Only calls of this kind go wrong.
+/// Returns a plan in which only calls of this kind fail.
 fn only(operation: Operation, fault: Fault) -> impl Fn(Operation) -> Fault + Send + Sync + 'static {
     move |called| if called == operation { fault } else { Fault::None }
 }
 
-/// When and how the guard was lost, counted from `start`; and that `is_held` said so at the same instant, not before.
+/// Returns when, counted from `start`, and how the guard was lost. Asserts that `is_held` changes at that instant.
 async fn loss_of(guard: &LockGuard, start: Instant) -> (Duration, Loss) {
     let mut lost = Box::pin(guard.lost());
     let over = guard.cancellation_token();
@@ -54,7 +54,7 @@ async fn loss_of(guard: &LockGuard, start: Instant) -> (Duration, Loss) {
             }
             () = sleep(ms(1)) => {}
         }
-        // A millisecond on, nothing but the clock has had time to notice.
+        // A millisecond later, only the clock can have ended the lock.
         assert_eq!(guard.is_held(), Instant::now() < guard.deadline() && guard.check().is_ok());
     }
 }
@@ -103,7 +103,7 @@ async fn renewals_come_every_third_of_the_ttl_and_count_from_their_send() {
     sleep(ms(5_000)).await;
     let sent: Vec<_> = sent.lock().unwrap().iter().map(|&at| at - start).collect();
     assert_eq!(sent, [ms(1_000), ms(2_000), ms(3_000), ms(4_000), ms(5_000)]);
-    // The last has not been answered yet.
+    // The last renewal has no reply yet.
     assert_eq!(guard.deadline() - start, ms(4_000 + 3_000 - 30 - 2));
 }
 
@@ -140,7 +140,8 @@ async fn a_release_is_not_held_up_by_a_hung_renewal() {
     locker.close().await;
 }
 
-/// Five locks that are renewed together after 1,000 ms, how often that was asked for, and when they were obtained.
+/// Returns five locks that are renewed together after 1,000 ms, the number of renewal calls, and when they were
+/// obtained.
 async fn five_together(
     fault: impl Fn(u32) -> Fault + Send + Sync + 'static,
 ) -> (Vec<LockGuard>, Arc<AtomicU32>, Instant) {
@@ -209,7 +210,7 @@ async fn what_is_done_to_one_lock_is_not_held_up_by_a_hung_renewal_of_many() {
     let short = guards.pop().unwrap();
     short.renew_for(ms(400)).await.unwrap();
     sleep(ms(1_000)).await;
-    assert!(short.is_held(), "renewed by itself, for as long as it is now");
+    assert!(short.is_held(), "renewed on its own, for its present ttl");
     assert!(short.deadline() - start < ms(2_500));
     assert!(guards.iter().all(LockGuard::is_held));
 }
@@ -218,7 +219,7 @@ async fn what_is_done_to_one_lock_is_not_held_up_by_a_hung_renewal_of_many() {
 async fn a_release_whose_answer_was_lost_is_a_release() {
     let calls = AtomicU32::new(0);
     let locker = locker(move |operation| match operation {
-        // Run, and cut off before the answer.
+        // It runs, and the connection breaks before the reply.
         Operation::Release if calls.fetch_add(1, Ordering::Relaxed) == 0 => Fault::AnswerLost,
         _ => Fault::None,
     });
@@ -236,7 +237,7 @@ async fn a_keeper_outlives_its_guard_until_the_ttl_at_most() {
         assert!(start.elapsed() <= ms(500));
         locker.close().await;
         assert!(start.elapsed() <= ms(2_000), "{:?}", start.elapsed());
-        // Longer than the task that ran the renewer waits for others.
+        // Longer than the renewer's task waits for other locks.
         sleep(ms(1_000)).await;
         assert_eq!(Handle::current().metrics().num_alive_tasks(), 0, "{fault:?}");
     }
@@ -260,7 +261,7 @@ async fn a_server_that_is_away_for_a_while_still_has_what_was_dropped_released()
 async fn what_was_dropped_is_released_for_as_long_as_the_server_may_keep_it_not_only_until_the_deadline() {
     let back = Instant::now() + ms(9_000);
     let locker = locker(move |operation| match operation {
-        // A shorter ttl that never gets there: the guard must reckon with it, the server knows nothing of it.
+        // A shorter ttl that never arrives: the guard must allow for it, and the server knows nothing of it.
         Operation::Renew => Fault::Refused,
         Operation::Release if Instant::now() < back => Fault::Refused,
         _ => Fault::None,
@@ -307,7 +308,7 @@ async fn work_that_becomes_ready_with_the_loss_has_lost() {
     assert_eq!((&mut protected).await, Err(Loss::Expired));
     assert!(dropped.load(Ordering::Relaxed), "dropped with the loss, not with the future");
 
-    // Work that ends late, in a single step, was not under the lock to its end.
+    // Work that ends late, in a single step, was not under the lock until its end.
     let guard = locker.lock("other").await.unwrap();
     let late = guard.protect(async { tokio::time::advance(ms(2_000)).await });
     assert_eq!(late.await, Err(Loss::Expired));
@@ -317,7 +318,7 @@ async fn work_that_becomes_ready_with_the_loss_has_lost() {
 async fn waiting_ends_at_its_limit_to_the_millisecond() {
     let locker = locker(|_| Fault::None);
     let _held = locker.lock("k").await.unwrap();
-    // The second behind the first, who is in its way no longer than that.
+    // The second waiter is behind the first, which holds it up no longer than the first one's limit.
     let start = Instant::now();
     let first = tokio::spawn(locker.lock("k").wait_at_most(ms(300)).into_future());
     let second = tokio::spawn(locker.lock("k").wait_at_most(ms(500)).into_future());
@@ -355,7 +356,7 @@ async fn a_hand_over_that_fails_leaves_the_lock_to_who_waits() {
     for fault in [Fault::Hung, Fault::Refused, Fault::AnswerLost, Fault::RunAfter(ms(700))] {
         let calls = AtomicU32::new(0);
         let locker = locker(move |operation| match operation {
-            // The hand-over, which is the first release of all.
+            // The hand-over, which is the first release.
             Operation::Release if calls.fetch_add(1, Ordering::Relaxed) == 0 => fault,
             _ => Fault::None,
         });
@@ -371,16 +372,16 @@ async fn a_hand_over_that_fails_leaves_the_lock_to_who_waits() {
     }
 }
 
-/// What was seen from outside.
+/// What an observer sees of a history.
 struct History {
-    /// How often one obtained the lock while another still believed to hold it.
+    /// How often a client obtained the lock while another still believed that it held it.
     overlaps: u32,
-    /// The fencing tokens, in the order that their holders came to know them.
+    /// The fencing tokens, in the order in which their holders learned them.
     fences: Vec<u64>,
 }
 
-/// Three clients on one lock, each behind a line of its own that loses, delays and doubles what it carries, with one to
-/// three tasks that hand the lock over to each other.
+/// Runs three clients on one lock, each on its own connection that loses, delays and doubles calls, with one to three
+/// tasks that hand the lock over to each other.
 async fn history(seed: u64, faults: &'static [fn(&mut fastrand::Rng) -> Fault]) -> History {
     let store = Arc::new(MemoryStore::new());
     let held: Arc<Mutex<Vec<Arc<Hold>>>> = Arc::default();
@@ -400,7 +401,7 @@ async fn history(seed: u64, faults: &'static [fn(&mut fastrand::Rng) -> Fault]) 
                 for _ in 0..6 {
                     let request = locker.lock("k").wait_at_most(ms(rng.u64(..8_000)));
                     let Ok(Ok(guard)) = timeout(ms(rng.u64(..16_000)), request).await else { continue };
-                    // One of its own, that is renewed along with the other.
+                    // Another lock, which is renewed along with this one.
                     let _beside = match rng.bool() {
                         true => locker.try_lock(format!("{client} {task}")).await.ok(),
                         false => None,
@@ -435,7 +436,7 @@ fn histories(faults: &'static [fn(&mut fastrand::Rng) -> Fault], mut check: impl
     }
 }
 
-/// What networks and servers do.
+/// The faults of networks and servers.
 const FAULTS: &[fn(&mut fastrand::Rng) -> Fault] = &[
     |_| Fault::Refused,
     |_| Fault::Hung,
@@ -446,7 +447,7 @@ const FAULTS: &[fn(&mut fastrand::Rng) -> Fault] = &[
     |rng| Fault::Doubled(ms(rng.u64(..5_000))),
 ];
 
-/// And what this kind of lock does not survive: a server that forgets.
+/// The fault that this kind of lock does not survive: a server that forgets.
 const BEYOND: &[fn(&mut fastrand::Rng) -> Fault] = &[|_| Fault::Forgotten, |_| Fault::Refused];
 
 #[test]
@@ -457,11 +458,11 @@ fn no_history_has_two_holders_at_once_or_fencing_tokens_that_fall() {
         assert!(fences.is_sorted_by(|earlier, later| earlier < later), "fencing tokens don't grow, seed {seed}");
         obtained += fences.len();
     });
-    // Or the histories have shown nothing.
+    // Otherwise the histories have shown nothing.
     assert!(obtained > 10_000, "{obtained}");
 }
 
-/// Two who hold a lock at once may come to know their fencing tokens in any order: it is not looked at here.
+/// Ignores the fencing tokens: two holders at once may learn theirs in any order.
 #[test]
 fn a_server_that_forgets_has_two_holders_at_once_or_the_histories_are_toothless() {
     let mut found = 0;
@@ -487,15 +488,15 @@ async fn a_lock_that_was_taken_back_is_no_guards_whatever_a_slow_answer_says() {
     let guard = locker.lock("k").await.unwrap();
     let waiter = tokio::spawn(locker.lock("k").into_future());
     sleep(ms(10)).await;
-    // The waiter asks after the lock was handed over to it, and before it hears of that. The server says that it has
-    // the lock; the answer comes when the lock was taken back from it, as it seemed not to be polled.
+    // The waiter asks after the lock was handed over to it, and before it learns of the hand-over. The server replies
+    // that it has the lock; the reply comes after the lock was taken back from it, as it seemed not to be polled.
     is_slow.store(true, Ordering::Relaxed);
     guard.release().await.unwrap();
     is_slow.store(false, Ordering::Relaxed);
     let held = timeout(ms(1_500), other.lock("k").into_future()).await.unwrap().unwrap();
     sleep(ms(3_000)).await;
     assert!(held.is_held());
-    assert!(!waiter.is_finished(), "two hold the lock");
+    assert!(!waiter.is_finished(), "two holders at once");
     held.release().await.unwrap();
     waiter.await.unwrap().unwrap().release().await.unwrap();
 }
@@ -532,7 +533,7 @@ async fn what_an_attempt_may_have_left_is_undone_also_where_the_lock_was_taken_b
     is_late.store(true, Ordering::Relaxed);
     let mut parked = locker.lock("k").into_future();
     assert!(timeout(ms(700), &mut parked).await.is_err());
-    // It is handed over, and taken back from who is not polled.
+    // The lock is handed over to the parked request, and taken back from it.
     guard.release().await.unwrap();
     sleep(ms(1_000)).await;
     assert_eq!(store.holder(&"k".into()), None);
@@ -555,7 +556,7 @@ async fn what_may_have_been_handed_over_to_a_future_that_is_not_polled_is_taken_
     assert!(timeout(ms(10), &mut parked).await.is_err());
     is_lost.store(true, Ordering::Relaxed);
     guard.release().await.unwrap();
-    assert!(store.holder(&"k".into()).is_some(), "it was handed over, which nobody knows");
+    assert!(store.holder(&"k".into()).is_some(), "it was handed over, and nobody knows");
     sleep(ms(2_000)).await;
     assert_eq!(store.holder(&"k".into()), None);
     parked.await.unwrap().release().await.unwrap();

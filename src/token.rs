@@ -1,4 +1,4 @@
-//! Who holds a lock: a secret that only its owner knows.
+//! The secret that identifies the owner of a lock.
 
 use std::fmt;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -10,9 +10,9 @@ use crate::Error;
 
 /// The owner's secret of one held lock.
 ///
-/// The server stores it at the lock's key, and renews or releases only for who presents the same one. A fresh token is
-/// made for every request; bring your own with [`LockRequest::token`](crate::LockRequest::token) when the same owner
-/// must be able to obtain its lock again, after a restart say.
+/// The server stores it at the lock's key, and renews or releases the lock only for a request with the same token.
+/// Every request gets a new random token; choose your own with [`LockRequest::token`](crate::LockRequest::token) if the
+/// same owner must be able to obtain its lock again, for example after a restart.
 ///
 /// Not to be confused with the *fencing* token, a number that grows with every new holder
 /// ([`LockGuard::fencing_token`](crate::LockGuard::fencing_token)).
@@ -35,35 +35,35 @@ use crate::Error;
 pub struct Token(Str);
 
 impl Token {
-    /// The most bytes that a token may have.
+    /// The greatest length of a token in bytes.
     pub const MAX_LEN: usize = 1024;
 
-    /// Makes a token of 128 random bits from the operating system, as 32 hexadecimal digits.
+    /// Creates a token of 128 random bits from the operating system, as 32 hexadecimal digits.
     pub fn random() -> Self {
         let mut bits = [0; 16];
         if getrandom::fill(&mut bits).is_err() {
-            // No system that runs tokio is known to refuse. Should one do so, the standard library's hasher keys are
-            // the next best thing that is different in every process and at every call.
+            // No system that runs tokio is known to fail here. If one does, the keys of the standard library's hasher
+            // are the next best source: they differ in every process and at every call.
             let half = || RandomState::new().build_hasher().finish().to_le_bytes();
             bits = [half(), half()].concat().try_into().unwrap_or(bits);
         }
-        // By hand, which takes a third less than to format them.
+        // Formatted by hand, which takes a third less time than `format!`.
         let digit = |half| if half < 10 { b'0' + half } else { b'a' + half - 10 };
         Self::from_server(bits.map(|byte| [byte >> 4, byte & 15].map(digit)).as_flattened())
     }
 
-    /// What a key holds, read as a token. Other libraries may have put any bytes there: those that are no text are
-    /// replaced, as this is only shown.
+    /// Reads the content of a key as a token. Other libraries may have stored any bytes there: bytes that are not UTF-8
+    /// are replaced, as the token is only shown.
     pub(crate) fn from_server(bytes: &[u8]) -> Self {
         Self(String::from_utf8_lossy(bytes).into_owned().into())
     }
 
-    /// As a client sends it, without a copy.
+    /// Returns the token as a client sends it, without a copy.
     pub(crate) fn to_text(&self) -> Str {
         self.0.clone()
     }
 
-    /// The token as the server stores it.
+    /// Returns the token as the server stores it.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -76,7 +76,7 @@ impl FromStr for Token {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidToken`] for any other. The newline is what ends the token where metadata follows it.
+    /// [`Error::InvalidToken`] for any other text. At the server a newline separates the token from the metadata.
     fn from_str(text: &str) -> Result<Self, Error> {
         if text.is_empty() {
             return Err(Error::InvalidToken("it is empty"));

@@ -1,42 +1,42 @@
-//! A model of the line for a lock, in which the waiters of all processes stand. Everything that can happen does: an
-//! exhaustive check of the promises, and of the safeguards that keep them. A program of its own, as it needs no server
-//! and takes the whole processor.
+//! A model of the line for a lock, in which the waiters of all processes wait. Everything that can happen does: an
+//! exhaustive check of the promises, and of the safeguards that keep them. A program of its own, because it needs no
+//! server and uses the whole processor.
 //!
 //! | in the model                            | in the crate                                                      |
 //! | --------------------------------------- | ----------------------------------------------------------------- |
-//! | `State::run` and below (`server.rs`)    | `src/store/redis/scripts/`, a function each                       |
+//! | `State::run` and below (`server.rs`)    | `src/store/redis/scripts/`, one function per script               |
 //! | `Process`, `Handing`, `State::next`     | `src/acquire/queue.rs`: two lanes, hand-overs, turns in a row     |
 //! | `handed_over`, `leave_lane`             | `src/acquire/queue/`: `HandOver`, `Ticket::leave`                 |
 //! | `Ask`, `Heartbeat`, `Learn`, `doubt`    | `waiter.rs`, `position.rs` and `attempt.rs` in `src/acquire/`     |
-//! | `Park`                                  | `src/acquire/supervisor.rs`: who isn't polled goes to the end     |
-//! | `Silence`, `Expire`                     | signs of life, a reservation or a lock that end by time           |
+//! | `Park`                                  | `src/acquire/supervisor.rs`: an unpolled request goes to the end  |
+//! | `Silence`, `Expire`                     | heartbeats, reservations and locks that end by time               |
 //!
-//! A script is one step. So are the sending of a request, the arrival of its answer, and each decision of a waiter.
-//! What a process sends that has to do with the line arrives in that order, unless its call times out: from then on
-//! it may arrive at any time, or never. With `in_order: false` nothing arrives in order.
+//! A script is one step. So are the sending of a request, the arrival of its reply, and each decision of a waiter. The
+//! requests of a process that concern the line arrive in order, unless a call times out: from then on that request may
+//! arrive at any time, or never. With `in_order: false` nothing arrives in order.
 //!
-//! What goes wrong is counted (`World::mishaps`): a death, a lost or late message, a live process that is silent for
-//! too long, a reservation that isn't confirmed in time, a lock that expires while its holder lives, another library
-//! that takes the free lock, a release that finds no listener, a waiter that gives up or isn't polled. Behaviours
-//! with more of them than that are not looked at; those with fewer are, whatever their length.
+//! Mishaps are counted (`World::mishaps`): a death, a lost or late message, a live process that is silent for too long,
+//! a reservation that isn't confirmed in time, a lock that expires while its holder lives, another library that takes
+//! the free lock, a release that finds no subscription, a waiter that gives up or isn't polled. The model skips
+//! behaviours with more mishaps than that; it explores those with fewer, whatever their length.
 //!
-//! What is left out, and why nothing is missed by that:
-//! - Messages on the channel. All that they do is to make a waiter ask, and here it may ask at any time. In the calm
-//!   that ends a behaviour none is heard, so that all is found by signs of life and a rare look.
-//! - Clocks. What ends by time may end at any time; the order of a deadline and the end of its lock is that of
-//!   `tests/model.rs`. That a request isn't run after its stamp is that the calm may find nothing under way.
+//! These are left out, without a loss:
+//! - Notifications. They only make a waiter ask, and here it may ask at any time. In the calm that ends a behaviour
+//!   none arrives, so heartbeats and a rare poll find everything.
+//! - Clocks. What ends by time may end at any time; `tests/model.rs` covers the order of a deadline and the end of its
+//!   lock. The rule that a request isn't run after its stamp is why the calm may find nothing in flight.
 //! - Metadata, fencing tokens, records of grants, several keys, tokens that are used twice.
-//! - Locks that are taken back (`TakenBack`): the same as to be taken, and released at once.
-//! - Who comes again does so by another place; one at a time is enough to tell them apart.
+//! - Locks that are taken back (`TakenBack`): the same as a lock that is taken, and released at once.
+//! - A waiter that comes again does so with another place; one at a time is enough to tell them apart.
 //!
-//! The promises: never two that believe they hold; once nothing is under way, no place in the line, and no
-//! reservation, is nobody's; a free lock is given to the line by the next sign of life; a place in the line is served
-//! after no more grants than there were places before it, but for swaps within a process, and a process keeps the
-//! lock for its turns in a row alone; a place whose process gives signs of life stays in the line; from whatever
-//! state, if nothing more goes wrong, all who wait are served.
+//! The promises: never two that believe that they hold the lock; once nothing is in flight, every place in the line,
+//! and every reservation, has a waiter; the next heartbeat gives a free lock to the line; a place in the line is served
+//! after no more grants than there were places before it, except for swaps within a process, and a process keeps the
+//! lock only for its turns in a row; a place whose process sends heartbeats stays in the line; from any state, if
+//! nothing more goes wrong, all waiters are served.
 //!
-//! Steps and numbers of states are printed with `--nocapture`. Larger sizes, some minutes: `cargo test --release
-//! --test line_model -- --ignored --nocapture`.
+//! `--nocapture` prints steps and numbers of states. Larger sizes take some minutes: `cargo test --release --test
+//! line_model -- --ignored --nocapture`.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "these are tests")]
 
@@ -60,7 +60,7 @@ use world::{ALL, EXCLUSION, GRANTED, KEPT, NO_GHOST, ORDER, SERVED, Safeguards, 
 
 const MISHAPS: &[Mishap] = &[Die, Timeout, GiveUp, Park, Silence, Unconfirmed, Expire, Barge, Unheard];
 
-/// Two processes with a waiter each.
+/// Two processes with one waiter each.
 const TWO: World = World {
     safeguards: ALL,
     waiters: &[(0, Shared), (1, Shared)],
@@ -71,19 +71,19 @@ const TWO: World = World {
     promises: &[EXCLUSION, NO_GHOST, GRANTED, ORDER, KEPT, SERVED],
 };
 
-/// Two share a place, and one of another process waits.
+/// Two waiters share a place, and one of another process waits.
 const PAIR: World = World { waiters: &[(0, Shared), (0, Shared), (1, Shared)], mishaps: 1, ..TWO };
 
-/// All have places of their own.
+/// All waiters have their own places.
 const OWN: World = World { waiters: &[(0, Own), (0, Own), (1, Own)], mishaps: 1, ..TWO };
 
-/// One process has both kinds.
+/// One process has waiters of both kinds.
 const MIXED: World = World { waiters: &[(0, Own), (0, Shared), (1, Own)], mishaps: 1, ..TWO };
 
 /// Three processes.
 const THREE: World = World { waiters: &[(0, Shared), (1, Shared), (2, Own)], mishaps: 1, ..TWO };
 
-/// The promise falls.
+/// Asserts that the promise is broken.
 fn falls(promise: &'static [&'static str; 1], model: World) {
     let [name] = *promise;
     check::falls(name, World { promises: promise, ..model });
@@ -112,7 +112,7 @@ mod nothing_breaks {
         holds(World { can: &[Park, Unconfirmed], ..OWN }, 20_000);
     }
 
-    /// That all are served then is among the larger searches.
+    /// The larger searches check that all waiters are served.
     #[test]
     fn places_of_their_own_whose_requests_are_late() {
         holds(World { can: &[Timeout], promises: &[EXCLUSION, NO_GHOST, ORDER, KEPT], ..OWN }, 200_000);
@@ -168,7 +168,7 @@ mod each_safeguard_is_needed {
         falls(&[SERVED], World { safeguards: Safeguards { reservation_expires: false, ..ALL }, ..TWO });
     }
 
-    /// Those behind the first of their lane give none, and a line that moves fast reaches them.
+    /// Waiters behind the first of their lane send no heartbeats, and a line that moves fast reaches them.
     #[test]
     fn signs_of_life_of_each_wait_prune_the_living() {
         falls(&[KEPT], World { safeguards: Safeguards { sign_of_process: false, ..ALL }, ..OWN });

@@ -1,8 +1,8 @@
 //! The lock protocol on three nodes, as a model in which everything that can happen does: an exhaustive check of the
 //! promises, and of the safeguards that keep them.
 //!
-//! Each message may be lost, late, overtaken and doubled; each node may restart at any time and as often as it likes,
-//! with all of its memory, with what it had saved, or with none; each client may fall silent or give up at any time.
+//! Each message may be lost, late, overtaken and doubled; each node may restart at any time and any number of times,
+//! with all of its memory, with what it had saved, or with nothing; each client may fall silent or give up at any time.
 //! Time passes for all alike, in ticks.
 //!
 //! | in the model                       | in the crate                                                  |
@@ -14,43 +14,44 @@
 //! | `SendClaim`                        | `Locker::adopt`, `ensure`, `WatchDog::watch` of a lease       |
 //! | `SendExact`, `Shorten`             | `renew_for`; `src/store/quorum/shortened.rs`                |
 //! | `Key::grants`                      | the records of grants of a token that several guards share    |
-//! | `Node::again`                      | a token that comes back is told its number again (`vote.lua`) |
+//! | `Node::again`                      | a token that comes back gets its number again (`vote.lua`)    |
 //! | `Client::wants`                    | `lock_all`: several keys as one lock                          |
 //! | `Leftovers`                        | what is taken back, node by node: `round.rs`, `heal.rs`       |
 //!
-//! What is left out, and why nothing is missed by that:
+//! These are left out, without a loss:
 //! - Refusals. They change nothing at a node, and clients do unasked whatever a refusal could lead to.
-//! - Losing a message is never delivering it; a node that is down is one that nothing arrives at; a client that crashes
-//!   is one that does nothing more. So none of these needs an action.
-//! - Drift. The crate takes it off the deadline; here clocks run alike and nothing is taken off.
+//! - Lost messages, nodes that are down, and clients that crash. A lost message is never delivered, nothing arrives at
+//!   a node that is down, and a crashed client does nothing more. So none of these needs an action.
+//! - Drift. The crate subtracts it from the deadline; here clocks run alike and nothing is subtracted.
 //!
-//! What the code does and the model does not know:
+//! These are in the code and not in the model:
 //!
 //! | not in the model                     | why, and what checks it instead                                        |
 //! | ------------------------------------ | ---------------------------------------------------------------------- |
-//! | a release that ends others' grants   | it ends the lock for all guards of its token, as is documented         |
-//! | a token that comes back to 3 nodes   | what a node tells is argued node by node; `quorum/restarted.rs` has 3  |
+//! | a release that ends others' grants   | it ends the lock for all guards of its token, as documented            |
+//! | a token that comes back to 3 nodes   | each node replies on its own; `quorum/restarted.rs` has 3              |
 //! | a request for an exact, longer ttl   | it allows what a renewal for the longer ttl does, which is here        |
 //! | an exact ttl that arrives twice      | its call is sent once; simulated quorums                               |
-//! | sets of more than two keys           | a script does to all of them what it does to one, or nothing           |
+//! | sets of more than two keys           | a script does the same to all of them, or nothing                      |
 //! | several locks of one client          | they share nothing at a node but its uptime                            |
-//! | more than three nodes                | all that is argued with is that two majorities share a node            |
+//! | more than three nodes                | the argument only needs that two majorities share a node               |
 //! | a claim that is given back           | it changes nothing that a renewal does not                             |
-//! | which nodes are healed               | those that said that the key is gone; here any, which is more          |
+//! | which nodes are healed               | those that report the key as gone; here any, which is more             |
 //! | what is left where others hold too   | `Leftovers` is one grant; simulated quorums                            |
-//! | a release that is sent and not noted | `Leftovers` takes both for one step: nothing is awaited between them   |
+//! | a release that is sent and not noted | `Leftovers` takes both as one step: there is no await between them     |
 //!
-//! - A lease that is taken up while its release is still on its way: a release ends the lock for all who rely on its
-//!   token, and they learn of it by their next renewal, as on one server. With a ttl of 2 the model would find that (14
-//!   steps); with one of 1, as here, there is no time for it.
-//! - Renewals may arrive for ever, except where leases are taken up: there for a tick, as servers refuse what is late.
-//!   With leases, a renewal from before the release could else keep alive what a node has found on its disk.
-//! - Without `proposals`, nodes grant whatever a fenced request would be granted, and more. What excludes there
-//!   excludes with fencing too.
+//! - A lease that is adopted while its release is still in flight. The release ends the lock for all guards of its
+//!   token, and they learn of it at their next renewal, as on one server. With a ttl of 2 the model would find that (14
+//!   steps); with a ttl of 1, as here, there is no time for it.
+//! - Renewals may arrive for ever, except where leases are adopted: there for one tick, as servers refuse late
+//!   requests. With leases, a renewal from before the release could otherwise keep alive what a node has found on its
+//!   disk.
+//! - Without `proposals`, nodes grant whatever a fenced request would be granted, and more. If two holders are
+//!   impossible there, they are impossible with fencing too.
 //!
-//! Sizes are bounded, lengths are not: see `State`. `--nocapture` shows steps, numbers of states and seconds.
-//! The model is a crate of its own (`tests/model/`), which debug builds optimize. CI explores up to 0.7 million states
-//! (three clients that renew), and every safeguard that is taken away: half a minute on one core. Larger sizes, up to 4.6
+//! Sizes are bounded, lengths are not: see `State`. `--nocapture` shows steps, numbers of states and seconds. The model
+//! is a crate of its own (`tests/model/`), which debug builds optimize. CI explores up to 0.7 million states (three
+//! clients that renew), and the model without each safeguard: half a minute on one core. Larger sizes, up to 4.6
 //! million states, take a minute and a half: `cargo test --test model -- --ignored --nocapture`.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "these are tests")]
@@ -60,7 +61,7 @@ use tenure_model::{
     Safeguards, UNDONE, holds, leaves_something, nothing_is_left,
 };
 
-/// Requests for the lock alone.
+/// Requests for the lock only.
 const UNFENCED: Protocol = Protocol {
     safeguards: ALL,
     clients: 2,
@@ -96,14 +97,14 @@ const FENCED: Protocol = Protocol {
     ..UNFENCED
 };
 
-/// And nodes that may come back with an old snapshot, in which numbers live longer than a window.
+/// The same, with nodes that may come back with an old snapshot, in which numbers last longer than a window.
 const SAVED: Protocol =
     Protocol { clients: 3, window: 1, last_ttl: 3, saves: true, proposals: Some(0..=1), oldest: 1, ..FENCED };
 
 /// Renewals that bring keys back.
 const HEALING: Protocol = Protocol { clients: 3, renewals: true, heals: true, ..UNFENCED };
 
-/// The same, with leases that are taken up, and fencing tokens.
+/// The same, with leases that are adopted, and fencing tokens.
 const ADOPTING: Protocol = Protocol {
     renewals: true,
     heals: true,
@@ -118,7 +119,7 @@ const ADOPTING: Protocol = Protocol {
 };
 
 /// Two guards of one token, and one of another. Each is dropped, or falls silent: an explicit release would end the
-/// other guard of the token, as is documented.
+/// other guard of the token, as documented.
 const SHARING: Protocol = Protocol {
     clients: 3,
     shares: [1, 1, 0],
@@ -128,7 +129,7 @@ const SHARING: Protocol = Protocol {
     ..UNFENCED
 };
 
-/// A token that comes back, to a node that comes back with an old snapshot. One node is enough for that.
+/// A token that comes back to a node that comes back with an old snapshot. One node is enough for that.
 const COMING_BACK: Protocol = Protocol {
     clients: 3,
     nodes: 1,
@@ -146,12 +147,12 @@ const COMING_BACK: Protocol = Protocol {
 const SHORTENING: Protocol =
     Protocol { renewals: true, shorter: 1, exact_life: 1, promises: &[EXCLUSION, OBTAINABLE], ..UNFENCED };
 
-/// One wants two keys as one lock, the others one of them each.
+/// One client wants two keys as one lock, the others want one of them each.
 const SETS: Protocol = Protocol { clients: 3, wants: [3, 1, 2], ..FENCED };
 
 const SMALL_SETS: Protocol = Protocol { window: 1, last_ttl: 1, proposals: Some(0..=1), oldest: 2, ..SETS };
 
-/// The promise falls.
+/// Asserts that the promise is broken.
 fn falls(promise: &'static [&'static str; 1], model: Protocol) {
     let [name] = *promise;
     tenure_model::falls(name, Protocol { promises: promise, ..model });
@@ -248,7 +249,7 @@ mod each_safeguard_is_needed {
         falls(&[ORDER], Protocol { safeguards: Safeguards { clock_for_last: false, ..ALL }, ..FENCED });
     }
 
-    /// Older than the one that the node forgot, and known for long enough to be taken for the last.
+    /// The number is older than the one that the node forgot, and is known for long enough to be taken for the last.
     #[test]
     fn an_old_ballot_found_on_disk_hides_a_later_one() {
         falls(&[ORDER], Protocol { safeguards: Safeguards { clock_after_restart: false, ..ALL }, ..SAVED });
@@ -259,7 +260,7 @@ mod each_safeguard_is_needed {
         falls(&[ORDER], Protocol { safeguards: Safeguards { proposals_near_clock: false, ..ALL }, ..FENCED });
     }
 
-    /// To a third client, as who released doesn't hold.
+    /// The lock goes to a third client, as the one that released it doesn't hold it.
     #[test]
     fn without_compare_and_delete_a_late_release_frees_anothers_lock() {
         let safeguards = Safeguards { compare_and_delete: false, ..ALL };
@@ -308,7 +309,7 @@ mod each_safeguard_is_needed {
         falls(&[EXCLUSION], Protocol { safeguards, ..SHARING });
     }
 
-    /// A node may have granted the lock to another guard of the token alone.
+    /// A node may have granted the lock only to another guard of the token.
     #[test]
     fn a_renewal_that_is_not_put_down_is_ended_with_another_guard_of_the_same_token() {
         let safeguards = Safeguards { renewals_record: false, ..ALL };
@@ -382,14 +383,14 @@ mod each_bound_is_tight {
         falls(&[ORDER], Protocol { last_ttl: 1, ..FENCED });
     }
 
-    /// `uptime_in_seconds` is the difference of two times in whole seconds: by up to a second too much.
+    /// `uptime_in_seconds` is the difference of two times in whole seconds, so it may be up to a second too large.
     #[test]
     fn an_uptime_that_is_too_long_makes_a_node_vote_too_soon() {
         falls(&[EXCLUSION], Protocol { uptime_error: 1, ..UNFENCED });
         falls(&[ORDER], Protocol { uptime_error: 1, ..FENCED });
     }
 
-    /// Above the highest clock is then too far ahead of the others.
+    /// A number above the highest clock is then too far ahead of the others.
     #[test]
     fn clocks_a_window_apart_are_too_far_apart() {
         falls(&[OBTAINABLE], Protocol { skew: 2, ..FENCED });

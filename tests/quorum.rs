@@ -1,5 +1,5 @@
 //! Locks on a majority of real servers, some of which freeze, die, forget, or were never there. A program of its own,
-//! as each test starts three to five servers, and only so many should run at a time.
+//! because each test starts three to five servers, and only a limited number should run at a time.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 
@@ -17,7 +17,7 @@ fn start<const N: usize>() -> [Server; N] {
     [(); N].map(|()| Server::start())
 }
 
-/// Nodes vote at once, although they have only just been started.
+/// Returns a locker whose nodes vote at once, although they have only just been started.
 async fn locker(servers: &[Server]) -> Locker {
     locker_with(servers, Duration::ZERO).await
 }
@@ -31,7 +31,7 @@ async fn locker_for(servers: &[Server], ttl: Duration, window: Duration) -> Lock
     builder.quorum(servers.iter().map(Server::url)).await.unwrap()
 }
 
-/// How many of the servers have the key.
+/// Returns how many of the servers have the key.
 fn count(servers: &[Server], key: &str) -> usize {
     servers.iter().filter(|server| server.cli(&["EXISTS", key]) == "1").count()
 }
@@ -56,7 +56,8 @@ async fn lock(locker: &Locker, key: &'static str) -> LockGuard {
     soon(locker.lock(key)).await.unwrap()
 }
 
-/// Repeats a call whose outcome is unknown: a node has part of the ttl, which may be too little on a busy machine.
+/// Repeats a call whose outcome is unknown: a node has a fraction of the ttl, which may be too little on a busy
+/// machine.
 async fn decided<R: IntoFuture<Output = Result<T, Error>>, T>(call: impl Fn() -> R) -> Result<T, Error> {
     let again = async || match call().await {
         Err(error) if error.is_transient() => None,
@@ -65,12 +66,13 @@ async fn decided<R: IntoFuture<Output = Result<T, Error>>, T>(call: impl Fn() ->
     eventually("it is decided", again).await
 }
 
-/// Obtains the lock on all nodes. One that was too slow to vote in its part of the ttl is done without, and stays so.
+/// Obtains the lock on all nodes. If a node is too slow to vote in its part of the ttl, the lock stays without it, so
+/// this tries again.
 async fn lock_on_all(servers: &[Server], request: impl Fn() -> LockRequest) -> LockGuard {
     eventually("all have granted it", async || {
         let guard = soon(request()).await.unwrap();
         let started = Instant::now();
-        // The last vote is not waited for.
+        // The request doesn't wait for the last vote.
         while started.elapsed() < ms(1_000) {
             if count(servers, "k") == servers.len() {
                 return Some(guard);
@@ -86,7 +88,7 @@ async fn lock_on_all(servers: &[Server], request: impl Fn() -> LockRequest) -> L
 #[tokio::test]
 async fn one_frozen_node_of_five_slows_nothing() {
     let servers = start::<5>();
-    // Of which each node gets a fiftieth, but for what the command timeout of two seconds leaves of it.
+    // Each node gets a fiftieth of the ttl, within the limit of the command timeout of two seconds.
     let locker = locker_for(&servers, ms(120_000), Duration::ZERO).await;
     lock(&locker, "warm").await.release().await.unwrap();
     servers[2].freeze();
@@ -95,10 +97,10 @@ async fn one_frozen_node_of_five_slows_nothing() {
     guard.renew().await.unwrap();
     assert!(guard.server_ttl().await.unwrap().is_some());
     guard.release().await.unwrap();
-    // Each call to the frozen node takes more than this.
+    // Each call to the frozen node takes longer than this.
     assert!(started.elapsed() < ms(1_500), "{:?}", started.elapsed());
     servers[2].thaw();
-    // Its vote came to pass when nobody waited for it any more.
+    // The frozen node votes when nobody waits for it any longer.
     is_on(&servers, "k", 0).await;
 }
 
@@ -137,12 +139,12 @@ async fn without_a_majority_a_guard_is_lost_by_its_deadline_and_requests_name_th
     frozen.sort();
     assert_eq!(named, frozen);
 
-    // Before the servers let go.
+    // Before the servers free the lock.
     assert_eq!(within(started + ms(3_000) - Instant::now(), guard.lost()).await, Loss::Expired);
     for server in &servers[..3] {
         server.thaw();
     }
-    // What the minority granted is taken back, and what the frozen ones grant late.
+    // The grants of the minority are taken back, and so are the late grants of the frozen nodes.
     is_on(&servers, "other", 0).await;
     lock(&locker, "k").await.release().await.unwrap();
 }
@@ -151,7 +153,7 @@ async fn without_a_majority_a_guard_is_lost_by_its_deadline_and_requests_name_th
 async fn one_failed_renewal_is_no_loss() {
     let servers = start::<3>();
     let locker = locker_for(&servers, ms(10_000), Duration::ZERO).await;
-    // Frozen before its vote, one would not be renewed.
+    // A node that was frozen before its vote would not be renewed.
     let guard = lock_on_all(&servers, || locker.lock("k")).await;
     let deadline = guard.deadline();
     servers[0].freeze();
@@ -198,7 +200,7 @@ async fn a_release_wakes_who_waits_for_a_quorum_also_with_a_node_frozen() {
         }
         let (next, waits) = if round % 2 == 0 { (&there, "there") } else { (&here, "here") };
         let waiter = tokio::spawn(next.lock("k").into_future());
-        // Before it has asked, while it subscribes, or when it hears.
+        // Before the waiter asks, while it subscribes, or when it is notified.
         tokio::time::sleep(ms(fastrand::u64(..30))).await;
         guard.release().await.unwrap();
         guard = soon(waiter).await.unwrap().unwrap_or_else(|error| panic!("{waits}, round {round}: {error}"));
@@ -251,7 +253,7 @@ async fn split_votes_resolve_where_the_contenders_have_tokens_of_their_users() {
 async fn a_failed_attempt_leaves_nothing_on_the_minority() {
     let servers = start::<3>();
     let locker = locker(&servers).await;
-    // Two nodes are another's; of the third, the attempt gets its vote.
+    // Another holds two of the nodes; the attempt gets the vote of the third.
     for server in &servers[..2] {
         server.cli(&["SET", "k", "another", "PX", "60000"]);
     }
@@ -321,8 +323,8 @@ async fn a_node_that_was_restarted_does_not_vote_and_says_until_when() {
     const WINDOW: Duration = Duration::from_secs(5);
     let mut servers = start::<3>();
     let locker = locker_with(&servers, WINDOW).await;
-    // All of them are young.
-    let young = eventually("it is refused by young nodes alone", async || {
+    // All nodes have just started.
+    let young = eventually("only nodes in their restart window refuse it", async || {
         let refused = locker.try_lock("k").await.unwrap_err();
         assert!(refused.is_transient(), "{refused}");
         let told = refused.to_string();
@@ -336,9 +338,9 @@ async fn a_node_that_was_restarted_does_not_vote_and_says_until_when() {
     for node in nodes {
         assert!(matches!(node.error, Error::NotVoting { remaining } if remaining <= ms(6_000)), "{node}");
     }
-    // A request that waits goes on through it.
+    // A request that waits goes on through the window.
     let guard = lock_on_all(&servers, || locker.lock("k")).await;
-    // Two nodes forget, and a lock that is held on the third alone stays exclusive while they don't vote.
+    // Two nodes forget. A lock that is held on the third alone stays exclusive while they don't vote.
     servers[0].restart_empty();
     servers[1].restart_empty();
     let restarted = Instant::now();
@@ -358,7 +360,7 @@ async fn a_node_that_was_restarted_does_not_vote_and_says_until_when() {
 async fn a_ttl_longer_than_the_restart_window_is_refused() {
     let servers = start::<3>();
     let locker = locker_with(&servers, ms(3_500)).await;
-    // Rounded up to 4 s.
+    // The window is rounded up to 4 s.
     assert!(matches!(locker.lock("k").ttl(ms(4_001)).await, Err(Error::InvalidTtl(_))));
     let guard = soon(locker.lock("k").ttl(ms(4_000))).await.unwrap();
     assert!(matches!(guard.renew_for(ms(4_001)).await, Err(Error::InvalidTtl(_))));
@@ -531,13 +533,13 @@ async fn a_lease_is_not_taken_up_by_what_a_restarted_node_remembers() {
     let rival = locker_for(&servers, ttl, window).await;
     let lease = lock_on_all(&servers, || locker.lock("k")).await.into_lease();
     assert_eq!(servers[0].cli(&["SAVE"]), "OK");
-    // Released, while the third node was away.
+    // Released while the third node was away.
     servers[..2].iter().for_each(|server| drop(server.cli(&["DEL", "k"])));
     let guard = lock(&rival, "k").await;
     assert_eq!(count(&servers, "k"), 3);
     servers[0].kill();
     servers[0].restart();
-    assert_eq!(servers[0].cli(&["GET", "k"]), *lease.token().as_str(), "it has found its dump");
+    assert_eq!(servers[0].cli(&["GET", "k"]), *lease.token().as_str(), "it has loaded its dump");
     for _ in 0..20 {
         assert!(locker.ensure(&lease, ms(3_000)).await.is_err());
         assert!(locker.adopt(lease.clone()).await.is_err());
@@ -599,7 +601,7 @@ async fn a_slow_node_holds_up_no_turns_of_those_who_wait() {
     let turns = tasks.join_all().await;
     eprintln!("{turns:?}");
     let sum: u32 = turns.iter().map(|(turns, _)| turns).sum();
-    // Twenty-five turns a second where each split vote waits for the slow node.
+    // Twenty-five turns a second if each split vote waits for the slow node.
     assert!(sum > 400, "{turns:?}");
 }
 
@@ -678,7 +680,7 @@ async fn one_server_by_two_names_that_comes_late_has_one_vote() {
     let of_first = servers[0].unix_url().trim_start_matches("redis+unix://").to_owned();
     std::os::unix::fs::symlink(of_first, &socket).unwrap();
     servers[1].kill();
-    eventually("the two find that they are one", async || {
+    eventually("the two are found to be one", async || {
         let refused = node_errors(locker.try_lock("k").await.expect_err("one vote"));
         let twin = refused.iter().find(|node| node.address == socket.display().to_string())?;
         twin.error.to_string().contains(&address(&servers[0])).then_some(())
@@ -726,7 +728,7 @@ async fn a_node_is_healed_once_it_votes_again() {
     servers[2].restart_empty();
     tokio::time::sleep(ms(2_000)).await;
     assert_eq!(guard.check(), Ok(()));
-    // What one grant leaves, and what heals it, takes nothing from another.
+    // What one grant leaves, and its healing, takes nothing from another grant.
     let again = soon(locker.lock("k").token("worker-7".parse().unwrap())).await.unwrap();
     drop(guard);
     is_on(&servers, "k", 3).await;
@@ -734,7 +736,7 @@ async fn a_node_is_healed_once_it_votes_again() {
     is_on(&servers, "k", 0).await;
 }
 
-/// How often each node has run a script.
+/// Returns how often each node has run a script.
 fn script_runs(servers: &[Server]) -> Vec<u32> {
     let runs = |server: &Server| {
         let stats = server.cli(&["INFO", "commandstats"]);
@@ -755,13 +757,13 @@ async fn a_lock_costs_each_node_one_call_and_its_release_another() {
         let before = script_runs(&servers);
         for n in 0..200 {
             let guard = soon(locker.lock(format!("{is_released}{n}")).no_renewal()).await.unwrap();
-            // Also where the last votes have not come yet.
+            // Even if the last votes have not come yet.
             match is_released {
                 true => guard.release().await.unwrap(),
                 false => drop(guard.into_lease()),
             }
         }
-        // Nothing is spared: all nodes have all that is held, and nothing of what was released.
+        // No calls are saved: every node has everything that is held, and nothing that was released.
         let (pattern, held) = (format!("{is_released}[0-9]*"), if is_released { 0 } else { 200 });
         for server in &servers {
             eventually("the node has had all its calls", async || {
@@ -771,7 +773,7 @@ async fn a_lock_costs_each_node_one_call_and_its_release_another() {
         }
         tokio::time::sleep(ms(500)).await;
         let runs: Vec<u32> = script_runs(&servers).iter().zip(&before).map(|(after, before)| after - before).collect();
-        // A ballot more, or two, where the machine stood still. Releases that wait for a node share a call to it.
+        // One or two more ballots if the machine paused. Releases that wait for a node share a call to it.
         let least = if is_released { calls / 2 } else { calls };
         assert!(runs.iter().all(|runs| (least..=calls + 10).contains(runs)), "{calls}: {runs:?}");
         assert!(runs.iter().filter(|runs| **runs >= calls).count() > servers.len() / 2, "{calls}: {runs:?}");

@@ -1,8 +1,8 @@
-//! Contenders on a quorum whose nodes are frozen, killed and restarted, empty or with old data, at random never hold
+//! Contenders on a quorum whose nodes are frozen, killed and restarted at random, empty or with old data, never hold
 //! one lock together, and their fencing tokens grow.
 //!
-//! The witness is a server apart from the quorum, with the mark and the ledger of `exclusion.rs`. For a minute; longer,
-//! to look for what is rare, with
+//! The witness is a server apart from the quorum, with the mark and the ledger of `exclusion.rs`. The soak lasts for a
+//! minute; to find rare failures, run it for longer with
 //!
 //!     TENURE_SOAK_SECONDS=600 cargo test --release --test soak
 
@@ -25,7 +25,7 @@ const NODES: usize = 5;
 const CLIENTS: usize = 12;
 const KEYS: [&str; 4] = ["a", "b", "c", "d"];
 const TTL: Duration = Duration::from_millis(1_500);
-/// A node that was restarted is silent for so long: two at a time can be, and still there is a majority.
+/// How long a restarted node is silent: two nodes can be silent at a time, and a majority remains.
 const WINDOW: Duration = Duration::from_secs(2);
 
 fn seconds() -> u64 {
@@ -61,7 +61,7 @@ async fn no_two_hold_a_lock_while_nodes_freeze_die_and_forget() {
                 } else if rng.bool() {
                     drop(timeout(Duration::from_micros(rng.u64(..500)), guard.release()).await);
                 }
-                // Requests that are dropped on their way.
+                // Some requests are dropped in flight.
                 if rng.u8(..4) == 0 {
                     drop(timeout(Duration::from_micros(rng.u64(..2_000)), locker.lock(key)).await);
                 }
@@ -90,11 +90,11 @@ async fn no_two_hold_a_lock_while_nodes_freeze_die_and_forget() {
                 tokio::task::block_in_place(|| servers[place].restart());
             }
             2 => {
-                // It will come back with this, once it is killed, and not empty.
+                // The node comes back with this data when it is killed, and not empty.
                 tokio::task::block_in_place(|| servers[place].cli(&["SAVE"]));
             }
             _ => {
-                // A majority stands still, and thaws with everything still to do that was sent to it.
+                // A majority freezes, and thaws with all the requests that were sent meanwhile still to run.
                 let frozen: Vec<usize> = (0..3).map(|n| (place + n) % NODES).collect();
                 frozen.iter().for_each(|&node| servers[node].freeze());
                 sleep(Duration::from_millis(rng.u64(50..2_500))).await;
@@ -115,17 +115,18 @@ async fn no_two_hold_a_lock_while_nodes_freeze_die_and_forget() {
         eprintln!("{key}: {} holders, one after the other", fences.len());
     }
     eprintln!(
-        "{held} held, {lost} of them lost; frozen {}, restarted empty or with old data {}, saved {}, majority frozen {}",
+        "{held} held, {lost} of them lost; frozen {}, restarted empty or with old data {}, saved {}, \
+         majority frozen {}",
         faults[0], faults[1], faults[2], faults[3]
     );
-    // Or nothing was shown.
+    // Otherwise nothing was shown.
     assert!(u64::from(held) > seconds(), "only {held} holders");
-    assert!(lost > 0, "no fault was ever felt");
+    assert!(lost > 0, "no fault had an effect");
 }
 
-/// Works under the lock for so long or until it is lost, and answers whether it was held to the end.
+/// Works under the lock for `work` or until it is lost. Returns whether it was held to the end.
 ///
-/// The witness is told only while the lock is held for a while longer: what it hears is true when it hears it.
+/// The lock is reported to the witness only if it is held for a while longer, so every report is true when it arrives.
 async fn hold(guard: &LockGuard, witness: &Client, key: &str, work: Duration) -> bool {
     const ROUND_TRIP: Duration = Duration::from_millis(300);
     if guard.remaining() < ROUND_TRIP {
@@ -133,8 +134,7 @@ async fn hold(guard: &LockGuard, witness: &Client, key: &str, work: Duration) ->
     }
     let fence = guard.fencing_token().unwrap().to_string();
     let (mark, ledger) = (format!("mark:{key}"), format!("ledger:{key}"));
-    // In one step: whoever stands still in the middle of it must not be taken for inside. The mark ends with the
-    // deadline.
+    // In one step: a holder that pauses in the middle must not count as inside. The mark ends with the deadline.
     let until = guard.remaining().as_millis().to_string();
     let enter = "if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then redis.call('RPUSH', KEYS[2], ARGV[1])
         return 'alone' end return redis.call('GET', KEYS[1])";
@@ -153,15 +153,15 @@ async fn ask(witness: &Client, command: &'static str, args: &[&str]) -> Value {
     witness.custom(command, args).await.unwrap()
 }
 
-/// A holder's guards, for as long as the soak lasts.
+/// The number of guards that a holder keeps for the whole soak.
 const HELD: usize = 8;
 
-/// Nodes are frozen, cut off and restarted empty one after another, each back before the next one goes: nothing is
-/// lost, nobody is inside together, and fencing tokens grow.
+/// Nodes are frozen, cut off and restarted empty one after another, each back before the next one goes: no lock is
+/// lost, no two holders are inside together, and fencing tokens grow.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_guard_is_lost_while_nodes_are_away_one_after_another() {
     let (three, five) = tokio::join!(one_after_another(3), one_after_another(5));
-    // All that was seen, before any of it fails.
+    // Print everything before an assertion can fail.
     eprintln!("three nodes: {three:?}\nfive nodes: {five:?}");
     for seen in [three, five] {
         assert_eq!((seen.lost, seen.together, seen.falls), (0, 0, 0), "{seen:?}");
@@ -171,13 +171,13 @@ async fn no_guard_is_lost_while_nodes_are_away_one_after_another() {
 
 #[derive(Debug, Default)]
 struct Seen {
-    /// Nodes that were frozen, cut off, and restarted empty.
+    /// The numbers of nodes that were frozen, cut off, and restarted empty.
     faults: [u64; 3],
     turns: u64,
     lost: u64,
     together: u64,
     falls: u64,
-    /// The times that a node was not back within 20 s.
+    /// How often a node was not back within 20 s.
     stuck: u64,
 }
 
@@ -243,7 +243,7 @@ async fn one_after_another(nodes: usize) -> Seen {
             }
             _ => tokio::task::block_in_place(|| servers[place].restart_empty()),
         }
-        // What is lost is counted once, and obtained again.
+        // A loss is counted once, and the lock is obtained again.
         let back_by = Instant::now() + Duration::from_secs(20);
         while !is_back(&servers[place]) {
             for guard in &mut held {
@@ -267,23 +267,23 @@ async fn one_after_another(nodes: usize) -> Seen {
     Seen { turns, lost: lost + turns_lost, together, falls, ..seen }
 }
 
-/// The node votes, and has all that is held.
+/// Returns whether the node votes and has every held lock.
 fn is_back(server: &Server) -> bool {
     let keys: Vec<String> = (0..HELD).map(|key| format!("held{key}")).collect();
     let command: Vec<&str> = ["EXISTS"].into_iter().chain(keys.iter().map(String::as_str)).collect();
     tokio::task::block_in_place(|| server.cli(&command)) == HELD.to_string()
 }
 
-/// Traffic while one node of five is dead and one answers late leaves no tasks and no memory behind.
+/// Traffic leaves no tasks and no memory behind while one of five nodes is dead and one replies late.
 ///
 ///     TENURE_SOAK_SECONDS=600 cargo test --release --test soak tasks_and_memory -- --nocapture
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tasks_and_memory_stay_bounded_beside_a_dead_and_a_slow_node() {
     const LATE: Duration = Duration::from_millis(150);
     const CLIENTS: usize = 8;
-    /// Two nodes may be behind with so many locks each (`quorum/catch_up.rs`).
+    /// Two nodes may each miss this many locks (`quorum/catch_up.rs`).
     const BEHIND: usize = 2 * 1_024;
-    /// And each turn leaves a few calls on their way, for as long as they may take: so many, times seconds.
+    /// Each turn leaves a few calls in flight for up to their timeout: this number, times seconds.
     const ON_THE_WAY: u64 = 4;
     let length = Duration::from_secs(env::var("TENURE_SOAK_SECONDS").map_or(20, |_| seconds()));
     let mut servers = [(); NODES].map(|()| Server::start());
@@ -304,7 +304,8 @@ async fn tasks_and_memory_stay_bounded_beside_a_dead_and_a_slow_node() {
         clients.spawn(async move {
             let mut turns = 0_u64;
             while Instant::now() < end {
-                // Half of them alone, half of them for one key; released, dropped, and given up on.
+                // Half of the clients have their own keys, half share one key; locks are released, dropped, and given
+                // up on.
                 let key = if client % 2 == 0 { format!("own{client}") } else { "shared".to_owned() };
                 let Ok(guard) = locker.lock(key.clone()).wait_at_most(Duration::from_secs(2)).await else { continue };
                 turns += 1;
@@ -332,7 +333,7 @@ async fn tasks_and_memory_stay_bounded_beside_a_dead_and_a_slow_node() {
         }
     }
     let turns: u64 = clients.join_all().await.into_iter().sum();
-    // Each call ends by its own timeout, and what is owed to the node that is dead soon after the locker is closed.
+    // Each call ends by its own timeout. The calls to the dead node end soon after the locker is closed.
     locker.close().await;
     let end = Instant::now() + Duration::from_secs(10);
     while alive() > idle && Instant::now() < end {
@@ -344,11 +345,11 @@ async fn tasks_and_memory_stay_bounded_beside_a_dead_and_a_slow_node() {
     assert!(memory(8) <= memory(2) + 65_536, "the memory grows: {seen:?}");
     assert!(turns > 2 * length.as_secs(), "only {turns} turns");
     let on_the_way = (ON_THE_WAY * turns / length.as_secs()) as usize;
-    assert!(most <= idle + BEHIND + on_the_way + 64 * CLIENTS, "{most} tasks, {on_the_way} for what is on its way");
+    assert!(most <= idle + BEHIND + on_the_way + 64 * CLIENTS, "{most} tasks, {on_the_way} for calls in flight");
     assert!(alive() <= idle, "{} tasks are left of {most}, {idle} before", alive());
 }
 
-/// What this process keeps in memory.
+/// Returns the resident memory of this process.
 fn resident_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));

@@ -1,5 +1,5 @@
 //! Sentinels and clusters in which servers change roles, move slots and die, while locks are held and contended. A
-//! program of its own, as each test starts several servers, and elections among them take long on a busy machine.
+//! program of its own, because each test starts several servers, and their elections take long on a busy machine.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 
@@ -27,16 +27,17 @@ fn builder() -> LockerBuilder {
     Locker::builder().ttl(TTL).command_timeout(ms(500))
 }
 
-/// Which contender has held which key. All contenders are in this process, and so is their clock.
+/// Records which contender has held which key. All contenders are in this process, so they share one clock.
 #[derive(Default)]
 struct Witness {
-    /// By key: until when its last holder believed to have it, and the fencing token.
+    /// By key: until when its last holder believed that it held the lock, and the fencing token.
     last: Mutex<HashMap<String, (Instant, u64)>>,
     turns: AtomicU64,
 }
 
 impl Witness {
-    /// Holds the lock for a moment. Nobody may have believed to hold it any more, nor have had a greater number.
+    /// Holds the lock for a moment. By then no earlier holder may believe that it holds it, or have a greater fencing
+    /// token.
     async fn hold(&self, key: &str, guard: LockGuard) {
         let fence = guard.fencing_token().unwrap();
         let began = Instant::now();
@@ -48,7 +49,7 @@ impl Witness {
             }
         }
         let kept = guard.protect(sleep(ms(3))).await;
-        // Held no longer than until here, or its deadline.
+        // Held until now, or until the guard's deadline.
         if let Some((until, by)) = self.last.lock().unwrap().get_mut(key) {
             if *by == fence {
                 *until = if kept.is_ok() { Instant::now() } else { *until };
@@ -73,7 +74,7 @@ impl Witness {
         self.turns.load(Ordering::Relaxed)
     }
 
-    /// Waits until more locks have been held. Returns how many were in all.
+    /// Waits until more locks have been held. Returns the total number.
     async fn goes_on(&self, turns: u64) -> u64 {
         let since = self.turns();
         eventually("locks change hands", async || (self.turns() > since + turns).then_some(())).await;
@@ -81,7 +82,7 @@ impl Witness {
     }
 }
 
-/// Contenders for each of the keys, each with a connection of its own, until they are dropped.
+/// Starts contenders for each of the keys, each with its own connection, until they are dropped.
 async fn contend(url: &str, builder: LockerBuilder, keys: &[&str]) -> (Arc<Witness>, JoinSet<()>) {
     let (witness, mut contenders) = (Arc::<Witness>::default(), JoinSet::new());
     for key in keys {
@@ -93,7 +94,7 @@ async fn contend(url: &str, builder: LockerBuilder, keys: &[&str]) -> (Arc<Witne
     (witness, contenders)
 }
 
-/// Those that have failed, panic here; the others end.
+/// Ends the contenders. Panics if one of them has failed.
 async fn end(mut contenders: JoinSet<()>) {
     contenders.abort_all();
     while let Some(ended) = contenders.join_next().await {
@@ -116,7 +117,7 @@ async fn locks_that_a_replica_has_stay_exclusive_through_the_death_of_their_prim
     assert_eq!(within(ms(1_000), short.lost()).await, Loss::Expired);
     elected("one is promoted", async || watched.promoted().map(|_| ())).await;
     witness.goes_on(20).await;
-    // It had been acknowledged by a replica, and the one that has the most is promoted.
+    // A replica had acknowledged the lock, and the most advanced replica is promoted.
     let deadline = long.deadline();
     eventually("renewed there", async || (long.deadline() > deadline).then_some(())).await;
     assert_eq!(long.check(), Ok(()));
@@ -136,7 +137,7 @@ async fn a_forced_failover_ends_guards_by_their_deadlines_or_is_survived_and_han
     }
     assert_eq!(watched.sentinels[0].cli(&["SENTINEL", "FAILOVER", "locks"]), "OK");
     let promoted = elected("one is promoted", async || watched.promoted()).await;
-    // The old primary still takes writes, until the Sentinels make it a replica.
+    // The old primary still accepts writes until the Sentinels make it a replica.
     elected("the other is demoted", async || watched.primary.cli(&["ROLE"]).starts_with("slave").then_some(())).await;
     let deadline = held.deadline();
     eventually("renewed", async || (held.deadline() > deadline).then_some(())).await;
@@ -215,7 +216,7 @@ async fn when_a_primary_of_a_cluster_dies_locks_on_the_others_are_kept_and_its_o
     end(contenders).await;
 }
 
-/// Locks on the other nodes live on with a ttl that is much shorter than the failover, and those of the primary are
+/// Locks on the other nodes survive with a ttl that is much shorter than the failover, and the primary's locks are
 /// found on its replica.
 async fn one_primary_away(mut cluster: Cluster, locker: Locker, go_away: impl FnOnce(&mut Cluster)) {
     let replica = cluster.start_replica(1);
@@ -264,7 +265,7 @@ async fn nor_does_a_dead_one_with_a_client_of_the_user() {
     one_primary_away(cluster, locker, |cluster| cluster.nodes[1].kill()).await;
 }
 
-/// Its connections to single nodes are on the runtime that first needed them.
+/// The locker's connections to single nodes are on the runtime that first needed them.
 #[test]
 fn a_locker_with_a_client_of_the_user_outlives_the_runtime_that_used_it_first() {
     let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();

@@ -1,7 +1,7 @@
-//! Turns between processes: nobody starves, whoever is near or far, fair or not, alive or dead.
+//! Turns between processes: nobody starves, whether near or far, fair or not, alive or dead.
 //!
-//! A program of its own, as it starts itself as workers. They take the lock as often as they can, and report how often
-//! that was.
+//! A program of its own, because it starts itself as workers. They take the lock as often as they can, and report how
+//! often that was.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "this is a test")]
 
@@ -15,17 +15,17 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until};
 
-/// Tells a worker from the test: its [`Work`], as text.
+/// The environment variable that marks a worker: its [`Work`], as text.
 const WORKER: &str = "TENURE_TURNS_WORKER";
 
-/// How the line begins in which a worker prints what it has [`Done`]. libtest prints others.
+/// The beginning of the line in which a worker prints what it has [`Done`]. libtest prints other lines.
 const DONE: &str = "done: ";
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// What a process does that was started as a worker. In the test program itself it has nothing to do.
+/// Runs a worker. In the test program itself it does nothing.
 #[test]
 fn worker() {
     if let Ok(work) = env::var(WORKER) {
@@ -33,7 +33,7 @@ fn worker() {
     }
 }
 
-/// What a worker does.
+/// The task of a worker.
 #[derive(Clone, Debug)]
 struct Work {
     url: String,
@@ -43,7 +43,7 @@ struct Work {
     length: Duration,
 }
 
-/// What it has done.
+/// The result of a worker.
 #[derive(Clone, Copy, Debug)]
 struct Done {
     turns: u32,
@@ -81,7 +81,7 @@ impl Work {
 
     async fn run(self) {
         let locker = Locker::connect(&self.url).await.unwrap();
-        // So that all begin at the same time.
+        // All workers begin at the same time.
         let end = tokio::time::Instant::now() + ms(500) + self.length;
         sleep(ms(500)).await;
         let mut tasks = JoinSet::new();
@@ -145,7 +145,7 @@ fn a_process_that_is_far_has_its_share() {
         let runtime = Runtime::new().unwrap();
         let proxy = runtime.block_on(Proxy::start(server.port()));
         proxy.set(Mode::Delay(ms(3)));
-        // In strict order the far one is back in the line before the near one's turn is over.
+        // In strict order the far worker is back in the line before the near one's turn is over.
         let hold = if fair { ms(10) } else { ms(1) };
         let near = Work { tasks: if fair { 1 } else { 4 }, fair, ..Work::new(&server.url(), hold) };
         let far = Work { url: proxy.url(), tasks: 1, ..near.clone() };
@@ -165,7 +165,7 @@ fn plain_waiters_have_turns_beside_a_stream_of_fair_ones() {
     let done = run_all(&[plain, fair]);
     eprintln!("plain and fair {done:?}");
     let [plain, fair] = [0, 1].map(|n| f64::from(done[n].turns));
-    // Turns go round: one for each fair one, and one of up to sixteen for the plain ones.
+    // Turns go round: one for each fair worker, and up to sixteen for the plain ones.
     assert!(plain >= (plain + fair) / 6.0, "{done:?}");
     assert!(fair >= (plain + fair) / 8.0, "{done:?}");
 }
@@ -186,7 +186,7 @@ fn a_process_that_dies_in_the_line_costs_a_moment() {
         let started = Instant::now();
         guard.release().await.unwrap();
         waiter.await.unwrap().unwrap().release().await.unwrap();
-        // A second for the reservation, half a second until the next sign of life; the rest is for a busy machine.
+        // A second for the reservation, half a second until the next heartbeat; the rest is for a busy machine.
         assert!(started.elapsed() < ms(2_500), "after {:?}", started.elapsed());
     });
 }
@@ -206,7 +206,7 @@ fn fair_waiters_of_different_processes_keep_their_order() {
             waiters.spawn(async move {
                 let guard = request.await.unwrap();
                 sender.send(n).unwrap();
-                // Faster than they give signs of life.
+                // Shorter than the time between heartbeats.
                 sleep(ms(200)).await;
                 guard.release().await.unwrap();
             });

@@ -1,24 +1,24 @@
-//! What all benchmarks have in common: how they are called, and what they say of the machine.
+//! What all benchmarks have in common: their arguments, and the description of the machine.
 
 use std::io::ErrorKind;
 use std::process::{Command, ExitCode};
 use std::{fs, thread};
 
-/// Whether `--quick` was given.
+/// Returns whether `--quick` was given.
 pub(crate) fn is_quick(args: impl Iterator<Item = String>) -> Result<bool, String> {
     let mut quick = false;
     for arg in args {
         match arg.as_str() {
-            // Cargo's own.
+            // Added by Cargo.
             "--bench" => {}
             "--quick" => quick = true,
-            unknown => return Err(format!("unknown argument `{unknown}`: there is only `--quick`")),
+            unknown => return Err(format!("unknown argument `{unknown}`; use `--quick` or none")),
         }
     }
     Ok(quick)
 }
 
-/// What the program ends with. A refusal is told as it reads.
+/// Returns the exit code of the program. Prints an error as plain text.
 pub(crate) fn exit_code(done: Result<(), String>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -29,8 +29,8 @@ pub(crate) fn exit_code(done: Result<(), String>) -> ExitCode {
     }
 }
 
-/// The machine and the server's version, in one line. Asked before anything is started: without a server there is
-/// nothing to measure.
+/// Returns the machine and the server's version, in one line. It is called before anything is started: without a server
+/// there is nothing to measure.
 pub(crate) fn describe() -> Result<String, String> {
     let version = server_version()?;
     let cores = thread::available_parallelism().map_or(1, usize::from);
@@ -40,12 +40,12 @@ pub(crate) fn describe() -> Result<String, String> {
     Ok(format!("{cores} cores ({model}), shared with the server: redis-server {version}."))
 }
 
-/// What the server's binary says of itself, as `7.0.15`.
+/// Returns the version that the server's binary reports, as `7.0.15`.
 fn server_version() -> Result<String, String> {
     let output = match Command::new("redis-server").arg("--version").output() {
         Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            return Err("there is no redis-server to measure on: `bash tests/run.sh` installs it".to_owned());
+            return Err("redis-server is not installed; `bash tests/run.sh` installs it".to_owned());
         }
         Err(error) => return Err(format!("redis-server can't be run: {error}")),
     };

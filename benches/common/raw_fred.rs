@@ -1,17 +1,17 @@
-//! A lock by hand on a plain fred client: what tenure is built on.
+//! A lock written by hand on a plain fred client, the client under tenure.
 
 use tenure::fred::clients::Client;
 use tenure::fred::prelude::{Builder, ClientLike, Config, FredResult, ReconnectPolicy, Value};
 use tenure::fred::types::{ClusterHash, CustomCommand};
 
-/// The same for everybody in every benchmark.
+/// The same ttl for every contender in every benchmark.
 pub(crate) const TTL_MILLIS: &str = "30000";
 
 /// A client that knows one script.
 #[derive(Clone)]
 pub(crate) struct RawFred {
     pub(crate) client: Client,
-    /// The hash by which the server knows it.
+    /// The hash of the script.
     script: String,
 }
 
@@ -26,14 +26,14 @@ impl RawFred {
         Self { client, script }
     }
 
-    /// Whether the key was free, and is ours now.
+    /// Returns whether the key was free, and is ours now.
     pub(crate) async fn try_lock(&self, key: &str, token: &str) -> bool {
         let set = vec![key, token, "NX", "PX", TTL_MILLIS];
         let granted: Value = self.client.custom(command("SET"), set).await.expect("an answer");
         !granted.is_null()
     }
 
-    /// Whether the key held the token, and the script has done its work: `ARGV` is the token and the ttl in ms.
+    /// Returns whether the key held the token, so the script took effect: `ARGV` is the token and the ttl in ms.
     pub(crate) async fn run_script(&self, key: &str, token: &str) -> FredResult<bool> {
         let evalsha = vec![self.script.as_str(), "1", key, token, TTL_MILLIS];
         let done: i64 = self.client.custom(command("EVALSHA"), evalsha).await?;

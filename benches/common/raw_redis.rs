@@ -1,4 +1,4 @@
-//! A lock by hand on the redis crate's multiplexed connection.
+//! A lock written by hand on the redis crate's multiplexed connection.
 
 use std::sync::Arc;
 
@@ -18,11 +18,11 @@ impl RawRedis {
     pub(crate) async fn connect(url: &str, script: &str) -> Self {
         let client = redis::Client::open(url).expect("a URL");
         let connection = client.get_multiplexed_async_connection().await.expect("a connection");
-        // Sent where the server doesn't know its hash, which it then does.
+        // The script's text is sent only if the server doesn't know its hash yet.
         Self { connection, script: Arc::new(Script::new(script)) }
     }
 
-    /// Whether the key was free, and is ours now.
+    /// Returns whether the key was free, and is ours now.
     pub(crate) async fn try_lock(&self, key: &str, token: &str) -> bool {
         let mut set = redis::cmd("SET");
         set.arg(key).arg(token).arg("NX").arg("PX").arg(TTL_MILLIS);
@@ -30,7 +30,7 @@ impl RawRedis {
         granted == redis::Value::Okay
     }
 
-    /// Whether the key held the token, and the script has done its work: `ARGV` is the token and the ttl in ms.
+    /// Returns whether the key held the token, so the script took effect: `ARGV` is the token and the ttl in ms.
     pub(crate) async fn run_script(&self, key: &str, token: &str) -> RedisResult<bool> {
         let mut call = self.script.key(key);
         call.arg(token).arg(TTL_MILLIS);

@@ -1,6 +1,6 @@
-//! What becomes of the figures of several rounds.
+//! Combines the figures of several rounds.
 
-/// The middle one; of an even number, the upper of the two.
+/// Returns the median; for an even number of figures, the upper of the two in the middle.
 pub(crate) fn median(figures: impl Iterator<Item = f64>) -> f64 {
     let mut figures: Vec<f64> = figures.collect();
     let middle = figures.len() / 2;

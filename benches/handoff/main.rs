@@ -1,11 +1,11 @@
-//! How a contended lock goes from hand to hand: how fast, how fairly, and at what cost to the server.
+//! Handing over a contended lock: how fast, how fairly, and at what cost to the server.
 //!
 //! A few waiters want one key, each again as soon as it has released it, in one process or in several. The program
-//! starts itself for every process; the copies log their turns by a clock that all of them read alike, and one look at
-//! all logs together tells how long each hand-off took. Contenders take turns, in rounds and in random order. What is
-//! printed are medians over the rounds. `-- --quick` runs one short round.
+//! starts itself for every process. The copies log their turns by a clock that all of them share; all logs together
+//! show how long each hand-off took. Contenders take turns, in rounds and in random order. The program prints medians
+//! over the rounds. `-- --quick` runs one short round.
 
-#![expect(clippy::expect_used, reason = "a benchmark that can't measure has nothing else to say")]
+#![expect(clippy::expect_used, reason = "a benchmark that can't measure can only panic")]
 
 #[path = "../common/counters.rs"]
 mod counters;
@@ -29,8 +29,8 @@ use self::statistics::median;
 use self::turns::Sample;
 use self::waiters::Contender;
 
-/// Tells the copies from the benchmark. What follows: contender, number of waiters, microseconds to hold the lock, the
-/// server's URL, the key.
+/// Marks the copies. The other arguments are the contender, the number of waiters, the microseconds to hold the lock,
+/// the server's URL, the key.
 const WAIT: &str = "--wait";
 
 fn main() -> ExitCode {
@@ -45,11 +45,11 @@ fn main() -> ExitCode {
 /// How long to measure.
 #[derive(Clone, Copy)]
 struct Plan {
-    /// An odd number has a median of its own.
+    /// The number of rounds: an odd number has a median.
     rounds: usize,
-    /// Of one measurement: each round has one of every contender.
+    /// The length of one measurement. Each round measures every contender once.
     length: Duration,
-    /// Of the order within each round.
+    /// The seed of the order within each round.
     seed: u64,
 }
 
@@ -58,11 +58,11 @@ impl Plan {
     const QUICK: Self = Self { rounds: 1, length: Duration::from_secs(1), seed: 1 };
 }
 
-/// Who wants the key.
+/// The waiters for the key.
 #[derive(Clone, Copy)]
 struct Crowd {
     processes: usize,
-    /// In each process.
+    /// The number of waiters in each process.
     waiters: usize,
     hold: Duration,
 }
@@ -82,7 +82,7 @@ fn benchmark(args: Vec<String>) -> Result<(), String> {
             let crowd = Crowd { processes, waiters, hold };
             let mut samples: Vec<Vec<Sample>> = Contender::ALL.iter().map(|_| Vec::new()).collect();
             for _ in 0..plan.rounds {
-                // In another order each time: whoever comes before leaves its mark on a small machine.
+                // In another order each time: the contender before leaves its mark on a small machine.
                 let mut order: Vec<(&Contender, &mut Vec<Sample>)> = Contender::ALL.iter().zip(&mut samples).collect();
                 random.shuffle(&mut order);
                 for (contender, samples) in order {
@@ -95,7 +95,7 @@ fn benchmark(args: Vec<String>) -> Result<(), String> {
     compare_crowds(plan, &server, &mut observer)
 }
 
-/// What a hand-over costs in a small crowd and in a large one, in turn.
+/// Compares the cost of a hand-over in a small crowd and in a large one, in turn.
 fn compare_crowds(plan: Plan, server: &Server, observer: &mut Observer) -> Result<(), String> {
     let Some(tenure) = Contender::ALL.first() else { return Ok(()) };
     let mut samples = CROWDS.map(|_| Vec::new());
@@ -105,7 +105,7 @@ fn compare_crowds(plan: Plan, server: &Server, observer: &mut Observer) -> Resul
             samples.push(turns::measure(tenure, crowd, plan.length, server, observer)?);
         }
     }
-    println!("\nCrowds in one process, who hold the lock for 0ns");
+    println!("\nCrowds in one process that hold the lock for 0ns");
     for (waiters, samples) in CROWDS.iter().zip(&samples) {
         let of = |figure: fn(&Sample) -> f64| median(samples.iter().map(figure));
         let (turns, p50) = (of(|sample| sample.turns_a_second), of(|sample| sample.p50_micros));
@@ -119,7 +119,7 @@ fn compare_crowds(plan: Plan, server: &Server, observer: &mut Observer) -> Resul
 
 fn print_header(plan: Plan, machine: &str) {
     let Plan { rounds, length, .. } = plan;
-    println!("One key that many wait for, ttl 30 s, one connection for each process, TCP on loopback.");
+    println!("Many waiters for one key, ttl 30 s, one connection per process, TCP on loopback.");
     println!("{machine}");
     println!(
         "{rounds} round(s) of {length:?} for each contender, in turn. Medians over the rounds; ratios within a round."
@@ -127,18 +127,16 @@ fn print_header(plan: Plan, machine: &str) {
     println!();
     println!("  turns/s      how often the lock was obtained.");
     println!(
-        "  handed over  how many of the turns went to another waiter than the last. The next two are of these only."
+        "  handed over  turns that went to another waiter than the last one. The next two figures are of these only."
     );
     println!("  p50, p99     from the call of release to the return of the next obtain, by CLOCK_MONOTONIC.");
     println!(
         "  PING         median round trip on the same kind of connection, just before; p50/PING is the ratio to it."
     );
-    println!(
-        "  calls/turn   commands that clients have sent: calls of scripts, SET, SUBSCRIBE. Messages are no commands."
-    );
-    println!("  cmds/turn    all commands that the server has run, those of scripts too.");
-    println!("  max/min      the most turns of a waiter, to the fewest.");
-    println!("  longest      the longest wait in any round, ended or not; none is seen that is longer than a round.");
+    println!("  calls/turn   commands that clients have sent: calls of scripts, SET, SUBSCRIBE. Messages don't count.");
+    println!("  cmds/turn    all commands that the server has run, including those of scripts.");
+    println!("  max/min      the most turns of a waiter, divided by the fewest.");
+    println!("  longest      the longest wait in any round, ended or not; no more than a round.");
     println!("  CPU us/turn  the server's.");
 }
 
@@ -146,7 +144,7 @@ fn print_table(crowd: Crowd, samples: &[Vec<Sample>]) {
     let Crowd { processes, waiters, hold } = crowd;
     let of_processes =
         if processes == 1 { "in one process".to_owned() } else { format!("in each of {processes} processes") };
-    println!("\n{waiters} waiters {of_processes}, who hold the lock for {hold:?}");
+    println!("\n{waiters} waiters {of_processes} that hold the lock for {hold:?}");
     println!(
         "  {:<21} | {:>7} | {:>11} | {:>8} | {:>8} | {:>6} | {:>8} | {:>10} | {:>9} | {:>8} | {:>9} | {:>11}",
         "",
@@ -166,7 +164,8 @@ fn print_table(crowd: Crowd, samples: &[Vec<Sample>]) {
         let of = |figure: fn(&Sample) -> f64| median(samples.iter().map(figure));
         let longest = samples.iter().map(|sample| sample.longest_wait_millis).fold(0.0, f64::max);
         println!(
-            "  {:<21} | {:>7.0} | {:>9.1} % | {:>8} | {:>8} | {:>6} | {:>8.2} | {:>10.2} | {:>9.2} | {:>8.2} | {:>6.0} ms | {:>11.1}",
+            "  {:<21} | {:>7.0} | {:>9.1} % | {:>8} | {:>8} | {:>6} | {:>8.2} | {:>10.2} \
+             | {:>9.2} | {:>8.2} | {:>6.0} ms | {:>11.1}",
             contender.name,
             of(|sample| sample.turns_a_second),
             of(|sample| sample.handed_over_percent),
@@ -193,7 +192,7 @@ fn in_unit(micros: f64) -> String {
     if micros < 10_000.0 { format!("{micros:.0} us") } else { format!("{:.0} ms", micros / 1e3) }
 }
 
-/// What tenure is to do at least.
+/// Prints the least that tenure must achieve.
 fn print_targets(contender: &Contender, crowd: Crowd, samples: &[Sample]) {
     let Some(most_to_fewest) = contender.most_to_fewest else { return };
     let of = |figure: fn(&Sample) -> f64| median(samples.iter().map(figure));
@@ -209,7 +208,7 @@ fn print_targets(contender: &Contender, crowd: Crowd, samples: &[Sample]) {
     }
 }
 
-/// Judged as printed: at the edges of a measurement, what counts and what is counted for can differ by one.
+/// Compares the figures as printed: at the edges of a measurement, the counts can differ by one.
 fn print_target(what: &str, is: f64, at_most: f64) {
     let verdict = if (100.0 * is).round() <= 100.0 * at_most { "met" } else { "MISSED" };
     println!("    {what:<10} {is:>7.2}   at most {at_most:<4} {verdict}");

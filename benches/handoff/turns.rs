@@ -1,4 +1,4 @@
-//! One measurement: the processes that wait, started together, and what their logs say.
+//! One measurement: starts the processes of waiters together, and evaluates their logs.
 
 use std::collections::HashMap;
 use std::env;
@@ -17,8 +17,7 @@ use crate::statistics::median;
 use crate::waiters::Contender;
 use crate::{Crowd, WAIT};
 
-/// Nanoseconds of the system's monotonic clock, which is one for all processes. `Instant` reads it too, but can't be
-/// sent.
+/// Nanoseconds of the system's monotonic clock, which all processes share. `Instant` reads it too, but can't be sent.
 pub(crate) type Nanos = u64;
 
 pub(crate) fn now() -> Nanos {
@@ -30,25 +29,25 @@ pub(crate) fn nanos(time: Duration) -> Nanos {
     u64::try_from(time.as_nanos()).unwrap_or(Nanos::MAX)
 }
 
-/// What a process says when it is ready.
+/// The message of a process that is ready.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Ready {
     /// The median round trip of a PING.
     pub(crate) ping: Nanos,
 }
 
-/// What it is told then.
+/// The message that starts the process.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Span {
     pub(crate) start: Nanos,
     pub(crate) end: Nanos,
 }
 
-/// What it says in the end, for each of its waiters.
+/// The message at the end, for each of its waiters.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Log {
     pub(crate) turns: Vec<Turn>,
-    /// What it waited for when the time was over.
+    /// When the waiter asked for the lock that it was still waiting for at the end.
     pub(crate) asked_in_vain: Option<Nanos>,
 }
 
@@ -60,17 +59,17 @@ pub(crate) struct Turn {
     pub(crate) released: Nanos,
 }
 
-/// What one contender did in one round.
+/// The result of one contender in one round.
 pub(crate) struct Sample {
     pub(crate) turns_a_second: f64,
     pub(crate) handed_over_percent: f64,
-    /// No number where nothing was handed over.
+    /// Not a number if nothing was handed over.
     pub(crate) p50_micros: f64,
     pub(crate) p99_micros: f64,
     pub(crate) ping_micros: f64,
     pub(crate) calls_a_turn: f64,
     pub(crate) commands_a_turn: f64,
-    /// Of the waiters. Infinite where one had none.
+    /// The most turns of a waiter divided by the fewest. Infinite if one had none.
     pub(crate) most_to_fewest: f64,
     pub(crate) longest_wait_millis: f64,
     pub(crate) server_micros_a_turn: f64,
@@ -82,9 +81,9 @@ impl Sample {
     }
 }
 
-/// Before counting starts: connections, scripts, caches and a queue.
+/// The time before counting starts, to warm up connections, scripts, caches and a queue.
 const WARM_UP: Duration = Duration::from_millis(300);
-/// Around what is measured, so that all are there from its beginning to its end.
+/// The time before and after the measurement, so that all waiters are there from its beginning to its end.
 const MARGIN: Duration = Duration::from_millis(50);
 
 pub(crate) fn measure(
@@ -94,9 +93,9 @@ pub(crate) fn measure(
     server: &Server,
     observer: &mut Observer,
 ) -> Result<Sample, String> {
-    // A key of its own: what an earlier measurement has left behind belongs to another.
+    // A separate key: leftovers of an earlier measurement belong to another key.
     let key = format!("handoff:{}", now());
-    // One after the other, so that each has the machine to itself for its PINGs.
+    // One after the other, so that each process has the machine to itself for its PINGs.
     let started = (0..crowd.processes).map(|_| Process::start(contender, crowd, &server.url(), &key));
     let mut processes = started.collect::<Result<Vec<Process>, String>>()?;
     let ping_micros = median(processes.iter().map(|process| process.ready.ping as f64)) / 1e3;
@@ -129,7 +128,7 @@ struct Process {
 }
 
 impl Process {
-    /// Waits until it is ready.
+    /// Waits until the copy is ready.
     fn start(contender: &Contender, crowd: Crowd, url: &str, key: &str) -> Result<Self, String> {
         let mut copy = Command::new(env::current_exe().map_err(|error| error.to_string())?);
         let (waiters, hold) = (crowd.waiters.to_string(), crowd.hold.as_micros().to_string());
@@ -153,7 +152,7 @@ impl Process {
     }
 }
 
-/// One line of what a process says.
+/// Reads one message of a process.
 fn hear<T: for<'a> Deserialize<'a>>(stdout: &mut BufReader<ChildStdout>) -> Result<T, String> {
     let mut line = String::new();
     stdout.read_line(&mut line).map_err(|error| error.to_string())?;
@@ -175,7 +174,7 @@ fn evaluate(contender: &Contender, logs: &[Log], before: Look, after: Look, ping
     for pair in turns.windows(2) {
         let [(last, released), (next, obtained)] = pair else { continue };
         let pause = obtained.obtained.checked_sub(released.released);
-        // The ttl is longer than all of this: so whoever is in before the last has left is there by a mistake.
+        // The ttl is longer than all of this: two waiters that hold the lock at once would be a bug.
         let pause = pause.expect("one holder at a time");
         if last != next {
             hand_offs.saturating_record(pause);
@@ -201,7 +200,7 @@ fn evaluate(contender: &Contender, logs: &[Log], before: Look, after: Look, ping
         p99_micros: micros_at(&hand_offs, 0.99),
         ping_micros,
         calls_a_turn: (after.calls(contender.sends) - before.calls(contender.sends)) as f64 / count,
-        // One of them was the first look.
+        // One of the commands was the first look.
         commands_a_turn: (after.commands() - before.commands() - 1) as f64 / count,
         most_to_fewest: f64::from(most) / f64::from(fewest),
         longest_wait_millis: longest_wait as f64 / 1e6,
@@ -209,7 +208,7 @@ fn evaluate(contender: &Contender, logs: &[Log], before: Look, after: Look, ping
     }
 }
 
-/// For nanoseconds, up to a minute, to three digits.
+/// Creates a histogram of nanoseconds, up to a minute, to three digits.
 pub(crate) fn histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, nanos(Duration::from_secs(60)), 3).expect("sound bounds")
 }

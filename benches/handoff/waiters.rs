@@ -1,4 +1,4 @@
-//! Who waits, and how each of them obtains the lock and releases it; in a process of waiters.
+//! The contenders, and how each of them obtains and releases the lock; run in a process of waiters.
 
 use std::future::Future;
 use std::io::{self, BufRead, Write};
@@ -23,18 +23,18 @@ const COMPARE_AND_DELETE: &str =
 
 pub(crate) struct Contender {
     pub(crate) name: &'static str,
-    /// The commands that its clients send, in lower case: not those that only its scripts run.
+    /// The commands that its clients send, in lower case, without those that only its scripts run.
     pub(crate) sends: &'static [&'static str],
-    /// How unevenly it may treat waiters in several processes, where that is a target of ours.
+    /// How unevenly it may treat waiters in several processes, if that is a target of ours.
     pub(crate) most_to_fewest: Option<f64>,
     way: Way,
 }
 
 enum Way {
     Tenure(fn(&Locker, &str) -> LockRequest),
-    /// As it comes: three attempts with pauses of up to 200 ms, and the same again.
+    /// With default settings: three attempts with pauses of up to 200 ms, repeated.
     Rslock,
-    /// What the Go libraries do: try, and pause for so long.
+    /// Like the Go libraries: try, then pause for this long.
     Polling(fn() -> Duration),
 }
 
@@ -79,7 +79,7 @@ impl Contender {
         }
     }
 
-    /// The median round trip of a PING.
+    /// Returns the median round trip of a PING.
     async fn ping(&self, url: &str) -> Nanos {
         match self.way {
             Way::Rslock => {
@@ -143,23 +143,23 @@ impl Waiter {
             (Self::Polling(raw, _), Held::Polling(token)) => {
                 assert!(raw.run_script(key, token.as_str()).await.expect("an answer"), "held");
             }
-            // It doesn't say.
+            // It reports no result.
             (_, Held::Rslock(lock)) => lock.release().await,
             (_, Held::Polling(_)) => {}
         }
     }
 }
 
-/// Does what the arguments say: gets ready, is told when, and tells its log.
+/// Does what the arguments describe: gets ready, waits for the start, and prints its log.
 pub(crate) fn take_turns(args: &[String]) -> Result<(), String> {
     let [contender, waiters, hold, url, key] = args else { return Err("five arguments are needed".to_owned()) };
     let known = Contender::ALL.iter().find(|known| known.name == contender);
     let contender = known.ok_or_else(|| format!("unknown contender `{contender}`"))?;
-    let waiters: usize = waiters.parse().map_err(|_| format!("`{waiters}` is no number of waiters"))?;
-    let hold = hold.parse().map(Duration::from_micros).map_err(|_| format!("`{hold}` is no time"))?;
+    let waiters: usize = waiters.parse().map_err(|_| format!("`{waiters}` is not a number of waiters"))?;
+    let hold = hold.parse().map(Duration::from_micros).map_err(|_| format!("`{hold}` is not a time"))?;
 
     let runtime = Runtime::new().expect("a runtime");
-    // On the runtime's own threads, as the waiters are.
+    // On the runtime's own threads, like the waiters.
     let getting_ready = runtime.spawn({
         let url = url.clone();
         async move { (contender.connect(&url).await, contender.ping(&url).await) }

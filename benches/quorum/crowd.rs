@@ -1,4 +1,4 @@
-//! What a quorum of three does under contention, and with one node that is slow, dead or silent.
+//! A quorum of three under contention, and with one node that is slow, dead or silent.
 
 use std::time::{Duration, Instant};
 
@@ -10,24 +10,24 @@ use tokio::time::sleep;
 use crate::statistics::median;
 use crate::{quorum, scripts_run};
 
-/// So late are the answers of a slow node.
+/// The delay of a slow node's replies.
 const SLOW: Duration = Duration::from_millis(500);
 
-/// How one node of three fares.
+/// The state of the third node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Third {
     Well,
-    /// Each of its answers is late.
+    /// Each of its replies is late.
     Slow,
     /// Nobody listens there.
     Dead,
-    /// It takes requests and never answers.
+    /// It accepts requests and never replies.
     Silent,
 }
 
 pub(crate) async fn measure(length: Duration) {
     println!(
-        "\nEight tasks for one key of three nodes, for {length:?} each; and what each call takes beside such a node"
+        "\nEight tasks for one key on three nodes, for {length:?} each; and the time of each call with such a node"
     );
     println!(
         "  third node | lockers | turns/s | longest ms | calls/turn | obtain us | renew us | release us | drop us"
@@ -53,7 +53,7 @@ async fn measure_beside(third: Third, count: usize, length: Duration) {
     match third {
         Third::Well => {}
         Third::Slow => proxy.set(Mode::Delay(SLOW)),
-        // To a proxy without a server, connections are made and closed.
+        // A proxy without a server accepts connections and closes them.
         Third::Dead => servers[2].kill(),
         Third::Silent => servers[2].freeze(),
     }
@@ -78,7 +78,7 @@ async fn measure_beside(third: Third, count: usize, length: Duration) {
     );
 }
 
-/// Turns, and the longest wait for one.
+/// Returns the turns per second, and the longest wait for one.
 async fn crowd(lockers: &[Locker], length: Duration) -> (f64, Duration) {
     let started = Instant::now();
     let mut tasks = JoinSet::new();
@@ -100,7 +100,7 @@ async fn crowd(lockers: &[Locker], length: Duration) -> (f64, Duration) {
     all.into_iter().fold((0.0, Duration::ZERO), |sum, (turns, longest)| (sum.0 + turns, sum.1.max(longest)))
 }
 
-/// Medians in microseconds: to obtain, to renew, to release, and until another finds free what was dropped.
+/// Returns the medians in microseconds: to obtain, renew, release, and until another finds a dropped lock free.
 async fn alone(locker: &Locker) -> [f64; 4] {
     let mut samples: [Vec<f64>; 4] = Default::default();
     let micros = |since: Instant| since.elapsed().as_secs_f64() * 1e6;

@@ -1,13 +1,13 @@
-//! What a lock on a quorum costs: obtaining alone, and obtain + release pairs, by one task on three and on five nodes,
-//! beside one server.
+//! The cost of a lock on a quorum: obtaining alone, and obtain + release pairs, by one task on three and on five nodes,
+//! compared to one server.
 //!
-//! All on one machine, which has to do the work of all nodes one after the other: on machines of their own they would
-//! do it at the same time. So it is measured a second time with every answer kept back for a while, as by a network:
-//! what counts then is how often, and not for how many, a lock has to wait. As in `versus.rs`, whoever is measured
-//! takes turns with the others, in rounds and in random order; what is printed are medians over the rounds, and ratios
-//! are taken within a round. `-- --quick` runs one short round.
+//! All nodes are on one machine, which does their work one after the other; on separate machines they would work at the
+//! same time. So everything is measured a second time with every reply delayed, as by a network: then the number of
+//! round trips counts, and not the number of nodes. As in `versus`, the rivals take turns in rounds and in random
+//! order; the program prints medians over the rounds, and ratios are taken within a round. `-- --quick` runs one short
+//! round.
 
-#![expect(clippy::expect_used, reason = "a benchmark that can't measure has nothing else to say")]
+#![expect(clippy::expect_used, reason = "a benchmark that can't measure can only panic")]
 
 mod crowd;
 #[path = "../common/machine.rs"]
@@ -28,16 +28,16 @@ use tokio::task::JoinSet;
 
 use self::statistics::median;
 
-/// A quorum of one is what the protocol costs before there are others to wait for.
+/// A quorum of one shows the cost of the protocol without other nodes to wait for.
 const NODES: [usize; 3] = [1, 3, 5];
 const SINGLE: &str = "one server";
-/// The same once more: how far its ratio is from 1 is how far the others can be trusted.
+/// One server, once more. The distance of its ratio from 1 shows how precise the other ratios are.
 const CONTROL: &str = "one server, again";
 
-/// More nodes than this times a lock on one server are too dear.
+/// The most that obtaining on more nodes may take, as a multiple of one server.
 const TARGET: f64 = 1.5;
 
-/// How long a network keeps an answer.
+/// The delay of a network's replies.
 const AWAY: Duration = Duration::from_millis(1);
 
 fn main() -> ExitCode {
@@ -104,7 +104,7 @@ async fn single(urls: &[String]) -> Locker {
     Locker::connect(url).await.expect("a connection")
 }
 
-/// The servers have only just been started, and vote all the same.
+/// Returns a quorum whose nodes vote at once, although they have only just been started.
 async fn quorum(urls: impl Iterator<Item = &String>) -> Locker {
     let builder = Locker::builder().restart_window(Duration::ZERO);
     builder.quorum(urls).await.expect("a majority")
@@ -116,25 +116,25 @@ struct Rival {
     locker: Locker,
 }
 
-/// What one rival did in one round; times in microseconds.
+/// The result of one rival in one round; times in microseconds.
 #[derive(Clone, Copy)]
 struct Sample {
     obtain: f64,
     pair: f64,
-    /// Of this process, for one pair. The servers' is not in it.
+    /// Processor time of this process for one pair, without the servers'.
     cpu: f64,
-    /// Calls to each node for each lock, but for its release: 1 where one ballot suffices and nothing is taken back.
+    /// Calls to each node for each lock, without its release: 1 if one ballot is enough and nothing is taken back.
     calls: f64,
 }
 
 impl Rival {
-    /// In a task of its own, as applications do it: what `block_on` polls has a thread of its own, and wakes late.
+    /// Measures in a task of its own, like an application: `block_on` polls on a separate thread, and wakes late.
     async fn measure(&self, servers: &[Server], length: Duration) -> Sample {
         let scripts = scripts_run(servers.iter().take(self.nodes));
         let mut running = JoinSet::new();
         running.spawn(pairs(self.locker.clone(), length));
         let (obtain, pair, cpu, locks) = running.join_next().await.expect("one task").expect("no panic");
-        // Of each node: one call for the release, which is no part of it.
+        // One of the calls to each node is the release, which doesn't count.
         let calls = (scripts_run(servers.iter().take(self.nodes)) - scripts) / self.nodes as f64;
         Sample { obtain, pair, cpu, calls: calls / locks - 1.0 }
     }
@@ -154,7 +154,7 @@ async fn pairs(locker: Locker, length: Duration) -> (f64, f64, f64, f64) {
     (micros(obtaining), micros(started.elapsed()), micros(cpu.elapsed()), f64::from(locks))
 }
 
-/// How many scripts these servers have run since they were started.
+/// Returns how many scripts these servers have run since they were started.
 fn scripts_run<'a>(servers: impl Iterator<Item = &'a Server>) -> f64 {
     let of_one = |server: &Server| {
         let stats = server.cli(&["INFO", "commandstats"]);
@@ -166,8 +166,8 @@ fn scripts_run<'a>(servers: impl Iterator<Item = &'a Server>) -> f64 {
 
 fn print_table(rivals: &[Rival], samples: &HashMap<&str, Vec<Sample>>, away: Option<Duration>) {
     match away {
-        None => println!("\nThe servers at hand"),
-        Some(away) => println!("\nEvery answer {away:?} away, and a little more, as timers go"),
+        None => println!("\nThe servers without delay"),
+        Some(away) => println!("\nEvery reply {away:?} late, and a little more, as timers are coarse"),
     }
     println!(
         "                    | obtain us | / one server | pair us | / one server | client CPU us/pair | calls/obtain"

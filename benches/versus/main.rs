@@ -1,10 +1,10 @@
-//! What a lock costs: obtain + release pairs on keys of their own, beside the raw clients and the nearest rival.
+//! The cost of a lock: obtain + release pairs on distinct keys, compared to the raw clients and the nearest rival.
 //!
-//! One server, one process, one run: each rival in turn, in rounds and in random order, so that a noisy machine is
-//! noisy for all of them. What is printed are medians over the rounds; ratios are taken within a round. `-- --quick`
-//! runs one short round.
+//! One server, one process, one run: each rival in turn, in rounds and in random order, so that a noisy machine affects
+//! all of them alike. The program prints medians over the rounds; ratios are taken within a round. `-- --quick` runs
+//! one short round.
 
-#![expect(clippy::expect_used, reason = "a benchmark that can't measure has nothing else to say")]
+#![expect(clippy::expect_used, reason = "a benchmark that can't measure can only panic")]
 
 #[path = "../common/machine.rs"]
 mod machine;
@@ -32,7 +32,7 @@ use tokio::time::sleep;
 use self::rivals::{RAW_FRED, RSLOCK, Rival};
 use self::statistics::median;
 
-/// How many at a time obtain and release.
+/// How many tasks obtain and release at a time.
 const TASKS: [usize; 4] = [1, 16, 64, 256];
 
 fn main() -> ExitCode {
@@ -49,11 +49,11 @@ fn benchmark() -> Result<(), String> {
 /// How long to measure.
 #[derive(Clone, Copy)]
 struct Plan {
-    /// An odd number has a median of its own.
+    /// The number of rounds: an odd number has a median.
     rounds: usize,
-    /// Of one measurement: each round has one of every rival.
+    /// The length of one measurement. Each round measures every rival once.
     length: Duration,
-    /// Of the order within each round.
+    /// The seed of the order within each round.
     seed: u64,
 }
 
@@ -73,27 +73,27 @@ async fn compare(plan: Plan, machine: &str) {
     }
 }
 
-/// By a rival's name, its samples in the order of the rounds: the nth ones of all rivals belong together.
+/// The samples of each rival, in the order of the rounds: the nth samples of all rivals belong together.
 type Samples = HashMap<&'static str, Vec<Sample>>;
 
-/// What one rival did in one round.
+/// The result of one rival in one round.
 #[derive(Clone, Copy)]
 struct Sample {
     /// Pairs a second.
     rate: f64,
-    /// Of this process, for one pair. The server's is not in it.
+    /// Processor time of this process for one pair, without the server's.
     cpu_micros: f64,
 }
 
 async fn measure_in_turn(rivals: &[Rival], tasks: usize, plan: Plan) -> Samples {
     for rival in rivals {
-        // Connections, scripts and caches, warmed up.
+        // Warms up connections, scripts and caches.
         measure(rival, tasks, plan.length / 4).await;
     }
     let mut samples = Samples::new();
     let mut random = fastrand::Rng::with_seed(plan.seed);
     for _ in 0..plan.rounds {
-        // In another order each time: whoever comes before leaves its mark on a small machine.
+        // In another order each time: the rival before leaves its mark on a small machine.
         let mut order: Vec<&Rival> = rivals.iter().collect();
         random.shuffle(&mut order);
         for rival in order {
@@ -104,7 +104,7 @@ async fn measure_in_turn(rivals: &[Rival], tasks: usize, plan: Plan) -> Samples 
     samples
 }
 
-/// Lets so many tasks obtain and release, each its own key, for so long.
+/// Lets this many tasks obtain and release, each with its own key, for `length`.
 async fn measure(rival: &Rival, tasks: usize, length: Duration) -> Sample {
     let over = Arc::new(AtomicBool::new(false));
     let mut running = JoinSet::new();
@@ -115,13 +115,13 @@ async fn measure(rival: &Rival, tasks: usize, length: Duration) -> Sample {
     sleep(length).await;
     over.store(true, Ordering::Relaxed);
     let pairs = running.join_all().await.into_iter().sum::<u32>();
-    // After the last pair has ended: all of them are within the time.
+    // Measured after the last pair has ended, so all pairs are within the time.
     let (elapsed, cpu) = (started.elapsed(), cpu.elapsed());
     let pairs = f64::from(pairs);
     Sample { rate: pairs / elapsed.as_secs_f64(), cpu_micros: cpu.as_secs_f64() * 1e6 / pairs }
 }
 
-/// Answers how many pairs there were.
+/// Returns the number of pairs.
 async fn repeat_pairs(rival: Rival, key: String, over: Arc<AtomicBool>) -> u32 {
     let mut pairs = 0;
     while !over.load(Ordering::Relaxed) {
@@ -148,7 +148,7 @@ fn print_table(rivals: &[Rival], tasks: usize, samples: &Samples) {
         let own = &samples[name];
         let rate = median(own.iter().map(|sample| sample.rate));
         let micros = 1e6 * tasks as f64 / rate;
-        // A pair takes as much longer as there are fewer of them.
+        // The time of a pair is inversely proportional to the rate.
         let time_to_fred = median_ratio(&samples[RAW_FRED], own);
         let rate_to_rslock = median_ratio(own, &samples[RSLOCK]);
         let cpu = median(own.iter().map(|sample| sample.cpu_micros));
@@ -158,7 +158,7 @@ fn print_table(rivals: &[Rival], tasks: usize, samples: &Samples) {
     }
 }
 
-/// Of the rates of two rivals, round by round.
+/// Returns the median ratio of the rates of two rivals, round by round.
 fn median_ratio(of: &[Sample], to: &[Sample]) -> f64 {
     median(of.iter().zip(to).map(|(of, to)| of.rate / to.rate))
 }

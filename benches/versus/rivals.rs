@@ -1,4 +1,4 @@
-//! Who is measured, and how each of them obtains a lock and releases it.
+//! The rivals, and how each of them obtains and releases a lock.
 
 use std::time::Duration;
 
@@ -8,15 +8,15 @@ use tenure::{Locker, Token};
 use crate::raw_fred::RawFred;
 use crate::raw_redis::RawRedis;
 
-/// The names that ratios are taken to.
+/// The names that ratios refer to.
 pub(crate) const RAW_FRED: &str = "raw fred";
 pub(crate) const RSLOCK: &str = "rslock";
-/// The same as raw fred, once more: how far its ratio is from 1 is how far the others can be trusted.
+/// raw fred, once more. The distance of its ratio from 1 shows how precise the other ratios are.
 const CONTROL: &str = "raw fred, again";
 
 const TTL: Duration = Duration::from_secs(30);
 
-/// What the raw clients release with. tenure and rslock bring their own.
+/// The release script of the raw clients. tenure and rslock have their own.
 const COMPARE_AND_DELETE: &str =
     "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0";
 
@@ -26,7 +26,7 @@ pub(crate) enum Rival {
         locker: Locker,
         fenced: bool,
     },
-    /// What tenure is built on: its ratio to this one is the price of the guard.
+    /// The client under tenure: the ratio to it is the price of the guard.
     Fred {
         name: &'static str,
         raw: RawFred,
@@ -36,7 +36,7 @@ pub(crate) enum Rival {
 }
 
 impl Rival {
-    /// Every one with a connection of its own.
+    /// Returns every rival, each with its own connection.
     pub(crate) async fn all(url: &str) -> [Self; 6] {
         [
             Self::tenure(url, true).await,
@@ -66,12 +66,12 @@ impl Rival {
         }
     }
 
-    /// One pair.
+    /// Runs one pair.
     ///
     /// # Panics
     ///
-    /// When the key was not free, or not ours any more: what is measured then is something else. Of a release, rslock
-    /// doesn't say; but the next pair would find its key locked.
+    /// If the key was not free, or is no longer ours: the figures would then mean something else. rslock doesn't report
+    /// that of a release; but the next pair would find its key locked.
     pub(crate) async fn obtain_and_release(&self, key: &str) {
         match self {
             Self::Tenure { locker, fenced } => with_tenure(locker, *fenced, key).await,

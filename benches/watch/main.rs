@@ -1,11 +1,11 @@
-//! What it costs to hold many locks: the client's and the server's processor, memory, and whether renewals come in
+//! The cost of holding many locks: processor time and memory of the client and the server, and whether renewals are in
 //! time.
 //!
-//! The locks are obtained one after another, with so many at a time, and then held for a minute. Each contender has a
-//! server and a process of its own, so that its processor time and its memory are its alone: the program starts itself,
-//! and the copy prints its figures. `-- --quick` leaves out the large number, and holds for a shorter time.
+//! The locks are obtained a fixed number at a time, and then held for a minute. Each contender has its own server and
+//! process, so its processor time and its memory are its own: the program starts itself, and the copy prints its
+//! figures. `-- --quick` leaves out the large number, and holds for a shorter time.
 
-#![expect(clippy::expect_used, reason = "a benchmark that can't measure has nothing else to say")]
+#![expect(clippy::expect_used, reason = "a benchmark that can't measure can only panic")]
 
 #[path = "../common/counters.rs"]
 mod counters;
@@ -27,13 +27,14 @@ use tenure_test_support::Server;
 use self::renewers::Contender;
 use self::watched::Figures;
 
-/// As users have it by default.
+/// The default ttl.
 const TTL: Duration = Duration::from_secs(30);
 const INTERVAL: Duration = Duration::from_secs(10);
-/// Of the interval: a renewal that is later than this is counted as late.
+/// How late a renewal may be before it counts as late.
 const TOLERANCE: Duration = Duration::from_secs(1);
 
-/// Tells the copy from the benchmark. What follows: contender, number of locks, seconds to hold them, the server's URL.
+/// Marks the copy. The other arguments are the contender, the number of locks, the seconds to hold them, the server's
+/// URL.
 const ALONE: &str = "--alone";
 
 fn main() -> ExitCode {
@@ -48,8 +49,7 @@ fn main() -> ExitCode {
 /// What to hold, and for how long.
 struct Plan {
     locks: &'static [u32],
-    /// A multiple of the interval, which starts and ends between the renewals: so each lock is renewed as often as any
-    /// other.
+    /// A multiple of the interval, which starts and ends between the renewals, so each lock is renewed equally often.
     seconds: u64,
 }
 
@@ -74,7 +74,7 @@ fn benchmark(args: Vec<String>) -> Result<(), String> {
     Ok(())
 }
 
-/// Runs one contender in a process of its own.
+/// Runs one contender in its own process.
 fn measure_alone(contender: Contender, locks: u32, seconds: u64) -> Result<Figures, String> {
     let server = Server::start();
     let mut copy = Command::new(env::current_exe().map_err(|error| error.to_string())?);
@@ -90,30 +90,25 @@ fn print_header(plan: &Plan, machine: &str) {
     println!("Locks held, ttl {TTL:?}, each renewed every {INTERVAL:?}, one connection each, TCP on loopback.");
     println!("{machine}");
     println!(
-        "Measured for {} s with each in turn, in a process of its own and on a fresh server, from {:?} after the last lock.",
+        "Measured for {} s each, in a process of its own and on a fresh server, from {:?} after the last lock.",
         plan.seconds,
         INTERVAL / 2
     );
     println!();
-    println!("Obtained {} at a time, as fast as that goes: so their renewals come in bursts,", renewers::AT_A_TIME);
-    println!("as they do for whoever takes up all work at the start. Tickers are the pattern in the READMEs of Go's");
-    println!("libraries: for each lock one task and one script call (compare the token, PEXPIRE).");
+    println!("Obtained {} at a time, as fast as possible, so their renewals come in bursts,", renewers::AT_A_TIME);
+    println!("as for a service that takes up all work at the start. Tickers are the pattern in the READMEs of Go's");
+    println!("libraries: one task per lock, and one script call per renewal (compare the token, PEXPIRE).");
     println!();
-    println!("  CPU         of one core, and per renewal. The client's is without the thread that looks on.");
-    println!("  renewals    PEXPIREs that the server counts; so are calls, the scripts that clients have sent,");
-    println!("              and cmds, all commands, those that scripts have run too.");
+    println!("  CPU         of one core, and per renewal. The client's excludes the thread that observes.");
+    println!("  renewals    PEXPIREs that the server counts; likewise calls, the scripts that clients have sent,");
+    println!("              and cmds, all commands, including those that scripts have run.");
     println!("  bytes/lock  VmRSS of /proc/self/status at the end, less the one before the first lock, divided by");
     println!("              the number of locks; less the key's own bytes.");
-    println!(
-        "  late        renewals by more than {TOLERANCE:?}. Of guards and leases, seen once a second by their deadlines, which tell"
-    );
-    println!(
-        "              when each renewal was sent, and at a look, whether one is overdue. Of tickers, by their own"
-    );
-    println!(
-        "              clock when the answer is there; or in place of it, an error (the redis crate's: no answer in 500 ms)."
-    );
-    println!("  lost        locks that are held no more at the end.");
+    println!("  late        renewals by more than {TOLERANCE:?}. For guards and leases, seen once a second from their");
+    println!("              deadlines, which show when each renewal was sent and whether one is overdue. For tickers,");
+    println!("              by their own clock when the reply arrives; or, instead of a reply, an error (the redis");
+    println!("              crate's: no reply in 500 ms).");
+    println!("  lost        locks that are no longer held at the end.");
 }
 
 fn print_heading(locks: u32) {
@@ -137,7 +132,8 @@ fn print_heading(locks: u32) {
 
 fn print_row(contender: Contender, figures: &Figures) {
     println!(
-        "  {:<17} | {:>10.0} | {:>8} | {:>8.2} % {:>6.1} | {:>8.2} % {:>6.1} | {:>7.0} | {:>7.0} | {:>10.0} | {:>5} | {:>4}",
+        "  {:<17} | {:>10.0} | {:>8} | {:>8.2} % {:>6.1} | {:>8.2} % {:>6.1} \
+         | {:>7.0} | {:>7.0} | {:>10.0} | {:>5} | {:>4}",
         contender.name(),
         f64::from(figures.locks) / figures.obtaining_seconds,
         figures.renewals,
@@ -153,7 +149,7 @@ fn print_row(contender: Contender, figures: &Figures) {
     );
 }
 
-/// What guards are to cost at most. The absolute ones are told where they apply: for the large number.
+/// Prints the most that guards may cost. The absolute targets are printed only for the large number.
 fn print_targets(locks: u32, rows: &[(Contender, Figures)]) {
     let of = |wanted| rows.iter().find(|(contender, _)| *contender == wanted).map(|(_, figures)| figures);
     let (Some(guards), Some(tickers)) = (of(Contender::Guards), of(Contender::FredTickers)) else { return };

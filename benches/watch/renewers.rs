@@ -1,4 +1,4 @@
-//! Who holds the locks, and how each of them keeps and observes them.
+//! The contenders, and how each of them holds and observes its locks.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -12,13 +12,13 @@ use crate::raw_fred::RawFred;
 use crate::raw_redis::RawRedis;
 use crate::{INTERVAL, TOLERANCE, TTL};
 
-/// Locks are obtained so many at a time.
+/// The number of locks that are obtained at a time.
 pub(crate) const AT_A_TIME: u32 = 64;
 
-/// tenure's default, set here all the same: the deadlines are read by it.
+/// tenure's default. It is set explicitly, because the lateness of renewals is computed from the deadlines.
 const DRIFT: (f64, Duration) = (0.01, Duration::from_millis(2));
 
-/// What the Go libraries' `Refresh` and `Extend` run.
+/// The script that `Refresh` and `Extend` of the Go libraries run.
 const COMPARE_AND_PEXPIRE: &str = "if redis.call('GET', KEYS[1]) == ARGV[1] then \
      return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end return 0";
 
@@ -26,7 +26,7 @@ const COMPARE_AND_PEXPIRE: &str = "if redis.call('GET', KEYS[1]) == ARGV[1] then
 pub(crate) enum Contender {
     /// A guard for each lock.
     Guards,
-    /// One watchdog for all.
+    /// One watchdog for all locks.
     WatchDog,
     FredTickers,
     RedisTickers,
@@ -44,7 +44,7 @@ impl Contender {
         }
     }
 
-    /// Connects, and warms up what comes with the first lock.
+    /// Connects, and warms up what the first lock needs.
     pub(crate) async fn start(self, url: &str) -> Renewer {
         match self {
             Self::Guards => Renewer::Guards { locker: locker(url).await, guards: Vec::new() },
@@ -74,7 +74,7 @@ async fn locker(url: &str) -> Locker {
     locker
 }
 
-/// The key of the nth lock, as long as any other's.
+/// Returns the key of the nth lock; all keys have the same length.
 pub(crate) fn key(n: u32) -> String {
     format!("watch:{n:06}")
 }
@@ -86,7 +86,7 @@ pub(crate) enum Renewer {
     Tickers { raw: Raw, tally: Arc<Tally> },
 }
 
-/// What went wrong with the locks that tickers renew.
+/// The failures of the locks that tickers renew.
 #[derive(Default)]
 pub(crate) struct Tally {
     late: AtomicU32,
@@ -94,7 +94,7 @@ pub(crate) struct Tally {
 }
 
 impl Renewer {
-    /// Obtains so many locks, which are renewed from then on.
+    /// Obtains this many locks, which are renewed from then on.
     pub(crate) async fn obtain(&mut self, locks: u32) {
         let mut obtaining = JoinSet::new();
         for first in 0..AT_A_TIME {
@@ -111,7 +111,7 @@ impl Renewer {
         }
     }
 
-    /// Looks at all deadlines. The tickers see for themselves.
+    /// Checks all deadlines. The tickers check theirs themselves.
     pub(crate) fn look(&self, looks: &mut Looks) {
         match self {
             Self::Guards { guards, .. } => {
@@ -132,7 +132,7 @@ impl Renewer {
         }
     }
 
-    /// How many renewals were late, as far as this knows it better than whoever has looked on.
+    /// Returns how many renewals were late, by the renewer's own count if it has one.
     pub(crate) fn late(&self, looks: &Looks) -> u32 {
         match self {
             Self::Tickers { tally, .. } => tally.late.load(Ordering::Relaxed),
@@ -140,7 +140,7 @@ impl Renewer {
         }
     }
 
-    /// How many of the locks are held no more.
+    /// Returns how many of the locks are no longer held.
     pub(crate) fn lost(&self, locks: u32) -> u32 {
         match self {
             Self::Guards { guards, .. } => locks - count(guards.iter().flatten().filter(|guard| guard.is_held())),
@@ -177,16 +177,16 @@ async fn start_tickers(raw: Raw, tally: Arc<Tally>, share: impl Iterator<Item = 
     for n in share {
         let (key, token) = (key(n), Token::random());
         assert!(raw.try_lock(&key, token.as_str()).await, "free");
-        // Ends with the runtime, which is to say with the program.
+        // The task ends with the runtime, that is, with the program.
         tokio::spawn(tick(raw.clone(), tally.clone(), key, token));
     }
     Vec::new()
 }
 
-/// The READMEs' watchdog: a ticker, and a script call whenever it ticks.
+/// The watchdog of the READMEs: a ticker, and a script call at each tick.
 async fn tick(raw: Raw, tally: Arc<Tally>, key: String, token: Token) {
     let mut ticker = interval_at(Instant::now() + INTERVAL, INTERVAL);
-    // As Go's tickers do when nobody takes their ticks.
+    // Like Go's tickers if nobody receives their ticks.
     ticker.set_missed_tick_behavior(MissedTickBehavior::Skip);
     loop {
         let due = ticker.tick().await;
@@ -195,7 +195,7 @@ async fn tick(raw: Raw, tally: Arc<Tally>, key: String, token: Token) {
             tally.lost.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        // One that has failed is tried again at the next tick, which is late.
+        // A failed renewal is repeated at the next tick, which is late.
         if renewed.is_none() || due.elapsed() > TOLERANCE {
             tally.late.fetch_add(1, Ordering::Relaxed);
         }
@@ -216,7 +216,7 @@ impl Raw {
         }
     }
 
-    /// `None` where the server could not be asked.
+    /// Returns `None` if the server could not be reached, or failed.
     async fn renew(&self, key: &str, token: &str) -> Option<bool> {
         match self {
             Self::Fred(raw) => raw.run_script(key, token).await.ok(),
@@ -225,11 +225,11 @@ impl Raw {
     }
 }
 
-/// What is known of the deadlines from the last look.
+/// The deadlines at the last check.
 ///
-/// A deadline is the moment at which the last confirmed request was sent, and a fixed time. So the step from one to the
-/// next is the time between two renewals, to the microsecond, however seldom one looks; as long as that is more often
-/// than they are renewed. A renewal that is on its way for too long is seen only if a look falls into that time.
+/// A deadline is the instant at which the last confirmed request was sent, plus a fixed time. So the step from one to
+/// the next is the time between two renewals, to the microsecond, as long as the checks are more frequent than the
+/// renewals. A renewal that is in flight for too long is seen only if a check falls into that time.
 pub(crate) struct Looks {
     seen: Vec<Seen>,
     late: u32,
@@ -238,12 +238,12 @@ pub(crate) struct Looks {
 #[derive(Clone, Copy)]
 struct Seen {
     deadline: Option<Instant>,
-    /// The renewal after this deadline is counted as late already.
+    /// Whether the renewal after this deadline is already counted as late.
     overdue: bool,
 }
 
 impl Looks {
-    /// Its memory is used from the beginning, and so is none of what the locks use.
+    /// Uses all of its memory from the beginning, so none of it counts as memory of the locks.
     pub(crate) fn new(locks: u32) -> Self {
         let never = Seen { deadline: Some(Instant::now()), overdue: false };
         let mut seen = vec![never; locks as usize];

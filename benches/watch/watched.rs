@@ -1,4 +1,4 @@
-//! One contender, measured in the process that it has to itself.
+//! Measures one contender, in its own process.
 
 use std::fs;
 use std::thread;
@@ -12,17 +12,17 @@ use crate::INTERVAL;
 use crate::counters::Observer;
 use crate::renewers::{Contender, Looks, key};
 
-/// Between two looks at all locks.
+/// The time between two checks of all locks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// The scripts that clients send.
 const CALLS: [&str; 2] = ["evalsha", "eval"];
 
-/// What one contender did, from a while after the last lock that it obtained to the end.
+/// The figures of one contender, from a while after it obtained its last lock to the end.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Figures {
     pub(crate) locks: u32,
-    /// How long it took to obtain them.
+    /// The time that it took to obtain the locks.
     pub(crate) obtaining_seconds: f64,
     pub(crate) seconds: f64,
     client_cpu_seconds: f64,
@@ -30,7 +30,7 @@ pub(crate) struct Figures {
     pub(crate) renewals: u64,
     pub(crate) calls: u64,
     pub(crate) commands: u64,
-    /// Resident in memory, more than before the first lock.
+    /// The growth of the resident memory since before the first lock.
     grown_bytes: f64,
     key_bytes: f64,
     pub(crate) late: u32,
@@ -59,13 +59,13 @@ impl Figures {
     }
 }
 
-/// Does what the arguments say, and prints the figures as one line.
+/// Measures what the arguments describe, and prints the figures as one line.
 pub(crate) fn measure(args: &[String]) -> Result<(), String> {
     let [contender, locks, seconds, url] = args else { return Err("four arguments are needed".to_owned()) };
     let known = Contender::ALL.into_iter().find(|known| known.name() == contender);
     let contender = known.ok_or_else(|| format!("unknown contender `{contender}`"))?;
-    let locks = locks.parse().map_err(|_| format!("`{locks}` is no number of locks"))?;
-    let seconds = seconds.parse().map_err(|_| format!("`{seconds}` is no number of seconds"))?;
+    let locks = locks.parse().map_err(|_| format!("`{locks}` is not a number of locks"))?;
+    let seconds = seconds.parse().map_err(|_| format!("`{seconds}` is not a number of seconds"))?;
     let figures = hold(contender, locks, Duration::from_secs(seconds), url);
     println!("{}", serde_json::to_string(&figures).map_err(|error| error.to_string())?);
     Ok(())
@@ -84,7 +84,7 @@ fn hold(contender: Contender, locks: u32, length: Duration, url: &str) -> Figure
 
     thread::sleep(INTERVAL / 2);
 
-    // From here on the work is done on the runtime's threads, and this one only looks on: its time is taken off.
+    // From now on the runtime's threads do the work, and this thread only observes: its time is subtracted.
     let before = observer.look();
     let (started, client, onlooker) = (Instant::now(), ProcessTime::now(), ThreadTime::now());
     while started.elapsed() < length {
@@ -110,7 +110,7 @@ fn hold(contender: Contender, locks: u32, length: Duration, url: &str) -> Figure
     }
 }
 
-/// What the process has in memory now.
+/// Returns the resident memory of the process.
 fn resident_bytes() -> f64 {
     let status = fs::read_to_string("/proc/self/status").expect("Linux");
     let kibibytes = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));

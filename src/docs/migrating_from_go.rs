@@ -1,8 +1,8 @@
-//! For those who know one of the Go libraries that tenure learned from: their first page, and the same thing here.
+//! A guide for users of the Go libraries that tenure learned from: their first example, and the same in tenure.
 //!
-//! Only what is different in kind is commented on. What all of them leave to the caller and tenure does by itself: the
-//! lock is renewed in the background, work learns of its loss, a lock that is forgotten about is released, and a server
-//! that can't be asked is told apart from one that says no.
+//! Only differences in kind are explained. What all of them leave to the caller, tenure does by itself: it renews the
+//! lock in the background, tells the work of a loss, releases a lock that is forgotten about, and distinguishes a
+//! server that can't be reached from one that refuses.
 //!
 //! # bsm/redislock
 //!
@@ -31,24 +31,26 @@
 //! };
 //! let ttl = guard.server_ttl().await?;
 //! guard.renew_for(Duration::from_millis(200)).await?;
-//! // Released when dropped; or now, to learn how it went.
+//! // A drop releases it; `release` also returns the outcome.
 //! guard.release().await?;
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! Its README's watchdog (a ticker, a refresh, a cancelled context) is what every guard does. Work that must stop goes
-//! under [`protect`](crate::LockGuard::protect), or is handed a
+//! The watchdog of its README (a ticker, a refresh, a cancelled context) is built into every guard. Work that must stop
+//! runs under [`protect`](crate::LockGuard::protect), or gets a
 //! [`cancellation_token`](crate::LockGuard::cancellation_token).
 //!
 //! | there | here |
 //! | --- | --- |
-//! | `RetryStrategy`: `LinearBackoff`, `ExponentialBackoff`, `LimitRetry`, `NoRetry` | [`Retry`](crate::Retry): `linear`, `exponential`, `limit`, `none`, or any iterator |
-//! | the context's deadline | [`wait_at_most`](crate::LockRequest::wait_at_most) |
-//! | `Options.Token`, `Options.Metadata` | [`token`](crate::LockRequest::token), [`metadata`](crate::LockRequest::metadata) |
-//! | `ObtainMulti` | [`obtain_all`](crate::Locker::obtain_all) |
-//! | `Options.FenceKey`, `FenceToken()` | [`fencing_token`](crate::LockGuard::fencing_token), on by default |
-//! | `ErrNotObtained`, `ErrLockNotHeld` | [`NotObtained`](crate::Error::NotObtained), [`NotHeld`](crate::Error::NotHeld) |
+//! | `RetryStrategy` | [`Retry`] |
+//! | `LinearBackoff`, `ExponentialBackoff` | `linear`, `exponential`, or any iterator |
+//! | `LimitRetry`, `NoRetry` | `limit`, `none` |
+//! | the context's deadline | [`wait_at_most`] |
+//! | `Options.Token`, `Options.Metadata` | [`token`], [`metadata`] |
+//! | `ObtainMulti` | [`obtain_all`] |
+//! | `Options.FenceKey`, `FenceToken()` | [`fencing_token`], on by default |
+//! | `ErrNotObtained`, `ErrLockNotHeld` | [`NotObtained`], [`NotHeld`] |
 //!
 //! # amyangfei/redlock-go, on one server
 //!
@@ -76,8 +78,8 @@
 //! # }
 //! ```
 //!
-//! A manager that remembers by name what it holds is a [`WatchDog`](crate::WatchDog). It needs no cache to be chosen,
-//! sized or swept: a lock that is lost leaves it at once, and its name then releases no successor's.
+//! A manager that remembers its locks by name is a [`WatchDog`]. It needs no cache to be chosen, sized or swept: it
+//! drops a lost lock at once, and a release by that name then doesn't release a successor's lock.
 //!
 //! # redislock (AttemptLock)
 //!
@@ -99,15 +101,15 @@
 //!         guard.protect(migrate(guard.fencing_token())).await?;
 //!         guard.release().await?;
 //!     }
-//!     Err(Error::NotObtained { .. }) => println!("another runs them"),
+//!     Err(Error::NotObtained { .. }) => println!("another process runs them"),
 //!     Err(error) => return Err(error),
 //! }
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! That library warns of races that it accepts. What is left of them here is what the server forgets, and what a
-//! process does that stands still in the middle of a write; a store that refuses lower fencing tokens closes both.
+//! That library warns of races that it accepts. Two remain here: a server may forget, and a process may pause in the
+//! middle of a write. A store that refuses lower fencing tokens closes both.
 //!
 //! # trviph/redlock, on one server
 //!
@@ -131,7 +133,7 @@
 //! # }
 //! ```
 //!
-//! Its watchdog is for locks that are known by key and token, and here also for guards:
+//! Its watchdog is for locks that are known by key and token; here it also takes guards:
 //!
 //! ```text
 //! wd := redlock.NewWatchDog(locker,
@@ -166,21 +168,21 @@
 //! # }
 //! ```
 //!
-//! There it may start before the lock is obtained, and in return never ends by itself. Here
-//! [`obtain_when_free`](crate::WatchRequest::obtain_when_free) says so, failures that pass are survived until the
-//! deadline, and a lock that is lost is told once and watched no more.
+//! There a watchdog may start before the lock is obtained, but never ends by itself. Here
+//! [`obtain_when_free`](crate::WatchRequest::obtain_when_free) asks for that, transient failures are retried until the
+//! deadline, and a lost lock is reported once and no longer watched.
 //!
-//! What it calls fencing is the owner's [`token`](crate::LockGuard::token), random and good for nothing but ownership.
-//! A [`fencing_token`](crate::LockGuard::fencing_token) is a number that grows.
+//! What it calls fencing is the owner's [`token`](crate::LockGuard::token), which is random and only proves ownership.
+//! A [`fencing_token`] is a number that grows.
 //!
 //! | there | here |
 //! | --- | --- |
 //! | `Acquire`, `TryAcquire` | [`lock`](crate::Locker::lock), [`try_lock`](crate::Locker::try_lock) |
-//! | `AcquireWithFencing`, `AcquireOrExtend` | [`obtain`](crate::Locker::obtain) with [`token`](crate::LockRequest::token) |
+//! | `AcquireWithFencing`, `AcquireOrExtend` | [`obtain`](crate::Locker::obtain) with [`token`] |
 //! | `Watch`, `WatchWithInterval` | every guard; [`renew_every`](crate::LockRequest::renew_every) |
-//! | `NewWatchDog`, `WithItem` | [`WatchDog`](crate::WatchDog), [`watch_lease`](crate::WatchDog::watch_lease) |
+//! | `NewWatchDog`, `WithItem` | [`WatchDog`], [`watch_lease`](crate::WatchDog::watch_lease) |
 //! | `WithErrorCallbacks`, `WithExtensionCallbacks` | [`WatchEvent`](crate::WatchEvent): `RenewFailed`, `Renewed` |
-//! | `ErrMaxRetryExceeded` | [`NotObtained`](crate::Error::NotObtained), which says how many attempts |
+//! | `ErrMaxRetryExceeded` | [`NotObtained`], which contains the number of attempts |
 //!
 //! # trviph/redlock, on several servers
 //!
@@ -204,10 +206,10 @@
 //!     .command_timeout(Duration::from_secs(5))
 //!     .quorum(["redis://redis1", "redis://redis2", "redis://redis3"])
 //!     .await?;
-//! let guard = locker.lock("my-resource").ttl(Duration::from_secs(30)).await?; // the same guard as ever
+//! let guard = locker.lock("my-resource").ttl(Duration::from_secs(30)).await?; // the same guard as on one server
 //! match guard.release().await {
 //!     Err(Error::Quorum { needed, granted, nodes }) => {
-//!         // Too few nodes could be asked; it goes on in the background.
+//!         // Too few nodes were reached; the release goes on in the background.
 //!         eprintln!("{granted} of {needed} nodes have released it");
 //!         for node in nodes {
 //!             eprintln!("{}: {}", node.address, node.error);
@@ -221,11 +223,11 @@
 //!
 //! | there | here |
 //! | --- | --- |
-//! | `Lock` and `DistributedLock`, with like methods | one [`Locker`](crate::Locker), one [`LockGuard`](crate::LockGuard) |
-//! | `WithDistMaxRetry`, `WithDistMaxJitterDuration` | [`Retry`](crate::Retry); split votes are jittered anyway |
-//! | joined errors, to be unwrapped | [`Error::Quorum`](crate::Error::Quorum), with an error and an address per node |
-//! | `ReleaseWithCount` | `Ok`: a majority; otherwise `needed` and `granted` of [`Error::Quorum`](crate::Error::Quorum) |
-//! | fencing tokens of your own making | [`fencing_token`](crate::LockGuard::fencing_token), agreed on by the nodes |
+//! | `Lock` and `DistributedLock`, with similar methods | one [`Locker`], one [`LockGuard`] |
+//! | `WithDistMaxRetry`, `WithDistMaxJitterDuration` | [`Retry`]; split votes are always jittered |
+//! | joined errors, to be unwrapped | [`Error::Quorum`], with an error and an address per node |
+//! | `ReleaseWithCount` | `Ok`: a majority; otherwise `needed` and `granted` of [`Error::Quorum`] |
+//! | fencing tokens that you make yourself | [`fencing_token`], which the nodes agree on |
 //!
 //! # amyangfei/redlock-go
 //!
@@ -250,7 +252,7 @@
 //! # }
 //! ```
 //!
-//! As there, an even number of servers is refused. A server that was restarted does not vote for a minute
+//! As there, an even number of servers is refused. A restarted server doesn't vote for a minute
 //! ([`restart_window`](crate::LockerBuilder::restart_window)), as it may have forgotten what it granted.
 //!
 //! # distlock
@@ -280,5 +282,18 @@
 //! # }
 //! ```
 //!
-//! Its minimal client interface, with which tests do without a server, is
+//! For tests without a server, where that library has a minimal client interface, use
 //! [`Locker::in_memory`](crate::Locker::in_memory).
+//!
+//! [`Error::Quorum`]: crate::Error::Quorum
+//! [`LockGuard`]: crate::LockGuard
+//! [`Locker`]: crate::Locker
+//! [`NotHeld`]: crate::Error::NotHeld
+//! [`NotObtained`]: crate::Error::NotObtained
+//! [`Retry`]: crate::Retry
+//! [`WatchDog`]: crate::WatchDog
+//! [`fencing_token`]: crate::LockGuard::fencing_token
+//! [`metadata`]: crate::LockRequest::metadata
+//! [`obtain_all`]: crate::Locker::obtain_all
+//! [`token`]: crate::LockRequest::token
+//! [`wait_at_most`]: crate::LockRequest::wait_at_most

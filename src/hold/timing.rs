@@ -6,8 +6,8 @@ use tokio::time::Instant;
 
 use crate::Error;
 
-/// The shortest validity and the longest ttl. The drift leaves nothing of a shorter one. With a longer one the server's
-/// own arithmetic comes close to its limits, and the lock of a holder that has died stays for too long.
+/// The shortest validity and the longest ttl. A shorter validity is eaten up by the drift. With a longer ttl the
+/// server's own arithmetic comes close to its limits, and the lock of a dead holder stays for too long.
 pub(crate) const MIN_VALIDITY: Duration = Duration::from_millis(1);
 pub(crate) const MAX_TTL: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 

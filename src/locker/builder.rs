@@ -1,4 +1,4 @@
-//! How a locker is made: its settings, and which store it is for.
+//! The settings of a locker, and the stores it can be built on.
 
 use std::time::Duration;
 
@@ -20,9 +20,9 @@ use crate::store::quorum::{self, QuorumStore};
 use crate::store::redis::{self, RedisStore};
 use crate::{Error, Locker, Retry};
 
-/// The settings of a [`Locker`]; made by [`Locker::builder`].
+/// The settings of a [`Locker`]; created by [`Locker::builder`].
 ///
-/// What can't work is refused by the requests that it concerns, before they send anything.
+/// A setting that can't work is refused by the requests that use it, before they send anything.
 ///
 /// # Examples
 ///
@@ -47,7 +47,7 @@ pub struct LockerBuilder {
     min_replicas: usize,
 }
 
-/// For how long a node of a quorum doesn't vote after a restart; for [`LockerBuilder::restart_window`].
+/// How long a node of a quorum doesn't vote after a restart; for [`LockerBuilder::restart_window`].
 ///
 /// # Examples
 ///
@@ -61,9 +61,9 @@ pub struct LockerBuilder {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RestartWindow {
-    /// For so long. What [`Duration`]s convert into.
+    /// For this long. A [`Duration`] converts into it.
     For(Duration),
-    /// Not at all: whatever a node has granted, it knows after any restart.
+    /// Not at all: after any restart, a node knows everything that it has granted.
     NodesNeverForget,
 }
 
@@ -94,7 +94,7 @@ impl Default for LockerBuilder {
 }
 
 impl LockerBuilder {
-    /// The [ttl](crate::LockRequest::ttl) of requests that set none. Default: 30 s.
+    /// Sets the [ttl](crate::LockRequest::ttl) of requests that set none. Default: 30 s.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -105,7 +105,7 @@ impl LockerBuilder {
         self
     }
 
-    /// The time between [renewals](crate::LockRequest::renew_every). Default: a third of the ttl.
+    /// Sets the time between [renewals](crate::LockRequest::renew_every). Default: a third of the ttl.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -116,7 +116,7 @@ impl LockerBuilder {
         self
     }
 
-    /// The pauses of [`Locker::obtain`] where the request sets none. Default: one attempt.
+    /// Sets the pauses of [`Locker::obtain`] for requests that set none. Default: one attempt.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -128,11 +128,12 @@ impl LockerBuilder {
         self
     }
 
-    /// How often who waits looks at the lock although nothing was heard of it: 1 s unless set, at least 10 ms, at most
-    /// 365 days.
+    /// Sets how often a waiter that has received no notification checks the lock: at least 10 ms, at most 365 days.
+    /// Default: 1 s.
     ///
-    /// A lock that is released by tenure is heard of at once, and the end of a dead holder's ttl is known. This is for
-    /// locks that other libraries release, which send no message, and for servers whose messages can't be had.
+    /// Tenure notifies waiters of a release at once, and waiters know when a dead holder's ttl ends. This setting is
+    /// for locks that other libraries release, which send no notification, and for servers on which subscriptions don't
+    /// work.
     ///
     /// ```
     /// use std::time::Duration;
@@ -144,10 +145,10 @@ impl LockerBuilder {
         self
     }
 
-    /// How far the server's clock may run ahead of ours during one ttl: a part of the ttl, and a fixed margin. A guard
-    /// stops believing by so much earlier. Default: 0.01 and 2 ms.
+    /// Sets how far the server's clock may run ahead of ours during one ttl: a fraction of the ttl, and a fixed margin.
+    /// A guard's deadline is earlier by that much. Default: 0.01 and 2 ms.
     ///
-    /// A factor that is not at least 0 and below 1 leaves nothing of any ttl: every request is refused.
+    /// A factor outside `0.0..1.0` leaves nothing of any ttl: every request is refused.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -158,7 +159,7 @@ impl LockerBuilder {
         self
     }
 
-    /// Put before every key at the server. Guards and errors show keys without it. Default: none.
+    /// Sets a prefix for every key at the server. Guards and errors show keys without it. Default: none.
     ///
     /// ```
     /// let locker = tenure::Locker::builder().prefix("billing:").in_memory();
@@ -168,10 +169,10 @@ impl LockerBuilder {
         self
     }
 
-    /// How long to wait for the server's answer to one command, and for a connection. Default: 2 s.
+    /// Sets how long to wait for the server's reply to one command, and for a connection. Default: 2 s.
     ///
-    /// Calls that would be answered too late to be of use end sooner, by themselves. Zero is taken for 1 ms, and what
-    /// is longer than 365 days for that.
+    /// A call ends sooner when its reply would come too late to be of use. Zero counts as 1 ms, and anything longer
+    /// than 365 days as 365 days.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -182,7 +183,7 @@ impl LockerBuilder {
         self
     }
 
-    /// Whether guards have a [fencing token](crate::LockGuard::fencing_token). Default: true.
+    /// Sets whether guards have a [fencing token](crate::LockGuard::fencing_token). Default: true.
     ///
     /// ```
     /// let locker = tenure::Locker::builder().fenced(false).in_memory();
@@ -192,8 +193,8 @@ impl LockerBuilder {
         self
     }
 
-    /// Gives the connection and the renewals a thread and a runtime of their own, so that a worker of the application
-    /// that blocks can't hold them up. Costs a hand-over between threads for each request. Default: false.
+    /// Runs the connection and the renewals on a thread and a runtime of their own, so that a blocked worker of the
+    /// application can't hold them up. This costs each request a hop between threads. Default: false.
     ///
     /// ```
     /// let locker = tenure::Locker::builder().isolated(true).in_memory();
@@ -203,26 +204,25 @@ impl LockerBuilder {
         self
     }
 
-    /// How many replicas of the server must have acknowledged a lock before it is held, and each of its renewals before
+    /// Sets how many replicas of the server must acknowledge a lock before it is held, and each of its renewals before
     /// it counts. Default: 0.
     ///
-    /// Too few, and a request fails with [`Error::NotReplicated`] (one that waits goes on), having released what it
-    /// got; a renewal is tried again, and the guard is lost by its deadline as if the server were away. So a failover
-    /// to any of those replicas finds the lock, and a primary that is cut off from all of them keeps nobody's lock
-    /// alive.
+    /// If too few do, a request releases what it got and fails with [`Error::NotReplicated`] (one that waits goes on);
+    /// a renewal is retried, and the guard is lost by its deadline as if the server were away. So a failover to any of
+    /// those replicas finds the lock, and a primary that is cut off from all of them keeps no lock alive.
     ///
-    /// It is no consensus: where there are more replicas than these, it may be another one that is promoted, and it
-    /// knows nothing of the lock. What a failover forgets is told by the guard at its next renewal, and kept from doing
-    /// harm by [fencing tokens](crate::LockGuard::fencing_token). With as many as there are replicas nothing is
-    /// forgotten, and nothing can be locked while one of them is away.
+    /// This is not consensus: if there are more replicas than this number, the promoted one may be another, which knows
+    /// nothing of the lock. The guard detects what a failover forgot at its next renewal, and [fencing
+    /// tokens](crate::LockGuard::fencing_token) keep it from doing harm. If all replicas must acknowledge, nothing
+    /// is forgotten, and nothing can be locked while one of them is away.
     ///
-    /// Each request and renewal asks the server to `WAIT`: another round trip, and, while replicas are behind, a wait
-    /// for them for most of the [command timeout](LockerBuilder::command_timeout), or of the ttl where that is shorter.
-    /// All that this locker sends meanwhile waits behind it, on the same connection; also what others send by a
-    /// [client](LockerBuilder::client) of your own, so give it one for itself.
+    /// Each request and renewal asks the server to `WAIT`. This takes another round trip and, while replicas are
+    /// behind, a wait of most of the [command timeout](LockerBuilder::command_timeout), or of the ttl if that is
+    /// shorter. Everything that this locker sends meanwhile waits behind it, on the same connection; so does everything
+    /// that others send with a [client](LockerBuilder::client) of your own, so give the locker one for itself.
     ///
-    /// It is for one server, with Sentinels or without. A cluster, and a [quorum](Locker::quorum), whose nodes have no
-    /// replicas, refuse it: [`Error::Unsupported`]. The embedded store has none either, and ignores it.
+    /// It is for one server, with Sentinels or without. A cluster refuses it with [`Error::Unsupported`], and so does a
+    /// [quorum](Locker::quorum), whose nodes have no replicas. The embedded store has none either, and ignores it.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), tenure::Error> {
@@ -236,16 +236,16 @@ impl LockerBuilder {
         self
     }
 
-    /// For how long a quorum's node doesn't vote after a restart, in which it may have forgotten what it had granted.
-    /// Rounded up to whole seconds; default: 60 s, at most 365 days.
+    /// Sets how long a node of a quorum doesn't vote after a restart, as it may have forgotten what it had granted.
+    /// Rounded up to whole seconds, at most 365 days. Default: 60 s.
     ///
-    /// No ttl may be longer, or what a node has forgotten could be held still when it votes again. All who share locks
-    /// must set the same.
+    /// No ttl may be longer; otherwise a forgotten lock could still be held when the node votes again. All clients that
+    /// share locks must set the same window.
     ///
-    /// [`RestartWindow::NodesNeverForget`] is for nodes that write every change to disk before they answer
-    /// (`appendfsync always`), and for tests: nodes vote at once then, and any ttl will do. A node that does forget can
-    /// then give a lock to a second holder. Where the nodes can be asked, one of which it is untrue is logged as a
-    /// warning, `tenure.node_may_forget`. A duration of zero says the same as this, and less clearly.
+    /// [`RestartWindow::NodesNeverForget`] is for nodes that write every change to disk before they reply (`appendfsync
+    /// always`), and for tests: nodes then vote at once, and any ttl will do. But a node that does forget can give a
+    /// lock to a second holder. If the nodes can be asked, the locker logs a warning, `tenure.node_may_forget`, for
+    /// each one that can forget. A duration of zero means the same, but less clearly.
     ///
     /// ```no_run
     /// # use std::time::Duration;
@@ -267,11 +267,11 @@ impl LockerBuilder {
     ///
     /// # Errors
     ///
-    /// As [`Locker::connect`].
+    /// Those of [`Locker::connect`].
     ///
     /// # Cancel safety
     ///
-    /// As [`Locker::connect`].
+    /// The same as for [`Locker::connect`].
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), tenure::Error> {
@@ -297,11 +297,11 @@ impl LockerBuilder {
     ///
     /// # Errors
     ///
-    /// As [`Locker::quorum`].
+    /// Those of [`Locker::quorum`].
     ///
     /// # Cancel safety
     ///
-    /// As [`Locker::quorum`].
+    /// The same as for [`Locker::quorum`].
     ///
     /// ```no_run
     /// # use std::time::Duration;
@@ -318,7 +318,7 @@ impl LockerBuilder {
 
     async fn connect_quorum(self, urls: Vec<String>) -> Result<Locker, Error> {
         if self.min_replicas > 0 {
-            return Err(Error::Unsupported("the nodes of a quorum have no replicas: more nodes do what those would"));
+            return Err(Error::Unsupported("the nodes of a quorum have no replicas; use more nodes instead"));
         }
         quorum::check_ttl(self.settings.ttl, self.restart_window)?;
         Shared::check_runtime()?;
@@ -335,7 +335,7 @@ impl LockerBuilder {
         Ok(self.build_with(Box::new(store), isolated, releases))
     }
 
-    /// A connection must not take so long that a lock could be lost by it.
+    /// Limits the time for a connection, so that no lock is lost while it is opened.
     fn connection_timeout(&self) -> Duration {
         self.command_timeout.min(self.settings.ttl / 3).max(Duration::from_millis(1))
     }
@@ -364,7 +364,7 @@ impl LockerBuilder {
         self.on_own_thread_if_wanted(Box::new(MemoryStore::new()))
     }
 
-    /// Where the system has no thread left to isolate anything on, the caller's runtime does it.
+    /// Isolates the locker if that is set. If the system has no thread left for it, the caller's runtime does the work.
     fn on_own_thread_if_wanted(self, store: Box<dyn Store>) -> Locker {
         let isolated = self.isolated.then(Isolated::start).and_then(Result::ok);
         self.build(store, isolated)

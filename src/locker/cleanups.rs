@@ -1,10 +1,9 @@
-//! What is still to be cleaned up at the server: the locks of guards that were dropped, and what attempts of unknown
-//! outcome may have left.
+//! The cleanups that are still pending at the server: the locks of dropped guards, and what attempts of unknown outcome
+//! may have left.
 //!
 //! A renewer, a task or the future of a request does each cleanup. But a future may be kept and not polled, and a
 //! runtime may no longer be driven. So every cleanup is registered here as well, and [`Locker::close`] does those that
-//! are not done in time, on its own runtime. It does no harm to do one twice: it ends a grant by which nobody holds a
-//! lock.
+//! are not done in time, on its own runtime. Doing one twice is harmless: it ends a grant by which nobody holds a lock.
 //!
 //! [`Locker::close`]: crate::Locker::close
 
@@ -25,21 +24,21 @@ use crate::hold::{GrantId, Hold, Owned};
 use crate::locker::shared::Shared;
 use crate::store::{LinePlace, Wanted};
 
-/// How long closing leaves a cleanup to whoever has registered it.
+/// How long closing leaves a cleanup to the code that registered it.
 const PATIENCE: Duration = Duration::from_millis(250);
 
-/// What has to be cleaned up.
+/// A cleanup to do.
 #[derive(Clone)]
 pub(crate) enum Cleanup {
-    /// An attempt may have obtained the lock, without anybody's knowledge.
+    /// Undo an attempt that may have obtained the lock without anybody's knowledge.
     Undo(Arc<Wanted>),
-    /// The lock is to be released in the background.
+    /// Release the lock in the background.
     Release(Arc<Hold>),
-    /// The lock is released; what an earlier attempt may have left is to be undone.
+    /// Undo what an earlier attempt may have left, after the lock was released.
     UndoAttempt(Arc<Hold>),
-    /// A grant that nobody uses has taken over the lock of a lease.
+    /// Give the lock of a lease back: a grant that nobody uses has taken it over.
     GiveBack { owned: Owned, earlier: Option<GrantId>, ttl: Duration },
-    /// No request has this place in the line any longer.
+    /// Leave a place in the line that no request uses any longer.
     Leave(Key, LinePlace),
 }
 
@@ -53,7 +52,7 @@ pub(crate) struct Cleanups {
 #[derive(Default)]
 struct Entries {
     slots: Slab<Entry>,
-    /// The number of the last entry. It tells entries apart that have the same slot, one after the other.
+    /// The number of the last entry. It distinguishes entries that use the same slot one after the other.
     last: u64,
 }
 
@@ -90,7 +89,7 @@ impl Cleanups {
         PendingCleanup { entries: self.entries.clone(), slot, number }
     }
 
-    /// Removes and returns the cleanups that were not done in time. Whoever has registered one learns that by
+    /// Removes and returns the cleanups that were not done in time. The code that registered one learns of it through
     /// [`PendingCleanup::is_taken_over`].
     fn take_over(&self, now: Instant) -> Vec<(Cleanup, TaskTrackerToken)> {
         let mut entries = lock(&self.entries);
@@ -102,8 +101,7 @@ impl Cleanups {
 }
 
 impl PendingCleanup {
-    /// Ends the cleanup, as it is done or not needed. Returns false if closing has taken it over: then it is being
-    /// done.
+    /// Ends the cleanup, because it is done or not needed. Returns false if closing has taken it over and is doing it.
     pub(crate) fn complete(self) -> bool {
         self.remove()
     }
@@ -118,7 +116,7 @@ impl PendingCleanup {
             return false;
         }
         let entry = entries.slots.try_remove(self.slot);
-        // Dropping its token wakes what waits for the tracker: not under the mutex.
+        // Dropping its token wakes those that wait for the tracker, so the mutex is unlocked first.
         drop(entries);
         drop(entry);
         true
@@ -132,7 +130,7 @@ impl Drop for PendingCleanup {
 }
 
 impl Shared {
-    /// Waits until no cleanup is pending, and does those that nobody else does in time.
+    /// Waits until no cleanup is pending, and does those that are not done in time.
     pub(crate) async fn finish_cleanups(self: &Arc<Self>) {
         if Self::check_runtime().is_err() {
             return self.releases.wait().await;
@@ -146,7 +144,7 @@ impl Shared {
         }
         loop {
             select! {
-                // Nothing is taken over if all is done.
+                // Nothing is taken over once all is done.
                 biased;
                 () = self.releases.wait() => return,
                 () = sleep(PATIENCE) => {}
@@ -163,14 +161,14 @@ impl Shared {
         }
     }
 
-    /// Leaves the line in the background. `again`: something that was sent may still enter the place, so the line is
-    /// left once more when the server can no longer run that.
+    /// Leaves the line in the background. If `again` is set, a request that was sent may still enter the place, so this
+    /// leaves it once more when the server can no longer run that request.
     pub(crate) fn leave_line(self: &Arc<Self>, key: Key, place: LinePlace, again: bool, runtime: &Handle) {
         let work = Cleanup::Leave(key, place);
         let (shared, pending) = (self.clone(), self.cleanups.register(work.clone()));
         runtime.spawn(async move {
             shared.perform(work.clone()).await;
-            // Closing doesn't wait for the rest: when the process ends, its places do.
+            // Closing doesn't wait for the rest: the places of a process end with it.
             drop(pending);
             if again {
                 sleep(shared.patience()).await;

@@ -1,4 +1,4 @@
-//! Closing a locker at the end of a scope, for programs whose `main` just returns.
+//! Closes a locker at the end of a scope, for programs whose `main` just returns.
 
 use std::fmt;
 use std::sync::mpsc;
@@ -8,15 +8,15 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 
 use crate::Locker;
 
-/// Closes a [`Locker`] when it is dropped, and waits for the releases in flight; made by [`Locker::close_on_drop`].
+/// Closes a [`Locker`] when it is dropped, and waits for the releases in flight; created by [`Locker::close_on_drop`].
 ///
-/// A guard that is dropped is released in the background, by a task. A runtime that shuts down ends that task, and then
-/// the key stays until its ttl ends: so it is with a guard that lives until the end of `main`. Declare this before the
+/// A task releases a dropped guard in the background. A runtime that shuts down ends that task, and the key then stays
+/// until its ttl ends. This happens to a guard that lives until the end of `main`. Declare this value before the
 /// guards, so that it is dropped after them.
 ///
 /// Dropping it blocks the thread for as long as the releases take, up to the limit. On a `current_thread` runtime
 /// nothing could be released meanwhile, so there it does not wait: end such a program with [`Locker::close`], or use
-/// [`Locker::scope`]. The same is true where the only worker thread of a runtime drops it.
+/// [`Locker::scope`]. The same is true if it is dropped on a runtime's only worker thread.
 ///
 /// # Examples
 ///
@@ -47,7 +47,7 @@ impl CloseOnDrop {
 impl Drop for CloseOnDrop {
     fn drop(&mut self) {
         let releases = self.locker.refuse_new_requests().clone();
-        // A runtime that goes on while this thread waits.
+        // A runtime that keeps running while this thread waits.
         let runtime = match self.locker.shared().isolated.as_ref().map(|isolated| isolated.handle().clone()) {
             Some(isolated) => Some(isolated),
             None => Handle::try_current().ok().filter(|here| here.runtime_flavor() != RuntimeFlavor::CurrentThread),
@@ -62,10 +62,10 @@ impl Drop for CloseOnDrop {
             locker.close().await;
             drop(ended);
         });
-        // On a worker thread, what was spawned or woken last waits in a place that no other worker looks at, while this
-        // one blocks: another takes that place.
+        // The last task that a worker thread spawned or woke is in a slot that no other worker looks at while this one
+        // blocks. An empty task takes that slot.
         runtime.spawn(async {});
-        // Ends without a message, when the task does or when its runtime has dropped it.
+        // Nothing is sent: this returns when the task ends or its runtime drops it.
         wait.recv_timeout(self.limit).ok();
     }
 }

@@ -1,4 +1,4 @@
-//! A thread and a runtime of our own, so that no blocked worker of the user's can hold up a renewal.
+//! A thread and a runtime of our own, so that no blocked worker of the application can hold up a renewal.
 
 use std::sync::mpsc;
 use std::thread;
@@ -8,7 +8,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::Error;
 
-/// Runs until it is dropped. Its thread ends by itself then: nobody waits for it.
+/// A runtime that runs until this is dropped. Its thread then ends by itself: nobody waits for it.
 #[derive(Debug)]
 pub(crate) struct Isolated {
     handle: Handle,
@@ -16,9 +16,11 @@ pub(crate) struct Isolated {
 }
 
 impl Isolated {
+    /// Starts the thread and its runtime.
+    ///
     /// # Errors
     ///
-    /// [`Error::NoRuntime`] where the system has no thread left for it.
+    /// [`Error::NoRuntime`] if the system has no thread left for it.
     pub(crate) fn start() -> Result<Self, Error> {
         Self::start_in(thread::Builder::new())
     }
@@ -27,11 +29,10 @@ impl Isolated {
         let (started, runtime) = mpsc::sync_channel(1);
         let stop = CancellationToken::new();
         let stopped = stop.clone().cancelled_owned();
-        // The runtime lives and dies in its thread: it must not be dropped in another, which may be a worker of the
-        // user's.
+        // The runtime is created and dropped in its own thread: another thread may be a worker of the application.
         let run = move || {
             let runtime = Builder::new_current_thread().enable_all().build();
-            // Nobody listens any more: then there is nothing to run.
+            // If nobody receives the handle any longer, there is nothing to run.
             let is_wanted = started.send(runtime.as_ref().ok().map(|runtime| runtime.handle().clone())).is_ok();
             if let (Ok(runtime), true) = (runtime, is_wanted) {
                 runtime.block_on(stopped);
@@ -51,7 +52,7 @@ impl Isolated {
 mod tests {
     use super::*;
 
-    /// More than there is room for.
+    /// A thread that needs more memory than there is.
     fn no_thread() -> thread::Builder {
         thread::Builder::new().stack_size(1 << 60)
     }

@@ -1,4 +1,4 @@
-//! What a locker shares with its requests, its guards and everything that works for them in the background.
+//! What a locker shares with its requests, its guards and their background work.
 
 use std::time::Duration;
 
@@ -20,24 +20,24 @@ use crate::{Error, Retry};
 pub(crate) struct Shared {
     pub(crate) store: Box<dyn Store>,
     pub(crate) command_timeout: Duration,
-    /// Counts the releases that are in flight, and all that is pending, so that closing can wait for them.
+    /// Counts the releases in flight and all pending cleanups, so that closing can wait for them.
     pub(crate) releases: TaskTracker,
     pub(crate) cleanups: Cleanups,
-    /// Who waits for what in this process.
+    /// The waiters of this process, by key.
     pub(crate) queues: Queues,
     pub(crate) supervisor: Supervisor,
-    /// Where the grid of renewals begins.
+    /// The start of the grid of renewal times.
     pub(crate) origin: Instant,
-    /// Keepers that have nothing to do for now.
+    /// The schedulers of renewals: one for each runtime.
     pub(crate) schedulers: Schedulers,
-    /// The runtime of their own that renewers run on, where the user wants one.
+    /// The runtime that renewers run on, if the locker is isolated.
     pub(crate) isolated: Option<Isolated>,
     pub(crate) settings: Settings,
     /// Fires when the locker is closed.
     pub(crate) closed: CancellationToken,
 }
 
-/// What requests start from.
+/// The settings that requests start from.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     pub(crate) ttl: Duration,
@@ -49,7 +49,7 @@ pub(crate) struct Settings {
 }
 
 impl Shared {
-    /// The runtime that background work belongs on: our own, or the caller's.
+    /// Returns the runtime for background work: our own, or the caller's.
     pub(crate) fn runtime(&self) -> Result<Handle, Error> {
         match &self.isolated {
             Some(isolated) => Ok(isolated.handle().clone()),
@@ -57,14 +57,14 @@ impl Shared {
         }
     }
 
-    /// Every call waits by the clock of a tokio runtime, also where background work has one of its own: to be asked
-    /// first.
+    /// Fails outside a tokio runtime. Every call uses the clock of the caller's runtime, even if background work has a
+    /// runtime of its own, so every call checks this first.
     pub(crate) fn check_runtime() -> Result<(), Error> {
         Handle::try_current().map(drop).map_err(|_| Error::NoRuntime)
     }
 
-    /// For how long the server may run a request after it was sent: the timeout of its call, and as much again for what
-    /// our idea of the server's clock has drifted by since it last answered.
+    /// Returns how long after sending a request the server may still run it: the timeout of its call, and as much again
+    /// for the drift of the server's clock since its last reply.
     pub(crate) fn patience(&self) -> Duration {
         self.command_timeout.saturating_mul(2)
     }

@@ -1,4 +1,4 @@
-//! How a request that gives up reports why: on a store that fails as told, under paused time.
+//! The errors of requests that give up, on a store that fails as planned, under paused time.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,7 +15,7 @@ const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// The nth call that acquires a lock goes as `plan` says. A call takes 500 ms at most.
+/// Returns a locker whose nth call that acquires a lock fails as `plan` returns. A call takes 500 ms at most.
 fn locker(plan: impl Fn(u32) -> Fault + Send + Sync + 'static) -> Locker {
     let calls = AtomicU32::new(0);
     let plan = move |operation| match operation {
@@ -26,7 +26,7 @@ fn locker(plan: impl Fn(u32) -> Fault + Send + Sync + 'static) -> Locker {
     Locker::builder().command_timeout(ms(500)).build(Box::new(store), None)
 }
 
-/// Waits in a task, and has taken its place in the queue when this returns.
+/// Waits in a task. The request is in the queue when this returns.
 async fn waits(request: LockRequest) -> tokio::task::JoinHandle<Result<LockGuard, Error>> {
     let waiter = tokio::spawn(request.into_future());
     yield_now().await;
@@ -37,7 +37,7 @@ async fn waits(request: LockRequest) -> tokio::task::JoinHandle<Result<LockGuard
 async fn a_request_behind_one_that_has_no_answer_is_not_told_that_another_holds_the_lock() {
     let locker = locker(|_| Fault::Hung);
     let first = waits(locker.lock("k")).await;
-    // Before the first has learned anything, and after it has learned that the server is silent.
+    // Before the first request has learned anything, and after it has learned that the server is silent.
     for limit in [ms(0), ms(300), ms(2_000)] {
         let started = Instant::now();
         let error = locker.lock("k").wait_at_most(limit).await.unwrap_err();
@@ -55,7 +55,7 @@ async fn a_request_behind_one_that_found_the_lock_held_is_told_so() {
     let error = locker.lock("k").wait_at_most(ms(300)).await.unwrap_err();
     let Error::NotObtained { key, attempts: 0, waited } = error else { panic!("{error}") };
     assert_eq!((key, waited), ("k".into(), ms(300)));
-    // Also where the one before has got the lock, and nobody asked since.
+    // The same if the request before has got the lock, and nobody has asked since.
     drop(held);
     let behind = waits(locker.lock("k").wait_at_most(ms(300))).await;
     let guard = first.await.unwrap().unwrap();
@@ -65,7 +65,7 @@ async fn a_request_behind_one_that_found_the_lock_held_is_told_so() {
 
 #[tokio::test(start_paused = true)]
 async fn what_was_learned_last_counts() {
-    // Found held, then there is no answer any more.
+    // The lock is found held, and then the server stops replying.
     let locker = locker(|call| if call <= 2 { Fault::None } else { Fault::Hung });
     let _held = locker.lock("k").await.unwrap();
     let first = waits(locker.lock("k").wait_at_most(ms(4_000))).await;
@@ -96,7 +96,7 @@ async fn an_attempt_that_the_limit_cuts_short_hides_no_holder() {
     let every = || Retry::linear(ms(50));
     let error = locker.obtain("k").retry(every()).wait_at_most(ms(190)).await.unwrap_err();
     assert!(matches!(error, Error::NotObtained { attempts: 2, .. }), "{error}");
-    // Where nobody was seen to hold the lock, nobody is said to.
+    // If no holder was seen, the error doesn't report one.
     let error = locker.obtain("other").retry(every()).wait_at_most(ms(40)).await.unwrap_err();
     assert!(error.is_timeout(), "{error}");
 }
@@ -123,7 +123,7 @@ async fn a_request_for_several_keys_names_the_one_that_is_held() {
 
 #[tokio::test(start_paused = true)]
 async fn what_was_true_only_before_a_request_began_is_not_what_it_is_told() {
-    // Held, released, and from then on the server is silent to those who ask.
+    // The lock is held and released, and from then on the server is silent.
     let locker = locker(|call| if call <= 3 { Fault::None } else { Fault::Hung });
     let held = locker.obtain("k").token("worker-7".parse().unwrap()).await.unwrap();
     let first = waits(locker.lock("k").token("worker-8".parse().unwrap())).await;

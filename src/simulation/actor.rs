@@ -1,4 +1,4 @@
-//! What tasks do in a universe: any public call, in any order, given up at any point.
+//! The tasks of a universe: they make any public call, in any order, and give up at any point.
 
 use std::future::{Future, IntoFuture, poll_fn};
 use std::pin::pin;
@@ -12,26 +12,26 @@ use super::ms;
 use super::oracle::{Doing, World, doing};
 use crate::{Error, Key, Lease, LockGuard, LockRequest, Locker, Loss, Retry, Token, WatchDog};
 
-/// How long a call to the server may take, as the lockers of a universe are built.
+/// The timeout of a call to the server, with which the lockers of a universe are built.
 pub(super) const COMMAND_TIMEOUT: Duration = ms(500);
-/// What calls may take longer than they should.
+/// How much longer than they should calls may take.
 const TOLERANCE: Duration = ms(60);
 
-/// What the tasks of one universe are inclined to do.
+/// The habits of the tasks of one universe.
 #[derive(Debug)]
 pub(super) struct Habits {
-    /// How likely each step is.
+    /// The weight of each step.
     steps: Vec<(Step, u32)>,
     ttls: Vec<Duration>,
     tokens: Vec<Token>,
-    /// Out of ten requests, so many bring a token of their own.
+    /// How many of ten requests bring their own token.
     named: u8,
-    /// Out of ten calls, so many are given up before they end.
+    /// How many of ten calls are given up before they end.
     given_up: u8,
     keys: Vec<Key>,
-    /// The longest time that a task does nothing.
+    /// The longest pause of a task.
     rest: u64,
-    /// Calls take as long as they take.
+    /// True if calls take real time.
     in_real_time: bool,
 }
 
@@ -65,7 +65,7 @@ enum Step {
     Stall,
 }
 
-/// Steps that belong together, for the universes that do little else. The others mix what there is.
+/// Steps that belong together, for the universes that do little else. The others mix all steps.
 const THEMES: &[&[Step]] = &[
     &[],
     &[],
@@ -82,7 +82,7 @@ const THEMES: &[&[Step]] = &[
 ];
 
 impl Habits {
-    /// Every universe leaves out much of what there is, so that what is left meets each other more often.
+    /// Creates habits that leave out many of the steps, so that the remaining ones meet more often.
     pub(super) fn new(rng: &mut fastrand::Rng, keys: &[Key], tokens: Vec<Token>) -> Self {
         let mut steps = vec![(Step::Obtain, 6), (Step::Release, 2), (Step::Drop, 2), (Step::Rest, 3)];
         let optional = [
@@ -130,7 +130,7 @@ impl Habits {
         Self { steps, ttls, tokens, named, given_up, keys: keys.to_vec(), rest, in_real_time: false }
     }
 
-    /// Without what only a clock of our own can do, nor a key that is deleted unseen.
+    /// Leaves out what needs a paused clock, and the deletion of keys that nobody sees.
     pub(super) fn in_real_time(mut self) -> Self {
         self.steps.retain(|(step, _)| !matches!(step, Step::Stall | Step::DeleteKey));
         self.in_real_time = true;
@@ -150,14 +150,14 @@ impl Habits {
     }
 }
 
-/// A process: its own locker, behind a line of its own, and a watchdog.
+/// A process: its own locker, on its own connection, and a watchdog.
 pub(super) struct Process {
     pub(super) number: usize,
     pub(super) locker: Locker,
     pub(super) dog: Mutex<Dog>,
 }
 
-/// A watchdog, and what it was given as a lease.
+/// A watchdog, and the leases that it was given.
 pub(super) struct Dog {
     dog: WatchDog,
     leases: Vec<Lease>,
@@ -168,7 +168,7 @@ impl Dog {
         Self { dog: WatchDog::builder(locker).build(), leases: Vec::new() }
     }
 
-    /// Nobody is left to ask for anything: what was watched as a lease is let be.
+    /// Drops the watchdog. The leases that it watched are left to expire.
     pub(super) fn abandon(self, world: &World) {
         for lease in self.leases {
             world.leave(lease);
@@ -195,11 +195,11 @@ pub(super) struct Actor {
     pub(super) guards: Vec<LockGuard>,
 }
 
-/// When a call is given up.
+/// When to give a call up.
 #[derive(Clone, Copy, Debug)]
 enum GivenUp {
     Never,
-    /// After it was polled so often.
+    /// After this many polls.
     Polls(u32),
     After(Duration),
 }
@@ -286,7 +286,7 @@ impl Actor {
         }
     }
 
-    /// Some settings for a request, and what it is limited to, if it is.
+    /// Sets some options of a request. Returns it with its limit and token, if it has them.
     fn set(&mut self, request: LockRequest, waits: bool) -> (LockRequest, Option<Duration>, Option<Token>) {
         let mut request = request.ttl(self.ttl());
         let mut token = None;
@@ -351,7 +351,7 @@ impl Actor {
         self.ask(request, limit, token).await;
     }
 
-    /// The same token twice at once.
+    /// Requests the same token twice at once.
     async fn twins(&mut self) {
         let (locker, key, from) = (self.process.locker.clone(), self.key(), Instant::now());
         let token = self.rng.choice(&self.habits.tokens).unwrap().clone();
@@ -389,7 +389,7 @@ impl Actor {
         self.world.trace(|| format!("  to guard {:?}: {ttl:?}, {time:?}", what.guard));
         match step {
             Step::Renew => drop(self.bounded(COMMAND_TIMEOUT, what, "renew", guard.renew()).await),
-            // One after the other, as the answer to the first may not have come when the next is sent.
+            // One after the other: the reply to the first may not have come when the next is sent.
             Step::RenewFor => {
                 for _ in 0..self.rng.u8(1..4) {
                     let ttl = self.ttl();
@@ -408,7 +408,7 @@ impl Actor {
                 // Promise 6. The timer rounds up.
                 let on_time = if self.habits.in_real_time { ms(1_000) } else { ms(1) };
                 if self.world.stalls() == stalls && late > on_time && (lost.is_err() || lost == Ok(Loss::Expired)) {
-                    self.world.violate("the end of a lock is told late", format!("guard {:?}, {late:?}", what.guard));
+                    self.world.violate("a lock's end is reported late", format!("guard {:?}, {late:?}", what.guard));
                 }
             }
             _ => {
@@ -460,7 +460,7 @@ impl Actor {
         let guard = self.guards.swap_remove(place);
         let lease = Lease::from_parts(guard.hold().owned.clone(), guard.ttl(), None);
         if let Err(Error::AlreadyWatched { .. }) = self.process.dog().watch(guard) {
-            // Where a twin is watched, it is let be.
+            // If a twin is watched, it is left to expire.
             self.world.leave(lease);
         }
     }
@@ -502,7 +502,7 @@ impl Actor {
         self.world.failed(error, from, own);
     }
 
-    /// Does it, unless it is given up before. Promise 6: it ends in its time.
+    /// Does the work, unless it is given up earlier. Promise 6: it ends in time.
     async fn bounded<F: Future>(&mut self, limit: Duration, what: Doing, name: &str, work: F) -> Option<F::Output> {
         let (given_up, start, stalls) = (self.given_up(), Instant::now(), self.world.stalls());
         let done = until(given_up, doing(what, work));
@@ -519,7 +519,7 @@ impl Actor {
     }
 }
 
-/// Nothing where it was given up before it was done.
+/// Returns `None` if the work was given up before it was done.
 async fn until<F: Future>(given_up: GivenUp, work: F) -> Option<F::Output> {
     match given_up {
         GivenUp::Never => Some(work.await),

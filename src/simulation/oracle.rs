@@ -1,19 +1,18 @@
-//! What is true in a universe, by what its server did and what its guards say; and what must not be.
+//! Checks the promises of the crate in a universe, against what its server did and what its guards report.
 //!
 //! At every event (a call is run at the server, a lock is obtained, an actor has done something):
 //!
 //! 1. Two guards of one key and of different tokens are not both held.
-//! 2. A guard that is held has its keys at the server until its deadline. Excepted are guards whose lock somebody ended
-//!    on purpose: by an explicit release in the name of the same token, or by deleting the key by hand. They are told
-//!    late.
+//! 2. A guard that is held has its keys at the server until its deadline. The exception is a guard whose lock was ended
+//!    on purpose: by an explicit release with the same token, or by deleting the key by hand. It learns of that later.
 //! 3. Fencing tokens grow in the order of grants.
 //!
-//! Whenever a call fails, and in the end:
+//! Whenever a call fails, and at the end:
 //!
-//! 4. When all delays have passed, nothing is left but the leases that were left on purpose: no key that would stay for
-//!    long, no queue, no listener, no task. When those have expired, nothing is left at all.
-//! 5. `NotObtained` is told only where another held the lock at some time during the call.
-//! 6. Every call ends in its time.
+//! 4. When all delays have passed, only the leases remain that were left on purpose: no key that would stay for long,
+//!    no queue, no subscription, no task. When those leases have expired, nothing remains at all.
+//! 5. `NotObtained` is returned only if another held the lock at some time during the call.
+//! 6. Every call ends in time.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -30,12 +29,12 @@ use crate::store::memory::MemoryStore;
 use crate::store::{Acquired, Ending, Extending, HandedOver, Holder, Verdict};
 use crate::{Error, Key, Lease, LockGuard, Loss, Token};
 
-/// What the calls of this moment are part of.
+/// The operation that the current calls are part of.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Doing {
-    /// Somebody has asked for the lock to be released.
+    /// Whether somebody has requested the release of the lock.
     pub(super) release: bool,
-    /// Something is done to this guard.
+    /// The guard that the operation is for.
     pub(super) guard: Option<usize>,
 }
 
@@ -44,7 +43,7 @@ thread_local! {
     static DOING: Cell<Doing> = const { Cell::new(Doing { release: false, guard: None }) };
 }
 
-/// Does the work, and says of all its calls what they are part of.
+/// Does the work, and marks all its calls as part of `what`.
 pub(super) async fn doing<F: Future>(what: Doing, work: F) -> F::Output {
     let mut work = pin!(work);
     poll_fn(|context| {
@@ -56,8 +55,8 @@ pub(super) async fn doing<F: Future>(what: Doing, work: F) -> F::Output {
     .await
 }
 
-/// A lock was obtained or adopted. Called by the crate, so that no guard is missed wherever it is; does nothing outside
-/// a universe. `locker` tells lockers apart.
+/// Records that a lock was obtained or adopted. The crate calls this, so that no guard is missed; it does nothing
+/// outside a universe. `locker` identifies the locker.
 pub(crate) fn born(hold: &Arc<Hold>, locker: usize) {
     let world = WORLD.with_borrow(Clone::clone);
     if let Some(world) = world {
@@ -65,10 +64,10 @@ pub(crate) fn born(hold: &Arc<Hold>, locker: usize) {
     }
 }
 
-/// Something that must not be.
+/// A broken promise.
 #[derive(Clone, Debug)]
 pub(super) struct Violation {
-    /// The promise that is broken, and by what: the same for all that have one cause.
+    /// The promise, and how it was broken: the same text for all violations with one cause.
     pub(super) what: String,
     pub(super) details: String,
 }
@@ -76,7 +75,7 @@ pub(super) struct Violation {
 pub(super) struct World {
     pub(super) store: Arc<MemoryStore>,
     pub(super) keys: Vec<Key>,
-    /// The server is another one, that can only be asked.
+    /// Whether the server is a real one, which can only be queried.
     is_outside: bool,
     start: Instant,
     state: Mutex<State>,
@@ -86,40 +85,40 @@ pub(super) struct World {
 struct State {
     guards: Vec<Tracked>,
     calls: Vec<Call>,
-    /// The lockers, by what tells them apart.
+    /// The identities of the lockers.
     lockers: Vec<usize>,
-    /// Who held a key at the server.
+    /// The holders of each key at the server.
     history: BTreeMap<Key, Vec<Span>>,
-    /// What happened last to a key that a token held.
+    /// The last event of a key that a token held.
     last: HashMap<(Key, Token), Last>,
-    /// Locks that were ended on purpose: all of the token that were asked for before that.
+    /// Locks that were ended on purpose: all that the token had requested before that instant.
     ended: Vec<(Key, Token, Instant)>,
     /// Keys that were deleted by hand at some time.
     deleted: HashSet<Key>,
     fences: HashMap<Key, u64>,
-    /// The first of them all. It is taken from the clock: the trace counts from it.
+    /// The first fencing token. It comes from the clock, so the trace counts from it.
     first_fence: Option<u64>,
     granted: HashMap<Token, HashSet<u64>>,
-    /// How many calls of a token were granted, or took up its lease.
+    /// How many calls with a token were granted, or adopted its lease.
     grants: HashMap<Token, usize>,
-    /// Tokens that one request made for itself, and was granted a lock by.
+    /// Tokens that one request created for itself, and for which it was granted a lock.
     own: HashSet<Token>,
     leases: Vec<Left>,
     labels: HashMap<Token, String>,
-    /// How many are about to release all that a locker's watchdogs watch.
+    /// How many tasks are about to release all that a locker's watchdogs watch.
     releasing_all: HashMap<usize, usize>,
     violations: Vec<Violation>,
     trace: Option<Vec<String>>,
-    /// When the last call is run that is late.
+    /// When the last late call runs.
     late_until: Option<Instant>,
     stalls: usize,
-    /// Each that listens has a time of its own that news take.
+    /// The delays of notifications: each subscription has its own.
     delays: BTreeSet<u64>,
 }
 
 struct Tracked {
     hold: Weak<Hold>,
-    /// Where it is: tells apart those that are there at one time.
+    /// The address of the hold: it distinguishes those that exist at the same time.
     at: usize,
     client: usize,
     keys: Box<[Key]>,
@@ -133,7 +132,7 @@ struct Tracked {
 struct Call {
     client: usize,
     sent: Instant,
-    /// When it was run last.
+    /// When it last ran.
     ran: Option<Instant>,
     doing: Doing,
     fault: Fault,
@@ -145,7 +144,7 @@ struct Span {
     until: Instant,
 }
 
-/// What happened last to a key that a token held.
+/// The last event of a key that a token held.
 #[derive(Clone, Debug)]
 enum Last {
     Granted(u64),
@@ -155,17 +154,17 @@ enum Last {
 
 struct Left {
     lease: Lease,
-    /// Nobody has taken it up yet.
+    /// Whether nobody has adopted it yet.
     left: bool,
 }
 
 impl World {
-    /// From here on it learns of all that happens on this thread.
+    /// Returns a world that records everything that happens on this thread from now on.
     pub(super) fn begin(keys: Vec<Key>, traced: bool) -> Arc<Self> {
         Self::new(keys, traced, false)
     }
 
-    /// The same, with a server that can only be asked.
+    /// Returns such a world for a server that can only be queried.
     pub(super) fn begin_outside(keys: Vec<Key>) -> Arc<Self> {
         Self::new(keys, false, true)
     }
@@ -178,7 +177,7 @@ impl World {
         world
     }
 
-    /// What it has seen.
+    /// Returns what the world has recorded.
     pub(super) fn end(&self) -> (Vec<Violation>, Vec<String>) {
         WORLD.set(None);
         let mut state = self.state();
@@ -213,7 +212,7 @@ impl World {
         self.state().violate(self.start, what.into(), details);
     }
 
-    /// By what others name a guard.
+    /// Returns the number by which the trace names a guard.
     pub(super) fn id(&self, guard: &LockGuard) -> Option<usize> {
         let at = Arc::as_ptr(&guard.hold()) as usize;
         self.state().guards.iter().rposition(|tracked| tracked.at == at)
@@ -269,7 +268,7 @@ impl World {
         *count = if begins { *count + 1 } else { *count - 1 };
     }
 
-    /// The server has run a call.
+    /// Records that the server has run a call.
     pub(super) fn ran(&self, call: u64, ran: &Ran<'_>) {
         let mut state = self.state();
         let now = Instant::now();
@@ -332,7 +331,7 @@ impl World {
         self.check();
     }
 
-    /// Somebody deletes a key by hand.
+    /// Deletes a key, as a user might by hand.
     pub(super) fn delete(&self, key: &Key) {
         let mut state = self.state();
         if let Some((token, _)) = self.store.holder(key) {
@@ -346,7 +345,7 @@ impl World {
         self.check();
     }
 
-    /// Promises 1 and 2.
+    /// Checks promises 1 and 2.
     pub(super) fn check(&self) {
         let mut state = self.state();
         let mut holders: HashMap<Key, (usize, Token)> = HashMap::new();
@@ -359,7 +358,7 @@ impl World {
                     if let (Loss::Taken | Loss::Missing, true) = (loss, state.has_been_there(id)) {
                         state.violate(
                             self.start,
-                            format!("a guard is told {loss:?} though it was held all along"),
+                            format!("a guard reports {loss:?} though it was held all along"),
                             format!("guard {id}"),
                         );
                     }
@@ -397,23 +396,23 @@ impl World {
         }
     }
 
-    /// Promise 5.
+    /// Checks promise 5.
     pub(super) fn failed(&self, error: &Error, from: Instant, own: Option<&Token>) {
         let Error::NotObtained { key, attempts, .. } = error else { return };
         let mut state = self.state();
-        // Nobody hears of what is done by hand: what the server said before is all that is known.
+        // Nobody is notified of a deletion by hand: the server's last reply is all that is known.
         if self.is_outside || state.deleted.contains(key) {
             return;
         }
         let spans = state.history.get(key).into_iter().flatten();
-        // News take some time, and until they come, what the server said before is all that is known to one that waits.
+        // Notifications take some time. Until one comes, a waiter only knows the server's last reply.
         let heard = if *attempts == 0 { Duration::from_millis(25) } else { Duration::ZERO };
         let during: Vec<_> = spans.filter(|span| span.until + heard >= from).collect();
         let what = match own {
             _ if during.is_empty() => {
                 format!("NotObtained though nobody held it, {}", if *attempts == 0 { "never asked" } else { "asked" })
             }
-            // Whom the server told so. Others may not have been able to ask.
+            // A request that the server told so. Other requests may not have been able to ask.
             Some(own) if during.iter().all(|span| span.token == *own) && *attempts > 0 => {
                 "NotObtained though only its own token held it".into()
             }
@@ -422,7 +421,7 @@ impl World {
         state.violate(self.start, what, format!("{error}"));
     }
 
-    /// Promise 5, for a release.
+    /// Checks promise 5 for a release.
     pub(super) fn not_released(&self, id: usize, error: &Error) {
         let Error::NotHeld { loss: Loss::Taken | Loss::Missing, .. } = error else { return };
         let mut state = self.state();
@@ -434,13 +433,13 @@ impl World {
         if keys.iter().all(by_itself) {
             state.violate(
                 self.start,
-                "a release is told that it lost what it has released".into(),
+                "a release reports the loss of what it has released".into(),
                 format!("guard {id}"),
             );
         }
     }
 
-    /// The lock is left on purpose, until it expires.
+    /// Records that a lock is left on purpose, until it expires.
     pub(super) fn leave(&self, lease: Lease) {
         let mut state = self.state();
         let label = state.label(lease.token());
@@ -448,27 +447,27 @@ impl World {
         state.leases.push(Left { lease, left: true });
     }
 
-    /// Some lease, that may have been taken up before.
+    /// Returns some lease, which may have been adopted before.
     pub(super) fn some_lease(&self, rng: &mut fastrand::Rng) -> Option<(usize, Lease)> {
         let state = self.state();
         let place = rng.choice(0..state.leases.len())?;
         Some((place, state.leases[place].lease.clone()))
     }
 
-    /// From here on somebody sees to it.
+    /// Records that a lease has been adopted, so it is no longer left.
     pub(super) fn taken_up(&self, place: usize) {
         self.state().leases[place].left = false;
     }
 
-    /// A token that somebody was seen to hold.
+    /// Returns the token of some guard.
     pub(super) fn some_token(&self, rng: &mut fastrand::Rng) -> Option<Token> {
         let state = self.state();
         let place = rng.choice(0..state.guards.len())?;
         Some(state.guards[place].token.clone())
     }
 
-    /// The shortest time that no other's news take now: whom tokio wakes first is left to chance, and would not be the
-    /// same each time.
+    /// Returns the shortest delay that no other notification has now. With equal delays, tokio would wake one of them
+    /// by chance, and a history would differ from one time to the next.
     pub(super) fn take_delay(&self) -> u64 {
         let mut state = self.state();
         let delay = (1..).find(|delay| !state.delays.contains(delay)).unwrap();
@@ -488,13 +487,14 @@ impl World {
         self.state().guards.len()
     }
 
-    /// Somebody is about to end, on purpose, whatever these tokens hold; all of them, where none is given.
+    /// Records that everything these tokens hold is about to be ended on purpose; for `None`, everything that any token
+    /// holds.
     pub(super) fn ends_outside(&self, token: Option<&Token>) {
         if !self.is_outside {
             return;
         }
         let mut state = self.state();
-        // The call may take so long.
+        // The longest time that the call may take.
         let until = Instant::now() + Duration::from_secs(2);
         let State { guards, ended, .. } = &mut *state;
         for guard in guards.iter().filter(|guard| token.is_none_or(|token| guard.token == *token)) {
@@ -502,7 +502,7 @@ impl World {
         }
     }
 
-    /// The guards of a key that are held, and until when.
+    /// Returns the guards of a key that are held, with their deadlines.
     pub(super) fn claims(&self, key: &Key) -> Vec<(usize, Instant)> {
         let state = self.state();
         let claim = |(id, guard): (usize, &Tracked)| {
@@ -512,8 +512,8 @@ impl World {
         state.guards.iter().enumerate().filter_map(claim).collect()
     }
 
-    /// Promise 2, where the server was asked who holds the key after these claims were made. Those that are held still
-    /// were so when it answered.
+    /// Checks promise 2 after the server was asked, when these claims had been made, who holds the key. Guards that are
+    /// still held were held when it replied.
     pub(super) fn compare(&self, key: &Key, claims: Vec<(usize, Instant)>, holder: Option<&Holder>) {
         let mut state = self.state();
         for (id, deadline) in claims {
@@ -535,12 +535,12 @@ impl World {
         }
     }
 
-    /// Promise 4, by what the server says.
+    /// Checks promise 4 against what the server replies.
     pub(super) fn left_outside(&self, key: &Key, holder: &Holder) {
         let mut state = self.state();
         let left = |left: &Left| left.left && *left.lease.token() == holder.token && left.lease.keys().contains(key);
         let is_short = holder.remaining.is_some_and(|remaining| remaining < Duration::from_secs(5));
-        // Those that have more than one grant are an open matter (`universe.rs`).
+        // Tokens with more than one grant are an open issue (`universe.rs`).
         let grants = state.guards.iter().filter(|guard| guard.token == holder.token).count();
         let is_shared = holder.token.as_str().starts_with("shared") || grants > 1;
         if !is_short && !is_shared && !state.leases.iter().any(left) {
@@ -549,7 +549,7 @@ impl World {
         }
     }
 
-    /// Promise 4: all is over and all delays have passed.
+    /// Checks promise 4: everything is over, and all delays have passed.
     pub(super) fn look_for_leftovers(&self) {
         let mut state = self.state();
         for key in &self.keys {
@@ -568,7 +568,7 @@ impl World {
         }
     }
 
-    /// Promise 4: the leases that were left have expired too.
+    /// Checks promise 4: the leases that were left have expired too.
     pub(super) fn look_for_anything(&self, lockers: &str) {
         for key in &self.keys {
             if self.store.holder(key).is_some() {
@@ -576,14 +576,14 @@ impl World {
             }
         }
         if self.store.subscriptions() > 0 {
-            self.violate("a listener is left behind", String::new());
+            self.violate("a subscription is left behind", String::new());
         }
         if !lockers.is_empty() {
             self.violate("a queue is left behind", lockers.to_owned());
         }
     }
 
-    /// No code panics while it holds this mutex, other than by a fault of the oracle's own.
+    /// Locks the state, poisoned or not: no code panics while it holds this mutex, except by a bug in this module.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -625,7 +625,7 @@ impl State {
             self.first_fence.get_or_insert(fence);
             self.granted.entry(token.clone()).or_default().insert(fence);
             let spans = self.history.get(key).map(Vec::as_slice).unwrap_or_default();
-            // Promise 3. A grant to who holds it already may repeat its number.
+            // Promise 3. A grant to the current holder may repeat its number.
             let repeated = spans.last().is_some_and(|span| span.until > Instant::now() && span.token == *token);
             let before = self.fences.insert(key.clone(), fence);
             if before.is_some_and(|before| before > fence || before == fence && !repeated) {
@@ -635,7 +635,7 @@ impl State {
         }
     }
 
-    /// Some of the keys may be held on, for other grants of the token.
+    /// Records a release. Some of the keys may still be held, for other grants of the token.
     fn released(&mut self, call: u64, keys: &[Key], token: &Token, ending: Ending, world: &World) {
         let now = Instant::now();
         let explicit = ending == Ending::Lock && self.calls[call as usize].doing.release;
@@ -670,7 +670,7 @@ impl State {
         }
     }
 
-    /// Whether the lock has been held at the server without a gap, by all that was seen.
+    /// Returns whether the lock has been held at the server without a gap, as far as was seen.
     fn has_been_there(&self, id: usize) -> bool {
         let Tracked { keys, token, sent, born, .. } = &self.guards[id];
         let now = Instant::now();
@@ -681,7 +681,7 @@ impl State {
         })
     }
 
-    /// Why a guard that is held is not held at the server.
+    /// Returns why a guard that is held is not held at the server.
     fn why_not_there(
         &self,
         id: usize,
@@ -721,7 +721,7 @@ impl State {
         (what, details)
     }
 
-    /// How the call that was the last to give a key its ttl came to leave it.
+    /// Returns how a key came to be left behind by the last call that set its ttl.
     fn how_left(&self, call: u64, token: &Token) -> String {
         let Call { client, sent, ran, fault, .. } = self.calls[call as usize];
         let is_its = |guard: &&Tracked| guard.token == *token && guard.client == client && guard.sent == sent;
@@ -743,7 +743,7 @@ impl State {
     }
 }
 
-/// With fencing tokens that are counted from the first of all, so that a history reads the same each time.
+/// Counts fencing tokens from the first one, so that a history reads the same each time.
 fn relative(text: &str, first: Option<u64>) -> String {
     let number = text.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| Some((digits, digits.parse().ok()?)));
     let fence = number.max_by_key(|&(_, number): &(&str, u64)| number).zip(first);

@@ -1,4 +1,4 @@
-//! What a guard leaves in the background, to the millisecond, where calls are slow, late or lost.
+//! What a guard leaves in the background, to the millisecond, when calls are slow, late or lost.
 
 use std::future::IntoFuture;
 
@@ -10,7 +10,7 @@ fn token() -> Token {
     "worker-7".parse().unwrap()
 }
 
-/// Counts the calls of this kind.
+/// Returns a count of the calls of this kind, and the plan that counts them.
 fn counted(operation: Operation) -> (Arc<AtomicU32>, impl Fn(Operation) -> Fault + Send + Sync + 'static) {
     let calls = Arc::new(AtomicU32::new(0));
     let counter = calls.clone();
@@ -21,7 +21,7 @@ fn counted(operation: Operation) -> (Arc<AtomicU32>, impl Fn(Operation) -> Fault
     (calls, plan)
 }
 
-/// Only the first call of this kind goes wrong.
+/// Returns a plan in which only the first call of this kind fails.
 fn first(operation: Operation, fault: Fault) -> impl Fn(Operation) -> Fault + Send + Sync + 'static {
     let calls = AtomicU32::new(0);
     move |called| {
@@ -59,11 +59,11 @@ async fn an_explicit_release_that_comes_late_does_not_end_what_its_token_obtaine
 
 #[tokio::test(start_paused = true)]
 async fn an_attempt_that_comes_late_is_undone_after_the_release_of_its_request() {
-    // The call has 500 ms: later, the server refuses it.
+    // The call has 500 ms: the server refuses it later.
     for late in [1, 100, 499, 501, 10_000] {
         let locker = locker(first(Operation::Acquire, Fault::RunAfter(ms(late))));
         let request = locker.lock("k").ttl(ms(3_600_000));
-        // Given up on at once, by a server that cuts the connection, say: here, by a caller that asks again.
+        // Here the caller asks again at once; it would also give up at once if the server cut the connection.
         let given_up = timeout(ms(0), request.clone().into_future()).await;
         assert!(given_up.is_err());
         request.await.unwrap().release().await.unwrap();
@@ -102,7 +102,7 @@ async fn an_adoption_that_failed_is_taken_back() {
         assert!(!matches!(failed, Ok(Ok(_))), "{fault:?}");
         drop(failed);
         there.close().await;
-        // The lease is as good as before, and its next holder's to release.
+        // The lease is as good as before, and its next holder may release the lock.
         let guard = here.adopt(lease).await.unwrap();
         drop(guard);
         here.close().await;
@@ -119,7 +119,7 @@ async fn a_holder_that_died_does_not_keep_the_key_for_as_long_as_one_that_had_th
         _ => Fault::Lost,
     });
     drop(dies.obtain("k").token(token.clone()).ttl(ms(1_000)).await.unwrap());
-    // Started again, it comes back by its token, and drops the lock some time after the ttl of its life before.
+    // After a restart, the process comes back with its token, and drops the lock a while after its earlier ttl.
     let locker = locker_on(store, |_| Fault::None);
     let guard = locker.obtain("k").token(token).ttl(ms(600_000)).await.unwrap();
     sleep(ms(5_000)).await;
@@ -128,7 +128,7 @@ async fn a_holder_that_died_does_not_keep_the_key_for_as_long_as_one_that_had_th
     assert_eq!(locker.inspect("k").await.unwrap(), None);
 }
 
-/// The first adoption is given back while a second one has the lock.
+/// Gives the first adoption back while a second one has the lock.
 #[tokio::test(start_paused = true)]
 async fn an_adoption_that_failed_takes_nothing_from_the_next() {
     for fault in [Fault::AnswerLost, Fault::RunAfter(ms(300))] {

@@ -1,6 +1,5 @@
-//! The same histories on a real server, through a proxy for each process: slower, and never twice the same, so only a
-//! few of them. What the server does is seen from outside, by asking it, so that promises 2 and 4 are looked at now and
-//! then.
+//! The same histories on a real server, through a proxy for each process. They are slower and never repeat exactly, so
+//! there are only a few. The server is observed from outside, by queries, so promises 2 and 4 are checked now and then.
 
 use std::future::pending;
 use std::sync::{Arc, Mutex};
@@ -19,10 +18,10 @@ use super::oracle::{Violation, World};
 use super::universe::number;
 use crate::{Key, Locker, Token};
 
-/// How late a request is delivered at most.
+/// The greatest delay of a request in ms.
 const LATEST: u64 = 3_000;
 
-/// Changes what the proxy does, for as long as it is asked to.
+/// Changes the mode of the proxy for as long as it is polled.
 async fn weather(proxy: &Proxy, mut rng: fastrand::Rng) {
     loop {
         let mode = match rng.u8(..8) {
@@ -38,7 +37,7 @@ async fn weather(proxy: &Proxy, mut rng: fastrand::Rng) {
     }
 }
 
-/// Promise 2, as far as it can be seen from outside.
+/// Checks promise 2, as far as it can be seen from outside.
 async fn observe(world: Arc<World>, observer: Locker) {
     loop {
         for key in &world.keys {
@@ -51,7 +50,7 @@ async fn observe(world: Arc<World>, observer: Locker) {
     }
 }
 
-/// What this kind of lock does not survive: now and then the server forgets everything.
+/// Makes the server forget everything now and then, which this kind of lock does not survive.
 async fn forget(server: &Server) {
     loop {
         sleep(ms(700)).await;
@@ -128,7 +127,7 @@ async fn history(seed: u64, forgets: bool) -> Vec<Violation> {
     world.end().0
 }
 
-/// Some at a time, each on a thread of its own. Returns those that broke a promise.
+/// Plays the histories, some at a time, each on its own thread. Returns those that broke a promise.
 fn play(seeds: std::ops::Range<u64>, forgets: bool) -> Vec<(u64, Vec<Violation>)> {
     let seeds: Vec<u64> = seeds.collect();
     let one = move |seed| {

@@ -1,8 +1,8 @@
-//! Random histories of everything: several processes that do all that the crate can, on a server that they reach by
-//! lines that lose, delay, double and reorder what they carry. One seed, one history.
+//! Random histories of all operations: several processes do everything that the crate can do, on a server that they
+//! reach over connections that lose, delay, double and reorder calls. Each seed is one history.
 //!
-//! A seed that fails is played again, and told, by `TENURE_HISTORY=seed cargo test --lib universe -- --nocapture`.
-//! `TENURE_HISTORIES=100000` plays so many instead of a few, and `TENURE_FIRST_HISTORY` is the first of them.
+//! `TENURE_HISTORY=seed cargo test --lib universe -- --nocapture` replays a seed that fails, and prints its trace.
+//! `TENURE_HISTORIES=100000` plays that many instead of a few; `TENURE_FIRST_HISTORY` is the first of them.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,24 +20,24 @@ use crate::store::faulty::{Fault, FaultyStore, Operation, Ran, Witness};
 use crate::store::notifications::Subscription;
 use crate::{Key, Locker, Token};
 
-/// How late a call can be: ten of the ttls that most locks have.
+/// The greatest delay of a call in ms: ten of the ttls that most locks have.
 const LATEST: u64 = 20_000;
-/// What is left to do when all delays have passed takes no longer.
+/// The longest time for the work that remains when all delays have passed.
 const AFTERMATH: Duration = ms(6_000);
 
-/// What a line does to calls for some time.
+/// What a connection does to calls for some time.
 #[derive(Clone, Copy, Debug)]
 enum Weather {
     Fine,
-    /// Some go wrong, each in its own way.
+    /// Some calls fail, each in its own way.
     Rough,
-    /// All are run when it is over, in any order; later ones that take a new connection may overtake them.
+    /// All calls run when this is over, in any order; later calls on a new connection may overtake them.
     Frozen,
-    /// None gets there.
+    /// No call arrives.
     Away,
 }
 
-/// The way of one process to the server.
+/// The connection of one process to the server.
 struct Line {
     number: usize,
     world: Arc<World>,
@@ -46,7 +46,7 @@ struct Line {
     healed: AtomicBool,
 }
 
-/// What weather there is in one universe.
+/// The states of the network in one universe.
 #[derive(Clone, Debug)]
 struct Climate {
     weathers: Vec<Weather>,
@@ -80,8 +80,8 @@ impl Climate {
 impl Line {
     fn plan(&self, operation: Operation) -> Fault {
         match (operation, self.whatever()) {
-            // No network sends a request again that was answered, and what was obtained by one would not be undone.
-            // What is harmless by itself stays so.
+            // No network sends a request again that has a reply, and nobody would undo what such a repeat obtained.
+            // Harmless calls stay doubled.
             (Operation::Acquire, Fault::Doubled(delay)) => Fault::Twice(delay),
             (_, fault) => fault,
         }
@@ -132,7 +132,7 @@ impl Witness for Line {
     }
 }
 
-/// What has become of one history.
+/// The result of one history.
 pub(super) struct Outcome {
     pub(super) violations: Vec<Violation>,
     pub(super) trace: Vec<String>,
@@ -199,7 +199,7 @@ async fn history(seed: u64, traced: bool) -> Arc<World> {
     world
 }
 
-/// All is over: what is left?
+/// Checks what is left when everything is over.
 async fn end(world: &World, processes: Vec<Arc<Process>>) {
     for process in &processes {
         let next = Dog::new(&process.locker);
@@ -216,15 +216,15 @@ async fn end(world: &World, processes: Vec<Arc<Process>>) {
     let queues = processes.iter().map(|process| format!("{:?}", process.locker.shared().queues));
     let queues: Vec<_> = queues.filter(|queues| !queues.contains("keys: 0")).collect();
     drop(processes);
-    // The longest ttl, and a long way.
+    // Longer than the longest ttl, by far.
     sleep(ms(3 * 3_600_000)).await;
     world.look_for_anything(&queues.join(", "));
 }
 
-/// What the histories have found and is not cured yet.
+/// Violations that the histories have found and that are not fixed yet.
 const OPEN: [&str; 1] = [
-    // Who has died is not told from who lives, where the one has the lock by its own request's token, and another had
-    // it by the same for longer: renewals of most locks are to cost no record of their ttl.
+    // A dead grant can't be told from a live one if the live one has the lock by its request's own token, and another
+    // grant of that token had a longer ttl: renewals of most locks should not pay for a record of their ttl.
     "a key is left behind: of one request's own token that was granted it again",
 ];
 
@@ -232,7 +232,7 @@ pub(super) fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().unwrap())
 }
 
-/// Plays as many as asked for. Returns what was violated: how often, and the first seed and its details.
+/// Plays the histories. Returns how often each promise was violated, with the first seed and its details.
 fn play_all(few: u64) -> (BTreeMap<String, (u32, u64, String)>, usize) {
     if let Some(seed) = number("TENURE_HISTORY") {
         let outcome = play(seed, true);
@@ -263,7 +263,7 @@ fn no_history_of_everything_breaks_a_promise() {
     assert!(found.is_empty());
 }
 
-/// Or a seed would be worth nothing.
+/// Without this, a seed would be worthless.
 #[test]
 fn a_seed_plays_the_same_history_each_time() {
     for seed in 0..100 {

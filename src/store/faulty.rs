@@ -1,4 +1,4 @@
-//! For tests: a store whose calls go wrong as planned.
+//! A store for tests, whose calls fail as planned.
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! The embedded store: the same contract in one process, on tokio's clock.
+//! The embedded store: the same contract within one process, on tokio's clock.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -16,7 +16,7 @@ use super::{
 use crate::hold::{GrantId, Owned};
 use crate::{Key, Loss, Token};
 
-/// Locks in a map. Operations wait for nothing but tokio's cooperative budget, so none can time out.
+/// A map of locks. Operations wait only for tokio's cooperative budget, so none can time out.
 pub(crate) struct MemoryStore {
     held: Mutex<Held>,
     subscriptions: Subscriptions,
@@ -24,11 +24,11 @@ pub(crate) struct MemoryStore {
 
 struct Held {
     locks: HashMap<Key, Entry>,
-    /// One counter for all keys, so it grows for each of them.
+    /// One counter for all keys, so fencing tokens grow for each key.
     last_fence: u64,
     /// The size of the map at which expired entries are removed next: twice its size after the last time.
     sweep_at: usize,
-    /// Relates tokio's clock, which tests may pause, to the wall clock that fencing tokens start from.
+    /// Maps tokio's clock, which tests may pause, to the wall clock, from which fencing tokens start.
     epoch: (Instant, Duration),
 }
 
@@ -37,15 +37,15 @@ struct Entry {
     metadata: Box<[u8]>,
     expires: Instant,
     fence: Option<u64>,
-    /// The grants that rely on it. If empty, only the grant of the request that made the token.
+    /// The grants that rely on the lock. If empty, only the grant of the request that created the token.
     grants: Vec<Reliance>,
 }
 
-/// A grant that relies on a lock, as in the record of `grants.lua`.
+/// A grant that relies on a lock, as recorded by `grants.lua`.
 #[derive(Clone, Copy, Debug)]
 struct Reliance {
     grant: Option<GrantId>,
-    /// The longest ttl that it has asked for. `None` if that is not known, as for the grant that has no id.
+    /// The longest ttl that the grant has requested. `None` if unknown, as for the grant that has no id.
     ttl: Option<Duration>,
 }
 
@@ -57,12 +57,12 @@ impl Entry {
         }
     }
 
-    /// Returns the grants that rely on it, other than this one.
+    /// Returns the grants that rely on the lock, except this one.
     fn others(&self, grant: Option<GrantId>) -> Vec<Reliance> {
         self.grants().into_iter().filter(|other| other.grant != grant).collect()
     }
 
-    /// Adds a grant that relies on it for at least this ttl.
+    /// Adds a grant that relies on the lock for at least this ttl.
     fn rely(&mut self, grant: Option<GrantId>, ttl: Duration) {
         let known = self.grants.iter().find(|known| known.grant == grant).and_then(|known| known.ttl);
         let mut grants = self.others(grant);
@@ -99,7 +99,7 @@ impl MemoryStore {
         latest.remaining(self.millis(Instant::now())).map_or(Undone::Complete, Undone::MayRun)
     }
 
-    /// Returns the time in ms by the clock that requests expire by.
+    /// Returns the time in ms, on the clock by which requests expire.
     pub(super) fn millis(&self, instant: Instant) -> u64 {
         let (start, _) = self.held().epoch;
         u64::try_from(instant.saturating_duration_since(start).as_millis()).unwrap_or(u64::MAX)
@@ -115,7 +115,7 @@ impl MemoryStore {
         }
         match held.acquire(to) {
             Acquired::Granted { fencing_token } => HandedOver::Done { fencing_token, alone: true },
-            // The mutex was held since the release.
+            // The mutex was held since the release, so nobody else can have the lock.
             Acquired::Held { .. } => HandedOver::NotOurs(Loss::Taken),
         }
     }
@@ -138,7 +138,7 @@ impl MemoryStore {
         self.held().live(key, Instant::now()).map(|entry| (entry.token.clone(), entry.expires))
     }
 
-    /// Deletes a key without a notification, as a user does by hand.
+    /// Deletes a key without a notification, as a user might by hand.
     #[cfg(test)]
     pub(crate) fn delete(&self, key: &Key) {
         self.held().locks.remove(key);
@@ -150,7 +150,7 @@ impl MemoryStore {
         self.subscriptions.len()
     }
 
-    /// Forgets all locks, as a server does that is restarted without its data.
+    /// Forgets all locks, like a server that is restarted without its data.
     #[cfg(test)]
     pub(crate) fn forget(&self) {
         self.held().locks.clear();
@@ -189,9 +189,10 @@ impl Held {
     fn acquire(&mut self, wanted: &Wanted) -> Acquired {
         let now = Instant::now();
         let Owned { keys, token, grant, .. } = &wanted.owned;
-        // Never earlier than it is: another grant of the same token may rely on it.
+        // Never earlier than the current expiry: another grant of the same token may rely on it.
         let mut expires = now + wanted.ttl;
-        // The greatest token of the keys, as some may have been granted later than others; none if one key has none.
+        // The greatest fencing token of the keys, as some may have been granted later than others; none if any key has
+        // none.
         let mut repeated = Some(0);
         for (place, key) in keys.iter().enumerate() {
             match self.live(key, now) {
@@ -203,7 +204,7 @@ impl Held {
                 None => {}
             }
         }
-        // A holder has one fencing token: a repeat returns the same.
+        // A holder has one fencing token: a repeated request returns the same one.
         let repeated = repeated.filter(|_| self.not_ours(&wanted.owned, now).is_none());
         let fence = wanted.fenced.then(|| repeated.unwrap_or_else(|| self.next_fence(now)));
         for key in keys {
@@ -280,7 +281,7 @@ impl Held {
             if ending == Ending::Lock || others.is_empty() {
                 self.locks.remove(key);
             } else if others.len() < entry.grants().len() {
-                // Each of them renews it for its own ttl, or has died.
+                // Each of the other grants renews the lock for its own ttl, or its holder has died.
                 let longest = others.iter().try_fold(Duration::ZERO, |longest, other| Some(longest.max(other.ttl?)));
                 if let Some(longest) = longest {
                     entry.expires = entry.expires.min(now + longest);
@@ -362,8 +363,8 @@ impl Store for MemoryStore {
     }
 }
 
-/// Runs an operation, which is never pending by itself, within tokio's cooperative budget: a task that does nothing but
-/// lock and release lets other tasks run. It yields before it runs, so an operation that is dropped has not run.
+/// Runs an operation, which never returns pending itself, within tokio's cooperative budget: a task that does nothing
+/// but lock and release lets other tasks run. It yields before it runs, so an operation that is dropped has not run.
 fn in_turn<'a, T: Send + 'a>(run: impl FnOnce() -> T + Send + 'a) -> Answer<'a, T> {
     Box::pin(async {
         consume_budget().await;
@@ -372,7 +373,7 @@ fn in_turn<'a, T: Send + 'a>(run: impl FnOnce() -> T + Send + 'a) -> Answer<'a, 
 }
 
 impl fmt::Debug for MemoryStore {
-    /// Shows how many locks there are, and not what they hold.
+    /// Shows the number of locks, but not their contents.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let locks = self.held().locks.len();
         f.debug_struct("MemoryStore").field("locks", &locks).field("subscriptions", &self.subscriptions).finish()
@@ -396,7 +397,7 @@ mod tests {
         Duration::from_millis(n)
     }
 
-    /// The task does nothing but this until the timer has fired.
+    /// Repeats `work` in a task until a timer has fired, which needs other tasks to get their turn.
     async fn leaves_others_their_turn<F: Future<Output = ()> + Send>(work: impl Fn(Locker) -> F + Send + 'static) {
         let fired = Arc::new(AtomicBool::new(false));
         let busy = tokio::spawn({
@@ -444,7 +445,7 @@ mod tests {
         for n in 0..10 {
             let expires = locker.lock(format!("k{n}")).ttl(ms(1_000)).no_renewal().await.unwrap();
             expires.into_lease();
-            // One waits until it is free, and one gives up.
+            // One request waits until the key is free, and one gives up.
             let waiter = tokio::spawn(locker.lock(format!("k{n}")).into_future());
             locker.lock(format!("k{n}")).wait_at_most(ms(500)).await.unwrap_err();
             waiter.await.unwrap().unwrap().into_lease();

@@ -1,4 +1,4 @@
-//! What every public type promises to the compiler.
+//! The auto traits and the `Debug` output of every public type.
 
 use std::time::Duration;
 
@@ -85,7 +85,7 @@ async fn what_a_watchdog_is_asked_for_can_be_spawned() {
     assert_eq!(tokio::spawn(dog.shutdown()).await.unwrap(), []);
 }
 
-/// Short enough for one line of a log, and nothing in it that is not the reader's.
+/// Asserts that the output fits in one line of a log, and contains only what concerns the reader.
 fn assert_is_short(value: &impl std::fmt::Debug) {
     let shown = format!("{value:?}");
     assert!(shown.len() < 1_500, "{} bytes: {}", shown.len(), &shown[..1_500]);

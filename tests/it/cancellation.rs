@@ -1,4 +1,4 @@
-//! Whatever is dropped, at whatever point, leaves nothing behind: no key, no task.
+//! Dropping anything, at any point, leaves nothing behind: no key, no task.
 
 use std::time::Duration;
 
@@ -23,14 +23,14 @@ async fn ten_thousand_guards_leave_no_task() {
     let mut guards = Vec::new();
     for n in 0..10_000 {
         let request = locker.try_lock(format!("k:{n}")).ttl(ms(600_000)).fenced(false);
-        // One in ten is renewed at once.
+        // One in ten is renewed soon.
         let request = if n % 10 == 0 { request.renew_every(ms(500)) } else { request };
         guards.push(request.await.unwrap());
     }
     let deadlines: Vec<_> = guards.iter().step_by(10).map(LockGuard::deadline).collect();
     let renewed = || guards.iter().step_by(10).zip(&deadlines).all(|(guard, before)| guard.deadline() > *before);
     eventually("renewals", async || renewed().then_some(())).await;
-    // From one renewal to the next, too.
+    // Between renewals, too.
     eventually("one task for all", async || (tasks() == before + 1).then_some(())).await;
     for (n, guard) in guards.into_iter().enumerate() {
         if n % 2 == 0 {
@@ -73,7 +73,7 @@ async fn an_attempt_that_the_server_runs_after_it_was_dropped_is_undone() {
     server.thaw();
     soon(locker.close()).await;
     assert_eq!(server.cli(&["EXISTS", "k"]), "0");
-    // It did run.
+    // The dropped attempt did run.
     assert_eq!(server.cli(&["EXISTS", "{k}:fence"]), "1");
 }
 
@@ -82,11 +82,12 @@ async fn an_attempt_that_comes_late_by_a_connection_that_has_broken_is_undone() 
     let server = Server::start();
     let proxy = Proxy::start(server.port()).await;
     for n in 0..5 {
-        // One for each, so that the next request is this one's attempt, and nothing that follows an earlier one.
+        // A locker for each round, so that the next request is this round's attempt, and no follow-up of an earlier
+        // one.
         let locker = Locker::connect(&proxy.url()).await.unwrap();
         locker.lock("warm").await.unwrap().release().await.unwrap();
         let key = format!("k:{n}");
-        // Later than fred needs to reconnect, for the most part.
+        // Longer than fred usually needs to reconnect.
         proxy.set(Mode::DeliverNextLate(ms(110)));
         let unknown = soon(locker.try_lock(key.clone())).await.unwrap_err();
         assert!(unknown.is_transient(), "{unknown}");
@@ -140,11 +141,11 @@ async fn an_attempt_whose_answer_was_lost_meets_itself_and_gets_the_lock() {
         assert_eq!(server.cli(&["GET", &key]), guard.token().as_str());
         guard.release().await.unwrap();
     }
-    // What undoes the attempts above has ended.
+    // The undo of the attempts above has ended.
     soon(locker.close()).await;
     let locker = Locker::connect(&proxy.url()).await.unwrap();
     locker.lock("warm").await.unwrap().release().await.unwrap();
-    // Asked once only, it says that nobody knows, and leaves nothing.
+    // A request that asks only once reports an unknown outcome, and leaves nothing behind.
     proxy.set(Mode::LoseNext);
     let unknown = soon(locker.try_lock("once")).await.unwrap_err();
     assert!(unknown.is_transient() && matches!(unknown, Error::Redis(_)), "{unknown}");
@@ -183,7 +184,7 @@ async fn closing_waits_for_releases_ends_waiters_and_refuses_the_rest() {
     assert!(matches!(soon(waiter).await.unwrap(), Err(Error::Closed)));
     assert!(matches!(locker.try_lock("k").await, Err(Error::Closed)));
     assert!(matches!(locker.inspect("k").await, Err(Error::Closed)));
-    // What is held stays held.
+    // A held lock stays held.
     let first = kept.deadline();
     eventually("still renewed", async || (kept.deadline() > first + ms(2_000)).then_some(())).await;
     kept.release().await.unwrap();

@@ -1,4 +1,4 @@
-//! The end of a program: what is dropped last is released all the same.
+//! The end of a program: a guard that is dropped last is released all the same.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use tokio::runtime::Builder;
 
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Runs what a `main` would, and returns how many of 20 keys are left when its runtime has ended.
+/// Runs the body of a `main`, and returns how many of 20 keys are left when its runtime has ended.
 fn left_after(server: &Server, isolated: bool, builder: &mut Builder) -> String {
     let url = server.url();
     let runtime = builder.enable_all().build().unwrap();
@@ -42,7 +42,7 @@ fn closing_on_drop_does_not_wait_where_nothing_could_be_released_meanwhile() {
     assert!(started.elapsed() < LIMIT / 2, "{:?}", started.elapsed());
 }
 
-/// Which would run the releases itself, if it were not blocked.
+/// The only worker would run the releases itself, if it were not blocked.
 #[test]
 fn a_worker_thread_may_close_on_drop_as_well() {
     let server = Server::start();

@@ -1,4 +1,4 @@
-//! One contract, kept by every store.
+//! One contract that every store keeps.
 
 use std::time::{Duration, Instant};
 
@@ -48,7 +48,7 @@ async fn an_isolated_locker_with_a_prefix_conforms() {
 async fn a_client_of_the_users_own_conforms() {
     use tenure::fred::prelude::{Builder, ClientLike, Config, ReconnectPolicy};
     let server = Server::start();
-    // As it comes, but for the policy: three attempts, no timeout.
+    // fred's defaults, except for the policy: three attempts, no timeout.
     let client = Builder::from_config(Config::from_url(&server.url()).unwrap())
         .set_policy(ReconnectPolicy::new_constant(0, 50))
         .build()
@@ -60,7 +60,7 @@ async fn a_client_of_the_users_own_conforms() {
 #[tokio::test]
 async fn a_cluster_conforms() {
     let cluster = Cluster::start();
-    // Before Redis 7 a cluster's waiters hear of no release.
+    // Before Redis 7, waiters on a cluster get no notifications.
     let poll_every = if Version::of_this_run().has_redis(7, 0) { ms(1_000) } else { ms(100) };
     let locker = Locker::builder().poll_every(poll_every).connect(&cluster.url()).await.unwrap();
     all(&locker).await;
@@ -74,7 +74,7 @@ async fn a_server_under_sentinels_conforms() {
     all(&Locker::connect(&watched.url()).await.unwrap()).await;
 }
 
-/// Their servers are young, and forget nothing meanwhile.
+/// Returns a quorum of servers that have just started, and that forget nothing meanwhile.
 async fn quorum(servers: &[Server]) -> Locker {
     Locker::builder().restart_window(Duration::ZERO).quorum(servers.iter().map(Server::url)).await.unwrap()
 }
@@ -99,7 +99,8 @@ async fn a_quorum_of_one_conforms() {
     all(&quorum(&[Server::start()]).await).await;
 }
 
-/// Repeats a call whose outcome is unknown: a node of a quorum has part of a second, too little on a busy machine.
+/// Repeats a call whose outcome is unknown: a node of a quorum has a fraction of a second, too little on a busy
+/// machine.
 async fn decided<R: IntoFuture<Output = Result<T, Error>>, T>(call: impl Fn() -> R) -> Result<T, Error> {
     loop {
         match call().await {
@@ -109,13 +110,13 @@ async fn decided<R: IntoFuture<Output = Result<T, Error>>, T>(call: impl Fn() ->
     }
 }
 
-/// A majority of a quorum has the ttl: those nodes that answer first, sooner or later, where one was too slow for it.
+/// Asserts that a majority has the ttl: the nodes that reply first, or those that follow if one of them was too slow.
 async fn has_at_least(guard: &LockGuard, least: Duration) {
     let look = async || guard.server_ttl().await.unwrap().is_some_and(|ttl| ttl > least).then_some(());
     eventually("the servers have the ttl", look).await;
 }
 
-/// Every case, one after the other, each on keys of its own.
+/// Runs every case, one after the other, each on its own keys.
 async fn all(locker: &Locker) {
     macro_rules! run {
         ($($case:ident),* $(,)?) => {
@@ -173,7 +174,7 @@ async fn a_token_obtains_its_lock_again_and_keeps_its_fencing_token(locker: &Loc
     let second = decided(|| locker.obtain("again").token(token("me")).metadata("two").ttl(ms(9_000))).await.unwrap();
     assert_eq!(first.fencing_token(), second.fencing_token());
     assert_eq!(locker.inspect("again").await.unwrap().unwrap().metadata, b"two");
-    // Not made shorter: the first relies on its 30 seconds.
+    // The ttl is not shortened: the first guard relies on its 30 seconds.
     has_at_least(&second, ms(20_000)).await;
     second.release().await.unwrap();
 }
@@ -322,12 +323,12 @@ async fn waiting_ends_when_it_is_said_to(locker: &Locker) {
     let requests: [&dyn Fn() -> LockRequest; 3] =
         [&|| locker.lock("patience"), &|| locker.obtain("patience"), &|| locker.try_lock("patience")];
     for request in requests {
-        // The time that there is for the second attempt, and for the last, may be too short on a busy machine.
+        // On a busy machine, the time for the second attempt, and for the last, may be too short.
         eventually("it is refused after more than one attempt", async || {
             let started = Instant::now();
             let refused = request().wait_at_most(ms(600)).await.unwrap_err();
             let waited = started.elapsed();
-            // To the millisecond in the simulation; here the machine may be busy.
+            // The simulation checks this to the millisecond; here the machine may be busy.
             assert!(waited >= ms(600) && waited < ms(2_300), "{waited:?}");
             assert!(matches!(&refused, Error::NotObtained { .. }) || refused.is_transient(), "{refused}");
             matches!(refused, Error::NotObtained { attempts: 2.., .. }).then_some(())
@@ -335,9 +336,9 @@ async fn waiting_ends_when_it_is_said_to(locker: &Locker) {
         .await;
     }
     guard.release().await.unwrap();
-    // Far beyond what the clock can count to: without a limit.
+    // A limit far beyond the range of the clock is no limit.
     locker.lock("patience").wait_at_most(Duration::MAX).await.unwrap().release().await.unwrap();
-    // One short attempt. Where the machine is too busy to answer in its time, nobody knows what has become of it.
+    // One short attempt. If the machine is too busy for a reply in time, its outcome is unknown.
     let guard = eventually("it is granted", async || {
         let attempt = locker.lock("patience").wait_at_most(Duration::ZERO).await;
         attempt.map_err(|error| assert!(error.is_transient(), "{error}")).ok()

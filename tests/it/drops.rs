@@ -20,7 +20,7 @@ fn runtime() -> Runtime {
     Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-/// A guard on a runtime of its own.
+/// Returns a guard on a runtime of its own.
 fn guard_on(runtime: &Runtime, server: &Server, key: &'static str, ttl: Duration) -> (Locker, LockGuard) {
     runtime.block_on(async {
         let locker = Locker::connect(&server.url()).await.unwrap();
@@ -97,7 +97,7 @@ fn with_its_runtime_gone_the_guard_says_so_and_the_ttl_frees_the_lock() {
     let lost = guard.lost();
     let over = guard.cancellation_token();
     home.shutdown_timeout(ms(5_000));
-    // Nobody renews it any more, nor would anybody announce its deadline.
+    // Nobody renews the guard any longer, and no task would fire at its deadline.
     assert_eq!(guard.check(), Err(Loss::Expired));
     assert!(over.is_cancelled());
     let elsewhere = runtime();
@@ -119,7 +119,7 @@ fn while_its_runtime_shuts_down() {
         let _guard = guard;
         std::future::pending::<()>().await;
     });
-    // A request on its way, too.
+    // A request in flight, too.
     home.spawn(locker.lock("k").into_future());
     let started = Instant::now();
     drop(home);
@@ -149,7 +149,7 @@ fn an_isolated_locker_renews_although_every_worker_is_blocked() {
         std::thread::sleep(ms(3_000));
         assert_eq!(guard.check(), Ok(()));
         assert!(guard.deadline() > first + ms(1_200));
-        // And releases what is dropped when nobody is left to run it.
+        // It also releases a guard that is dropped while the caller's runtime stands still.
         drop(guard);
     });
     drop(home);

@@ -1,4 +1,4 @@
-//! What goes wrong has a name, changes nothing, and is waited out where waiting helps.
+//! Every failure has a specific error, changes nothing, and is waited out if waiting helps.
 
 use std::future::IntoFuture;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// The one key in question is free, and what else there is belongs to the test.
+/// Asserts that the key is free; all other keys belong to the test.
 fn assert_nothing_left(server: &Server) {
     assert_eq!(server.cli(&["EXISTS", "k"]), "0");
 }
@@ -29,7 +29,7 @@ async fn a_wrong_password_is_told_at_once_and_never_shown() {
     assert!(!format!("{locker:?}").contains("right"));
     let missing = soon(Locker::connect(&server.url())).await;
     let missing = match missing {
-        // fred may not ask anything of the server before the first command does.
+        // fred may ask the server nothing before the first command.
         Ok(locker) => soon(locker.lock("k")).await.unwrap_err(),
         Err(refused) => refused,
     };
@@ -71,7 +71,7 @@ async fn what_a_url_says_in_vain_is_refused_by_name_and_nothing_is_sent() {
         let refused = soon(Locker::quorum([&url])).await.unwrap_err();
         assert!(matches!(&refused, Error::InvalidUrl(what) if what.contains(culprit)), "{url}: {refused}");
     }
-    // That of redis-cli, each time.
+    // The connection of redis-cli, each time.
     assert_eq!(sent().unwrap().trim().parse(), Ok(before + 1));
 }
 
@@ -88,7 +88,7 @@ async fn a_user_who_may_not_run_scripts_is_refused_by_name() {
     server.cli(&["ACL", "SETUSER", "app", "on", ">secret", "~*", "+@all", "-evalsha", "-eval"]);
     let url = format!("redis://app:secret@127.0.0.1:{}", server.port());
     let locker = Locker::connect(&url).await.unwrap();
-    // Also where it would wait: waiting changes no permissions.
+    // A request that waits fails as well: waiting changes no permissions.
     let refused = soon(locker.lock("k")).await.unwrap_err();
     assert_eq!(refused.code(), Some("NOPERM"), "{refused}");
     assert!(!refused.is_transient());
@@ -128,7 +128,7 @@ async fn a_fence_key_that_cannot_be_used_leaves_no_lock() {
     server.cli(&["LPUSH", "{k}:fence", "item"]);
     assert_eq!(soon(locker.lock("k")).await.unwrap_err().code(), Some("WRONGTYPE"));
     assert_nothing_left(&server);
-    // Where the numbers of Lua end, and what is none.
+    // The limits of Lua's numbers, and something that is not a number.
     for poison in ["9007199254740991", "9223372036854775807", "1e300", "nonsense"] {
         server.cli(&["DEL", "{k}:fence"]);
         server.cli(&["SET", "{k}:fence", poison]);
@@ -142,7 +142,7 @@ async fn a_fence_key_that_cannot_be_used_leaves_no_lock() {
     assert_eq!(last.fencing_token(), Some(9_007_199_254_740_990));
     assert_eq!(server.cli(&["GET", "{k}:fence"]), "9007199254740990");
     last.release().await.unwrap();
-    // No right to the fence key.
+    // The user has no right to the fence key.
     let url = format!("redis://app:secret@127.0.0.1:{}", server.port());
     let confined = Locker::connect(&url).await.unwrap();
     assert_eq!(soon(confined.lock("k")).await.unwrap_err().code(), Some("NOPERM"));
@@ -159,7 +159,7 @@ async fn a_replica_refuses_by_name_and_is_waited_out() {
     let refused = soon(locker.try_lock("k")).await.unwrap_err();
     assert_eq!(refused.code(), Some("READONLY"), "{refused}");
     let mut waiter = tokio::spawn(locker.lock("k").into_future());
-    // It doesn't give up.
+    // The waiter doesn't give up.
     assert!(timeout(ms(200), &mut waiter).await.is_err());
     server.cli(&["REPLICAOF", "NO", "ONE"]);
     soon(waiter).await.unwrap().unwrap().release().await.unwrap();
@@ -174,7 +174,7 @@ async fn a_server_out_of_memory_refuses_by_name_and_is_waited_out() {
     assert_eq!(refused.code(), Some("OOM"), "{refused}");
     assert_nothing_left(&server);
     let mut waiter = tokio::spawn(locker.lock("k").into_future());
-    // It doesn't give up.
+    // The waiter doesn't give up.
     assert!(timeout(ms(200), &mut waiter).await.is_err());
     server.cli(&["CONFIG", "SET", "maxmemory", "0"]);
     soon(waiter).await.unwrap().unwrap().release().await.unwrap();
@@ -184,13 +184,13 @@ async fn a_server_out_of_memory_refuses_by_name_and_is_waited_out() {
 async fn a_loading_server_refuses_by_name_and_is_waited_out() {
     let mut server = Server::start();
     let locker = Locker::connect(&server.url()).await.unwrap();
-    // A server looks at its clients after every 2 MB that it loads. Older ones have no setting for that.
+    // A server serves its clients after every 2 MB that it loads. Older servers have no setting for that.
     server.cli(&["CONFIG", "SET", "rdbcompression", "no"]);
     let fill = "for i = 1, 30 do redis.call('SET', 'filler:' .. i, string.rep('x', 2 ^ 21)) end";
     server.cli(&["EVAL", fill, "0"]);
     assert_eq!(server.cli(&["SAVE"]), "OK");
     server.kill();
-    // For a tenth of a second for each of them.
+    // Loading takes a tenth of a second for each key.
     server.restart_without_waiting(&["--key-load-delay", "100000"]);
     let named = tenure_test_support::eventually("LOADING", async || {
         let refused = locker.try_lock("k").await.err();
@@ -214,7 +214,7 @@ async fn a_busy_server_refuses_by_name_and_is_waited_out() {
     });
     assert!(named.await.is_transient());
     let mut waiter = tokio::spawn(locker.lock("k").into_future());
-    // It doesn't give up.
+    // The waiter doesn't give up.
     assert!(timeout(ms(200), &mut waiter).await.is_err());
     assert_eq!(server.cli(&["SCRIPT", "KILL"]), "OK");
     soon(waiter).await.unwrap().unwrap().release().await.unwrap();
@@ -265,7 +265,7 @@ async fn a_client_that_was_never_initialised_is_an_error_and_no_wait() {
     assert!(matches!(refused, Error::Redis(_)), "{refused}");
 }
 
-/// A client library that hands a reply to the wrong caller must not make anybody believe anything.
+/// A client library that hands a reply to the wrong caller must not cause a wrong result.
 #[tokio::test]
 async fn the_reply_to_another_request_is_never_taken_for_an_answer() {
     let server = Server::start();
@@ -276,7 +276,7 @@ async fn the_reply_to_another_request_is_never_taken_for_an_answer() {
     let held = other.lock("held").await.unwrap();
     for round in 0..10 {
         proxy.set(Mode::SwallowNext);
-        // The first never gets its answer, but those of the others, each one too early.
+        // The first request never gets its own reply, but those of the others, each one too early.
         let inspected = locker.inspect("free");
         let (inspected, asked, free, again) = tokio::join!(
             biased;
@@ -302,12 +302,12 @@ async fn the_reply_to_another_request_is_never_taken_for_an_answer() {
     held.release().await.unwrap();
 }
 
-/// What a user sees of an error: its text, and those of its sources.
+/// Returns an error as a user sees it: its text, and those of its sources.
 fn told(error: &Error) -> String {
     let mut told = error.to_string();
     let mut source = std::error::Error::source(error);
     while let Some(error) = source {
-        assert!(!told.contains(&error.to_string()), "told twice: {told} / {error}");
+        assert!(!told.contains(&error.to_string()), "repeated: {told} / {error}");
         told = format!("{told}: {error}");
         source = error.source();
     }
@@ -320,7 +320,7 @@ async fn a_connection_error_names_the_server_and_what_to_look_at() {
     dead.kill();
     let guarded = Server::start_with(&["--requirepass", "right"]);
     let open = Server::start();
-    // A service of another kind, and one that closes every connection at once, as one does that wants TLS.
+    // A service of another kind, and one that closes every connection at once, as a server that requires TLS does.
     let other = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let closing = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let silent = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
@@ -385,7 +385,7 @@ async fn a_call_that_cannot_be_made_names_the_server_and_why() {
         text.contains("connection refused").then_some(())
     })
     .await;
-    // All that wait for one call, and not only the one that makes it.
+    // All requests that wait for one call, and not only the one that sends it.
     let many: Vec<_> = (0..20).map(|n| tokio::spawn(locker.try_lock(format!("k:{n}")).into_future())).collect();
     for one in many {
         let text = told(&soon(one).await.unwrap().unwrap_err());
@@ -408,7 +408,7 @@ async fn what_was_never_sent_is_not_waited_for_in_the_end() {
             for one in many {
                 let refused = soon(one).await.unwrap().unwrap_err();
                 assert!(refused.is_transient(), "{refused}");
-                // Right after the kill a request may have been written, into a connection that nobody reads.
+                // Right after the kill a request may have been written into a connection that nobody reads.
                 assert!(
                     pause < 20 || refused.to_string().contains("nothing was sent"),
                     "{pause}, {at_once}: {refused}"
@@ -433,13 +433,13 @@ async fn what_was_never_sent_to_a_quorum_is_not_waited_for_in_the_end() {
     let urls = [0, 1, 2].map(|n: usize| servers[n].url());
     let locker = builder.quorum(urls).await.unwrap();
     soon(locker.lock("warm")).await.unwrap().release().await.unwrap();
-    // The calls to the node that was not waited for have ended by then.
+    // By now the calls to the slow node have ended.
     tokio::time::sleep(ms(700)).await;
     servers.iter_mut().for_each(Server::kill);
     tokio::time::sleep(ms(500)).await;
     let refused = soon(locker.try_lock("k").ttl(ms(60_000))).await.unwrap_err();
     assert!(matches!(&refused, Error::Quorum { granted: 0, .. }), "{refused}");
-    // A majority that fails is enough to know.
+    // A failed majority is enough for a decision.
     assert!(refused.to_string().matches("connection refused by 127.0.0.1:").count() >= 2, "{refused}");
     let closing = Instant::now();
     soon(locker.close()).await;
@@ -456,7 +456,8 @@ async fn what_may_have_been_sent_is_undone() {
         locker
     };
     for round in 0..5 {
-        // One for each, as the undo of an earlier attempt looks again until that can't be run any more.
+        // A locker and key for each round, as the undo of an earlier attempt repeats until that attempt can't run any
+        // longer.
         let (locker, key) = (connect().await, format!("k:{round}"));
         proxy.set(Mode::LoseNext);
         let unknown = soon(locker.try_lock(key.as_str()).ttl(ms(60_000))).await.unwrap_err();
@@ -465,7 +466,7 @@ async fn what_may_have_been_sent_is_undone() {
         assert_eq!(server.cli(&["EXISTS", &key]), "0");
     }
     let locker = connect().await;
-    // Away when it begins, and back before its end: then it was sent, and its answer is lost.
+    // The server is away when the request begins, and back before its end: the request was sent, and its reply is lost.
     server.kill();
     tokio::time::sleep(ms(200)).await;
     let waits = tokio::spawn(locker.try_lock("late").ttl(ms(60_000)).into_future());
@@ -490,7 +491,7 @@ async fn closing_can_be_limited_and_says_what_it_had_to_leave() {
     assert_eq!(soon(locker.close_within(ms(300))).await, 2);
     assert!((ms(300)..ms(2_000)).contains(&closing.elapsed()), "{:?}", closing.elapsed());
     assert!(matches!(locker.try_lock("k").await, Err(Error::Closed)));
-    // They go on.
+    // The releases go on.
     server.thaw();
     assert_eq!(soon(locker.close_within(Duration::MAX)).await, 0);
     assert_eq!(server.cli(&["EXISTS", "a", "b"]), "0");

@@ -1,4 +1,4 @@
-//! A primary dies, and a Sentinel makes its replica the new one.
+//! A primary dies, and Sentinel promotes its replica.
 
 use std::time::Duration;
 
@@ -39,7 +39,7 @@ async fn a_lock_that_was_not_replicated_is_missing_and_fencing_tokens_grow_on() 
         (known == ["1", "0"]).then_some(())
     })
     .await;
-    // From here on the replica follows in name only: it can't log in.
+    // From now on the replica is one in name only: it can't log in to the primary.
     watched.replica.cli(&["CONFIG", "SET", "masterauth", "wrong"]);
     watched.primary.cli(&["CLIENT", "KILL", "TYPE", "replica"]);
     let guard = soon(locker.lock("k").ttl(ms(60_000)).renew_every(ms(500))).await.unwrap();

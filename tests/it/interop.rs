@@ -1,4 +1,4 @@
-//! Other libraries' locks and ours exclude each other.
+//! Locks of other libraries and of tenure exclude each other.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use tenure::{Error, Locker};
 use tenure_test_support::Server;
 
-/// redis-py's Lock, which gets its commands line by line.
+/// The `Lock` of redis-py, driven by lines on its standard input.
 struct Python {
     process: Child,
     input: ChildStdin,

@@ -1,5 +1,4 @@
-//! Requests that are delivered late, on connections that have broken: they change nothing, or what they change is
-//! undone.
+//! Requests that are delivered late, on broken connections: they change nothing, or their effect is undone.
 
 use std::time::{Duration, Instant};
 
@@ -12,9 +11,9 @@ const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// From well within the time of a call to beyond it.
+/// Delays in ms, from well within the timeout of a call to beyond it.
 const DELAYS: [u64; 6] = [100, 300, 800, 1_900, 2_500, 6_000];
-/// And far beyond.
+/// A delay far beyond the timeout.
 const LONGEST: u64 = 30_000;
 
 struct Late {
@@ -22,7 +21,7 @@ struct Late {
     proxy: Proxy,
     locker: Locker,
     delay: Duration,
-    /// When the last of them arrives.
+    /// When the last late request arrives.
     delivered: tokio::time::Instant,
 }
 
@@ -31,18 +30,18 @@ impl Late {
         let server = Server::start();
         let proxy = Proxy::start(server.port()).await;
         let locker = Locker::builder().ttl(ms(3_600_000)).connect(&proxy.url()).await.unwrap();
-        // So that the server's clock is known, and nothing but the next request is late.
+        // So that the locker knows the server's clock, and only the next request is late.
         locker.lock("warm").await.unwrap().release().await.unwrap();
         Self { server, proxy, locker, delay, delivered: tokio::time::Instant::now() }
     }
 
-    /// The next request breaks its connection, and is delivered later all the same.
+    /// Makes the next request break its connection, and arrive later all the same.
     fn next_is_late(&mut self) {
         self.delivered = tokio::time::Instant::now() + self.delay;
         self.proxy.set(Mode::DeliverNextLate(self.delay));
     }
 
-    /// Long after it was delivered, nothing of it is left.
+    /// Asserts that, long after its delivery, the request has left nothing.
     async fn assert_nothing_left(self) {
         sleep_until(self.delivered + ms(50)).await;
         soon(self.locker.close()).await;
@@ -52,7 +51,7 @@ impl Late {
     }
 }
 
-/// Each delay on a server of its own, all at once.
+/// Runs the case for each delay on its own server, all at once.
 async fn for_each_delay<F: Future<Output = ()> + Send + 'static>(case: impl Fn(Late) -> F) {
     for_each_of(&DELAYS, case).await;
 }
@@ -119,7 +118,8 @@ async fn a_late_attempt_does_not_stand_in_the_way_of_its_successors() {
     late.assert_nothing_left().await;
 }
 
-/// The guard believes no longer than the server keeps the key, whenever the exact ttl of unknown outcome is set.
+/// The guard relies on the lock no longer than the server keeps the key, whenever an exact ttl of unknown outcome is
+/// set.
 #[tokio::test]
 async fn a_shorter_ttl_that_is_set_late_ends_no_guard_that_believes() {
     for_each_delay(|mut late| async move {
@@ -133,12 +133,12 @@ async fn a_shorter_ttl_that_is_set_late_ends_no_guard_that_believes() {
             }
         })
         .await;
-        // By then the server refuses it, and it limits nothing any more.
+        // By then the server refuses the request, so it no longer limits the guard.
         while sent.elapsed() < late.delay + ms(4_500) {
             let believed = guard.deadline();
             let left = late.server.cli(&["PTTL", "k"]).parse::<i64>().unwrap();
             let kept_until = tokio::time::Instant::now() + ms(u64::try_from(left.max(0)).unwrap());
-            assert!(kept_until >= believed, "{left} ms at the server, believed for {:?}", believed.elapsed());
+            assert!(kept_until >= believed, "{left} ms at the server, relied on for {:?}", believed.elapsed());
             sleep(ms(20)).await;
         }
         assert!(guard.is_held());
@@ -150,22 +150,22 @@ async fn a_shorter_ttl_that_is_set_late_ends_no_guard_that_believes() {
     .await;
 }
 
-/// The process is in no line any more when the request comes that enters it.
+/// A request that enters the line arrives when its process has left the line.
 #[tokio::test]
 async fn a_wait_that_was_dropped_leaves_no_place_in_the_line_however_late() {
     for_each_of(&[800, 1_300], |mut late| async move {
         let other = Locker::connect(&late.server.url()).await.unwrap();
         let guard = other.lock("k").await.unwrap();
-        // The server knows the script by then.
+        // From now on the server knows the script.
         late.locker.lock("warm").fair(true).await.unwrap().release().await.unwrap();
         late.next_is_late();
-        // Dropped: else, its requests would be refused after its limit.
+        // Dropped, because the server would refuse the requests of one with a limit once the limit has passed.
         timeout(ms(150), late.locker.lock("k").fair(true).into_future()).await.unwrap_err();
         let places = async |count| (late.server.cli(&["ZCARD", "{k}:queue"]) == count).then_some(());
         sleep_until(late.delivered - ms(50)).await;
         places("0").await.unwrap();
         eventually("the late request enters", async || places("1").await).await;
-        // Twice the time of a call. Nobody else would have looked at the line by then.
+        // Twice the timeout of a call. Nobody else would have checked the line by then.
         sleep_until(late.delivered + ms(5_000)).await;
         places("0").await.unwrap();
         guard.release().await.unwrap();

@@ -12,7 +12,7 @@ const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// A locker that looks at no lock of itself within the time of a test.
+/// Returns a locker that doesn't poll within the time of a test.
 async fn patient(url: &str) -> Locker {
     Locker::builder().poll_every(Duration::from_secs(60)).connect(url).await.unwrap()
 }
@@ -43,10 +43,10 @@ async fn one_that_finds_several_keys_free_is_in_no_line_any_more() {
     server.cli(&["SET", "a", "another"]);
     let waiter = tokio::spawn(locker.lock_all(["a", "b"]).into_future());
     wait_for_places(&server, "a", 1).await;
-    // As other libraries do, which notify nobody.
+    // Like other libraries, which send no notification.
     server.cli(&["DEL", "a"]);
     let guard = soon(waiter).await.unwrap().unwrap();
-    // The line would end by itself after 15 s.
+    // The line itself would expire after 15 s.
     timeout(ms(5_000), wait_for_places(&server, "a", 0)).await.unwrap();
     guard.release().await.unwrap();
 }
@@ -59,7 +59,7 @@ async fn one_whose_token_is_not_handed_locks_is_in_line_as_soon_as_it_is_the_fir
     let first = tokio::spawn(here.lock("k").token(Token::random()).into_future());
     wait_for_places(&server, "k", 1).await;
     let second = tokio::spawn(here.lock("k").token(Token::random()).into_future());
-    // For so long that it is forgotten that others have the lock.
+    // Longer than a process remembers that others have the lock.
     sleep(ms(1_200)).await;
     guard.release().await.unwrap();
     let guard = soon(first).await.unwrap().unwrap();
@@ -80,7 +80,7 @@ async fn one_whose_token_holds_the_lock_takes_no_place_from_those_who_wait_with_
     wait_for_places(&server, "k", 1).await;
     let twin = soon(here.lock("k").token(token)).await.unwrap();
     assert_eq!(server.cli(&["ZCARD", "{k}:queue"]), "1");
-    // It gives signs of life.
+    // The waiter sends heartbeats.
     sleep(ms(2_000)).await;
     drop(twin);
     guard.release().await.unwrap();
@@ -102,15 +102,15 @@ async fn one_that_gives_up_while_the_lock_passes_it_by_is_in_no_line() {
     let guard = soon(first).await.unwrap().unwrap();
     let other = tokio::spawn(there.lock("k").into_future());
     wait_for_places(&server, "k", 1).await;
-    // Until the lock has been here for so long that it is the turn of another process.
+    // Until this process has had the lock for so long that it is another's turn.
     sleep(ms(200)).await;
     proxy.set(Mode::Delay(ms(200)));
     let release = tokio::spawn(guard.release());
     let guard = soon(other).await.unwrap().unwrap();
-    // Nobody has heard yet that the second one is in line now.
+    // No process has learned yet that the second one is in the line.
     second.abort();
     soon(release).await.unwrap().unwrap();
-    // The line would end by itself after 15 s.
+    // The line itself would expire after 15 s.
     timeout(ms(5_000), wait_for_places(&server, "k", 0)).await.unwrap();
     guard.release().await.unwrap();
 }
@@ -195,7 +195,7 @@ async fn keys_of_every_shape_have_a_line_and_leave_nothing() {
                 .await;
             guard.release().await.unwrap();
             timeout(ms(5_000), waiter).await.unwrap().unwrap().unwrap().release().await.unwrap();
-            // The fence.
+            // The fence key.
             assert_eq!(server.cli(&["DBSIZE"]), "1", "{key:?}: {}", server.cli(&["KEYS", "*"]));
         }
         server.cli(&["FLUSHALL"]);
@@ -215,7 +215,7 @@ async fn those_whose_locker_is_closed_are_in_line_no_more() {
     let waiter = tokio::spawn(other.lock("k").into_future());
     wait_for_places(&server, "k", 5).await;
     soon(there.close()).await;
-    // The one that waits for several keys leaves as soon as it runs.
+    // The waiter for several keys leaves as soon as it runs.
     let left: u32 = server.cli(&["ZCARD", "{k}:queue"]).parse().unwrap();
     assert!(left <= 2, "{left}");
     timeout(ms(1_000), wait_for_places(&server, "k", 1)).await.unwrap();

@@ -1,8 +1,8 @@
-//! Waiters hear of releases for as long as they wait: whatever becomes of the runtime that listened for them, or of the
-//! connection.
+//! Waiters are notified of releases for as long as they wait, even if the runtime of their subscription, or its
+//! connection, breaks.
 //!
-//! Nobody here looks at a lock more often than once a minute unless it hears something, and no lock expires sooner. So
-//! a waiter that gets its lock within the patience of a test has heard of its release.
+//! Nobody here checks a lock more often than once a minute without a notification, and no lock expires sooner. So a
+//! waiter that gets its lock within the patience of a test has been notified of its release.
 
 use std::thread;
 use std::time::Duration;
@@ -21,12 +21,12 @@ const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// Runs only what is driven by `block_on`, and while it is.
+/// Returns a runtime that runs only while `block_on` drives it.
 fn runtime() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// Runs by itself.
+/// Returns a runtime that runs by itself.
 fn running() -> Runtime {
     Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
 }
@@ -35,13 +35,13 @@ fn patient() -> LockerBuilder {
     Locker::builder().ttl(ms(60_000)).poll_every(ms(60_000))
 }
 
-/// The connections to the server that are subscribed to anything, by their ids.
+/// Returns the ids of the connections to the server with a subscription.
 fn listening(server: &Server) -> Vec<String> {
     let clients = server.cli(&["CLIENT", "LIST", "TYPE", "pubsub"]);
     clients.lines().filter_map(|client| client.split(' ').next()).map(str::to_owned).collect()
 }
 
-/// Waits for a lock that another holds. Returns once somebody in that process listens.
+/// Waits for a lock that another holds. Returns once that process has a subscription.
 async fn wait_and_listen(server: &Server, locker: &Locker, key: &str) -> JoinHandle<LockGuard> {
     let request = locker.lock(key);
     let waiter = tokio::spawn(async move { request.await.unwrap() });
@@ -50,19 +50,19 @@ async fn wait_and_listen(server: &Server, locker: &Locker, key: &str) -> JoinHan
     waiter
 }
 
-/// A waiter on this runtime gets the lock when it is released.
+/// Asserts that a waiter on this runtime gets the lock when it is released.
 async fn a_waiter_hears(locker: &Locker, other: &Locker, key: &str) {
     let held = soon(other.lock(key)).await.unwrap();
     let mut waiter = tokio::spawn(locker.lock(key).into_future());
-    // Time enough for it to listen, and to find out that nobody does.
+    // Time enough to subscribe, and to find that the subscription is dead.
     assert!(timeout(ms(2_500), &mut waiter).await.is_err());
     soon(held.release()).await.unwrap();
     let released = Instant::now();
     soon(soon(waiter).await.unwrap().unwrap().release()).await.unwrap();
-    assert!(released.elapsed() < ms(1_000), "{key}: heard after {:?}", released.elapsed());
+    assert!(released.elapsed() < ms(1_000), "{key}: notified after {:?}", released.elapsed());
 }
 
-/// The first waiter of a locker is on this runtime, and gives up.
+/// Runs the first waiter of a locker on this runtime, and gives up.
 fn wait_in_vain(on: &Runtime, server: &Server, locker: &Locker, other: &Locker) {
     on.block_on(async {
         let held = soon(other.lock("first")).await.unwrap();
@@ -71,18 +71,18 @@ fn wait_in_vain(on: &Runtime, server: &Server, locker: &Locker, other: &Locker) 
     });
 }
 
-/// What a locker's connection lives on.
+/// The runtime that a locker's connection lives on.
 #[derive(Clone, Copy, Debug)]
 enum Home {
     Runtime,
     ItsOwn,
-    /// It is the caller's, who has it on a runtime.
+    /// The connection is the caller's own, on a runtime of the caller.
     Client,
 }
 
 const HOMES: [Home; 3] = [Home::Runtime, Home::ItsOwn, Home::Client];
 
-/// Each on a thread of its own: they wait most of the time.
+/// Runs each test on its own thread: they wait most of the time.
 fn each<const N: usize>(homes: [Home; N], test: impl Fn(Home) + Sync) {
     let test = &test;
     thread::scope(|scope| homes.map(|home| drop(scope.spawn(move || test(home)))));
@@ -130,14 +130,14 @@ fn who_waits_alone_hears_of_a_release_after_the_runtime_that_listened_has_ended(
         let waiter = main.block_on(wait_and_listen(&server, &locker, "waits"));
         drop(ends);
         main.block_on(async {
-            // Time enough for it to find that out.
+            // Time enough for the waiter to find that out.
             sleep(ms(2_500)).await;
             soon(held.release()).await.unwrap();
             let released = Instant::now();
             soon(soon(waiter).await.unwrap().release()).await.unwrap();
-            assert!(released.elapsed() < ms(1_000), "{home:?}: heard after {:?}", released.elapsed());
+            assert!(released.elapsed() < ms(1_000), "{home:?}: notified after {:?}", released.elapsed());
             a_waiter_hears(&locker, &other, "k").await;
-            // And not by more than one connection.
+            // There is still only one connection with a subscription.
             assert_eq!(listening(&server).len(), 1, "{home:?}");
         });
     });
@@ -148,7 +148,7 @@ fn who_waits_for_long_hears_of_a_release_after_the_runtime_that_listened_has_sto
     each([Home::Runtime, Home::Client], |home| {
         let (server, main, idle) = (Server::start(), running(), runtime());
         let other = main.block_on(patient_on(&server));
-        // It connects and listens there: with a client of one's own, the connection itself goes on.
+        // The locker connects and subscribes there; with a client of one's own, the connection itself goes on.
         let locker = match home {
             Home::Client => main.block_on(connect(&server, home)),
             _ => idle.block_on(connect(&server, home)),
@@ -161,7 +161,7 @@ fn who_waits_for_long_hears_of_a_release_after_the_runtime_that_listened_has_sto
             held.release().await.unwrap();
             let released = Instant::now();
             soon(waiter).await.unwrap().unwrap().release().await.unwrap();
-            assert!(released.elapsed() < ms(1_000), "{home:?}: heard after {:?}", released.elapsed());
+            assert!(released.elapsed() < ms(1_000), "{home:?}: notified after {:?}", released.elapsed());
         });
     });
 }
@@ -178,7 +178,7 @@ fn listening_moves_on_as_often_as_it_has_to() {
         idle.push(runtime);
     }
     main.block_on(a_waiter_hears(&locker, &other, "k"));
-    // Those that wake up again disturb nobody.
+    // Runtimes that run again disturb nobody.
     for runtime in &idle {
         runtime.block_on(async { sleep(ms(50)).await });
     }
@@ -192,12 +192,12 @@ async fn patient_on(server: &Server) -> Locker {
     patient().connect(&server.url()).await.unwrap()
 }
 
-/// The connections that there are fall silent while a waiter listens and messages keep coming.
+/// Silences all present connections while a waiter is subscribed and messages keep coming.
 async fn silence(server: &Server, proxies: &[Proxy], locker: &Locker, other: &Locker, own: Option<&Client>) {
     let held = soon(other.lock("k")).await.unwrap();
     let waiter = wait_and_listen(server, locker, "k").await;
     let before = listening(server);
-    // The connection is left alone as long as the server replies.
+    // The connection is kept as long as the server replies.
     sleep(ms(2_500)).await;
     let after = listening(server);
     assert!(before.iter().all(|id| after.contains(id)), "{before:?}, then {after:?}");
@@ -205,19 +205,19 @@ async fn silence(server: &Server, proxies: &[Proxy], locker: &Locker, other: &Lo
     proxies.iter().for_each(|proxy| proxy.set(Mode::Silence));
     let silent = Instant::now();
     if let Some(client) = own {
-        // Its own connection is the caller's to replace.
+        // The caller replaces the connection of a client of its own.
         soon(client.force_reconnection()).await.unwrap();
     }
     eventually("another listens", async || {
-        // The key is hot.
+        // Messages keep coming for the key.
         server.cli(&["PUBLISH", "k", ""]);
         server.cli(&["SPUBLISH", "k", ""]);
         listening(server).iter().any(|id| !before.contains(id)).then_some(())
     })
     .await;
-    assert!(silent.elapsed() < ms(6_000), "found after {:?}", silent.elapsed());
+    assert!(silent.elapsed() < ms(6_000), "notified after {:?}", silent.elapsed());
     assert!(!waiter.is_finished());
-    // Released in the background: the connections for commands may have to be found silent first.
+    // Released in the background: the command connections may first have to be found silent.
     drop(held);
     soon(soon(waiter).await.unwrap().release()).await.unwrap();
     a_waiter_hears(locker, other, "k").await;
@@ -242,7 +242,7 @@ async fn a_connection_that_falls_silent_while_its_key_is_hot_is_replaced() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn on_a_cluster_a_connection_that_falls_silent_while_its_key_is_hot_is_replaced() {
-    // Before Redis 7 a cluster's waiters hear of no release.
+    // Before Redis 7, waiters on a cluster get no notifications.
     if !Version::of_this_run().has_redis(7, 0) {
         return;
     }
@@ -254,7 +254,7 @@ async fn on_a_cluster_a_connection_that_falls_silent_while_its_key_is_hot_is_rep
         assert_eq!(node.cli(&["CONFIG", "SET", "cluster-announce-port", &port]), "OK");
         proxies.push((proxy, port));
     }
-    // All of them send clients through the proxies.
+    // All nodes redirect clients to the proxies.
     eventually("all know of the proxies", async || {
         let knows = |node: &Server| {
             let slots = node.cli(&["CLUSTER", "SLOTS"]);
@@ -272,7 +272,7 @@ async fn on_a_cluster_a_connection_that_falls_silent_while_its_key_is_hot_is_rep
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waiters_for_a_key_whose_slot_has_moved_listen_on_its_new_node() {
-    // Before Redis 7 a cluster's waiters hear of no release.
+    // Before Redis 7, waiters on a cluster get no notifications.
     if !Version::of_this_run().has_redis(7, 0) {
         return;
     }
@@ -301,11 +301,11 @@ async fn the_connection_is_closed_when_nobody_listens_any_more_although_messages
     held.release().await.unwrap();
     soon(waiter).await.unwrap().release().await.unwrap();
     eventually("it is closed", async || {
-        // It is subscribed to still.
+        // The connection is still subscribed to the channel.
         server.cli(&["PUBLISH", "k", ""]);
         listening(&server).is_empty().then_some(())
     })
     .await;
-    // And opened again.
+    // It is opened again.
     a_waiter_hears(&locker, &other, "k").await;
 }

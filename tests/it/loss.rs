@@ -1,4 +1,4 @@
-//! A guard knows when it is lost: before the server lets go, and for the right reason; and never without one.
+//! A guard detects its loss: before the server frees the lock, for the right reason, and never without one.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -24,18 +24,18 @@ async fn a_guard_is_lost_before_a_frozen_server_frees_its_key() {
     assert!(!guard.is_held() && over.is_cancelled());
     assert!(now >= surely_held_until, "too early by {:?}", surely_held_until - now);
     server.thaw();
-    // What may have been on its way to the frozen server holds the key no longer than the renewer needs to undo it.
+    // A request in flight to the frozen server holds the key no longer than the renewer needs to undo it.
     eventually("the key is free", async || (server.cli(&["EXISTS", "k"]) == "0").then_some(())).await;
 }
 
-/// When the server frees the key, by its own clock, which is this machine's.
+/// Returns when the server frees the key, by its own clock, which is this machine's.
 fn expiry(server: &Server, key: &str) -> Instant {
     let script = "local now = redis.call('TIME') \
         return (now[1] * 1000 + redis.call('PTTL', KEYS[1])) * 1000 + now[2]";
     let expires = UNIX_EPOCH + Duration::from_micros(server.cli(&["EVAL", script, "1", key]).parse().unwrap());
     loop {
         let (now, by_the_wall) = (Instant::now(), SystemTime::now());
-        // Both were read at one moment, and not before and after a pause.
+        // Both clocks were read at the same moment, without a pause in between.
         if now.elapsed() < ms(1) {
             return now + expires.duration_since(by_the_wall).unwrap();
         }
@@ -48,14 +48,14 @@ async fn is_held_flips_at_the_deadline_even_when_the_runtime_stands_still() {
     let locker = Locker::connect(&server.url()).await.unwrap();
     let guard = locker.lock("k").ttl(ms(300)).await.unwrap();
     let deadline = guard.deadline();
-    // One thread: while this loop runs, no renewer and no timer does.
+    // There is one thread: while this loop runs, no renewer and no timer runs.
     while Instant::now() < deadline {
         if let Err(loss) = guard.check() {
             assert!(Instant::now() >= deadline, "{loss} before the deadline");
         }
     }
     assert_eq!(guard.check(), Err(Loss::Expired));
-    // Nor does a renewal that succeeds later bring it back.
+    // A later successful renewal does not bring the lock back.
     assert_eq!(soon(guard.lost()).await, Loss::Expired);
 }
 
@@ -114,7 +114,7 @@ async fn a_flush_loses_the_lock_and_fencing_tokens_grow_on() {
     assert_eq!(server.cli(&["FLUSHALL"]), "OK");
     assert_eq!(soon(guard.lost()).await, Loss::Missing);
     assert!(locker.lock("k").await.unwrap().fencing_token() > guard.fencing_token());
-    // The guard's own number is not the successor's.
+    // The guard's fencing token is not its successor's.
     assert_ne!(locker.inspect("k").await.unwrap().map(|holder| holder.fencing_token), Some(guard.fencing_token()));
 }
 
@@ -142,7 +142,7 @@ async fn a_line_that_has_gone_silent_is_replaced_in_time() {
     let locker = Locker::builder().command_timeout(ms(250)).connect(&proxy.url()).await.unwrap();
     let guard = locker.lock("k").ttl(ms(3_000)).await.unwrap();
     let first = guard.deadline();
-    // Requests arrive, replies don't, and there is no error: as behind a firewall that has forgotten the connection.
+    // Requests arrive, replies don't, and there is no error, as behind a firewall that has forgotten the connection.
     proxy.set(Mode::Silence);
     eventually("a renewal by a new connection", async || (guard.deadline() > first + ms(1_000)).then_some(())).await;
     assert_eq!(guard.check(), Ok(()));
@@ -241,7 +241,7 @@ async fn an_expiry_says_that_the_server_has_taken_the_rights_away() {
     assert_eq!(cause.code(), Some("WRONGPASS"), "{cause}");
 }
 
-/// With the settings as they come, a call may take 2 s: less is left of these.
+/// With the default settings a call may take 2 s; these locks have less time left.
 #[tokio::test]
 async fn a_line_that_has_gone_silent_is_replaced_before_a_lock_of_a_short_ttl_is_lost() {
     let server = Server::start();

@@ -1,6 +1,6 @@
-//! The promises of the crate, each shown on real servers. All tests are here that need no program of their
-//! own, as each program has to be linked. The crate's own tests show exact timing, under paused time; here
-//! every wait has a generous bound.
+//! The promises of the crate, each shown on real servers. Every test is here that needs no program of its own, as each
+//! program has to be linked. The crate's own tests show exact timing, under paused time; here every wait has a generous
+//! bound.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 

@@ -1,5 +1,5 @@
-//! Several guards by one token: what one leaves in the background never ends what another relies on. And a request that
-//! fails half way leaves nothing.
+//! Several guards with one token: what one leaves in the background never ends a lock that another relies on. And a
+//! request that fails half way leaves nothing behind.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ async fn start() -> (Server, Locker, Locker) {
     (server, here, there)
 }
 
-/// That the key goes free at last. Before that, a locker is closed to be sure that nothing is on its way.
+/// Asserts that the key becomes free. Closes the lockers first, so that no request is in flight.
 async fn assert_freed(server: &Server, lockers: [&Locker; 2]) {
     for locker in lockers {
         soon(locker.close()).await;
@@ -51,7 +51,7 @@ async fn a_guard_that_expires_does_not_end_what_its_token_obtained_later() {
 async fn a_process_that_wakes_after_its_ttl_does_not_end_what_its_successor_obtained_by_the_same_token() {
     let (server, here, there) = start().await;
     let stale = here.obtain("k").token(token()).ttl(ms(400)).no_renewal().await.unwrap();
-    // Nothing of the first process runs until its ttl is over: this thread is its runtime.
+    // Nothing of the first process runs until its ttl has ended: this thread is its runtime.
     std::thread::sleep(ms(450));
     let successor = soon(there.obtain("k").token(token()).ttl(ms(60_000))).await.unwrap();
     drop(stale);
@@ -129,7 +129,7 @@ async fn a_twin_that_shortens_the_ttl_ends_no_other_guard() {
     assert!(server.cli(&["PTTL", "k"]).parse::<i64>().unwrap() > 25_000);
     drop(twin);
     soon(there.close()).await;
-    // Alone again, it may.
+    // Once it is alone again, it may shorten the ttl.
     first.renew_for(ms(5_000)).await.unwrap();
     assert!(server.cli(&["PTTL", "k"]).parse::<i64>().unwrap() <= 5_000);
     assert!(first.is_held());
@@ -148,7 +148,7 @@ async fn a_lease_that_is_adopted_is_released_by_its_guard_and_by_no_other() {
     drop(first);
     sleep(ms(100)).await;
     assert_eq!(server.cli(&["GET", "k"]), second.token().as_str());
-    // Passed on from hand to hand, it is still one grant.
+    // A lease that is passed on is still one grant.
     let third = there.adopt(second.into_lease().to_string().parse().unwrap()).await.unwrap();
     drop(third);
     assert_freed(&server, [&here, &there]).await;
@@ -169,7 +169,7 @@ async fn when_one_of_several_keys_is_gone_the_others_are_released() {
         eventually("the others are free", async || (server.cli(&["EXISTS", "a", "c"]) == "0").then_some(())).await;
         server.cli(&["DEL", "b"]);
     }
-    // An explicit release finds it out by itself.
+    // An explicit release detects the loss itself.
     let guard = here.lock_all(["a", "b", "c"]).ttl(ms(60_000)).await.unwrap();
     server.cli(&["DEL", "b"]);
     server.cli(&["LPUSH", "b", "item"]);
@@ -208,11 +208,11 @@ async fn a_key_of_ours_with_a_wrong_type_is_named_and_nothing_is_taken() {
     }
 }
 
-/// A holder that died costs what its own ttl costs, not what the ttl of one with the same token does that came later.
+/// A dead holder keeps the key for its own ttl, not for the ttl of a later guard with the same token.
 #[tokio::test]
 async fn a_holder_that_died_keeps_the_key_for_its_own_ttl_at_most() {
     let (server, here, there) = start().await;
-    // Nobody is left to release it.
+    // Nobody is left to release the lock.
     let dead = here.obtain("k").token(token()).ttl(ms(1_500)).no_renewal().await.unwrap();
     std::mem::forget(dead);
     let guard = there.obtain("k").token(token()).ttl(ms(600_000)).await.unwrap();
@@ -238,14 +238,14 @@ async fn a_holder_that_lives_is_not_cut_short_by_the_end_of_one_with_a_longer_tt
         assert!(short.is_held());
         assert_eq!(server.cli(&["GET", "k"]), token().as_str());
     }
-    // One that was promised more keeps it.
+    // A guard that was promised a longer ttl keeps it.
     short.ensure(ms(300_000)).await.unwrap();
     end_another().await;
     assert!(server.cli(&["PTTL", "k"]).parse::<i64>().unwrap() > 250_000);
     short.release().await.unwrap();
 }
 
-/// A lease made by hand names a token, and not which grant has the lock by it: that one may be a guard that lives.
+/// A lease that was created from a token doesn't know which grant holds the lock: that may be a live guard.
 #[tokio::test]
 async fn a_lease_made_by_hand_ends_no_guard_that_it_was_not_made_from() {
     let (server, here, there) = start().await;
@@ -259,7 +259,7 @@ async fn a_lease_made_by_hand_ends_no_guard_that_it_was_not_made_from() {
     guard.renew().await.unwrap();
     let there = Locker::connect(&server.url()).await.unwrap();
     there.adopt(lease).await.unwrap().release().await.unwrap();
-    assert_eq!(server.cli(&["EXISTS", "k"]), "0", "who asks for it ends it");
+    assert_eq!(server.cli(&["EXISTS", "k"]), "0", "an explicit release ends it");
 }
 
 #[tokio::test]
@@ -275,7 +275,7 @@ async fn a_record_that_holds_something_else_is_named_and_never_taken_for_a_loss(
     assert_eq!(server.cli(&["EXISTS", "a", "c"]), "0");
 }
 
-/// Whether the server says nothing of the lock, because we may not ask, or that it is another's, is not the same.
+/// A refusal to report the holder differs from the report that another holds the lock.
 #[tokio::test]
 async fn a_right_that_was_taken_away_is_no_loss() {
     let server = Server::start();

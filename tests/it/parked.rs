@@ -14,13 +14,13 @@ const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// A future that is polled whenever it wakes, for some time, and then never again.
+/// Polls a future whenever it wakes, for some time, and then never again.
 async fn park(mut future: Obtaining, polled: Duration) -> Obtaining {
     assert!(timeout(polled, &mut future).await.is_err(), "it obtained the lock");
     future
 }
 
-/// Less than the ttl, which is 30 s, by far; and more than what others need to find that somebody is parked.
+/// Far less than the ttl of 30 s; more than others need to find that a future is parked.
 const SOON: Duration = ms(4_000);
 
 #[tokio::test]
@@ -36,7 +36,7 @@ async fn closing_waits_for_no_future_that_is_not_polled() {
     }
     server.thaw();
     timeout(SOON, locker.close()).await.unwrap();
-    // What it has asked for is run, if it was sent, and undone.
+    // Its request runs, if it was sent, and is undone.
     eventually("nothing is left", async || (server.cli(&["EXISTS", "k"]) == "0").then_some(())).await;
     assert!(matches!(soon(parked).await, Err(tenure::Error::Closed)));
     assert_eq!(server.cli(&["EXISTS", "k"]), "0");
@@ -58,11 +58,11 @@ async fn closing_releases_what_was_dropped_on_a_runtime_that_is_not_driven() {
     let (runtime, guards) = undriven.join().unwrap();
     for (guard, locker) in guards {
         drop(guard);
-        // A call on a connection that stood still has to fail first; the ttl would take 30 s.
+        // A call on a stalled connection has to fail first; the ttl would take 30 s.
         timeout(ms(15_000), locker.close()).await.unwrap();
     }
     assert_eq!(server.cli(&["EXISTS", "a", "b"]), "0");
-    // Not here, where blocking is not allowed.
+    // On another thread, as a runtime can't be dropped where blocking is not allowed.
     std::thread::spawn(move || drop(runtime)).join().unwrap();
 }
 
@@ -79,7 +79,7 @@ async fn a_lock_that_was_handed_over_to_a_future_that_is_not_polled_goes_to_othe
         guard.release().await.unwrap();
         let guard = timeout(SOON, waiter).await.unwrap().unwrap().unwrap();
         assert!(released.elapsed() < SOON);
-        // It waits again as soon as somebody polls it.
+        // The parked future waits again as soon as it is polled.
         let again = tokio::spawn(parked);
         sleep(ms(100)).await;
         guard.release().await.unwrap();

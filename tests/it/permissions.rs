@@ -1,4 +1,4 @@
-//! What README says that a user of the server's ACL needs, suffices, as it stands there.
+//! The ACL rules that the README lists for a user of the server are sufficient as they are.
 
 use std::time::Duration;
 
@@ -11,15 +11,15 @@ const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// The section's rules.
+/// The rules of that section.
 struct Documented {
-    /// Without which nothing goes.
+    /// The rules that every user needs.
     base: Vec<&'static str>,
-    /// To hear of releases; and on a cluster.
+    /// The rules for notifications; and on a cluster.
     news: Vec<&'static str>,
     news_on_a_cluster: Vec<&'static str>,
     fair: Vec<&'static str>,
-    /// The list of cases: what each is about, and its rules.
+    /// The list of cases: the topic and the rules of each.
     cases: Vec<(&'static str, Vec<&'static str>)>,
 }
 
@@ -28,14 +28,14 @@ impl Documented {
         let section = README.split("\n## ").find(|section| section.starts_with("Permissions")).unwrap();
         let words = |text: &'static str| text.split_whitespace().collect::<Vec<_>>();
         let blocks: Vec<&str> = section.lines().filter_map(|line| line.strip_prefix("    ")).collect();
-        // Who adds one, adds a test.
+        // If you add a block, add a test.
         let [base, news, fair] = blocks[..] else { panic!("{blocks:?}") };
         let (news, rest) = news.split_once("(on a cluster ").unwrap();
         let cases: Vec<_> = section
             .lines()
             .filter_map(|line| line.strip_prefix("- "))
             .map(|case| {
-                // The last that is marked as code.
+                // The last part that is marked as code.
                 let mut parts = case.trim_end_matches(|c| c != '`').rsplit('`').skip(1);
                 (case, words(parts.next().unwrap()))
             })
@@ -57,7 +57,7 @@ impl Documented {
     }
 }
 
-/// Makes the user anew: `app`, whose password is `secret`.
+/// Creates the user `app` with the password `secret` again.
 fn allow(server: &Server, rules: &[&str]) {
     server.cli(&["ACL", "DELUSER", "app"]);
     assert_eq!(server.cli(&[&["ACL", "SETUSER", "app", "on", ">secret"][..], rules].concat()), "OK", "{rules:?}");
@@ -68,11 +68,11 @@ fn url(server: &Server) -> String {
 }
 
 fn builder() -> LockerBuilder {
-    // Who hears of nothing won't see it by looking within the patience of a test.
+    // A waiter without notifications won't find a release by polling within the patience of a test.
     Locker::builder().prefix("app:").poll_every(Duration::from_secs(60))
 }
 
-/// What every user does.
+/// Does what every user of the crate does.
 async fn use_locks(locker: &Locker, key: &str) -> Result<(), Error> {
     let guard = soon(locker.lock(key).metadata("m")).await?;
     guard.renew().await?;
@@ -95,7 +95,7 @@ async fn use_locks(locker: &Locker, key: &str) -> Result<(), Error> {
     set.release().await
 }
 
-/// One waits until the other releases.
+/// Waits on one locker until the other releases the lock.
 async fn wait(here: &Locker, there: &Locker, key: &str, fair: bool) {
     let guard = soon(here.lock(key).fair(fair)).await.unwrap();
     let waiter = tokio::spawn(there.lock(key).fair(fair).into_future());
@@ -135,7 +135,7 @@ async fn with_the_documented_permissions_waiters_hear_of_releases_and_requests_a
     for fair in [false, true] {
         wait(&here, &there, "k", fair).await;
     }
-    // The client asks for what it can do without; the scripts ask for nothing more.
+    // The client asks for things that it can do without; the scripts ask for nothing beyond the rules.
     let denied = server.cli(&["ACL", "LOG"]);
     assert!(!denied.lines().any(|line| line == "lua"), "{denied}");
 }
@@ -209,7 +209,7 @@ async fn with_the_documented_permissions_a_quorum_knows_who_was_restarted() {
     servers.iter().for_each(|server| allow(server, &documented.base_and(documented.case("a quorum"))));
     let builder = builder().ttl(ms(1_500)).restart_window(ms(2_000));
     let locker = builder.quorum(servers.iter().map(url)).await.unwrap();
-    // They are young, and don't vote at first.
+    // The servers have just started, and don't vote at first.
     let guard = eventually("it is granted", async || match locker.try_lock("k").token("own".parse().unwrap()).await {
         Err(Error::Quorum { nodes, .. }) => {
             let young = |error: &Error| matches!(error, Error::NotVoting { .. });

@@ -1,4 +1,4 @@
-//! Locks that count only when replicas have them.
+//! Locks that count only once replicas have them.
 
 use std::time::Duration;
 
@@ -66,7 +66,7 @@ async fn without_the_replica_a_request_says_how_many_acknowledged_and_leaves_not
         assert!(refused.is_transient() && started.elapsed() < ms(1_500), "{:?}", started.elapsed());
         eventually("released", async || (primary.cli(&["EXISTS", "k", "l"]) == "0").then_some(())).await;
     }
-    // One that waits goes on until the replica is back.
+    // A waiting request goes on until the replica is back.
     let waiting = tokio::spawn(locker.lock("k").into_future());
     tokio::time::sleep(ms(600)).await;
     assert!(!waiting.is_finished());
@@ -82,7 +82,7 @@ async fn one_replica_of_two_is_enough_for_one_and_not_for_two() {
     let one = builder().connect(&primary.url()).await.unwrap();
     soon(one.lock("k")).await.unwrap().release().await.unwrap();
     let both = builder().min_replicas(2).connect(&primary.url()).await.unwrap();
-    // On a busy machine the other may be late, too.
+    // On a busy machine the other replica may be late, too.
     eventually("one acknowledges in time", async || {
         let refused = both.try_lock("k").await.unwrap_err();
         assert!(refused.is_transient(), "{refused}");
@@ -102,7 +102,7 @@ async fn a_guard_whose_replica_is_cut_off_is_lost_by_its_deadline_and_not_before
         match guard.renew().await {
             Ok(()) => panic!("renewed without the replica"),
             Err(Error::NotReplicated { needed: 1, acknowledged: 0 }) => Some(()),
-            // Behind the renewals of the renewer.
+            // The call waits behind the renewals of the renewer.
             Err(error) => error.is_transient().then_some(()),
         }
     })
@@ -124,7 +124,7 @@ async fn replicas_are_waited_for_no_longer_than_a_lock_would_be_of_use() {
     let started = Instant::now();
     let refused = within(ms(1_000), locker.try_lock("k").ttl(ms(400))).await.unwrap_err();
     assert!(matches!(refused, Error::NotReplicated { .. }), "{refused}");
-    // What the connection was blocked with is over as well: long before the command's own time is.
+    // The connection is no longer blocked, long before the command's own timeout.
     assert!(soon(locker.inspect("k")).await.unwrap().is_none());
     assert!(started.elapsed() < ms(5_000), "{:?}", started.elapsed());
 }
@@ -151,7 +151,7 @@ async fn where_replicas_cannot_be_counted_they_cannot_be_asked_for() {
     builder().in_memory().lock("k").await.unwrap().release().await.unwrap();
 }
 
-/// Whatever becomes of the question, the write was made.
+/// The write was made, whatever the outcome of `WAIT`.
 #[tokio::test]
 async fn where_the_server_refuses_to_say_who_acknowledged_the_lock_is_given_back() {
     let (primary, replica) = start();

@@ -1,5 +1,5 @@
-//! A locker works from whatever runtime it is used on, also when the one that it was connected on has ended; and
-//! outside of any, nothing panics.
+//! A locker works on any runtime that it is used on, even after the runtime that it was connected on has ended; and
+//! outside any runtime, nothing panics.
 
 use std::future::Future;
 use std::pin::pin;
@@ -23,7 +23,7 @@ fn runtime() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// A second server and a third, for a quorum.
+/// Three servers, for a quorum.
 struct Three([Server; 3]);
 
 impl Three {
@@ -50,12 +50,12 @@ fn a_locker_outlives_the_runtime_that_it_was_connected_on() {
         lock_and_release(&locker, "k").await;
         locker
     });
-    // As two `#[tokio::test]`s with a static locker would.
+    // Like several `#[tokio::test]`s with a static locker.
     for _ in 0..3 {
         let started = Instant::now();
         runtime().block_on(async {
             lock_and_release(&locker, "k").await;
-            // Also what is done together.
+            // Batched calls, too.
             let many = (0..200).map(|n| {
                 let locker = locker.clone();
                 tokio::spawn(async move { lock_and_release(&locker, &format!("k:{n}")).await })
@@ -84,7 +84,7 @@ fn waiters_hear_of_releases_on_a_runtime_that_came_later() {
         let other = Locker::connect(&server.url()).await.unwrap();
         let held = other.lock("k").await.unwrap();
         let mut waits = tokio::spawn(locker.lock("k").into_future());
-        // Time enough for it to listen.
+        // Time enough to subscribe.
         assert!(tokio::time::timeout(ms(500), &mut waits).await.is_err());
         held.release().await.unwrap();
         let waited = Instant::now();
@@ -147,7 +147,7 @@ fn fred_client(server: &Server) -> Client {
     FredBuilder::from_config(config).set_policy(policy).build().unwrap()
 }
 
-/// Polls a future outside of any runtime.
+/// Polls a future outside any runtime.
 fn block_on<F: Future>(future: F) -> F::Output {
     struct Unpark(Thread);
     impl Wake for Unpark {
@@ -171,7 +171,7 @@ fn assert_no_runtime<T: std::fmt::Debug>(what: &str, answer: Result<T, Error>) {
     assert!(matches!(&answer, Err(Error::NoRuntime)), "{what}: {answer:?}");
 }
 
-/// Every call that may have to ask the server.
+/// Makes every call that may have to ask the server.
 fn nothing_works_and_nothing_panics(locker: &Locker, rt: &Runtime) {
     let (guards, lease) = rt.block_on(async {
         let mut guards = Vec::new();
@@ -276,7 +276,7 @@ fn outside_a_runtime_nothing_is_connected() {
         let builder = || Locker::builder().prefix(isolated.to_string()).isolated(isolated);
         assert_no_runtime("connect", block_on(builder().connect(&server.url())));
         assert_no_runtime("quorum", block_on(builder().quorum([server.url()])));
-        // What is wrong anyway is said all the same.
+        // An invalid argument is reported all the same.
         assert!(matches!(block_on(builder().connect("http://a")), Err(Error::InvalidUrl(_))));
     }
 }

@@ -1,4 +1,4 @@
-//! The servers of this run are those that it says it is for.
+//! The servers of this run have the version that the run is for.
 
 use tenure_test_support::{Server, Version};
 

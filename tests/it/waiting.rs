@@ -27,16 +27,17 @@ async fn a_waiter_finds_the_expiry_of_a_dead_holder() {
         let started = Instant::now();
         server.cli(&["SET", "k", "dead", "PX", "1000"]);
         let guard = soon(locker.lock("k")).await.unwrap();
-        // To the millisecond: `a_dead_holder_is_followed_when_its_ttl_ends`. Here, long before the next look.
+        // `a_dead_holder_is_followed_when_its_ttl_ends` checks this to the millisecond. Here, long before the next
+        // poll.
         assert!(started.elapsed() < ms(3_000), "after {:?}", started.elapsed());
         nobody_listens(&locker).await;
         guard.release().await.unwrap();
     }
 }
 
-/// Waits until nobody listens any more: for a second after a refusal the next waiter may take over what is there.
+/// Waits until there is no subscription: for a second after a refusal the next waiter may reuse the one that there is.
 async fn nobody_listens(locker: &Locker) {
-    // Nothing says so but this.
+    // Only the `Debug` output shows this.
     let unused = "Subscriber { channels: 0 }";
     eventually("nobody listens", async || format!("{locker:?}").contains(unused).then_some(())).await;
 }
@@ -76,12 +77,12 @@ async fn many_waiters_are_all_served_one_at_a_time() {
     }
 }
 
-/// A locker that looks at a lock only when it has heard of it, or when the holder's ttl ends.
+/// Returns a locker that checks a lock only after a notification, or when the holder's ttl ends.
 async fn patient(url: &str) -> Locker {
     Locker::builder().ttl(ms(60_000)).poll_every(ms(60_000)).connect(url).await.unwrap()
 }
 
-/// How often the server has run a script, by its hash or whole.
+/// Returns how often the server has run a script, by its hash or by its text.
 fn scripts_run(server: &Server) -> u64 {
     let stats = server.cli(&["INFO", "commandstats"]);
     let calls = |command: &str| {
@@ -98,11 +99,11 @@ async fn a_release_wakes_a_waiter_of_another_process() {
     let mut guard = here.lock("k").await.unwrap();
     for _ in 0..20 {
         let waiter = tokio::spawn(there.lock("k").into_future());
-        // Whether it has asked by now or not, it hears of it.
+        // The waiter is notified whether it has asked by now or not.
         yield_now().await;
         guard.release().await.unwrap();
         guard = soon(waiter).await.unwrap().unwrap();
-        // Dropped, too.
+        // The same when the guard is dropped.
         let waiter = tokio::spawn(here.lock("k").into_future());
         drop(guard);
         guard = soon(waiter).await.unwrap().unwrap();
@@ -152,7 +153,7 @@ async fn without_messages_waiting_goes_by_time() {
         .await
         .unwrap();
     let other = Locker::connect(&server.url().replace("redis://", "redis://mute:pw@")).await.unwrap();
-    // A release is found by a look, the death of a holder by its ttl.
+    // Polling finds a release, and the ttl reveals the death of a holder.
     let guard = other.lock("k").await.unwrap();
     let waiter = tokio::spawn(locker.lock("k").into_future());
     guard.release().await.unwrap();
@@ -196,7 +197,7 @@ async fn a_hand_over_costs_the_server_one_command_whatever_the_number_of_waiters
     for waiter in waiters {
         soon(waiter).await.unwrap();
     }
-    // One in seventeen is offered to other processes, and costs two or three.
+    // One in seventeen is offered to other processes, which costs two or three commands.
     let commands = scripts_run(&server) - before;
     assert!((500..=600).contains(&commands), "{commands} for 500 hand-overs");
 }
@@ -255,7 +256,7 @@ async fn a_process_with_many_waiters_leaves_the_lock_to_others() {
     }
 }
 
-/// With and without hash tags, of which some are no text either.
+/// Keys with and without hash tags, none of which is UTF-8.
 const NO_TEXT: [&[u8]; 6] = [b"\xff", b"n\xc3\xbc\xff", b"{tag}:\xff", b"{t\xffg}:d", b"e\xff}f", b"a{b\xff"];
 
 #[tokio::test]
@@ -277,7 +278,7 @@ async fn a_waiter_for_a_key_that_is_no_text_hears_of_every_kind_of_release() {
             drop(soon(waiter).await.unwrap().unwrap());
         }
         nobody_listens(&there).await;
-        // The next key's channel is the only one again.
+        // Now the next key's channel is the only one again.
         server.cli(&["CLIENT", "KILL", "TYPE", "pubsub"]);
     }
 }
@@ -295,12 +296,11 @@ async fn waiters_for_keys_that_are_no_text_hear_of_releases_that_share_a_call() 
         guards.push(here.lock(key(n)).await.unwrap());
         waiters.spawn(there.lock(key(n)).into_future());
     }
-    // Among others whose channels are called as their keys.
+    // The channel is one of many whose keys are text.
     for n in 0..600 {
         guards.push(here.lock(format!("text:{n}")).await.unwrap());
     }
-    eventually("they listen", async || (server.cli(&["PUBSUB", "CHANNELS"]).lines().count() == 600).then_some(()))
-        .await;
+    eventually("subscribed", async || (server.cli(&["PUBSUB", "CHANNELS"]).lines().count() == 600).then_some(())).await;
     let mut releases = JoinSet::new();
     guards.into_iter().for_each(|guard| drop(releases.spawn(guard.release())));
     while let Some(released) = releases.join_next().await {
@@ -330,14 +330,14 @@ async fn a_hundred_thousand_waiters_come_and_go() {
     let server = Server::start();
     let tasks = || Handle::current().metrics().num_alive_tasks();
     let before = tasks();
-    // On a busy machine the release is answered behind what is left of all the others.
+    // On a busy machine the reply to the release is queued behind the rest of the other replies.
     let builder = Locker::builder().ttl(ms(60_000)).poll_every(ms(60_000)).command_timeout(ms(6_000));
     let locker = builder.connect(&server.url()).await.unwrap();
     let connected = tasks();
     let guard = locker.lock("k").await.unwrap();
     let mut waiters = JoinSet::new();
     for n in 0..100_000 {
-        // On one key that is held, and on a thousand keys besides, most of them.
+        // A quarter of them are on one held key, the others on a thousand keys.
         let key = if n % 4 == 0 { "k".to_owned() } else { format!("k:{}", n % 1_000) };
         let request = locker.lock(key).fenced(false);
         let patience = Duration::from_micros(fastrand::u64(..200_000));
@@ -377,7 +377,7 @@ async fn fair_requests_are_served_in_the_order_of_their_arrival_in_whatever_proc
         let queued = (n + 1).to_string();
         eventually("it queues", async || (server.cli(&["ZCARD", "{k}:queue"]) == queued).then_some(())).await;
     }
-    // A request that doesn't wait doesn't overtake waiters.
+    // A request that doesn't wait does not overtake waiters.
     assert!(matches!(lockers[1].try_lock("k").fair(true).await, Err(Error::NotObtained { .. })));
     guard.release().await.unwrap();
     for n in 0..40 {
@@ -391,7 +391,7 @@ async fn a_dead_fair_waiter_is_skipped_and_a_dropped_one_leaves_nothing() {
     let server = Server::start();
     let locker = patient(&server.url()).await;
     let guard = locker.lock("k").fair(true).await.unwrap();
-    // A process that has died while it waited.
+    // A process that died while it waited.
     server.cli(&["ZADD", "{k}:queue", "1", "dead:w1"]);
     let alive = "local t = redis.call('TIME') return redis.call('HSET', KEYS[1], 'dead', t[1] * 1000 + 1500)";
     server.cli(&["EVAL", alive, "1", "{k}:alive"]);
@@ -425,7 +425,7 @@ async fn fair_waiters_keep_their_places_for_as_long_as_they_wait() {
         let queued = (n + 1).to_string();
         eventually("it queues", async || (server.cli(&["ZCARD", "{k}:queue"]) == queued).then_some(())).await;
     }
-    // Twice as long as one without a sign of life has its place.
+    // Twice as long as a waiter without heartbeats keeps its place.
     sleep(ms(3_000)).await;
     guard.release().await.unwrap();
     for n in 0..3 {
@@ -452,7 +452,7 @@ async fn fair_waiters_who_come_at_once_are_all_served_whoever_of_them_is_faster_
         let mut served = soon(waiters.join_all()).await;
         served.push(started);
         served.sort();
-        // Nobody had to be taken for dead, which holds up the next by 1.5 s.
+        // No waiter was taken for dead, which would hold up the next one by 1.5 s.
         let longest = served.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap();
         assert!(longest < ms(1_400), "round {round}: {longest:?}");
     }
@@ -462,7 +462,7 @@ async fn fair_waiters_who_come_at_once_are_all_served_whoever_of_them_is_faster_
 async fn no_one_is_said_to_hold_a_lock_while_the_server_is_silent() {
     let server = Server::start();
     let locker = Locker::connect(&server.url()).await.unwrap();
-    // Its connection is open, and the scripts are known.
+    // The connection is open, and the server knows the scripts.
     locker.lock("k").await.unwrap().release().await.unwrap();
     server.freeze();
     let first = tokio::spawn(locker.lock("k").into_future());
@@ -486,7 +486,7 @@ async fn keys_that_differ_in_their_braces_share_nothing() {
         tokens.extend(held.fencing_token());
         let waiter = tokio::spawn(locker.lock(waited_for).fair(true).into_future());
         eventually("it queues", async || server.cli(&["KEYS", "*:alive*"]).contains(waited_for).then_some(())).await;
-        // Others are neither held nor waited for.
+        // The other keys are neither held nor waited for.
         for other in keys.into_iter().filter(|key| *key != waited_for) {
             locker.try_lock(other).fair(true).await.unwrap().release().await.unwrap();
         }
@@ -504,7 +504,7 @@ async fn a_lock_that_nobody_waits_for_is_not_refused_after_turns_that_met_signs_
         let mut waiters = JoinSet::new();
         for n in 0..128 {
             let request = lockers[n % 2].lock("k").fair(true);
-            // For longer than two signs of life, all together.
+            // All together take longer than two heartbeats.
             waiters.spawn(async move {
                 let guard = request.await.unwrap();
                 sleep(ms(8)).await;

@@ -1,20 +1,20 @@
-//! The calm that ends a behaviour: from any state, all who wait are served if nothing more goes wrong.
+//! The calm that ends a behaviour: from any state, all waiters are served if nothing more goes wrong.
 
 use crate::state::{Call, Handing, Lock, PROCESSES, Phase, Request, Sent, State};
 use crate::world::{Answer, World};
 
-/// Rounds of the calm: one is the time between two signs of life.
+/// The number of rounds of the calm. One is the time between two heartbeats.
 const ROUNDS: u8 = 60;
-/// In rounds: for how long a process counts as alive, a reservation lasts, and a lock of one who is gone; how often
-/// those who have heard nothing look at the lock.
+/// In rounds: how long a process counts as alive, a reservation lasts, and the lock of a dead holder lasts; how often a
+/// waiter without notifications polls.
 const ALIVE: u8 = 3;
 const CONFIRM: u8 = 2;
 const TTL: u8 = 4;
 const POLL: u8 = 6;
 
 impl World {
-    /// Nothing goes wrong any more, and nobody new comes. No message is heard, so that all is found by signs of life
-    /// and a rare look. Returns whether all who wait are served, one after the other.
+    /// Runs a state on: nothing more goes wrong, and no new waiter comes. No notification arrives, so heartbeats and a
+    /// rare poll find everything. Returns whether all waiters are served, one after the other.
     pub(crate) fn after_a_calm(&self, mut state: State, arrives: bool, is_reversed: bool) -> bool {
         state.is_calm = true;
         self.leave_all(&mut state);
@@ -52,7 +52,7 @@ impl World {
             })
     }
 
-    /// What a live waiter does in a round.
+    /// Does what a live waiter does in a round.
     fn go_on(&self, state: &mut State, waiter: u8, looks: bool) {
         self.finish_call(state, waiter);
         if matches!(state.at(waiter).handing, Handing::Done { .. }) && state.at(waiter).call == Call::None {
@@ -82,7 +82,7 @@ impl World {
         }
     }
 
-    /// Nothing that is sent in the calm has to wait for what was sent before.
+    /// Leaves all places. In the calm, no request has to wait for an earlier one.
     fn leave_all(&self, state: &mut State) {
         for process in 0..PROCESSES {
             for sent in std::mem::take(&mut state.processes[process].sent) {

@@ -1,4 +1,4 @@
-//! What the processes do: their queues, what they send, and what they make of the answers.
+//! The processes: their queues, what they send, and how they handle the replies.
 
 use crate::state::{Call, Handing, Lock, PLACES, Phase, Process, Request, SHARED, Sent, State, Waiter};
 use crate::world::{Answer, World};
@@ -39,7 +39,7 @@ impl State {
         }
     }
 
-    /// The background has it sent that nobody has this place any more.
+    /// Sends, in the background, that nobody has this place any longer.
     pub(crate) fn send_leave(&mut self, world: &World, place: u8) {
         match world.in_order {
             true => self.processes[world.process_of(place)].sent.push(Sent::Leave(place)),
@@ -47,12 +47,12 @@ impl State {
         }
     }
 
-    /// It is not under way any more.
+    /// Removes the waiter's call from what is in flight.
     pub(crate) fn unsend(&mut self, world: &World, waiter: u8) {
         self.processes[world.process(waiter)].sent.retain(|sent| *sent != Sent::Call(waiter));
     }
 
-    /// Whether nothing that has to be run before it is under way.
+    /// Returns whether nothing is in flight that has to run first.
     pub(crate) fn can_run(&self, world: &World, waiter: u8) -> bool {
         let sent = &self.processes[world.process(waiter)].sent;
         sent.first() == Some(&Sent::Call(waiter)) || !sent.contains(&Sent::Call(waiter))
@@ -64,7 +64,7 @@ impl State {
         }
     }
 
-    /// Nothing is left of a waiter that has come before.
+    /// Returns whether nothing is left of a waiter that came earlier.
     pub(crate) fn is_forgotten(&self, waiter: u8) -> bool {
         let about = |request: &Request| match *request {
             Request::Acquire { waiter: other, .. } | Request::Release { waiter: other, .. } => other == waiter,
@@ -113,7 +113,7 @@ impl State {
         }
     }
 
-    /// `Queues::next`: whom the lock is handed over to.
+    /// `Queues::next`: the waiter that the lock is handed over to.
     pub(crate) fn next(&mut self, world: &World, from: u8) -> Option<Request> {
         let process = world.process(from);
         let waits = |lane: &[u8]| {
@@ -136,7 +136,7 @@ impl State {
         Some(Request::HandOver { from, to, place, may_keep, in_line })
     }
 
-    /// A waiter has got the lock, and knows.
+    /// A waiter has got the lock, and knows it.
     pub(crate) fn begin(&mut self, world: &World, waiter: u8) {
         let known = self.at_mut(waiter);
         (known.phase, known.handing) = (Phase::Holding, Handing::No);
@@ -161,7 +161,7 @@ impl State {
                 self.handed_over(world, to, in_line, answer);
             }
             (Request::Release { .. }, _) => self.at_mut(waiter).phase = Phase::Over,
-            // It may have been run after a hand-over that came meanwhile.
+            // The request may have run after a hand-over that came meanwhile.
             (Request::Enter { .. }, _) => {
                 let known = self.at_mut(waiter);
                 known.doubt |= known.handing != Handing::No && world.safeguards.doubt_leaves_again;
@@ -208,7 +208,7 @@ impl State {
         }
     }
 
-    /// With this request a place may enter the line, whenever it is run.
+    /// Records that a place may enter the line with this request, whenever it runs.
     pub(crate) fn doubt_line(&mut self, world: &World, request: Request) {
         let place = match request {
             Request::Acquire { place: Some(place), .. } | Request::Enter { place } => place,
@@ -226,7 +226,7 @@ impl State {
         }
     }
 
-    /// Once it can't be run any more, the process leaves what it has left, unless somebody waits there.
+    /// Once the request can't run any longer, leaves the place again, unless somebody waits there.
     pub(crate) fn leave_again(&mut self, world: &World, request: Request) {
         let place = match request {
             Request::Acquire { place: Some(place), .. } | Request::Enter { place } => place,
@@ -239,7 +239,7 @@ impl State {
         }
     }
 
-    /// The outcome of a call is unknown, and the request may still arrive if it hasn't.
+    /// Makes the outcome of a call unknown; the request may still arrive if it hasn't.
     pub(crate) fn time_out(&mut self, world: &World, waiter: u8) {
         self.unsend(world, waiter);
         let call = std::mem::take(&mut self.at_mut(waiter).call);
@@ -264,7 +264,7 @@ impl State {
 
     pub(crate) fn expire(&mut self) {
         if let Lock::Held(holder) = self.lock {
-            // Its deadline was before that (`src/hold.rs`), and so was that of each grant under way.
+            // The holder's deadline was before that (`src/hold.rs`), and so was that of each grant in flight.
             let known = self.at_mut(holder);
             if known.phase == Phase::Holding {
                 known.phase = Phase::Over;
@@ -325,7 +325,7 @@ impl State {
         }
     }
 
-    /// Counts the turns that a process keeps the lock from others for.
+    /// Counts the turns for which a process keeps the lock from others.
     pub(crate) fn note_turn(&mut self, world: &World, before: Lock, request: Request, answer: Answer) {
         let Request::HandOver { from, may_keep, .. } = request else {
             if self.lock != before {
@@ -336,7 +336,8 @@ impl State {
         let others_wait = self.line.iter().any(|entry| world.process_of(entry.place) != world.process(from));
         let is_kept = may_keep && others_wait && matches!(answer, Answer::HandedOver { .. });
         self.kept = if is_kept { self.kept + 1 } else { 0 };
-        // The first turn is the one that the line gave it. Who doesn't know of a hand-over may take it for such a one.
+        // The line gave the process its first turn. A process that doesn't know of a hand-over may take it for such a
+        // turn.
         self.broken.order |= self.kept >= IN_A_ROW + self.mishaps;
     }
 }

@@ -1,4 +1,4 @@
-//! What the server remembers of one lock, and what each script does to it, line by line.
+//! The server's state of one lock, and what each script does to it, line by line.
 
 use crate::state::{Lock, Request, SHARED, State};
 use crate::world::{Answer, World};
@@ -7,7 +7,7 @@ use crate::world::{Answer, World};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Entry {
     pub(crate) place: u8,
-    /// So many grants may still go to others before it is served. Known to the model alone.
+    /// How many grants may still go to others before this place is served. Only the model knows this.
     pub(crate) ahead: u8,
 }
 
@@ -61,7 +61,7 @@ impl State {
         self.sign_of_life(world, place);
     }
 
-    /// `pass_on` in `line.lua`. Returns who has the turn.
+    /// `pass_on` in `line.lua`. Returns the place that has the turn.
     pub(crate) fn pass_on(&mut self, world: &World) -> Option<u8> {
         self.lock = Lock::Free;
         if !world.safeguards.release_looks_at_line {
@@ -77,7 +77,7 @@ impl State {
         Some(head)
     }
 
-    /// A waiter has got the lock out of turn with none of those in the line.
+    /// Gives the lock to a waiter. Unless `is_kept`, the grant counts against every place in the line.
     fn grant(&mut self, waiter: u8, is_kept: bool) {
         self.lock = Lock::Held(waiter);
         if is_kept {
@@ -89,7 +89,7 @@ impl State {
         }
     }
 
-    /// `take_turn` in `line.lua`: `place` takes the turn of another of its process, which gets its place.
+    /// `take_turn` in `line.lua`: `place` takes the turn of another place of its process, which gets `place` in return.
     fn take_turn(&mut self, world: &World, turn: u8, place: u8) {
         let reserved = match self.lock {
             Lock::Reserved(entry) => Some(entry),
@@ -107,14 +107,14 @@ impl State {
                     self.line[at] = Entry { ahead, ..entry };
                 }
                 None => {
-                    // The grant that follows counts.
+                    // The grant that follows counts as one of them.
                     entry.ahead = self.line.len() as u8 + 1;
                     self.line.push(entry);
                 }
             }
             return;
         }
-        // As it was: in front, unless the lock was reserved and the taker had a place.
+        // The entry stays in front, unless the lock was reserved and the taker had a place.
         if let Some(mut entry) = reserved {
             match self.line.iter().position(|entry| entry.place == place) {
                 Some(at) => {
@@ -138,7 +138,7 @@ impl State {
         self.line.iter().any(|entry| entry.place == place)
     }
 
-    /// What the server does with a request.
+    /// Does what the server does with a request.
     pub(crate) fn run(&mut self, world: &World, request: Request) -> Answer {
         match request {
             Request::Acquire { waiter, place: None } => self.acquire_one(waiter),
@@ -156,11 +156,11 @@ impl State {
         }
     }
 
-    /// `acquire_one.lua`: `SET NX`, as other libraries do; with the token there already, `acquire.lua`.
+    /// `acquire_one.lua`: `SET NX`, like other libraries; `acquire.lua` if the key holds the token already.
     fn acquire_one(&mut self, waiter: u8) -> Answer {
         match self.lock {
             Lock::Free => {
-                // As any library can; but unless something has gone wrong, the lock isn't free while somebody waits.
+                // Any library can do this; but without mishaps, the lock isn't free while somebody waits.
                 self.broken.order |= self.mishaps == 0 && !self.line.is_empty();
                 self.lock = Lock::Held(waiter);
             }
@@ -238,7 +238,7 @@ impl State {
         Answer::Done
     }
 
-    /// `release_one.lua`, and `pass_on_one.lua` where somebody listens.
+    /// `release_one.lua`, or `pass_on_one.lua` if somebody is subscribed.
     fn release(&mut self, world: &World, waiter: u8, heard: bool) -> Answer {
         if self.lock != Lock::Held(waiter) && world.safeguards.compare_and_delete {
             return Answer::Done;
@@ -271,7 +271,7 @@ impl State {
         Answer::HandedOver { alone: !may_keep && head.is_none(), late: false }
     }
 
-    /// Whether somebody waits with this place.
+    /// Returns whether somebody waits with this place.
     pub(crate) fn is_had(&self, world: &World, place: u8) -> bool {
         let process = world.process_of(place);
         if place >= SHARED {

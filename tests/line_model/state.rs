@@ -1,46 +1,46 @@
-//! What the model remembers: the server's side of one lock, the queues of the processes, and what is under way.
+//! The state of the model: the server's side of one lock, the queues of the processes, and what is in flight.
 
 use crate::server::Entry;
 
 pub(crate) const PROCESSES: usize = 3;
-/// Places from here on are those that the waiters of one process share; below it, each is that of one waiter.
+/// Places from this number on are shared by the waiters of one process; each place below it belongs to one waiter.
 pub(crate) const SHARED: u8 = 16;
-/// So many places a process may share one after another.
+/// How many shared places a process may have one after another.
 pub(crate) const PLACES: u8 = 4;
 
-/// There is no clock in it. What ends by time may end at any time, and what ends too soon for a live process is a
-/// mishap (see [`World::mishaps`](crate::world::World)).
+/// A state of the model. It has no clock: what ends by time may end at any time, and it is a mishap when that is too
+/// soon for a live process (see [`World::mishaps`](crate::world::World)).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct State {
     pub(crate) lock: Lock,
     pub(crate) line: Vec<Entry>,
-    /// The processes that count as alive, as bits; and those that were silent for too long although they live.
+    /// The processes that count as alive, as bits; and those that live but were silent for too long.
     pub(crate) alive: u8,
     pub(crate) excused: u8,
-    /// Places that count as dead by themselves, where signs of life are not those of a process.
+    /// Places that count as dead on their own, if heartbeats are not those of a process.
     pub(crate) silent_places: Vec<u8>,
-    /// In the calm at the end (`calm.rs`): which processes have given a sign of life in this round.
+    /// In the calm at the end (`calm.rs`): the processes that have sent a heartbeat in this round.
     pub(crate) is_calm: bool,
     pub(crate) fresh: u8,
     pub(crate) processes: [Process; PROCESSES],
     pub(crate) waiters: Vec<Waiter>,
-    /// Requests that nobody waits for, and that may arrive, at any time and in any order, or never.
+    /// Requests that nobody waits for. They may arrive at any time and in any order, or never.
     pub(crate) late: Vec<Request>,
-    /// How much has gone wrong.
+    /// The number of mishaps so far.
     pub(crate) mishaps: u8,
-    /// So many turns in a row a process has kept the lock from those in the line.
+    /// For how many turns in a row a process has kept the lock from the line.
     pub(crate) kept: u8,
     pub(crate) broken: Broken,
 }
 
-/// The promises that have been broken on the way.
+/// The promises that were broken on the way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Broken {
     pub(crate) order: bool,
     pub(crate) kept: bool,
 }
 
-/// What the lock key holds.
+/// The content of the lock key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) enum Lock {
     #[default]
@@ -49,7 +49,7 @@ pub(crate) enum Lock {
     Held(u8),
     /// A reservation.
     Reserved(Entry),
-    /// The token of somebody who is in no line.
+    /// The token of a holder that is not in the line.
     Stranger,
 }
 
@@ -60,23 +60,23 @@ pub(crate) struct Process {
     /// The lanes, first in, first out.
     pub(crate) shared: Vec<u8>,
     pub(crate) own: Vec<u8>,
-    /// How many shared places it has had.
+    /// How many shared places the process has had.
     pub(crate) places: u8,
-    /// The shared place may be in the line.
+    /// Whether the shared place may be in the line.
     pub(crate) in_line: bool,
-    /// A request with the shared place has an unknown outcome, and may still be run.
+    /// Whether a request with the shared place has an unknown outcome, and may still run.
     pub(crate) doubt: bool,
     pub(crate) in_a_row: u8,
-    /// What has to do with the line travels in order.
+    /// The requests in flight that concern the line, in order.
     pub(crate) sent: Vec<Sent>,
 }
 
-/// Something on the way from a process to the server.
+/// A request in flight from a process to the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Sent {
     /// The call of this waiter.
     Call(u8),
-    /// A place is given up, in the background.
+    /// Leaves a place, in the background.
     Leave(u8),
 }
 
@@ -85,9 +85,9 @@ pub(crate) struct Waiter {
     pub(crate) phase: Phase,
     pub(crate) call: Call,
     pub(crate) handing: Handing,
-    /// The server has said that the lock is held.
+    /// Whether the server has replied that the lock is held.
     pub(crate) was_refused: bool,
-    /// A request with its own place has an unknown outcome, and may still be run.
+    /// Whether a request with its own place has an unknown outcome, and may still run.
     pub(crate) doubt: bool,
 }
 
@@ -98,7 +98,7 @@ pub(crate) enum Phase {
     Away,
     Waiting,
     Holding,
-    /// It believes no more that it holds, and sees to the release.
+    /// It no longer believes that it holds the lock, and releases it.
     Releasing,
     Over,
 }
@@ -109,7 +109,7 @@ pub(crate) enum Call {
     #[default]
     None,
     Sent(Request),
-    /// It was run; the answer is under way.
+    /// It has run; the reply is in flight.
     Answered(Request, crate::world::Answer),
 }
 
@@ -119,7 +119,7 @@ pub(crate) enum Handing {
     #[default]
     No,
     Asked,
-    /// Late: its deadline has passed.
+    /// `late`: its deadline has passed.
     Done {
         late: bool,
     },
@@ -144,7 +144,7 @@ pub(crate) enum Request {
     Leave {
         place: u8,
     },
-    /// Heard: the server knows somebody who listens.
+    /// `heard`: the server knows a subscription.
     Release {
         waiter: u8,
         heard: bool,

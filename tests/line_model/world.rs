@@ -1,42 +1,42 @@
-//! What the processes do, what can happen next, and what must hold whatever happens.
+//! What can happen next, and what must hold whatever happens.
 
 use stateright::{Model, Property};
 
 use crate::state::{Call, Handing, Lock, PLACES, PROCESSES, Phase, Request, SHARED, Sent, State, Waiter};
 
-pub(crate) const EXCLUSION: &str = "never two that believe they hold";
-pub(crate) const NO_GHOST: &str = "once all is quiet, nobody is in the line who doesn't wait";
-pub(crate) const GRANTED: &str = "a sign of life finds a free lock";
-pub(crate) const ORDER: &str = "a place is passed by nobody who came later";
+pub(crate) const EXCLUSION: &str = "never two that believe that they hold the lock";
+pub(crate) const NO_GHOST: &str = "once all is quiet, the line contains only waiters";
+pub(crate) const GRANTED: &str = "a heartbeat gives a free lock to the line";
+pub(crate) const ORDER: &str = "no later place overtakes an earlier one";
 pub(crate) const KEPT: &str = "a live place stays in the line";
-pub(crate) const SERVED: &str = "after a calm, all who wait are served";
+pub(crate) const SERVED: &str = "after a calm, all waiters are served";
 
-/// What keeps the promises. A test turns one off and shows which promise falls.
+/// The safeguards that keep the promises. A test turns one off and shows which promise is broken.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Safeguards {
     /// A release compares the token.
     pub(crate) compare_and_delete: bool,
-    /// A sign of life enters nobody.
+    /// A heartbeat enters no place.
     pub(crate) heartbeat_enters_nobody: bool,
-    /// A sign of life gives a free lock to the head of the line.
+    /// A heartbeat gives a free lock to the head of the line.
     pub(crate) heartbeat_passes_on: bool,
-    /// Who leaves passes a reservation on.
+    /// A waiter that leaves passes a reservation on.
     pub(crate) leave_passes_on: bool,
-    /// Who releases gives the lock to the head of the line.
+    /// A release gives the lock to the head of the line.
     pub(crate) release_looks_at_line: bool,
     /// A reservation ends by itself.
     pub(crate) reservation_expires: bool,
-    /// A sign of life is that of a process, not of one wait.
+    /// A heartbeat is that of a process, not of one waiter.
     pub(crate) sign_of_process: bool,
-    /// Who finds the lock free takes it only if nobody else is the head of the line.
+    /// A waiter that finds the lock free takes it only if nobody else is the head of the line.
     pub(crate) free_is_for_the_head: bool,
-    /// A waiter that takes the turn of another of its process gives it its own place.
+    /// A waiter that takes the turn of another of its process gives that one its own place.
     pub(crate) places_are_swapped: bool,
-    /// A process forgets that it is in the line only where a script has taken it out.
+    /// A process forgets that it is in the line only if a script has taken it out.
     pub(crate) in_line_until_out: bool,
-    /// Who isn't sure what its requests have done leaves the line once they can't do more.
+    /// A process that isn't sure what its requests have done leaves the line once they can't run any longer.
     pub(crate) doubt_leaves_again: bool,
-    /// A lock that went by a waiter which is gone leaves nothing of it in the line.
+    /// A lock that a gone waiter didn't take leaves nothing of that waiter in the line.
     pub(crate) gone_leaves_again: bool,
     /// A process passes the lock on after [`IN_A_ROW`] turns.
     pub(crate) turns_end: bool,
@@ -70,14 +70,14 @@ pub(crate) struct World {
     pub(crate) safeguards: Safeguards,
     /// The process and the kind of each waiter.
     pub(crate) waiters: &'static [(usize, Kind)],
-    /// So much may go wrong in one behaviour.
+    /// How many mishaps one behaviour may have.
     pub(crate) mishaps: u8,
-    /// What may.
+    /// The mishaps that may happen.
     pub(crate) can: &'static [Mishap],
-    /// What a process sends that has to do with the line arrives in that order, unless a call times out. Not so where
+    /// Whether the requests of a process that concern the line arrive in order, unless a call times out. They don't if
     /// scripts are loaded again, and on a cluster whose slots move.
     pub(crate) in_order: bool,
-    /// Whether those who have had the lock come again.
+    /// Whether waiters that have had the lock come again.
     pub(crate) come_again: bool,
     /// The promises to check.
     pub(crate) promises: &'static [&'static str],
@@ -85,13 +85,13 @@ pub(crate) struct World {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mishap {
-    /// The process is no more.
+    /// A process dies.
     Die,
-    /// A call has an unknown outcome: the answer is lost, or the request is lost or late.
+    /// A call has an unknown outcome: the reply is lost, or the request is lost or late.
     Timeout,
     /// A waiter gives up.
     GiveUp,
-    /// A first that isn't polled goes behind the others of its lane.
+    /// A first waiter that isn't polled goes behind the others of its lane.
     Park,
     /// A live process is silent for so long that it counts as dead.
     Silence,
@@ -99,22 +99,22 @@ pub(crate) enum Mishap {
     Unconfirmed,
     /// A lock ends before its holder releases it.
     Expire,
-    /// The lock is taken by somebody who is in no line.
+    /// Somebody who is not in the line takes the lock.
     Barge,
-    /// A release finds nobody who listens.
+    /// A release finds no subscription.
     Unheard,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Answer {
-    /// Late: what it granted has ended, and so has its deadline, which counts from before the request.
+    /// `late`: the grant has ended, and so has its deadline, which counts from before the request.
     Granted {
         late: bool,
     },
     Held,
-    /// In the line.
+    /// The place is in the line.
     Waits,
-    /// Not in the line, or it is its turn.
+    /// The place is not in the line, or it is its turn.
     Ask,
     Done,
     NotOurs,
@@ -135,7 +135,7 @@ pub(crate) enum Action {
     Come {
         waiter: u8,
     },
-    /// The first of a lane asks: with its place in the line, or without one.
+    /// The first of a lane asks for the lock, with its place in the line or without one.
     Ask {
         waiter: u8,
         in_line: bool,
@@ -143,11 +143,11 @@ pub(crate) enum Action {
     Heartbeat {
         waiter: u8,
     },
-    /// The server runs what a waiter has sent.
+    /// The server runs a waiter's request.
     Run {
         waiter: u8,
     },
-    /// The answer arrives.
+    /// The reply arrives.
     Learn {
         waiter: u8,
     },
@@ -159,15 +159,15 @@ pub(crate) enum Action {
         waiter: u8,
         heard: bool,
     },
-    /// What was granted to one who is gone is undone.
+    /// A grant to a waiter that is gone is undone.
     Undo {
         waiter: u8,
     },
-    /// A request that nobody waits for is run.
+    /// A request that nobody waits for runs.
     RunLate {
         at: usize,
     },
-    /// A process leaves a place, in the background; with a mishap, that is lost or late.
+    /// A process leaves a place, in the background; with a mishap, the request is lost or late.
     Leave {
         process: usize,
         is_lost: bool,
@@ -191,10 +191,10 @@ pub(crate) enum Action {
     SilencePlace {
         place: u8,
     },
-    /// What the lock key holds ends by its ttl.
+    /// The content of the lock key expires.
     Expire,
     Barge,
-    /// Who is in no line frees the lock: by a message, or without.
+    /// A holder that is not in the line frees the lock, with or without a notification.
     StrangerEnds {
         heard: bool,
     },
@@ -288,7 +288,7 @@ impl Model for World {
                 next.learn(self, waiter, request, answer);
             }
             Action::Take { waiter } => {
-                // `Place::pass_on` of one that was handed over.
+                // `Place::pass_on` of a lock that was handed over.
                 if !self.safeguards.in_line_until_out {
                     next.processes[self.process(waiter)].in_line &= self.is_own(waiter);
                 }
@@ -407,7 +407,7 @@ impl World {
                 if known.call == Call::None && matches!(known.handing, Handing::Done { .. }) {
                     actions.push(Action::Take { waiter });
                 }
-                // What was sent before is run before: else, it has timed out first.
+                // Earlier requests run first; otherwise this one has timed out before.
                 if !matches!(known.call, Call::Sent(_)) && self.can(state, Mishap::GiveUp) {
                     actions.push(Action::GiveUp { waiter });
                 }
@@ -456,14 +456,14 @@ impl World {
             actions.extend(parks(&known.shared).then_some(Action::Park { process, own: false }));
         }
         if !self.safeguards.sign_of_process {
-            // Those behind the first of a lane give no sign of their own.
+            // Waiters behind the first of a lane send no heartbeats of their own.
             let behind = known.own.iter().skip(1).filter(|place| state.is_in_line(**place));
             let silent = behind.filter(|place| !state.silent_places.contains(place));
             actions.extend(silent.map(|place| Action::SilencePlace { place: *place }));
         }
     }
 
-    /// Whether somebody in this process gives signs of life.
+    /// Returns whether somebody in this process sends heartbeats.
     pub(crate) fn gives_signs(&self, state: &State, process: usize) -> bool {
         let known = &state.processes[process];
         let acts = |first: &u8| {
@@ -490,7 +490,7 @@ impl World {
         !state.is_quiet() || is_reserved_for_one && state.line.iter().all(|entry| waits(entry.place))
     }
 
-    /// The next sign of life of whoever is in the line: the lock is free no more.
+    /// Returns whether the lock is no longer free after the next heartbeat of anybody in the line.
     fn is_granted(&self, state: &State) -> bool {
         let gives_sign = |waiter: &u8| {
             let known = &state.processes[self.process(*waiter)];
@@ -506,7 +506,8 @@ impl World {
             })
     }
 
-    /// Whatever was under way arrives, or is lost; whoever is nearer to the server.
+    /// Returns whether all waiters are served, whether requests in flight arrive or not, in either order of the
+    /// processes.
     fn are_served(&self, state: &State) -> bool {
         [(false, false), (true, false), (true, true)]
             .iter()

@@ -1,4 +1,4 @@
-//! Searches a model, and says what was found.
+//! Searches a model, and prints what was found.
 
 use std::fmt::Debug;
 use std::hash::Hash;
@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use stateright::{Checker, Model};
 
-/// Every promise holds in every state that can be reached, and there are more of those than `floor`.
+/// Asserts that every promise holds in every reachable state, and that there are more states than `floor`.
 pub(crate) fn holds<M>(model: M, floor: usize)
 where
     M: Model<State: Debug + Hash + PartialEq + Clone + Send + Sync, Action: Debug + PartialEq + Clone>
@@ -22,7 +22,7 @@ where
     assert!(states > floor, "only {states} states");
 }
 
-/// The promise falls. Prints the shortest way there.
+/// Asserts that the promise is broken, and prints the shortest way there.
 pub(crate) fn falls<M>(promise: &'static str, model: M)
 where
     M: Model<State: Debug + Hash + PartialEq + Clone + Send + Sync, Action: Debug + PartialEq + Clone>

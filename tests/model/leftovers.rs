@@ -1,28 +1,28 @@
 //! What one client's calls leave on one node of a quorum, once all of them have ended.
 //!
-//! One node is enough: nothing is taken back on one for what another has said. The others say whether a majority grants
-//! the lock, at any time and as they like. There is no time either: a call that is given up on may be run until
-//! it can't be any more, and that may be at once or much later. No key expires: nothing is left to that.
+//! One node is enough: nothing is taken back on one node because of a reply of another. The others grant the lock by
+//! majority or don't, at any time. There is no clock either: a call that is given up on may run until it expires, at
+//! once or much later. No key expires, so nothing relies on that.
 
 use stateright::{Model, Property};
 
 pub const UNDONE: &str = "when all calls have ended, nothing is left of a lock that is not held";
 pub const UNTOUCHED: &str = "nothing of a lock that is held is taken back";
 
-/// What sees to it. A test turns one off and shows what is left.
+/// The safeguards against leftovers. A test turns one off and shows what is left.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {
     /// A vote is taken back only when its call has ended.
     pub undo_after_call: bool,
-    /// What takes a vote of unknown outcome back is repeated until that vote can't be run any more.
+    /// The undo of a vote with an unknown outcome is repeated until that vote can't run any longer.
     pub undo_until_latest: bool,
-    /// A vote that a majority was not waited for is taken back, if the lock was released before it came.
+    /// A vote that came after the majority is taken back if the lock was released before it came.
     pub late_vote_undone: bool,
-    /// And the same holds for as long as one of unknown outcome can be run.
+    /// The same holds for as long as a vote with an unknown outcome can run.
     pub doubt_outlives_call: bool,
-    /// What brings the key back is taken back, if the lock was released before it came.
+    /// A vote that heals is taken back if the lock was released before it came.
     pub heal_undone: bool,
-    /// And for as long as that may be run, where its outcome is unknown.
+    /// The same holds for as long as a vote that heals can run, if its outcome is unknown.
     pub heal_doubt_outlives_call: bool,
 }
 
@@ -44,47 +44,47 @@ pub struct Leftovers {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LeftoversState {
-    /// The node's key holds the client's token.
+    /// Whether the node's key holds the client's token.
     key: bool,
     phase: Phase,
     vote: Call,
     heal: Call,
     release: Call,
-    /// What takes the vote and what heals back, until it has.
+    /// The undo of the vote, and of the vote that heals.
     undo_of_vote: Undo,
     undo_of_heal: Undo,
-    /// A step took the key away while the lock was held.
+    /// Whether a step removed the key while the lock was held.
     was_touched: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Phase {
     Asking,
-    /// No majority, or nobody waits for one any more.
+    /// There is no majority, or nobody waits for one any longer.
     Failed,
     Holding,
     Released,
 }
 
-/// One call to the node, and what its sender knows of it.
+/// A call to the node, and what its sender knows of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Call {
     Unsent,
-    /// It has not been run.
+    /// It has not run.
     Sent,
-    /// It has been run, and the answer is on its way: it was granted, or freed the key, or not.
+    /// It has run, and the reply is in flight: whether it was granted, or freed the key.
     Answered(bool),
-    /// Nobody waits for it any more, and it may still be run.
+    /// Nobody waits for it any longer, and it may still run.
     GivenUp,
-    /// It was given up on, and can't be run any more.
+    /// It was given up on, and can't run any longer.
     Unknown,
-    /// The answer has come.
+    /// The reply has come.
     Known(bool),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Undo {
-    /// Whether any will be needed is not known.
+    /// It is not known whether an undo will be needed.
     Open,
     Due,
     /// Done, or not needed.
@@ -102,25 +102,25 @@ pub enum Which {
 pub enum Step {
     /// A majority grants the lock.
     Obtain,
-    /// None does, or nobody waits for it.
+    /// No majority grants it, or nobody waits for it.
     Fail,
-    /// The holder releases it, which all rounds of votes that are open then learn of.
+    /// The holder releases the lock, and all open rounds of votes learn of it.
     Release,
     /// A renewal has found that the node has no key.
     Heal,
     /// The node runs a call,
     Run(Which),
-    /// which is answered,
+    /// the caller gets the reply,
     Hear(Which),
-    /// or given up on,
+    /// or gives up on it,
     GiveUp(Which),
-    /// and can't be run any more.
+    /// and it can't run any longer.
     Expire(Which),
-    /// It is decided whether the vote, or what heals, has to be taken back.
+    /// The client decides whether the vote, or the vote that heals, has to be taken back.
     Decide(Which),
-    /// The node takes it back.
+    /// The node runs the undo.
     Undo(Which),
-    /// The node is restarted, and knows nothing any more.
+    /// The node restarts, and forgets everything.
     Forget,
 }
 
@@ -147,7 +147,7 @@ impl Model for Leftovers {
             Phase::Holding => steps.push(Step::Release),
             Phase::Failed | Phase::Released => {}
         }
-        // The node has said that it has no key, in answer to what was sent after the vote and on the same connection.
+        // The node has replied that it has no key, to a request that was sent after the vote on the same connection.
         if state.phase == Phase::Holding && state.heal == Call::Unsent && state.vote != Call::Sent {
             steps.push(Step::Heal);
         }
@@ -224,7 +224,7 @@ impl Model for Leftovers {
 }
 
 impl Leftovers {
-    /// `Round::leave` and `Round::finish`
+    /// `Round::leave` and `Round::finish`.
     fn may_decide_on_vote(&self, state: &LeftoversState) -> bool {
         let has_ended = match state.vote {
             Call::Known(_) | Call::Unknown => true,
@@ -241,7 +241,7 @@ impl Leftovers {
         let is_needed = match state.phase {
             Phase::Asking | Phase::Holding => false,
             Phase::Failed => true,
-            // A release that has freed the key here has come after the vote that was granted.
+            // A release that has freed the key here came after the granted vote.
             Phase::Released => {
                 let is_freed = state.release == Call::Known(true) && state.vote == Call::Known(true);
                 self.rules.late_vote_undone && !is_freed
@@ -250,7 +250,7 @@ impl Leftovers {
         if may_be_there && is_needed { Undo::Due } else { Undo::Over }
     }
 
-    /// `Healing::heal`
+    /// `Healing::heal`.
     fn may_decide_on_heal(&self, state: &LeftoversState) -> bool {
         let has_ended = match state.heal {
             Call::Known(_) | Call::Unknown => true,
@@ -260,7 +260,7 @@ impl Leftovers {
         has_ended && state.undo_of_heal == Undo::Open
     }
 
-    /// Nothing is on its way, nor will be; and the lock is not held.
+    /// Returns whether nothing is or will be in flight, and the lock is not held.
     fn have_ended(&self, state: &LeftoversState) -> bool {
         let is_on_its_way = |call| matches!(call, Call::Sent | Call::Answered(_) | Call::GivenUp);
         let calls = [state.vote, state.heal, state.release];
@@ -285,18 +285,18 @@ impl LeftoversState {
 
     fn run(&mut self, which: Which) {
         let answer = match which {
-            // Ours already is granted too.
+            // A key that is already ours is granted too.
             Which::Vote | Which::Heal => true,
             Which::Release => self.key,
         };
         self.key = which != Which::Release;
         let call = self.call(which);
-        // What was given up on is not heard.
+        // The client doesn't get the reply of a call that it gave up on.
         *call = if *call == Call::Sent { Call::Answered(answer) } else { Call::Unknown };
         self.try_again(which);
     }
 
-    /// A release that failed is sent again, until it is answered (`catch_up.rs`).
+    /// Sends a failed release again, until it gets a reply (`catch_up.rs`).
     fn try_again(&mut self, which: Which) {
         if which == Which::Release && self.release == Call::Unknown {
             self.release = Call::Sent;

@@ -1,6 +1,6 @@
-//! The lock protocol as models that are searched exhaustively. What they are for is said in `tests/model.rs`.
+//! The lock protocol as models that are searched exhaustively. `tests/model.rs` explains their purpose.
 //!
-//! A crate of its own, as a debug build optimizes whole crates or nothing of them.
+//! A crate of its own, because a debug build optimizes whole crates or nothing of them.
 
 #![allow(missing_docs, reason = "it is for one test")]
 #![allow(clippy::indexing_slicing, clippy::panic, reason = "as in tests")]
@@ -16,22 +16,22 @@ pub use protocol::{
 };
 pub use state::{CLIENTS, Memory, State};
 
-/// Every promise holds in every state that can be reached, and there are more of those than `floor`.
+/// Asserts that every promise holds in every reachable state, and that there are more states than `floor`.
 pub fn holds(model: Protocol, floor: usize) {
     check::holds(model, floor);
 }
 
-/// The promise falls. Prints the shortest way there.
+/// Asserts that the promise is broken, and prints the shortest way there.
 pub fn falls(promise: &'static str, model: Protocol) {
     check::falls(promise, model);
 }
 
-/// As [`holds`].
+/// The same as [`holds`], for leftovers.
 pub fn nothing_is_left(model: Leftovers, floor: usize) {
     check::holds(model, floor);
 }
 
-/// As [`falls`].
+/// The same as [`falls`], for leftovers.
 pub fn leaves_something(promise: &'static str, model: Leftovers) {
     check::falls(promise, model);
 }

@@ -13,50 +13,51 @@ pub const AFTER_SILENCE: &str = "held again after its holder fell silent";
 pub const HEALED: &str = "held by a majority that didn't vote for it";
 pub const AFTER_RELEASE: &str = "held again after its holder released it";
 
-/// What keeps the promises. A test turns one off and shows which promise falls.
+/// The safeguards that keep the promises. A test turns one off and shows which promise is broken.
 #[derive(Clone, Copy, Debug)]
 pub struct Safeguards {
     /// A node that has just started doesn't vote until a window has passed.
     pub restart_window: bool,
-    /// A node grants only what is above the last proposal that it granted.
+    /// A node grants only a number above the last proposal that it granted.
     pub ballots: bool,
-    /// A node that knows no last proposal takes its own clock for it.
+    /// A node that knows no last proposal uses its own clock instead.
     pub clock_for_last: bool,
-    /// And also where it knows one from before its restart, which need not have been the last.
+    /// It does the same if it knows a proposal from before its restart, which need not have been the last.
     pub clock_after_restart: bool,
-    /// A node grants nothing that is more than a window ahead of its clock.
+    /// A node grants no number that is more than a window ahead of its clock.
     pub proposals_near_clock: bool,
-    /// A release deletes only what holds its token.
+    /// A release deletes only a key that holds its token.
     pub compare_and_delete: bool,
-    /// The deadline counts from before the request was sent, not from its answer (`hold.rs`, invariant 1).
+    /// The deadline counts from before the request was sent, not from its reply (`hold.rs`, invariant 1).
     pub deadline: bool,
-    /// And so does the one that a renewal sets.
+    /// So does the deadline that a renewal sets.
     pub renewal_deadline: bool,
-    /// Who has sent a release asks again only by another token, so that a late release finds nothing to delete.
+    /// A client that has sent a release asks again only with another token, so that a late release finds nothing to
+    /// delete.
     pub fresh_token: bool,
     /// A key has a ttl.
     pub expiry: bool,
-    /// A key is brought back only where it is free,
+    /// A key is brought back only if it is free,
     pub heal_free: bool,
-    /// only where the node may vote,
+    /// only if the node may vote,
     pub heal_votes: bool,
     /// and only before the deadline that the confirmed renewal has set.
     pub heal_in_time: bool,
-    /// A lease is taken up only by nodes that may vote.
+    /// Only nodes that may vote let a client adopt a lease.
     pub claim_votes: bool,
-    /// Of a token that several share, a release ends only what its own client relies on.
+    /// If several clients share a token, a release ends only what its own client relies on.
     pub releases_by_grant: bool,
-    /// And a renewal has its client put down, or put down again, as one that relies on the lock.
+    /// A renewal records its client, or records it again, as one that relies on the lock.
     pub renewals_record: bool,
-    /// A token that comes back is told no number again that the node has found on its disk.
+    /// A token that comes back never gets a number that the node has found on its disk.
     pub again_after_distrust: bool,
-    /// A ttl that is made shorter counts from when that is asked for, and nothing that was asked for before it counts.
+    /// A shortened ttl counts from when it is requested, and no earlier request counts.
     pub shorter_from_send: bool,
-    /// A node that may still make the ttl shorter confirms no longer one.
+    /// A node that may still shorten the ttl confirms no longer one.
     pub shorter_blocks: bool,
     /// A node grants all keys of a set or none,
     pub whole_sets: bool,
-    /// and by a number above the last of each of them.
+    /// and with a number above the last of each of them.
     pub fences_of_all_keys: bool,
 }
 
@@ -88,44 +89,45 @@ pub const ALL: Safeguards = Safeguards {
 #[derive(Clone, Debug)]
 pub struct Protocol {
     pub safeguards: Safeguards,
-    /// Each makes one attempt: another one, by a fresh token, is another client.
+    /// The number of clients. Each makes one attempt: another attempt, with a new token, is another client.
     pub clients: usize,
-    /// How many nodes there are: three at most.
+    /// The number of nodes: three at most.
     pub nodes: usize,
     pub ttl: i8,
-    /// For how long a node doesn't vote after a restart, and by how much a proposal may be ahead of its clock.
+    /// How long a node doesn't vote after a restart, and how far a proposal may be ahead of its clock.
     pub window: i8,
-    /// For how long a node knows the last proposal that it granted.
+    /// How long a node knows the last proposal that it granted.
     pub last_ttl: i8,
     /// Whether nodes are restarted.
     pub restarts: bool,
     /// Whether nodes write to disk, now and then.
     pub saves: bool,
-    /// By how much the uptime that a node tells is too long.
+    /// By how much the uptime that a node reports is too long.
     pub uptime_error: i8,
     /// By how much one node's clock is ahead.
     pub skew: i8,
     pub renewals: bool,
-    /// Whether confirmed renewals bring the key back where it is gone.
+    /// Whether confirmed renewals bring back a key that is gone.
     pub heals: bool,
-    /// Whether leases are taken up, of locks whose holder fell silent or released them.
+    /// Whether leases are adopted, of locks whose holder fell silent or released them.
     pub adopts: bool,
-    /// For how long a renewal may arrive, where leases are taken up; elsewhere for ever.
+    /// How long a renewal may arrive if leases are adopted; otherwise for ever.
     pub renewal_life: i8,
-    /// Which token each client shares with others; 0 where it has one of its own.
+    /// The token that each client shares with others; 0 if it has its own.
     pub shares: [u8; CLIENTS],
     /// The set of keys that each client wants, as one lock.
     pub wants: [u8; CLIENTS],
-    /// What a holder may make its ttl; 0 where none does.
+    /// The ttl that a holder may shorten to; 0 if none does.
     pub shorter: i8,
-    /// For how long a request for that may arrive.
+    /// How long a request for that may arrive.
     pub exact_life: i8,
-    /// What clients propose, as the distance from now: any of it at any time, whatever clocks they have and whatever
-    /// they were told. None: they ask for no fencing token, and the nodes grant more freely.
+    /// What clients propose, as the distance from now: any of it at any time, whatever their clocks and the replies.
+    /// `None`: they ask for no fencing token, and the nodes grant more freely.
     pub proposals: Option<RangeInclusive<i8>>,
-    /// Whether a client may propose twice by the same token.
+    /// Whether a client may propose twice with the same token.
     pub second_round: bool,
-    /// A proposal that lies so far in the past arrives nowhere any more. No attempt that can still succeed is so old.
+    /// A proposal that lies this far in the past no longer arrives anywhere. No attempt that can still succeed is so
+    /// old.
     pub oldest: i8,
     /// The promises to check.
     pub promises: &'static [&'static str],
@@ -145,7 +147,7 @@ pub enum Action {
         client: usize,
         node: usize,
     },
-    /// So does one of the round before.
+    /// A request of the round before arrives.
     AcquireEarlier {
         client: usize,
         node: usize,
@@ -170,15 +172,15 @@ pub enum Action {
         client: usize,
         node: usize,
     },
-    /// Somebody takes up the lease of a lock that is not held.
+    /// A client adopts the lease of a lock that is not held.
     SendClaim {
         client: usize,
     },
-    /// A holder asks for a ttl that is exactly this, and shorter.
+    /// A holder requests a shorter ttl, exactly this one.
     SendExact {
         client: usize,
     },
-    /// The request arrives. It does so once.
+    /// The request arrives, once.
     Shorten {
         client: usize,
         node: usize,
@@ -187,7 +189,7 @@ pub enum Action {
     ConfirmExact {
         client: usize,
     },
-    /// A client gives up, or gives back, or undoes what its attempt may have left.
+    /// A client gives up, or releases, or undoes what its attempt may have left.
     SendRelease {
         client: usize,
     },
@@ -223,7 +225,7 @@ impl Model for Protocol {
             }
         }
         for (client, known) in state.clients.iter().enumerate().take(self.clients) {
-            // Where clients are alike, the next one to ask may as well be the first of them.
+            // If clients are alike, the next one to ask may as well be the first of them.
             let is_first =
                 || !state.clients.iter().take(client).any(|other| other.phase == Phase::Idle && other.is_like(known));
             if self.may_ask(known) && (known.phase != Phase::Idle || is_first()) {
@@ -299,7 +301,7 @@ impl Model for Protocol {
                 }
             }
             Action::AcquireEarlier { client, node } => {
-                // Its answer is that to another round, which nobody waits for.
+                // Its reply belongs to another round, which nobody waits for.
                 let owned = next.owned(client);
                 next.nodes[node].vote(self, owned, next.clients[client].earlier?);
             }
@@ -314,10 +316,10 @@ impl Model for Protocol {
                 }
             }
             Action::SendRenewal { client } | Action::SendClaim { client } => {
-                // `Hold::renewing`. One at a time: a later one means that the one before is given up.
+                // `Hold::renewing`. One at a time: a later renewal means that the one before was given up.
                 next.forget_extensions(client);
                 let holder = &mut next.clients[client];
-                // Of an exact ttl that is not confirmed yet: `hold.rs`, invariant 5.
+                // If an exact ttl is not confirmed yet: `hold.rs`, invariant 5.
                 holder.renewal = if holder.is_unresolved { self.shorter } else { self.ttl };
                 (holder.renewal_sent, holder.claims) = (true, matches!(action, Action::SendClaim { .. }));
                 holder.renewal_life = if self.adopts { self.renewal_life } else { 0 };
@@ -329,13 +331,13 @@ impl Model for Protocol {
                 let refuses = claims && self.safeguards.claim_votes && node.votes_in > 0;
                 // `quorum/shortened.rs`
                 let is_blocked = self.safeguards.shorter_blocks && has(node.due, client);
-                // A message of a renewal that was given up does at the node what one of the present renewal does.
+                // A message of an abandoned renewal does the same at the node as one of the current renewal.
                 if node.renew(self, owned) && renewal > 0 && !refuses && !is_blocked {
                     node.extended |= 1 << client;
                 }
             }
             Action::Confirm { client } => {
-                // `Hold::renewed`; or, of a claim, `Hold::new`.
+                // `Hold::renewed`; or, for a claim, `Hold::new`.
                 next.forget_extensions(client);
                 let heals = self.heals && !next.clients[client].claims;
                 let holder = &mut next.clients[client];
@@ -458,7 +460,7 @@ impl Protocol {
             if waiting.exact > 0 {
                 waiting.exact -= 1;
                 if waiting.exact == 0 {
-                    // The nodes refuse to run it from now on.
+                    // From now on the nodes refuse to run it.
                     waiting.is_unresolved = false;
                     for node in &mut next.nodes {
                         (node.due, node.shortened) = (node.due & !(1 << client), node.shortened & !(1 << client));
@@ -491,14 +493,14 @@ impl Protocol {
                 next.forget_extensions(client);
             }
         }
-        // Below all that can still be granted, one is as good as another.
+        // Below every number that can still be granted, all are the same.
         for (latest, _) in next.latest.iter_mut().flatten() {
             *latest = (*latest - 1).max(-self.oldest - self.ttl);
         }
     }
 
-    /// For as long as keys and windows last, nothing happens; what was under way is lost. Then a new client asks. Where
-    /// its proposal is behind, it proposes above the highest that the nodes answer.
+    /// Nothing happens for as long as keys and windows last, and messages in flight are lost. Then a new client asks.
+    /// If its proposal is behind, it proposes a number above the highest that the nodes reply with.
     fn obtainable_after_a_calm(&self, state: &State) -> bool {
         let mut nodes = state.nodes;
         let nodes = &mut nodes[..self.nodes];

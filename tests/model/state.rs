@@ -1,4 +1,4 @@
-//! What the model remembers, and what a node does with a message.
+//! The state of the model, and what a node does with a message.
 
 use std::array;
 use std::hash::{Hash, Hasher};
@@ -9,38 +9,37 @@ pub(crate) const NODES: usize = 3;
 pub const CLIENTS: usize = 3;
 pub(crate) const KEYS: usize = 2;
 
-/// Tokens from here on are those that several clients share.
+/// Tokens from this number on are shared by several clients.
 const SHARED: u8 = 16;
 
-/// There is no clock in it: every time is kept as its distance from now. So the model has no horizon: what has run out
-/// is like what never was, the states repeat, and behaviours of any length are covered.
+/// A state of the model. It has no clock: every time is stored as its distance from now. So the model has no horizon:
+/// an expired time is like one that never was, the states repeat, and behaviours of any length are covered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct State {
     pub(crate) nodes: [Node; NODES],
     pub(crate) clients: [Client; CLIENTS],
-    /// For each key, the fencing token of the client that was the last to begin to hold it; and the token, where that
-    /// is shared.
+    /// For each key, the fencing token of the last client that began to hold it; and the token, if it is shared.
     pub(crate) latest: [Option<(i8, u8)>; KEYS],
     /// Whether each of those was above the one before.
     pub(crate) in_order: bool,
 }
 
-/// A server, and its answers that are under way. Only a yes matters: a refusal changes nothing, and a client may give
-/// up or propose again whether it was refused or not.
+/// A server, and its replies in flight. Only a yes matters: a refusal changes nothing, and a client may give up or
+/// propose again whether or not it was refused.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Node {
-    /// Its own `TIME`, ahead of the others' by so much. Never changes.
+    /// How far its own `TIME` is ahead of the others'. Never changes.
     pub(crate) clock: i8,
-    /// The time until it votes.
+    /// The time until the node votes.
     pub(crate) votes_in: i8,
     pub(crate) keys: [Key; KEYS],
-    /// What it has on disk.
+    /// The node's data on disk.
     pub(crate) saved: [Key; KEYS],
-    /// The clients that it said yes to: to the latest acquire,
+    /// The clients that it granted: for the latest acquire,
     pub(crate) granted: u8,
-    /// with this number, where that is not what the client has proposed,
+    /// with this number, if that is not the client's proposal,
     pub(crate) told: [Option<i8>; CLIENTS],
-    /// to the renewal under way, and to the request for an exact ttl.
+    /// for the renewal in flight, and for the request for an exact ttl.
     pub(crate) extended: u8,
     pub(crate) shortened: u8,
     /// The clients whose request for an exact ttl may still arrive.
@@ -49,15 +48,15 @@ pub(crate) struct Node {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Key {
-    /// Whose token the lock key holds, and for how long.
+    /// The token that the lock key holds, and for how long.
     pub(crate) holder: Option<u8>,
     pub(crate) ttl: i8,
-    /// The clients that rely on it, by its record of grants, where they share their token.
+    /// The clients that rely on it, by its record of grants, if they share their token.
     pub(crate) grants: u8,
-    /// The last proposal that was granted, and for how long that is known.
+    /// The last granted proposal, and how long the node knows it.
     pub(crate) last: Option<i8>,
     pub(crate) last_ttl: i8,
-    /// What was last granted by what the node has found on its disk. Known only where that makes a difference.
+    /// The last granted number, among those that the node has found on its disk. Known only if that makes a difference.
     pub(crate) found: Option<i8>,
 }
 
@@ -70,7 +69,7 @@ pub enum Memory {
     Nothing,
 }
 
-/// What identifies a lock at the nodes, as in `hold.rs`: its keys, the token, and the client that relies on it.
+/// The identity of a lock at the nodes, as in `hold.rs`: its keys, the token, and the client that relies on it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Owned {
     keys: u8,
@@ -80,29 +79,29 @@ pub(crate) struct Owned {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Client {
-    /// Which token it shares with others; 0 where it has one of its own. And the set of keys that it wants. Neither
-    /// ever changes.
+    /// The token it shares with others, or 0 if it has its own; and the set of keys that it wants. Neither ever
+    /// changes.
     pub(crate) shares: u8,
     pub(crate) wants: u8,
     pub(crate) phase: Phase,
-    /// Asking: the time in which an answer would make it the holder. Holding: the time to its deadline.
+    /// Asking: the time in which a reply would make it the holder. Holding: the time to its deadline.
     pub(crate) left: i8,
     pub(crate) proposal: i8,
-    /// What it proposed in a round before.
+    /// Its proposal of an earlier round.
     pub(crate) earlier: Option<i8>,
-    /// The time to the deadline that a confirmation of the renewal under way would set.
+    /// The time to the deadline that a confirmation of the renewal in flight would set.
     pub(crate) renewal: i8,
-    /// Once sent, these may arrive at any time and any number of times.
+    /// Whether renewals were sent; they may then arrive at any time and any number of times.
     pub(crate) renewal_sent: bool,
     pub(crate) release_sent: bool,
-    /// For how long these renewals may arrive.
+    /// How long these renewals may arrive.
     pub(crate) renewal_life: i8,
-    /// The renewal under way takes the client's lease up.
+    /// Whether the renewal in flight adopts the client's lease.
     pub(crate) claims: bool,
-    /// For how long votes that heal may arrive, and whether any was sent.
+    /// How long votes that heal may arrive, and whether any was sent.
     pub(crate) healing: i8,
     pub(crate) heal_sent: bool,
-    /// For how long its request for an exact ttl may arrive, and whether its outcome is unknown.
+    /// How long its request for an exact ttl may arrive, and whether its outcome is unknown.
     pub(crate) exact: i8,
     pub(crate) is_unresolved: bool,
 }
@@ -112,15 +111,15 @@ pub(crate) enum Phase {
     #[default]
     Idle,
     Asking,
-    /// Until the deadline; what follows, without a release, is a client that has fallen silent.
+    /// Until the deadline; after that, without a release, the client has fallen silent.
     Holding,
     Released,
-    /// The attempt came to nothing, or what it obtained was lost before it was released.
+    /// The attempt failed, or what it obtained was lost before it was released.
     Over,
 }
 
 impl Owned {
-    /// Of a client that asks for all keys, and has never asked before.
+    /// A client that asks for all keys, and has never asked before.
     pub(crate) const NOBODY: Self = Self { keys: (1 << KEYS) - 1, token: SHARED - 1, client: SHARED - 1 };
 }
 
@@ -142,8 +141,8 @@ impl State {
         Owned { keys: wants, token, client: client as u8 }
     }
 
-    /// The number by which the grants of a majority are under way to the client. One answer after the other means
-    /// nothing to it, so that it hears them all at once is no loss; and it need not hear them, ever.
+    /// Returns the number with which the grants of a majority are in flight to the client. Single replies mean nothing
+    /// to it, so nothing is lost if it gets them all at once; and it may never get them.
     pub(crate) fn granted(&self, model: &Protocol, client: usize) -> Option<i8> {
         let proposal = self.clients[client].proposal;
         let numbers = self.nodes.map(|node| has(node.granted, client).then(|| node.told[client].unwrap_or(proposal)));
@@ -152,7 +151,7 @@ impl State {
         numbers.into_iter().flatten().find(by_majority)
     }
 
-    /// The same for the renewal under way,
+    /// Returns the same for the renewal in flight,
     pub(crate) fn extended(&self, model: &Protocol, client: usize) -> bool {
         self.nodes.iter().filter(|node| has(node.extended, client)).count() >= model.majority()
     }
@@ -162,7 +161,7 @@ impl State {
         self.nodes.iter().filter(|node| has(node.shortened, client)).count() >= model.majority()
     }
 
-    /// What is under way to the client is no longer waited for.
+    /// Removes the replies in flight that the client no longer waits for.
     pub(crate) fn forget_answers(&mut self, client: usize) {
         for node in &mut self.nodes {
             node.granted &= !(1 << client);
@@ -177,7 +176,7 @@ impl State {
         }
     }
 
-    /// The client begins to hold its keys by this fencing token.
+    /// Records that the client begins to hold its keys with this fencing token.
     pub(crate) fn note_order(&mut self, client: usize, number: i8) {
         let Owned { keys, token, .. } = self.owned(client);
         for key in wanted(keys) {
@@ -198,24 +197,24 @@ fn wanted(keys: u8) -> impl Iterator<Item = usize> + Clone {
 }
 
 impl Client {
-    /// `Hold::check`: the clock decides, whether or not any task of the client's has run.
+    /// `Hold::check`: the clock decides, whether or not any task of the client has run.
     pub(crate) fn believes(&self) -> bool {
         self.phase == Phase::Holding && self.left > 0
     }
 
-    /// Whether both may hold at once: they want no key in common, or come by one token.
+    /// Returns whether both may hold at once: they want no key in common, or share one token.
     pub(crate) fn may_hold_beside(&self, other: &Self) -> bool {
         self.wants & other.wants == 0 || (self.shares > 0 && self.shares == other.shares)
     }
 
-    /// Whether one does nothing that the other could not.
+    /// Returns whether this one does nothing that the other could not.
     pub(crate) fn is_like(&self, other: &Self) -> bool {
         (self.shares, self.wants) == (other.shares, other.wants)
     }
 }
 
 impl Key {
-    /// What time does to it, whether the node is up or down, and on its disk too.
+    /// Lets time pass, whether the node is up or down, and on its disk too.
     fn tick(&mut self, model: &Protocol) {
         if model.safeguards.expiry && self.holder.is_some() {
             self.ttl -= 1;
@@ -233,7 +232,7 @@ impl Key {
         self.found = self.found.map(|found| found - 1).filter(|found| *found > -model.oldest - model.ttl);
     }
 
-    /// The client's token holds it from now on, for at least so long.
+    /// Lets the client's token hold the key from now on, for at least this long.
     fn take(&mut self, owned: Owned, ttl: i8) {
         let is_ours = self.is_ours(owned);
         self.ttl = if is_ours { self.ttl.max(ttl) } else { ttl };
@@ -251,13 +250,13 @@ impl Key {
         self.holder == Some(owned.token)
     }
 
-    /// The number that it tells again to who holds it already.
+    /// Returns the number that the node replies again with to a client that holds the key already.
     fn number_of(&self, model: &Protocol) -> Option<i8> {
         self.last.or_else(|| self.found.filter(|_| !model.safeguards.again_after_distrust))
     }
 
-    /// What was granted before a restart need not be the last, and is as good as not known: when the node votes, its
-    /// clock has passed all that it can have granted.
+    /// Distrusts the last number. What was granted before a restart need not be the last, and counts as unknown: when
+    /// the node votes, its clock has passed everything that it can have granted.
     fn distrust(&mut self, model: &Protocol) {
         if !model.safeguards.clock_after_restart {
             return;
@@ -281,7 +280,7 @@ impl Node {
         let on = model.safeguards;
         let keys = wanted(owned.keys);
         let may_take = |key: &Key| key.holder.is_none() || key.is_ours(owned);
-        // Where it looks first: at its uptime, and at who holds the keys.
+        // The node first checks its uptime, and the holders of the keys.
         let refuses = match on.whole_sets {
             true => !keys.clone().all(|key| may_take(&self.keys[key])),
             false => !keys.clone().any(|key| may_take(&self.keys[key])),
@@ -317,14 +316,15 @@ impl Node {
         Some(number)
     }
 
-    /// What it granted, it grants again, by the same number: the answer may have been lost, or the token comes back.
+    /// Returns the number that was granted, which the node grants again: the reply may have been lost, or the token
+    /// comes back.
     fn again(&self, model: &Protocol, owned: Owned) -> Option<i8> {
         let mut keys = wanted(owned.keys).map(|key| &self.keys[key]);
         let first = self.keys[wanted(owned.keys).next()?].number_of(model)?;
         keys.all(|key| key.is_ours(owned) && key.number_of(model) == Some(first)).then_some(first)
     }
 
-    /// `renew.lua`, and `renew_grant.lua`: only what holds the token lives on. Says whether it did.
+    /// `renew.lua` and `renew_grant.lua`: only a key that holds the token lives on. Returns whether it did.
     pub(crate) fn renew(&mut self, model: &Protocol, owned: Owned) -> bool {
         let is_ours = self.is_ours(owned);
         if is_ours {
@@ -362,7 +362,8 @@ impl Node {
         }
     }
 
-    /// `release.lua` and `end_grant.lua`: only what holds the token is deleted, and only if nobody else relies on it.
+    /// `release.lua` and `end_grant.lua`: deletes only a key that holds the token, and only if nobody else relies on
+    /// it.
     pub(crate) fn release(&mut self, model: &Protocol, owned: Owned) {
         let on = model.safeguards;
         for key in wanted(owned.keys) {
@@ -377,8 +378,8 @@ impl Node {
         }
     }
 
-    /// The server is there again after a restart. How long it was away needs no word: until then, nothing arrived. What
-    /// it answered before may still arrive.
+    /// Restarts the server. How long it was away doesn't matter: nothing arrived until then. Its earlier replies may
+    /// still arrive.
     pub(crate) fn restart(&mut self, model: &Protocol, memory: Memory) {
         match memory {
             Memory::All => {}
@@ -391,17 +392,17 @@ impl Node {
         self.keys.iter_mut().for_each(|key| key.distrust(model));
     }
 
-    /// What it would know after a restart is on disk from now on.
+    /// Writes to disk what the node would know after a restart.
     pub(crate) fn save(&mut self, model: &Protocol) {
         self.saved = self.keys;
         self.saved.iter_mut().for_each(|key| key.distrust(model));
     }
 }
 
-/// States that differ only in the names of clients and nodes are one to the checker, which tells states by their hash:
+/// States that differ only in the names of clients and nodes are the same to the checker, which compares them by hash:
 /// that of the clients in the order of what they do, then of the nodes in the order of what they know.
 ///
-/// All of it as plain bytes: nine tenths of a search are spent here.
+/// Everything is hashed as plain bytes, because nine tenths of a search are spent here.
 impl Hash for State {
     fn hash<H: Hasher>(&self, hasher: &mut H) {
         let clients = self.clients.map(Client::bytes);
@@ -424,7 +425,7 @@ impl Hash for State {
 }
 
 impl Client {
-    /// What doesn't change comes first: only clients that are alike change places.
+    /// Parts that don't change come first, so only clients that are alike change places.
     fn bytes(self) -> [u8; 15] {
         [
             self.shares,

@@ -1,5 +1,5 @@
-//! Slots of a cluster that are half moved: some keys are on the new node, the slot is still with the old one. The old
-//! node replies ASK for the keys that it doesn't have, and TRYAGAIN for several keys of which it has some.
+//! Slots of a cluster that are half moved: some keys are on the new node, and the slot still belongs to the old one.
+//! The old node replies ASK for keys that it doesn't have, and TRYAGAIN for several keys of which it has some.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{builder, contend, end, ms};
 
-/// What the nodes really hold, read by connections of their own.
+/// What the nodes really hold, read over separate connections.
 struct Truth {
     nodes: Vec<Client>,
 }
@@ -30,36 +30,36 @@ impl Truth {
         Self { nodes }
     }
 
-    /// The token and the fencing token of the key at this node.
+    /// Returns the token and the fencing token of the key at this node.
     async fn read(&self, node: usize, key: &str) -> (Option<String>, Option<String>) {
         let calls = self.nodes[node].pipeline();
         for key in [key, &fence_of(key)] {
-            // Also where the node has the key and not yet its slot.
+            // Works even if the node has the key but not yet its slot.
             let asking = CustomCommand::new_static("ASKING", ClusterHash::FirstKey, false);
             let _: Value = calls.custom(asking, Vec::<Value>::new()).await.unwrap();
             let get = CustomCommand::new_static("GET", ClusterHash::FirstKey, false);
             let _: Value = calls.custom(get, vec![key]).await.unwrap();
         }
         let (_, held, _, fence): (Value, Option<String>, Value, _) = calls.all().await.unwrap();
-        // Behind the token there may be metadata.
+        // Metadata may follow the token.
         (held.map(|held| held.split('\n').next().unwrap().to_owned()), fence)
     }
 
-    /// A guard's token and fencing token are those that the node holds for its key, and not those of another.
+    /// Asserts that a guard's token and fencing token are those of its key at the node, and not those of another key.
     async fn confirm(&self, node: usize, guard: &LockGuard) {
         let key = guard.key().to_string();
         let held = self.read(node, &key).await;
         let told = (Some(guard.token().as_str().to_owned()), guard.fencing_token().map(|fence| fence.to_string()));
-        assert!(!guard.is_held() || held == told, "{key}: the server holds {held:?}, the guard says {told:?}");
+        assert!(!guard.is_held() || held == told, "{key}: the server holds {held:?}, the guard has {told:?}");
     }
 }
 
-/// The fence key, for keys that have a hash tag.
+/// Returns the fence key of a key that has a hash tag.
 fn fence_of(key: &str) -> String {
     format!("{key}:fence")
 }
 
-/// A client as most have it: it follows redirections by itself.
+/// Returns a typical client of a user: it follows redirections by itself.
 pub(super) async fn client_of_the_user(cluster: &Cluster) -> Client {
     let client = Builder::from_config(Config::from_url(&cluster.url()).unwrap())
         .set_policy(ReconnectPolicy::new_constant(0, 50))
@@ -69,24 +69,24 @@ pub(super) async fn client_of_the_user(cluster: &Cluster) -> Client {
     client
 }
 
-/// A key whose slot is at this node.
+/// Returns a key whose slot is at this node.
 fn key_at(cluster: &Cluster, node: usize) -> String {
     (0..).map(|n| format!("{{at{n}}}")).find(|key| cluster.place_of(key) == node).unwrap()
 }
 
 const MOVES: &str = "{moves}:held";
 
-/// Another holder has the key, and the locker reports that, and nothing else.
+/// Asserts that the locker reports that another holds the key, and no other error.
 async fn refuses(locker: &Locker, key: &str) {
     match locker.try_lock(key).await {
         Err(Error::NotObtained { .. }) => {}
         Err(error) => panic!("{key}: {error}"),
-        Ok(guard) => panic!("granted what another holds: {guard:?}"),
+        Ok(guard) => panic!("granted a lock that another holds: {guard:?}"),
     }
 }
 
-/// For a while `locker` tries to get what another holds in a half-moved slot, and beside that works with keys of the
-/// node to which the slot moves, on the same connections.
+/// Lets `locker` try for a while to get a lock that another holds in a half-moved slot. On the same connections it also
+/// works with keys of the node to which the slot moves.
 async fn tries_beside_other_traffic(cluster: Cluster, locker: Locker) {
     let other = builder().connect(&cluster.url()).await.unwrap();
     let held = soon(other.lock(MOVES).ttl(ms(60_000)).no_renewal()).await.unwrap();
@@ -107,7 +107,7 @@ async fn tries_beside_other_traffic(cluster: Cluster, locker: Locker) {
         traffic.spawn(async move {
             while !over.load(Ordering::Relaxed) {
                 refuses(&locker, &taken).await;
-                // Nobody else wants it.
+                // Nobody else wants the lock.
                 let guard = match locker.try_lock(key.as_str()).await {
                     Ok(guard) => guard,
                     Err(error) => panic!("{key}: {error}"),
@@ -137,7 +137,7 @@ async fn tries_beside_other_traffic(cluster: Cluster, locker: Locker) {
     migration.finish();
 }
 
-/// Whatever is asked of keys in a half-moved slot is decided as it would be in any other.
+/// Asserts that every operation on keys of a half-moved slot is decided as in any other slot.
 async fn decides(cluster: Cluster, locker: Locker) {
     let (from, other) = (cluster.place_of(MOVES), builder().connect(&cluster.url()).await.unwrap());
     let to = (from + 1) % 3;
@@ -151,7 +151,7 @@ async fn decides(cluster: Cluster, locker: Locker) {
     for key in ["{moves}:ours", "{moves}:ours:fence", "{moves}:unfenced", "{moves}:split", "{moves}:meets"] {
         migration.move_key(key);
     }
-    // That node knows no script yet.
+    // That node doesn't know any script yet.
     cluster.nodes[to].cli(&["SCRIPT", "FLUSH"]);
 
     truth.confirm(to, &held).await;
@@ -169,7 +169,7 @@ async fn decides(cluster: Cluster, locker: Locker) {
     assert!(soon(locker.inspect("{moves}:stays")).await.unwrap().is_some());
     soon(stays.renew()).await.unwrap();
 
-    // What was never locked before has no fence key, on either node.
+    // A key that was never locked has no fence key, on either node.
     assert!(soon(locker.inspect("{moves}:new")).await.unwrap().is_none());
     let mut last = None;
     for _ in 0..3 {
@@ -185,10 +185,10 @@ async fn decides(cluster: Cluster, locker: Locker) {
     assert!(fair.fencing_token() > last);
     soon(fair.release()).await.unwrap();
 
-    // Its lock key and its fence key are on different nodes: nobody can take it, and its holder keeps it.
+    // The lock key and the fence key are on different nodes: nobody can take the lock, and its holder keeps it.
     let refused = soon(locker.try_lock("{moves}:split")).await.unwrap_err();
     assert!(refused.is_transient(), "{refused}");
-    // A look takes its time, and those keys have met before it is over.
+    // The inspection takes a while, and those keys are on one node before it is over.
     let looks = tokio::spawn({
         let locker = locker.clone();
         async move { locker.inspect("{moves}:meets").await }
@@ -216,7 +216,7 @@ async fn decides(cluster: Cluster, locker: Locker) {
     }
 }
 
-/// Locks of a short ttl live on while their slot moves slowly, key by key, and then by itself.
+/// Asserts that locks of a short ttl survive while their slot moves slowly, key by key, and then by itself.
 async fn survive(cluster: Cluster, locker: Locker) {
     let mut guards = Vec::new();
     for n in 0..40 {
@@ -250,10 +250,10 @@ async fn survive(cluster: Cluster, locker: Locker) {
     }
 }
 
-/// Several keys of which one has moved can't be had, and can be when all have.
+/// Asserts that several keys of which one has moved can't be obtained, and can be when all have moved.
 async fn waits_for_all(cluster: Cluster, locker: Locker) {
     let keys = ["{moves}:a", "{moves}:b"];
-    // They exist, so that they can move.
+    // The keys exist, so they can move.
     let first = soon(locker.lock_all(keys).ttl(ms(60_000)).renew_every(ms(50))).await.unwrap();
     let from = cluster.place_of(MOVES);
     let migration = cluster.begin_migration(MOVES, from, (from + 1) % 3);
@@ -274,8 +274,8 @@ async fn waits_for_all(cluster: Cluster, locker: Locker) {
     soon(second.release()).await.unwrap();
 }
 
-/// Operations on keys of one slot share calls. Of those that are on two nodes no call is decided as a whole, and each
-/// operation is.
+/// Asserts that operations on keys of one slot share calls. If the keys are on two nodes, no call is decided as a
+/// whole, but each operation is.
 async fn shares_calls(cluster: Cluster, locker: Locker) {
     let from = cluster.place_of(MOVES);
     let to = (from + 1) % 3;
@@ -313,7 +313,7 @@ async fn shares_calls(cluster: Cluster, locker: Locker) {
     migration.finish();
 }
 
-/// A slot goes to another node and back, again and again, and stays half moved for a while each time.
+/// Moves a slot to another node and back, again and again; it stays half moved for a while each time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn locks_stay_exclusive_while_their_slot_moves_to_and_fro() {
     let cluster = Cluster::start();
@@ -368,7 +368,7 @@ async fn who_may_not_ask_the_new_node_is_told_so() {
     migration.finish();
 }
 
-/// Each holds of a client of our own, and of one that follows redirections by itself.
+/// Runs each test with a client of our own, and with one that follows redirections by itself.
 macro_rules! with_either_client {
     ($($name:ident: $case:ident within $timeout:expr,)*) => {$(
         mod $name {

@@ -1,5 +1,5 @@
-//! Quorums of nodes that live on tokio's clock, with clocks of their own that are wrong as told, and lines that fail:
-//! what happens when, to the millisecond, and thousands of random histories.
+//! Quorums of simulated nodes on tokio's clock. Each node's own clock is wrong by a given amount, and connections fail
+//! as planned: exact timing to the millisecond, and thousands of random histories.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -31,11 +31,11 @@ const EPOCH: u64 = 1_700_000_000_000_000;
 const SECOND: i64 = 1_000_000;
 const HOUR: i64 = 3_600 * SECOND;
 
-/// What the scripts do, on one server.
+/// A simulated server that does what the scripts do.
 #[derive(Debug)]
 struct Server {
     origin: Instant,
-    /// By how much its clock is wrong, in microseconds.
+    /// The error of its clock, in microseconds.
     skew: i64,
     state: Mutex<State>,
     votes: AtomicU32,
@@ -46,9 +46,9 @@ struct State {
     started: Instant,
     locks: HashMap<Key, (Token, Instant)>,
     fences: HashMap<Key, u64>,
-    /// Which grants rely on a lock; none: that of the request that made the token.
+    /// The grants that rely on a lock; if there are none, only that of the request that created the token.
     grants: HashMap<Key, Vec<Option<GrantId>>>,
-    /// The fences as they were when they were last written to disk.
+    /// The fencing tokens when they were last written to disk.
     saved: HashMap<Key, u64>,
 }
 
@@ -61,12 +61,12 @@ impl Server {
         clock(self.origin, self.skew)
     }
 
-    /// The clock that requests expire by.
+    /// Returns the time on the clock by which requests expire.
     fn millis(&self, instant: Instant) -> u64 {
         u64::try_from(instant.saturating_duration_since(self.origin).as_millis()).unwrap()
     }
 
-    /// Restarted without its data.
+    /// Restarts the server without its data.
     fn forget(&self) {
         *self.state.lock().unwrap() = State::started_at(Instant::now());
     }
@@ -76,7 +76,7 @@ impl Server {
         state.saved = state.fences.clone();
     }
 
-    /// Restarted with what was saved of its fences. The locks of that time have expired when it votes again.
+    /// Restarts the server with its saved fencing tokens. The locks of that time have expired when it votes again.
     fn reload(&self) {
         let mut state = self.state.lock().unwrap();
         let saved = std::mem::take(&mut state.saved);
@@ -250,7 +250,7 @@ fn clock(origin: Instant, skew: i64) -> u64 {
 
 type Plan = Arc<dyn Fn(usize) -> Fault + Send + Sync>;
 
-/// One client's line to one server.
+/// One client's connection to one server.
 struct Link {
     place: usize,
     server: Arc<Server>,
@@ -333,7 +333,7 @@ impl Store for Link {
         unreachable!("a quorum doesn't")
     }
 
-    /// Nothing is ever heard.
+    /// Returns a subscription that never gets a notification.
     fn subscribe(&self, _: &Key) -> Subscription {
         Subscription::join([])
     }
@@ -355,12 +355,12 @@ impl fmt::Debug for Link {
     }
 }
 
-/// Servers that all clients share.
+/// The servers, shared by all clients.
 struct World {
     origin: Instant,
     servers: Vec<Arc<Server>>,
     window: Duration,
-    /// For so many times its timeout a call may be run: clocks are not known exactly.
+    /// For how many of its timeouts a call may run: clocks are not known exactly.
     lives: u32,
 }
 
@@ -371,7 +371,8 @@ impl World {
         Self { origin, servers, window, lives: 1 }
     }
 
-    /// A client whose clock is wrong by so much, and whose calls go as told, by the server's place.
+    /// Returns a client whose clock is wrong by `skew`. `plan` returns the fault of each call to the server at that
+    /// index.
     fn client(&self, skew: i64, plan: impl Fn(usize) -> Fault + Send + Sync + 'static) -> Locker {
         let plan: Plan = Arc::new(plan);
         let nodes = self.servers.iter().enumerate().map(|(place, server)| {
@@ -439,7 +440,7 @@ async fn without_a_majority_a_guard_is_lost_at_its_deadline_to_the_millisecond()
 
 #[tokio::test(start_paused = true)]
 async fn clocks_cost_a_second_ballot_at_the_first_lock_and_no_order() {
-    // What a hundred locks cost, in votes of three nodes each; by how wrong the client's clock is.
+    // The votes that a hundred locks cost, in ballots of three nodes, by the error of the client's clock.
     for (skew, ballots) in [(0, 100), (SECOND / 50, 100), (-HOUR, 101), (HOUR, 101)] {
         let world = World::new(&[0, SECOND / 20, -SECOND / 20], ms(60_000));
         sleep(ms(60_000)).await;
@@ -466,7 +467,7 @@ async fn a_number_found_on_disk_hides_no_later_one() {
     let before = world.client(2 * SECOND, |_| Fault::None).lock("k").await.unwrap();
     world.servers.iter().for_each(|server| server.reload());
     sleep(ms(3_500)).await;
-    // Above what the nodes have found, below what they have forgotten.
+    // Above what the nodes have found on disk, below what they have forgotten.
     let locker = world.client(-2 * SECOND, |_| Fault::None);
     let votes = world.votes();
     let after = locker.lock("k").await.unwrap();
@@ -487,7 +488,7 @@ async fn clients_whose_clocks_are_hours_apart_take_turns() {
         last = fence;
         guard.release().await.unwrap();
     }
-    // In no time at all between them, the proposals collide as often as they can.
+    // Without any pause between turns, the proposals collide as often as they can.
     assert!(world.votes() <= 3 * 2 * 300, "{}", world.votes());
 }
 
@@ -510,12 +511,12 @@ async fn one_node_with_a_wild_clock_is_done_without() {
 #[tokio::test(start_paused = true)]
 async fn an_attempt_that_nobody_waits_for_is_taken_back_after_its_last_call() {
     let world = World::new(&[0; 3], Duration::ZERO);
-    // The answers come, and the votes are given, when the request has long been dropped.
+    // The replies come, and the votes are given, long after the request was dropped.
     for fault in [Fault::RunAfter(ms(150)), Fault::AnsweredAfter(ms(150)), Fault::RunAfter(ms(400)), Fault::AnswerLost]
     {
         let tasks = Handle::current().metrics().num_alive_tasks();
         let calls = Arc::new(AtomicU32::new(0));
-        // Only the votes: what takes them back comes through.
+        // Only the votes fail: the calls that take them back arrive.
         let locker =
             world.client(0, move |_| if calls.fetch_add(1, Ordering::Relaxed) < 3 { fault } else { Fault::None });
         drop(timeout(ms(10), locker.lock("k")).await);
@@ -542,7 +543,7 @@ async fn a_vote_that_comes_after_the_release_is_taken_back() {
 #[tokio::test(start_paused = true)]
 async fn a_vote_that_comes_after_its_call_was_given_up_on_and_after_the_release_is_taken_back() {
     let world = World { lives: 2, ..World::new(&[0; 3], Duration::ZERO) };
-    // Else the nodes would find that the number is behind their clocks.
+    // Otherwise the nodes would find that the number is behind their clocks.
     world.client(0, |_| Fault::None).lock("k").await.unwrap().release().await.unwrap();
     sleep(ms(1)).await;
     let calls = Arc::new(AtomicU32::new(0));
@@ -551,7 +552,7 @@ async fn a_vote_that_comes_after_its_call_was_given_up_on_and_after_the_release_
         if first { Fault::RunAfter(ms(300)) } else { Fault::None }
     });
     let guard = locker.lock("k").await.unwrap();
-    // Longer than the call is waited for.
+    // Longer than the client waits for the call.
     sleep(ms(250)).await;
     guard.release().await.unwrap();
     sleep(ms(51)).await;
@@ -604,7 +605,7 @@ async fn a_vote_that_comes_after_the_drop_is_taken_back_where_its_token_holds_ag
 async fn a_node_that_confirms_a_renewal_keeps_its_key_when_another_guard_of_the_token_is_dropped() {
     let world = World::new(&[0; 3], Duration::ZERO);
     let calls = [(); 3].map(|()| AtomicU32::new(0));
-    // The first node misses its renewal, the last one its vote: that one has only the other's.
+    // The first node misses the renewal, the last one its vote: it only has the vote of the other guard.
     let locker = world.client(0, move |place| match (place, calls[place].fetch_add(1, Ordering::Relaxed)) {
         (2, 0) | (0, 1) => Fault::Refused,
         _ => Fault::None,
@@ -627,7 +628,7 @@ async fn a_node_that_confirms_a_renewal_keeps_its_key_when_another_guard_of_the_
 async fn a_shorter_ttl_that_a_node_sets_late_is_not_followed_by_trust_in_it() {
     let world = World::new(&[0; 3], Duration::ZERO);
     let calls = [(); 3].map(|()| AtomicU32::new(0));
-    // The second call is the shorter ttl, the third a longer one.
+    // The second call sets the shorter ttl, the third a longer one.
     let locker = world.client(0, move |place| match (place, calls[place].fetch_add(1, Ordering::Relaxed)) {
         (2, 1) => Fault::RunAfter(ms(20)),
         (0, 2) => Fault::Refused,
@@ -687,7 +688,7 @@ async fn what_is_healed_after_the_release_is_taken_back() {
         for fault in [Fault::RunAfter(ms(100)), Fault::AnsweredAfter(ms(100)), Fault::AnswerLost] {
             let world = World::new(&[0; 3], Duration::ZERO);
             let calls = Arc::new(AtomicU32::new(0));
-            // The node's vote, the renewal, what heals it, and the release.
+            // The calls are the node's vote, the renewal, the healing, and the release.
             let locker =
                 world.client(0, move |place| match (place, place == 2 && calls.fetch_add(1, Ordering::Relaxed) == 2) {
                     (2, true) => fault,
@@ -738,7 +739,7 @@ async fn a_node_that_another_holds_is_not_healed() {
 async fn no_node_is_healed_for_a_ttl_that_is_being_made_shorter() {
     let world = World::new(&[0; 5], Duration::ZERO);
     let calls = Arc::new(AtomicU32::new(0));
-    // The node's vote, and the shorter ttl.
+    // The calls are the node's vote, and the shorter ttl.
     let plan = move |place| match (place, place == 3 && calls.fetch_add(1, Ordering::Relaxed) == 1) {
         (3, true) => Fault::RunAfter(ms(20)),
         _ => Fault::None,
@@ -756,7 +757,7 @@ async fn no_node_is_healed_for_a_ttl_that_is_being_made_shorter() {
     assert!(!world.servers[4].is_free("k"), "once it is settled");
 }
 
-/// What networks do.
+/// The faults of networks.
 const FAULTS: &[fn(&mut fastrand::Rng) -> Fault] = &[
     |_| Fault::Refused,
     |_| Fault::Hung,
@@ -767,9 +768,9 @@ const FAULTS: &[fn(&mut fastrand::Rng) -> Fault] = &[
     |rng| Fault::Doubled(ms(rng.u64(..5_000))),
 ];
 
-/// Three clients whose clocks are wrong by up to an hour, on three nodes that are restarted now and then, empty or with
-/// what they had saved some time ago. Answers how often one obtained the lock while another still believed to hold it
-/// or had a higher fencing token, and how often the lock was obtained.
+/// Three clients whose clocks are wrong by up to an hour, on three nodes that are restarted now and then, either empty
+/// or with what they had saved earlier. Returns how often a client obtained the lock while another still held it or had
+/// a higher fencing token, and how often the lock was obtained.
 async fn history(seed: u64, window: Duration) -> (u32, u32) {
     let mut rng = fastrand::Rng::with_seed(seed);
     let skews = [(); 3].map(|()| rng.i64(-SECOND / 2..SECOND / 2));
@@ -845,7 +846,7 @@ fn histories(window: Duration) -> (u32, u32) {
 #[test]
 fn no_history_has_two_holders_at_once_or_fencing_tokens_that_fall() {
     let (_, obtained) = histories(ms(3_000));
-    // Or the histories have shown nothing.
+    // Otherwise the histories have shown nothing.
     assert!(obtained > 300, "only {obtained}");
 }
 

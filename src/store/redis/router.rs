@@ -1,4 +1,4 @@
-//! Sends commands to the server, or in a cluster to the node that decides about their keys.
+//! Sends commands to the server, or, in a cluster, to the node that decides about their keys.
 //!
 //! While a slot of a cluster moves, its keys are spread over two nodes. The old node still owns the slot: it serves
 //! the keys that it has, and replies `ASK` for those that it doesn't have. The new node serves these to a client that
@@ -6,10 +6,10 @@
 //! Once the slot has moved, the old node replies `MOVED`.
 //!
 //! fred 10.1 can't follow an `ASK`. It writes `ASKING` behind the commands in flight and takes the next frame for its
-//! reply, whatever that is the reply to. From then on every caller on that connection gets the reply of another. Then
-//! it sends the command to the old node again. Measured on Redis 7.0 with a half-moved slot: in 10 s, 48 to 92 locks
-//! that others held were granted, with the fencing tokens of other keys, and guards were told that they had lost
-//! theirs; no `ASK` led to a decision, so locks with a ttl of 2 s ran out while their slot moved for 8 s. With
+//! reply, whichever command that replies to. From then on every caller on that connection gets the reply of another.
+//! Then fred sends the command to the old node again. Measured on Redis 7.0 with a half-moved slot: in 10 s, 48 to 92
+//! locks that others held were granted, with the fencing tokens of other keys, and guards were told that they had lost
+//! theirs; no `ASK` led to a decision, so locks with a ttl of 2 s expired while their slot moved for 8 s. With
 //! `max_redirections: 0` in its configuration fred follows nothing, but then reports only "Too many redirections.",
 //! without the node. In the options of a single call, zero means the configured number, 5 by default. So:
 //!
@@ -25,19 +25,19 @@
 //!    A request that gets `TRYAGAIN` is repeated until its timeout.
 //! 6. Idle connections are closed, and the number of open ones is bounded.
 //!
-//! The new node replies `TRYAGAIN` as long as one of several keys doesn't exist, so a lock that was never taken, and
-//! has no fence key yet, could not be obtained until the slot has moved. It is obtained all the same: when the old
-//! node has replied `ASK` for each of the keys by itself, all of them are on the new node or nowhere, and stay so,
+//! The new node replies `TRYAGAIN` as long as one of several keys doesn't exist. So a lock that was never taken, and
+//! has no fence key yet, could not be obtained until the slot has moved. The router obtains it all the same: when the
+//! old node has replied `ASK` for each of the keys by itself, all of them are on the new node or nowhere, and stay so,
 //! since the old node creates no key in a slot that is leaving it. Then the script runs on the new node with only its
 //! first key declared; the other keys are passed as arguments.
 //!
-//! A decision about a key that has moved costs two round trips, and one about a new lock five: 0.6 ms and 1.2 ms on
-//! loopback, in a debug build that takes 0.3 ms for one. Operations on keys of a half-moved slot are not batched: a
+//! A decision about a key that has moved takes two round trips, and one about a new lock takes five: 0.6 ms and 1.2 ms
+//! on loopback, in a debug build that takes 0.3 ms for one. Operations on keys of a half-moved slot are not batched: a
 //! batch has keys on both nodes, so neither could run it.
 //!
-//! A connection for each node has a second advantage. fred reconnects to all nodes of a cluster together, so one that
-//! is dead holds up the commands to all others until the cluster has replaced it. Here it holds up its own. Where its
-//! slots are now is asked of the other nodes, which know before fred's map does.
+//! A connection to each node has a second advantage. fred reconnects to all nodes of a cluster together, so a dead node
+//! holds up the commands to all others until the cluster has replaced it. Here a dead node only holds up its own
+//! commands. The router asks the other nodes where the dead node's slots are now, as they know before fred's map does.
 
 mod cluster;
 mod node;
@@ -67,7 +67,7 @@ const TRY_AGAIN: Duration = Duration::from_millis(10);
 /// Sends commands to the node that decides about their keys.
 pub(super) struct Router {
     client: Client,
-    /// `None` where the client doesn't connect to a cluster.
+    /// `None` if the client doesn't connect to a cluster.
     cluster: Option<Cluster>,
 }
 
@@ -86,21 +86,21 @@ impl Router {
         Self { client, cluster }
     }
 
-    /// Further connections to nodes live on the runtime that the client's own connections live on.
+    /// Makes future connections to nodes use the runtime that the client's own connections use.
     pub(super) fn live_on(&self, runtime: impl FnOnce() -> Option<Handle>) {
         if let Some(cluster) = &self.cluster {
             cluster.live_on(runtime());
         }
     }
 
-    /// Sends a command and returns the reply of the node that ran it. It runs at most once, and the call ends by
-    /// `until`.
+    /// Sends a command and returns the reply of the node that ran it. The command runs at most once, and the call ends
+    /// by `until`.
     ///
     /// `args` builds the arguments; it is called again only if the command has to be sent to another node. The third
     /// argument, after the script and the number of keys, must be the first key.
     ///
-    /// fred is told to write the command once and to time out by itself: it would still send a command whose future
-    /// was dropped while it waited for a connection.
+    /// fred gets the timeout and writes the command only once: it would still send a command whose future was dropped
+    /// while it waited for a connection.
     pub(super) async fn send(
         &self,
         sent: Sent<'_>,
@@ -109,7 +109,7 @@ impl Router {
     ) -> Result<Value, Error> {
         match &self.cluster {
             None => once(&self.client, sent.command, args(), until).await,
-            // Boxed, so that the common path doesn't carry the size of this one.
+            // Boxed to keep the future of the common path small.
             Some(cluster) => Box::pin(cluster.send(sent, &args, until)).await,
         }
     }
@@ -121,28 +121,28 @@ impl Router {
         }
     }
 
-    /// Whether keys may be on the move from one node to another.
+    /// Returns whether keys may be moving from one node to another.
     pub(super) fn is_clustered(&self) -> bool {
         self.cluster.is_some()
     }
 
-    /// Returns whether a node has lately replied that the slot is half moved. Operations on its keys are sent one by
-    /// one then: neither node could run a batch of them.
+    /// Returns whether a node has recently replied that the slot is half moved. Operations on its keys are then sent
+    /// one by one: neither node could run a batch of them.
     pub(super) fn is_moving(&self, slot: u16) -> bool {
         self.cluster.as_ref().is_some_and(|cluster| cluster.is_moving(slot))
     }
 }
 
-/// Repeats a call while its keys are on two nodes, until `timeout` is over. Most of the time they meet again after a
-/// few milliseconds, as keys of a slot move in batches.
+/// Repeats a call while its keys are on two nodes, until `timeout` is over. They are usually together again after a few
+/// milliseconds, as keys of a slot move in batches.
 ///
-/// Not part of [`Router::send`]: there it would hold up what shares the way of the call.
+/// This is not part of [`Router::send`], where it would hold up other commands on the same path.
 pub(super) async fn patiently<T, F: Future<Output = Result<T, Error>>>(
     timeout: Duration,
     call: impl Fn(Duration) -> F,
 ) -> Result<T, Error> {
     let until = Instant::now() + timeout;
-    // A repeat that runs out of time would have an unknown outcome, where this one is known.
+    // A repeated call that times out would have an unknown outcome; the outcome of this one is known.
     let last_repeat = until - timeout / 4;
     let mut pause = TRY_AGAIN;
     loop {
@@ -157,7 +157,7 @@ pub(super) async fn patiently<T, F: Future<Output = Result<T, Error>>>(
     }
 }
 
-/// Runs all of the futures at once. Returns their outputs in their order.
+/// Runs all of the futures at once, and returns their outputs in order.
 pub(super) async fn all<F: Future>(futures: impl Iterator<Item = F>) -> Vec<F::Output> {
     let mut running: Vec<_> = futures.map(|future| (Some(Box::pin(future)), None)).collect();
     poll_fn(|context| {
@@ -191,7 +191,7 @@ async fn once(client: &Client, command: &'static str, args: Vec<Value>, until: I
 fn options(until: Instant) -> Result<Options, Error> {
     let left = until.saturating_duration_since(Instant::now());
     if left.is_zero() {
-        // Not passed on: to fred, zero means no timeout.
+        // Not passed on to fred, for which zero means no timeout.
         return Err(fred::error::Error::new(ErrorKind::Timeout, "no time left to ask the server").into());
     }
     Ok(Options {

@@ -1,10 +1,10 @@
-//! Which URLs name a server, and what they must say.
+//! Parses the URLs of servers, and refuses the parts that fred would ignore.
 //!
-//! fred takes any scheme for that of a plain server, in the clear, and ignores what it doesn't know. Whatever it would
-//! ignore is refused here, by name, before anything is sent.
+//! fred takes any unknown scheme for that of a plain server without TLS, and ignores what it doesn't know. This module
+//! refuses everything that fred would ignore, by name, before anything is sent.
 //!
-//! A password with unescaped reserved characters ends early, and its rest turns up elsewhere in the URL. So nothing of
-//! a URL is shown unless it can't be such a rest.
+//! A password with unescaped reserved characters ends early, and the rest of it ends up elsewhere in the URL. So no
+//! part of a URL is shown unless it can't be the rest of a password.
 
 use std::borrow::Cow;
 
@@ -14,12 +14,12 @@ use url::Url;
 
 use crate::Error;
 
-/// Parses the URL of a server, or of those that lead to one.
+/// Parses the URL of a server, or of several that lead to it.
 ///
 /// # Errors
 ///
-/// [`Error::InvalidUrl`], which names the part of the URL that is wrong and never shows a password. [`Error::Redis`]
-/// when the TLS library can't be set up.
+/// [`Error::InvalidUrl`], which names the part of the URL that is wrong and never shows a password. [`Error::Redis`] if
+/// the TLS library can't be set up.
 pub(crate) fn parse(text: &str) -> Result<Config, Error> {
     let url = Url::parse(text).map_err(|error| unparsable(text, error))?;
     if url.cannot_be_a_base() {
@@ -34,19 +34,19 @@ pub(crate) fn parse(text: &str) -> Result<Config, Error> {
         return Err(invalid("a TLS URL needs tenure's feature `rustls` or `native-tls`"));
     }
     let mut config = Config::from_url(url.as_str()).map_err(|error| match scheme.tls {
-        // Of what else the URL says, all was looked at above.
-        true => fred::error::Error::new(error.kind().clone(), format!("no TLS can be set up: {}", error.details())),
+        // All other parts of the URL were checked above.
+        true => fred::error::Error::new(error.kind().clone(), format!("can't set up TLS: {}", error.details())),
         false => error,
     })?;
     if let ServerConfig::Unix { path } = &mut config.server {
-        // fred takes it as it stands in the URL.
+        // fred uses the path as it is in the URL, without decoding it.
         *path = decoded_path(&url)?.into_owned().into();
     }
     Ok(config)
 }
 
-/// Returns where a configuration connects to, as it is shown to users: `host:port` or the path of a socket; of several,
-/// all of them.
+/// Returns where a configuration connects to, as shown to users: `host:port` or the path of a socket; all of them if
+/// there are several.
 pub(crate) fn address(config: &Config) -> String {
     let list = |servers: &[fred::types::config::Server]| {
         let servers: Vec<_> = servers.iter().map(|server| format!("{}:{}", server.host, server.port)).collect();
@@ -68,7 +68,7 @@ struct Scheme {
     tls: bool,
 }
 
-/// What is at the other end.
+/// What the URL connects to.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Server,
@@ -88,7 +88,7 @@ impl Scheme {
         };
         match (base, kind) {
             ("redis" | "valkey", kind) => Ok(Self { kind, tls: false }),
-            // A socket has no TLS: it would be left out in silence.
+            // A socket has no TLS: fred would silently leave it out.
             ("rediss" | "valkeys", Kind::Server | Kind::Cluster | Kind::Sentinel) => Ok(Self { kind, tls: true }),
             _ => {
                 let scheme = shown(scheme);
@@ -114,7 +114,7 @@ fn check_authority(url: &Url, kind: Kind) -> Result<(), Error> {
         }
         Kind::Server | Kind::Cluster | Kind::Sentinel => {}
     }
-    // fred authenticates where there is a password, and ignores the user otherwise.
+    // fred authenticates only if there is a password, and otherwise ignores the user.
     let is_ignored = url.password().unwrap_or_default().is_empty() && !matches!(url.username(), "" | "default");
     match is_ignored {
         true => {
@@ -124,9 +124,9 @@ fn check_authority(url: &Url, kind: Kind) -> Result<(), Error> {
     }
 }
 
-/// Refuses what may be left over of a password that ended too early, and shows nothing of it.
+/// Refuses what may be the rest of a password that ended too early, without showing any of it.
 fn check_leftovers(text: &str, url: &Url, kind: Kind) -> Result<(), Error> {
-    // Only a URL that begins with its path has no password that could have ended in it.
+    // Only a URL that begins with its path has no password that could end in the path.
     let begins_with_path = text.split_once("://").is_some_and(|(_, rest)| rest.starts_with('/'));
     let in_path = !(kind == Kind::Socket && begins_with_path) && url.path().contains('@');
     let in_query = url.query().unwrap_or_default().split('&').any(|parameter| {
@@ -168,7 +168,7 @@ fn check_query(url: &Url, kind: Kind) -> Result<(), Error> {
     for (name, value) in url.query_pairs() {
         match &*name {
             name if !known.contains(&name) => {
-                // Behind a password it may be a part of it.
+                // After a password, the name may be a part of it.
                 let name = if after_password { Cow::Borrowed("after the password") } else { shown(name) };
                 let hint = match kind {
                     Kind::Server | Kind::Socket => {
@@ -201,14 +201,14 @@ fn check_query(url: &Url, kind: Kind) -> Result<(), Error> {
     }
 }
 
-// As fred knows them.
+// The names that fred uses.
 const NODE: &str = "node";
 const SENTINEL_SERVICE: &str = "sentinelServiceName";
 const SENTINEL_USERNAME: &str = "sentinelUsername";
 const SENTINEL_PASSWORD: &str = "sentinelPassword";
 
 fn decoded_path(url: &Url) -> Result<Cow<'_, str>, Error> {
-    percent_decode_str(url.path()).decode_utf8().map_err(|_| invalid("the path of the socket is no text"))
+    percent_decode_str(url.path()).decode_utf8().map_err(|_| invalid("the path of the socket is not UTF-8"))
 }
 
 fn unparsable(text: &str, error: url::ParseError) -> Error {
@@ -230,7 +230,7 @@ fn without_scheme(text: &str) -> Error {
     }
 }
 
-/// A part of a URL, where it is short and plain: what stands there by mistake may be anything.
+/// Returns a part of a URL as it is shown, if it is short and plain. A misplaced part may contain anything.
 fn shown(part: &str) -> Cow<'static, str> {
     let is_plain = part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+:".contains(&b));
     match is_plain && (1..=40).contains(&part.len()) {
@@ -342,7 +342,7 @@ mod tests {
         }
     }
 
-    /// Pieces of a URL that is put together by someone in a hurry.
+    /// Generates pieces of a carelessly written URL.
     fn piece() -> impl Strategy<Value = String> {
         prop_oneof![
             Just("Seekret".to_owned()),
