@@ -84,6 +84,10 @@ impl OpenRound {
     /// Returns whether the release has freed the lock on this node, which had granted it before. Waits for the node's
     /// reply, but no longer than `until`.
     pub(super) async fn is_freed(&self, place: usize, until: Instant) -> bool {
+        if self.open.grant.is_some() {
+            // By this reply, the node held the token. It may have done so by another grant, before the vote arrived.
+            return false;
+        }
         loop {
             let answered = self.open.answered.notified();
             if let Some(is_freed) = self.open.answers().get(&place).copied() {

@@ -683,6 +683,25 @@ async fn a_bare_majority_is_completed_by_the_first_renewal() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_vote_that_arrives_after_its_release_is_taken_back_also_where_the_token_has_another_grant() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let calls = Arc::new(AtomicU32::new(0));
+    // The second call to that node is the vote of the second request. The node releases it before it runs the vote.
+    let locker = world.client(0, move |place| match place == 2 && calls.fetch_add(1, Ordering::Relaxed) == 1 {
+        true => Fault::RunAfter(ms(50)),
+        false => Fault::None,
+    });
+    let request = || locker.lock("k").no_renewal().token("worker-7".parse().unwrap());
+    let first = request().await.unwrap();
+    drop(request().await.unwrap());
+    sleep(ms(500)).await;
+    drop(first);
+    locker.close().await;
+    sleep(ms(500)).await;
+    assert!(world.is_free("k"));
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_is_healed_after_the_release_is_taken_back() {
     for token in [None, Some("worker-7")] {
         for fault in [Fault::RunAfter(ms(100)), Fault::AnsweredAfter(ms(100)), Fault::AnswerLost] {
