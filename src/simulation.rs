@@ -228,7 +228,7 @@ async fn a_release_whose_answer_was_lost_is_a_release() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_keeper_outlives_its_guard_until_the_ttl_at_most() {
+async fn a_renewer_outlives_its_guard_until_the_ttl_at_most() {
     for fault in [Fault::Hung, Fault::Refused] {
         let locker = locker(only(Operation::Release, fault));
         let guard = locker.lock("k").await.unwrap();

@@ -81,8 +81,8 @@ impl OpenRound {
         self.open.released.load(Ordering::Acquire)
     }
 
-    /// Returns whether the release has freed the lock on this node, which had granted it before. Waits for the node's
-    /// reply, but no longer than `until`.
+    /// Returns whether the release has surely freed what this round was granted on the node. Waits for the node's reply,
+    /// but no longer than `until`. Of a token that others may use, it is never sure.
     pub(super) async fn is_freed(&self, place: usize, until: Instant) -> bool {
         if self.open.grant.is_some() {
             // By this reply, the node held the token. It may have done so by another grant, before the vote arrived.
