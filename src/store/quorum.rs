@@ -56,6 +56,7 @@
 //!    soon as all its calls to that node have ended ([`round`]).
 //! 3. No token is used for two attempts, so a late call of one can't affect the next. If the user has chosen the token,
 //!    grants have ids instead, and a node undoes only what the grant with this id alone holds.
+//! 4. A renewal that reaches a node after the release of its grant is undone there ([`renewal`]).
 
 mod calls;
 mod catch_up;
@@ -65,6 +66,7 @@ mod identity;
 mod nodes;
 mod open_rounds;
 mod reads;
+mod renewal;
 #[cfg(test)]
 mod restarted;
 mod round;
@@ -83,7 +85,6 @@ use tokio_util::task::TaskTracker;
 
 use self::calls::Calls;
 use self::clocks::Clocks;
-use self::heal::Healing;
 use self::identity::Identity;
 pub(crate) use self::nodes::{Connected, connect};
 use self::open_rounds::OpenRounds;
@@ -186,76 +187,15 @@ impl QuorumStore {
         round::attempt(&self.quorum, wanted, timeout).await
     }
 
-    async fn renew(&self, owned: &Owned, ttl: Duration, how: Extending, timeout: Duration) -> Result<Verdict, Error> {
-        let quorum = &self.quorum;
-        quorum.check_ttl(ttl)?;
-        let how = match how {
-            // A node may hold the key only because of another grant of the token. It must record this grant before it
-            // counts, or it would free the key when the other grant ends.
-            Extending::AtLeast if owned.grant.is_some() => Extending::KeepRecord,
-            how => how,
-        };
-        let exact = (how == Extending::Exactly).then(|| {
-            // Twice, for the uncertainty of the node's clock.
-            let until = Instant::now() + timeout.saturating_mul(2);
-            quorum.shortened.begin(owned, ttl, quorum.members.len(), until)
-        });
-        let mut healing = Healing::begin(quorum, owned, ttl, how);
-        let timeout = node_timeout(ttl, first(timeout));
-        // A node that was restarted lately may remember a lock that has been released since.
-        let window = quorum.window;
-        let mut answers = quorum.ask(timeout, |node| {
-            let owned = owned.clone();
-            Box::pin(async move {
-                match how.begins() && !window.is_zero() {
-                    true => node.renew_if_it_votes(&owned, ttl, how, window, timeout).await,
-                    false => node.renew(&owned, ttl, how, timeout).await,
-                }
-            })
-        })?;
-        let mut tally = Tally::new(quorum);
-        let mut not_ours = Loss::Missing;
-        while let Some((place, answer)) = answers.next().await {
-            quorum.note_exact(owned, exact, place, &answer);
-            if let (Some(healing), Ok(renewed)) = (&mut healing, &answer) {
-                healing.note(place, *renewed);
-            }
-            match answer {
-                Ok(Verdict::Done) if quorum.shortened.may_shorten(owned, exact, place, ttl) => {
-                    tally.failed(place, shortened::may_be_set_late());
-                }
-                Ok(Verdict::Done) => tally.yes(),
-                Ok(Verdict::NotOurs(loss)) => {
-                    not_ours = worse(not_ours, loss);
-                    tally.no();
-                }
-                Err(error) => tally.failed(place, error),
-            }
-            match tally.outcome() {
-                Some(Outcome::Yes) => {
-                    match healing {
-                        Some(healing) => healing.confirmed(answers),
-                        None => quorum.note_the_rest(owned, exact, answers),
-                    }
-                    return Ok(Verdict::Done);
-                }
-                Some(Outcome::No) => return Ok(Verdict::NotOurs(not_ours)),
-                Some(Outcome::Unknown) => break,
-                None => {}
-            }
-        }
-        Err(tally.into_error())
-    }
-
     async fn release(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<Verdict, Error> {
         let (quorum, timeout) = (&self.quorum, first(timeout));
-        let mut answers = quorum.ask(timeout, |node| {
+        let mut answers = Calls::new(quorum)?;
+        let releasing = quorum.rounds.release(owned, ending);
+        answers.send_to_all(quorum, timeout, |node| {
             let owned = owned.clone();
             Box::pin(async move { node.release(&owned, ending, timeout).await })
-        })?;
-        // Only after the calls were sent: an open round that sees the mark releases too, and must not be what frees the
-        // lock.
-        let releasing = quorum.rounds.mark_released(owned, ending);
+        });
+        releasing.is_sent();
         let mut tally = Tally::new(quorum);
         let mut not_ours = Loss::Missing;
         let mut behind = Vec::new();
@@ -340,20 +280,6 @@ impl Quorum {
         }
     }
 
-    /// Notes the replies that come after the majority has decided.
-    fn note_the_rest(self: &Arc<Self>, owned: &Owned, exact: Option<RequestId>, mut answers: Calls<usize, Verdict>) {
-        if exact.is_none() || answers.have_ended() {
-            return;
-        }
-        let (quorum, owned, runtime) = (self.clone(), owned.clone(), answers.runtime().clone());
-        let rest = async move {
-            while let Some((place, answer)) = answers.next().await {
-                quorum.note_exact(&owned, exact, place, &answer);
-            }
-        };
-        self.calls.spawn_on(rest, &runtime);
-    }
-
     fn node_error(&self, place: usize, error: Error) -> NodeError {
         let address = self.members.get(place).map(|member| member.address.clone()).unwrap_or_default();
         NodeError { address, error }
@@ -371,7 +297,7 @@ impl Store for QuorumStore {
     }
 
     fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Verdict> {
-        Box::pin(self.renew(owned, ttl, how, timeout))
+        Box::pin(renewal::renew(&self.quorum, owned, ttl, how, timeout))
     }
 
     fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Verdict> {

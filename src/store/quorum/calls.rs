@@ -56,10 +56,22 @@ impl Quorum {
         call: impl Fn(Arc<dyn Node>) -> Answer<'static, T>,
     ) -> Result<Calls<usize, T>, Error> {
         let mut calls = Calls::new(self)?;
-        for (place, member) in self.members.iter().enumerate() {
-            calls.send(place, member, timeout, call(member.node.clone()));
-        }
+        calls.send_to_all(self, timeout, call);
         Ok(calls)
+    }
+}
+
+impl<T: Send + 'static> Calls<usize, T> {
+    /// Calls all nodes. Each reply comes with the index of its node.
+    pub(super) fn send_to_all(
+        &mut self,
+        quorum: &Quorum,
+        timeout: Duration,
+        call: impl Fn(Arc<dyn Node>) -> Answer<'static, T>,
+    ) {
+        for (place, member) in quorum.members.iter().enumerate() {
+            self.send(place, member, timeout, call(member.node.clone()));
+        }
     }
 }
 

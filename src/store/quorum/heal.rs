@@ -32,77 +32,21 @@ use tokio::time::{Instant, sleep_until};
 use tracing::debug;
 
 use super::calls::{Calls, may_run_until};
-use super::catch_up::Undo;
-use super::open_rounds::OpenRound;
-use super::{Member, Quorum, node_timeout};
-use crate::Loss;
-use crate::hold::Owned;
+use super::renewal::Renewal;
+use super::{Member, node_timeout};
 use crate::store::node::{Ballot, Vote};
-use crate::store::{Extending, Latest, Queueing, Verdict, Wanted};
+use crate::store::{Latest, Queueing, Wanted};
 
-/// A renewal of a guard, which heals nodes once a majority has confirmed it.
-pub(super) struct Healing {
-    quorum: Arc<Quorum>,
-    open: OpenRound,
-    owned: Owned,
-    ttl: Duration,
-    /// The deadline that the renewal sets, or a little earlier.
-    until: Instant,
-    /// A node that has confirmed it.
-    confirmed: Option<usize>,
-    missing: Vec<usize>,
-}
-
-impl Healing {
-    /// Must be called before the renewal is sent. Returns `None` for what is not a guard's renewal.
-    pub(super) fn begin(quorum: &Arc<Quorum>, owned: &Owned, ttl: Duration, how: Extending) -> Option<Self> {
-        matches!(how, Extending::AtLeast | Extending::KeepRecord).then(|| Self {
-            quorum: quorum.clone(),
-            open: quorum.rounds.open(owned),
-            owned: owned.clone(),
-            ttl,
-            // This takes off more than the drift, and more than the error in what we know of the node's clock.
-            until: Instant::now() + ttl.mul_f64(0.9),
-            confirmed: None,
-            missing: Vec::new(),
-        })
-    }
-
-    pub(super) fn note(&mut self, place: usize, renewed: Verdict) {
-        match renewed {
-            Verdict::Done => self.confirmed = self.confirmed.or(Some(place)),
-            Verdict::NotOurs(Loss::Missing) => self.missing.push(place),
-            Verdict::NotOurs(_) => {}
-        }
-    }
-
-    /// Heals in the background after a majority has confirmed, also nodes that have yet to reply.
-    pub(super) fn confirmed(mut self, mut answers: Calls<usize, Verdict>) {
-        if self.missing.is_empty() && answers.have_ended() {
-            return;
-        }
-        let (calls, runtime) = (self.quorum.calls.clone(), answers.runtime().clone());
-        let rest = async move {
-            loop {
-                while let Some(place) = self.missing.pop() {
-                    self.heal(place).await;
-                }
-                let Some((place, answer)) = answers.next().await else { break };
-                if let Ok(renewed) = answer {
-                    self.note(place, renewed);
-                }
-            }
-        };
-        calls.spawn_on(rest, &runtime);
-    }
-
-    async fn heal(&self, place: usize) {
-        let Some(member) = self.quorum.members.get(place).filter(|member| !member.is_silent()) else { return };
+impl Renewal {
+    /// Brings the lock back to a node that has lost it, after a majority has confirmed this renewal of a guard.
+    pub(super) async fn heal(&self, place: usize) {
+        let quorum = &self.quorum;
+        let Some(member) = quorum.members.get(place).filter(|member| !member.is_silent()) else { return };
         if !self.is_wanted() {
             return;
         }
         // Closing the locker waits for this, as it may have to be undone.
-        let _pending = self.quorum.releases.token();
+        let _pending = quorum.releases.token();
         let Some(metadata) = self.metadata().await.filter(|_| self.is_wanted()) else { return };
         let (sent, timeout, latest) = (Instant::now(), self.timeout(), Arc::<Latest>::default());
         let wanted = Wanted {
@@ -113,11 +57,12 @@ impl Healing {
             queueing: Queueing::None,
             latest: latest.clone(),
         };
-        let (window, ahead) = (self.quorum.window, self.quorum.ahead());
+        let (window, ahead) = (quorum.window, quorum.ahead());
         let ballot = Ballot { number: None, exactly: false, window, ahead };
         let node = member.node.clone();
         let call = Box::pin(async move { node.vote(&wanted, &ballot, timeout).await });
-        let Ok(mut calls) = Calls::new(&self.quorum) else { return };
+        let Ok(mut calls) = Calls::new(quorum) else { return };
+        quorum.rounds.ask_again(&self.owned.token, place);
         calls.send((), member, timeout, call);
         let Some(((), answer)) = calls.next().await else { return };
         let is_doubtful = match answer {
@@ -134,16 +79,15 @@ impl Healing {
         } else {
             debug!(name: "tenure.healed", key = %self.owned.key(), node = %member.address, "a node has the lock again");
         }
-        if self.open.was_released() {
-            let latest = is_doubtful.then_some(latest);
-            drop(self.quorum.undo(place, Undo { owned: self.owned.clone(), latest, ttl: self.ttl }));
+        if self.open.is_released() {
+            self.undo(place, is_doubtful.then_some(latest)).await;
         }
     }
 
     /// Returns false after the deadline or a release, and while the ttl is about to be changed.
     fn is_wanted(&self) -> bool {
         let is_late = Instant::now() >= self.until;
-        !is_late && !self.open.was_released() && !self.quorum.shortened.concerns(&self.owned)
+        !is_late && !self.open.is_released() && !self.quorum.shortened.concerns(&self.owned)
     }
 
     fn timeout(&self) -> Duration {

@@ -1,10 +1,13 @@
 //! Open rounds, which nodes may still grant something to, and the releases that come before they end.
+//!
+//! A release marks the rounds before its calls are sent. So a reply that finds its round unmarked came before the
+//! release reached the node, which needs no other. What a round undoes after it was marked waits until the calls are
+//! sent, and must not be what frees the lock.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout_at};
 
 use crate::Token;
@@ -18,20 +21,39 @@ pub(super) struct OpenRounds(Arc<Mutex<HashMap<Token, Vec<Arc<Open>>>>>);
 /// An open round.
 struct Open {
     grant: Option<GrantId>,
-    released: AtomicBool,
-    /// Which nodes have replied to the release, and whether they have freed the lock.
+    release: watch::Sender<Release>,
+    /// Which nodes have replied to the release, and whether they have surely freed what the round was granted.
     answers: Mutex<HashMap<usize, bool>>,
     answered: Notify,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Release {
+    No,
+    /// Its calls are being sent.
+    BeingSent,
+    Sent,
 }
 
 /// A release, and the rounds that were open when it was sent.
 pub(super) struct Releasing(Vec<Arc<Open>>);
 
 impl Releasing {
+    /// Notes that the calls to all nodes have been sent.
+    pub(super) fn is_sent(&self) {
+        self.is_now(Release::Sent);
+    }
+
+    fn is_now(&self, release: Release) {
+        for open in &self.0 {
+            open.release.send_replace(release);
+        }
+    }
+
     /// Notes a node's reply to the release.
     pub(super) fn answered(&self, place: usize, is_freed: bool) {
         for open in &self.0 {
-            open.answers().insert(place, is_freed);
+            *open.answers().entry(place).or_insert(true) &= is_freed;
             open.answered.notify_waiters();
         }
     }
@@ -54,7 +76,7 @@ impl OpenRounds {
     pub(super) fn open(&self, owned: &Owned) -> OpenRound {
         let open = Arc::new(Open {
             grant: owned.grant,
-            released: AtomicBool::new(false),
+            release: watch::Sender::new(Release::No),
             answers: Mutex::default(),
             answered: Notify::new(),
         });
@@ -62,13 +84,23 @@ impl OpenRounds {
         OpenRound { rounds: self.clone(), token: owned.token.clone(), open }
     }
 
-    /// Notes that a release was sent, so that what these rounds get granted late must be undone. A release that ends
-    /// the lock concerns all grants of its token.
-    pub(super) fn mark_released(&self, owned: &Owned, ending: Ending) -> Releasing {
+    /// Notes that a release is about to be sent, so that what these rounds get granted late must be undone. A release
+    /// that ends the lock concerns all grants of its token.
+    pub(super) fn release(&self, owned: &Owned, ending: Ending) -> Releasing {
         let all = self.all();
         let ended = all.get(&owned.token).into_iter().flatten();
         let ended = ended.filter(|open| ending == Ending::Lock || open.grant == owned.grant).cloned();
-        Releasing(ended.inspect(|open| open.released.store(true, Ordering::Release)).collect())
+        let releasing = Releasing(ended.collect());
+        releasing.is_now(Release::BeingSent);
+        releasing
+    }
+
+    /// Notes that a node is asked once more for what the rounds of this token have asked it for. When it has freed that,
+    /// the earlier vote may still be on its way.
+    pub(super) fn ask_again(&self, token: &Token, place: usize) {
+        for open in self.all().get(token).into_iter().flatten() {
+            open.answers().insert(place, false);
+        }
     }
 
     fn all(&self) -> MutexGuard<'_, HashMap<Token, Vec<Arc<Open>>>> {
@@ -77,8 +109,15 @@ impl OpenRounds {
 }
 
 impl OpenRound {
-    pub(super) fn was_released(&self) -> bool {
-        self.open.released.load(Ordering::Acquire)
+    /// Returns whether a release has been sent, or is about to be.
+    pub(super) fn is_released(&self) -> bool {
+        *self.open.release.borrow() != Release::No
+    }
+
+    /// Waits until the calls of the release have been sent.
+    pub(super) async fn release_is_sent(&self) {
+        // The sender lives as long as this round.
+        drop(self.open.release.subscribe().wait_for(|release| *release != Release::BeingSent).await);
     }
 
     /// Returns whether the release has surely freed what this round was granted on the node. Waits for the node's reply,
@@ -102,7 +141,7 @@ impl OpenRound {
     /// Notes that the round got the lock. A release before that was for another holder.
     pub(super) fn begin(&self) {
         self.open.answers().clear();
-        self.open.released.store(false, Ordering::Release);
+        self.open.release.send_replace(Release::No);
     }
 }
 

@@ -69,6 +69,8 @@ struct Round {
 struct NodeState {
     /// How many calls are in flight.
     calls: usize,
+    /// How many were made.
+    asked: usize,
     /// The node has granted something, or may have.
     touched: bool,
     /// A call has failed with an unknown outcome: the node may have run it, or may yet.
@@ -172,6 +174,7 @@ impl Round {
         let wish = Ballot { number, exactly: ballot > 0, window: self.quorum.window, ahead: self.quorum.ahead() };
         for (place, (member, state)) in self.quorum.members.iter().zip(&mut self.members).enumerate() {
             state.calls += 1;
+            state.asked += 1;
             // Each node has its own clock.
             let wanted = Wanted { latest: state.latest.clone(), ..Wanted::clone(&self.wanted) };
             let (node, wish) = (member.node.clone(), wish.clone());
@@ -259,10 +262,12 @@ impl Round {
         }
         // The lock was released before the last vote arrived. Undoes what that vote took, unless the release has
         // reached the node after the vote.
-        if taken && self.open.was_released() {
+        if taken && self.open.is_released() {
+            self.open.release_is_sent().await;
             let until = Instant::now() + ANSWER;
             for (place, state) in self.members.iter_mut().enumerate() {
-                if state.touched && !state.doubtful {
+                // Of several votes, the node may have freed one before it ran another.
+                if state.touched && !state.doubtful && state.asked == 1 {
                     state.touched = !self.open.is_freed(place, until).await;
                 }
             }

@@ -702,6 +702,30 @@ async fn a_vote_that_arrives_after_its_release_is_taken_back_also_where_the_toke
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_renewal_that_arrives_after_its_release_leaves_no_grant_where_the_token_has_another() {
+    // A renewal of which two nodes reply at once, and one of which none does and whose caller stops waiting.
+    for late in [&[2][..], &[0, 1, 2]] {
+        let world = World::new(&[0; 3], Duration::ZERO);
+        let calls: Arc<[AtomicU32; 3]> = Arc::default();
+        // The third call to a node is the renewal of the second guard. Such a node releases it before it runs that.
+        let locker = world.client(0, move |place| {
+            let is_renewal = calls[place].fetch_add(1, Ordering::Relaxed) == 2;
+            if is_renewal && late.contains(&place) { Fault::RunAfter(ms(50)) } else { Fault::None }
+        });
+        let request = || locker.lock("k").no_renewal().token("worker-7".parse().unwrap());
+        let first = request().await.unwrap();
+        let second = request().await.unwrap();
+        assert_eq!(timeout(ms(1), second.renew()).await.is_ok(), late.len() == 1);
+        drop(second);
+        sleep(ms(500)).await;
+        drop(first);
+        locker.close().await;
+        sleep(ms(500)).await;
+        assert!(world.is_free("k"), "late on {late:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_is_healed_after_the_release_is_taken_back() {
     for token in [None, Some("worker-7")] {
         for fault in [Fault::RunAfter(ms(100)), Fault::AnsweredAfter(ms(100)), Fault::AnswerLost] {
@@ -873,4 +897,74 @@ fn no_history_has_two_holders_at_once_or_fencing_tokens_that_fall() {
 fn without_the_restart_window_there_are_such_histories_or_they_are_toothless() {
     let (wrong, _) = histories(Duration::ZERO);
     assert!(wrong > 2, "only {wrong}");
+}
+
+/// Two tasks that share a token, and a third with tokens of its own, use nodes whose calls are late but
+/// never lost, and which forget everything now and then.
+/// Returns whether a node keeps a key after all have ended.
+async fn leaves_a_key(seed: u64) -> bool {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let skews = [(); 3].map(|()| rng.i64(-30 * SECOND..30 * SECOND));
+    let world = World::new(&skews, Duration::ZERO);
+    let lines = Mutex::new(rng.fork());
+    let locker = world.client(0, move |_| {
+        let mut rng = lines.lock().unwrap();
+        match rng.u8(..10) {
+            0 => Fault::RunAfter(ms(rng.u64(..150))),
+            1 => Fault::AnsweredAfter(ms(rng.u64(..150))),
+            _ => Fault::None,
+        }
+    });
+    let mut tasks = tokio::task::JoinSet::new();
+    for token in [Some("worker-7"), Some("worker-7"), None] {
+        let (locker, mut rng) = (locker.clone(), rng.fork());
+        tasks.spawn(async move {
+            for _ in 0..10 {
+                let request = locker.lock("k").ttl(ms(60_000)).no_renewal();
+                let request = match token {
+                    Some(token) => request.token(token.parse().unwrap()),
+                    None => request,
+                };
+                let patience = ms(rng.u64(..400));
+                if let Ok(Ok(guard)) = timeout(patience, request).await {
+                    for _ in 0..rng.u8(..3) {
+                        let patience = ms(rng.u64(..200));
+                        match rng.u8(..3) {
+                            0 => sleep(patience).await,
+                            1 => drop(timeout(patience, guard.renew()).await),
+                            _ => drop(timeout(patience, guard.renew_for(ms(10_000 + rng.u64(..20_000)))).await),
+                        }
+                    }
+                    match rng.u8(..4) {
+                        0 => drop(guard.release().await),
+                        1 => drop(timeout(patience, guard.release()).await),
+                        _ => drop(guard),
+                    }
+                }
+                sleep(ms(rng.u64(..100))).await;
+            }
+        });
+    }
+    let forgetting = async {
+        loop {
+            sleep(ms(rng.u64(..500))).await;
+            rng.choice(&world.servers).unwrap().forget();
+        }
+    };
+    tokio::select! {
+        _ = tasks.join_all() => {}
+        () = forgetting => {}
+    }
+    locker.close().await;
+    sleep(ms(1_000)).await;
+    !world.servers.iter().all(|server| server.is_free("k"))
+}
+
+#[test]
+fn no_history_leaves_a_key_on_a_node() {
+    for seed in 0..5 * SEEDS {
+        let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+        fastrand::seed(seed);
+        assert!(!runtime.block_on(leaves_a_key(seed)), "seed {seed}");
+    }
 }
