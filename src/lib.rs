@@ -142,9 +142,10 @@ pub mod docs;
 #[cfg(test)]
 mod simulation;
 
+#[cfg(feature = "fred")]
 pub use fred;
 
-pub use self::error::{Error, NodeError};
+pub use self::error::{Error, NodeError, RedisError, RedisErrorKind};
 pub use self::guard::LockGuard;
 pub use self::key::Key;
 pub use self::lease::Lease;

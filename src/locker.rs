@@ -10,6 +10,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+#[cfg(feature = "fred")]
 use fred::clients::Client;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
@@ -108,6 +109,8 @@ impl Locker {
     /// # Ok(())
     /// # }
     /// ```
+    #[cfg(feature = "fred")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "fred")))]
     pub fn new(client: Client) -> Self {
         Self::builder().client(client)
     }

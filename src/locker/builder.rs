@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+#[cfg(feature = "fred")]
 use fred::clients::Client;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -350,6 +351,8 @@ impl LockerBuilder {
     /// let locker = tenure::Locker::builder().prefix("billing:").client(client);
     /// # }
     /// ```
+    #[cfg(feature = "fred")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "fred")))]
     pub fn client(self, client: Client) -> Locker {
         let store = RedisStore::with_client(client, self.prefix.clone(), self.min_replicas);
         self.on_own_thread_if_wanted(Box::new(store))

@@ -1,12 +1,12 @@
-//! Locks on one Redis or Valkey server, one that Sentinels watch over, or a cluster, through fred.
+//! Locks on one Redis or Valkey server, one that Sentinels watch over, or a cluster.
 
 mod acquire;
 mod args;
 mod batcher;
 mod clock;
-mod connection;
 #[cfg(test)]
 mod differential;
+mod driver;
 mod line;
 mod names;
 mod operation;
@@ -18,26 +18,25 @@ mod router;
 mod script;
 mod server;
 mod server_info;
+mod slot;
 mod subscriber;
 pub(crate) mod url;
 mod vote;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use fred::bytes::Bytes;
-use fred::clients::Client;
-use fred::interfaces::ClientLike;
-use fred::types::Value;
-use fred::util::redis_keyslot;
+use bytes::Bytes;
 
 use self::batcher::{Batcher, Executor};
-use self::connection::Connection;
+use self::driver::Connection;
 use self::operation::Operation;
 use self::replies::Decision;
 use self::script::Call;
 use self::server::Server;
-pub(crate) use self::server_info::{Reconnects, ServerInfo};
+pub(crate) use self::server_info::ServerInfo;
+use self::slot::slot_of;
 use self::subscriber::Subscriber;
 use super::notifications::Subscription;
 use super::{
@@ -70,19 +69,20 @@ impl RedisStore {
         timeout: Duration,
         min_replicas: usize,
     ) -> Result<Self, Error> {
-        let store = Self::on(Connection::open(url, timeout).await?, prefix, min_replicas);
+        let store = Self::on(driver::open(&url::parse(url)?, timeout).await?, prefix, min_replicas);
         store.check_replicas()?;
         Ok(store)
     }
 
     /// Uses the caller's client. Assumes nothing of its settings: each call brings its own.
-    pub(crate) fn with_client(client: Client, prefix: String, min_replicas: usize) -> Self {
-        Self::on(Connection::borrowed(client), prefix, min_replicas)
+    #[cfg(feature = "fred")]
+    pub(crate) fn with_client(client: fred::clients::Client, prefix: String, min_replicas: usize) -> Self {
+        Self::on(driver::fred::borrowed(client), prefix, min_replicas)
     }
 
-    fn on(connection: Connection, prefix: String, min_replicas: usize) -> Self {
+    fn on(connection: Arc<dyn Connection>, prefix: String, min_replicas: usize) -> Self {
         let process = format!("{:016x}", fastrand::u64(..));
-        let subscriber = Subscriber::new(connection.client().client_config(), connection.home(), process.clone());
+        let subscriber = Subscriber::new(connection.pub_sub(), process.clone());
         let batcher = Batcher::new(Server::new(connection, min_replicas));
         Self { prefix, process, without_line: AtomicBool::new(false), batcher, subscriber }
     }
@@ -103,14 +103,14 @@ impl RedisStore {
         [self.prefix.as_bytes(), key.as_bytes()].concat().into()
     }
 
-    fn names<'a>(&'a self, owned: &'a Owned) -> impl ExactSizeIterator<Item = Value> + 'a {
-        owned.keys.iter().map(|key| Value::Bytes(self.name(key)))
+    fn names<'a>(&'a self, owned: &'a Owned) -> impl ExactSizeIterator<Item = Bytes> + 'a {
+        owned.keys.iter().map(|key| self.name(key))
     }
 
     /// Returns the command that notifies waiters of a release. On a cluster, messages that are not sharded go to every
     /// node.
     fn publish(&self) -> &'static str {
-        match self.server().client().is_clustered() {
+        match self.server().connection.is_cluster() {
             true => "SPUBLISH",
             false => "PUBLISH",
         }
@@ -119,7 +119,7 @@ impl RedisStore {
     async fn run(&self, operation: Box<Operation>, timeout: Duration) -> Result<Decision, Error> {
         // On a cluster, a call may only have keys of one slot.
         let lane = match self.server().takes_one_slot() {
-            true => redis_keyslot(&operation.name),
+            true => slot_of(&operation.name),
             false => SHARED_LANE,
         };
         if self.server().router.is_moving(lane) {
@@ -129,7 +129,7 @@ impl RedisStore {
     }
 
     async fn remaining(&self, owned: &Owned, timeout: Duration) -> Result<Option<Duration>, Error> {
-        let call = Call::new(self.names(owned), [owned.token.to_text().into()]);
+        let call = Call::new(self.names(owned), [owned.token.to_bytes()]);
         let reply = self.server().run(&self.server().scripts.remaining, || call.clone(), |_| {}, timeout).await?;
         replies::remaining(&reply.value()?)
     }
@@ -137,16 +137,15 @@ impl RedisStore {
     async fn inspect(&self, key: &Key, timeout: Duration) -> Result<Option<Holder>, Error> {
         let name = self.name(key);
         let fence = names::fence_of(&name);
-        let call = Call::new([name, fence].map(Value::Bytes).into_iter(), []);
+        let call = Call::new([name, fence].into_iter(), []);
         let reply = self.server().run(&self.server().scripts.inspect, || call.clone(), |_| {}, timeout).await?;
         replies::holder(reply.value()?)
     }
 
     /// Refuses keys in several slots of a cluster, before anything is sent: a script can only touch one slot.
     fn check_slots(&self, names: &[Bytes]) -> Result<(), Error> {
-        let in_one_slot =
-            || names.windows(2).all(|pair| matches!(pair, [a, b] if redis_keyslot(a) == redis_keyslot(b)));
-        match names.len() > 1 && self.server().client().is_clustered() && !in_one_slot() {
+        let in_one_slot = || names.windows(2).all(|pair| matches!(pair, [a, b] if slot_of(a) == slot_of(b)));
+        match names.len() > 1 && self.server().connection.is_cluster() && !in_one_slot() {
             true => Err(Error::CrossSlot),
             false => Ok(()),
         }
@@ -155,7 +154,7 @@ impl RedisStore {
     /// Refuses to wait for replicas on a cluster, where `WAIT` would have to follow its write to the same node, through
     /// every migration of its slot.
     fn check_replicas(&self) -> Result<(), Error> {
-        match self.server().min_replicas > 0 && self.server().client().is_clustered() {
+        match self.server().min_replicas > 0 && self.server().connection.is_cluster() {
             true => Err(Error::Unsupported("a cluster can't be asked how many replicas have acknowledged one write")),
             false => Ok(()),
         }

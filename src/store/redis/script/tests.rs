@@ -1,13 +1,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use fred::clients::Client;
-use fred::interfaces::ClientLike;
-use fred::types::{ClusterHash, CustomCommand};
 use tenure_test_support::Server;
 
 use super::super::operation::{Operation, What};
 use super::super::replies::integers;
+use super::super::server::Server as RedisServer;
 use super::super::{Executor, RedisStore, names};
 use super::*;
 use crate::store::Acquired;
@@ -47,11 +45,11 @@ async fn the_short_way_to_hand_over_ends_where_the_long_one_does() {
             let call = || {
                 let args =
                     ["token", "next", "90000", "90000", "place:s1", "3000", "1", fenced, grant, "0", "PUBLISH", "k"];
-                Call::new(KEYS.map(Value::from).into_iter(), args.map(Value::from))
+                Call::new(KEYS.map(Bytes::from).into_iter(), args.map(Bytes::from))
             };
             let mut ends = Vec::new();
             for script in [&long, short] {
-                eval(server.client(), SET, &before).await;
+                eval(server, SET, &before).await;
                 let said = match server.run(script, call, |_| {}, PATIENCE).await.unwrap().outcome {
                     Ok(Returned::Value(answer)) => format!("{:?}", integers(&answer).unwrap()),
                     Ok(Returned::Code(code)) => {
@@ -65,7 +63,7 @@ async fn the_short_way_to_hand_over_ends_where_the_long_one_does() {
                     }
                     Err(error) => error.to_string(),
                 };
-                let left = eval(server.client(), LOOK, &[]).await;
+                let left = eval(server, LOOK, &[]).await;
                 ends.push(without_clock(&format!("{said} {left:?}")));
             }
             assert_eq!(ends[0], ends[1], "{before:?}, {grant:?}, {fenced}");
@@ -92,7 +90,7 @@ fn replies_are_told_apart_and_belong_to_their_requests() {
             assert_eq!(now, u64::try_from(token / 1_000).ok());
             assert!(read(Value::Integer(-(early << 32) - other), stamp).is_err_and(|error| is_mixed_up(&error)));
         }
-        let array = |mark: i64, token: i64| Value::Array(vec![mark.into(), token.into()]);
+        let array = |mark: i64, token: i64| Value::Array(vec![Value::Integer(mark), Value::Integer(token)]);
         let (now, said) = read(array(mark, 5_000_000), stamp).unwrap();
         assert!(now == Some(5_000) && matches!(said, Ok(Returned::FencingToken(5_000_000))));
         assert!(read(array(other, 5_000_000), stamp).is_err_and(|error| is_mixed_up(&error)));
@@ -107,7 +105,7 @@ async fn a_fencing_token_is_told_as_the_server_has_it_however_early_the_request_
     let store = RedisStore::connect(&server.url(), String::new(), PATIENCE, 0).await.unwrap();
     let mut last = 0;
     for timeout in [1_000, 2_000, 2_096, 2_098, 2_100, 60_000, 3_000_000].map(Duration::from_millis) {
-        let value = Value::from_static_str("token");
+        let value = Bytes::from_static(b"token");
         let fence = Some((names::fence_of(&"k".into()), 60_000));
         let what = What::Acquire { value, ttl: 60_000, fence, latest: Arc::default() };
         let acquire = Operation::new("k".into(), &"token".parse().unwrap(), what);
@@ -122,11 +120,12 @@ async fn a_fencing_token_is_told_as_the_server_has_it_however_early_the_request_
 
 const KEYS: [&str; 5] = ["k", "{k}:queue", "{k}:alive", "{k}:grants", "{k}:fence"];
 
-async fn eval(client: &Client, script: &'static str, args: &[&str]) -> Value {
-    let command = CustomCommand::new_static("EVAL", ClusterHash::FirstKey, false);
+async fn eval(server: &RedisServer, script: &'static str, args: &[&str]) -> String {
     let count = KEYS.len().to_string();
     let all = [script, &count].into_iter().chain(KEYS).chain(args.iter().copied());
-    client.custom(command, all.map(Value::from).collect::<Vec<_>>()).await.unwrap()
+    let all = all.map(|arg| Bytes::copy_from_slice(arg.as_bytes())).collect();
+    let reply = server.connection.send(EVAL, all, Instant::now() + PATIENCE).await.unwrap();
+    reply.to_text().map(|text| text.into_owned()).unwrap_or_default()
 }
 
 /// The two are run one after the other, and may give the time of the server as the fencing token.

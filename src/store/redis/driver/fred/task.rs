@@ -12,22 +12,22 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::Error;
 
 /// Knows the runtime that a connection is driven on. Doesn't keep the connection open.
-pub(in super::super) struct Home(Option<(Weak<Driver>, Client)>);
+pub(super) struct Home(Option<(Weak<DriverTask>, Client)>);
 
 impl Home {
-    pub(super) fn of(driver: Option<&Arc<Driver>>, client: &Client) -> Self {
+    pub(super) fn of(driver: Option<&Arc<DriverTask>>, client: &Client) -> Self {
         Self(driver.map(|driver| (Arc::downgrade(driver), client.clone())))
     }
 
     /// Returns the runtime that the connection is driven on, if the connection is ours and still exists.
-    pub(in super::super) fn runtime(&self) -> Option<Handle> {
+    pub(super) fn runtime(&self) -> Option<Handle> {
         let (driver, client) = self.0.as_ref()?;
         Some(driver.upgrade()?.go_on(client))
     }
 }
 
 /// The task that drives a connection, on the runtime that first needed it.
-pub(super) struct Driver(Mutex<Driving>);
+pub(super) struct DriverTask(Mutex<Driving>);
 
 struct Driving {
     task: AbortOnDropHandle<FredResult<()>>,
@@ -36,7 +36,7 @@ struct Driving {
     probe: Option<(Instant, AbortOnDropHandle<()>)>,
 }
 
-impl Driver {
+impl DriverTask {
     pub(super) fn new(task: AbortOnDropHandle<FredResult<()>>) -> Result<Self, Error> {
         let runtime = Handle::try_current().map_err(|_| Error::NoRuntime)?;
         Ok(Self(Mutex::new(Driving { task, runtime, probe: None })))
