@@ -109,15 +109,17 @@
 //!
 //! # Features
 //!
-//! None is enabled by default.
-//!
 //! | feature | adds |
 //! | --- | --- |
+//! | `fred` | the client under tenure, [fred](https://docs.rs/fred), and [`Locker::new`] for one of your own; by default |
 //! | `rustls` | `rediss://` URLs, with [rustls](https://docs.rs/rustls) on ring |
 //! | `native-tls` | `rediss://` URLs, with the platform's TLS library; with both features, this one is used |
 //! | `serde` | `Serialize` and `Deserialize` for [`Lease`] |
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
+
+#[cfg(not(feature = "fred"))]
+compile_error!("tenure needs a Redis client: enable its feature `fred`");
 
 // What a user sees.
 mod error;

@@ -19,6 +19,7 @@ fn the_crates_own_tests_that_need_a_server_pass() {
     // As this program was compiled, so that nothing has to be compiled once more.
     let features = [
         ("default", cfg!(feature = "default")),
+        ("fred", cfg!(feature = "fred")),
         ("rustls", cfg!(feature = "rustls")),
         ("native-tls", cfg!(feature = "native-tls")),
         ("serde", cfg!(feature = "serde")),
