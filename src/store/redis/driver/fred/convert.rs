@@ -95,6 +95,8 @@ impl From<Error> for RedisError {
         let kind = match error.kind() {
             // Of a client whose `init` was never called. Waiting doesn't help.
             ErrorKind::Unknown if error.details() == NOT_INITIALIZED => RedisErrorKind::Config,
+            // fred's kind of some refusals.
+            ErrorKind::InvalidCommand | ErrorKind::InvalidArgument if has_code(&error) => RedisErrorKind::Unknown,
             ErrorKind::Config | ErrorKind::InvalidCommand | ErrorKind::InvalidArgument | ErrorKind::Url => {
                 RedisErrorKind::Config
             }
@@ -117,6 +119,10 @@ impl From<Error> for RedisError {
         };
         Self::new(kind, error.details().to_owned()).with_source(error)
     }
+}
+
+fn has_code(error: &Error) -> bool {
+    RedisError::new(RedisErrorKind::Unknown, error.details().to_owned()).code().is_some()
 }
 
 /// fred's error for a client whose `init` was never called.
