@@ -31,6 +31,9 @@ use bytes::Bytes;
 
 use self::batcher::{Batcher, Executor};
 use self::driver::Connection;
+pub use self::driver::Driver;
+#[cfg(feature = "redis")]
+pub use self::driver::RedisConnection;
 use self::operation::Operation;
 use self::replies::Decision;
 use self::script::Call;
@@ -64,12 +67,13 @@ pub(crate) struct RedisStore {
 impl RedisStore {
     /// Connects to the URL with a client of our own, whose settings suit locks.
     pub(crate) async fn connect(
+        driver: Driver,
         url: &str,
         prefix: String,
         timeout: Duration,
         min_replicas: usize,
     ) -> Result<Self, Error> {
-        let store = Self::on(driver::open(&url::parse(url)?, timeout).await?, prefix, min_replicas);
+        let store = Self::on(driver::open(driver, &url::parse(url)?, timeout).await?, prefix, min_replicas);
         store.check_replicas()?;
         Ok(store)
     }
@@ -78,6 +82,12 @@ impl RedisStore {
     #[cfg(feature = "fred")]
     pub(crate) fn with_client(client: fred::clients::Client, prefix: String, min_replicas: usize) -> Self {
         Self::on(driver::fred::borrowed(client), prefix, min_replicas)
+    }
+
+    /// Uses the caller's connection.
+    #[cfg(feature = "redis")]
+    pub(crate) fn with_redis(connection: RedisConnection, prefix: String, min_replicas: usize) -> Self {
+        Self::on(driver::redis::borrowed(connection), prefix, min_replicas)
     }
 
     fn on(connection: Arc<dyn Connection>, prefix: String, min_replicas: usize) -> Self {
@@ -151,12 +161,11 @@ impl RedisStore {
         }
     }
 
-    /// Refuses to wait for replicas on a cluster, where `WAIT` would have to follow its write to the same node, through
-    /// every migration of its slot.
+    /// Refuses to wait for replicas where `WAIT` might not follow its write on the same connection.
     fn check_replicas(&self) -> Result<(), Error> {
-        match self.server().min_replicas > 0 && self.server().connection.is_cluster() {
-            true => Err(Error::Unsupported("a cluster can't be asked how many replicas have acknowledged one write")),
-            false => Ok(()),
+        match self.server().connection.why_not_replicated() {
+            Some(why) if self.server().min_replicas > 0 => Err(Error::Unsupported(why)),
+            _ => Ok(()),
         }
     }
 }

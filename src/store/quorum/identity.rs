@@ -289,13 +289,14 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::store::redis::url;
+    use crate::store::redis::{Driver, url};
 
     const LONG: Duration = Duration::from_secs(10);
 
     /// Of one server.
     async fn identity(server: &Server) -> Arc<Identity> {
-        let node = RedisStore::open_lazily(&url::parse(&server.url()).unwrap(), String::new(), LONG).unwrap();
+        let node = RedisStore::open_lazily(Driver::default(), &url::parse(&server.url()).unwrap(), String::new(), LONG)
+            .unwrap();
         node.ready(LONG).await.unwrap();
         Identity::new(&Arc::default(), 0, "node".into(), 0, Arc::new(node), false)
     }

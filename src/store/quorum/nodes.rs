@@ -10,8 +10,8 @@ use tracing::warn;
 
 use super::identity::{Identities, Identity};
 use crate::store::node::Node;
-use crate::store::redis::RedisStore;
 use crate::store::redis::url::{self, Servers, Target};
+use crate::store::redis::{Driver, RedisStore};
 use crate::{Error, NodeError};
 
 /// How long to wait for the other nodes once a majority is connected.
@@ -37,6 +37,7 @@ impl From<(String, Arc<dyn Node>)> for Connected {
 /// [`Error::InvalidNodes`] for nodes that can form no quorum, [`Error::InvalidUrl`] for a URL that is wrong, and
 /// [`Error::Quorum`] if no majority could be connected within `timeout`.
 pub(crate) async fn connect(
+    driver: Driver,
     urls: &[String],
     prefix: &str,
     timeout: Duration,
@@ -46,7 +47,7 @@ pub(crate) async fn connect(
     let databases: Vec<u8> = targets.iter().map(|(_, target)| target.database.unwrap_or(0)).collect();
     let mut nodes: Vec<(String, Arc<RedisStore>)> = Vec::with_capacity(targets.len());
     for (address, target) in targets {
-        let store = RedisStore::open_lazily(&target, prefix.to_owned(), timeout)?;
+        let store = RedisStore::open_lazily(driver, &target, prefix.to_owned(), timeout)?;
         nodes.push((address, Arc::new(store)));
     }
     let stores: Vec<Arc<RedisStore>> = nodes.iter().map(|(_, node)| node.clone()).collect();

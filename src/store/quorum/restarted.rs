@@ -10,7 +10,7 @@ use super::QuorumStore;
 use super::clocks::since_1970;
 use crate::Locker;
 use crate::store::node::Node;
-use crate::store::redis::{RedisStore, url};
+use crate::store::redis::{Driver, RedisStore, url};
 
 const WINDOW: Duration = Duration::from_secs(3);
 
@@ -19,7 +19,7 @@ async fn client(servers: &[Server], skew: i64) -> Locker {
     let mut nodes = Vec::new();
     for server in servers {
         let target = url::parse(&server.url()).unwrap();
-        let node = RedisStore::open_lazily(&target, String::new(), Duration::from_secs(1)).unwrap();
+        let node = RedisStore::open_lazily(Driver::default(), &target, String::new(), Duration::from_secs(1)).unwrap();
         node.ready(Duration::from_secs(20)).await.unwrap();
         nodes.push((server.url(), Arc::new(node) as Arc<dyn Node>));
     }

@@ -41,7 +41,8 @@ impl Side {
         let user = ["ACL", "SETUSER", "app", "on", ">secret", "resetchannels", "~*", "+@all"];
         assert_eq!(process.cli(&[&user[..], forbidden].concat()), "OK");
         let url = format!("redis://app:secret@127.0.0.1:{}", process.port());
-        let store = RedisStore::connect(&url, String::new(), Duration::from_secs(20), 0).await.unwrap();
+        let store =
+            RedisStore::connect(Driver::default(), &url, String::new(), Duration::from_secs(20), 0).await.unwrap();
         // So that the server's clock is known; it may refuse the look itself.
         drop(store.inspect(&Key::from("a"), PATIENCE).await);
         Self { process, store }

@@ -18,6 +18,9 @@ mod failure;
 #[cfg(feature = "fred")]
 pub(super) mod fred;
 mod liveness;
+#[cfg(feature = "redis")]
+pub(super) mod redis;
+mod task;
 mod value;
 
 use std::fmt;
@@ -30,10 +33,49 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
+#[cfg(feature = "redis")]
+pub use self::redis::GivenConnection as RedisConnection;
 pub(super) use self::value::Value;
 use super::url::{Address, Target};
 use crate::error::NOT_SENT;
 use crate::{Error, RedisError};
+
+/// The Redis client under a locker; for [`LockerBuilder::driver`](crate::LockerBuilder::driver).
+///
+/// The promises are the same with either. What differs is cost, and what else a program uses: see the
+/// [features](crate#features).
+///
+/// # Examples
+///
+/// ```no_run
+/// use tenure::{Driver, Locker};
+///
+/// # async fn example() -> Result<(), tenure::Error> {
+/// let locker = Locker::builder().driver(Driver::default()).connect("redis://127.0.0.1:6379").await?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Driver {
+    /// [fred](https://docs.rs/fred), with feature `fred`. The default where it is enabled.
+    #[cfg(feature = "fred")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "fred")))]
+    Fred,
+    /// [redis-rs](https://docs.rs/redis), with feature `redis`.
+    #[cfg(feature = "redis")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "redis")))]
+    Redis,
+}
+
+impl Default for Driver {
+    fn default() -> Self {
+        #[cfg(feature = "fred")]
+        return Self::Fred;
+        #[cfg(not(feature = "fred"))]
+        return Self::Redis;
+    }
+}
 
 /// A call in progress.
 pub(super) type Calling<'a, T> = Pin<Box<dyn Future<Output = Result<T, RedisError>> + Send + 'a>>;
@@ -52,6 +94,11 @@ pub(super) trait Connection: fmt::Debug + Send + Sync + 'static {
 
     /// Returns how many connections have been made: each is counted before anything is sent on it.
     fn connections_made(&self) -> u64;
+
+    /// Returns why it can't be asked how many replicas have acknowledged a write, if it can't.
+    fn why_not_replicated(&self) -> Option<&'static str> {
+        self.is_cluster().then_some(NOT_IN_A_CLUSTER)
+    }
 
     /// Waits until a connection that was opened lazily is there.
     ///
@@ -86,6 +133,9 @@ pub(super) trait Connection: fmt::Debug + Send + Sync + 'static {
     /// Returns what opens connections for subscriptions to the same server or cluster.
     fn pub_sub(&self) -> Arc<dyn PubSub>;
 }
+
+/// `WAIT` would have to follow its write to the same node, through every migration of its slot.
+const NOT_IN_A_CLUSTER: &str = "a cluster can't be asked how many replicas have acknowledged one write";
 
 /// The state of the connection when a call was about to be sent.
 #[derive(Clone, Copy)]
@@ -184,6 +234,7 @@ pub(super) trait Listener: Send + Sync {
     fn message(&self, channel: &[u8], message: &[u8]);
 
     /// Messages may have been missed.
+    #[cfg_attr(not(feature = "fred"), expect(dead_code, reason = "redis-rs keeps all messages"))]
     fn missed(&self);
 }
 
@@ -192,8 +243,13 @@ pub(super) trait Listener: Send + Sync {
 /// # Errors
 ///
 /// Whatever keeps the first connection from being made: nothing is retried here.
-pub(super) async fn open(target: &Target, timeout: Duration) -> Result<Arc<dyn Connection>, Error> {
-    Ok(Arc::new(fred::FredConnection::open(target, timeout).await?))
+pub(super) async fn open(driver: Driver, target: &Target, timeout: Duration) -> Result<Arc<dyn Connection>, Error> {
+    match driver {
+        #[cfg(feature = "fred")]
+        Driver::Fred => fred::open(target, timeout).await,
+        #[cfg(feature = "redis")]
+        Driver::Redis => redis::open(target, timeout).await,
+    }
 }
 
 /// Connects in the background, now or when the server comes up. Until then, and whenever the server is away, calls fail
@@ -202,26 +258,43 @@ pub(super) async fn open(target: &Target, timeout: Duration) -> Result<Arc<dyn C
 /// # Errors
 ///
 /// Never fails because of the server or the network.
-pub(super) fn open_lazily(target: &Target, timeout: Duration) -> Result<Arc<dyn Connection>, Error> {
-    Ok(Arc::new(fred::FredConnection::open_lazily(target, timeout)?))
+pub(super) fn open_lazily(driver: Driver, target: &Target, timeout: Duration) -> Result<Arc<dyn Connection>, Error> {
+    match driver {
+        #[cfg(feature = "fred")]
+        Driver::Fred => fred::open_lazily(target, timeout),
+        #[cfg(feature = "redis")]
+        Driver::Redis => redis::open_lazily(target, timeout),
+    }
 }
 
 /// Opens a connection for a test.
 #[cfg(test)]
 pub(super) async fn connection_to(url: &str) -> Arc<dyn Connection> {
-    open(&super::url::parse(url).unwrap(), Duration::from_secs(10)).await.unwrap()
+    open(Driver::default(), &super::url::parse(url).unwrap(), Duration::from_secs(10)).await.unwrap()
 }
 
 /// Opens connections to single nodes for a test, whether they form a cluster or not.
 #[cfg(test)]
 pub(super) fn nodes_of(url: &str) -> Arc<dyn Nodes> {
-    fred::nodes_of(&super::url::parse(url).unwrap())
+    let target = super::url::parse(url).unwrap();
+    match Driver::default() {
+        #[cfg(feature = "fred")]
+        Driver::Fred => fred::nodes_of(&target),
+        #[cfg(feature = "redis")]
+        Driver::Redis => redis::nodes_of(&target),
+    }
 }
 
 /// Opens connections for subscriptions for a test, on the caller's runtime.
 #[cfg(test)]
 pub(super) fn pub_sub_of(url: &str) -> Arc<dyn PubSub> {
-    fred::pub_sub_of(&super::url::parse(url).unwrap())
+    let target = super::url::parse(url).unwrap();
+    match Driver::default() {
+        #[cfg(feature = "fred")]
+        Driver::Fred => fred::pub_sub_of(&target),
+        #[cfg(feature = "redis")]
+        Driver::Redis => redis::pub_sub_of(&target),
+    }
 }
 
 fn not_sent(error: RedisError) -> RedisError {

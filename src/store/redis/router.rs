@@ -56,7 +56,11 @@ use tokio::time::{Instant, sleep};
 use self::cluster::Cluster;
 use super::driver::{Connection, Value};
 use super::script::into_ours;
+#[cfg(feature = "redis")]
+use super::url::Address;
 use crate::Error;
+#[cfg(feature = "redis")]
+use crate::RedisError;
 
 /// The first pause after `TRYAGAIN`. It doubles three times.
 const TRY_AGAIN: Duration = Duration::from_millis(10);
@@ -148,6 +152,15 @@ pub(super) async fn patiently<T, F: Future<Output = Result<T, Error>>>(
             _ => return answer,
         }
         pause = (pause * 2).min(TRY_AGAIN * 8);
+    }
+}
+
+/// Returns the node to which a `MOVED` of the node `here` leads.
+#[cfg(feature = "redis")]
+pub(super) fn moved_to(error: &RedisError, here: &Address) -> Option<Address> {
+    match redirection::elsewhere(&Error::Redis(error.clone()), here) {
+        Some(redirection::Elsewhere::Moved(to)) => Some(to),
+        _ => None,
     }
 }
 

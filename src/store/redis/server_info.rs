@@ -85,12 +85,13 @@ mod tests {
 
     use tenure_test_support::{Server, eventually};
 
+    use super::super::driver::Driver;
     use super::super::url;
     use super::{RedisStore, ServerInfo};
 
     async fn info(server: &Server) -> ServerInfo {
         let target = url::parse(&server.url()).unwrap();
-        let store = RedisStore::open_lazily(&target, String::new(), Duration::from_secs(2)).unwrap();
+        let store = RedisStore::open_lazily(Driver::default(), &target, String::new(), Duration::from_secs(2)).unwrap();
         store.ready(Duration::from_secs(10)).await.unwrap();
         store.info(Duration::from_secs(10)).await.unwrap()
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::args::{FENCE_TTL, count_of, decimal, id_or_empty, millis, record_ttl, seconds, value_of};
-use super::driver;
+use super::driver::{self, Driver};
 use super::script::Call;
 use super::url::Target;
 use super::{RedisStore, names, replies};
@@ -16,8 +16,13 @@ use crate::store::{Answer, Extending, Verdict, Wanted};
 
 impl RedisStore {
     /// Connects in the background, now or when the server comes up.
-    pub(crate) fn open_lazily(target: &Target, prefix: String, command_timeout: Duration) -> Result<Self, Error> {
-        Ok(Self::on(driver::open_lazily(target, command_timeout)?, prefix, 0))
+    pub(crate) fn open_lazily(
+        driver: Driver,
+        target: &Target,
+        prefix: String,
+        command_timeout: Duration,
+    ) -> Result<Self, Error> {
+        Ok(Self::on(driver::open_lazily(driver, target, command_timeout)?, prefix, 0))
     }
 
     /// Waits until it is connected.

@@ -60,7 +60,8 @@ impl Peer {
         RedisError::new(ErrorKind::Timeout, format!("{} did not answer in time", self.address))
     }
 
-    /// Returns the error for a connection that nothing drives. If it is ours, the next call drives it again.
+    /// Returns the error for a connection of fred's that nothing drives. If it is ours, the next call drives it again.
+    #[cfg(feature = "fred")]
     pub(super) fn gone(&self, ours: bool) -> RedisError {
         let at = &self.address;
         match ours {

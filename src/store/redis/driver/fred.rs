@@ -14,7 +14,6 @@ mod convert;
 mod events;
 mod node;
 mod pub_sub;
-mod task;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,14 +33,14 @@ use tokio_util::task::AbortOnDropHandle;
 use self::events::Events;
 use self::node::FredNodes;
 use self::pub_sub::FredPubSub;
-use self::task::{DriverTask, Home};
 use super::failure::Peer;
 use super::liveness::Liveness;
+use super::task::{DriverTask, Home};
 use super::{Calling, Connection, Nodes, PubSub, Sent, Value, not_sent};
 use crate::store::redis::url::Target;
 use crate::{RedisError, RedisErrorKind};
 
-pub(in super::super) struct FredConnection {
+struct FredConnection {
     client: Client,
     /// The server at the other end, for error messages.
     peer: Peer,
@@ -50,7 +49,7 @@ pub(in super::super) struct FredConnection {
     /// A copy of `Events::is_broken` that needs no mutex.
     is_broken: AtomicBool,
     /// `None` where the client is the caller's.
-    driver: Option<Arc<DriverTask>>,
+    driver: Option<Arc<DriverTask<FredResult<()>>>>,
     /// Whether calls wait while there is no connection. For a node of a quorum they fail at once.
     waits: bool,
     liveness: Mutex<Liveness>,
@@ -60,12 +59,12 @@ impl FredConnection {
     /// # Errors
     ///
     /// Whatever keeps the first connection from being made: nothing is retried here.
-    pub(in super::super) async fn open(target: &Target, timeout: Duration) -> Result<Self, crate::Error> {
+    async fn open(target: &Target, timeout: Duration) -> Result<Self, crate::Error> {
         // It subscribes to fred's events before there can be any.
         let mut connection = Self::ours(build(convert::config_of(target)?, timeout)?, timeout);
         let driver = connect(&connection.client).await;
         let driver = driver.map_err(|error| connection.peer.unreachable(error.into(), None))?;
-        connection.driver = Some(Arc::new(DriverTask::new(driver)?));
+        connection.driver = Some(connection.driven_by(driver)?);
         connection.ping(timeout).await?;
         Ok(connection)
     }
@@ -76,11 +75,11 @@ impl FredConnection {
     /// # Errors
     ///
     /// Never fails because of the server or the network.
-    pub(in super::super) fn open_lazily(target: &Target, timeout: Duration) -> Result<Self, crate::Error> {
+    fn open_lazily(target: &Target, timeout: Duration) -> Result<Self, crate::Error> {
         let config = Config { fail_fast: false, ..convert::config_of(target)? };
         let connection = Self::ours(build(config, timeout)?, timeout);
-        let driver = DriverTask::new(AbortOnDropHandle::new(connection.client.connect()))?;
-        Ok(Self { driver: Some(Arc::new(driver)), waits: false, ..connection })
+        let driver = connection.driven_by(AbortOnDropHandle::new(connection.client.connect()))?;
+        Ok(Self { driver: Some(driver), waits: false, ..connection })
     }
 
     /// Wraps a client of our own that doesn't connect yet.
@@ -88,6 +87,14 @@ impl FredConnection {
         let connection = Self::of(client, true);
         connection.liveness().patience = timeout * 2;
         connection
+    }
+
+    fn driven_by(
+        &self,
+        task: AbortOnDropHandle<FredResult<()>>,
+    ) -> Result<Arc<DriverTask<FredResult<()>>>, crate::Error> {
+        let client = self.client.clone();
+        Ok(Arc::new(DriverTask::new(task, move || client.connect())?))
     }
 
     /// Makes sure that the server replies, if only with a refusal: fred takes a connection for a good one that the
@@ -206,7 +213,7 @@ impl Connection for FredConnection {
         if !unanswered {
             self.liveness().heard();
         } else if let Some(driver) = &self.driver {
-            driver.go_on_here_if_stalled(&self.client, self.liveness().patience / 4);
+            driver.go_on_here_if_stalled(self.liveness().patience / 4);
         }
         let reason = if unanswered || unrouted { self.why_unanswered() } else { None };
         let error = match reason {
@@ -248,13 +255,22 @@ impl Connection for FredConnection {
     }
 
     fn runtime(&self) -> Option<Handle> {
-        self.driver.as_ref().map(|driver| driver.go_on(&self.client))
+        self.driver.as_ref().map(|driver| driver.go_on())
     }
 
     fn pub_sub(&self) -> Arc<dyn PubSub> {
-        let home = Home::of(self.driver.as_ref(), &self.client);
-        Arc::new(FredPubSub::new(self.client.client_config(), home))
+        Arc::new(FredPubSub::new(self.client.client_config(), Home::of(self.driver.as_ref())))
     }
+}
+
+/// Connects to a server, or learns what the nodes of a cluster are.
+pub(super) async fn open(target: &Target, timeout: Duration) -> Result<Arc<dyn Connection>, crate::Error> {
+    Ok(Arc::new(FredConnection::open(target, timeout).await?))
+}
+
+/// Connects in the background, now or when the server comes up.
+pub(super) fn open_lazily(target: &Target, timeout: Duration) -> Result<Arc<dyn Connection>, crate::Error> {
+    Ok(Arc::new(FredConnection::open_lazily(target, timeout)?))
 }
 
 /// Uses the caller's client. Assumes nothing of its settings: each call brings its own.

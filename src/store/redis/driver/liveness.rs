@@ -20,6 +20,10 @@ pub(super) struct Liveness {
 }
 
 impl Liveness {
+    pub(super) fn with_patience(patience: Duration) -> Self {
+        Self { patience, ..Self::default() }
+    }
+
     pub(super) fn heard(&mut self) {
         self.heard = Some(Instant::now());
         self.unanswered = None;

@@ -6,7 +6,7 @@ use tenure_test_support::Server;
 use super::super::operation::{Operation, What};
 use super::super::replies::integers;
 use super::super::server::Server as RedisServer;
-use super::super::{Executor, RedisStore, names};
+use super::super::{Driver, Executor, RedisStore, names};
 use super::*;
 use crate::store::Acquired;
 
@@ -28,7 +28,7 @@ const LOOK: &str = "local all = {} for i, key in ipairs(KEYS) do \
 #[ignore = "needs a server; tests/internals.rs runs it"]
 async fn the_short_way_to_hand_over_ends_where_the_long_one_does() {
     let server = Server::start();
-    let store = RedisStore::connect(&server.url(), String::new(), PATIENCE, 0).await.unwrap();
+    let store = RedisStore::connect(Driver::default(), &server.url(), String::new(), PATIENCE, 0).await.unwrap();
     let server = store.server();
     let parts = &[OWNER, HELD, FENCE, GRANTS, LINE, include_str!("../scripts/hand_over.lua")];
     let long = Script::new(parts);
@@ -102,7 +102,7 @@ fn replies_are_told_apart_and_belong_to_their_requests() {
 #[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_fencing_token_is_told_as_the_server_has_it_however_early_the_request_was() {
     let server = Server::start();
-    let store = RedisStore::connect(&server.url(), String::new(), PATIENCE, 0).await.unwrap();
+    let store = RedisStore::connect(Driver::default(), &server.url(), String::new(), PATIENCE, 0).await.unwrap();
     let mut last = 0;
     for timeout in [1_000, 2_000, 2_096, 2_098, 2_100, 60_000, 3_000_000].map(Duration::from_millis) {
         let value = Bytes::from_static(b"token");

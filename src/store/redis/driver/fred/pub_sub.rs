@@ -17,9 +17,9 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::timeout;
 
+use super::super::task::Home;
 use super::super::{Calling, Driving, Listener, Listening, PubSub, SUBSCRIBING};
 use super::connect;
-use super::task::Home;
 use crate::store::redis::slot::slot_of;
 use crate::{RedisError, RedisErrorKind};
 
@@ -28,11 +28,11 @@ const BACKLOG: usize = 4_096;
 
 pub(super) struct FredPubSub {
     config: Config,
-    home: Home,
+    home: Home<FredResult<()>>,
 }
 
 impl FredPubSub {
-    pub(super) fn new(config: Config, home: Home) -> Self {
+    pub(super) fn new(config: Config, home: Home<FredResult<()>>) -> Self {
         Self { config, home }
     }
 }
