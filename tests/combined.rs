@@ -7,7 +7,7 @@ use std::future::{Future, IntoFuture};
 use std::task::{Context, Waker};
 use std::time::Duration;
 
-use tenure::fred::util::redis_keyslot;
+use fred::util::redis_keyslot;
 use tenure::{Error, LockGuard, Locker};
 use tenure_test_support::{Cluster, Mode, Proxy, Server, eventually, soon, within};
 use tokio::task::JoinSet;

@@ -10,9 +10,9 @@ use std::env;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use fred::prelude::{Builder, Client, ClientLike, Config, Value};
+use fred::types::{ClusterHash, CustomCommand};
 use tenure::Locker;
-use tenure::fred::prelude::{Builder, Client, ClientLike, Config, Value};
-use tenure::fred::types::{ClusterHash, CustomCommand};
 use tenure_test_support::Server;
 
 const PROCESSES: usize = 4;

@@ -20,6 +20,7 @@ fn the_crates_own_tests_that_need_a_server_pass() {
     let features = [
         ("default", cfg!(feature = "default")),
         ("fred", cfg!(feature = "fred")),
+        ("redis", cfg!(feature = "redis")),
         ("rustls", cfg!(feature = "rustls")),
         ("native-tls", cfg!(feature = "native-tls")),
         ("serde", cfg!(feature = "serde")),

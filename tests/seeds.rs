@@ -34,6 +34,7 @@ fn watchdog(locker: &Locker) -> (WatchDog, Arc<Mutex<Vec<WatchEvent>>>) {
 mod bsm_redislock {
     use super::*;
 
+    #[cfg(feature = "fred")]
     #[tokio::test]
     async fn row_01_any_client_will_do() {
         use tenure::fred::prelude::{Builder, ClientLike, Config, ReconnectPolicy};

@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tenure::fred::prelude::{Builder, Client, ClientLike, Config, Value};
-use tenure::fred::types::{ClusterHash, CustomCommand};
+use fred::prelude::{Builder, Client, ClientLike, Config, Value};
+use fred::types::{ClusterHash, CustomCommand};
 use tenure::{LockGuard, Locker};
 use tenure_test_support::{Mode, Proxy, Server};
 use tokio::runtime::Handle;

@@ -19,6 +19,8 @@ mod loss;
 mod ownership;
 mod parked;
 mod permissions;
+#[cfg(feature = "redis")]
+mod redis_connections;
 mod replicas;
 mod runtimes;
 mod servers;
