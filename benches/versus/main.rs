@@ -142,7 +142,9 @@ fn print_header(plan: Plan, machine: &str) {
 
 fn print_table(rivals: &[Rival], tasks: usize, samples: &Samples) {
     println!("\n{tasks} task{}", if tasks == 1 { "" } else { "s" });
-    println!("  rival            |  pairs/s | us/pair | time / raw fred | pairs/s / rslock | client CPU us/pair");
+    println!(
+        "  rival                     |  pairs/s | us/pair | time / raw fred | pairs/s / rslock | client CPU us/pair"
+    );
     for rival in rivals {
         let name = rival.name();
         let own = &samples[name];
@@ -153,7 +155,7 @@ fn print_table(rivals: &[Rival], tasks: usize, samples: &Samples) {
         let rate_to_rslock = median_ratio(own, &samples[RSLOCK]);
         let cpu = median(own.iter().map(|sample| sample.cpu_micros));
         println!(
-            "  {name:<16} | {rate:>8.0} | {micros:>7.1} | {time_to_fred:>15.2} | {rate_to_rslock:>16.2} | {cpu:>18.1}"
+            "  {name:<25} | {rate:>8.0} | {micros:>7.1} | {time_to_fred:>15.2} | {rate_to_rslock:>16.2} | {cpu:>18.1}"
         );
     }
 }

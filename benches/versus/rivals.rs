@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use rslock::LockManager;
-use tenure::{Locker, Token};
+use tenure::{Driver, Locker, Token};
 
 use crate::raw_fred::RawFred;
 use crate::raw_redis::RawRedis;
@@ -23,10 +23,11 @@ const COMPARE_AND_DELETE: &str =
 #[derive(Clone)]
 pub(crate) enum Rival {
     Tenure {
+        name: &'static str,
         locker: Locker,
         fenced: bool,
     },
-    /// The client under tenure: the ratio to it is the price of the guard.
+    /// A client under tenure: the ratio to it is the price of the guard.
     Fred {
         name: &'static str,
         raw: RawFred,
@@ -37,10 +38,12 @@ pub(crate) enum Rival {
 
 impl Rival {
     /// Returns every rival, each with its own connection.
-    pub(crate) async fn all(url: &str) -> [Self; 6] {
+    pub(crate) async fn all(url: &str) -> [Self; 8] {
         [
-            Self::tenure(url, true).await,
-            Self::tenure(url, false).await,
+            Self::tenure("tenure on fred", url, Driver::Fred, true).await,
+            Self::tenure("tenure on fred, unfenced", url, Driver::Fred, false).await,
+            Self::tenure("tenure on redis", url, Driver::Redis, true).await,
+            Self::tenure("tenure on redis, unfenced", url, Driver::Redis, false).await,
             Self::fred(RAW_FRED, url).await,
             Self::fred(CONTROL, url).await,
             Self::Redis(RawRedis::connect(url, COMPARE_AND_DELETE).await),
@@ -48,8 +51,9 @@ impl Rival {
         ]
     }
 
-    async fn tenure(url: &str, fenced: bool) -> Self {
-        Self::Tenure { locker: Locker::connect(url).await.expect("a connection"), fenced }
+    async fn tenure(name: &'static str, url: &str, driver: Driver, fenced: bool) -> Self {
+        let locker = Locker::builder().driver(driver).connect(url).await.expect("a connection");
+        Self::Tenure { name, locker, fenced }
     }
 
     async fn fred(name: &'static str, url: &str) -> Self {
@@ -58,9 +62,7 @@ impl Rival {
 
     pub(crate) const fn name(&self) -> &'static str {
         match self {
-            Self::Tenure { fenced: true, .. } => "tenure",
-            Self::Tenure { fenced: false, .. } => "tenure, unfenced",
-            Self::Fred { name, .. } => name,
+            Self::Tenure { name, .. } | Self::Fred { name, .. } => name,
             Self::Redis(_) => "raw redis",
             Self::Rslock(_) => RSLOCK,
         }
@@ -74,7 +76,7 @@ impl Rival {
     /// that of a release; but the next pair would find its key locked.
     pub(crate) async fn obtain_and_release(&self, key: &str) {
         match self {
-            Self::Tenure { locker, fenced } => with_tenure(locker, *fenced, key).await,
+            Self::Tenure { locker, fenced, .. } => with_tenure(locker, *fenced, key).await,
             Self::Fred { raw, .. } => with_fred(raw, key).await,
             Self::Redis(raw) => with_redis(raw, key).await,
             Self::Rslock(manager) => with_rslock(manager, key).await,
