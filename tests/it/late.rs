@@ -172,3 +172,51 @@ async fn a_wait_that_was_dropped_leaves_no_place_in_the_line_however_late() {
     })
     .await;
 }
+
+/// The heartbeat of a fair waiter arrives when the waiter has had the lock, and has released it.
+#[tokio::test]
+async fn a_heartbeat_that_comes_after_the_turn_of_its_waiter_leaves_no_place_in_the_line() {
+    for_each_of(&[200, 400, 800], |late| async move {
+        let holder = Locker::connect(&late.server.url()).await.unwrap();
+        for _ in 0..4 {
+            let held = soon(holder.lock("k")).await.unwrap();
+            let waiter = tokio::spawn(late.locker.lock("k").fair(true).into_future());
+            let places = async |count| (late.server.cli(&["ZCARD", "{k}:queue"]) == count).then_some(());
+            eventually("the waiter is in the line", async || places("1").await).await;
+            let lost = late.proxy.lost();
+            late.proxy.set(Mode::DeliverNextLate(late.delay));
+            // Half a second after the waiter has asked; or the subscriber's ping.
+            eventually("the next request is late", async || (late.proxy.lost() > lost).then_some(())).await;
+            let delivered = tokio::time::Instant::now() + late.delay;
+            held.release().await.unwrap();
+            soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+            sleep_until(delivered + ms(50)).await;
+            soon(holder.try_lock("k").fair(true)).await.unwrap().release().await.unwrap();
+            places("0").await.unwrap();
+        }
+    })
+    .await;
+}
+
+/// It asks with its place. What tells the server that it has left goes by the connection that is cut then.
+#[tokio::test]
+async fn a_request_that_was_dropped_while_it_asked_leaves_no_place_in_the_line_however_late() {
+    for_each_of(&[300, 800], |late| async move {
+        let other = Locker::connect(&late.server.url()).await.unwrap();
+        let guard = other.lock("k").await.unwrap();
+        // From now on the server knows the script.
+        late.locker.lock("warm").fair(true).await.unwrap().release().await.unwrap();
+        let delivered = tokio::time::Instant::now() + late.delay;
+        late.proxy.set(Mode::DeliverNextLateAndCut { cut: ms(100), delay: late.delay });
+        timeout(ms(20), late.locker.lock("k").fair(true).into_future()).await.unwrap_err();
+        let places = async |count| (late.server.cli(&["ZCARD", "{k}:queue"]) == count).then_some(());
+        sleep_until(delivered - ms(50)).await;
+        places("0").await.unwrap();
+        eventually("the late request enters", async || places("1").await).await;
+        // Twice the timeout of a call. Nobody else would have checked the line by then.
+        sleep_until(delivered + ms(5_000)).await;
+        places("0").await.unwrap();
+        guard.release().await.unwrap();
+    })
+    .await;
+}

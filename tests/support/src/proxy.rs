@@ -24,6 +24,8 @@ pub enum Mode {
     Delay(Duration),
     /// Cuts the connection that brings the next request, and delivers that request so much later all the same.
     DeliverNextLate(Duration),
+    /// Does the same, but cuts the connection only after the first of these times. What comes on it until then is lost.
+    DeliverNextLateAndCut { cut: Duration, delay: Duration },
     /// Silently loses all replies on the present connections; new connections work.
     Silence,
 }
@@ -116,21 +118,24 @@ async fn forward_requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, contr
         let Some(request) = buffer.get(..length).filter(|request| !request.is_empty()) else { return };
         let late = {
             let mut control = lock(&control);
-            match control.mode {
-                Mode::DeliverNextLate(delay) => {
-                    control.mode = Mode::Pass;
-                    control.lost += 1;
-                    Some(delay)
-                }
+            let late = match control.mode {
+                Mode::DeliverNextLate(delay) => Some((Duration::ZERO, delay)),
+                Mode::DeliverNextLateAndCut { cut, delay } => Some((cut, delay)),
                 _ => None,
+            };
+            if late.is_some() {
+                control.mode = Mode::Pass;
+                control.lost += 1;
             }
+            late
         };
-        if let Some(delay) = late {
+        if let Some((cut, delay)) = late {
             let request = request.to_vec();
             tokio::spawn(async move {
                 sleep(delay).await;
                 to.write_all(&request).await
             });
+            sleep(cut).await;
             return;
         }
         if to.write_all(request).await.is_err() {
@@ -179,7 +184,9 @@ async fn read_answers(
             Mode::LoseNext => return,
             Mode::SwallowNext => continue,
             Mode::Delay(delay) => delay,
-            Mode::Pass | Mode::Silence | Mode::DeliverNextLate(_) => Duration::ZERO,
+            Mode::Pass | Mode::Silence | Mode::DeliverNextLate(_) | Mode::DeliverNextLateAndCut { .. } => {
+                Duration::ZERO
+            }
         };
         if under_way.send((Instant::now() + delay, answer.to_vec())).is_err() {
             return;
