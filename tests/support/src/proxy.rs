@@ -24,8 +24,13 @@ pub enum Mode {
     Delay(Duration),
     /// Cuts the connection that brings the next request, and delivers that request so much later all the same.
     DeliverNextLate(Duration),
-    /// Does the same, but cuts the connection only after the first of these times. What comes on it until then is lost.
-    DeliverNextLateAndCut { cut: Duration, delay: Duration },
+    /// Does the same, but cuts the connection only later. What comes on it until then is lost.
+    DeliverNextLateAndCut {
+        /// After how long the connection is cut.
+        cut: Duration,
+        /// After how long the request is delivered.
+        delay: Duration,
+    },
     /// Silently loses all replies on the present connections; new connections work.
     Silence,
 }
