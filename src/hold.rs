@@ -37,7 +37,7 @@ pub(crate) use self::renewing::Renewing;
 pub(crate) use self::state::FinalStep;
 use self::state::{State, Unresolved};
 use self::timing::{Drift, Renewal};
-use crate::store::{Latest, RECORD_TTL, Verdict};
+use crate::store::{Latest, Verdict};
 use crate::{Error, Loss};
 
 /// A grant of the server, and when it was requested.
@@ -108,8 +108,6 @@ impl Hold {
                 kept_until: Instant::now() + grant.ttl,
                 epoch: 0,
                 unresolved: Vec::new(),
-                recorded: grant.sent,
-                recorded_ttl: grant.ttl,
                 last_error: None,
                 loss: None,
                 final_step: None,
@@ -186,34 +184,24 @@ impl Hold {
         let mut state = self.state();
         let (sent, ttl) = (Instant::now(), ttl.unwrap_or(state.ttl));
         state.kept_until = state.kept_until.max(sent + patience + ttl);
-        let keeps_record = self.must_keep_record(&state, sent, ttl);
-        Renewing { sent, ttl, exact: false, keeps_record, epoch: state.epoch }
+        Renewing { sent, ttl, exact: false, epoch: state.epoch }
     }
 
-    /// Returns whether a renewal has to write the record of grants too: it is old, or has a shorter ttl than this.
-    fn must_keep_record(&self, state: &State, now: Instant, ttl: Duration) -> bool {
-        let is_old = now.saturating_duration_since(state.recorded) > RECORD_TTL / 4;
-        self.owned.grant.is_some() && (is_old || ttl > state.recorded_ttl)
-    }
-
-    /// Returns the renewal that is due, if there is one and it may take `time` without outlasting the deadline. `sent`
-    /// is now, or a moment ago.
+    /// Returns the renewal that is due, if there is one, it can share a call with others, and it may take `time` without
+    /// outlasting the deadline. `sent` is now, or a moment ago.
     pub(crate) fn renewing_when_due(&self, sent: Instant, time: Duration) -> Option<Renewing> {
+        // It has a record of its own to keep.
+        if self.owned.grant.is_some() {
+            return None;
+        }
         let mut state = self.state();
         state.verdict(sent).ok()?;
         let due = state.due(self.origin)?;
-        let is_one_of_many =
-            due <= sent && time <= state.deadline - sent && !self.must_keep_record(&state, sent, state.ttl);
+        let is_one_of_many = due <= sent && time <= state.deadline - sent;
         if is_one_of_many {
             state.kept_until = state.kept_until.max(sent + time + state.ttl);
         }
-        is_one_of_many.then_some(Renewing {
-            sent,
-            ttl: state.ttl,
-            exact: false,
-            keeps_record: false,
-            epoch: state.epoch,
-        })
+        is_one_of_many.then_some(Renewing { sent, ttl: state.ttl, exact: false, epoch: state.epoch })
     }
 
     /// Notes that a renewal is about to be sent that sets the ttl to exactly `ttl` (invariant 4). The server refuses to
@@ -234,7 +222,7 @@ impl Hold {
         if let Some(shortened) = shortened {
             shortened.cancel();
         }
-        Renewing { sent, ttl, exact: true, keeps_record: false, epoch }
+        Renewing { sent, ttl, exact: true, epoch }
     }
 
     /// Notes that the server has refused a renewal and will not run it.
@@ -283,10 +271,6 @@ impl Hold {
             }
             if renewing.exact {
                 state.ttl = renewing.ttl;
-            }
-            if renewing.keeps_record || renewing.exact {
-                state.recorded = renewing.sent;
-                state.recorded_ttl = state.recorded_ttl.max(renewing.ttl);
             }
         }
         if renewing.exact {

@@ -26,9 +26,6 @@ pub(super) struct State {
     pub(super) epoch: u32,
     /// The requests that set the ttl and whose outcome is unknown (invariant 5).
     pub(super) unresolved: Vec<Unresolved>,
-    /// When the record of grants was last written, and the longest ttl that it knows of.
-    pub(super) recorded: Instant,
-    pub(super) recorded_ttl: Duration,
     /// Why the latest renewal failed, if none has succeeded since.
     pub(super) last_error: Option<Arc<Error>>,
     pub(super) loss: Option<Loss>,

@@ -142,6 +142,7 @@ impl Server {
     }
 
     fn renew(&self, owned: &Owned, ttl: Duration, how: Extending) -> Verdict {
+        let how = how.of(owned);
         let mut state = self.state.lock().unwrap();
         if let Some(loss) = state.not_ours(owned) {
             return Verdict::NotOurs(loss);
