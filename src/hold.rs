@@ -12,6 +12,9 @@
 //! 5. While the outcome of such a request is unknown, the server may still run it, even after a request that it
 //!    confirms in the meantime. So no confirmation counts for more than that ttl.
 //! 6. One step decides the loss and what is left to do about it: nobody sees one without the other.
+//! 7. A renewal of unknown outcome may be run after the release. By a token that others may use it would record, where
+//!    one of them has the lock by then, that this hold relies on it. So the grant is ended once more when the server no
+//!    longer runs that renewal.
 
 mod claim;
 mod owned;
@@ -108,6 +111,7 @@ impl Hold {
                 kept_until: Instant::now() + grant.ttl,
                 epoch: 0,
                 unresolved: Vec::new(),
+                recording: Vec::new(),
                 last_error: None,
                 loss: None,
                 final_step: None,
@@ -184,6 +188,7 @@ impl Hold {
         let mut state = self.state();
         let (sent, ttl) = (Instant::now(), ttl.unwrap_or(state.ttl));
         state.kept_until = state.kept_until.max(sent + patience + ttl);
+        self.will_record(&mut state, sent, patience);
         Renewing { sent, ttl, exact: false, epoch: state.epoch }
     }
 
@@ -216,6 +221,7 @@ impl Hold {
         let epoch = state.epoch;
         state.unresolved.retain(|earlier| sent < earlier.until);
         state.unresolved.push(Unresolved { epoch, ttl, until: sent + patience });
+        self.will_record(&mut state, sent, patience);
         let shortened = state.shortened.take();
         drop(state);
         // Outside the mutex, as it runs wakers of users.
@@ -225,10 +231,34 @@ impl Hold {
         Renewing { sent, ttl, exact: true, epoch }
     }
 
+    /// Notes that a renewal is about to be sent which records the grant, if there is a record.
+    fn will_record(&self, state: &mut State, sent: Instant, patience: Duration) {
+        if self.owned.grant.is_some() {
+            state.recording.retain(|(_, until)| sent < *until);
+            state.recording.push((sent, sent + patience));
+        }
+    }
+
+    /// Returns until when the server may still record the grant, if it may.
+    pub(crate) fn may_record_until(&self) -> Option<Instant> {
+        self.state().may_record_until(Instant::now())
+    }
+
+    /// Returns whether something that was sent for this hold may be run after its end, and has to be undone then.
+    pub(crate) fn has_late_requests(&self) -> bool {
+        self.may_be_late(&self.state())
+    }
+
+    fn may_be_late(&self, state: &State) -> bool {
+        self.doubt.is_some() || state.may_record_until(Instant::now()).is_some()
+    }
+
     /// Notes that the server has refused a renewal and will not run it.
     pub(crate) fn was_refused(&self, renewing: Renewing) {
+        let mut state = self.state();
+        state.has_replied(renewing);
         if renewing.exact {
-            self.state().unresolved.retain(|request| request.epoch != renewing.epoch);
+            state.unresolved.retain(|request| request.epoch != renewing.epoch);
         }
     }
 
@@ -241,6 +271,7 @@ impl Hold {
     /// Applies the server's verdict on a renewal. Returns that of the hold: a lock that is no longer held stays lost,
     /// even if the server has extended it.
     pub(crate) fn confirm(&self, renewing: Renewing, verdict: Verdict) -> Verdict {
+        self.state().has_replied(renewing);
         match verdict {
             Verdict::Done => self.renewed(renewing).err().map_or(Verdict::Done, Verdict::NotOurs),
             Verdict::NotOurs(loss) => Verdict::NotOurs(self.end(loss)),
@@ -318,7 +349,9 @@ impl Hold {
                 Loss::Released => None,
                 // The server may have run a renewal whose reply never came, and would keep the key for a whole ttl.
                 Loss::Expired => Some(FinalStep::Release(None)),
-                Loss::Taken | Loss::Missing if self.has_parts || self.doubt.is_some() => Some(FinalStep::Release(None)),
+                Loss::Taken | Loss::Missing if self.has_parts || self.may_be_late(&state) => {
+                    Some(FinalStep::Release(None))
+                }
                 Loss::Taken | Loss::Missing => Some(FinalStep::Nothing),
             };
         }

@@ -235,3 +235,31 @@ async fn a_request_that_was_dropped_while_it_asked_leaves_no_place_in_the_line_h
     })
     .await;
 }
+
+/// It would record that the guard relies on the lock, which another guard has by the same token.
+#[tokio::test]
+async fn a_renewal_that_comes_after_the_end_of_its_guard_keeps_no_lock_that_its_token_has_again() {
+    for is_dropped in [true, false] {
+        for_each_of(&[300, 800, 1_900], move |mut late| async move {
+            let other = Locker::connect(&late.server.url()).await.unwrap();
+            let request =
+                |locker: &Locker| locker.lock("k").token("worker-7".parse().unwrap()).ttl(ms(60_000)).no_renewal();
+            let first = soon(request(&late.locker)).await.unwrap();
+            // From now on the server knows the script.
+            first.renew().await.unwrap();
+            late.next_is_late();
+            soon(first.renew()).await.unwrap_err();
+            match is_dropped {
+                true => drop(first),
+                false => soon(first.release()).await.unwrap(),
+            }
+            eventually("it is released", async || (late.server.cli(&["EXISTS", "k"]) == "0").then_some(())).await;
+            let second = soon(request(&other)).await.unwrap();
+            sleep_until(late.delivered + ms(50)).await;
+            drop(second);
+            soon(other.close()).await;
+            late.assert_nothing_left().await;
+        })
+        .await;
+    }
+}
