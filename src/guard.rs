@@ -497,9 +497,9 @@ impl LockGuard {
         self.renewer.interrupt();
         let until = Instant::now() + self.shared.command_timeout;
         let released = self.shared.release(&self.hold.owned, Ending::Lock, until).await?;
-        self.hold.set_final_step(match self.hold.doubt {
-            Some(_) => FinalStep::Undo(self.shared.cleanups.register(Cleanup::UndoAttempt(self.hold.clone()))),
-            None => FinalStep::Nothing,
+        self.hold.set_final_step(match self.hold.has_late_requests() {
+            true => FinalStep::Undo(self.shared.cleanups.register(Cleanup::UndoAttempt(self.hold.clone()))),
+            false => FinalStep::Nothing,
         });
         match released {
             Verdict::Done => {

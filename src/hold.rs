@@ -12,6 +12,9 @@
 //! 5. While the outcome of such a request is unknown, the server may still run it, even after a request that it
 //!    confirms in the meantime. So no confirmation counts for more than that ttl.
 //! 6. One step decides the loss and what is left to do about it: nobody sees one without the other.
+//! 7. A renewal of unknown outcome may be run after the release. By a token that others may use it would record, where
+//!    one of them has the lock by then, that this hold relies on it. So the grant is ended once more when the server no
+//!    longer runs that renewal.
 
 mod claim;
 mod owned;
@@ -37,7 +40,7 @@ pub(crate) use self::renewing::Renewing;
 pub(crate) use self::state::FinalStep;
 use self::state::{State, Unresolved};
 use self::timing::{Drift, Renewal};
-use crate::store::{Latest, RECORD_TTL, Verdict};
+use crate::store::{Latest, Verdict};
 use crate::{Error, Loss};
 
 /// A grant of the server, and when it was requested.
@@ -108,8 +111,7 @@ impl Hold {
                 kept_until: Instant::now() + grant.ttl,
                 epoch: 0,
                 unresolved: Vec::new(),
-                recorded: grant.sent,
-                recorded_ttl: grant.ttl,
+                recording: Vec::new(),
                 last_error: None,
                 loss: None,
                 final_step: None,
@@ -186,34 +188,25 @@ impl Hold {
         let mut state = self.state();
         let (sent, ttl) = (Instant::now(), ttl.unwrap_or(state.ttl));
         state.kept_until = state.kept_until.max(sent + patience + ttl);
-        let keeps_record = self.must_keep_record(&state, sent, ttl);
-        Renewing { sent, ttl, exact: false, keeps_record, epoch: state.epoch }
+        self.will_record(&mut state, sent, patience);
+        Renewing { sent, ttl, exact: false, epoch: state.epoch }
     }
 
-    /// Returns whether a renewal has to write the record of grants too: it is old, or has a shorter ttl than this.
-    fn must_keep_record(&self, state: &State, now: Instant, ttl: Duration) -> bool {
-        let is_old = now.saturating_duration_since(state.recorded) > RECORD_TTL / 4;
-        self.owned.grant.is_some() && (is_old || ttl > state.recorded_ttl)
-    }
-
-    /// Returns the renewal that is due, if there is one and it may take `time` without outlasting the deadline. `sent`
-    /// is now, or a moment ago.
+    /// Returns the renewal that is due, if there is one, it can share a call with others, and it may take `time` without
+    /// outlasting the deadline. `sent` is now, or a moment ago.
     pub(crate) fn renewing_when_due(&self, sent: Instant, time: Duration) -> Option<Renewing> {
+        // It has a record of its own to keep.
+        if self.owned.grant.is_some() {
+            return None;
+        }
         let mut state = self.state();
         state.verdict(sent).ok()?;
         let due = state.due(self.origin)?;
-        let is_one_of_many =
-            due <= sent && time <= state.deadline - sent && !self.must_keep_record(&state, sent, state.ttl);
+        let is_one_of_many = due <= sent && time <= state.deadline - sent;
         if is_one_of_many {
             state.kept_until = state.kept_until.max(sent + time + state.ttl);
         }
-        is_one_of_many.then_some(Renewing {
-            sent,
-            ttl: state.ttl,
-            exact: false,
-            keeps_record: false,
-            epoch: state.epoch,
-        })
+        is_one_of_many.then_some(Renewing { sent, ttl: state.ttl, exact: false, epoch: state.epoch })
     }
 
     /// Notes that a renewal is about to be sent that sets the ttl to exactly `ttl` (invariant 4). The server refuses to
@@ -228,19 +221,44 @@ impl Hold {
         let epoch = state.epoch;
         state.unresolved.retain(|earlier| sent < earlier.until);
         state.unresolved.push(Unresolved { epoch, ttl, until: sent + patience });
+        self.will_record(&mut state, sent, patience);
         let shortened = state.shortened.take();
         drop(state);
         // Outside the mutex, as it runs wakers of users.
         if let Some(shortened) = shortened {
             shortened.cancel();
         }
-        Renewing { sent, ttl, exact: true, keeps_record: false, epoch }
+        Renewing { sent, ttl, exact: true, epoch }
+    }
+
+    /// Notes that a renewal is about to be sent which records the grant, if there is a record.
+    fn will_record(&self, state: &mut State, sent: Instant, patience: Duration) {
+        if self.owned.grant.is_some() {
+            state.recording.retain(|(_, until)| sent < *until);
+            state.recording.push((sent, sent + patience));
+        }
+    }
+
+    /// Returns until when the server may still record the grant, if it may.
+    pub(crate) fn may_record_until(&self) -> Option<Instant> {
+        self.state().may_record_until(Instant::now())
+    }
+
+    /// Returns whether something that was sent for this hold may be run after its end, and has to be undone then.
+    pub(crate) fn has_late_requests(&self) -> bool {
+        self.may_be_late(&self.state())
+    }
+
+    fn may_be_late(&self, state: &State) -> bool {
+        self.doubt.is_some() || state.may_record_until(Instant::now()).is_some()
     }
 
     /// Notes that the server has refused a renewal and will not run it.
     pub(crate) fn was_refused(&self, renewing: Renewing) {
+        let mut state = self.state();
+        state.has_replied(renewing);
         if renewing.exact {
-            self.state().unresolved.retain(|request| request.epoch != renewing.epoch);
+            state.unresolved.retain(|request| request.epoch != renewing.epoch);
         }
     }
 
@@ -253,6 +271,7 @@ impl Hold {
     /// Applies the server's verdict on a renewal. Returns that of the hold: a lock that is no longer held stays lost,
     /// even if the server has extended it.
     pub(crate) fn confirm(&self, renewing: Renewing, verdict: Verdict) -> Verdict {
+        self.state().has_replied(renewing);
         match verdict {
             Verdict::Done => self.renewed(renewing).err().map_or(Verdict::Done, Verdict::NotOurs),
             Verdict::NotOurs(loss) => Verdict::NotOurs(self.end(loss)),
@@ -283,10 +302,6 @@ impl Hold {
             }
             if renewing.exact {
                 state.ttl = renewing.ttl;
-            }
-            if renewing.keeps_record || renewing.exact {
-                state.recorded = renewing.sent;
-                state.recorded_ttl = state.recorded_ttl.max(renewing.ttl);
             }
         }
         if renewing.exact {
@@ -334,7 +349,9 @@ impl Hold {
                 Loss::Released => None,
                 // The server may have run a renewal whose reply never came, and would keep the key for a whole ttl.
                 Loss::Expired => Some(FinalStep::Release(None)),
-                Loss::Taken | Loss::Missing if self.has_parts || self.doubt.is_some() => Some(FinalStep::Release(None)),
+                Loss::Taken | Loss::Missing if self.has_parts || self.may_be_late(&state) => {
+                    Some(FinalStep::Release(None))
+                }
                 Loss::Taken | Loss::Missing => Some(FinalStep::Nothing),
             };
         }

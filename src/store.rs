@@ -178,9 +178,10 @@ impl Extending {
     /// Returns what the server has to do.
     pub(crate) fn of(self, owned: &Owned) -> Self {
         match (self, owned.grant) {
-            (Self::Ensure, None | Some(GrantId::UNKNOWN)) => Self::AtLeast,
-            // A grant that has an id relies on the lock for as long as its record says.
-            (Self::Ensure, Some(_)) => Self::KeepRecord,
+            (Self::AtLeast | Self::Ensure, None | Some(GrantId::UNKNOWN)) => Self::AtLeast,
+            // The key may be there because of another grant of the token, and the record of this one lost. Unless it is
+            // recorded again, it counts for nothing: the key ends with the other grant.
+            (Self::AtLeast | Self::Ensure, Some(_)) => Self::KeepRecord,
             (how, _) => how,
         }
     }
@@ -199,9 +200,6 @@ pub(crate) enum Undone {
     /// Nothing is left of it, but the server may still run its request within this time.
     MayRun(Duration),
 }
-
-/// The shortest ttl of a record of grants. The record is deleted with the lock; the ttl is for locks whose holder died.
-pub(crate) const RECORD_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The verdict on an acquire.
 #[derive(Clone, Debug, PartialEq, Eq)]

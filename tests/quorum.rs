@@ -601,8 +601,8 @@ async fn a_slow_node_holds_up_no_turns_of_those_who_wait() {
     let turns = tasks.join_all().await;
     eprintln!("{turns:?}");
     let sum: u32 = turns.iter().map(|(turns, _)| turns).sum();
-    // Twenty-five turns a second if each split vote waits for the slow node.
-    assert!(sum > 400, "{turns:?}");
+    // A hundred in all if each split vote waits for the slow node.
+    assert!(sum > 200, "{turns:?}");
 }
 
 async fn locker_of(urls: &[String]) -> Locker {

@@ -94,17 +94,19 @@ run() {
     TENURE_SERVER=$binary TENURE_SERVER_VERSION=${server/-/ } "$path" "$@"
 }
 
-# lane FUNCTION: runs it beside the others. join_lanes waits for all, and shows what they have printed.
+# lane NAME COMMAND: runs it beside the others. join_lanes waits for all, and shows what they have printed.
 lane() {
+    local name=$1
+    shift
     set -m
     (
         set -e
         SECONDS=0
-        "$1"
-        heading "$1: passed in $SECONDS s"
-    ) >"$scratch/$1.log" 2>&1 </dev/null &
+        "$@"
+        heading "$name: passed in $SECONDS s"
+    ) >"$scratch/$name.log" 2>&1 </dev/null &
     set +m
-    lanes+=("$! $1")
+    lanes+=("$! $name")
 }
 
 join_lanes() {
@@ -147,6 +149,7 @@ other_server() {
     run redis "$other" it "${many[@]}" --skip late:: --skip listening::
     run all "$other" it conformance::
     run redis "$other" combined "${many[@]}"
+    run all "$installed" combined "${many[@]}"
     run redis "$other" watchdog "${many[@]}"
     # What differs where there is no TLS.
     run redis "$other" tenure store::redis::
@@ -159,6 +162,7 @@ several_servers() {
     run all "$installed" topologies
     run redis "$other" topologies
     run redis "$other" quorum "${many[@]}"
+    run all "$installed" quorum "${many[@]}"
     run all "$installed" seeds
     run redis "$installed" seeds
     run redis "$installed" turns
@@ -185,12 +189,14 @@ processor() {
 }
 
 heading "tests in lanes: about five minutes"
-for name in promises other_server several_servers processor; do lane "$name"; done
+for name in promises other_server several_servers processor; do lane "$name" "$name"; done
 join_lanes
 
 heading "tests that need the machine for themselves"
-run all "$installed" it a_hundred_thousand_ ten_thousand_
-for program in quorum combined many turns watchdog exclusion; do
+for program in it quorum combined; do
+    run all "$installed" "$program" a_hundred_thousand_ ten_thousand_ thousands_of_ a_lock_costs_
+done
+for program in many turns watchdog exclusion; do
     run all "$installed" "$program"
 done
 run rustls "$installed" tls
@@ -198,18 +204,18 @@ run rustls "$installed" tls
 TENURE_SOAK_SECONDS=60 run all "$installed" soak --skip tasks_and
 TENURE_SOAK_SECONDS=20 run all "$installed" soak tasks_and
 
+# They wait more than they work, so all run at once: by itself, and on a server.
 redis-server --port 0 --unixsocket "$scratch/socket" --save "" --dir "$scratch" >"$scratch/log" &
 server=$!
 for _ in {1..100}; do
     redis-cli -s "$scratch/socket" ping >/dev/null 2>&1 && break
     sleep 0.1
 done
-for example in quickstart lost_in_select scope hand_over watchdog; do
-    heading "example $example"
-    env -u REDIS_URL cargo run --quiet --example "$example"
-    heading "example $example, on a server"
-    REDIS_URL="redis+unix://$scratch/socket" cargo run --quiet --example "$example"
+for name in quickstart lost_in_select scope hand_over watchdog; do
+    lane "example $name" env -u REDIS_URL cargo run --quiet --example "$name"
+    lane "example $name, on a server" env REDIS_URL="redis+unix://$scratch/socket" cargo run --quiet --example "$name"
 done
+join_lanes
 
 if [[ ${1:-} == --all-servers ]]; then
     for name in redis-6.2 redis-7.4; do

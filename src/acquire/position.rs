@@ -148,8 +148,11 @@ impl Position {
     async fn enter(&mut self, context: &Context, key: Key, place: LinePlace) {
         self.own_place = Some(OwnPlace::new(key.clone(), place));
         self.may_be_out_of_line = false;
-        if let Err(error) = context.shared.store.enter(&key, place, context.shared.command_timeout).await {
-            self.may_enter_late |= !error.has_not_run();
+        // Also if this is dropped before the reply comes.
+        let before = std::mem::replace(&mut self.may_enter_late, true);
+        let entered = context.shared.store.enter(&key, place, context.shared.command_timeout).await;
+        self.may_enter_late = before || entered.as_ref().is_err_and(|error| !error.has_not_run());
+        if let Err(error) = entered {
             debug!(name: "tenure.heartbeat_failed", %key, %error, "not in the line yet");
         }
     }

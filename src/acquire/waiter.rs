@@ -38,12 +38,15 @@ pub(crate) struct Waiter {
     asked: Instant,
     /// How long the server took for its last answer that another holds the lock.
     took: Duration,
+    /// It is asking with its place in the line, so that it may enter the line after it has left.
+    is_entering: bool,
 }
 
 impl Waiter {
     pub(crate) fn new(attempt: Attempt, limit: Option<Instant>) -> Self {
-        let (position, subscription, is_first) = (Position::default(), None, false);
-        Self { attempt, position, limit, subscription, is_first, asked: Instant::now(), took: Duration::ZERO }
+        let (position, subscription, is_first, is_entering) = (Position::default(), None, false, false);
+        let (asked, took) = (Instant::now(), Duration::ZERO);
+        Self { attempt, position, limit, subscription, is_first, asked, took, is_entering }
     }
 
     /// Enters the queue of this process, and waits behind those who came before.
@@ -76,9 +79,11 @@ impl Waiter {
         let sending = self.attempt.prepare(self.limit);
         self.position.expect(sending.ends());
         let in_line = self.position.in_line(&self.attempt.context);
+        self.is_entering = matches!(in_line, InLine::At { .. });
         let outcome = self.attempt.send(&sending, &in_line).await;
+        let has_entered = std::mem::take(&mut self.is_entering);
         match &outcome {
-            Outcome::Unknown(_) if matches!(in_line, InLine::At { .. }) => self.position.may_enter_late(),
+            Outcome::Unknown(_) | Outcome::Closed if has_entered => self.position.may_enter_late(),
             Outcome::Held(_) => {
                 self.took = self.asked.elapsed();
                 self.position.refused(&self.attempt.context);
@@ -338,6 +343,9 @@ impl Waiter {
 
     /// Leaves the queue and the line, in the background as far as the server has to be told.
     fn leave(&mut self) {
+        if std::mem::take(&mut self.is_entering) {
+            self.position.may_enter_late();
+        }
         if let Some(left) = self.position.leave_queue() {
             if left.may_hold {
                 self.attempt.keep_pending(None);

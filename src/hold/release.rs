@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tracing::{info, warn};
 
 use super::{Hold, Owned, timing};
@@ -62,8 +62,8 @@ impl Shared {
         }
     }
 
-    /// Does what the end of a lock leaves to do: ends its grant if `releases`, and then undoes what an attempt of
-    /// unknown outcome may have left.
+    /// Does what the end of a lock leaves to do: ends its grant if `releases`, and then undoes what an attempt or a
+    /// renewal of unknown outcome may have left.
     pub(crate) async fn clean_up(self: &Arc<Self>, hold: &Hold, releases: bool) {
         if releases {
             // Until the longest ttl that was ever requested has freed the lock; at least for one call.
@@ -78,6 +78,13 @@ impl Shared {
         if let Some(latest) = &hold.doubt {
             let left = hold.kept_until().saturating_duration_since(Instant::now());
             self.undo(&hold.owned, latest, left).await;
+        }
+        if let Some(until) = hold.may_record_until() {
+            sleep_until(until).await;
+            let until = Instant::now() + self.command_timeout;
+            if let Err(error) = self.release_until(&hold.owned, Ending::Grant, until, true).await {
+                warn!(name: "tenure.undo_failed", key = %hold.owned.key(), %error, "a late renewal may keep the lock");
+            }
         }
     }
 }

@@ -13,18 +13,12 @@ pub(crate) struct Renewing {
     pub(crate) ttl: Duration,
     /// Whether it sets the ttl to exactly this; otherwise to at least this.
     pub(super) exact: bool,
-    /// Whether it prolongs the record of grants, too.
-    pub(super) keeps_record: bool,
     /// How many requests had set the ttl before it was sent, and with it.
     pub(super) epoch: u32,
 }
 
 impl Renewing {
     pub(crate) fn how(self) -> Extending {
-        match (self.exact, self.keeps_record) {
-            (true, _) => Extending::Exactly,
-            (false, true) => Extending::KeepRecord,
-            (false, false) => Extending::AtLeast,
-        }
+        if self.exact { Extending::Exactly } else { Extending::AtLeast }
     }
 }

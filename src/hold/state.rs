@@ -7,6 +7,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::Observer;
+use super::renewing::Renewing;
 use super::timing::Renewal;
 use crate::locker::cleanups::PendingCleanup;
 use crate::{Error, Loss};
@@ -26,9 +27,9 @@ pub(super) struct State {
     pub(super) epoch: u32,
     /// The requests that set the ttl and whose outcome is unknown (invariant 5).
     pub(super) unresolved: Vec<Unresolved>,
-    /// When the record of grants was last written, and the longest ttl that it knows of.
-    pub(super) recorded: Instant,
-    pub(super) recorded_ttl: Duration,
+    /// The renewals without a reply that write a record of grants: when each was sent, and until when the server may run
+    /// it (invariant 7).
+    pub(super) recording: Vec<(Instant, Instant)>,
     /// Why the latest renewal failed, if none has succeeded since.
     pub(super) last_error: Option<Arc<Error>>,
     pub(super) loss: Option<Loss>,
@@ -50,7 +51,7 @@ pub(crate) enum FinalStep {
     /// Release the lock. [`Locker::close`](crate::Locker::close) waits for the pending cleanup; if there is none yet,
     /// the renewer registers it.
     Release(Option<PendingCleanup>),
-    /// The lock is released: undo what an earlier attempt of unknown outcome may still leave.
+    /// The lock is released: undo what earlier requests of unknown outcome may still leave.
     Undo(PendingCleanup),
     /// Nothing: the lock is released, or stays at the server as it is.
     Nothing,
@@ -62,6 +63,17 @@ impl State {
             Some(loss) => Err(loss),
             None if now >= self.deadline => Err(Loss::Expired),
             None => Ok(()),
+        }
+    }
+
+    pub(super) fn may_record_until(&self, now: Instant) -> Option<Instant> {
+        self.recording.iter().map(|(_, until)| *until).filter(|until| now < *until).max()
+    }
+
+    /// Notes that the server has run a renewal, or never will.
+    pub(super) fn has_replied(&mut self, renewing: Renewing) {
+        if let Some(place) = self.recording.iter().position(|(sent, _)| *sent == renewing.sent) {
+            self.recording.swap_remove(place);
         }
     }
 

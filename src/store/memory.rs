@@ -189,15 +189,12 @@ impl Held {
     fn acquire(&mut self, wanted: &Wanted) -> Acquired {
         let now = Instant::now();
         let Owned { keys, token, grant, .. } = &wanted.owned;
-        // Never earlier than the current expiry: another grant of the same token may rely on it.
-        let mut expires = now + wanted.ttl;
         // The greatest fencing token of the keys, as some may have been granted later than others; none if any key has
         // none.
         let mut repeated = Some(0);
         for (place, key) in keys.iter().enumerate() {
             match self.live(key, now) {
                 Some(entry) if entry.token == *token => {
-                    expires = expires.max(entry.expires);
                     repeated = repeated.zip(entry.fence).map(|(one, other)| one.max(other));
                 }
                 Some(entry) => return Acquired::Held { place, remaining: Some(entry.expires - now) },
@@ -209,8 +206,11 @@ impl Held {
         let fence = wanted.fenced.then(|| repeated.unwrap_or_else(|| self.next_fence(now)));
         for key in keys {
             let metadata = wanted.metadata.clone();
-            let ours = self.live(key, now).map(|entry| entry.grants.clone());
-            let (is_first, grants) = (ours.is_none(), ours.unwrap_or_default());
+            let ours = self.live(key, now).map(|entry| (entry.grants.clone(), entry.expires));
+            let is_first = ours.is_none();
+            let (grants, until) = ours.unwrap_or_else(|| (Vec::new(), now));
+            // Never earlier than the current expiry: another grant of the same token may rely on it.
+            let expires = until.max(now + wanted.ttl);
             let mut entry = Entry { token: token.clone(), metadata, expires, fence, grants };
             match grant {
                 Some(_) if is_first => entry.grants = vec![Reliance { grant: *grant, ttl: Some(wanted.ttl) }],

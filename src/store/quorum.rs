@@ -141,7 +141,7 @@ struct Member {
 }
 
 impl QuorumStore {
-    /// OpenRounds the window up to whole seconds, as servers report their uptime in seconds.
+    /// Rounds the window up to whole seconds, as servers report their uptime in seconds.
     pub(crate) fn new(nodes: Vec<Connected>, window: Duration, releases: TaskTracker) -> Self {
         Self::with_clock(nodes, window, releases, clocks::since_1970)
     }

@@ -172,3 +172,94 @@ async fn a_wait_that_was_dropped_leaves_no_place_in_the_line_however_late() {
     })
     .await;
 }
+
+/// The heartbeat of a fair waiter arrives when the waiter has had the lock, and has released it.
+#[tokio::test]
+async fn a_heartbeat_that_comes_after_the_turn_of_its_waiter_leaves_no_place_in_the_line() {
+    for_each_of(&[200, 400, 800], |late| async move {
+        let holder = Locker::connect(&late.server.url()).await.unwrap();
+        let mut heartbeats = 0;
+        for _ in 0..8 {
+            let held = soon(holder.lock("k")).await.unwrap();
+            let waiter = tokio::spawn(late.locker.lock("k").fair(true).into_future());
+            let places = async |count| (late.server.cli(&["ZCARD", "{k}:queue"]) == count).then_some(());
+            eventually("the waiter is in the line", async || places("1").await).await;
+            let lost = late.proxy.lost();
+            late.proxy.set(Mode::DeliverNextLate(late.delay));
+            eventually("the next request is late", async || (late.proxy.lost() > lost).then_some(())).await;
+            let delivered = tokio::time::Instant::now() + late.delay;
+            held.release().await.unwrap();
+            soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+            sleep_until(delivered + ms(50)).await;
+            // It may have been an attempt, which is undone somewhat later.
+            if is_heartbeat(&late.proxy.late_request()) {
+                heartbeats += 1;
+                soon(holder.try_lock("k").fair(true)).await.unwrap().release().await.unwrap();
+                places("0").await.unwrap();
+            }
+            eventually("the line is empty", async || places("0").await).await;
+            if heartbeats == 2 {
+                return;
+            }
+        }
+        assert!(heartbeats > 0, "no heartbeat was late");
+    })
+    .await;
+}
+
+/// Only a heartbeat has three keys: the lock, its line, and the hash of processes that are alive.
+fn is_heartbeat(request: &[u8]) -> bool {
+    let keys = b"\r\n$1\r\n3\r\n$1\r\nk\r\n$9\r\n{k}:queue\r\n$9\r\n{k}:alive\r\n";
+    request.windows(keys.len()).any(|part| part == keys)
+}
+
+/// It asks with its place. What tells the server that it has left goes by the connection that is cut then.
+#[tokio::test]
+async fn a_request_that_was_dropped_while_it_asked_leaves_no_place_in_the_line_however_late() {
+    for_each_of(&[300, 800], |late| async move {
+        let other = Locker::connect(&late.server.url()).await.unwrap();
+        let guard = other.lock("k").await.unwrap();
+        // From now on the server knows the script.
+        late.locker.lock("warm").fair(true).await.unwrap().release().await.unwrap();
+        let delivered = tokio::time::Instant::now() + late.delay;
+        late.proxy.set(Mode::DeliverNextLateAndCut { cut: ms(100), delay: late.delay });
+        timeout(ms(20), late.locker.lock("k").fair(true).into_future()).await.unwrap_err();
+        let places = async |count| (late.server.cli(&["ZCARD", "{k}:queue"]) == count).then_some(());
+        sleep_until(delivered - ms(50)).await;
+        places("0").await.unwrap();
+        eventually("the late request enters", async || places("1").await).await;
+        // Twice the timeout of a call. Nobody else would have checked the line by then.
+        sleep_until(delivered + ms(5_000)).await;
+        places("0").await.unwrap();
+        guard.release().await.unwrap();
+    })
+    .await;
+}
+
+/// It would record that the guard relies on the lock, which another guard has by the same token.
+#[tokio::test]
+async fn a_renewal_that_comes_after_the_end_of_its_guard_keeps_no_lock_that_its_token_has_again() {
+    for is_dropped in [true, false] {
+        for_each_of(&[300, 800, 1_900], move |mut late| async move {
+            let other = Locker::connect(&late.server.url()).await.unwrap();
+            let request =
+                |locker: &Locker| locker.lock("k").token("worker-7".parse().unwrap()).ttl(ms(60_000)).no_renewal();
+            let first = soon(request(&late.locker)).await.unwrap();
+            // From now on the server knows the script.
+            first.renew().await.unwrap();
+            late.next_is_late();
+            soon(first.renew()).await.unwrap_err();
+            match is_dropped {
+                true => drop(first),
+                false => soon(first.release()).await.unwrap(),
+            }
+            eventually("it is released", async || (late.server.cli(&["EXISTS", "k"]) == "0").then_some(())).await;
+            let second = soon(request(&other)).await.unwrap();
+            sleep_until(late.delivered + ms(50)).await;
+            drop(second);
+            soon(other.close()).await;
+            late.assert_nothing_left().await;
+        })
+        .await;
+    }
+}

@@ -120,6 +120,38 @@ async fn an_explicit_release_ends_the_lock_for_all_who_hold_it_by_its_token() {
     assert_freed(&server, [&here, &there]).await;
 }
 
+/// With the key, the server has lost which guards rely on it.
+#[tokio::test]
+async fn a_guard_that_is_renewed_where_its_key_was_lost_and_taken_again_by_its_token_is_not_ended_by_the_other() {
+    for lose in [&["DEL", "k"][..], &["FLUSHALL"]] {
+        let (server, here, there) = start().await;
+        let first = here.obtain("k").token(token()).no_renewal().await.unwrap();
+        server.cli(lose);
+        let second = there.obtain("k").token(token()).await.unwrap();
+        first.renew().await.unwrap();
+        drop(second);
+        soon(there.close()).await;
+        assert!(first.is_held());
+        let rival = Locker::connect(&server.url()).await.unwrap();
+        rival.try_lock("k").await.unwrap_err();
+        drop(first);
+        assert_freed(&server, [&here, &rival]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_key_that_is_taken_with_one_that_lives_longer_has_the_ttl_of_its_own_guard() {
+    let (server, here, there) = start().await;
+    let first = here.obtain("k").token(token()).ttl(ms(60_000)).await.unwrap();
+    let both = there.lock_all(["l", "k"]).token(token()).ttl(ms(2_000)).await.unwrap();
+    let ttl_of = |key| server.cli(&["PTTL", key]).parse::<i64>().unwrap();
+    assert!(ttl_of("l") <= 2_000 && ttl_of("k") > 50_000);
+    drop((first, both));
+    soon(here.close()).await;
+    soon(there.close()).await;
+    assert_eq!(server.cli(&["EXISTS", "k", "l"]), "0");
+}
+
 #[tokio::test]
 async fn a_twin_that_shortens_the_ttl_ends_no_other_guard() {
     let (server, here, there) = start().await;

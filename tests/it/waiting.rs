@@ -79,7 +79,9 @@ async fn many_waiters_are_all_served_one_at_a_time() {
 
 /// Returns a locker that checks a lock only after a notification, or when the holder's ttl ends.
 async fn patient(url: &str) -> Locker {
-    Locker::builder().ttl(ms(60_000)).poll_every(ms(60_000)).connect(url).await.unwrap()
+    let builder = Locker::builder().ttl(ms(60_000)).poll_every(ms(60_000));
+    // Hundreds of calls at a time take their time on a busy machine.
+    builder.command_timeout(ms(20_000)).connect(url).await.unwrap()
 }
 
 /// Returns how often the server has run a script, by its hash or by its text.

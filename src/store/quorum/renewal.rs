@@ -81,12 +81,6 @@ impl Renewal {
         how: Extending,
         timeout: Duration,
     ) -> Result<(Self, Answers), Error> {
-        let how = match how {
-            // A node may hold the key only because of another grant of the token. It must record this grant before it
-            // counts, or it would free the key when the other grant ends.
-            Extending::AtLeast if owned.grant.is_some() => Extending::KeepRecord,
-            how => how,
-        };
         let mut answers = Calls::new(quorum)?;
         let sent = Instant::now();
         let exact = (how == Extending::Exactly).then(|| {
@@ -173,7 +167,7 @@ impl Renewal {
     /// Ends the renewal for its caller. `confirmed` if a majority has confirmed it.
     fn leave(mut self, confirmed: bool, answers: Answers) {
         // Only a guard's renewal heals.
-        let heals = confirmed && matches!(self.how, Extending::AtLeast | Extending::KeepRecord);
+        let heals = confirmed && self.how == Extending::AtLeast;
         let may_be_late = self.owned.grant.is_some();
         if !may_be_late {
             // Without a record, what is late finds the key gone.

@@ -100,10 +100,9 @@ impl Server {
         let doubtful = known.iter().any(|fence| fence.is_none_or(|fence| fence <= before));
         let bar = last.max(if doubtful { now } else { 0 });
         let mut all_ours = true;
-        let mut expires = Instant::now() + wanted.ttl;
         for (place, key) in keys.iter().enumerate() {
             match state.live(key) {
-                Some((held, until)) if held == token => expires = expires.max(*until),
+                Some((held, _)) if held == token => {}
                 Some((_, until)) => {
                     return reply(Vote::Held { place, remaining: Some(*until - Instant::now()) }, last);
                 }
@@ -125,9 +124,10 @@ impl Server {
             }
         }
         for key in keys {
-            let mut grants = match state.live(key) {
-                Some(_) => state.others(key, *grant),
-                None => Vec::new(),
+            let expires = Instant::now() + wanted.ttl;
+            let (mut grants, expires) = match state.live(key) {
+                Some((_, until)) => (state.others(key, *grant), expires.max(*until)),
+                None => (Vec::new(), expires),
             };
             grants.push(*grant);
             state.grants.insert(key.clone(), grants);
@@ -142,6 +142,7 @@ impl Server {
     }
 
     fn renew(&self, owned: &Owned, ttl: Duration, how: Extending) -> Verdict {
+        let how = how.of(owned);
         let mut state = self.state.lock().unwrap();
         if let Some(loss) = state.not_ours(owned) {
             return Verdict::NotOurs(loss);

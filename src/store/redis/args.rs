@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::hold::{GrantId, Owned};
-use crate::store::{Extending, RECORD_TTL, Wanted};
+use crate::store::{Extending, Wanted};
 
 /// What scripts call a grant that has no id.
 pub(super) const NO_ID: &str = "-";
@@ -13,6 +13,9 @@ pub(super) const NO_ID: &str = "-";
 /// The shortest ttl of a fence key. Should the server forget the last fencing token after that, its clock takes over:
 /// the memory only matters where that clock is set back, by less than this.
 pub(super) const FENCE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// The shortest ttl of a record of grants. The record is deleted with the lock; the ttl is for locks whose holder died.
+const RECORD_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Returns what the lock key holds while the lock is held.
 pub(super) fn value_of(wanted: &Wanted) -> Bytes {

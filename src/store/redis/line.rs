@@ -53,7 +53,7 @@ impl RedisStore {
     pub(super) async fn enter(&self, key: &Key, place: LinePlace, timeout: Duration) -> Result<(), Error> {
         let [_, line, alive_key] = lock_and_line(&self.name(key));
         let call = Call::new([line, alive_key].into_iter(), [self.place(place), alive()]);
-        self.server().run(&self.server().scripts.enter, || call.clone(), |_| {}, timeout).await?.value().map(drop)
+        self.server().run(&self.server().scripts.enter, || call.clone(), |_| {}, timeout).await?.outcome.map(drop)
     }
 
     pub(super) async fn heartbeat(&self, key: &Key, place: LinePlace, timeout: Duration) -> Result<bool, Error> {

@@ -64,7 +64,7 @@ impl Scripts {
             acquire: Script::new(&[OWNER, FENCE, GRANTS, include_str!("scripts/acquire.lua")]),
             acquire_one: Script::for_one_key(&[include_str!("scripts/acquire_one.lua")]),
             acquire_in_line: Script::new(&[OWNER, FENCE, GRANTS, LINE, include_str!("scripts/acquire_in_line.lua")]),
-            enter: Script::new(&[LINE, include_str!("scripts/enter.lua")]),
+            enter: Script::after(include_str!("scripts/enter_one.lua"), &[LINE, include_str!("scripts/enter.lua")]),
             heartbeat: Script::new(&[LINE, include_str!("scripts/heartbeat.lua")]),
             leave: Script::new(&[LINE, include_str!("scripts/leave.lua")]),
             renew: Script::new(&[OWNER, EXTEND, include_str!("scripts/renew.lua")]),

@@ -22,8 +22,16 @@ pub enum Mode {
     SwallowNext,
     /// Keeps each of them back for so long.
     Delay(Duration),
-    /// Cuts the connection that brings the next request, and delivers that request so much later all the same.
+    /// Cuts the connection that brings the next request other than a ping, and delivers that request so much later all
+    /// the same.
     DeliverNextLate(Duration),
+    /// Does the same, but cuts the connection only later. What comes on it until then is lost.
+    DeliverNextLateAndCut {
+        /// After how long the connection is cut.
+        cut: Duration,
+        /// After how long the request is delivered.
+        delay: Duration,
+    },
     /// Silently loses all replies on the present connections; new connections work.
     Silence,
 }
@@ -43,6 +51,8 @@ struct Control {
     /// Connections up to this number are silent.
     silenced: u64,
     lost: u64,
+    /// The last request that is delivered late.
+    late: Vec<u8>,
 }
 
 impl Proxy {
@@ -54,7 +64,8 @@ impl Proxy {
     pub async fn start(port: u16) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
         let own_port = listener.local_addr().expect("its address").port();
-        let control = Arc::new(Mutex::new(Control { mode: Mode::Pass, connections: 0, silenced: 0, lost: 0 }));
+        let control =
+            Arc::new(Mutex::new(Control { mode: Mode::Pass, connections: 0, silenced: 0, lost: 0, late: Vec::new() }));
         let task = tokio::spawn(accept(listener, port, control.clone())).abort_handle();
         Self { port: own_port, control, task }
     }
@@ -71,6 +82,11 @@ impl Proxy {
         if mode == Mode::Silence {
             control.silenced = control.connections;
         }
+    }
+
+    /// Returns the last request that is delivered late, or was.
+    pub fn late_request(&self) -> Vec<u8> {
+        lock(&self.control).late.clone()
     }
 
     /// Returns how many replies were lost.
@@ -116,21 +132,27 @@ async fn forward_requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, contr
         let Some(request) = buffer.get(..length).filter(|request| !request.is_empty()) else { return };
         let late = {
             let mut control = lock(&control);
-            match control.mode {
-                Mode::DeliverNextLate(delay) => {
-                    control.mode = Mode::Pass;
-                    control.lost += 1;
-                    Some(delay)
-                }
+            let late = match control.mode {
+                // A subscriber's, which comes at any time.
+                _ if request == b"*1\r\n$4\r\nPING\r\n" => None,
+                Mode::DeliverNextLate(delay) => Some((Duration::ZERO, delay)),
+                Mode::DeliverNextLateAndCut { cut, delay } => Some((cut, delay)),
                 _ => None,
+            };
+            if late.is_some() {
+                control.mode = Mode::Pass;
+                control.late = request.to_vec();
+                control.lost += 1;
             }
+            late
         };
-        if let Some(delay) = late {
+        if let Some((cut, delay)) = late {
             let request = request.to_vec();
             tokio::spawn(async move {
                 sleep(delay).await;
                 to.write_all(&request).await
             });
+            sleep(cut).await;
             return;
         }
         if to.write_all(request).await.is_err() {
@@ -179,7 +201,9 @@ async fn read_answers(
             Mode::LoseNext => return,
             Mode::SwallowNext => continue,
             Mode::Delay(delay) => delay,
-            Mode::Pass | Mode::Silence | Mode::DeliverNextLate(_) => Duration::ZERO,
+            Mode::Pass | Mode::Silence | Mode::DeliverNextLate(_) | Mode::DeliverNextLateAndCut { .. } => {
+                Duration::ZERO
+            }
         };
         if under_way.send((Instant::now() + delay, answer.to_vec())).is_err() {
             return;

@@ -17,6 +17,7 @@ local token, value, ttl, n = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[
 local fence_ttl, grant, record_ttl = ARGV[5], ARGV[6], ARGV[7]
 local records = grant ~= '' and n or 0
 local fences = n + records
+-- How long each key will live that holds the token already.
 local ours = {}
 local missing = 0
 
@@ -25,8 +26,7 @@ for i = 1, n do
     if not held or ARGV[8] ~= '' and held == '\n' .. ARGV[8] then
         missing = missing + 1
     elseif is_owner(token, held) then
-        ours[i] = true
-        ttl = math.max(ttl, redis.call('PTTL', KEYS[i]))
+        ours[i] = math.max(ttl, redis.call('PTTL', KEYS[i]))
     else
         return {0, redis.call('PTTL', KEYS[i]), i}
     end
@@ -60,9 +60,8 @@ end
 for i = 1, records do
     write_grants(KEYS[n + i], token, grants[i], record_ttl)
 end
-local px = string.format('%.0f', ttl)
 for i = 1, n do
-    local done = redis.pcall('SET', KEYS[i], value, 'PX', px)
+    local done = redis.pcall('SET', KEYS[i], value, 'PX', string.format('%.0f', ours[i] or ttl))
     if done.err then
         for j = 1, n do
             if not ours[j] and j < i then

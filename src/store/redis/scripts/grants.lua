@@ -10,9 +10,9 @@
 -- 2. A grant of a free key starts a new record. A grant of a key that its token holds already is added to the record.
 -- 3. Each of the other grants renews the key for its own ttl, or has died. So when a grant ends, the key need not live
 --    longer than the longest ttl of the others, and a holder that died keeps the key for no longer than its own ttl.
--- 4. A grant with an id that is missing from the record (as the record was lost), and one of a record that is full
---    (`*`), leave the key to its ttl: too long is safe, too short is not. `-` can't tell; we assume that records are
---    not evicted.
+-- 4. Each renewal of a grant with an id adds the grant to the record, which may have been lost with the key.
+-- 5. The end of a grant with an id that is missing from the record, and of one of a record that is full (`*`), leaves
+--    the key to its ttl: too long is safe, too short is not. `-` can't tell; we assume that records are not evicted.
 
 local MOST_GRANTS = 64
 local NONE = {ids = {}, ttls = {}}

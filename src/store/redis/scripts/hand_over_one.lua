@@ -1,5 +1,6 @@
--- Does what hand_over.lua does, for the most common case, in three quarters of the server time: the process may keep
--- the lock from those in the line, and the next owner isn't in the line. Comes before everything else of hand_over.lua.
+-- Does what hand_over.lua does, for the two most common cases, in about two thirds of the server time: the process may
+-- keep the lock from those in the line, and the next owner isn't in the line; or the next owner is the head of the line,
+-- and not its last. Comes before everything else of hand_over.lua.
 --
 -- KEYS, ARGV  as in hand_over.lua.
 -- Reply 1, or the fencing token if one is wanted: done, and there may be others in the line. In any other case nothing
@@ -9,8 +10,15 @@ local token, grant = ARGV[1], ARGV[9]
 local held = redis.pcall('GET', KEYS[1])
 local is_simple = held
     and (held == token or not held.err and string.sub(held, 1, #token + 1) == token .. '\n')
-    and ARGV[7] == '1'
-    and ARGV[10] ~= '1'
+local is_turn
+if is_simple and ARGV[7] ~= '1' then
+    local first = redis.pcall('ZRANGE', KEYS[2], 0, 1)
+    is_turn = first[1] == ARGV[5] and first[2]
+    local alive_until = is_turn and redis.pcall('HGET', KEYS[3], string.match(ARGV[5], '^[^:]*'))
+    is_simple = alive_until and not alive_until.err and (tonumber(alive_until) or 0) > now / 1000
+elseif ARGV[10] == '1' then
+    is_simple = false
+end
 if is_simple and grant ~= '' then
     is_simple = grant == '-' and not redis.pcall('GET', KEYS[4])
 end
@@ -28,6 +36,9 @@ end
 if is_simple then
     local done = fence_key and redis.pcall('SET', fence_key, string.format('%.0f', fence), 'PX', ARGV[4])
     if not done or not done.err then
+        if is_turn then
+            redis.pcall('ZREM', KEYS[2], ARGV[5])
+        end
         done = redis.pcall('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
     end
     if done.err then

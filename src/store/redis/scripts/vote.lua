@@ -54,6 +54,7 @@ if number > 0 then
     bar = math.max(bar, last)
 end
 
+-- How long each key will live that holds the token already.
 local ours = {}
 local missing = 0
 for i = 1, n do
@@ -61,8 +62,7 @@ for i = 1, n do
     if not held then
         missing = missing + 1
     elseif is_owner(token, held) then
-        ours[i] = true
-        ttl = math.max(ttl, redis.call('PTTL', KEYS[i]))
+        ours[i] = math.max(ttl, redis.call('PTTL', KEYS[i]))
     else
         return {0, now, last, redis.call('PTTL', KEYS[i]), i}
     end
@@ -93,12 +93,11 @@ if number > 0 then
     end
 end
 
-local px = string.format('%.0f', ttl)
 for i = 1, #grants do
     write_grants(KEYS[records + i], token, grants[i], ARGV[11])
 end
 for i = 1, n do
-    local done = redis.pcall('SET', KEYS[i], value, 'PX', px)
+    local done = redis.pcall('SET', KEYS[i], value, 'PX', string.format('%.0f', ours[i] or ttl))
     if done.err then
         for j = 1, n do
             if not ours[j] and j < i then
