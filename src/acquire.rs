@@ -224,6 +224,7 @@ impl Acquisition {
             return Err(Error::ValidityExpired);
         }
         self.last_answer = Some(LastAnswer::Failed(Error::ValidityExpired));
+        self.waiter.ticket().inspect(|ticket| ticket.give_up_claim());
         // It is this request's alone: the ttl of the next one in the queue may be longer.
         self.waiter.ticket().inspect(|ticket| ticket.set_last_answer(None));
         Ok(Step::Wait(WaitFor::Pause { failures: self.late }))

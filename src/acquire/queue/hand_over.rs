@@ -34,6 +34,11 @@ pub(super) enum HandOverState {
     },
     /// It was handed over, and taken back (invariant 4).
     TakenBack,
+    /// The waiter has [claimed](super::Ticket::claim) a lock. While it starts a guard, nobody hands it another one.
+    Claimed {
+        /// A hand-over was on its way to the waiter, which has learned of the lock by asking.
+        by_hand_over: bool,
+    },
     /// The waiter left while the server was being asked.
     Abandoned,
 }
@@ -91,20 +96,20 @@ impl HandOver {
     /// hand-over was run: so the caller has to undo it.
     pub(crate) fn granted(mut self, grant: Grant, alone: bool) -> bool {
         self.is_complete = true;
-        {
-            let mut state = lock(&self.queue.state);
-            if alone {
-                state.begin_turn(Instant::now());
-            }
-            let place = self.waiter.place;
-            let lane = state.lane_of(place);
-            // The grant took the place out of the line. If the server was not told of the place, it may have entered
-            // the line meanwhile.
-            if self.next.in_line && lane.place == Some(place) {
-                lane.in_line = false;
-            }
+        let at = Instant::now();
+        let mut state = lock(&self.queue.state);
+        if alone {
+            state.begin_turn(at);
         }
-        let delivery = self.waiter.deliver(|pending| HandOverState::Granted { grant, at: Instant::now(), pending });
+        let delivery = self.waiter.deliver(|pending| HandOverState::Granted { grant, at, pending });
+        let place = self.waiter.place;
+        let lane = state.lane_of(place);
+        // The grant took the place out of the line. If the server was not told of the place, it may have entered the
+        // line meanwhile; and so may the next waiter, if this one got the lock in another way or has left.
+        if delivery == Delivery::Delivered && self.next.in_line && lane.place == Some(place) {
+            lane.in_line = false;
+        }
+        drop(state);
         self.waiter.changed.notify_one();
         delivery != Delivery::WaiterLeft
     }

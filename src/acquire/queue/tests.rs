@@ -52,6 +52,58 @@ fn a_hand_over_is_for_the_first_and_one_at_a_time() {
     assert!(b.is_first() && queues.next(&from).is_some());
 }
 
+/// Two holds of one process may both end, if the server has lost the first of their locks: neither lock may get lost.
+#[test]
+fn who_has_claimed_a_lock_is_handed_no_other() {
+    let queues = Queues::default();
+    let ticket = enter(&queues, Queueing::Shared);
+    let from = wanted(Queueing::None).owned.clone();
+    assert!(queues.next(&from).unwrap().granted(grant(), false));
+    assert!(matches!(ticket.take_outcome(), Some(Wakeup::HandedOver(..))));
+    assert!(matches!(ticket.claim(), Claim::Kept(None)));
+    assert!(queues.next(&from).is_none());
+    ticket.give_up_claim();
+    queues.next(&from).unwrap().not_now();
+    assert!(matches!(ticket.claim(), Claim::Kept(None)));
+    assert!(ticket.take_outcome().is_none());
+    assert!(!ticket.leave().may_hold);
+}
+
+#[test]
+fn a_hand_over_whose_outcome_comes_late_does_not_take_those_after_it_out_of_the_line() {
+    let queues = Queues::default();
+    let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
+    a.enters_line();
+    let late = queues.next(&wanted(Queueing::None).owned).unwrap();
+    // It has the lock by asking, before the release learns that it has handed the lock over.
+    assert!(matches!(a.claim(), Claim::Kept(None)));
+    let at = Instant::now();
+    a.pass_on(None, Obtained { at, held_until: at, was_handed_over: false });
+    a.leave();
+    assert!(!b.may_be_in_line());
+    b.enters_line();
+    assert!(late.granted(grant(), false));
+    assert!(b.may_be_in_line());
+}
+
+#[test]
+fn a_hand_over_that_a_waiter_learns_of_by_asking_is_a_turn_in_a_row() {
+    let queues = Queues::default();
+    let from = wanted(Queueing::None).owned.clone();
+    let tickets: Vec<_> = (0..=IN_A_ROW).map(|_| enter(&queues, Queueing::Shared)).collect();
+    let mut may_keep = Vec::new();
+    for ticket in tickets {
+        let hand_over = queues.next(&from).unwrap();
+        may_keep.push(hand_over.next().may_keep);
+        ticket.claim();
+        let at = Instant::now();
+        ticket.pass_on(None, Obtained { at, held_until: at, was_handed_over: false });
+        ticket.leave();
+        assert!(hand_over.granted(grant(), false));
+    }
+    assert_eq!(may_keep.iter().filter(|may_keep| **may_keep).count(), IN_A_ROW as usize);
+}
+
 #[test]
 fn who_leaves_while_the_lock_is_on_its_way_may_have_got_it() {
     let from = wanted(Queueing::None).owned.clone();

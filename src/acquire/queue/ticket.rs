@@ -165,14 +165,19 @@ impl Ticket {
             HandOverState::NotGranted => Some(Wakeup::NotHandedOver),
             HandOverState::Unknown { pending, .. } => Some(Wakeup::Unknown(pending)),
             HandOverState::TakenBack => Some(Wakeup::TakenBack),
+            claimed @ HandOverState::Claimed { .. } => {
+                *hand_over = claimed;
+                None
+            }
         }
     }
 
-    /// Claims the lock that the server has given to this waiter, by whichever request: after this, it is not taken back
-    /// (invariant 4).
+    /// Claims the lock that this waiter was given, by whichever request: after this, it is not taken back (invariant
+    /// 4), and the waiter is not handed another lock, unless it [gives its claim up](Self::give_up_claim).
     pub(crate) fn claim(&self) -> Claim {
         let mut hand_over = lock(&self.waiter.hand_over);
-        match std::mem::take(&mut *hand_over) {
+        let by_hand_over = matches!(*hand_over, HandOverState::InFlight { .. } | HandOverState::Granted { .. });
+        match std::mem::replace(&mut *hand_over, HandOverState::Claimed { by_hand_over }) {
             HandOverState::TakenBack => {
                 *hand_over = HandOverState::TakenBack;
                 Claim::TakenBack
@@ -180,7 +185,18 @@ impl Ticket {
             HandOverState::InFlight { pending, .. }
             | HandOverState::Granted { pending, .. }
             | HandOverState::Unknown { pending, .. } => Claim::Kept(pending),
-            HandOverState::None | HandOverState::NotGranted | HandOverState::Abandoned => Claim::Kept(None),
+            HandOverState::None
+            | HandOverState::NotGranted
+            | HandOverState::Abandoned
+            | HandOverState::Claimed { .. } => Claim::Kept(None),
+        }
+    }
+
+    /// Notes that the waiter can't use the lock that it has claimed, and goes on waiting.
+    pub(crate) fn give_up_claim(&self) {
+        let mut hand_over = lock(&self.waiter.hand_over);
+        if matches!(*hand_over, HandOverState::Claimed { .. }) {
+            *hand_over = HandOverState::None;
         }
     }
 
@@ -220,7 +236,8 @@ impl Ticket {
         let Obtained { at, held_until, was_handed_over } = obtained;
         let before = {
             let mut state = self.state();
-            if !was_handed_over {
+            let by_hand_over = matches!(*lock(&self.waiter.hand_over), HandOverState::Claimed { by_hand_over: true });
+            if !was_handed_over && !by_hand_over {
                 state.begin_turn(at);
             }
             let held = Held { key: self.queue.key.clone(), until: Some(held_until) };
@@ -276,7 +293,9 @@ impl Ticket {
     /// state of one that is in flight: it is to be dropped when no lock is held.
     fn abandon_hand_over(&self) -> (bool, Option<HandOverState>) {
         let mut hand_over = lock(&self.waiter.hand_over);
-        let may_hold = !hand_over.is_over() && !matches!(*hand_over, HandOverState::TakenBack);
+        // The attempt undoes what the waiter has claimed.
+        let is_settled = matches!(*hand_over, HandOverState::TakenBack | HandOverState::Claimed { .. });
+        let may_hold = !hand_over.is_over() && !is_settled;
         let is_in_flight = matches!(*hand_over, HandOverState::InFlight { .. });
         let abandoned = is_in_flight.then(|| std::mem::replace(&mut *hand_over, HandOverState::Abandoned));
         (may_hold, abandoned)
