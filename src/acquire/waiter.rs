@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::acquire::answer::Held;
 use crate::acquire::attempt::{Attempt, Outcome};
 use crate::acquire::position::Position;
-use crate::acquire::queue::{Claim, HEARTBEAT, Inherited, Obtained, Ticket, Wakeup};
+use crate::acquire::queue::{Claim, HEARTBEAT, Inherited, Obtained, TakenOver, Ticket, Wakeup};
 use crate::acquire::step::{Step, WaitFor};
 use crate::hold::Grant;
 use crate::hold::timing::{self, Drift, Renewal};
@@ -129,7 +129,7 @@ impl Waiter {
             None => drop(subscription),
         }
         let guard = self.attempt.succeed(grant, renewal)?;
-        self.position.leave_with_lock(&self.attempt.context);
+        self.position.leave_with_lock(&self.attempt.context, obtained.was_taken_over);
         Ok(guard)
     }
 
@@ -325,6 +325,10 @@ impl Waiter {
                 self.attempt.keep_pending(pending);
                 Step::Take(grant)
             }
+            Wakeup::TakenOver(grant, TakenOver { wanted, pending }) => {
+                self.attempt.take_over(wanted, pending);
+                Step::Take(grant)
+            }
             Wakeup::Unknown(pending) => {
                 self.attempt.doubt(pending);
                 self.position.may_enter_late();
@@ -346,9 +350,13 @@ impl Waiter {
         if std::mem::take(&mut self.is_entering) {
             self.position.may_enter_late();
         }
-        if let Some(left) = self.position.leave_queue() {
+        if let Some(mut left) = self.position.leave_queue() {
             if left.may_hold {
                 self.attempt.keep_pending(None);
+            }
+            if let Some(TakenOver { wanted, pending }) = left.taken_over.take() {
+                // The attempt releases it when it is dropped or starts over.
+                self.attempt.take_over(wanted, pending);
             }
             Position::leave_shared_place(&self.attempt.context, &left);
         }

@@ -16,22 +16,18 @@ pub(super) enum HandOverState {
     #[default]
     None,
     /// The server is being asked. If the release that asks is polled, it has an answer at `until`.
-    InFlight {
-        pending: Option<PendingCleanup>,
-        until: Option<Instant>,
-    },
+    InFlight { pending: Option<PendingCleanup>, until: Option<Instant> },
     Granted {
         grant: Grant,
         at: Instant,
         pending: Option<PendingCleanup>,
+        /// If the waiter takes the lock over from an earlier holder: by which token it is held at the server.
+        taken_over: Option<Arc<Wanted>>,
     },
     /// The lock surely was not handed over.
     NotGranted,
     /// Nobody knows whether it was handed over.
-    Unknown {
-        at: Instant,
-        pending: Option<PendingCleanup>,
-    },
+    Unknown { at: Instant, pending: Option<PendingCleanup> },
     /// It was handed over, and taken back (invariant 4).
     TakenBack,
     /// The waiter has [claimed](super::Ticket::claim) a lock. While it starts a guard, nobody hands it another one.
@@ -101,7 +97,7 @@ impl HandOver {
         if alone {
             state.begin_turn(at);
         }
-        let delivery = self.waiter.deliver(|pending| HandOverState::Granted { grant, at, pending });
+        let delivery = self.waiter.deliver(|pending| HandOverState::Granted { grant, at, pending, taken_over: None });
         let place = self.waiter.place;
         let lane = state.lane_of(place);
         // The grant took the place out of the line. If the server was not told of the place, it may have entered the
@@ -112,6 +108,23 @@ impl HandOver {
         drop(state);
         self.waiter.changed.notify_one();
         delivery != Delivery::WaiterLeft
+    }
+
+    /// Gives the waiter a lock that the server keeps under the token in `taken_over`. `pending` releases the lock until a
+    /// guard has it. Returns false if the waiter no longer waits; the caller still has the lock then.
+    pub(crate) fn taken_over(mut self, grant: Grant, taken_over: Arc<Wanted>, pending: PendingCleanup) -> bool {
+        self.is_complete = true;
+        let at = Instant::now();
+        let mut unused = Some(pending);
+        let delivery = self.waiter.deliver(|_| HandOverState::Granted {
+            grant,
+            at,
+            pending: unused.take(),
+            taken_over: Some(taken_over),
+        });
+        self.waiter.changed.notify_one();
+        drop(unused);
+        delivery == Delivery::Delivered
     }
 
     /// Tells the waiter that the lock was not the releaser's to hand over.
@@ -125,6 +138,14 @@ impl HandOver {
     pub(crate) fn not_now(mut self) {
         self.is_complete = true;
         self.deliver_nothing(HandOverState::None);
+    }
+
+    /// Ends a hand-over that turned out to be impossible. It doesn't count as a turn.
+    pub(crate) fn not_tried(mut self) {
+        self.is_complete = true;
+        self.deliver_nothing(HandOverState::None);
+        let mut state = lock(&self.queue.state);
+        state.in_a_row = state.in_a_row.saturating_sub(1);
     }
 
     /// Ends a hand-over that gave the lock to another process, and left the waiter's place in the line.

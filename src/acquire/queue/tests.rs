@@ -15,11 +15,11 @@ fn wanted(queueing: Queueing) -> Arc<Wanted> {
     let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true, grant: None };
     let ttl = Duration::from_secs(1);
     let (metadata, latest) = (Box::default(), Arc::default());
-    Arc::new(Wanted { owned, metadata, ttl, fenced: false, queueing, latest })
+    Arc::new(Wanted { owned, metadata, ttl, fenced: false, queueing, takes_over: false, latest })
 }
 
 fn grant() -> Grant {
-    Grant { sent: Instant::now(), ttl: Duration::from_secs(1), fencing_token: None, doubt: None }
+    Grant::new(Instant::now(), Duration::from_secs(1), None)
 }
 
 fn enter(queues: &Queues, queueing: Queueing) -> Ticket {
@@ -56,19 +56,21 @@ fn a_hand_over_is_for_the_first_and_one_at_a_time() {
 #[test]
 fn who_has_claimed_a_lock_is_handed_no_other() {
     let queues = Queues::default();
-    let ticket = enter(&queues, Queueing::Shared);
+    let takes_over = Wanted { takes_over: true, ..Wanted::clone(&wanted(Queueing::Shared)) };
+    let ticket = queues.enter(Key::from("k"), Arc::new(takes_over));
     let from = wanted(Queueing::None).owned.clone();
     assert!(queues.next(&from).unwrap().granted(grant(), false));
     assert!(matches!(ticket.take_outcome(), Some(Wakeup::HandedOver(..))));
     assert!(matches!(ticket.claim(), Claim::Kept(None)));
-    assert!(queues.next(&from).is_none());
+    assert!(queues.next(&from).is_none() && queues.next_to_take_over(&from).is_none());
     ticket.give_up_claim();
-    queues.next(&from).unwrap().not_now();
+    queues.next_to_take_over(&from).unwrap().not_tried();
     assert!(matches!(ticket.claim(), Claim::Kept(None)));
     assert!(ticket.take_outcome().is_none());
     assert!(!ticket.leave().may_hold);
 }
 
+/// Found by `tests/line_model.rs`.
 #[test]
 fn a_hand_over_whose_outcome_comes_late_does_not_take_those_after_it_out_of_the_line() {
     let queues = Queues::default();
@@ -77,8 +79,9 @@ fn a_hand_over_whose_outcome_comes_late_does_not_take_those_after_it_out_of_the_
     let late = queues.next(&wanted(Queueing::None).owned).unwrap();
     // It has the lock by asking, before the release learns that it has handed the lock over.
     assert!(matches!(a.claim(), Claim::Kept(None)));
-    let at = Instant::now();
-    a.pass_on(None, Obtained { at, held_until: at, was_handed_over: false });
+    let (at, obtained) =
+        (Instant::now(), |at| Obtained { at, held_until: at, was_handed_over: false, was_taken_over: false });
+    a.pass_on(None, obtained(at));
     a.leave();
     assert!(!b.may_be_in_line());
     b.enters_line();
@@ -86,6 +89,7 @@ fn a_hand_over_whose_outcome_comes_late_does_not_take_those_after_it_out_of_the_
     assert!(b.may_be_in_line());
 }
 
+/// Found by `tests/line_model.rs`.
 #[test]
 fn a_hand_over_that_a_waiter_learns_of_by_asking_is_a_turn_in_a_row() {
     let queues = Queues::default();
@@ -97,7 +101,7 @@ fn a_hand_over_that_a_waiter_learns_of_by_asking_is_a_turn_in_a_row() {
         may_keep.push(hand_over.next().may_keep);
         ticket.claim();
         let at = Instant::now();
-        ticket.pass_on(None, Obtained { at, held_until: at, was_handed_over: false });
+        ticket.pass_on(None, Obtained { at, held_until: at, was_handed_over: false, was_taken_over: false });
         ticket.leave();
         assert!(hand_over.granted(grant(), false));
     }
@@ -265,7 +269,10 @@ fn what_the_first_learned_is_known_to_those_behind_it_and_after_it() {
     assert!(!a.leave().may_hold);
     assert!(matches!(b.last_answer(), Some(LastAnswer::Failed(Error::Closed))));
     let c = enter(&queues, Queueing::Shared);
-    b.pass_on(None, Obtained { at: Instant::now(), held_until: Instant::now(), was_handed_over: true });
+    b.pass_on(
+        None,
+        Obtained { at: Instant::now(), held_until: Instant::now(), was_handed_over: true, was_taken_over: false },
+    );
     assert!(matches!(c.last_answer(), Some(LastAnswer::Held(Held { key, .. })) if key == "k".into()));
     c.set_last_answer(None);
     assert!(c.last_answer().is_none());

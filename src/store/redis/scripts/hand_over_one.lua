@@ -22,7 +22,7 @@ end
 if is_simple and grant ~= '' then
     is_simple = grant == '-' and not redis.pcall('GET', KEYS[4])
 end
-local fence_key, fence = ARGV[8] == '1' and KEYS[5], now
+local fence_key, fence = ARGV[8] ~= '0' and KEYS[5], now
 if is_simple and fence_key then
     local last = redis.pcall('GET', fence_key)
     if last then
@@ -34,7 +34,7 @@ if is_simple and fence_key then
     end
 end
 if is_simple then
-    local done = fence_key and redis.pcall('SET', fence_key, string.format('%.0f', fence), 'PX', ARGV[4])
+    local done = fence_key and redis.pcall('SET', fence_key, string.format('%.0f', fence + ARGV[8] - 1), 'PX', ARGV[4])
     if not done or not done.err then
         if is_turn then
             redis.pcall('ZREM', KEYS[2], ARGV[5])
