@@ -240,6 +240,12 @@ mod each_safeguard_is_needed {
     }
 
     #[test]
+    fn a_request_without_the_place_that_is_granted_leaves_it_in_the_line() {
+        let safeguards = Safeguards { in_line_until_asked_out: false, ..ALL };
+        falls(&[NO_GHOST], World { safeguards, can: &[Expire], ..TRIO });
+    }
+
+    #[test]
     fn a_hand_over_that_is_learned_of_by_asking_begins_another_turn() {
         let safeguards = Safeguards { unheard_turns_count: false, ..ALL };
         falls(&[ORDER], World { safeguards, mishaps: 0, ..TRIO });

@@ -50,7 +50,9 @@ impl Shared {
                 Ok(Some(Verdict::NotOurs(loss)))
             }
             HandedOver::PassedBy => {
-                hand_over.passed_by();
+                if let Some(place) = hand_over.passed_by() {
+                    self.leave_line(owned.key(), place, false, &self.runtime()?);
+                }
                 Ok(Some(Verdict::Done))
             }
             HandedOver::NotNow => {

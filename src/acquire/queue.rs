@@ -39,7 +39,7 @@ use tokio::time::Instant;
 pub(crate) use self::abandoned::Abandoned;
 pub(crate) use self::hand_over::HandOver;
 use self::hand_over::HandOverState;
-pub(crate) use self::ticket::{Claim, Inherited, Leftovers, Obtained, TakenOver, Ticket, Wakeup};
+pub(crate) use self::ticket::{By, Claim, Inherited, Leftovers, Obtained, TakenOver, Ticket, Wakeup};
 use crate::acquire::answer::LastAnswer;
 use crate::hold::Owned;
 use crate::store::notifications::Subscription;

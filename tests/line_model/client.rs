@@ -199,21 +199,24 @@ impl State {
         let process = world.process(waiter);
         self.at_mut(waiter).call = Call::None;
         match (request, answer) {
-            (Request::Acquire { .. }, Answer::Granted { late: false }) => {
+            (Request::Acquire { place, .. }, Answer::Granted { late: false }) => {
                 // `Ticket::pass_on`.
                 let by_hand_over = matches!(self.at(waiter).handing, Handing::Asked | Handing::Done { .. });
                 let known = &mut self.processes[process];
                 if !by_hand_over || !world.safeguards.unheard_turns_count {
                     known.in_a_row = 1;
                 }
-                known.in_line &= world.is_own(waiter) || known.doubt;
+                // A request without the place took none out of the line, into which a hand-over may have put it meanwhile.
+                if place.is_some() || !world.safeguards.in_line_until_asked_out {
+                    known.in_line &= world.is_own(waiter) || known.doubt;
+                }
                 self.begin(world, waiter);
             }
             (Request::Acquire { .. }, Answer::Granted { late: true }) => self.ask(world, waiter, true),
             (Request::Acquire { .. }, _) => self.at_mut(waiter).was_refused = true,
-            (Request::HandOver { to, in_line, .. }, answer) => {
+            (Request::HandOver { to, place, in_line, .. }, answer) => {
                 self.at_mut(waiter).end();
-                self.handed_over(world, to, in_line, answer);
+                self.handed_over(world, to, place, in_line, answer);
             }
             (Request::Release { .. }, _) => self.at_mut(waiter).end(),
             // The request may have run after a hand-over that came meanwhile.
@@ -226,14 +229,14 @@ impl State {
     }
 
     /// `HandOver` in `src/acquire/queue/hand_over.rs`.
-    pub(crate) fn handed_over(&mut self, world: &World, to: u8, told: bool, answer: Answer) {
+    pub(crate) fn handed_over(&mut self, world: &World, to: u8, place: u8, told: bool, answer: Answer) {
         let process = world.process(to);
         let is_own = world.is_own(to);
         let waits = self.at(to).phase == Phase::Waiting;
         match answer {
             Answer::HandedOver { alone, late } => {
                 let known = &mut self.processes[process];
-                if alone {
+                if alone && (waits || !world.safeguards.unheard_turns_count) {
                     known.in_a_row = 1;
                 }
                 // The next waiter may have entered the place again, if this one got the lock by asking, or has left.
@@ -247,14 +250,18 @@ impl State {
             }
             Answer::PassedBy => {
                 let others = self.processes[process].shared.first().copied();
+                let is_had = if is_own { waits } else { self.is_had(world, place) };
                 let known = &mut self.processes[process];
-                known.in_a_row = 0;
+                if waits || !world.safeguards.unheard_turns_count {
+                    known.in_a_row = 0;
+                }
                 let others = others.filter(|_| is_own && !known.in_line);
-                known.in_line |= !is_own;
+                known.in_line |= !is_own && is_had;
                 if waits {
                     self.at_mut(to).handing = Handing::No;
-                } else if is_own && world.safeguards.gone_leaves_again {
-                    self.send_leave(world, to);
+                }
+                if !is_had && world.safeguards.gone_leaves_again {
+                    self.send_leave(world, place);
                 }
                 if let Some(first) = others.filter(|first| self.at(*first).handing == Handing::No) {
                     self.at_mut(first).handing = Handing::Failed { settled: true };

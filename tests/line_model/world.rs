@@ -34,6 +34,8 @@ pub(crate) struct Safeguards {
     pub(crate) places_are_swapped: bool,
     /// A process forgets that it is in the line only if a script has taken it out.
     pub(crate) in_line_until_out: bool,
+    /// A lane whose waiter has asked without the place doesn't take the grant for one that took the place out.
+    pub(crate) in_line_until_asked_out: bool,
     /// What a hand-over has done to a place in the line counts only if the waiter has not learned it in another way.
     pub(crate) late_outcomes_are_old: bool,
     /// A process that isn't sure what its requests have done leaves the line once they can't run any longer.
@@ -65,6 +67,7 @@ pub(crate) const ALL: Safeguards = Safeguards {
     free_is_for_the_head: true,
     places_are_swapped: true,
     in_line_until_out: true,
+    in_line_until_asked_out: true,
     late_outcomes_are_old: true,
     doubt_leaves_again: true,
     gone_leaves_again: true,
@@ -481,7 +484,12 @@ impl World {
             actions.push(Action::Die { process });
         }
         if self.can(state, Mishap::Park) {
-            let parks = |lane: &Vec<u8>| lane.len() > 1 && lane.first().is_some_and(|first| state.is_idle(*first));
+            // `Lane::check_first`: one that a hand-over is on its way to stays the first.
+            let is_parked = |first: &u8| {
+                let is_over = matches!(state.at(*first).handing, Handing::No | Handing::Failed { settled: true });
+                is_over && state.is_idle(*first)
+            };
+            let parks = |lane: &Vec<u8>| lane.len() > 1 && lane.first().is_some_and(is_parked);
             actions.extend(parks(&known.own).then_some(Action::Park { process, own: true }));
             actions.extend(parks(&known.shared).then_some(Action::Park { process, own: false }));
         }

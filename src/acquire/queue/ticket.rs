@@ -67,9 +67,18 @@ pub(crate) struct Obtained {
     pub(crate) at: Instant,
     /// The end of its ttl.
     pub(crate) held_until: Instant,
-    pub(crate) was_handed_over: bool,
-    /// The server doesn't know of it, so it has removed no place from its line.
-    pub(crate) was_taken_over: bool,
+    pub(crate) by: By,
+}
+
+/// By what a waiter has obtained the lock.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum By {
+    /// Its own request. One with the place has taken this out of the line.
+    Asking { with_place: bool },
+    /// A hand-over by the server. [`HandOver`](super::HandOver) knows what this did to the place.
+    HandOver,
+    /// A hand-over that the server doesn't know of, so that it took no place out of the line.
+    TakeOver,
 }
 
 /// What a waiter that has left the queue still has to clean up.
@@ -253,11 +262,11 @@ impl Ticket {
 
     /// Notes that this waiter has obtained the lock, and leaves to the next one what it can use.
     pub(crate) fn pass_on(&self, subscription: Option<Subscription>, obtained: Obtained) {
-        let Obtained { at, held_until, was_handed_over, was_taken_over } = obtained;
+        let Obtained { at, held_until, by } = obtained;
         let before = {
             let mut state = self.state();
             let by_hand_over = matches!(*lock(&self.waiter.hand_over), HandOverState::Claimed { by_hand_over: true });
-            if !was_handed_over && !by_hand_over {
+            if matches!(by, By::Asking { .. }) && !by_hand_over {
                 state.begin_turn(at);
             }
             let held = Held { key: self.queue.key.clone(), until: Some(held_until) };
@@ -265,8 +274,8 @@ impl Ticket {
             state.obtained_by = Some(self.waiter.wanted.owned.token.clone());
             let lane = state.lane_of(self.waiter.place);
             if lane.is_first(&self.waiter) {
-                // A grant of the server took a shared place out of the line.
-                lane.in_line &= !self.waiter.place.is_shared || was_taken_over;
+                // A hand-over may have put the place into the line while a request without it was on its way.
+                lane.in_line &= !(self.waiter.place.is_shared && by == By::Asking { with_place: true });
                 // A waiter that got the lock before it ran as the first has not taken the subscription of the lane.
                 let subscription = subscription.or_else(|| lane.subscription.take());
                 lane.held_until = subscription.is_some().then_some(held_until);
