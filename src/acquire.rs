@@ -231,8 +231,8 @@ impl Acquisition {
         self.last_answer = Some(LastAnswer::Failed(Error::ValidityExpired));
         self.waiter.ticket().inspect(|ticket| ticket.give_up_claim());
         if by == By::TakeOver {
-            // The server would grant the token of the earlier holder again without a new fencing token. So this releases
-            // the lock and goes on with another token.
+            // The server would grant the token of the earlier holder again without a new fencing token. So this
+            // releases the lock and goes on with another token.
             return Ok(Step::StartOver);
         }
         // It is this request's alone: the ttl of the next one in the queue may be longer.

@@ -215,8 +215,8 @@ impl Hold {
         Renewing { sent, ttl, exact: false, epoch: state.epoch }
     }
 
-    /// Returns the renewal that is due, if there is one, it can share a call with others, and it may take `time` without
-    /// outlasting the deadline. `sent` is now, or a moment ago.
+    /// Returns the renewal that is due, if there is one, it can share a call with others, and it may take `time`
+    /// without outlasting the deadline. `sent` is now, or a moment ago.
     pub(crate) fn renewing_when_due(&self, sent: Instant, time: Duration) -> Option<Renewing> {
         // It has a record of its own to keep.
         if self.owned.grant.is_some() {

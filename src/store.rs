@@ -166,10 +166,11 @@ pub(crate) enum Extending {
     Exactly,
     /// To at least this, and the owner's grant replaces the earlier one.
     Claim { earlier: Option<GrantId> },
-    /// To at least this, and extends the record of grants as well.
+    /// To at least this, and adds the grant to the record: what the two for at least a ttl become where the grant has an
+    /// id ([`of`](Self::of)).
     KeepRecord,
-    /// To at least this, for the lock of a lease; and extends the record, where the lease's grant has an id. Unlike the
-    /// renewal of a guard, it doesn't imply that the lock was held until now.
+    /// To at least this, for the lock of a lease. Unlike the renewal of a guard, it doesn't imply that the lock was held
+    /// until now.
     Ensure,
     /// Leaves the ttl alone. The owner's grant ends, and the earlier one, which it had replaced, gets its place back
     /// where no other grant relies on the lock. The ttl is that of the earlier one.

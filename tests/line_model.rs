@@ -23,8 +23,8 @@
 //!
 //! A lock that is handed over without the server stays at the server as it is: `Lock::Held` names the token, and
 //! `Waiter::took_over` the token that a waiter holds the lock by. Wherever such a hand-over is possible, the model also
-//! goes through the server. So what the crate asks of the lock besides (the ttl, what is left of it, metadata, a fencing
-//! token to spare) only leaves out some of the behaviours.
+//! goes through the server. So what the crate asks of the lock besides (the ttl, what is left of it, metadata, a
+//! fencing token to spare) only leaves out some of the behaviours.
 //!
 //! These are left out, without a loss:
 //! - Notifications. They only make a waiter ask, and here it may ask at any time. In the calm that ends a behaviour

@@ -219,8 +219,8 @@ impl Position {
     pub(crate) fn leave_with_lock(&mut self, context: &Context) {
         // A request for several keys has left the line only if it was its turn: it may have found them free.
         let Some(ticket) = self.ticket.take() else { return self.leave_line(context) };
-        // The grant took the own place out of the line. So this has to be left only if something may still enter it. What
-        // may be left of a shared place, the ticket knows.
+        // The grant took the own place out of the line. So this has to be left only if something may still enter it.
+        // What may be left of a shared place, the ticket knows.
         if !self.may_enter_late {
             self.own_place = None;
         }

@@ -192,8 +192,9 @@ impl Queues {
         Some(hand_over)
     }
 
-    /// Begins to hand the lock over without asking the server, if it is still the turn of this process and a waiter here
-    /// may take the lock over. Returns `None` if the place of that waiter is in the line: the server has to remove it.
+    /// Begins to hand the lock over without asking the server, if it is still the turn of this process and a waiter
+    /// here may take the lock over. Returns `None` if the place of that waiter is in the line: the server has to remove
+    /// it.
     pub(crate) fn next_to_take_over(&self, owned: &Owned) -> Option<HandOver> {
         let [key] = &*owned.keys else { return None };
         let queue = lock(&self.by_key).get(key)?.clone();

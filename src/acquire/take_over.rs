@@ -1,8 +1,8 @@
 //! Hands a lock over to the next waiter of this process without asking the server.
 //!
 //! Nothing changes at the server: the key still holds the token of the holder before, and the successor goes on with
-//! that token, with what is left of its ttl, and with its renewals. So a hand-over costs no round trip. A lock is handed
-//! over like this if all of the following is true. Otherwise it goes through the server (`hand_over.rs`).
+//! that token, with what is left of its ttl, and with its renewals. So a hand-over costs no round trip. A lock is
+//! handed over like this if all of the following is true. Otherwise it goes through the server (`hand_over.rs`).
 //!
 //! - The locker has not switched it off and is not being closed, and the store hands locks over at all: a quorum does
 //!   not, nor does a server whose replicas have to acknowledge each grant.
@@ -22,17 +22,17 @@
 //! 2. **The deadline is the same.** It counts from the last request that the server has confirmed, whoever sent it. A
 //!    lock that the server has lost is found out as late as it would be if the holder before had kept it: by the next
 //!    renewal, or the next release that asks. Until then, fencing tokens protect what the lock protects, as ever.
-//! 3. **Nothing of the holder before ends the lock.** It has sent no release. A renewal that is run late, or whose reply
-//!    is lost, extends a key that holds the same token, or finds that this token has gone; it never creates a key. So
-//!    the key may live longer than its new holder knows, which the time for its release takes into account
+//! 3. **Nothing of the holder before ends the lock.** It has sent no release. A renewal that is run late, or whose
+//!    reply is lost, extends a key that holds the same token, or finds that this token has gone; it never creates a
+//!    key. So the key may live longer than its new holder knows, which the time for its release takes into account
 //!    ([`Grant::kept_until`](crate::hold::Grant::kept_until)), but never shorter.
 //! 4. **Nobody else uses the token.** A user who reads it from the server while the lock is held
 //!    ([`Locker::inspect`](crate::Locker::inspect)), and adopts it, shares the lock with the successor, as they would
 //!    have with the holder before.
-//! 5. **Fencing tokens grow.** A hand-over by the server takes as many of them as turns may follow, and stores the last:
-//!    the next one that the server grants is greater than all of them, whatever has become of the lock meanwhile, and
-//!    also if the reply was lost. A server that has lost its memory starts again from its clock. That is later than all
-//!    of the block, unless the memory was lost within 16 us of the hand-over.
+//! 5. **Fencing tokens grow.** A hand-over by the server takes as many of them as turns may follow, and stores the
+//!    last: the next one that the server grants is greater than all of them, whatever has become of the lock meanwhile,
+//!    and also if the reply was lost. A server that has lost its memory starts again from its clock. That is later than
+//!    all of the block, unless the memory was lost within 16 us of the hand-over.
 //! 6. **The line is not skipped.** Other processes wait for as many turns as if each went through the server: 16 in a
 //!    row, or 100 ms.
 //! 7. **Nothing is left behind.** From before the successor learns of the lock until a guard has it, its release is

@@ -26,8 +26,8 @@ impl Hold {
             && (self.fencing_token.is_none() || self.spare_tokens > 0)
     }
 
-    /// Ends the hold for a request of this process, and returns what that request has then: what is left of the ttl, and
-    /// a fencing token of its own. Returns `None`, and changes nothing, if the request can't take the lock over.
+    /// Ends the hold for a request of this process, and returns what that request has then: what is left of the ttl,
+    /// and a fencing token of its own. Returns `None`, and changes nothing, if the request can't take the lock over.
     ///
     /// The caller either gives the grant to the request and sets [`FinalStep::Nothing`](super::FinalStep::Nothing), or
     /// releases the lock.

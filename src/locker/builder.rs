@@ -204,11 +204,12 @@ impl LockerBuilder {
     /// Locks are handed over like this only between plain requests: [`lock`](Locker::lock) for one key, with the same
     /// ttl, without [metadata](crate::LockRequest::metadata), a [token](crate::LockRequest::token) of their own or
     /// [`fair`](crate::LockRequest::fair). The successor must renew its lock, and the holder before must not have read
-    /// its [token](crate::LockGuard::token) nor given the guard to a [`WatchDog`](crate::WatchDog). At least half of the
-    /// ttl must be left. On a quorum, and with [`min_replicas`](Self::min_replicas), every lock goes through the servers.
+    /// its [token](crate::LockGuard::token) nor given the guard to a [`WatchDog`](crate::WatchDog). At least half of
+    /// the ttl must be left. On a quorum, and with [`min_replicas`](Self::min_replicas), every lock goes through the
+    /// servers.
     ///
-    /// The price: not every [`release`](crate::LockGuard::release) asks the server, so a lock that it has lost (deleted,
-    /// evicted, failed over) is noticed by the next renewal, or by the next release that asks. And
+    /// The price: not every [`release`](crate::LockGuard::release) asks the server, so a lock that it has lost
+    /// (deleted, evicted, failed over) is noticed by the next renewal, or by the next release that asks. And
     /// [`Locker::inspect`] shows the token of an earlier holder, and a fencing token that may be
     /// [greater](crate::Holder::fencing_token) than the holder's.
     ///

@@ -535,8 +535,8 @@ impl World {
         self.state().guards.len()
     }
 
-    /// Returns how many locks were handed over in a process without the server: those by a token that is a request's own
-    /// and was used before.
+    /// Returns how many locks were handed over in a process without the server: those by a token that is a request's
+    /// own and was used before.
     pub(super) fn taken_over(&self) -> usize {
         let state = self.state();
         let mut before = HashSet::new();

@@ -206,7 +206,8 @@ impl State {
                 if !by_hand_over || !world.safeguards.unheard_turns_count {
                     known.in_a_row = 1;
                 }
-                // A request without the place took none out of the line, into which a hand-over may have put it meanwhile.
+                // A request without the place took none out of the line, into which a hand-over may have put it
+                // meanwhile.
                 if place.is_some() || !world.safeguards.in_line_until_asked_out {
                     known.in_line &= world.is_own(waiter) || known.doubt;
                 }

@@ -271,8 +271,8 @@ impl State {
         Answer::HandedOver { alone: !may_keep && head.is_none(), late: false }
     }
 
-    /// Returns whether a reservation for this place ends by a request: that of a waiter, or that of its process to leave
-    /// the place, which is on its way.
+    /// Returns whether a reservation for this place ends by a request: that of a waiter, or that of its process to
+    /// leave the place, which is on its way.
     pub(crate) fn is_awaited(&self, world: &World, place: u8) -> bool {
         let process = &self.processes[world.process_of(place)];
         self.is_had(world, place) || process.up && process.sent.contains(&Sent::Leave(place))

@@ -113,8 +113,8 @@ impl HandOver {
         delivery != Delivery::WaiterLeft
     }
 
-    /// Gives the waiter a lock that the server keeps under the token in `taken_over`. `pending` releases the lock until a
-    /// guard has it. Returns false if the waiter no longer waits; the caller still has the lock then.
+    /// Gives the waiter a lock that the server keeps under the token in `taken_over`. `pending` releases the lock until
+    /// a guard has it. Returns false if the waiter no longer waits; the caller still has the lock then.
     pub(crate) fn taken_over(mut self, grant: Grant, taken_over: Arc<Wanted>, pending: PendingCleanup) -> bool {
         self.is_complete = true;
         let at = Instant::now();
@@ -151,8 +151,8 @@ impl HandOver {
         state.in_a_row = state.in_a_row.saturating_sub(1);
     }
 
-    /// Ends a hand-over that gave the lock to another process, and left the waiter's place in the line. Returns the place
-    /// if nobody waits with it any longer: then the caller has to leave it.
+    /// Ends a hand-over that gave the lock to another process, and left the waiter's place in the line. Returns the
+    /// place if nobody waits with it any longer: then the caller has to leave it.
     #[must_use]
     pub(crate) fn passed_by(mut self) -> Option<LinePlace> {
         self.is_complete = true;
@@ -186,8 +186,8 @@ impl HandOver {
         (!is_had).then_some(place)
     }
 
-    /// Notes that nothing happened for the waiter, so that nothing is pending any longer. Returns what was: it locks the
-    /// list of cleanups when it is dropped, which must not happen under a mutex of the queue (invariant 5).
+    /// Notes that nothing happened for the waiter, so that nothing is pending any longer. Returns what was: it locks
+    /// the list of cleanups when it is dropped, which must not happen under a mutex of the queue (invariant 5).
     #[must_use]
     fn deliver_nothing(&self, outcome: HandOverState) -> (Delivery, Option<PendingCleanup>) {
         let mut before = None;

@@ -321,8 +321,8 @@ impl Ticket {
     }
 
     /// Returns whether a hand-over may have given the lock to this waiter's token without its knowledge, and the lock
-    /// that it was to take over, if there is one. Also returns the state of a hand-over that is in flight, which must be
-    /// dropped while no mutex is held.
+    /// that it was to take over, if there is one. Also returns the state of a hand-over that is in flight, which must
+    /// be dropped while no mutex is held.
     fn abandon_hand_over(&self) -> (bool, Option<TakenOver>, Option<HandOverState>) {
         let mut hand_over = lock(&self.waiter.hand_over);
         if let HandOverState::Granted { taken_over, pending, .. } = &mut *hand_over {

@@ -1,5 +1,5 @@
-//! Which locks are handed over without the server, and which through it: on the embedded store, whose calls are counted,
-//! under paused time.
+//! Which locks are handed over without the server, and which through it: on the embedded store, whose calls are
+//! counted, under paused time.
 
 use std::collections::HashSet;
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 -- Does what hand_over.lua does, for the two most common cases, in about two thirds of the server time: the process may
--- keep the lock from those in the line, and the next owner isn't in the line; or the next owner is the head of the line,
--- and not its last. Comes before everything else of hand_over.lua.
+-- keep the lock from those in the line, and the next owner isn't in the line; or the next owner is the head of the
+-- line, and not its last. Comes before everything else of hand_over.lua.
 --
 -- KEYS, ARGV  as in hand_over.lua.
 -- Reply 1, or the fencing token if one is wanted: done, and there may be others in the line. In any other case nothing
