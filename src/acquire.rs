@@ -12,6 +12,7 @@ mod position;
 pub(crate) mod queue;
 mod step;
 pub(crate) mod supervisor;
+mod take_over;
 mod waiter;
 
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use tracing::{debug, info, warn};
 
 use self::answer::{Held, LastAnswer};
 use self::attempt::{Attempt, Outcome};
-use self::queue::{Obtained, Ticket};
+use self::queue::{By, Obtained, Ticket};
 use self::step::{Step, WaitFor};
 use self::waiter::Waiter;
 use crate::hold::timing::{self, Reminders, Renewal};
@@ -92,8 +93,11 @@ impl Options {
         // A request may come back by the same token and want a fencing token then, which must not be that of the holder
         // before. So a lock held by a token that can come back has a fencing token of its own, wanted or not.
         let fenced = wants_token || !own_token;
-        let (metadata, latest) = (metadata.into(), Arc::default());
-        let wanted = Wanted { owned, metadata, ttl, fenced, queueing, latest };
+        let latest = Arc::default();
+        // Without renewals, the request would get less than its ttl; and its metadata has to be stored.
+        let takes_over =
+            shared.settings.local_hand_over && own_token && metadata.is_empty() && renewal != Renewal::Never;
+        let wanted = Wanted { owned, metadata: metadata.into(), ttl, fenced, queueing, takes_over, latest };
         let limit = wait_at_most.map(|limit| timing::after(started, limit));
         Ok(Acquisition {
             waiter: Waiter::new(Attempt::new(wanted, shared, runtime), limit),
@@ -184,13 +188,14 @@ impl Acquisition {
                 Step::Ask => {
                     self.attempts += 1;
                     match Box::pin(self.waiter.ask()).await {
-                        Outcome::Granted(grant) => self.take(grant, false)?,
+                        Outcome::Granted(grant) => self.take(grant, self.waiter.by_asking())?,
                         Outcome::Held(held) => self.held(held),
                         Outcome::Failed(error) | Outcome::Unknown(error) => self.failed(error)?,
                         Outcome::Closed => self.failed(Error::Closed)?,
                     }
                 }
-                Step::Take(grant) => self.take(grant, true)?,
+                Step::Take(grant) if grant.is_taken_over() => self.take(grant, By::TakeOver)?,
+                Step::Take(grant) => self.take(grant, By::HandOver)?,
                 Step::Wait(wait_for) => match &mut self.pacing {
                     Pacing::Once => Step::GiveUp,
                     Pacing::Wait => Box::pin(self.waiter.wait(wait_for)).await,
@@ -205,7 +210,7 @@ impl Acquisition {
     }
 
     /// Takes a lock that was granted, if enough of its ttl is left.
-    fn take(&mut self, mut grant: Grant, was_handed_over: bool) -> Result<Step, Error> {
+    fn take(&mut self, mut grant: Grant, by: By) -> Result<Step, Error> {
         if let Some(instead) = self.waiter.claim() {
             return Ok(instead);
         }
@@ -215,7 +220,7 @@ impl Acquisition {
         if drift.suffices(remaining, ttl) {
             info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
             grant.fencing_token = grant.fencing_token.filter(|_| self.wants_token);
-            let obtained = Obtained { at, held_until: grant.sent + ttl, was_handed_over };
+            let obtained = Obtained { at, held_until: grant.sent + ttl, by };
             return self.waiter.succeed(grant, self.renewal, obtained).map(Step::Finish);
         }
         debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");
@@ -224,6 +229,12 @@ impl Acquisition {
             return Err(Error::ValidityExpired);
         }
         self.last_answer = Some(LastAnswer::Failed(Error::ValidityExpired));
+        self.waiter.ticket().inspect(|ticket| ticket.give_up_claim());
+        if by == By::TakeOver {
+            // The server would grant the token of the earlier holder again without a new fencing token. So this
+            // releases the lock and goes on with another token.
+            return Ok(Step::StartOver);
+        }
         // It is this request's alone: the ttl of the next one in the queue may be longer.
         self.waiter.ticket().inspect(|ticket| ticket.set_last_answer(None));
         Ok(Step::Wait(WaitFor::Pause { failures: self.late }))

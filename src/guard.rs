@@ -109,6 +109,9 @@ impl LockGuard {
 
     /// Returns the token that the server stores at the key: the secret of this holder.
     ///
+    /// A guard whose token was read is not [handed over](crate::LockerBuilder::local_hand_over) within the process, as
+    /// its token could be used elsewhere.
+    ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() -> Result<(), tenure::Error> {
@@ -118,7 +121,7 @@ impl LockGuard {
     /// # }
     /// ```
     pub fn token(&self) -> &Token {
-        &self.hold.owned.token
+        self.hold.token()
     }
 
     /// Returns the metadata that was stored beside the token. Empty if there is none.
@@ -142,6 +145,8 @@ impl LockGuard {
     /// middle of a write, and goes on after another has obtained the lock, does no harm. The number is the larger of
     /// the last one plus one and the server's time in microseconds. So it also grows when the server has lost its data,
     /// as long as its clock goes on. It never changes during the life of a guard.
+    ///
+    /// The numbers are not consecutive: a process may [get some to spare](crate::Holder::fencing_token).
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -473,6 +478,10 @@ impl LockGuard {
     /// meantime. [`Error::Redis`] if the server could not be asked within the command timeout; then the release is
     /// tried again in the background until the ttl has freed the lock.
     ///
+    /// The server is not asked if the lock is [handed over in this
+    /// process](crate::LockerBuilder::local_hand_over). A loss that only the server knows of is then found by the next
+    /// renewal, or the next release that asks.
+    ///
     /// # Cancel safety
     ///
     /// If the future is dropped, the lock is released in the background.
@@ -488,6 +497,9 @@ impl LockGuard {
     /// # }
     /// ```
     pub async fn release(self) -> Result<(), Error> {
+        if self.shared.hand_over_here(&self.hold) {
+            return Ok(());
+        }
         // From here on, dropping `self` makes the renewer release the lock, unless another final step is set below.
         match self.hold.end(Loss::Released) {
             Loss::Released => {}
@@ -587,8 +599,12 @@ impl LockGuard {
 }
 
 impl Drop for LockGuard {
-    /// Only calls the renewer: nothing here starts a task, blocks or panics.
+    /// Hands the lock over to a waiter of this process, or calls the renewer: nothing here blocks or panics. The only
+    /// task that this may start is the supervisor of the waiters.
     fn drop(&mut self) {
+        if self.shared.hand_over_here(&self.hold) {
+            return self.renewer.remove();
+        }
         self.hold.end(Loss::Released);
         if self.hold.nothing_left() {
             return self.renewer.remove();

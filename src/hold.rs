@@ -23,12 +23,14 @@ mod renewer;
 mod renewing;
 pub(crate) mod scheduler;
 mod state;
+mod take_over;
 #[cfg(test)]
 mod tests;
 pub(crate) mod timing;
 mod undo;
 
 use std::fmt;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -48,8 +50,23 @@ pub(crate) struct Grant {
     pub(crate) sent: Instant,
     pub(crate) ttl: Duration,
     pub(crate) fencing_token: Option<u64>,
+    /// How many fencing tokens after this one are reserved for the next holders in this process.
+    pub(crate) spare_tokens: u64,
     /// Until when the server may run an earlier attempt of the same request, if one had an unknown outcome.
     pub(crate) doubt: Option<Arc<Latest>>,
+    /// If the lock is taken over from an earlier holder: until when the server may keep it by that one's requests.
+    pub(crate) kept_until: Option<Instant>,
+}
+
+impl Grant {
+    pub(crate) fn new(sent: Instant, ttl: Duration, fencing_token: Option<u64>) -> Self {
+        Self { sent, ttl, fencing_token, spare_tokens: 0, doubt: None, kept_until: None }
+    }
+
+    /// Returns whether the lock is taken over from an earlier holder of this process, whose token the server keeps.
+    pub(crate) fn is_taken_over(&self) -> bool {
+        self.kept_until.is_some()
+    }
 }
 
 /// One lock, from its grant until it is no longer held.
@@ -58,6 +75,10 @@ pub(crate) struct Hold {
     pub(crate) metadata: Box<[u8]>,
     /// Fixed when the lock is obtained. Read from the server after a loss, it could be the next holder's.
     pub(crate) fencing_token: Option<u64>,
+    /// See [`Grant::spare_tokens`].
+    spare_tokens: u64,
+    /// Whether a user has read the token, and may use it for another grant of the lock.
+    is_token_known: AtomicBool,
     /// See [`Grant::doubt`]: what the server runs until then has to be undone after the release.
     pub(crate) doubt: Option<Arc<Latest>>,
     /// Whether a part of the lock may be left at the server after a verdict that it is not ours: some of several keys,
@@ -99,6 +120,8 @@ impl Hold {
             owned,
             metadata,
             fencing_token: grant.fencing_token,
+            spare_tokens: grant.spare_tokens,
+            is_token_known: AtomicBool::new(false),
             doubt: grant.doubt.clone(),
             drift,
             origin,
@@ -108,7 +131,7 @@ impl Hold {
                 sent: grant.sent,
                 worth: grant.ttl,
                 deadline: drift.deadline(grant.sent, grant.ttl),
-                kept_until: Instant::now() + grant.ttl,
+                kept_until: (Instant::now() + grant.ttl).max(grant.kept_until.unwrap_or(grant.sent)),
                 epoch: 0,
                 unresolved: Vec::new(),
                 recording: Vec::new(),
@@ -192,8 +215,8 @@ impl Hold {
         Renewing { sent, ttl, exact: false, epoch: state.epoch }
     }
 
-    /// Returns the renewal that is due, if there is one, it can share a call with others, and it may take `time` without
-    /// outlasting the deadline. `sent` is now, or a moment ago.
+    /// Returns the renewal that is due, if there is one, it can share a call with others, and it may take `time`
+    /// without outlasting the deadline. `sent` is now, or a moment ago.
     pub(crate) fn renewing_when_due(&self, sent: Instant, time: Duration) -> Option<Renewing> {
         // It has a record of its own to keep.
         if self.owned.grant.is_some() {

@@ -409,7 +409,7 @@ impl Locker {
         if !drift.suffices(drift.deadline(sent, ttl).saturating_duration_since(Instant::now()), ttl) {
             return Err(Error::ValidityExpired);
         }
-        let grant = Grant { sent, ttl, fencing_token: lease.fencing_token(), doubt: None };
+        let grant = Grant::new(sent, ttl, lease.fencing_token());
         let is_voted_on = shared.store.capabilities().undoes_attempts;
         let hold = Hold::new(owned, Box::default(), &grant, drift, renewal, shared.origin, is_voted_on);
         if !claim.keep() {

@@ -116,6 +116,8 @@ pub(crate) struct Wanted {
     pub(crate) fenced: bool,
     /// How it relates to the line of waiters of other processes.
     pub(crate) queueing: Queueing,
+    /// Whether it may take over the lock of an earlier holder of this process.
+    pub(crate) takes_over: bool,
     /// Until when the server may run what was sent for this request. All copies share it.
     pub(crate) latest: Arc<Latest>,
 }
@@ -164,10 +166,11 @@ pub(crate) enum Extending {
     Exactly,
     /// To at least this, and the owner's grant replaces the earlier one.
     Claim { earlier: Option<GrantId> },
-    /// To at least this, and extends the record of grants as well.
+    /// To at least this, and adds the grant to the record: what the two for at least a ttl become where the grant has an
+    /// id ([`of`](Self::of)).
     KeepRecord,
-    /// To at least this, for the lock of a lease; and extends the record, where the lease's grant has an id. Unlike the
-    /// renewal of a guard, it doesn't imply that the lock was held until now.
+    /// To at least this, for the lock of a lease. Unlike the renewal of a guard, it doesn't imply that the lock was held
+    /// until now.
     Ensure,
     /// Leaves the ttl alone. The owner's grant ends, and the earlier one, which it had replaced, gets its place back
     /// where no other grant relies on the lock. The ttl is that of the earlier one.
@@ -274,6 +277,8 @@ pub(crate) struct Next {
     pub(crate) in_line: bool,
     /// This process may keep the lock from other processes, whether they stand in the line or not.
     pub(crate) may_keep: bool,
+    /// How many fencing tokens to reserve, if any is wanted. Those after the first are for the waiters behind this one.
+    pub(crate) tokens: u64,
 }
 
 /// The verdict on a hand-over.
@@ -309,7 +314,8 @@ pub(crate) enum HandedOver {
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Holder {
-    /// The holder's token.
+    /// The holder's token. If the lock was [handed over](crate::LockerBuilder::local_hand_over) within a process, it is
+    /// that of an earlier holder there.
     pub token: Token,
     /// What the holder stored beside its token; empty if it stored nothing.
     pub metadata: Vec<u8>,
@@ -317,6 +323,9 @@ pub struct Holder {
     /// crate is.
     pub remaining: Option<Duration>,
     /// The last fencing token that was granted for this key: the holder's, unless it asked for none.
+    ///
+    /// It may be greater than the holder's, by up to 16: a process whose tasks wait for the lock gets a block of them,
+    /// which its next holders use if the lock is [handed over](crate::LockerBuilder::local_hand_over) there.
     pub fencing_token: Option<u64>,
 }
 

@@ -8,6 +8,7 @@
 //! | `Process`, `Handing`, `State::next`     | `src/acquire/queue.rs`: two lanes, hand-overs, turns in a row     |
 //! | `handed_over`, `leave_lane`             | `src/acquire/queue/`: `HandOver`, `Ticket::leave`                 |
 //! | `Ask`, `Heartbeat`, `Learn`, `doubt`    | `waiter.rs`, `position.rs` and `attempt.rs` in `src/acquire/`     |
+//! | `HandOverHere`, `Handing::TakenOver`    | `src/acquire/take_over.rs`: a hand-over without the server        |
 //! | `Park`                                  | `src/acquire/supervisor.rs`: an unpolled request goes to the end  |
 //! | `Silence`, `Expire`                     | heartbeats, reservations and locks that end by time               |
 //!
@@ -19,6 +20,11 @@
 //! a reservation that isn't confirmed in time, a lock that expires while its holder lives, another library that takes
 //! the free lock, a release that finds no subscription, a waiter that gives up or isn't polled. The model skips
 //! behaviours with more mishaps than that; it explores those with fewer, whatever their length.
+//!
+//! A lock that is handed over without the server stays at the server as it is: `Lock::Held` names the token, and
+//! `Waiter::took_over` the token that a waiter holds the lock by. Wherever such a hand-over is possible, the model also
+//! goes through the server. So what the crate asks of the lock besides (the ttl, what is left of it, metadata, a
+//! fencing token to spare) only leaves out some of the behaviours.
 //!
 //! These are left out, without a loss:
 //! - Notifications. They only make a waiter ask, and here it may ask at any time. In the calm that ends a behaviour
@@ -74,6 +80,9 @@ const TWO: World = World {
 /// Two waiters share a place, and one of another process waits.
 const PAIR: World = World { waiters: &[(0, Shared), (0, Shared), (1, Shared)], mishaps: 1, ..TWO };
 
+/// Three waiters share a place, so that the second may take a lock over which the first has taken over.
+const TRIO: World = World { waiters: &[(0, Shared), (0, Shared), (0, Shared), (1, Shared)], ..PAIR };
+
 /// All waiters have their own places.
 const OWN: World = World { waiters: &[(0, Own), (0, Own), (1, Own)], mishaps: 1, ..TWO };
 
@@ -105,6 +114,23 @@ mod nothing_breaks {
     #[test]
     fn two_that_share_a_place() {
         holds(World { can: &[Die, Expire], ..PAIR }, 100_000);
+    }
+
+    #[test]
+    fn three_that_take_the_lock_over_and_one_elsewhere() {
+        let promises = &[EXCLUSION, NO_GHOST, GRANTED, ORDER, KEPT];
+        holds(World { mishaps: 0, promises, ..TRIO }, 900_000);
+    }
+
+    #[test]
+    fn two_that_take_the_lock_over_and_leave() {
+        holds(World { can: &[GiveUp, Park], ..PAIR }, 50_000);
+    }
+
+    /// The larger searches check that all waiters are served.
+    #[test]
+    fn two_that_take_the_lock_over_and_whose_requests_are_late() {
+        holds(World { can: &[Timeout], promises: &[EXCLUSION, NO_GHOST, ORDER, KEPT], ..PAIR }, 450_000);
     }
 
     #[test]
@@ -206,6 +232,46 @@ mod each_safeguard_is_needed {
         let safeguards = Safeguards { turns_end: false, ..ALL };
         falls(&[ORDER], World { safeguards, mishaps: 0, come_again: true, ..PAIR });
     }
+
+    #[test]
+    fn a_hand_over_whose_outcome_comes_late_takes_another_waiter_out_of_the_line() {
+        let safeguards = Safeguards { late_outcomes_are_old: false, ..ALL };
+        falls(&[NO_GHOST], World { safeguards, can: &[GiveUp], ..TRIO });
+    }
+
+    #[test]
+    fn a_request_without_the_place_that_is_granted_leaves_it_in_the_line() {
+        let safeguards = Safeguards { in_line_until_asked_out: false, ..ALL };
+        falls(&[NO_GHOST], World { safeguards, can: &[Expire], ..TRIO });
+    }
+
+    #[test]
+    fn a_hand_over_that_is_learned_of_by_asking_begins_another_turn() {
+        let safeguards = Safeguards { unheard_turns_count: false, ..ALL };
+        falls(&[ORDER], World { safeguards, mishaps: 0, ..TRIO });
+    }
+
+    #[test]
+    fn turns_without_the_server_that_count_for_nothing_keep_the_lock() {
+        let safeguards = Safeguards { local_turns_end: false, ..ALL };
+        falls(&[ORDER], World { safeguards, mishaps: 0, come_again: true, ..PAIR });
+    }
+
+    #[test]
+    fn a_holder_that_releases_what_it_has_handed_over_frees_it_for_a_second_one() {
+        falls(&[EXCLUSION], World { safeguards: Safeguards { nobody_else_releases: false, ..ALL }, ..PAIR });
+    }
+
+    #[test]
+    fn whoever_undoes_a_request_of_unknown_outcome_frees_a_lock_that_was_taken_over() {
+        falls(&[EXCLUSION], World { safeguards: Safeguards { sure_tokens_go_on: false, ..ALL }, ..PAIR });
+    }
+
+    /// It asks with the place just before it has the lock without the server.
+    #[test]
+    fn whoever_takes_a_lock_over_and_forgets_the_line_leaves_a_place_there() {
+        falls(&[NO_GHOST], World { safeguards: Safeguards { take_over_leaves_line_alone: false, ..ALL }, ..PAIR });
+    }
 }
 
 mod larger {
@@ -221,6 +287,18 @@ mod larger {
     #[ignore = "takes minutes"]
     fn two_that_share_a_place() {
         holds(PAIR, 0);
+    }
+
+    #[test]
+    #[ignore = "takes minutes"]
+    fn two_that_share_a_place_and_come_again() {
+        holds(World { mishaps: 0, come_again: true, ..PAIR }, 0);
+    }
+
+    #[test]
+    #[ignore = "takes minutes"]
+    fn three_that_share_a_place() {
+        holds(World { can: &[GiveUp, Park, Expire], ..TRIO }, 0);
     }
 
     #[test]

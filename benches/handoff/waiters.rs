@@ -32,6 +32,8 @@ pub(crate) struct Contender {
 
 enum Way {
     Tenure(fn(&Locker, &str) -> LockRequest),
+    /// The same with local hand-overs switched off.
+    TenureByServer,
     /// With default settings: three attempts with pauses of up to 200 ms, repeated.
     Rslock,
     /// Like the Go libraries: try, then pause for this long.
@@ -50,6 +52,7 @@ impl Contender {
             most_to_fewest: Some(1.2),
             way: Way::Tenure(|locker, key| locker.lock(key).ttl(TTL)),
         },
+        Self { name: "tenure, by server", sends: TENURE_SENDS, most_to_fewest: Some(1.2), way: Way::TenureByServer },
         Self {
             name: "tenure, fair",
             sends: TENURE_SENDS,
@@ -74,6 +77,10 @@ impl Contender {
     async fn connect(&self, url: &str) -> Waiter {
         match self.way {
             Way::Tenure(request) => Waiter::Tenure(Locker::connect(url).await.expect("a connection"), request),
+            Way::TenureByServer => {
+                let locker = Locker::builder().local_hand_over(false).connect(url).await.expect("a connection");
+                Waiter::Tenure(locker, |locker, key| locker.lock(key).ttl(TTL))
+            }
             Way::Rslock => Waiter::Rslock(LockManager::new(vec![url])),
             Way::Polling(pause) => Waiter::Polling(RawFred::connect(url, COMPARE_AND_DELETE).await, pause),
         }
@@ -87,7 +94,7 @@ impl Contender {
                 let connection = client.get_multiplexed_async_connection().await.expect("a connection");
                 median_of(|| ping_with_redis(connection.clone())).await
             }
-            Way::Tenure(_) | Way::Polling(_) => {
+            Way::Tenure(_) | Way::TenureByServer | Way::Polling(_) => {
                 let raw = RawFred::connect(url, COMPARE_AND_DELETE).await;
                 median_of(|| raw.client.ping::<String>(None)).await
             }

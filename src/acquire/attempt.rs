@@ -107,7 +107,7 @@ impl Attempt {
         let Context { wanted, .. } = &self.context;
         let outcome = match answer {
             Ok(Acquired::Granted { fencing_token }) => {
-                return Outcome::Granted(Grant { sent: sending.sent, ttl: wanted.ttl, fencing_token, doubt: None });
+                return Outcome::Granted(Grant::new(sending.sent, wanted.ttl, fencing_token));
             }
             Ok(Acquired::Held { place, remaining }) => {
                 let key = wanted.owned.keys.get(place).cloned().unwrap_or_else(|| wanted.owned.key());
@@ -135,6 +135,15 @@ impl Attempt {
             let undo = Cleanup::Undo(self.context.wanted.clone());
             self.pending = Some(self.context.shared.cleanups.register(undo));
         }
+    }
+
+    /// Goes on with the token of an earlier holder of this process, which holds the lock at the server. Undoes what the
+    /// request's own token may have left. `pending` releases the lock until a guard has it.
+    pub(crate) fn take_over(&mut self, wanted: Arc<Wanted>, pending: Option<PendingCleanup>) {
+        self.undo();
+        self.doubt = false;
+        self.context.wanted = wanted;
+        self.keep_pending(pending);
     }
 
     /// Notes that a hand-over had an unknown outcome, as [`keep_pending`](Self::keep_pending) does.

@@ -33,7 +33,10 @@ impl Shared {
             HandedOver::Done { fencing_token, alone } => {
                 debug!(name: "tenure.handed_over", key = %owned.key(), "handed over");
                 let runtime = self.runtime()?;
-                let grant = Grant { sent, ttl: wanted.ttl, fencing_token, doubt: None };
+                let grant = Grant {
+                    spare_tokens: next.tokens.saturating_sub(1),
+                    ..Grant::new(sent, wanted.ttl, fencing_token)
+                };
                 if hand_over.granted(grant, alone) {
                     // In case that the waiter isn't polled.
                     self.supervise_queues(&runtime);
@@ -47,7 +50,9 @@ impl Shared {
                 Ok(Some(Verdict::NotOurs(loss)))
             }
             HandedOver::PassedBy => {
-                hand_over.passed_by();
+                if let Some(place) = hand_over.passed_by() {
+                    self.leave_line(owned.key(), place, false, &self.runtime()?);
+                }
                 Ok(Some(Verdict::Done))
             }
             HandedOver::NotNow => {
@@ -56,6 +61,7 @@ impl Shared {
             }
         }
     }
+
     /// Undoes, in the background, a hand-over to a waiter that has left.
     fn undo_hand_over(self: &Arc<Self>, wanted: Arc<Wanted>, runtime: &Handle) {
         let (shared, pending) = (self.clone(), self.cleanups.register(Cleanup::Undo(wanted.clone())));

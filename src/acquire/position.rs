@@ -219,16 +219,15 @@ impl Position {
     pub(crate) fn leave_with_lock(&mut self, context: &Context) {
         // A request for several keys has left the line only if it was its turn: it may have found them free.
         let Some(ticket) = self.ticket.take() else { return self.leave_line(context) };
-        // The grant took the place out of the line; a shared one with it, if nobody else has it. So it has to be left
-        // only if something may still enter it.
+        // The grant took the own place out of the line. So this has to be left only if something may still enter it.
+        // What may be left of a shared place, the ticket knows.
         if !self.may_enter_late {
             self.own_place = None;
         }
         self.leave_line(context);
         let left = ticket.leave();
-        if left.may_enter_late {
-            Self::leave_shared_place(context, &left);
-        }
+        debug_assert!(left.taken_over.is_none(), "whoever has claimed a lock is handed no other");
+        Self::leave_shared_place(context, &left);
     }
 
     /// Prepares for entering the queue again, as a new request does.

@@ -39,7 +39,7 @@ use tokio::time::Instant;
 pub(crate) use self::abandoned::Abandoned;
 pub(crate) use self::hand_over::HandOver;
 use self::hand_over::HandOverState;
-pub(crate) use self::ticket::{Claim, Inherited, Leftovers, Obtained, Ticket, Wakeup};
+pub(crate) use self::ticket::{By, Claim, Inherited, Leftovers, Obtained, TakenOver, Ticket, Wakeup};
 use crate::acquire::answer::LastAnswer;
 use crate::hold::Owned;
 use crate::store::notifications::Subscription;
@@ -180,22 +180,31 @@ impl Queues {
     pub(crate) fn next(&self, owned: &Owned) -> Option<HandOver> {
         let [key] = &*owned.keys else { return None };
         let queue = lock(&self.by_key).get(key)?.clone();
-        let now = Instant::now();
         let mut state = lock(&queue.state);
-        let turn_began = *state.turn_began.get_or_insert(now);
-        let has_turn = state.in_a_row < IN_A_ROW && now.saturating_duration_since(turn_began) < TURN;
+        let has_turn = state.has_turn(Instant::now());
         let (waiter, may_keep) = match (state.plain.next(), state.fair.next()) {
             (Some(waiter), _) if has_turn => (waiter, true),
             (_, Some(waiter)) => (waiter, false),
             (Some(waiter), None) => (waiter, false),
             (None, None) => return None,
         };
-        state.in_a_row += 1;
-        *lock(&waiter.hand_over) = HandOverState::InFlight { pending: None, until: None };
-        let lane = state.lane_of(waiter.place);
-        let next = Next { place: waiter.place, in_line: lane.in_line || !waiter.place.is_shared, may_keep };
-        drop(state);
-        Some(HandOver::new(queue, waiter, next))
+        let hand_over = state.begin_hand_over(&queue, waiter, may_keep);
+        Some(hand_over)
+    }
+
+    /// Begins to hand the lock over without asking the server, if it is still the turn of this process and a waiter
+    /// here may take the lock over. Returns `None` if the place of that waiter is in the line: the server has to remove
+    /// it.
+    pub(crate) fn next_to_take_over(&self, owned: &Owned) -> Option<HandOver> {
+        let [key] = &*owned.keys else { return None };
+        let queue = lock(&self.by_key).get(key)?.clone();
+        let mut state = lock(&queue.state);
+        let waiter = state.plain.next().filter(|waiter| waiter.wanted.takes_over && !state.plain.in_line)?;
+        if !state.has_turn(Instant::now()) {
+            return None;
+        }
+        let hand_over = state.begin_hand_over(&queue, waiter, true);
+        Some(hand_over)
     }
 
     /// Returns all queues, one after the other. The map is never locked for longer than it takes to copy a few
@@ -234,6 +243,22 @@ fn remove(by_key: &ByKey, queue: &Arc<Queue>) {
 impl State {
     fn lane_of(&mut self, place: LinePlace) -> &mut Lane {
         if place.is_shared { &mut self.plain } else { &mut self.fair }
+    }
+
+    /// Returns whether this process may hand the lock over to its own waiters once more, while another process waits.
+    fn has_turn(&mut self, now: Instant) -> bool {
+        let turn_began = *self.turn_began.get_or_insert(now);
+        self.in_a_row < IN_A_ROW && now.saturating_duration_since(turn_began) < TURN
+    }
+
+    fn begin_hand_over(&mut self, queue: &Arc<Queue>, waiter: Arc<QueueEntry>, may_keep: bool) -> HandOver {
+        self.in_a_row += 1;
+        *lock(&waiter.hand_over) = HandOverState::InFlight { pending: None, until: None };
+        let lane = self.lane_of(waiter.place);
+        let others_take_over = waiter.place.is_shared && waiter.wanted.takes_over && lane.waiters.len() > 1;
+        let tokens = if others_take_over { u64::from(IN_A_ROW) + 1 } else { 1 };
+        let next = Next { place: waiter.place, in_line: lane.in_line || !waiter.place.is_shared, may_keep, tokens };
+        HandOver::new(queue.clone(), waiter, next)
     }
 
     /// Begins to count hand-overs: the lock has come here from elsewhere, or nobody else waits for it.

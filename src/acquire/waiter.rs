@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::acquire::answer::Held;
 use crate::acquire::attempt::{Attempt, Outcome};
 use crate::acquire::position::Position;
-use crate::acquire::queue::{Claim, HEARTBEAT, Inherited, Obtained, Ticket, Wakeup};
+use crate::acquire::queue::{By, Claim, HEARTBEAT, Inherited, Obtained, TakenOver, Ticket, Wakeup};
 use crate::acquire::step::{Step, WaitFor};
 use crate::hold::Grant;
 use crate::hold::timing::{self, Drift, Renewal};
@@ -40,13 +40,15 @@ pub(crate) struct Waiter {
     took: Duration,
     /// It is asking with its place in the line, so that it may enter the line after it has left.
     is_entering: bool,
+    /// It has last asked with its place in the line.
+    asked_with_place: bool,
 }
 
 impl Waiter {
     pub(crate) fn new(attempt: Attempt, limit: Option<Instant>) -> Self {
-        let (position, subscription, is_first, is_entering) = (Position::default(), None, false, false);
-        let (asked, took) = (Instant::now(), Duration::ZERO);
-        Self { attempt, position, limit, subscription, is_first, asked, took, is_entering }
+        let (position, asked, took) = (Position::default(), Instant::now(), Duration::ZERO);
+        let (is_first, is_entering, asked_with_place) = (false, false, false);
+        Self { attempt, position, limit, subscription: None, is_first, asked, took, is_entering, asked_with_place }
     }
 
     /// Enters the queue of this process, and waits behind those who came before.
@@ -82,6 +84,7 @@ impl Waiter {
         self.is_entering = matches!(in_line, InLine::At { .. });
         let outcome = self.attempt.send(&sending, &in_line).await;
         let has_entered = std::mem::take(&mut self.is_entering);
+        self.asked_with_place = has_entered;
         match &outcome {
             Outcome::Unknown(_) | Outcome::Closed if has_entered => self.position.may_enter_late(),
             Outcome::Held(_) => {
@@ -91,6 +94,11 @@ impl Waiter {
             _ => {}
         }
         outcome
+    }
+
+    /// Returns by what the waiter has obtained the lock, if the server has granted its last request.
+    pub(crate) fn by_asking(&self) -> By {
+        By::Asking { with_place: self.asked_with_place }
     }
 
     /// Returns the request's place among the waiters of this process, if it has one.
@@ -325,6 +333,10 @@ impl Waiter {
                 self.attempt.keep_pending(pending);
                 Step::Take(grant)
             }
+            Wakeup::TakenOver(grant, TakenOver { wanted, pending }) => {
+                self.attempt.take_over(wanted, pending);
+                Step::Take(grant)
+            }
             Wakeup::Unknown(pending) => {
                 self.attempt.doubt(pending);
                 self.position.may_enter_late();
@@ -346,9 +358,13 @@ impl Waiter {
         if std::mem::take(&mut self.is_entering) {
             self.position.may_enter_late();
         }
-        if let Some(left) = self.position.leave_queue() {
+        if let Some(mut left) = self.position.leave_queue() {
             if left.may_hold {
                 self.attempt.keep_pending(None);
+            }
+            if let Some(TakenOver { wanted, pending }) = left.taken_over.take() {
+                // The attempt releases it when it is dropped or starts over.
+                self.attempt.take_over(wanted, pending);
             }
             Position::leave_shared_place(&self.attempt.context, &left);
         }

@@ -27,8 +27,8 @@ pub(super) struct State {
     pub(super) epoch: u32,
     /// The requests that set the ttl and whose outcome is unknown (invariant 5).
     pub(super) unresolved: Vec<Unresolved>,
-    /// The renewals without a reply that write a record of grants: when each was sent, and until when the server may run
-    /// it (invariant 7).
+    /// The renewals without a reply that write a record of grants: when each was sent, and until when the server may
+    /// run it (invariant 7).
     pub(super) recording: Vec<(Instant, Instant)>,
     /// Why the latest renewal failed, if none has succeeded since.
     pub(super) last_error: Option<Arc<Error>>,

@@ -17,7 +17,7 @@ fn hold() -> Hold {
 fn of(keys: &[&'static str]) -> Hold {
     let keys = keys.iter().copied().map(Key::from).collect();
     let owned = Owned { keys, token: Token::random(), own_token: true, grant: None };
-    let grant = Grant { sent: Instant::now(), ttl: ms(1_000), fencing_token: None, doubt: None };
+    let grant = Grant::new(Instant::now(), ms(1_000), None);
     let drift = Drift { factor: 0.0, margin: Duration::ZERO };
     Hold::new(owned, Box::default(), &grant, drift, Renewal::Third, Instant::now(), false)
 }

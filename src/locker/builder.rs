@@ -86,6 +86,7 @@ impl Default for LockerBuilder {
                 retry: None,
                 drift: Drift::default(),
                 fenced: true,
+                local_hand_over: true,
                 poll_every: Duration::from_secs(1),
             },
             command_timeout: Duration::from_secs(2),
@@ -195,6 +196,33 @@ impl LockerBuilder {
     /// ```
     pub fn fenced(mut self, fenced: bool) -> Self {
         self.settings.fenced = fenced;
+        self
+    }
+
+    /// Whether a lock that is released while other tasks of this locker wait for it may be handed over to the next of
+    /// them without asking the server. Default: true.
+    ///
+    /// The successor gets the lock as it is at the server: under the token of the holder before, with its deadline, and
+    /// with a fencing token of its own. The lock goes through the server again after 16 turns in a row or 100 ms, so
+    /// other processes wait for it no longer than without this ([turns](Locker::lock)).
+    ///
+    /// Locks are handed over like this only between plain requests: [`lock`](Locker::lock) for one key, with the same
+    /// ttl, without [metadata](crate::LockRequest::metadata), a [token](crate::LockRequest::token) of their own or
+    /// [`fair`](crate::LockRequest::fair). The successor must renew its lock, and the holder before must not have read
+    /// its [token](crate::LockGuard::token) nor given the guard to a [`WatchDog`](crate::WatchDog). At least half of
+    /// the ttl must be left. On a quorum, and with [`min_replicas`](Self::min_replicas), every lock goes through the
+    /// servers.
+    ///
+    /// The price: not every [`release`](crate::LockGuard::release) asks the server, so a lock that it has lost
+    /// (deleted, evicted, failed over) is noticed by the next renewal, or by the next release that asks. And
+    /// [`Locker::inspect`] shows the token of an earlier holder, and a fencing token that may be
+    /// [greater](crate::Holder::fencing_token) than the holder's.
+    ///
+    /// ```
+    /// let locker = tenure::Locker::builder().local_hand_over(false).in_memory();
+    /// ```
+    pub fn local_hand_over(mut self, on: bool) -> Self {
+        self.settings.local_hand_over = on;
         self
     }
 

@@ -45,6 +45,8 @@ pub(crate) struct Settings {
     pub(crate) retry: Option<Retry>,
     pub(crate) drift: Drift,
     pub(crate) fenced: bool,
+    /// Whether locks may be handed over in this process without asking the server.
+    pub(crate) local_hand_over: bool,
     pub(crate) poll_every: Duration,
 }
 

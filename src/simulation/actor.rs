@@ -1,7 +1,7 @@
 //! The tasks of a universe: they make any public call, in any order, and give up at any point.
 
 use std::future::{Future, IntoFuture, poll_fn};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::Duration;
@@ -14,6 +14,10 @@ use crate::{Error, Key, Lease, LockGuard, LockRequest, Locker, Loss, Retry, Toke
 
 /// The timeout of a call to the server, with which the lockers of a universe are built.
 pub(super) const COMMAND_TIMEOUT: Duration = ms(500);
+/// The ttl of the locks in a calm universe, in which none may be left to its ttl.
+const LONG: Duration = ms(600_000);
+/// How long such a lock may be idle while somebody waits for it. Each waiter that is not polled costs a moment.
+const IDLE: Duration = ms(6_000);
 /// How much longer than they should calls may take.
 const TOLERANCE: Duration = ms(60);
 
@@ -31,13 +35,27 @@ pub(super) struct Habits {
     keys: Vec<Key>,
     /// The longest pause of a task.
     rest: u64,
+    pub(super) alike: Alike,
     /// True if calls take real time.
     in_real_time: bool,
+}
+
+/// Whether requests are alike and wait for one key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Alike {
+    No,
+    Yes,
+    /// And no lock is left to its ttl, so that it must never be idle for long while somebody waits.
+    AndCalm,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     Obtain,
+    /// Polls a request a few times, and keeps it.
+    Park,
+    /// Goes on with such a request, or drops it.
+    Unpark,
     ObtainAll,
     Twins,
     Scope,
@@ -63,6 +81,26 @@ enum Step {
     Rest,
     DeleteKey,
     Stall,
+}
+
+impl Step {
+    /// Returns whether no lock is left to its ttl by this step.
+    fn is_calm(self) -> bool {
+        matches!(
+            self,
+            Self::Obtain
+                | Self::Park
+                | Self::Unpark
+                | Self::Scope
+                | Self::Renew
+                | Self::ServerTtl
+                | Self::Protect
+                | Self::Release
+                | Self::Drop
+                | Self::Inspect
+                | Self::Rest
+        )
+    }
 }
 
 /// Steps that belong together, for the universes that do little else. The others mix all steps.
@@ -127,7 +165,22 @@ impl Habits {
         let named = *rng.choice(&[0, 3, 8]).unwrap();
         let given_up = *rng.choice(&[0, 2, 5]).unwrap();
         let rest = *rng.choice(&[50, 800, 4_000]).unwrap();
-        Self { steps, ttls, tokens, named, given_up, keys: keys.to_vec(), rest, in_real_time: false }
+        Self { steps, ttls, tokens, named, given_up, keys: keys.to_vec(), rest, alike: Alike::No, in_real_time: false }
+    }
+
+    /// Makes requests alike, so that locks change hands within a process, also by futures that are kept and not polled.
+    pub(super) fn alike(mut self, is_calm: bool) -> Self {
+        (self.named, self.rest) = (0, 50);
+        self.ttls.truncate(1);
+        self.keys.truncate(1);
+        self.steps.extend([(Step::Park, 2), (Step::Unpark, 2)]);
+        self.alike = Alike::Yes;
+        if is_calm {
+            self.alike = Alike::AndCalm;
+            self.ttls = vec![LONG];
+            self.steps.retain(|(step, _)| step.is_calm());
+        }
+        self
     }
 
     /// Leaves out what needs a paused clock, and the deletion of keys that nobody sees.
@@ -193,6 +246,13 @@ pub(super) struct Actor {
     pub(super) process: Arc<Process>,
     pub(super) rng: fastrand::Rng,
     pub(super) guards: Vec<LockGuard>,
+    pub(super) parked: Vec<Parked>,
+}
+
+/// A request that is kept and not polled.
+pub(super) struct Parked {
+    request: Pin<Box<dyn Future<Output = Result<LockGuard, Error>> + Send>>,
+    from: Instant,
 }
 
 /// When to give a call up.
@@ -213,6 +273,7 @@ impl Actor {
             self.take(step).await;
             self.world.check();
         }
+        self.parked.clear();
         while !self.guards.is_empty() {
             let last = *self.rng.choice(&[Step::Release, Step::Drop]).unwrap();
             self.take(last).await;
@@ -222,6 +283,8 @@ impl Actor {
     async fn take(&mut self, step: Step) {
         match step {
             Step::Obtain => self.obtain().await,
+            Step::Park => self.park().await,
+            Step::Unpark => self.unpark().await,
             Step::ObtainAll => self.obtain_all().await,
             Step::Twins => self.twins().await,
             Step::Scope => self.scope().await,
@@ -296,7 +359,7 @@ impl Actor {
             request = request.token(named.clone());
             token = Some(named);
         }
-        match self.rng.u8(..12) {
+        match self.rng.u8(..if self.habits.alike == Alike::No { 12 } else { 120 }) {
             0..=3 => request = request.no_renewal(),
             4 => request = request.renew_every(ms(20)),
             9 => request = request.renew_every(ms(200)),
@@ -309,6 +372,7 @@ impl Actor {
         let limit = match self.rng.u8(..4) {
             0 => ms(self.rng.u64(..100)),
             1 => ms(self.rng.u64(..1_000)),
+            _ if self.habits.alike == Alike::AndCalm => ms(60_000),
             _ => ms(self.rng.u64(..10_000)),
         };
         if waits {
@@ -322,6 +386,9 @@ impl Actor {
         let limit = limit.unwrap_or(ms(4_000));
         let asked = request.into_future();
         let answer = self.bounded(limit.max(COMMAND_TIMEOUT.min(ms(30))), Doing::default(), "a request", asked).await;
+        if self.habits.alike == Alike::AndCalm {
+            self.world.was_not_idle(&self.habits.keys[0], from, IDLE);
+        }
         match answer {
             Some(Ok(guard)) => self.guards.push(guard),
             Some(Err(error)) => self.told(&error, from, token.as_ref()),
@@ -329,9 +396,32 @@ impl Actor {
         }
     }
 
+    async fn park(&mut self) {
+        let request = self.process.locker.clone().lock(self.key());
+        let (request, _, _) = self.set(request, true);
+        let mut parked = Parked { request: Box::pin(request.into_future()), from: Instant::now() };
+        match until(GivenUp::Polls(self.rng.u32(1..6)), &mut parked.request).await {
+            Some(Ok(guard)) => self.guards.push(guard),
+            Some(Err(error)) => self.told(&error, parked.from, None),
+            None => self.parked.push(parked),
+        }
+    }
+
+    async fn unpark(&mut self) {
+        let Some(place) = self.rng.choice(0..self.parked.len()) else { return };
+        let mut parked = self.parked.swap_remove(place);
+        match until(self.given_up(), &mut parked.request).await {
+            Some(Ok(guard)) => self.guards.push(guard),
+            Some(Err(error)) => self.told(&error, parked.from, None),
+            None if self.rng.bool() => self.parked.push(parked),
+            None => {}
+        }
+    }
+
     async fn obtain(&mut self) {
         let (locker, key) = (self.process.locker.clone(), self.key());
         let (request, waits) = match self.rng.u8(..4) {
+            _ if self.habits.alike != Alike::No => (locker.lock(key), true),
             0 => (locker.try_lock(key), false),
             1 => (locker.obtain(key), false),
             _ => (locker.lock(key), true),
@@ -429,7 +519,8 @@ impl Actor {
         match step {
             Step::Release => {
                 let what = Doing { release: true, guard: id };
-                self.world.ends_outside(Some(guard.token()));
+                // Not `guard.token()`: a lock whose token was read is not handed over in the process.
+                self.world.ends_outside(Some(&guard.hold().owned.token));
                 let released = self.bounded(COMMAND_TIMEOUT, what, "release", guard.release()).await;
                 if let (Some(Err(error)), Some(id)) = (released, id) {
                     self.world.not_released(id, &error);
@@ -458,6 +549,7 @@ impl Actor {
     fn watch(&mut self) {
         let Some(place) = self.rng.choice(0..self.guards.len()) else { return };
         let guard = self.guards.swap_remove(place);
+        guard.token();
         let lease = Lease::from_parts(guard.hold().owned.clone(), guard.ttl(), None);
         if let Err(Error::AlreadyWatched { .. }) = self.process.dog().watch(guard) {
             // If a twin is watched, it is left to expire.
@@ -499,7 +591,9 @@ impl Actor {
 
     fn told(&self, error: &Error, from: Instant, own: Option<&Token>) {
         self.world.trace(|| format!("  failed: {error}"));
-        self.world.failed(error, from, own);
+        // Notifications take some time, and those behind a waiter that is not polled don't get them.
+        let heard = if self.habits.alike == Alike::No { ms(25) } else { IDLE };
+        self.world.failed(error, from, own, heard);
     }
 
     /// Does the work, unless it is given up earlier. Promise 6: it ends in time.

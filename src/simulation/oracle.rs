@@ -2,7 +2,7 @@
 //!
 //! At every event (a call is run at the server, a lock is obtained, an actor has done something):
 //!
-//! 1. Two guards of one key and of different tokens are not both held.
+//! 1. Two guards of one key are not both held, unless a user has given them the same token.
 //! 2. A guard that is held has its keys at the server until its deadline. The exception is a guard whose lock was ended
 //!    on purpose: by an explicit release with the same token, or by deleting the key by hand. It learns of that later.
 //! 3. Fencing tokens grow in the order of grants.
@@ -13,6 +13,7 @@
 //!    no queue, no subscription, no task. When those leases have expired, nothing remains at all.
 //! 5. `NotObtained` is returned only if another held the lock at some time during the call.
 //! 6. Every call ends in time.
+//! 7. No lock is idle for long while somebody waits for it, whoever isn't polled.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -103,6 +104,8 @@ struct State {
     grants: HashMap<Token, usize>,
     /// Tokens that one request created for itself, and for which it was granted a lock.
     own: HashSet<Token>,
+    /// Tokens of guards that somebody uses for other requests, as if they had been read at the server.
+    seen: HashSet<Token>,
     leases: Vec<Left>,
     labels: HashMap<Token, String>,
     /// How many tasks are about to release all that a locker's watchdogs watch.
@@ -127,6 +130,10 @@ struct Tracked {
     born: Instant,
     /// How it ended, as far as it was seen.
     loss: Option<Loss>,
+    /// When that was seen.
+    over: Option<Instant>,
+    /// Whether its token was made for one request, so that nobody else may hold a lock by it at the same time.
+    own_token: bool,
 }
 
 struct Call {
@@ -227,8 +234,24 @@ impl World {
         let label = state.label(&token);
         state.note(self.start, format!("guard {id} of client {client}: {keys:?} by {label}, {hold:?}"));
         if let Some(fence) = hold.fencing_token {
-            let known = self.is_outside || state.granted.get(&token).is_some_and(|fences| fences.contains(&fence));
-            if !known {
+            let granted = state.granted.get(&token);
+            let is_granted = granted.is_some_and(|fences| fences.contains(&fence));
+            // A hand-over by the server reserves some more (`acquire/take_over.rs`).
+            let is_spare =
+                granted.is_some_and(|fences| fences.iter().any(|first| (1..=16).contains(&fence.wrapping_sub(*first))));
+            if !is_granted && is_spare {
+                // Promise 3.
+                for key in &*keys {
+                    let before = state.fences.insert(key.clone(), fence);
+                    // A lease that is taken up has that of the guard that it came from.
+                    let is_repeated = hold.owned.grant.is_some() && before == Some(fence);
+                    let is_greater = is_repeated || before.is_none_or(|before| before < fence);
+                    if !is_greater && !state.deleted.contains(key) {
+                        state.violate(self.start, "fencing tokens don't grow".into(), format!("guard {id}"));
+                    }
+                }
+            }
+            if !self.is_outside && !is_granted && !is_spare {
                 state.violate(self.start, "a fencing token that was not granted".into(), format!("guard {id}"));
             }
         }
@@ -241,6 +264,8 @@ impl World {
             sent,
             born: Instant::now(),
             loss: None,
+            over: None,
+            own_token: hold.owned.own_token,
         });
         drop(state);
         self.check();
@@ -349,10 +374,15 @@ impl World {
     pub(super) fn check(&self) {
         let mut state = self.state();
         let mut holders: HashMap<Key, (usize, Token)> = HashMap::new();
+        let now = Instant::now();
         for id in 0..state.guards.len() {
-            let Some(hold) = state.guards[id].hold.upgrade() else { continue };
+            let Some(hold) = state.guards[id].hold.upgrade() else {
+                state.guards[id].over.get_or_insert(now);
+                continue;
+            };
             let seen = hold.peek();
             if let Err(loss) = seen.verdict {
+                state.guards[id].over.get_or_insert(now);
                 if state.guards[id].loss.replace(loss).is_none() {
                     state.note_with(self.start, || format!("guard {id} is over: {loss:?}"));
                     if let (Loss::Taken | Loss::Missing, true) = (loss, state.has_been_there(id)) {
@@ -365,7 +395,8 @@ impl World {
                 }
                 continue;
             }
-            let Tracked { keys, token, sent, .. } = &state.guards[id];
+            let Tracked { keys, token, sent, own_token, .. } = &state.guards[id];
+            let is_own = *own_token && !state.seen.contains(token);
             for key in keys.clone() {
                 let ended = |(of, by, at): &(Key, Token, Instant)| *of == key && by == token && sent <= at;
                 if state.ended.iter().any(ended) {
@@ -374,7 +405,7 @@ impl World {
                 let holder = self.store.holder(&key);
                 let is_there = matches!(&holder, Some((by, until)) if by == token && *until >= seen.deadline);
                 let mut violations = Vec::new();
-                if let Some((other, by)) = holders.get(&key).filter(|(_, by)| by != token) {
+                if let Some((other, by)) = holders.get(&key).filter(|(_, by)| by != token || is_own) {
                     let labels = (state.peek_label(by), state.peek_label(token));
                     violations.push(("two holders at once".to_owned(), format!("guards {other} and {id}: {labels:?}")));
                 } else {
@@ -396,8 +427,8 @@ impl World {
         }
     }
 
-    /// Checks promise 5.
-    pub(super) fn failed(&self, error: &Error, from: Instant, own: Option<&Token>) {
+    /// Checks promise 5. Until a request has `heard` of the present, it only knows the server's last reply.
+    pub(super) fn failed(&self, error: &Error, from: Instant, own: Option<&Token>, heard: Duration) {
         let Error::NotObtained { key, attempts, .. } = error else { return };
         let mut state = self.state();
         // Nobody is notified of a deletion by hand: the server's last reply is all that is known.
@@ -405,8 +436,7 @@ impl World {
             return;
         }
         let spans = state.history.get(key).into_iter().flatten();
-        // Notifications take some time. Until one comes, a waiter only knows the server's last reply.
-        let heard = if *attempts == 0 { Duration::from_millis(25) } else { Duration::ZERO };
+        let heard = if *attempts == 0 { heard } else { Duration::ZERO };
         let during: Vec<_> = spans.filter(|span| span.until + heard >= from).collect();
         let what = match own {
             _ if during.is_empty() => {
@@ -439,6 +469,22 @@ impl World {
         }
     }
 
+    /// Checks promise 7 for a request that has waited since `from`.
+    pub(super) fn was_not_idle(&self, key: &Key, from: Instant, longest: Duration) {
+        let mut state = self.state();
+        let mut held: Vec<_> = state.guards.iter().filter(|guard| guard.keys.contains(key)).collect();
+        held.sort_by_key(|guard| guard.born);
+        let (now, mut idle_since, mut idle) = (Instant::now(), from, Duration::ZERO);
+        for guard in held {
+            idle = idle.max(guard.born.min(now).saturating_duration_since(idle_since));
+            idle_since = idle_since.max(guard.over.unwrap_or(now));
+        }
+        idle = idle.max(now.saturating_duration_since(idle_since));
+        if idle > longest {
+            state.violate(self.start, "a lock is idle for long while somebody waits".into(), format!("{idle:?}"));
+        }
+    }
+
     /// Records that a lock is left on purpose, until it expires.
     pub(super) fn leave(&self, lease: Lease) {
         let mut state = self.state();
@@ -459,11 +505,13 @@ impl World {
         self.state().leases[place].left = false;
     }
 
-    /// Returns the token of some guard.
+    /// Returns the token of some guard, which is no longer that of one request alone.
     pub(super) fn some_token(&self, rng: &mut fastrand::Rng) -> Option<Token> {
-        let state = self.state();
+        let mut state = self.state();
         let place = rng.choice(0..state.guards.len())?;
-        Some(state.guards[place].token.clone())
+        let token = state.guards[place].token.clone();
+        state.seen.insert(token.clone());
+        Some(token)
     }
 
     /// Returns the shortest delay that no other notification has now. With equal delays, tokio would wake one of them
@@ -485,6 +533,14 @@ impl World {
 
     pub(super) fn obtained(&self) -> usize {
         self.state().guards.len()
+    }
+
+    /// Returns how many locks were handed over in a process without the server: those by a token that is a request's
+    /// own and was used before.
+    pub(super) fn taken_over(&self) -> usize {
+        let state = self.state();
+        let mut before = HashSet::new();
+        state.guards.iter().filter(|guard| guard.own_token && !before.insert(&guard.token)).count()
     }
 
     /// Records that everything these tokens hold is about to be ended on purpose; for `None`, everything that any token

@@ -80,7 +80,7 @@ async fn history(seed: u64, forgets: bool) -> Vec<Violation> {
         let process = Arc::new(Process { number, locker, dog });
         for _ in 0..rng.usize(1..=3) {
             let (world, habits, process) = (world.clone(), habits.clone(), process.clone());
-            let actor = Actor { world, habits, process, rng: rng.fork(), guards: Vec::new() };
+            let actor = Actor { world, habits, process, rng: rng.fork(), guards: Vec::new(), parked: Vec::new() };
             tasks.spawn_local(actor.run(rng.usize(2..12)));
         }
         proxies.push((proxy, rng.fork()));

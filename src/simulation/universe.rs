@@ -13,7 +13,7 @@ use tokio::runtime::Builder;
 use tokio::task::{JoinSet, LocalSet};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::actor::{Actor, COMMAND_TIMEOUT, Dog, Habits, Process};
+use super::actor::{Actor, Alike, COMMAND_TIMEOUT, Dog, Habits, Process};
 use super::ms;
 use super::oracle::{Violation, World};
 use crate::store::faulty::{Fault, FaultyStore, Operation, Ran, Witness};
@@ -136,27 +136,37 @@ impl Witness for Line {
 pub(super) struct Outcome {
     pub(super) violations: Vec<Violation>,
     pub(super) trace: Vec<String>,
-    /// How many locks were obtained.
+    /// How many locks were obtained, and how many of them without the server.
     pub(super) obtained: usize,
+    pub(super) taken_over: usize,
+}
+
+/// What the processes of a history do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Everything.
+    Mixed,
+    /// They hand locks over to waiters that want the same, some of which are not polled.
+    Alike,
 }
 
 /// Plays one history.
-pub(super) fn play(seed: u64, traced: bool) -> Outcome {
+fn play(seed: u64, kind: Kind, traced: bool) -> Outcome {
     fastrand::seed(seed);
     let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     let local = LocalSet::new();
-    let world = runtime.block_on(local.run_until(history(seed, traced)));
+    let world = runtime.block_on(local.run_until(history(seed, kind, traced)));
     let tasks = runtime.metrics().num_alive_tasks();
     if tasks > 0 {
         let _time = runtime.enter();
         world.violate("a task is left behind", format!("{tasks} of them"));
     }
-    let obtained = world.obtained();
+    let (obtained, taken_over) = (world.obtained(), world.taken_over());
     let (violations, trace) = world.end();
-    Outcome { violations, trace, obtained }
+    Outcome { violations, trace, obtained, taken_over }
 }
 
-async fn history(seed: u64, traced: bool) -> Arc<World> {
+async fn history(seed: u64, kind: Kind, traced: bool) -> Arc<World> {
     let mut rng = fastrand::Rng::with_seed(seed);
     let keys: Vec<Key> = ["a", "b", "c"][..rng.usize(1..=3)].iter().map(|&key| Key::from(key)).collect();
     let world = World::begin(keys.clone(), traced);
@@ -164,8 +174,15 @@ async fn history(seed: u64, traced: bool) -> Arc<World> {
     for token in &tokens {
         world.name(token, token.as_str().to_owned());
     }
-    let habits = Arc::new(Habits::new(&mut rng, &keys, tokens));
-    let climate = Climate::new(&mut rng);
+    let (mut habits, mut climate) = (Habits::new(&mut rng, &keys, tokens), Climate::new(&mut rng));
+    if kind == Kind::Alike {
+        let is_calm = rng.bool();
+        habits = habits.alike(is_calm);
+        if is_calm {
+            climate.weathers = vec![Weather::Fine];
+        }
+    }
+    let habits = Arc::new(habits);
     world.trace(|| format!("{habits:?}, {climate:?}"));
     let lives = rng.u32(1..=2);
     let (mut lines, mut processes, mut tasks) = (Vec::new(), Vec::new(), JoinSet::new());
@@ -180,10 +197,11 @@ async fn history(seed: u64, traced: bool) -> Arc<World> {
         world.knows_locker(Arc::as_ptr(locker.shared()) as usize);
         let dog = Mutex::new(Dog::new(&locker));
         let process = Arc::new(Process { number, locker, dog });
-        for _ in 0..rng.usize(1..=3) {
+        let (actors, steps) = if habits.alike == Alike::No { (1..=3, 2..12) } else { (3..=6, 2..30) };
+        for _ in 0..rng.usize(actors) {
             let (world, habits, process) = (world.clone(), habits.clone(), process.clone());
-            let actor = Actor { world, habits, process, rng: rng.fork(), guards: Vec::new() };
-            tasks.spawn_local(actor.run(rng.usize(2..12)));
+            let actor = Actor { world, habits, process, rng: rng.fork(), guards: Vec::new(), parked: Vec::new() };
+            tasks.spawn_local(actor.run(rng.usize(steps.clone())));
         }
         lines.push(line);
         processes.push(process);
@@ -232,42 +250,56 @@ pub(super) fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().unwrap())
 }
 
-/// Plays the histories. Returns how often each promise was violated, with the first seed and its details.
-fn play_all(few: u64) -> (BTreeMap<String, (u32, u64, String)>, usize) {
+/// Plays the histories. Returns how often each promise was violated, with the first seed and its details; and how many
+/// locks were taken over without the server.
+fn play_all(kind: Kind, few: u64) -> (BTreeMap<String, (u32, u64, String)>, usize) {
     if let Some(seed) = number("TENURE_HISTORY") {
-        let outcome = play(seed, true);
+        let outcome = play(seed, kind, true);
         for line in outcome.trace {
             println!("{line}");
         }
     }
     let first = number("TENURE_FIRST_HISTORY").unwrap_or(0);
-    let (mut found, mut obtained) = (BTreeMap::new(), 0);
+    let (mut found, mut obtained, mut taken_over) = (BTreeMap::new(), 0, 0);
     for seed in first..first + number("TENURE_HISTORIES").unwrap_or(few) {
-        let outcome = play(seed, false);
+        let outcome = play(seed, kind, false);
         obtained += outcome.obtained;
+        taken_over += outcome.taken_over;
         for Violation { what, details } in outcome.violations {
             found.entry(what).or_insert((0, seed, details)).0 += 1;
         }
     }
-    (found, obtained)
+    println!("{obtained} locks were obtained, {taken_over} of them without the server");
+    (found, taken_over)
 }
 
 #[test]
 fn no_history_of_everything_breaks_a_promise() {
-    let (mut found, obtained) = play_all(2_000);
-    println!("{obtained} locks were obtained");
+    assert_none_breaks(Kind::Mixed, 2_000);
+}
+
+#[test]
+fn no_history_of_locks_that_change_hands_in_a_process_breaks_a_promise() {
+    let taken_over = assert_none_breaks(Kind::Alike, 500);
+    assert!(taken_over > 0 || number("TENURE_HISTORIES").is_some());
+}
+
+fn assert_none_breaks(kind: Kind, few: u64) -> usize {
+    let (mut found, taken_over) = play_all(kind, few);
     for (what, (times, seed, details)) in &found {
         println!("{times:>6} times: {what}; first by TENURE_HISTORY={seed}: {details}");
     }
     found.retain(|what, _| !OPEN.contains(&what.as_str()));
     assert!(found.is_empty());
+    taken_over
 }
 
 /// Without this, a seed would be worthless.
 #[test]
 fn a_seed_plays_the_same_history_each_time() {
     for seed in 0..100 {
-        let [one, other] = [0; 2].map(|_| play(seed, true).trace);
+        let [one, other] =
+            [0; 2].map(|_| play(seed, if seed % 2 == 0 { Kind::Mixed } else { Kind::Alike }, true).trace);
         let differs = one.iter().zip(&other).position(|(one, other)| one != other);
         let differs = differs.or_else(|| (one.len() != other.len()).then_some(one.len().min(other.len())));
         if let Some(at) = differs {

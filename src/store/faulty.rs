@@ -251,13 +251,13 @@ impl Store for FaultyStore {
         from: &'a Owned,
         ending: Ending,
         to: &'a Wanted,
-        _: &'a Next,
+        next: &'a Next,
         timeout: Duration,
     ) -> Answer<'a, HandedOver> {
-        let (from, to) = (from.clone(), to.clone());
+        let (from, to, next) = (from.clone(), to.clone(), *next);
         to.latest.extend(self.latest(timeout));
         Box::pin(self.call(Operation::Release, timeout, move |store, ran| {
-            let handed_over = store.hand_over_now(&from, ending, &to);
+            let handed_over = store.hand_over_now(&from, ending, &to, &next);
             ran(Ran::HandOver(&from, ending, &to, &handed_over));
             handed_over
         }))

@@ -105,7 +105,7 @@ impl MemoryStore {
         u64::try_from(instant.saturating_duration_since(start).as_millis()).unwrap_or(u64::MAX)
     }
 
-    pub(super) fn hand_over_now(&self, from: &Owned, ending: Ending, to: &Wanted) -> HandedOver {
+    pub(super) fn hand_over_now(&self, from: &Owned, ending: Ending, to: &Wanted, next: &Next) -> HandedOver {
         let mut held = self.held();
         if ending == Ending::Grant && held.is_shared(from) {
             return HandedOver::NotNow;
@@ -114,7 +114,11 @@ impl MemoryStore {
             return HandedOver::NotOurs(loss);
         }
         match held.acquire(to) {
-            Acquired::Granted { fencing_token } => HandedOver::Done { fencing_token, alone: true },
+            Acquired::Granted { fencing_token } => {
+                // Reserves the tokens after the first.
+                held.last_fence += fencing_token.map_or(0, |_| next.tokens.saturating_sub(1));
+                HandedOver::Done { fencing_token, alone: true }
+            }
             // The mutex was held since the release, so nobody else can have the lock.
             Acquired::Held { .. } => HandedOver::NotOurs(Loss::Taken),
         }
@@ -344,10 +348,10 @@ impl Store for MemoryStore {
         from: &'a Owned,
         ending: Ending,
         to: &'a Wanted,
-        _: &'a Next,
+        next: &'a Next,
         _: Duration,
     ) -> Answer<'a, HandedOver> {
-        in_turn(move || self.hand_over_now(from, ending, to))
+        in_turn(move || self.hand_over_now(from, ending, to, next))
     }
 
     fn subscribe(&self, key: &Key) -> Subscription {

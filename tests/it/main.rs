@@ -11,6 +11,7 @@ mod conformance;
 mod drops;
 mod errors;
 mod failover;
+mod hand_over;
 mod interop;
 mod late;
 mod line;

@@ -185,7 +185,8 @@ async fn what_another_library_releases_is_found_by_a_slow_look() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hand_over_costs_the_server_one_command_whatever_the_number_of_waiters() {
     let server = Server::start();
-    let locker = patient(&server.url()).await;
+    let builder = Locker::builder().poll_every(Duration::from_secs(3_600)).local_hand_over(false);
+    let locker = builder.connect(&server.url()).await.unwrap();
     let guard = locker.lock("k").await.unwrap();
     let waiters: Vec<_> = (0..500)
         .map(|_| {

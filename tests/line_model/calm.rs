@@ -55,14 +55,16 @@ impl World {
     /// Does what a live waiter does in a round.
     fn go_on(&self, state: &mut State, waiter: u8, looks: bool) {
         self.finish_call(state, waiter);
-        if matches!(state.at(waiter).handing, Handing::Done { .. }) && state.at(waiter).call == Call::None {
+        if state.at(waiter).handing.has_lock() && state.at(waiter).call == Call::None {
             state.take(self, waiter);
         }
         let known = *state.at(waiter);
         match known.phase {
+            Phase::Holding if state.next_to_take_over(self, waiter).is_some() => state.hand_over_here(self, waiter),
             Phase::Holding => {
                 state.at_mut(waiter).phase = Phase::Releasing;
-                let request = state.next(self, waiter).unwrap_or(Request::Release { waiter, heard: true });
+                let token = state.token(waiter);
+                let request = state.next(self, waiter).unwrap_or(Request::Release { token, heard: true });
                 state.send(self, waiter, request);
                 self.finish_call(state, waiter);
             }
@@ -77,7 +79,7 @@ impl World {
                     self.finish_call(state, waiter);
                 }
             }
-            Phase::Over if state.lock == Lock::Held(waiter) => drop(state.pass_on(self)),
+            Phase::Over if state.is_to_undo(waiter) => drop(state.pass_on(self)),
             _ => {}
         }
     }
@@ -117,8 +119,9 @@ impl Calm {
         self.lock = state.lock;
         let ends = match state.lock {
             Lock::Reserved(_) => self.lock_age >= CONFIRM && world.safeguards.reservation_expires,
-            Lock::Held(waiter) => {
-                let is_kept = state.processes[world.process(waiter)].up && state.at(waiter).phase == Phase::Holding;
+            Lock::Held(token) => {
+                let holds = |waiter| state.at(waiter).phase == Phase::Holding && state.token(waiter) == token;
+                let is_kept = state.processes[world.process(token)].up && world.names().any(holds);
                 self.lock_age >= TTL && !is_kept
             }
             Lock::Stranger => self.lock_age >= TTL,

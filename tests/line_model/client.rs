@@ -28,7 +28,29 @@ impl State {
 
     pub(crate) fn is_idle(&self, waiter: u8) -> bool {
         let known = self.at(waiter);
-        known.phase == Phase::Waiting && known.call == Call::None && !matches!(known.handing, Handing::Done { .. })
+        known.phase == Phase::Waiting && known.call == Call::None && !known.handing.has_lock()
+    }
+
+    /// Returns the token by which the waiter holds the lock.
+    pub(crate) fn token(&self, waiter: u8) -> u8 {
+        self.at(waiter).took_over.unwrap_or(waiter)
+    }
+
+    /// Returns whether somebody holds the lock by this token, releases it, or is to take it over.
+    pub(crate) fn is_used(&self, token: u8) -> bool {
+        (0..self.waiters.len() as u8).any(|waiter| match self.at(waiter) {
+            Waiter { handing: Handing::TakenOver { token: other, .. }, .. } => *other == token,
+            Waiter { phase: Phase::Holding | Phase::Releasing, .. } => self.token(waiter) == token,
+            _ => false,
+        })
+    }
+
+    /// Returns whether the lock is undone that this waiter's token holds: the waiter is gone, and nobody else has taken
+    /// the lock over. One that isn't sure what its requests have done does so whatever became of the lock.
+    pub(crate) fn is_to_undo(&self, waiter: u8) -> bool {
+        let known = self.at(waiter);
+        let is_undone = known.is_unsure || !self.is_used(waiter);
+        known.phase == Phase::Over && self.lock == Lock::Held(waiter) && is_undone
     }
 
     pub(crate) fn send(&mut self, world: &World, waiter: u8, request: Request) {
@@ -67,7 +89,7 @@ impl State {
     /// Returns whether nothing is left of a waiter that came earlier.
     pub(crate) fn is_forgotten(&self, waiter: u8) -> bool {
         let about = |request: &Request| match *request {
-            Request::Acquire { waiter: other, .. } | Request::Release { waiter: other, .. } => other == waiter,
+            Request::Acquire { waiter: other, .. } | Request::Release { token: other, .. } => other == waiter,
             Request::HandOver { from, to, .. } => from == waiter || to == waiter,
             Request::Enter { place } | Request::Heartbeat { place } | Request::Leave { place } => place == waiter,
         };
@@ -77,10 +99,12 @@ impl State {
         });
         let is_reserved = matches!(self.lock, Lock::Reserved(entry) if entry.place == waiter);
         let is_held = self.lock == Lock::Held(waiter);
+        let is_used = self.is_used(waiter);
         let is_left = self.processes.iter().any(|process| process.sent.contains(&Sent::Leave(waiter)));
         !is_under_way
             && !is_reserved
             && !is_held
+            && !is_used
             && !self.is_in_line(waiter)
             && !self.late.iter().any(about)
             && !is_left
@@ -94,6 +118,8 @@ impl State {
     /// `Ticket::leave` in `src/acquire/queue/ticket.rs`.
     pub(crate) fn leave_lane(&mut self, world: &World, waiter: u8, has_lock: bool) {
         self.lane(world, waiter).retain(|other| *other != waiter);
+        // A hand-over that is on its way may put the place into the line.
+        let is_on_its_way = matches!(self.at(waiter).handing, Handing::Asked | Handing::Failed { settled: false });
         let process = world.process(waiter);
         if world.is_own(waiter) {
             if !has_lock || self.at(waiter).doubt {
@@ -104,7 +130,7 @@ impl State {
         let place = self.processes[process].shared_place(process);
         let known = &mut self.processes[process];
         if known.shared.is_empty() {
-            let may_be_in_line = std::mem::take(&mut known.in_line);
+            let may_be_in_line = std::mem::take(&mut known.in_line) || is_on_its_way && !has_lock;
             known.doubt = false;
             known.places = (known.places + 1) % PLACES;
             if may_be_in_line {
@@ -113,17 +139,42 @@ impl State {
         }
     }
 
+    /// `Lane::next`: the first waiter, if the lock can be handed over to it.
+    fn next_of(&self, lane: &[u8]) -> Option<u8> {
+        let first = *lane.first()?;
+        let can = matches!(self.at(first).handing, Handing::No | Handing::Failed { settled: true });
+        can.then_some(first)
+    }
+
+    /// `Queues::next_to_take_over`: the waiter that takes the lock over without the server.
+    pub(crate) fn next_to_take_over(&self, world: &World, from: u8) -> Option<u8> {
+        let known = &self.processes[world.process(from)];
+        let has_turn = known.in_a_row < IN_A_ROW || !world.safeguards.local_turns_end;
+        // `Hold::can_be_taken_over`.
+        let is_sure = !self.at(self.token(from)).is_unsure || !world.safeguards.sure_tokens_go_on;
+        self.next_of(&known.shared).filter(|_| has_turn && is_sure && !known.in_line)
+    }
+
+    /// `Shared::hand_over_here`.
+    pub(crate) fn hand_over_here(&mut self, world: &World, from: u8) {
+        let Some(to) = self.next_to_take_over(world, from) else { return };
+        let (token, process) = (self.token(from), world.process(from));
+        let known = &mut self.processes[process];
+        known.in_a_row = (known.in_a_row + 1).min(IN_A_ROW);
+        self.at_mut(to).handing = Handing::TakenOver { token, late: false };
+        self.at_mut(from).end();
+        if !world.safeguards.nobody_else_releases {
+            self.send_late(Request::Release { token, heard: true });
+        }
+        self.note_kept(world, process, true);
+    }
+
     /// `Queues::next`: the waiter that the lock is handed over to.
     pub(crate) fn next(&mut self, world: &World, from: u8) -> Option<Request> {
         let process = world.process(from);
-        let waits = |lane: &[u8]| {
-            let first = *lane.first()?;
-            let can = matches!(self.at(first).handing, Handing::No | Handing::Failed { settled: true });
-            can.then_some(first)
-        };
         let known = &self.processes[process];
         let has_turn = known.in_a_row < IN_A_ROW || !world.safeguards.turns_end;
-        let (to, may_keep) = match (waits(&known.shared), waits(&known.own)) {
+        let (to, may_keep) = match (self.next_of(&known.shared), self.next_of(&known.own)) {
             (Some(waiter), _) if has_turn => (waiter, true),
             (_, Some(waiter)) | (Some(waiter), None) => (waiter, false),
             (None, None) => return None,
@@ -133,6 +184,7 @@ impl State {
         let known = &mut self.processes[process];
         known.in_a_row = (known.in_a_row + 1).min(IN_A_ROW);
         self.at_mut(to).handing = Handing::Asked;
+        let from = self.token(from);
         Some(Request::HandOver { from, to, place, may_keep, in_line })
     }
 
@@ -147,20 +199,27 @@ impl State {
         let process = world.process(waiter);
         self.at_mut(waiter).call = Call::None;
         match (request, answer) {
-            (Request::Acquire { .. }, Answer::Granted { late: false }) => {
-                // `Place::pass_on`.
+            (Request::Acquire { place, .. }, Answer::Granted { late: false }) => {
+                // `Ticket::pass_on`.
+                let by_hand_over = matches!(self.at(waiter).handing, Handing::Asked | Handing::Done { .. });
                 let known = &mut self.processes[process];
-                known.in_a_row = 1;
-                known.in_line &= world.is_own(waiter) || known.doubt;
+                if !by_hand_over || !world.safeguards.unheard_turns_count {
+                    known.in_a_row = 1;
+                }
+                // A request without the place took none out of the line, into which a hand-over may have put it
+                // meanwhile.
+                if place.is_some() || !world.safeguards.in_line_until_asked_out {
+                    known.in_line &= world.is_own(waiter) || known.doubt;
+                }
                 self.begin(world, waiter);
             }
             (Request::Acquire { .. }, Answer::Granted { late: true }) => self.ask(world, waiter, true),
             (Request::Acquire { .. }, _) => self.at_mut(waiter).was_refused = true,
-            (Request::HandOver { to, in_line, .. }, answer) => {
-                self.at_mut(waiter).phase = Phase::Over;
-                self.handed_over(world, to, in_line, answer);
+            (Request::HandOver { to, place, in_line, .. }, answer) => {
+                self.at_mut(waiter).end();
+                self.handed_over(world, to, place, in_line, answer);
             }
-            (Request::Release { .. }, _) => self.at_mut(waiter).phase = Phase::Over,
+            (Request::Release { .. }, _) => self.at_mut(waiter).end(),
             // The request may have run after a hand-over that came meanwhile.
             (Request::Enter { .. }, _) => {
                 let known = self.at_mut(waiter);
@@ -171,17 +230,19 @@ impl State {
     }
 
     /// `HandOver` in `src/acquire/queue/hand_over.rs`.
-    pub(crate) fn handed_over(&mut self, world: &World, to: u8, told: bool, answer: Answer) {
+    pub(crate) fn handed_over(&mut self, world: &World, to: u8, place: u8, told: bool, answer: Answer) {
         let process = world.process(to);
         let is_own = world.is_own(to);
         let waits = self.at(to).phase == Phase::Waiting;
         match answer {
             Answer::HandedOver { alone, late } => {
                 let known = &mut self.processes[process];
-                if alone {
+                if alone && (waits || !world.safeguards.unheard_turns_count) {
                     known.in_a_row = 1;
                 }
-                if told || !world.safeguards.in_line_until_out {
+                // The next waiter may have entered the place again, if this one got the lock by asking, or has left.
+                let is_known = told && (waits || !world.safeguards.late_outcomes_are_old);
+                if is_known || !world.safeguards.in_line_until_out {
                     known.in_line &= is_own || known.doubt;
                 }
                 if waits {
@@ -190,14 +251,18 @@ impl State {
             }
             Answer::PassedBy => {
                 let others = self.processes[process].shared.first().copied();
+                let is_had = if is_own { waits } else { self.is_had(world, place) };
                 let known = &mut self.processes[process];
-                known.in_a_row = 0;
+                if waits || !world.safeguards.unheard_turns_count {
+                    known.in_a_row = 0;
+                }
                 let others = others.filter(|_| is_own && !known.in_line);
-                known.in_line |= !is_own;
+                known.in_line |= !is_own && is_had;
                 if waits {
                     self.at_mut(to).handing = Handing::No;
-                } else if is_own && world.safeguards.gone_leaves_again {
-                    self.send_leave(world, to);
+                }
+                if !is_had && world.safeguards.gone_leaves_again {
+                    self.send_leave(world, place);
                 }
                 if let Some(first) = others.filter(|first| self.at(*first).handing == Handing::No) {
                     self.at_mut(first).handing = Handing::Failed { settled: true };
@@ -252,23 +317,36 @@ impl State {
             Call::Answered(request, _) => request,
         };
         self.doubt_line(world, request);
-        if let Request::HandOver { to, .. } = request {
-            if self.at(to).phase == Phase::Waiting {
-                self.at_mut(to).handing = Handing::Failed { settled: false };
+        match request {
+            Request::Acquire { waiter, .. } => self.at_mut(waiter).is_unsure = true,
+            Request::HandOver { to, .. } => {
+                let known = self.at_mut(to);
+                known.is_unsure = true;
+                if known.phase == Phase::Waiting {
+                    known.handing = Handing::Failed { settled: false };
+                }
             }
+            _ => {}
         }
         if matches!(request, Request::HandOver { .. } | Request::Release { .. }) {
-            self.send(world, waiter, Request::Release { waiter, heard: true });
+            self.send(world, waiter, Request::Release { token: self.token(waiter), heard: true });
         }
     }
 
     pub(crate) fn expire(&mut self) {
         if let Lock::Held(holder) = self.lock {
             // The holder's deadline was before that (`src/hold.rs`), and so was that of each grant in flight.
-            let known = self.at_mut(holder);
-            if known.phase == Phase::Holding {
-                known.phase = Phase::Over;
+            for waiter in 0..self.waiters.len() as u8 {
+                let has_token = self.token(waiter) == holder;
+                let known = self.at_mut(waiter);
+                if known.phase == Phase::Holding && has_token {
+                    known.end();
+                }
+                if let Handing::TakenOver { token, late } = &mut known.handing {
+                    *late |= *token == holder;
+                }
             }
+            let known = self.at_mut(holder);
             if let Handing::Done { late } = &mut known.handing {
                 *late = true;
             }
@@ -285,11 +363,24 @@ impl State {
     }
 
     pub(crate) fn take(&mut self, world: &World, waiter: u8) {
-        if self.at(waiter).handing == (Handing::Done { late: true }) {
-            self.at_mut(waiter).handing = Handing::No;
-            self.ask(world, waiter, true);
-        } else {
-            self.begin(world, waiter);
+        match self.at(waiter).handing {
+            Handing::Done { late: true } => {
+                self.at_mut(waiter).handing = Handing::No;
+                self.ask(world, waiter, true);
+            }
+            Handing::TakenOver { late: true, .. } => {
+                self.at_mut(waiter).handing = Handing::No;
+                self.leave_lane(world, waiter, false);
+                self.lane(world, waiter).push(waiter);
+            }
+            Handing::TakenOver { token, .. } => {
+                if !world.safeguards.take_over_leaves_line_alone {
+                    self.processes[world.process(waiter)].in_line = false;
+                }
+                self.at_mut(waiter).took_over = Some(token);
+                self.begin(world, waiter);
+            }
+            _ => self.begin(world, waiter),
         }
     }
 
@@ -333,12 +424,29 @@ impl State {
             }
             return;
         };
-        let others_wait = self.line.iter().any(|entry| world.process_of(entry.place) != world.process(from));
-        let is_kept = may_keep && others_wait && matches!(answer, Answer::HandedOver { .. });
+        self.note_kept(world, world.process(from), may_keep && matches!(answer, Answer::HandedOver { .. }));
+    }
+
+    fn note_kept(&mut self, world: &World, process: usize, is_handed_over: bool) {
+        let others_wait = self.line.iter().any(|entry| world.process_of(entry.place) != process);
+        let is_kept = is_handed_over && others_wait;
         self.kept = if is_kept { self.kept + 1 } else { 0 };
         // The line gave the process its first turn. A process that doesn't know of a hand-over may take it for such a
         // turn.
         self.broken.order |= self.kept >= IN_A_ROW + self.mishaps;
+    }
+}
+
+impl Waiter {
+    fn end(&mut self) {
+        (self.phase, self.took_over) = (Phase::Over, None);
+    }
+}
+
+impl Handing {
+    /// Returns whether the waiter has the lock, and only has to take it.
+    pub(crate) fn has_lock(&self) -> bool {
+        matches!(self, Self::Done { .. } | Self::TakenOver { .. })
     }
 }
 
@@ -359,7 +467,7 @@ impl State {
             let known = self.at_mut(waiter);
             known.handing = Handing::No;
             if known.phase != Phase::Away {
-                known.phase = Phase::Over;
+                known.end();
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The server's state of one lock, and what each script does to it, line by line.
 
-use crate::state::{Lock, Request, SHARED, State};
+use crate::state::{Lock, Request, SHARED, Sent, State};
 use crate::world::{Answer, World};
 
 /// A place in the line.
@@ -149,7 +149,7 @@ impl State {
             }
             Request::Heartbeat { place } => self.heartbeat(world, place),
             Request::Leave { place } => self.leave(world, place),
-            Request::Release { waiter, heard } => self.release(world, waiter, heard),
+            Request::Release { token, heard } => self.release(world, token, heard),
             Request::HandOver { from, to, place, may_keep, in_line } => {
                 self.hand_over(world, [from, to], place, may_keep, in_line)
             }
@@ -239,8 +239,8 @@ impl State {
     }
 
     /// `release_one.lua`, or `pass_on_one.lua` if somebody is subscribed.
-    fn release(&mut self, world: &World, waiter: u8, heard: bool) -> Answer {
-        if self.lock != Lock::Held(waiter) && world.safeguards.compare_and_delete {
+    fn release(&mut self, world: &World, token: u8, heard: bool) -> Answer {
+        if self.lock != Lock::Held(token) && world.safeguards.compare_and_delete {
             return Answer::Done;
         }
         match heard {
@@ -269,6 +269,13 @@ impl State {
         }
         self.grant(to, may_keep);
         Answer::HandedOver { alone: !may_keep && head.is_none(), late: false }
+    }
+
+    /// Returns whether a reservation for this place ends by a request: that of a waiter, or that of its process to
+    /// leave the place, which is on its way.
+    pub(crate) fn is_awaited(&self, world: &World, place: u8) -> bool {
+        let process = &self.processes[world.process_of(place)];
+        self.is_had(world, place) || process.up && process.sent.contains(&Sent::Leave(place))
     }
 
     /// Returns whether somebody waits with this place.

@@ -45,7 +45,7 @@ pub(crate) struct Broken {
 pub(crate) enum Lock {
     #[default]
     Free,
-    /// A waiter's token.
+    /// A waiter's token, which another waiter of its process may have taken over.
     Held(u8),
     /// A reservation.
     Reserved(Entry),
@@ -89,6 +89,10 @@ pub(crate) struct Waiter {
     pub(crate) was_refused: bool,
     /// Whether a request with its own place has an unknown outcome, and may still run.
     pub(crate) doubt: bool,
+    /// Whether a request that gives the lock to its token has an unknown outcome, and may still run.
+    pub(crate) is_unsure: bool,
+    /// The token by which it holds the lock, if that is not its own.
+    pub(crate) took_over: Option<u8>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -126,6 +130,11 @@ pub(crate) enum Handing {
     Failed {
         settled: bool,
     },
+    /// The lock is there as it is at the server, held by this token.
+    TakenOver {
+        token: u8,
+        late: bool,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -146,10 +155,11 @@ pub(crate) enum Request {
     },
     /// `heard`: the server knows a subscription.
     Release {
-        waiter: u8,
+        token: u8,
         heard: bool,
     },
     HandOver {
+        /// A token.
         from: u8,
         to: u8,
         place: u8,

@@ -34,12 +34,26 @@ pub(crate) struct Safeguards {
     pub(crate) places_are_swapped: bool,
     /// A process forgets that it is in the line only if a script has taken it out.
     pub(crate) in_line_until_out: bool,
+    /// A lane whose waiter has asked without the place doesn't take the grant for one that took the place out.
+    pub(crate) in_line_until_asked_out: bool,
+    /// What a hand-over has done to a place in the line counts only if the waiter has not learned it in another way.
+    pub(crate) late_outcomes_are_old: bool,
     /// A process that isn't sure what its requests have done leaves the line once they can't run any longer.
     pub(crate) doubt_leaves_again: bool,
     /// A lock that a gone waiter didn't take leaves nothing of that waiter in the line.
     pub(crate) gone_leaves_again: bool,
     /// A process passes the lock on after [`IN_A_ROW`] turns.
     pub(crate) turns_end: bool,
+    /// A hand-over that a waiter learns of by asking is a turn in a row as well.
+    pub(crate) unheard_turns_count: bool,
+    /// Turns without the server count as well.
+    pub(crate) local_turns_end: bool,
+    /// A process whose waiter takes a lock over without the server knows that this took no place out of the line.
+    pub(crate) take_over_leaves_line_alone: bool,
+    /// A holder whose lock is taken over leaves its release to the successor.
+    pub(crate) nobody_else_releases: bool,
+    /// A lock isn't taken over if a request that gives it to its token has an unknown outcome.
+    pub(crate) sure_tokens_go_on: bool,
 }
 
 pub(crate) const ALL: Safeguards = Safeguards {
@@ -53,9 +67,16 @@ pub(crate) const ALL: Safeguards = Safeguards {
     free_is_for_the_head: true,
     places_are_swapped: true,
     in_line_until_out: true,
+    in_line_until_asked_out: true,
+    late_outcomes_are_old: true,
     doubt_leaves_again: true,
     gone_leaves_again: true,
     turns_end: true,
+    unheard_turns_count: true,
+    local_turns_end: true,
+    take_over_leaves_line_alone: true,
+    nobody_else_releases: true,
+    sure_tokens_go_on: true,
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -159,6 +180,10 @@ pub(crate) enum Action {
         waiter: u8,
         heard: bool,
     },
+    /// A holder hands the lock over to a waiter of its process, without the server.
+    HandOverHere {
+        waiter: u8,
+    },
     /// A grant to a waiter that is gone is undone.
     Undo {
         waiter: u8,
@@ -260,7 +285,7 @@ impl Model for World {
             Lock::Free if self.can(state, Mishap::Barge) => actions.push(Action::Barge),
             Lock::Stranger => actions.extend([true, false].map(|heard| Action::StrangerEnds { heard })),
             Lock::Reserved(entry) if self.safeguards.reservation_expires => {
-                if !state.is_had(self, entry.place) || self.can(state, Mishap::Unconfirmed) {
+                if !state.is_awaited(self, entry.place) || self.can(state, Mishap::Unconfirmed) {
                     actions.push(Action::Expire);
                 }
             }
@@ -288,7 +313,7 @@ impl Model for World {
                 next.learn(self, waiter, request, answer);
             }
             Action::Take { waiter } => {
-                // `Place::pass_on` of a lock that was handed over.
+                // `Ticket::pass_on` of a lock that was handed over.
                 if !self.safeguards.in_line_until_out {
                     next.processes[self.process(waiter)].in_line &= self.is_own(waiter);
                 }
@@ -298,8 +323,10 @@ impl Model for World {
                 next.mishaps += u8::from(!heard);
                 next.at_mut(waiter).phase = Phase::Releasing;
                 let request = if heard { next.next(self, waiter) } else { None };
-                next.send(self, waiter, request.unwrap_or(Request::Release { waiter, heard }));
+                let token = next.token(waiter);
+                next.send(self, waiter, request.unwrap_or(Request::Release { token, heard }));
             }
+            Action::HandOverHere { waiter } => next.hand_over_here(self, waiter),
             Action::Undo { .. } => {
                 next.pass_on(self);
                 next.kept = 0;
@@ -324,8 +351,9 @@ impl Model for World {
             Action::GiveUp { waiter } => {
                 next.mishaps += 1;
                 let known = next.at_mut(waiter);
-                (known.phase, known.call, known.handing) = (Phase::Over, Call::None, Handing::No);
+                (known.phase, known.call) = (Phase::Over, Call::None);
                 next.leave_lane(self, waiter, false);
+                next.at_mut(waiter).handing = Handing::No;
             }
             Action::Timeout { waiter } => {
                 next.mishaps += 1;
@@ -349,7 +377,7 @@ impl Model for World {
             Action::SilencePlace { place } => next.silent_places.push(place),
             Action::Expire => {
                 let is_mishap = match state.lock {
-                    Lock::Reserved(entry) => state.is_had(self, entry.place),
+                    Lock::Reserved(entry) => state.is_awaited(self, entry.place),
                     Lock::Held(waiter) => state.processes[self.process(waiter)].up,
                     Lock::Free | Lock::Stranger => false,
                 };
@@ -404,14 +432,16 @@ impl World {
         }
         match known.phase {
             Phase::Waiting => {
-                if known.call == Call::None && matches!(known.handing, Handing::Done { .. }) {
+                if known.call == Call::None && known.handing.has_lock() {
                     actions.push(Action::Take { waiter });
                 }
                 // Earlier requests run first; otherwise this one has timed out before.
                 if !matches!(known.call, Call::Sent(_)) && self.can(state, Mishap::GiveUp) {
                     actions.push(Action::GiveUp { waiter });
                 }
-                if state.is_first(self, waiter) && state.is_idle(waiter) {
+                // A waiter may have decided to ask just before it has the lock without having asked.
+                let is_taken_over = known.call == Call::None && matches!(known.handing, Handing::TakenOver { .. });
+                if state.is_first(self, waiter) && (state.is_idle(waiter) || is_taken_over) {
                     let may_be_in_line = self.is_own(waiter) || process.in_line;
                     actions.push(Action::Ask { waiter, in_line: true });
                     if !may_be_in_line && !known.was_refused {
@@ -427,8 +457,11 @@ impl World {
                 if self.can(state, Mishap::Unheard) {
                     actions.push(Action::Release { waiter, heard: false });
                 }
+                if state.next_to_take_over(self, waiter).is_some() {
+                    actions.push(Action::HandOverHere { waiter });
+                }
             }
-            Phase::Over if state.lock == Lock::Held(waiter) => actions.push(Action::Undo { waiter }),
+            Phase::Over if state.is_to_undo(waiter) => actions.push(Action::Undo { waiter }),
             Phase::Away | Phase::Releasing | Phase::Over => {}
         }
     }
@@ -451,7 +484,12 @@ impl World {
             actions.push(Action::Die { process });
         }
         if self.can(state, Mishap::Park) {
-            let parks = |lane: &Vec<u8>| lane.len() > 1 && lane.first().is_some_and(|first| state.is_idle(*first));
+            // `Lane::check_first`: one that a hand-over is on its way to stays the first.
+            let is_parked = |first: &u8| {
+                let is_over = matches!(state.at(*first).handing, Handing::No | Handing::Failed { settled: true });
+                is_over && state.is_idle(*first)
+            };
+            let parks = |lane: &Vec<u8>| lane.len() > 1 && lane.first().is_some_and(is_parked);
             actions.extend(parks(&known.own).then_some(Action::Park { process, own: true }));
             actions.extend(parks(&known.shared).then_some(Action::Park { process, own: false }));
         }
@@ -478,7 +516,9 @@ impl World {
             let process = &state.processes[self.process(*waiter)];
             process.up && state.at(*waiter).phase == Phase::Holding
         };
-        self.names().filter(believes).all(|waiter| state.lock == Lock::Held(waiter))
+        let mut holders = self.names().filter(believes);
+        let is_held = holders.next().is_none_or(|waiter| state.lock == Lock::Held(state.token(waiter)));
+        is_held && holders.next().is_none()
     }
 
     fn has_no_ghost(&self, state: &State) -> bool {

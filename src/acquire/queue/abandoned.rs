@@ -59,11 +59,15 @@ impl Lane {
         let has_passed = |since: Instant, time| now.saturating_duration_since(since) >= time;
         let mut hand_over = lock(&first.hand_over);
         let is_confirmed = matches!(*hand_over, HandOverState::Granted { .. });
+        let held_by = match &*hand_over {
+            HandOverState::Granted { taken_over: Some(taken_over), .. } => taken_over.clone(),
+            _ => first.wanted.clone(),
+        };
         match &mut *hand_over {
             HandOverState::Granted { at, pending, .. } | HandOverState::Unknown { at, pending }
                 if has_passed(*at, TAKEN_WITHIN) =>
             {
-                abandoned.push(Abandoned { wanted: first.wanted.clone(), pending: pending.take(), is_confirmed });
+                abandoned.push(Abandoned { wanted: held_by.clone(), pending: pending.take(), is_confirmed });
                 *hand_over = HandOverState::TakenBack;
                 self.waiters.remove(&first.number());
                 true

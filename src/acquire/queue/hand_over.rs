@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::{HEARTBEAT, Queue, QueueEntry, lock};
 use crate::hold::Grant;
 use crate::locker::cleanups::PendingCleanup;
-use crate::store::{Next, Wanted};
+use crate::store::{LinePlace, Next, Wanted};
 
 /// What has become of the last hand-over to a waiter. What is `pending` undoes it, until the waiter takes the lock.
 #[derive(Default)]
@@ -16,24 +16,25 @@ pub(super) enum HandOverState {
     #[default]
     None,
     /// The server is being asked. If the release that asks is polled, it has an answer at `until`.
-    InFlight {
-        pending: Option<PendingCleanup>,
-        until: Option<Instant>,
-    },
+    InFlight { pending: Option<PendingCleanup>, until: Option<Instant> },
     Granted {
         grant: Grant,
         at: Instant,
         pending: Option<PendingCleanup>,
+        /// If the waiter takes the lock over from an earlier holder: by which token it is held at the server.
+        taken_over: Option<Arc<Wanted>>,
     },
     /// The lock surely was not handed over.
     NotGranted,
     /// Nobody knows whether it was handed over.
-    Unknown {
-        at: Instant,
-        pending: Option<PendingCleanup>,
-    },
+    Unknown { at: Instant, pending: Option<PendingCleanup> },
     /// It was handed over, and taken back (invariant 4).
     TakenBack,
+    /// The waiter has [claimed](super::Ticket::claim) a lock. While it starts a guard, nobody hands it another one.
+    Claimed {
+        /// A hand-over was on its way to the waiter, which has learned of the lock by asking.
+        by_hand_over: bool,
+    },
     /// The waiter left while the server was being asked.
     Abandoned,
 }
@@ -91,10 +92,13 @@ impl HandOver {
     /// hand-over was run: so the caller has to undo it.
     pub(crate) fn granted(mut self, grant: Grant, alone: bool) -> bool {
         self.is_complete = true;
-        {
-            let mut state = lock(&self.queue.state);
+        let at = Instant::now();
+        let mut state = lock(&self.queue.state);
+        let delivery = self.waiter.deliver(|pending| HandOverState::Granted { grant, at, pending, taken_over: None });
+        // If the waiter got the lock in another way, or has left, the line may have changed since.
+        if delivery == Delivery::Delivered {
             if alone {
-                state.begin_turn(Instant::now());
+                state.begin_turn(at);
             }
             let place = self.waiter.place;
             let lane = state.lane_of(place);
@@ -104,35 +108,69 @@ impl HandOver {
                 lane.in_line = false;
             }
         }
-        let delivery = self.waiter.deliver(|pending| HandOverState::Granted { grant, at: Instant::now(), pending });
+        drop(state);
         self.waiter.changed.notify_one();
         delivery != Delivery::WaiterLeft
+    }
+
+    /// Gives the waiter a lock that the server keeps under the token in `taken_over`. `pending` releases the lock until
+    /// a guard has it. Returns false if the waiter no longer waits; the caller still has the lock then.
+    pub(crate) fn taken_over(mut self, grant: Grant, taken_over: Arc<Wanted>, pending: PendingCleanup) -> bool {
+        self.is_complete = true;
+        let at = Instant::now();
+        let mut unused = Some(pending);
+        let delivery = self.waiter.deliver(|_| HandOverState::Granted {
+            grant,
+            at,
+            pending: unused.take(),
+            taken_over: Some(taken_over),
+        });
+        self.waiter.changed.notify_one();
+        drop(unused);
+        delivery == Delivery::Delivered
     }
 
     /// Tells the waiter that the lock was not the releaser's to hand over.
     pub(crate) fn not_ours(mut self) {
         self.is_complete = true;
-        self.deliver_nothing(HandOverState::NotGranted);
+        drop(self.deliver_nothing(HandOverState::NotGranted));
         self.waiter.changed.notify_one();
     }
 
     /// Ends a hand-over that changed nothing, as other grants rely on the lock.
     pub(crate) fn not_now(mut self) {
         self.is_complete = true;
-        self.deliver_nothing(HandOverState::None);
+        drop(self.deliver_nothing(HandOverState::None));
     }
 
-    /// Ends a hand-over that gave the lock to another process, and left the waiter's place in the line.
-    pub(crate) fn passed_by(mut self) {
+    /// Ends a hand-over that turned out to be impossible. It doesn't count as a turn.
+    pub(crate) fn not_tried(mut self) {
         self.is_complete = true;
-        self.deliver_nothing(HandOverState::None);
+        drop(self.deliver_nothing(HandOverState::None));
+        let mut state = lock(&self.queue.state);
+        state.in_a_row = state.in_a_row.saturating_sub(1);
+    }
+
+    /// Ends a hand-over that gave the lock to another process, and left the waiter's place in the line. Returns the
+    /// place if nobody waits with it any longer: then the caller has to leave it.
+    #[must_use]
+    pub(crate) fn passed_by(mut self) -> Option<LinePlace> {
+        self.is_complete = true;
         let place = self.waiter.place;
         let mut state = lock(&self.queue.state);
-        (state.in_a_row, state.turn_began) = (0, None);
+        let (delivery, pending) = self.deliver_nothing(HandOverState::None);
+        // If the waiter got the lock in another way since, the turn that has ended is not the present one.
+        if delivery == Delivery::Delivered {
+            (state.in_a_row, state.turn_began) = (0, None);
+        }
         let heartbeat = Some(Instant::now() + HEARTBEAT);
         let lane = state.lane_of(place);
         // Those who shared the place may have left, and others, with another place, have come since.
-        if !place.is_shared || lane.place == Some(place) {
+        let is_had = match place.is_shared {
+            true => lane.place == Some(place),
+            false => lane.waiters.contains_key(&self.waiter.number()) && !self.waiter.has_claimed(),
+        };
+        if is_had {
             (lane.in_line, lane.heartbeat) = (true, lane.heartbeat.or(heartbeat));
         }
         // The plain lane is not in the line yet, if the lock was to go to the fair one: its first waiter has to ask.
@@ -141,20 +179,23 @@ impl HandOver {
             *lock(&first.hand_over) = HandOverState::NotGranted;
         }
         drop(state);
+        drop(pending);
         if let Some(first) = to_ask {
             first.changed.notify_one();
         }
+        (!is_had).then_some(place)
     }
 
-    /// Notes that nothing happened for the waiter, so that nothing is pending any longer.
-    fn deliver_nothing(&self, outcome: HandOverState) {
+    /// Notes that nothing happened for the waiter, so that nothing is pending any longer. Returns what was: it locks
+    /// the list of cleanups when it is dropped, which must not happen under a mutex of the queue (invariant 5).
+    #[must_use]
+    fn deliver_nothing(&self, outcome: HandOverState) -> (Delivery, Option<PendingCleanup>) {
         let mut before = None;
-        self.waiter.deliver(|pending| {
+        let delivery = self.waiter.deliver(|pending| {
             before = pending;
             outcome
         });
-        // What is pending locks the list of cleanups when it is dropped: not under the waiter's mutex (invariant 5).
-        drop(before);
+        (delivery, before)
     }
 }
 
@@ -168,6 +209,10 @@ impl Drop for HandOver {
 }
 
 impl QueueEntry {
+    fn has_claimed(&self) -> bool {
+        matches!(*lock(&self.hand_over), HandOverState::Claimed { .. })
+    }
+
     /// Stores the outcome of a hand-over, if this waiter still waits for it.
     fn deliver(&self, outcome: impl FnOnce(Option<PendingCleanup>) -> HandOverState) -> Delivery {
         let mut hand_over = lock(&self.hand_over);

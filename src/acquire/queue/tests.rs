@@ -15,11 +15,11 @@ fn wanted(queueing: Queueing) -> Arc<Wanted> {
     let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true, grant: None };
     let ttl = Duration::from_secs(1);
     let (metadata, latest) = (Box::default(), Arc::default());
-    Arc::new(Wanted { owned, metadata, ttl, fenced: false, queueing, latest })
+    Arc::new(Wanted { owned, metadata, ttl, fenced: false, queueing, takes_over: false, latest })
 }
 
 fn grant() -> Grant {
-    Grant { sent: Instant::now(), ttl: Duration::from_secs(1), fencing_token: None, doubt: None }
+    Grant::new(Instant::now(), Duration::from_secs(1), None)
 }
 
 fn enter(queues: &Queues, queueing: Queueing) -> Ticket {
@@ -50,6 +50,112 @@ fn a_hand_over_is_for_the_first_and_one_at_a_time() {
     assert!(matches!(a.take_outcome(), Some(Wakeup::HandedOver(..))));
     assert!(!a.leave().may_hold);
     assert!(b.is_first() && queues.next(&from).is_some());
+}
+
+/// Two holds of one process may both end, if the server has lost the first of their locks: neither lock may get lost.
+#[test]
+fn who_has_claimed_a_lock_is_handed_no_other() {
+    let queues = Queues::default();
+    let takes_over = Wanted { takes_over: true, ..Wanted::clone(&wanted(Queueing::Shared)) };
+    let ticket = queues.enter(Key::from("k"), Arc::new(takes_over));
+    let from = wanted(Queueing::None).owned.clone();
+    assert!(queues.next(&from).unwrap().granted(grant(), false));
+    assert!(matches!(ticket.take_outcome(), Some(Wakeup::HandedOver(..))));
+    assert!(matches!(ticket.claim(), Claim::Kept(None)));
+    assert!(queues.next(&from).is_none() && queues.next_to_take_over(&from).is_none());
+    ticket.give_up_claim();
+    queues.next_to_take_over(&from).unwrap().not_tried();
+    assert!(matches!(ticket.claim(), Claim::Kept(None)));
+    assert!(ticket.take_outcome().is_none());
+    assert!(!ticket.leave().may_hold);
+}
+
+/// Found by `tests/line_model.rs`.
+#[test]
+fn a_hand_over_whose_outcome_comes_late_does_not_take_those_after_it_out_of_the_line() {
+    let queues = Queues::default();
+    let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
+    a.enters_line();
+    let late = queues.next(&wanted(Queueing::None).owned).unwrap();
+    // It has the lock by asking, before the release learns that it has handed the lock over.
+    assert!(matches!(a.claim(), Claim::Kept(None)));
+    let (at, obtained) = (Instant::now(), |at| Obtained { at, held_until: at, by: By::Asking { with_place: true } });
+    a.pass_on(None, obtained(at));
+    a.leave();
+    assert!(!b.may_be_in_line());
+    b.enters_line();
+    assert!(late.granted(grant(), false));
+    assert!(b.may_be_in_line());
+}
+
+/// Found by `tests/line_model.rs`.
+#[test]
+fn a_hand_over_that_a_waiter_learns_of_by_asking_is_a_turn_in_a_row() {
+    let queues = Queues::default();
+    let from = wanted(Queueing::None).owned.clone();
+    let tickets: Vec<_> = (0..=IN_A_ROW).map(|_| enter(&queues, Queueing::Shared)).collect();
+    let mut may_keep = Vec::new();
+    for ticket in tickets {
+        let hand_over = queues.next(&from).unwrap();
+        may_keep.push(hand_over.next().may_keep);
+        ticket.claim();
+        let at = Instant::now();
+        ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking { with_place: true } });
+        ticket.leave();
+        assert!(hand_over.granted(grant(), false));
+    }
+    assert_eq!(may_keep.iter().filter(|may_keep| **may_keep).count(), IN_A_ROW as usize);
+}
+
+#[test]
+fn a_hand_over_to_another_process_that_is_heard_of_late_begins_no_turn_here() {
+    let queues = Queues::default();
+    let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
+    let from = wanted(Queueing::None).owned.clone();
+    let late = queues.next(&from).unwrap();
+    // The other process has had its turn, and it is the turn of this one again.
+    a.claim();
+    let at = Instant::now();
+    a.pass_on(None, Obtained { at, held_until: at, by: By::Asking { with_place: true } });
+    a.leave();
+    let next = queues.next(&from).unwrap();
+    let queue = lock(&queues.by_key)[&Key::from("k")].clone();
+    let in_a_row = lock(&queue.state).in_a_row;
+    assert!(late.passed_by().is_none());
+    assert_eq!(lock(&queue.state).in_a_row, in_a_row);
+    next.not_ours();
+    b.leave();
+}
+
+/// Found by `tests/line_model.rs`.
+#[test]
+fn a_request_without_the_place_takes_none_out_of_the_line() {
+    let queues = Queues::default();
+    let ticket = enter(&queues, Queueing::Shared);
+    assert!(queues.next(&wanted(Queueing::None).owned).unwrap().passed_by().is_none());
+    ticket.claim();
+    let at = Instant::now();
+    ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking { with_place: false } });
+    assert!(ticket.leave().line.is_some());
+}
+
+/// Found by `tests/line_model.rs`.
+#[test]
+fn a_hand_over_that_entered_a_place_that_nobody_has_any_longer_says_so() {
+    let from = wanted(Queueing::None).owned.clone();
+    for queueing in [Queueing::Shared, Queueing::Own] {
+        let queues = Queues::default();
+        let [gone, served] = [0; 2].map(|_| enter(&queues, queueing));
+        let [late, later] = [&gone, &served].map(|ticket| {
+            let hand_over = queues.next(&from).unwrap();
+            assert_eq!(hand_over.next().place, ticket.line_place());
+            ticket.claim();
+            ticket.leave();
+            hand_over
+        });
+        assert_eq!(late.passed_by(), Some(gone.line_place()), "{queueing:?}");
+        assert_eq!(later.passed_by(), Some(served.line_place()), "{queueing:?}");
+    }
 }
 
 #[test]
@@ -144,7 +250,7 @@ fn one_that_was_passed_by_is_in_the_line_and_the_others_have_to_ask() {
     }
     let hand_over = queues.next(&from).unwrap();
     assert_eq!(hand_over.next().place, own.line_place());
-    hand_over.passed_by();
+    assert!(hand_over.passed_by().is_none());
     assert!(own.next_heartbeat().is_some() && own.take_outcome().is_none());
     assert!(matches!(shared.take_outcome(), Some(Wakeup::NotHandedOver)));
 }
@@ -213,7 +319,7 @@ fn what_the_first_learned_is_known_to_those_behind_it_and_after_it() {
     assert!(!a.leave().may_hold);
     assert!(matches!(b.last_answer(), Some(LastAnswer::Failed(Error::Closed))));
     let c = enter(&queues, Queueing::Shared);
-    b.pass_on(None, Obtained { at: Instant::now(), held_until: Instant::now(), was_handed_over: true });
+    b.pass_on(None, Obtained { at: Instant::now(), held_until: Instant::now(), by: By::HandOver });
     assert!(matches!(c.last_answer(), Some(LastAnswer::Held(Held { key, .. })) if key == "k".into()));
     c.set_last_answer(None);
     assert!(c.last_answer().is_none());

@@ -10,8 +10,8 @@ use super::{ByKey, HEARTBEAT, Lane, Queue, QueueEntry, State, lock, remove};
 use crate::acquire::answer::{Held, LastAnswer};
 use crate::hold::Grant;
 use crate::locker::cleanups::PendingCleanup;
-use crate::store::LinePlace;
 use crate::store::notifications::Subscription;
+use crate::store::{LinePlace, Wanted};
 
 /// A waiter's handle to its queue. Its owner calls [`leave`](Ticket::leave) before it drops it.
 pub(crate) struct Ticket {
@@ -26,6 +26,8 @@ pub(crate) enum Wakeup {
     First,
     /// The lock was handed over to it. What is pending is to release it.
     HandedOver(Grant, Option<PendingCleanup>),
+    /// It takes the lock over from an earlier holder, whose token the server keeps.
+    TakenOver(Grant, TakenOver),
     /// The lock surely was not handed over to it, and may be free.
     NotHandedOver,
     /// Nobody knows whether the lock was handed over to it. What is pending is to undo that.
@@ -33,6 +35,14 @@ pub(crate) enum Wakeup {
     /// The lock was handed over, and taken back: the waiter is not in the queue any longer, and its token must not be
     /// used again.
     TakenBack,
+}
+
+/// A lock that a waiter takes over from an earlier holder of this process.
+pub(crate) struct TakenOver {
+    /// By which token the server keeps the lock.
+    pub(crate) wanted: Arc<Wanted>,
+    /// Releases the lock until a guard has it.
+    pub(crate) pending: Option<PendingCleanup>,
 }
 
 /// Whether a waiter may keep a lock that the server has given it.
@@ -57,13 +67,26 @@ pub(crate) struct Obtained {
     pub(crate) at: Instant,
     /// The end of its ttl.
     pub(crate) held_until: Instant,
-    pub(crate) was_handed_over: bool,
+    pub(crate) by: By,
+}
+
+/// By what a waiter has obtained the lock.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum By {
+    /// Its own request. One with the place has taken this out of the line.
+    Asking { with_place: bool },
+    /// A hand-over by the server. [`HandOver`](super::HandOver) knows what this did to the place.
+    HandOver,
+    /// A hand-over that the server doesn't know of, so that it took no place out of the line.
+    TakeOver,
 }
 
 /// What a waiter that has left the queue still has to clean up.
 pub(crate) struct Leftovers {
     /// Its token may have got the lock by a hand-over that it hasn't heard of (invariant 2).
     pub(crate) may_hold: bool,
+    /// A lock that it was to take over from an earlier holder, and has not heard of.
+    pub(crate) taken_over: Option<TakenOver>,
     /// A place that may be in the line, and that nobody has any longer.
     pub(crate) line: Option<LinePlace>,
     /// A request that may still be run may enter that place into the line again.
@@ -161,18 +184,29 @@ impl Ticket {
                 *hand_over = in_flight;
                 None
             }
+            HandOverState::Granted { grant, pending, taken_over: Some(wanted), .. } => {
+                Some(Wakeup::TakenOver(grant, TakenOver { wanted, pending }))
+            }
             HandOverState::Granted { grant, pending, .. } => Some(Wakeup::HandedOver(grant, pending)),
             HandOverState::NotGranted => Some(Wakeup::NotHandedOver),
             HandOverState::Unknown { pending, .. } => Some(Wakeup::Unknown(pending)),
             HandOverState::TakenBack => Some(Wakeup::TakenBack),
+            claimed @ HandOverState::Claimed { .. } => {
+                *hand_over = claimed;
+                None
+            }
         }
     }
 
-    /// Claims the lock that the server has given to this waiter, by whichever request: after this, it is not taken back
-    /// (invariant 4).
+    /// Claims the lock that this waiter was given, by whichever request: after this, it is not taken back (invariant
+    /// 4), and the waiter is not handed another lock, unless it [gives its claim up](Self::give_up_claim).
+    ///
+    /// If the server has granted the waiter's own request, a lock that it was to take over has ended there, and its
+    /// pending release is no longer needed.
     pub(crate) fn claim(&self) -> Claim {
         let mut hand_over = lock(&self.waiter.hand_over);
-        match std::mem::take(&mut *hand_over) {
+        let by_hand_over = matches!(*hand_over, HandOverState::InFlight { .. } | HandOverState::Granted { .. });
+        match std::mem::replace(&mut *hand_over, HandOverState::Claimed { by_hand_over }) {
             HandOverState::TakenBack => {
                 *hand_over = HandOverState::TakenBack;
                 Claim::TakenBack
@@ -180,7 +214,18 @@ impl Ticket {
             HandOverState::InFlight { pending, .. }
             | HandOverState::Granted { pending, .. }
             | HandOverState::Unknown { pending, .. } => Claim::Kept(pending),
-            HandOverState::None | HandOverState::NotGranted | HandOverState::Abandoned => Claim::Kept(None),
+            HandOverState::None
+            | HandOverState::NotGranted
+            | HandOverState::Abandoned
+            | HandOverState::Claimed { .. } => Claim::Kept(None),
+        }
+    }
+
+    /// Notes that the waiter can't use the lock that it has claimed, and goes on waiting.
+    pub(crate) fn give_up_claim(&self) {
+        let mut hand_over = lock(&self.waiter.hand_over);
+        if matches!(*hand_over, HandOverState::Claimed { .. }) {
+            *hand_over = HandOverState::None;
         }
     }
 
@@ -217,10 +262,11 @@ impl Ticket {
 
     /// Notes that this waiter has obtained the lock, and leaves to the next one what it can use.
     pub(crate) fn pass_on(&self, subscription: Option<Subscription>, obtained: Obtained) {
-        let Obtained { at, held_until, was_handed_over } = obtained;
+        let Obtained { at, held_until, by } = obtained;
         let before = {
             let mut state = self.state();
-            if !was_handed_over {
+            let by_hand_over = matches!(*lock(&self.waiter.hand_over), HandOverState::Claimed { by_hand_over: true });
+            if matches!(by, By::Asking { .. }) && !by_hand_over {
                 state.begin_turn(at);
             }
             let held = Held { key: self.queue.key.clone(), until: Some(held_until) };
@@ -228,8 +274,10 @@ impl Ticket {
             state.obtained_by = Some(self.waiter.wanted.owned.token.clone());
             let lane = state.lane_of(self.waiter.place);
             if lane.is_first(&self.waiter) {
-                // The grant took a shared place out of the line.
-                lane.in_line &= !self.waiter.place.is_shared;
+                // A hand-over may have put the place into the line while a request without it was on its way.
+                lane.in_line &= !(self.waiter.place.is_shared && by == By::Asking { with_place: true });
+                // A waiter that got the lock before it ran as the first has not taken the subscription of the lane.
+                let subscription = subscription.or_else(|| lane.subscription.take());
                 lane.held_until = subscription.is_some().then_some(held_until);
                 std::mem::replace(&mut lane.subscription, subscription)
             } else {
@@ -245,7 +293,7 @@ impl Ticket {
     pub(crate) fn leave(&self) -> Leftovers {
         let mut guard = self.state();
         let state = &mut *guard;
-        let (may_hold, abandoned) = self.abandon_hand_over();
+        let (may_hold, taken_over, abandoned) = self.abandon_hand_over();
         let lane = state.lane_of(self.waiter.place);
         let was_first = lane.is_first(&self.waiter);
         lane.waiters.remove(&self.waiter.number());
@@ -269,17 +317,27 @@ impl Ticket {
         if let Some(next) = next {
             next.changed.notify_one();
         }
-        leftovers
+        Leftovers { taken_over, ..leftovers }
     }
 
-    /// Returns whether a hand-over may have given the lock to this waiter, without its knowledge. Also returns the
-    /// state of one that is in flight: it is to be dropped when no lock is held.
-    fn abandon_hand_over(&self) -> (bool, Option<HandOverState>) {
+    /// Returns whether a hand-over may have given the lock to this waiter's token without its knowledge, and the lock
+    /// that it was to take over, if there is one. Also returns the state of a hand-over that is in flight, which must
+    /// be dropped while no mutex is held.
+    fn abandon_hand_over(&self) -> (bool, Option<TakenOver>, Option<HandOverState>) {
         let mut hand_over = lock(&self.waiter.hand_over);
-        let may_hold = !hand_over.is_over() && !matches!(*hand_over, HandOverState::TakenBack);
+        if let HandOverState::Granted { taken_over, pending, .. } = &mut *hand_over {
+            if let Some(wanted) = taken_over.take() {
+                let taken_over = TakenOver { wanted, pending: pending.take() };
+                *hand_over = HandOverState::None;
+                return (false, Some(taken_over), None);
+            }
+        }
+        // The attempt undoes what the waiter has claimed.
+        let is_settled = matches!(*hand_over, HandOverState::TakenBack | HandOverState::Claimed { .. });
+        let may_hold = !hand_over.is_over() && !is_settled;
         let is_in_flight = matches!(*hand_over, HandOverState::InFlight { .. });
         let abandoned = is_in_flight.then(|| std::mem::replace(&mut *hand_over, HandOverState::Abandoned));
-        (may_hold, abandoned)
+        (may_hold, None, abandoned)
     }
 }
 
@@ -288,16 +346,16 @@ impl Lane {
     /// leaves the plain lane gives the shared place up.
     fn leftovers(&mut self, place: LinePlace, may_hold: bool) -> Leftovers {
         if !place.is_shared {
-            return Leftovers { may_hold, line: Some(place), may_enter_late: false };
+            return Leftovers { may_hold, taken_over: None, line: Some(place), may_enter_late: false };
         }
         if !self.waiters.is_empty() {
-            return Leftovers { may_hold, line: None, may_enter_late: false };
+            return Leftovers { may_hold, taken_over: None, line: None, may_enter_late: false };
         }
         let may_enter_late = std::mem::take(&mut self.may_enter_late);
         // A hand-over that is on its way may put the place into the line.
         let line = self.place.take().filter(|_| self.in_line || may_hold || may_enter_late);
         self.in_line = false;
-        Leftovers { may_hold, line, may_enter_late }
+        Leftovers { may_hold, taken_over: None, line, may_enter_late }
     }
 }
 

@@ -128,10 +128,18 @@ impl World {
         let keys = keys.iter().map(|key| Key::from(*key)).collect();
         let owned = Owned { keys, token: Token::random(), own_token: true, grant: None };
         let (queueing, latest) = (Queueing::None, Arc::new(Latest::default()));
-        let wanted = Wanted { owned: owned.clone(), metadata: Box::default(), ttl, fenced: false, queueing, latest };
+        let wanted = Wanted {
+            owned: owned.clone(),
+            metadata: Box::default(),
+            ttl,
+            fenced: false,
+            queueing,
+            takes_over: false,
+            latest,
+        };
         at_once(self.store.acquire(&wanted, InLine::No, ms(500)));
         let drift = Drift { factor: 0.0, margin: Duration::ZERO };
-        let grant = Grant { sent: Instant::now(), ttl, fencing_token: None, doubt: None };
+        let grant = Grant::new(Instant::now(), ttl, None);
         let hold = Arc::new(Hold::new(owned, Box::default(), &grant, drift, renewal, self.log.start, false));
         let (log, lock) = (self.log.clone(), hold.owned.key().to_string());
         hold.observe(Arc::new(Reports { log, lock, loss: Mutex::default() })).unwrap();

@@ -55,6 +55,7 @@ impl Renewal {
             ttl: self.ttl,
             fenced: false,
             queueing: Queueing::None,
+            takes_over: false,
             latest: latest.clone(),
         };
         let (window, ahead) = (quorum.window, quorum.ahead());

@@ -95,8 +95,8 @@ impl OpenRounds {
         releasing
     }
 
-    /// Notes that a node is asked once more for what the rounds of this token have asked it for. When it has freed that,
-    /// the earlier vote may still be on its way.
+    /// Notes that a node is asked once more for what the rounds of this token have asked it for. When it has freed
+    /// that, the earlier vote may still be on its way.
     pub(super) fn ask_again(&self, token: &Token, place: usize) {
         for open in self.all().get(token).into_iter().flatten() {
             open.answers().insert(place, false);
@@ -120,8 +120,8 @@ impl OpenRound {
         drop(self.open.release.subscribe().wait_for(|release| *release != Release::BeingSent).await);
     }
 
-    /// Returns whether the release has surely freed what this round was granted on the node. Waits for the node's reply,
-    /// but no longer than `until`. Of a token that others may use, it is never sure.
+    /// Returns whether the release has surely freed what this round was granted on the node. Waits for the node's
+    /// reply, but no longer than `until`. Of a token that others may use, it is never sure.
     pub(super) async fn is_freed(&self, place: usize, until: Instant) -> bool {
         if self.open.grant.is_some() {
             // By this reply, the node held the token. It may have done so by another grant, before the vote arrived.

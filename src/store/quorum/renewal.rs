@@ -1,9 +1,10 @@
 //! One renewal on all nodes: until a majority has decided, and then what is left to do.
 //!
-//! The caller polls it. When the caller has the verdict, or stops waiting, a task waits for the other replies. It brings
-//! the lock back to nodes that have lost it ([`heal`](super::heal)), and undoes what took effect after a release: where
-//! several grants share the token, a renewal writes its grant into the node's record. If it arrives after the release
-//! of that grant, nobody would end the grant there, and the node would keep the key for its ttl after all others.
+//! The caller polls it. When the caller has the verdict, or stops waiting, a task waits for the other replies. It
+//! brings the lock back to nodes that have lost it ([`heal`](super::heal)), and undoes what took effect after a
+//! release: where several grants share the token, a renewal writes its grant into the node's record. If it arrives
+//! after the release of that grant, nobody would end the grant there, and the node would keep the key for its ttl after
+//! all others.
 
 use std::sync::Arc;
 use std::time::Duration;

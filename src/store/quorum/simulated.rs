@@ -1,7 +1,7 @@
 //! Quorums of simulated nodes on tokio's clock. Each node's own clock is wrong by a given amount, and connections fail
 //! as planned: exact timing to the millisecond, and thousands of random histories.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -409,6 +409,21 @@ async fn a_majority_decides_and_slow_nodes_are_not_waited_for() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn each_holder_asks_the_nodes_also_within_a_process() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let locker = world.client(0, |_| Fault::None);
+    let mut guard = locker.lock("k").await.unwrap();
+    let waiters = [0; 3].map(|_| tokio::spawn(locker.lock("k").into_future()));
+    let mut tokens = HashSet::from([locker.inspect("k").await.unwrap().unwrap().token]);
+    for waiter in waiters {
+        drop(guard);
+        guard = waiter.await.unwrap().unwrap();
+        tokens.insert(locker.inspect("k").await.unwrap().unwrap().token);
+    }
+    assert_eq!(tokens.len(), 4);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_node_is_given_a_small_part_of_the_ttl() {
     let world = World::new(&[0; 3], Duration::ZERO);
     let locker = world.client(0, |place| if place < 2 { Fault::AnsweredAfter(ms(10_000)) } else { Fault::None });
@@ -767,6 +782,7 @@ async fn a_node_that_another_holds_is_not_healed() {
         ttl: ms(10_000),
         fenced: false,
         queueing: Queueing::None,
+        takes_over: false,
         latest: Arc::default(),
     };
     let ballot = Ballot { number: None, exactly: false, window: Duration::ZERO, ahead: ms(60_000) };

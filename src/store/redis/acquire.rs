@@ -131,7 +131,7 @@ impl RedisStore {
             self.place(next.place),
             line::alive(),
             flag(next.may_keep || !has_line),
-            flag(to.fenced),
+            decimal(if to.fenced { i64::try_from(next.tokens).unwrap_or(1) } else { 0 }),
             grant,
             flag(next.in_line && has_line),
         ];

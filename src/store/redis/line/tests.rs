@@ -17,7 +17,7 @@ async fn store(server: &Server) -> RedisStore {
 fn wanted() -> Wanted {
     let owned = Owned { keys: [Key::from("k")].into(), token: Token::random(), own_token: true, grant: None };
     let (metadata, ttl, latest) = (Box::default(), PATIENCE, Arc::default());
-    Wanted { owned, metadata, ttl, fenced: false, queueing: Queueing::Own, latest }
+    Wanted { owned, metadata, ttl, fenced: false, queueing: Queueing::Own, takes_over: false, latest }
 }
 
 fn own(number: u64) -> LinePlace {
@@ -30,7 +30,7 @@ async fn asks(store: &RedisStore, wanted: &Wanted, number: u64) -> bool {
 }
 
 async fn hands_over(store: &RedisStore, from: &Wanted, to: &Wanted, number: u64) -> HandedOver {
-    let next = Next { place: own(number), in_line: true, may_keep: false };
+    let next = Next { place: own(number), in_line: true, may_keep: false, tokens: 1 };
     store.hand_over(&from.owned, Ending::Lock, to, &next, PATIENCE).await.unwrap()
 }
 

@@ -89,8 +89,9 @@ async fn the_short_way_to_hand_over_ends_where_the_long_one_does() {
     let mut short_ways = [0, 0];
     // Its process may keep the lock from those in the line.
     for before in product(&helds, &records, &fences).iter().map(alone) {
-        for (grant, fenced) in
-            product(&["", "-", "*", "id"], &["0", "1"], &[""]).into_iter().map(|[grant, fenced, _]| (grant, fenced))
+        for (grant, fenced) in product(&["", "-", "*", "id"], &["0", "1", "17"], &[""])
+            .into_iter()
+            .map(|[grant, fenced, _]| (grant, fenced))
         {
             let args = hand_over("1", fenced, grant, "0");
             short_ways[0] += u32::from(ends_the_same(server, scripts, &before, &KEYS, &args).await);
@@ -100,7 +101,7 @@ async fn the_short_way_to_hand_over_ends_where_the_long_one_does() {
     let lines = ["-", "[]", "z place:s1", "z place:s1 other:s1", "z place:s2 other:s1", "z other:s1 place:s1"];
     let alive = ["-", "[]", "h place=FRESH other=FRESH", "h place=1 other=FRESH", "h place=text"];
     let fresh = (now() + 60_000).to_string();
-    for [line, alive, fenced] in product(&lines, &alive, &["0", "1"]) {
+    for [line, alive, fenced] in product(&lines, &alive, &["0", "1", "17"]) {
         let alive = alive.replace("FRESH", &fresh);
         for [held, record, fence] in few() {
             for in_line in ["0", "1"] {

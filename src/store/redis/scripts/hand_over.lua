@@ -5,9 +5,10 @@
 --       fencing token, its fence key.
 -- ARGV  token that holds the lock, value of the next owner (its token; with metadata: token, newline, metadata), ttl in
 --       ms, ttl of the fence key in ms, place of the next owner, how long in ms its process counts as alive, '1' if its
---       process may keep the lock from those in the line, '1' if it wants a fencing token, the grant to end (as in
---       end_grant.lua its id; '' to end the lock, '*' to end the lock with its record of grants), '1' if the place may
---       be in the line, 'PUBLISH' or 'SPUBLISH', channel.
+--       process may keep the lock from those in the line, how many fencing tokens to reserve (0: none; those after the
+--       first are for the next owners in its process), the grant to end (as in end_grant.lua its id; '' to end the
+--       lock, '*' to end the lock with its record of grants), '1' if the place may be in the line, 'PUBLISH' or
+--       'SPUBLISH', channel.
 -- Reply {fencing token or 0, 1 if the line is empty}  done.  {-1}  the key was gone.
 --       {-2}  it held something else.  {-3}  others rely on the lock, and nothing has changed.
 --       {-4}  another got the lock, and the place is in the line.
@@ -44,10 +45,10 @@ if not may_keep then
 end
 
 local fence = 0
-if ARGV[8] == '1' then
+if ARGV[8] ~= '0' then
     local known = fence_in(fence_key)
     fence = known and known >= now and known + 1 or now
-    redis.call('SET', fence_key, string.format('%.0f', fence), 'PX', ARGV[4])
+    redis.call('SET', fence_key, string.format('%.0f', fence + ARGV[8] - 1), 'PX', ARGV[4])
 end
 if head then
     take_turn(line_key, head, place, alive, others)

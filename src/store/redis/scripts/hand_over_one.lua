@@ -1,6 +1,6 @@
 -- Does what hand_over.lua does, for the two most common cases, in about two thirds of the server time: the process may
--- keep the lock from those in the line, and the next owner isn't in the line; or the next owner is the head of the line,
--- and not its last. Comes before everything else of hand_over.lua.
+-- keep the lock from those in the line, and the next owner isn't in the line; or the next owner is the head of the
+-- line, and not its last. Comes before everything else of hand_over.lua.
 --
 -- KEYS, ARGV  as in hand_over.lua.
 -- Reply 1, or the fencing token if one is wanted: done, and there may be others in the line. In any other case nothing
@@ -22,7 +22,7 @@ end
 if is_simple and grant ~= '' then
     is_simple = grant == '-' and not redis.pcall('GET', KEYS[4])
 end
-local fence_key, fence = ARGV[8] == '1' and KEYS[5], now
+local fence_key, fence = ARGV[8] ~= '0' and KEYS[5], now
 if is_simple and fence_key then
     local last = redis.pcall('GET', fence_key)
     if last then
@@ -34,7 +34,7 @@ if is_simple and fence_key then
     end
 end
 if is_simple then
-    local done = fence_key and redis.pcall('SET', fence_key, string.format('%.0f', fence), 'PX', ARGV[4])
+    local done = fence_key and redis.pcall('SET', fence_key, string.format('%.0f', fence + ARGV[8] - 1), 'PX', ARGV[4])
     if not done or not done.err then
         if is_turn then
             redis.pcall('ZREM', KEYS[2], ARGV[5])
