@@ -1,6 +1,7 @@
 //! Operations that share calls on real servers: none pays for another, whatever goes wrong. A program of its own, as
 //! its operations have to arrive together, and other tests on the machine would spread them.
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
 use std::future::{Future, IntoFuture};

@@ -4,6 +4,7 @@
 //! and removes when it leaves, and a ledger of fencing tokens in order of entry. A program of its own, as it starts
 //! itself four times as a worker.
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is a test")]
 
 use std::env;

@@ -7,6 +7,7 @@
 //!
 //!     cargo test --lib -- --ignored
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, reason = "these are tests")]
 
 use std::env;

@@ -130,6 +130,8 @@ compile all --all-features --lib --tests
 heading "compile, feature redis"
 compile redis --no-default-features --features redis --lib --test it --test quorum --test topologies --test combined \
     --test watchdog --test seeds --test turns
+heading "compile, no feature"
+compile none --no-default-features --lib
 heading "compiled in $SECONDS s"
 
 # Many operations at a time: they take the whole machine, and would be late beside others.
@@ -173,7 +175,9 @@ processor() {
     renice -n 19 "$BASHPID" >/dev/null
     heading "clippy"
     cargo clippy --workspace --all-targets --all-features -- -D warnings
-    cargo clippy --package tenure --all-targets --no-default-features --features redis -- -D warnings
+    for features in fred redis ""; do
+        cargo clippy --package tenure --all-targets --no-default-features --features "$features" -- -D warnings
+    done
     heading "documentation"
     RUSTDOCFLAGS="-D warnings" cargo doc --package tenure --no-deps --all-features
     # Where it is the only TLS feature, rediss:// uses it.
@@ -186,6 +190,7 @@ processor() {
     run all "$installed" model
     run all "$installed" line_model
     run all "$installed" tenure
+    run none "$installed" tenure
 }
 
 heading "tests in lanes: about five minutes"

@@ -2,6 +2,7 @@
 //! its list of tests is the list of these things. `tenure::docs::migrating_from_go` shows how each is written there and
 //! here.
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "these are tests")]
 
 use std::sync::{Arc, Mutex};

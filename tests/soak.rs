@@ -6,6 +6,7 @@
 //!
 //!     TENURE_SOAK_SECONDS=600 cargo test --release --test soak
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "this is a test")]
 
 use std::env;

@@ -5,6 +5,7 @@
 //! `rediss://` uses native-tls, else the library that is enabled. A client of the user's own brings its authorities,
 //! with either library.
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![cfg(any(feature = "rustls", feature = "native-tls"))]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
 

@@ -1,6 +1,7 @@
 //! Sentinels and clusters in which servers change roles, move slots and die, while locks are held and contended. A
 //! program of its own, because each test starts several servers, and their elections take long on a busy machine.
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 
 #[path = "topologies/half_moved.rs"]

@@ -43,7 +43,8 @@ use crate::{Error, RedisError};
 /// The Redis client under a locker; for [`LockerBuilder::driver`](crate::LockerBuilder::driver).
 ///
 /// The promises are the same with either. What differs is cost, and what else a program uses: see the
-/// [features](crate#features).
+/// [features](crate#features). Connecting with a client whose feature is not enabled is
+/// [`Error::Unsupported`](crate::Error::Unsupported).
 ///
 /// # Examples
 ///
@@ -58,22 +59,25 @@ use crate::{Error, RedisError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Driver {
-    /// [fred](https://docs.rs/fred), with feature `fred`. The default where it is enabled.
-    #[cfg(feature = "fred")]
-    #[cfg_attr(docsrs, doc(cfg(feature = "fred")))]
+    /// [fred](https://docs.rs/fred), with feature `fred`. The default, unless only `redis` is enabled.
     Fred,
     /// [redis-rs](https://docs.rs/redis), with feature `redis`.
-    #[cfg(feature = "redis")]
-    #[cfg_attr(docsrs, doc(cfg(feature = "redis")))]
     Redis,
 }
 
 impl Default for Driver {
     fn default() -> Self {
-        #[cfg(feature = "fred")]
-        return Self::Fred;
-        #[cfg(not(feature = "fred"))]
-        return Self::Redis;
+        if cfg!(all(feature = "redis", not(feature = "fred"))) { Self::Redis } else { Self::Fred }
+    }
+}
+
+impl Driver {
+    #[cfg(not(all(feature = "fred", feature = "redis")))]
+    fn is_missing(self) -> Error {
+        Error::Unsupported(match self {
+            Self::Fred => "tenure was compiled without its feature `fred`; enable it, or choose another driver",
+            Self::Redis => "tenure was compiled without its feature `redis`; enable it, or choose another driver",
+        })
     }
 }
 
@@ -242,13 +246,15 @@ pub(super) trait Listener: Send + Sync {
 ///
 /// # Errors
 ///
-/// Whatever keeps the first connection from being made: nothing is retried here.
+/// Whatever keeps the first connection from being made: nothing is retried here. A client that is not compiled in.
 pub(super) async fn open(driver: Driver, target: &Target, timeout: Duration) -> Result<Arc<dyn Connection>, Error> {
     match driver {
         #[cfg(feature = "fred")]
         Driver::Fred => fred::open(target, timeout).await,
         #[cfg(feature = "redis")]
         Driver::Redis => redis::open(target, timeout).await,
+        #[cfg(not(all(feature = "fred", feature = "redis")))]
+        missing => Err(missing.is_missing()),
     }
 }
 
@@ -257,13 +263,15 @@ pub(super) async fn open(driver: Driver, target: &Target, timeout: Duration) -> 
 ///
 /// # Errors
 ///
-/// Never fails because of the server or the network.
+/// Fails for a client that is not compiled in, never because of the server or the network.
 pub(super) fn open_lazily(driver: Driver, target: &Target, timeout: Duration) -> Result<Arc<dyn Connection>, Error> {
     match driver {
         #[cfg(feature = "fred")]
         Driver::Fred => fred::open_lazily(target, timeout),
         #[cfg(feature = "redis")]
         Driver::Redis => redis::open_lazily(target, timeout),
+        #[cfg(not(all(feature = "fred", feature = "redis")))]
+        missing => Err(missing.is_missing()),
     }
 }
 
@@ -282,6 +290,8 @@ pub(super) fn nodes_of(url: &str) -> Arc<dyn Nodes> {
         Driver::Fred => fred::nodes_of(&target),
         #[cfg(feature = "redis")]
         Driver::Redis => redis::nodes_of(&target),
+        #[cfg(not(all(feature = "fred", feature = "redis")))]
+        missing => panic!("{}", missing.is_missing()),
     }
 }
 
@@ -294,10 +304,29 @@ pub(super) fn pub_sub_of(url: &str) -> Arc<dyn PubSub> {
         Driver::Fred => fred::pub_sub_of(&target),
         #[cfg(feature = "redis")]
         Driver::Redis => redis::pub_sub_of(&target),
+        #[cfg(not(all(feature = "fred", feature = "redis")))]
+        missing => panic!("{}", missing.is_missing()),
     }
 }
 
 fn not_sent(error: RedisError) -> RedisError {
     let text = format!("{}{NOT_SENT}", error.details());
     error.with_text(text)
+}
+
+#[cfg(all(test, not(all(feature = "fred", feature = "redis"))))]
+mod tests {
+    use crate::{Driver, Error, Locker};
+
+    #[tokio::test]
+    async fn a_client_that_is_not_compiled_in_is_named() {
+        let missing = if cfg!(feature = "fred") { Driver::Redis } else { Driver::Fred };
+        let builder = Locker::builder().driver(missing);
+        let error = builder.clone().connect("redis://127.0.0.1:1").await.unwrap_err();
+        assert!(matches!(error, Error::Unsupported(_)), "{error:?}");
+        let feature = if cfg!(feature = "fred") { "feature `redis`" } else { "feature `fred`" };
+        assert!(error.to_string().contains(feature), "{error}");
+        let error = builder.quorum(["redis://127.0.0.1:1"]).await.unwrap_err();
+        assert!(error.to_string().contains(feature), "{error}");
+    }
 }

@@ -20,6 +20,7 @@ pub(super) struct Liveness {
 }
 
 impl Liveness {
+    #[cfg(feature = "redis")]
     pub(super) fn with_patience(patience: Duration) -> Self {
         Self { patience, ..Self::default() }
     }
