@@ -411,7 +411,7 @@ impl Locker {
         }
         let grant = Grant::new(sent, ttl, lease.fencing_token());
         let is_voted_on = shared.store.capabilities().undoes_attempts;
-        let hold = Hold::new(owned, Box::default(), &grant, drift, renewal, shared.origin, is_voted_on);
+        let hold = Hold::new(owned, Box::default(), &grant, drift, renewal.into(), shared.origin, is_voted_on);
         if !claim.keep() {
             return Err(Error::Closed);
         }

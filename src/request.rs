@@ -43,7 +43,8 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 ///   and it was released again.
 /// - [`Error::ValidityExpired`]: the reply came so late that too little of the ttl was left; for a request that waits,
 ///   several times in a row.
-/// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`]: no such lock can work; nothing was sent.
+/// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`], [`Error::InvalidHold`]: no such lock can
+///   work; nothing was sent.
 /// - [`Error::Unsupported`]: the locker requires replicas on a server that can't have any; nothing was sent.
 /// - [`Error::CrossSlot`]: the keys lie in different slots of a cluster; nothing was sent.
 /// - [`Error::Closed`]: the locker was closed before or meanwhile.
@@ -261,6 +262,39 @@ impl LockRequest {
         self
     }
 
+    /// Limits how long the lock is held: it isn't renewed beyond this time, counted from the request that obtained it.
+    /// The guard then reports [`Loss::LimitReached`](crate::Loss::LimitReached), and the lock is released in the
+    /// background. Any time from 4 ms (with the default drift) on; default: no limit.
+    ///
+    /// Use it for work that may hang: nobody waits for the lock for longer than this, even while the process that holds
+    /// it goes on renewing it. As ever, the guard can't stop work that never checks it.
+    ///
+    /// The key's ttl is cut so that it ends at the limit. The guard's [deadline](LockGuard::deadline) lies before that
+    /// by the allowance for clock drift, so it is a little earlier than the limit: by 2 ms, and by 1 % of what was left
+    /// at the last renewal. [`renew_for`](LockGuard::renew_for) and [`ensure`](LockGuard::ensure) can't move it further.
+    ///
+    /// The limit is the guard's. It does not go along with a [lease](LockGuard::into_lease), which has no more of the
+    /// lock than what is left of the ttl: who adopts the lease renews it without a limit.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    /// use tenure::{Locker, Loss};
+    ///
+    /// let locker = Locker::in_memory();
+    /// let guard = locker.lock("import").hold_at_most(Duration::from_secs(600)).await?;
+    /// let hangs = guard.protect(std::future::pending::<()>());
+    /// assert_eq!(hangs.await, Err(Loss::LimitReached));
+    /// let next = locker.lock("import").await?;
+    /// # next.release().await
+    /// # }
+    /// ```
+    pub fn hold_at_most(mut self, limit: Duration) -> Self {
+        self.options.bounds.at_most = Some(limit);
+        self
+    }
+
     pub(crate) fn renewal(mut self, renewal: Renewal) -> Self {
         self.options.renewal = renewal;
         self
@@ -277,6 +311,7 @@ impl fmt::Debug for LockRequest {
             .field("wait_at_most", &self.options.wait_at_most)
             .field("ttl", &self.options.ttl)
             .field("renewal", &self.options.renewal)
+            .field("bounds", &self.options.bounds)
             .field("metadata", &format_args!("{} bytes", self.options.metadata.len()))
             .field("token", &self.options.token)
             .field("fenced", &self.options.fenced)

@@ -7,6 +7,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::Observer;
+use super::bounds::whole_millis;
 use super::renewing::Renewing;
 use super::timing::Renewal;
 use crate::locker::cleanups::PendingCleanup;
@@ -16,11 +17,15 @@ use crate::{Error, Loss};
 pub(super) struct State {
     pub(super) ttl: Duration,
     pub(super) renewal: Renewal,
+    /// When the lock ends at the latest, if its request says so.
+    pub(super) limit: Option<Instant>,
     /// When the last confirmed request was sent.
     pub(super) sent: Instant,
-    /// The ttl that the lock certainly has from then on, before drift.
+    /// The ttl that the lock certainly has from then on, before drift. As if it were held without a limit.
     pub(super) worth: Duration,
     pub(super) deadline: Instant,
+    /// The deadline can't move further, because of the limit.
+    pub(super) ends_at_limit: bool,
     /// Until when the server may keep the lock, by all requests that were ever sent, confirmed or not.
     pub(super) kept_until: Instant,
     /// Counts the requests that set the ttl. A reply of an earlier epoch moves no deadline (invariant 4).
@@ -61,9 +66,23 @@ impl State {
     pub(super) fn verdict(&self, now: Instant) -> Result<(), Loss> {
         match self.loss {
             Some(loss) => Err(loss),
+            None if now >= self.deadline && self.ends_at_limit => Err(Loss::LimitReached),
             None if now >= self.deadline => Err(Loss::Expired),
             None => Ok(()),
         }
+    }
+
+    /// Returns the ttl of a request that is sent at `sent`, so that the server keeps the lock until the limit at most.
+    /// Never zero, which would delete the key.
+    pub(super) fn within_limit(&self, sent: Instant, ttl: Duration) -> Duration {
+        let left = |limit: Instant| whole_millis(limit.saturating_duration_since(sent)).max(Duration::from_millis(1));
+        self.limit.map_or(ttl, |limit| ttl.min(left(limit)))
+    }
+
+    /// Returns whether no request can keep the lock for longer than one that was sent at `sent` with this ttl.
+    pub(super) fn reaches_limit(&self, sent: Instant, ttl: Duration) -> bool {
+        let left = |limit: Instant| whole_millis(limit.saturating_duration_since(sent));
+        self.limit.is_some_and(|limit| left(limit) <= ttl)
     }
 
     pub(super) fn may_record_until(&self, now: Instant) -> Option<Instant> {
@@ -82,6 +101,10 @@ impl State {
     }
 
     pub(super) fn due(&self, origin: Instant) -> Option<Instant> {
-        self.renewal.due(self.sent, self.ttl.min(self.worth), origin)
+        let due = self.renewal.due(self.sent, self.ttl.min(self.worth), origin)?;
+        // A renewal this close to the limit gains nothing: no interval is longer than half of the ttl, so the last
+        // request has reached the limit.
+        let is_last = |limit| self.interval().is_some_and(|interval| limit < due + interval / 2);
+        (!self.limit.is_some_and(is_last)).then_some(due)
     }
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::bounds::whole_millis;
 use crate::Error;
 
 /// The shortest validity and the longest ttl. A shorter validity is eaten up by the drift. With a longer ttl the
@@ -68,7 +69,7 @@ impl Drift {
         if ttl > MAX_TTL {
             return Err(Error::InvalidTtl("it is longer than 365 days"));
         }
-        let ttl = ttl - Duration::from_nanos(u64::from(ttl.subsec_nanos() % 1_000_000));
+        let ttl = whole_millis(ttl);
         if self.validity(ttl) < MIN_VALIDITY {
             return Err(Error::InvalidTtl("the allowance for clock drift leaves nothing of it; use a longer one"));
         }

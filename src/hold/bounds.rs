@@ -1,0 +1,55 @@
+//! For how long a lock is held at least and at most, where its request says so.
+
+use std::time::Duration;
+
+use super::timing::{Drift, MAX_TTL, Renewal};
+use crate::Error;
+
+/// How a lock is kept once it is obtained.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Terms {
+    pub(crate) renewal: Renewal,
+    pub(crate) bounds: Bounds,
+}
+
+impl From<Renewal> for Terms {
+    fn from(renewal: Renewal) -> Self {
+        Self { renewal, bounds: Bounds::default() }
+    }
+}
+
+/// The bounds of the time for which a lock is held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Bounds {
+    /// The lock isn't renewed beyond this time.
+    pub(crate) at_most: Option<Duration>,
+}
+
+impl Bounds {
+    pub(crate) fn are_set(self) -> bool {
+        self != Self::default()
+    }
+
+    /// Returns the ttl of the request for a lock that would have this one, in whole milliseconds as that one.
+    pub(crate) fn cut(self, ttl: Duration) -> Duration {
+        self.at_most.map_or(ttl, |limit| ttl.min(whole_millis(limit)))
+    }
+
+    /// # Errors
+    ///
+    /// [`Error::InvalidHold`] for bounds that can't work.
+    pub(crate) fn validate(self, drift: Drift) -> Result<(), Error> {
+        // Only a ttl that is too short is refused: no limit is too long.
+        if self.at_most.is_some_and(|limit| drift.validate(limit.min(MAX_TTL)).is_err()) {
+            return Err(Error::InvalidHold(
+                "hold_at_most is too short: the allowance for clock drift leaves nothing of it",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Returns the duration without the fraction of a millisecond, the unit of the server.
+pub(super) fn whole_millis(duration: Duration) -> Duration {
+    duration - Duration::from_nanos(u64::from(duration.subsec_nanos() % 1_000_000))
+}
