@@ -135,7 +135,7 @@ pub enum Error {
     #[error("invalid renewal interval: {0}")]
     InvalidRenewal(&'static str),
 
-    /// No lock can be held for this time: the bound that
+    /// No lock can be held for this time: the bound that [`hold_at_least`](crate::LockRequest::hold_at_least) or
     /// [`hold_at_most`](crate::LockRequest::hold_at_most) sets can't work. Nothing was sent.
     #[error("invalid bound: {0}")]
     InvalidHold(&'static str),

@@ -19,6 +19,8 @@
 //! 8. Nothing is asked of the server beyond the limit of a hold that has one: the ttl of each request ends there. So no
 //!    deadline is later than that. It is the limit that ends the hold if the deadline comes from a request that reached
 //!    it; otherwise the hold expires.
+//! 9. A hold with a least time, counted from when its grant was known, has its keys stay taken until that has passed:
+//!    after a release, a drop, or the end at its limit. After any other loss, nobody may touch what another may hold.
 
 mod bounds;
 mod claim;
@@ -91,6 +93,8 @@ pub(crate) struct Hold {
     /// or of several nodes.
     has_parts: bool,
     bounds: Bounds,
+    /// Until when the keys stay taken, whatever becomes of the hold (invariant 9). In the past if they don't.
+    stays_until: Instant,
     drift: Drift,
     /// Where the grid of renewals begins. All locks of a locker share it.
     origin: Instant,
@@ -151,6 +155,7 @@ impl Hold {
             is_token_known: AtomicBool::new(false),
             doubt: grant.doubt.clone(),
             bounds,
+            stays_until: Instant::now() + bounds.at_least,
             drift,
             origin,
             state: Mutex::new(state),
@@ -182,6 +187,14 @@ impl Hold {
     /// Returns until when the server may keep the lock unless it is released. Never before the deadline.
     pub(crate) fn kept_until(&self) -> Instant {
         self.state().kept_until
+    }
+
+    /// Returns until when the keys stay taken after the release of the lock, if that is not over yet (invariant 9).
+    pub(crate) fn stays_until(&self) -> Option<Instant> {
+        if self.bounds.at_least.is_zero() || self.stays_until <= Instant::now() {
+            return None;
+        }
+        matches!(self.state().loss, None | Some(Loss::Released | Loss::LimitReached)).then_some(self.stays_until)
     }
 
     pub(crate) fn ttl(&self) -> Duration {
@@ -443,7 +456,8 @@ impl Hold {
     #[cfg(test)]
     pub(crate) fn peek(&self) -> Peek {
         let state = self.state();
-        Peek { verdict: state.verdict(Instant::now()), deadline: state.deadline, sent: state.sent }
+        let (limit, stays_until) = (state.limit, self.stays_until);
+        Peek { verdict: state.verdict(Instant::now()), deadline: state.deadline, sent: state.sent, limit, stays_until }
     }
 
     /// No code panics while it holds this mutex, so the state is sound even if the mutex is poisoned.
@@ -458,6 +472,8 @@ pub(crate) struct Peek {
     pub(crate) verdict: Result<(), Loss>,
     pub(crate) deadline: Instant,
     pub(crate) sent: Instant,
+    pub(crate) limit: Option<Instant>,
+    pub(crate) stays_until: Instant,
 }
 
 impl fmt::Debug for Hold {

@@ -262,6 +262,57 @@ impl LockRequest {
         self
     }
 
+    /// Keeps the key taken until this time has passed since the lock was obtained, even if the guard is released or
+    /// dropped before. Default: no time; at most 365 days.
+    ///
+    /// Use it for a job that runs once per period in a fleet: the machines' clocks disagree, and one that is late must
+    /// not find the lock free again because the job took only a moment. The least time has to be longer than the clocks
+    /// are apart, and shorter than the period.
+    ///
+    /// The release returns at once. It leaves the key to nobody, for exactly the rest of the time: no token gets it
+    /// before, not even the guard's, and [`inspect`](Locker::inspect) finds no holder. Waiters are notified, so that
+    /// they ask again when the time is over. Until then the lock isn't handed over within the process either.
+    ///
+    /// The rest may be longer than the ttl. Until the release there is only the ttl: if this process dies, or is cut
+    /// off until the lock has [expired](crate::Loss::Expired), the key is free when the ttl ends, however much is left
+    /// of the least time. To cover that, use a [ttl](LockRequest::ttl) that is as long.
+    ///
+    /// - With [`hold_at_most`](LockRequest::hold_at_most), the key stays taken after the end at the limit, too.
+    /// - If several guards hold the lock by one [token](LockRequest::token), the key is left to nobody when the last of
+    ///   them is dropped. An explicit [`release`](LockGuard::release) of one without a least time ends the lock for all,
+    ///   at once.
+    /// - A [lease](LockGuard::into_lease) has no least time: who adopts it may release it at once.
+    /// - In a [quorum](Locker::quorum), a node that is restarted forgets the time, as it forgets locks.
+    ///
+    /// ```
+    /// # async fn send_report() {}
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    /// use tenure::{Error, Locker};
+    ///
+    /// let locker = Locker::in_memory();
+    /// // On every machine, when its own clock shows the full hour.
+    /// let hourly = || locker.try_lock("hourly-report").hold_at_least(Duration::from_secs(600));
+    /// match hourly().await {
+    ///     Ok(guard) => {
+    ///         guard.protect(send_report()).await?;
+    ///         guard.release().await?;
+    ///     }
+    ///     Err(Error::NotObtained { .. }) => {} // another machine has sent it, or is about to
+    ///     Err(error) => return Err(error),
+    /// }
+    /// // The clock of another machine is a minute behind.
+    /// tokio::time::sleep(Duration::from_secs(60)).await;
+    /// assert!(matches!(hourly().await, Err(Error::NotObtained { .. })));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn hold_at_least(mut self, time: Duration) -> Self {
+        self.options.bounds.at_least = time;
+        self
+    }
+
     /// Limits how long the lock is held: it isn't renewed beyond this time, counted from the request that obtained it.
     /// The guard then reports [`Loss::LimitReached`](crate::Loss::LimitReached), and the lock is released in the
     /// background. Any time from 4 ms (with the default drift) on; default: no limit.

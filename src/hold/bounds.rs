@@ -21,8 +21,10 @@ impl From<Renewal> for Terms {
 /// The bounds of the time for which a lock is held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Bounds {
-    /// The lock isn't renewed beyond this time.
+    /// The lock isn't renewed beyond this time, counted from before it was requested.
     pub(crate) at_most: Option<Duration>,
+    /// The key stays taken for this time, counted from when the grant was known.
+    pub(crate) at_least: Duration,
 }
 
 impl Bounds {
@@ -44,6 +46,10 @@ impl Bounds {
             return Err(Error::InvalidHold(
                 "hold_at_most is too short: the allowance for clock drift leaves nothing of it",
             ));
+        }
+        // The rest of it becomes the key's ttl.
+        if self.at_least > MAX_TTL {
+            return Err(Error::InvalidHold("hold_at_least is longer than 365 days"));
         }
         Ok(())
     }

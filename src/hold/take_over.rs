@@ -23,6 +23,7 @@ impl Hold {
         let is_unlimited = self.bounds.at_most.is_none();
         is_plain
             && is_unlimited
+            && self.stays_until().is_none()
             && self.doubt.is_none()
             && !self.over.is_cancelled()
             && !self.is_token_known.load(Ordering::Relaxed)

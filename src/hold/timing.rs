@@ -126,6 +126,13 @@ impl Renewal {
     }
 }
 
+/// Returns what is left until then, in whole milliseconds, the unit of the server. Rounded up: less would be too short.
+pub(crate) fn rest_until(until: Instant, now: Instant) -> Option<Duration> {
+    let rest = until.saturating_duration_since(now);
+    let millis = rest.as_nanos().div_ceil(1_000_000);
+    (millis > 0).then(|| Duration::from_millis(u64::try_from(millis).unwrap_or(u64::MAX)))
+}
+
 /// Returns the timeout of one call. It ends at the deadline at the latest, as a later reply is of no use.
 pub(crate) fn call_timeout(command_timeout: Duration, now: Instant, deadline: Instant) -> Duration {
     command_timeout.min(deadline.saturating_duration_since(now))

@@ -1,6 +1,7 @@
 //! Locks that are held at least or at most for a time: exact timing on the embedded store.
 
 use super::*;
+use crate::Token;
 use crate::store::faulty::Fault;
 
 /// Returns how long the server keeps the key from now on; `None` if it is free.
@@ -203,4 +204,272 @@ async fn a_limit_ends_its_own_grant_of_a_token_and_no_other() {
     sleep(ms(5_000)).await;
     assert!(other.is_held());
     other.release().await.unwrap();
+}
+
+/// Returns whether the key is taken although nobody holds the lock.
+fn is_nobodys(store: &MemoryStore, key: &'static str) -> bool {
+    store.holder(&key.into()).is_some_and(|(holder, _)| holder == Token::nobody())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_stays_taken_for_exactly_the_rest_of_its_least_time_whoever_ends_the_guard_and_how() {
+    // Shorter and longer than the ttl of 2,000 ms.
+    for least in [300, 1_999, 2_000, 7_000] {
+        for how in ["release", "drop", "watchdog"] {
+            let store = Arc::new(MemoryStore::new());
+            let locker = locker_on(store.clone(), |_| Fault::None);
+            let guard = locker.lock("k").hold_at_least(ms(least)).await.unwrap();
+            let token = guard.token().clone();
+            sleep(ms(100)).await;
+            let start = Instant::now();
+            match how {
+                "release" => guard.release().await.unwrap(),
+                "drop" => drop(guard),
+                _ => {
+                    let dog = crate::WatchDog::builder(&locker).build();
+                    dog.watch(guard).unwrap();
+                    dog.release("k").await.unwrap();
+                }
+            }
+            assert_eq!(start.elapsed(), Duration::ZERO);
+            tokio::task::yield_now().await;
+            sleep(ms(1)).await;
+            assert_eq!(left(&store, "k"), Some(ms(least - 101)), "{how}");
+            assert!(is_nobodys(&store, "k"));
+            assert_eq!(locker.inspect("k").await.unwrap(), None);
+            for request in [locker.try_lock("k"), locker.try_lock("k").token(token)] {
+                assert!(matches!(request.await, Err(Error::NotObtained { .. })), "{how}");
+            }
+            sleep(ms(least - 102)).await;
+            assert!(locker.try_lock("k").await.is_err());
+            sleep(ms(1)).await;
+            locker.try_lock("k").await.unwrap().release().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_release_after_the_least_time_is_like_any_other() {
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), |_| Fault::None);
+    for least in [0, 500] {
+        let guard = locker.lock("k").hold_at_least(ms(least)).await.unwrap();
+        let next = tokio::spawn(locker.lock("k").into_future());
+        sleep(ms(500)).await;
+        guard.release().await.unwrap();
+        let start = Instant::now();
+        next.await.unwrap().unwrap().release().await.unwrap();
+        assert_eq!(start.elapsed(), Duration::ZERO, "handed over");
+    }
+    assert_eq!(left(&store, "k"), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_gets_the_lock_when_the_least_time_is_over_and_not_before() {
+    let locker = Locker::builder().ttl(ms(60_000)).poll_every(ms(60_000)).in_memory();
+    let start = Instant::now();
+    let guard = locker.lock("k").hold_at_least(ms(3_000)).await.unwrap();
+    let waiters = [(); 3].map(|()| tokio::spawn(locker.lock("k").into_future()));
+    sleep(ms(200)).await;
+    drop(guard);
+    for (waiter, lets_go) in waiters.into_iter().zip([3_000, 3_000, 3_000]) {
+        let next = waiter.await.unwrap().unwrap();
+        let at = start.elapsed();
+        assert!(at >= ms(lets_go) && at <= ms(lets_go + 15), "{at:?}");
+        drop(next);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_obtained_late_is_kept_from_when_it_was_obtained() {
+    // Granted after 200 ms of 300: counted from the request, it would be too short.
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), only(Operation::Acquire, Fault::RunAfter(ms(200))));
+    let guard = locker.lock("k").hold_at_least(ms(1_000)).await.unwrap();
+    guard.release().await.unwrap();
+    assert_eq!(left(&store, "k"), Some(ms(1_000)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_release_whose_reply_was_lost_is_a_release_and_prolongs_nothing() {
+    let calls = Arc::new(AtomicU32::new(0));
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), {
+        let calls = calls.clone();
+        move |operation| match operation {
+            Operation::Release if calls.fetch_add(1, Ordering::Relaxed) == 0 => Fault::AnswerLost,
+            _ => Fault::None,
+        }
+    });
+    let start = Instant::now();
+    let guard = locker.lock("k").hold_at_least(ms(1_000)).await.unwrap();
+    guard.release().await.unwrap();
+    assert!(calls.load(Ordering::Relaxed) > 1 && start.elapsed() > Duration::ZERO);
+    assert_eq!(store.holder(&"k".into()).unwrap().1 - start, ms(1_000));
+    // In the background as well.
+    calls.store(0, Ordering::Relaxed);
+    let start = Instant::now();
+    drop(locker.lock("other").hold_at_least(ms(1_000)).await.unwrap());
+    sleep(ms(700)).await;
+    assert!(calls.load(Ordering::Relaxed) > 1);
+    assert_eq!(store.holder(&"other".into()).unwrap().1 - start, ms(1_000));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_release_that_is_run_late_leaves_the_key_for_what_is_left_then() {
+    let store = Arc::new(MemoryStore::new());
+    let back = Instant::now() + ms(1_500);
+    let locker = locker_on(store.clone(), move |operation| match operation {
+        Operation::Release if Instant::now() < back => Fault::Refused,
+        _ => Fault::None,
+    });
+    let start = Instant::now();
+    drop(locker.lock("k").hold_at_least(ms(4_000)).await.unwrap());
+    sleep(ms(1_900)).await;
+    assert!(is_nobodys(&store, "k"));
+    assert_eq!(store.holder(&"k".into()).unwrap().1 - start, ms(4_000));
+    // A server that is away for longer than the ttl lets the lock expire.
+    let away = locker_on(store.clone(), only(Operation::Release, Fault::Refused));
+    drop(away.lock("other").hold_at_least(ms(4_000)).await.unwrap());
+    sleep(ms(2_000)).await;
+    assert_eq!(left(&store, "other"), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_that_was_not_granted_leaves_nothing() {
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), only(Operation::Acquire, Fault::AnswerLost));
+    locker.try_lock("k").hold_at_least(ms(60_000)).await.unwrap_err();
+    // Its future may be dropped as well.
+    let slow = locker_on(store.clone(), only(Operation::Acquire, Fault::AnsweredAfter(ms(300))));
+    timeout(ms(100), slow.lock("other").hold_at_least(ms(60_000)).into_future()).await.unwrap_err();
+    // Or the grant comes too late.
+    let late = locker_on(store.clone(), only(Operation::Acquire, Fault::AnsweredAfter(ms(299))));
+    late.try_lock("late").ttl(ms(310)).hold_at_least(ms(60_000)).await.unwrap_err();
+    sleep(ms(700)).await;
+    for key in ["k", "other", "late"] {
+        assert_eq!(left(&store, key), None, "{key}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lock_that_is_lost_leaves_nothing_extra() {
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), only(Operation::Renew, Fault::Refused));
+    let guard = locker.lock("k").hold_at_least(ms(60_000)).await.unwrap();
+    assert_eq!(guard.lost().await, Loss::Expired);
+    drop(guard);
+    sleep(ms(30)).await;
+    assert_eq!(left(&store, "k"), None);
+    // What was deleted by hand, and obtained by another, is not touched.
+    let locker = locker_on(store.clone(), |_| Fault::None);
+    let guard = locker.lock("k").hold_at_least(ms(60_000)).await.unwrap();
+    store.delete(&"k".into());
+    let other = locker.try_lock("k").await.unwrap();
+    assert!(matches!(guard.release().await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
+    other.release().await.unwrap();
+    assert_eq!(left(&store, "k"), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_the_end_at_its_limit_the_key_stays_taken_as_well() {
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), |_| Fault::None);
+    let start = Instant::now();
+    let guard = locker.lock("k").hold_at_most(ms(1_000)).hold_at_least(ms(5_000)).await.unwrap();
+    assert_eq!(guard.lost().await, Loss::LimitReached);
+    sleep(ms(1)).await;
+    assert!(is_nobodys(&store, "k"));
+    assert_eq!(store.holder(&"k".into()).unwrap().1 - start, ms(5_000));
+}
+
+#[tokio::test(start_paused = true)]
+async fn closing_does_not_wait_for_the_least_time() {
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), |_| Fault::None);
+    drop(locker.lock("k").hold_at_least(ms(60_000)).await.unwrap());
+    let start = Instant::now();
+    locker.close().await;
+    assert!(start.elapsed() <= ms(1), "{:?}", start.elapsed());
+    assert!(is_nobodys(&store, "k"));
+    let locker = locker_on(store.clone(), |_| Fault::None);
+    drop(locker.lock("other").hold_at_least(ms(60_000)).await.unwrap());
+    assert_eq!(locker.close_within(ms(10)).await, 0);
+    sleep(ms(1_000)).await;
+    assert_eq!(Handle::current().metrics().num_alive_tasks(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_keys_of_a_set_stay_taken() {
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), |_| Fault::None);
+    locker.lock_all(["a", "b"]).hold_at_least(ms(1_000)).await.unwrap().release().await.unwrap();
+    assert_eq!((left(&store, "a"), left(&store, "b")), (Some(ms(1_000)), Some(ms(1_000))));
+    assert!(matches!(locker.try_lock_all(["b", "c"]).await, Err(Error::NotObtained { key, .. }) if key == "b".into()));
+    assert_eq!(left(&store, "c"), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_several_guards_of_one_token_the_last_leaves_the_key_to_nobody() {
+    let token = || "shared".parse().unwrap();
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), |_| Fault::None);
+    let start = Instant::now();
+    let least = locker.lock("k").token(token()).hold_at_least(ms(5_000)).await.unwrap();
+    let other = locker.lock("k").token(token()).ttl(ms(900)).await.unwrap();
+    drop(least);
+    sleep(ms(100)).await;
+    assert!(other.is_held() && !is_nobodys(&store, "k"));
+    // A shorter ttl does not let the key expire before its time.
+    other.renew_for(ms(200)).await.unwrap();
+    assert_eq!(store.holder(&"k".into()).unwrap().1 - start, ms(5_000));
+    drop(other);
+    sleep(ms(10)).await;
+    assert!(is_nobodys(&store, "k"));
+    assert_eq!(store.holder(&"k".into()).unwrap().1 - start, ms(5_000));
+    assert!(locker.try_lock("k").token(token()).await.is_err());
+
+    // An explicit release ends the lock for all: for the least time of its own guard, or at once.
+    let least = locker.lock("other").token(token()).hold_at_least(ms(5_000)).await.unwrap();
+    let other = locker.lock("other").token(token()).await.unwrap();
+    least.release().await.unwrap();
+    assert!(is_nobodys(&store, "other"));
+    assert_eq!(other.lost().await, Loss::Taken);
+    let least = locker.lock("third").token(token()).hold_at_least(ms(5_000)).await.unwrap();
+    let other = locker.lock("third").token(token()).await.unwrap();
+    drop(least);
+    sleep(ms(10)).await;
+    other.release().await.unwrap();
+    assert_eq!(left(&store, "third"), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_has_no_bounds() {
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), |_| Fault::None);
+    let guard = locker.lock("k").hold_at_least(ms(60_000)).hold_at_most(ms(3_000)).await.unwrap();
+    let adopted = locker.adopt(guard.into_lease()).await.unwrap();
+    sleep(ms(10_000)).await;
+    adopted.release().await.unwrap();
+    assert_eq!(left(&store, "k"), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_least_time_that_cannot_work_is_refused_by_name_before_anything_is_sent() {
+    let locker = locker(|operation| panic!("{operation:?} was sent"));
+    for least in [Duration::from_secs(366 * 24 * 60 * 60), Duration::MAX] {
+        let refused = locker.lock("k").hold_at_least(least).await.unwrap_err();
+        assert!(matches!(refused, Error::InvalidHold(_)) && refused.to_string().contains("hold_at_least"), "{refused}");
+    }
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), |_| Fault::None);
+    for (key, least, rest) in [
+        ("a", Duration::ZERO, None),
+        ("b", Duration::from_nanos(1), Some(ms(1))),
+        ("c", Duration::from_micros(2_500), Some(ms(3))),
+        ("d", Duration::from_secs(365 * 24 * 60 * 60), Some(Duration::from_secs(365 * 24 * 60 * 60))),
+    ] {
+        locker.lock(key).hold_at_least(least).await.unwrap().release().await.unwrap();
+        assert_eq!(left(&store, key), rest, "{least:?}");
+    }
 }
