@@ -219,13 +219,14 @@ impl Acquisition {
         if let Some(instead) = self.waiter.claim() {
             return Ok(instead);
         }
-        let (at, attempts, waited, ttl) = (Instant::now(), self.attempts, self.started.elapsed(), grant.ttl);
+        let (at, attempts, waited) = (Instant::now(), self.attempts, self.started.elapsed());
+        let ttl = self.terms.bounds.usable(grant.ttl);
         let drift = self.waiter.drift();
         let remaining = drift.deadline(grant.sent, ttl).saturating_duration_since(at);
         if drift.suffices(remaining, ttl) {
             info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
             grant.fencing_token = grant.fencing_token.filter(|_| self.wants_token);
-            let obtained = Obtained { at, held_until: grant.sent + ttl, by };
+            let obtained = Obtained { at, held_until: grant.sent + grant.ttl, by };
             return self.waiter.succeed(grant, self.terms, obtained).map(Step::Finish);
         }
         debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");

@@ -16,9 +16,9 @@
 //! 7. A renewal of unknown outcome may be run after the release. By a token that others may use it would record, where
 //!    one of them has the lock by then, that this hold relies on it. So the grant is ended once more when the server no
 //!    longer runs that renewal.
-//! 8. Nothing is asked of the server beyond the limit of a hold that has one: the ttl of each request ends there. So no
-//!    deadline is later than that. It is the limit that ends the hold if the deadline comes from a request that reached
-//!    it; otherwise the hold expires.
+//! 8. No deadline is later than the limit of a hold that has one, and nothing is asked of the server beyond that: the
+//!    ttl of each request ends there, or with the least time of the hold (9) if that is longer. It is the limit that
+//!    ends the hold if no request could have moved the deadline further; otherwise the hold expires.
 //! 9. A hold with a least time, counted from when its grant was known, has its keys stay taken until that has passed:
 //!    after a release, a drop, or the end at its limit. After any other loss, nobody may touch what another may hold.
 
@@ -48,7 +48,7 @@ pub(crate) use self::bounds::{Bounds, Terms};
 pub(crate) use self::owned::{GrantId, Owned};
 pub(crate) use self::renewing::Renewing;
 pub(crate) use self::state::FinalStep;
-use self::state::{State, Unresolved};
+use self::state::{Limit, State, Unresolved};
 use self::timing::Drift;
 use crate::store::{Latest, Verdict};
 use crate::{Error, Loss};
@@ -127,13 +127,15 @@ impl Hold {
         is_voted_on: bool,
     ) -> Self {
         let Terms { renewal, bounds } = terms;
+        let stays_until = Instant::now() + bounds.at_least;
+        let limit = bounds.at_most.map(|limit| timing::after(grant.sent, limit));
         let mut state = State {
             ttl: grant.ttl,
             renewal,
-            limit: bounds.at_most.map(|limit| timing::after(grant.sent, limit)),
+            limit: limit.map(|of_hold| Limit { of_hold, of_key: of_hold.max(stays_until) }),
             sent: grant.sent,
             worth: grant.ttl,
-            deadline: drift.deadline(grant.sent, grant.ttl),
+            deadline: grant.sent,
             ends_at_limit: false,
             kept_until: (Instant::now() + grant.ttl).max(grant.kept_until.unwrap_or(grant.sent)),
             epoch: 0,
@@ -145,7 +147,7 @@ impl Hold {
             observer: None,
             shortened: None,
         };
-        state.ends_at_limit = state.reaches_limit(grant.sent, grant.ttl);
+        (state.deadline, state.ends_at_limit) = state.deadline(drift, grant.sent, grant.ttl);
         Self {
             has_parts: is_voted_on || owned.keys.len() > 1,
             owned,
@@ -155,7 +157,7 @@ impl Hold {
             is_token_known: AtomicBool::new(false),
             doubt: grant.doubt.clone(),
             bounds,
-            stays_until: Instant::now() + bounds.at_least,
+            stays_until,
             drift,
             origin,
             state: Mutex::new(state),
@@ -267,10 +269,9 @@ impl Hold {
         let (sent, unlimited) = (Instant::now(), ttl);
         let ttl = state.within_limit(sent, unlimited);
         state.epoch = state.epoch.wrapping_add(1);
-        let deadline = self.drift.deadline(sent, ttl);
+        let (deadline, ends_at_limit) = state.deadline(self.drift, sent, ttl);
         if deadline < state.deadline {
-            state.deadline = deadline;
-            state.ends_at_limit = state.reaches_limit(sent, ttl);
+            (state.deadline, state.ends_at_limit) = (deadline, ends_at_limit);
         }
         state.kept_until = state.kept_until.max(sent + patience + ttl);
         state.ttl = state.ttl.min(unlimited);
@@ -350,10 +351,9 @@ impl Hold {
                 renewing.sent < request.until && !(renewing.exact && request.epoch == renewing.epoch)
             });
             let worth = may_follow.map(|request| request.ttl).fold(renewing.ttl, Duration::min);
-            let deadline = self.drift.deadline(renewing.sent, worth);
+            let (deadline, ends_at_limit) = state.deadline(self.drift, renewing.sent, worth);
             if deadline >= state.deadline {
-                state.deadline = deadline;
-                state.ends_at_limit = state.reaches_limit(renewing.sent, worth);
+                (state.deadline, state.ends_at_limit) = (deadline, ends_at_limit);
             }
             if renewing.sent >= state.sent {
                 state.sent = renewing.sent;
@@ -456,7 +456,7 @@ impl Hold {
     #[cfg(test)]
     pub(crate) fn peek(&self) -> Peek {
         let state = self.state();
-        let (limit, stays_until) = (state.limit, self.stays_until);
+        let (limit, stays_until) = (state.limit.map(|limit| limit.of_hold), self.stays_until);
         Peek { verdict: state.verdict(Instant::now()), deadline: state.deadline, sent: state.sent, limit, stays_until }
     }
 

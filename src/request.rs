@@ -323,6 +323,8 @@ impl LockRequest {
     /// The key's ttl is cut so that it ends at the limit. The guard's [deadline](LockGuard::deadline) lies before that
     /// by the allowance for clock drift, so it is a little earlier than the limit: by 2 ms, and by 1 % of what was left
     /// at the last renewal. [`renew_for`](LockGuard::renew_for) and [`ensure`](LockGuard::ensure) can't move it further.
+    /// With a longer [`hold_at_least`](LockRequest::hold_at_least), the ttl may go on until that is over, and the
+    /// deadline is the limit itself.
     ///
     /// The limit is the guard's. It does not go along with a [lease](LockGuard::into_lease), which has no more of the
     /// lock than what is left of the ttl: who adopts the lease renews it without a limit.

@@ -32,9 +32,15 @@ impl Bounds {
         self != Self::default()
     }
 
-    /// Returns the ttl of the request for a lock that would have this one, in whole milliseconds as that one.
+    /// Returns the ttl of the request for a lock that would have this one, in whole milliseconds as that one. The key
+    /// has to live for the least time in any case.
     pub(crate) fn cut(self, ttl: Duration) -> Duration {
-        self.at_most.map_or(ttl, |limit| ttl.min(whole_millis(limit)))
+        self.at_most.map_or(ttl, |limit| ttl.min(whole_millis(limit.max(self.at_least))))
+    }
+
+    /// Returns for how much of this ttl the lock can be held.
+    pub(crate) fn usable(self, ttl: Duration) -> Duration {
+        self.at_most.map_or(ttl, |limit| ttl.min(limit))
     }
 
     /// # Errors

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::Observer;
 use super::bounds::whole_millis;
 use super::renewing::Renewing;
-use super::timing::Renewal;
+use super::timing::{Drift, Renewal};
 use crate::locker::cleanups::PendingCleanup;
 use crate::{Error, Loss};
 
@@ -18,7 +18,7 @@ pub(super) struct State {
     pub(super) ttl: Duration,
     pub(super) renewal: Renewal,
     /// When the lock ends at the latest, if its request says so.
-    pub(super) limit: Option<Instant>,
+    pub(super) limit: Option<Limit>,
     /// When the last confirmed request was sent.
     pub(super) sent: Instant,
     /// The ttl that the lock certainly has from then on, before drift. As if it were held without a limit.
@@ -42,6 +42,21 @@ pub(super) struct State {
     pub(super) observer: Option<Arc<dyn Observer>>,
     /// Fires when the deadline moves closer. Created when the first future sleeps until the deadline.
     pub(super) shortened: Option<CancellationToken>,
+}
+
+/// When a lock ends at the latest.
+#[derive(Clone, Copy)]
+pub(super) struct Limit {
+    pub(super) of_hold: Instant,
+    /// Until when the server may be asked to keep the key: as long as the lock may be held, or has to stay taken. In the
+    /// latter case the release at the limit has time to arrive.
+    pub(super) of_key: Instant,
+}
+
+impl Limit {
+    fn left_of_key(self, sent: Instant) -> Duration {
+        whole_millis(self.of_key.saturating_duration_since(sent))
+    }
 }
 
 /// A request that sets the ttl to exactly `ttl`. The server may run it until `until`.
@@ -72,17 +87,21 @@ impl State {
         }
     }
 
-    /// Returns the ttl of a request that is sent at `sent`, so that the server keeps the lock until the limit at most.
+    /// Returns the ttl of a request that is sent at `sent`, so that the server keeps the key no longer than it should.
     /// Never zero, which would delete the key.
     pub(super) fn within_limit(&self, sent: Instant, ttl: Duration) -> Duration {
-        let left = |limit: Instant| whole_millis(limit.saturating_duration_since(sent)).max(Duration::from_millis(1));
-        self.limit.map_or(ttl, |limit| ttl.min(left(limit)))
+        self.limit.map_or(ttl, |limit| ttl.min(limit.left_of_key(sent).max(Duration::from_millis(1))))
     }
 
-    /// Returns whether no request can keep the lock for longer than one that was sent at `sent` with this ttl.
-    pub(super) fn reaches_limit(&self, sent: Instant, ttl: Duration) -> bool {
-        let left = |limit: Instant| whole_millis(limit.saturating_duration_since(sent));
-        self.limit.is_some_and(|limit| left(limit) <= ttl)
+    /// Returns the deadline that a request sets which was sent at `sent` with this ttl, and whether no other request
+    /// could set a later one.
+    pub(super) fn deadline(&self, drift: Drift, sent: Instant, ttl: Duration) -> (Instant, bool) {
+        let deadline = drift.deadline(sent, ttl);
+        match self.limit {
+            Some(limit) if deadline >= limit.of_hold => (limit.of_hold, true),
+            Some(limit) => (deadline, limit.left_of_key(sent) <= ttl),
+            None => (deadline, false),
+        }
     }
 
     pub(super) fn may_record_until(&self, now: Instant) -> Option<Instant> {
@@ -102,9 +121,8 @@ impl State {
 
     pub(super) fn due(&self, origin: Instant) -> Option<Instant> {
         let due = self.renewal.due(self.sent, self.ttl.min(self.worth), origin)?;
-        // A renewal this close to the limit gains nothing: no interval is longer than half of the ttl, so the last
-        // request has reached the limit.
-        let is_last = |limit| self.interval().is_some_and(|interval| limit < due + interval / 2);
-        (!self.limit.is_some_and(is_last)).then_some(due)
+        // The deadline can't move any more, and so close to the limit the renewal would find no loss that matters.
+        let is_needless = |limit: Limit| self.interval().is_some_and(|interval| limit.of_hold < due + interval / 2);
+        (!(self.ends_at_limit && self.limit.is_some_and(is_needless))).then_some(due)
     }
 }

@@ -280,6 +280,23 @@ async fn a_waiter_gets_the_lock_when_the_least_time_is_over_and_not_before() {
     }
 }
 
+/// Unfenced, so that every holder could hand it over.
+#[tokio::test(start_paused = true)]
+async fn nothing_is_handed_over_without_the_server_before_the_least_time_is_over() {
+    let locker = Locker::builder().ttl(ms(60_000)).fenced(false).in_memory();
+    for (held, expected) in [(200, 3_000), (3_000, 3_000), (5_000, 5_000)] {
+        let start = Instant::now();
+        let guard = locker.lock("k").hold_at_least(ms(3_000)).await.unwrap();
+        let waiter = tokio::spawn(locker.lock("k").into_future());
+        sleep(ms(held)).await;
+        guard.release().await.unwrap();
+        let next = waiter.await.unwrap().unwrap();
+        let at = start.elapsed();
+        assert!(at >= ms(expected) && at <= ms(expected + 15), "{at:?}");
+        next.release().await.unwrap();
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_is_obtained_late_is_kept_from_when_it_was_obtained() {
     // Granted after 200 ms of 300: counted from the request, it would be too short.
@@ -472,4 +489,26 @@ async fn a_least_time_that_cannot_work_is_refused_by_name_before_anything_is_sen
         locker.lock(key).hold_at_least(least).await.unwrap().release().await.unwrap();
         assert_eq!(left(&store, key), rest, "{least:?}");
     }
+}
+
+/// The release at the limit finds the key, however long it takes: the ttl isn't cut before the least time is over.
+#[tokio::test(start_paused = true)]
+async fn after_the_limit_the_key_stays_taken_also_if_the_release_arrives_late() {
+    for (ttl, most, least) in [(60_000, 1_000, 5_000), (2_000, 1_000, 5_000), (1_000, 1_000, 2_500)] {
+        let store = Arc::new(MemoryStore::new());
+        let locker = locker_on(store.clone(), only(Operation::Release, Fault::RunAfter(ms(300))));
+        let start = Instant::now();
+        let request = locker.lock("k").ttl(ms(ttl)).hold_at_most(ms(most)).hold_at_least(ms(least));
+        let guard = request.await.unwrap();
+        assert_eq!(loss_of(&guard, start).await, (ms(most), Loss::LimitReached), "exactly");
+        assert!(store.holder(&"k".into()).unwrap().1 - start <= ms(least));
+        sleep(ms(400)).await;
+        assert!(is_nobodys(&store, "k"), "{ttl}");
+        let until = store.holder(&"k".into()).unwrap().1 - start;
+        assert!(until >= ms(least) && until <= ms(least + 300), "{until:?}");
+    }
+    // A grant that comes after the limit is too late.
+    let locker = locker(only(Operation::Acquire, Fault::AnsweredAfter(ms(300))));
+    let late = locker.try_lock("k").hold_at_most(ms(200)).hold_at_least(ms(60_000)).await.unwrap_err();
+    assert!(matches!(late, Error::ValidityExpired), "{late}");
 }

@@ -154,7 +154,9 @@ impl Tracked {
     fn is_to_stay(&self, now: Instant) -> bool {
         let loss = self.loss.or_else(|| self.hold.upgrade()?.peek().verdict.err());
         let has_least = matches!(loss, Some(Loss::Released | Loss::LimitReached));
-        has_least && !self.has_no_bounds && now < self.stays_until
+        // While no release arrives at the server, the ttl frees the lock, as after a crash.
+        let has_expired = self.hold.upgrade().is_some_and(|hold| hold.kept_until() < now);
+        has_least && !has_expired && !self.has_no_bounds && now < self.stays_until
     }
 }
 
@@ -347,7 +349,9 @@ impl World {
                 });
             }
             Ran::Renew(owned, ttl, how, renewed) => {
-                state.renewed(self, call, owned, *ttl);
+                if matches!(how, Extending::AtLeast | Extending::Exactly) {
+                    state.renewed(self, call, owned, *ttl);
+                }
                 if let (Extending::Claim { .. }, Verdict::Done) = (how, renewed) {
                     *state.grants.entry(owned.token.clone()).or_default() += 1;
                 }
@@ -744,7 +748,8 @@ impl State {
     fn renewed(&mut self, world: &World, call: u64, owned: &Owned, ttl: Duration) {
         let sent = self.calls[call as usize].sent;
         let is_its = |guard: &&Tracked| guard.token == owned.token && guard.grant == owned.grant;
-        let limit = self.guards.iter().rev().find(is_its).and_then(|guard| guard.limit);
+        let its_guard = self.guards.iter().rev().find(is_its).filter(|guard| !guard.has_no_bounds);
+        let limit = its_guard.and_then(|guard| Some(guard.limit?.max(guard.stays_until)));
         // The server has no smaller unit.
         if limit.is_some_and(|limit| limit + Duration::from_millis(1) < sent + ttl) {
             self.violate(world.start, "a renewal goes beyond the limit".into(), format!("call {call}"));
