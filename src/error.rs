@@ -1,11 +1,12 @@
 //! The errors of the crate, and what a caller can do about them.
 
+mod redis;
+
 use std::borrow::Cow;
 use std::fmt;
 use std::time::Duration;
 
-use fred::error::ErrorKind;
-
+pub use self::redis::{RedisError, RedisErrorKind};
 use crate::{Key, Loss};
 
 /// Why an operation failed.
@@ -163,7 +164,7 @@ pub enum Error {
 
     /// The server refused the operation, could not be reached, or did not reply in time.
     #[error("redis: {0}")]
-    Redis(fred::error::Error),
+    Redis(RedisError),
 }
 
 // No error has a source: its own text contains that of the errors it consists of, and a chain would repeat it.
@@ -174,8 +175,8 @@ impl From<Loss> for Error {
     }
 }
 
-impl From<fred::error::Error> for Error {
-    fn from(error: fred::error::Error) -> Self {
+impl From<RedisError> for Error {
+    fn from(error: RedisError) -> Self {
         Self::Redis(error)
     }
 }
@@ -189,11 +190,11 @@ impl Error {
     /// transient if a majority is possible without the nodes whose own errors are not.
     ///
     /// ```
-    /// use tenure::fred::error::{Error, ErrorKind};
+    /// use tenure::{Error, RedisError, RedisErrorKind};
     ///
-    /// let loading = tenure::Error::from(Error::new(ErrorKind::Unknown, "LOADING Redis is loading the dataset"));
-    /// assert!(loading.is_transient());
-    /// assert!(!tenure::Error::Closed.is_transient());
+    /// let loading = RedisError::new(RedisErrorKind::Unknown, "LOADING Redis is loading the dataset");
+    /// assert!(Error::from(loading).is_transient());
+    /// assert!(!Error::Closed.is_transient());
     /// ```
     pub fn is_transient(&self) -> bool {
         let error = match self {
@@ -208,17 +209,19 @@ impl Error {
         match self.code() {
             Some(code) => TRANSIENT_CODES.contains(&code),
             None => match error.kind() {
-                ErrorKind::Unknown => error.details() != NOT_INITIALIZED,
-                kind => matches!(
-                    kind,
-                    ErrorKind::IO
-                        | ErrorKind::Timeout
-                        | ErrorKind::Canceled
-                        | ErrorKind::Routing
-                        | ErrorKind::Cluster
-                        | ErrorKind::Sentinel
-                        | ErrorKind::Backpressure
-                ),
+                RedisErrorKind::Io
+                | RedisErrorKind::Timeout
+                | RedisErrorKind::Canceled
+                | RedisErrorKind::Routing
+                | RedisErrorKind::Cluster
+                | RedisErrorKind::Sentinel
+                | RedisErrorKind::Backpressure
+                | RedisErrorKind::Unknown => true,
+                RedisErrorKind::Config
+                | RedisErrorKind::Auth
+                | RedisErrorKind::Protocol
+                | RedisErrorKind::Parse
+                | RedisErrorKind::Tls => false,
             },
         }
     }
@@ -226,16 +229,16 @@ impl Error {
     /// Returns the code of the server's refusal, such as `WRONGTYPE`, `NOPERM`, `READONLY` or `OOM`.
     ///
     /// ```
-    /// use tenure::fred::error::{Error, ErrorKind};
+    /// use tenure::{Error, RedisError, RedisErrorKind};
     ///
-    /// let refused = tenure::Error::from(Error::new(ErrorKind::Unknown, "NOPERM this user has no permissions"));
-    /// assert_eq!(refused.code(), Some("NOPERM"));
+    /// let refused = RedisError::new(RedisErrorKind::Unknown, "NOPERM this user has no permissions");
+    /// assert_eq!(Error::from(refused).code(), Some("NOPERM"));
     /// ```
     pub fn code(&self) -> Option<&str> {
-        let Self::Redis(error) = self else { return None };
-        let word = error.details().split_ascii_whitespace().next()?;
-        let is_code = word.len() > 1 && word.bytes().all(|b| b.is_ascii_uppercase());
-        is_code.then_some(word)
+        match self {
+            Self::Redis(error) => error.code(),
+            _ => None,
+        }
     }
 
     /// Returns whether the server has refused the command, so that it has surely not run. After any other failure the
@@ -260,11 +263,11 @@ impl Error {
     }
 
     pub(crate) fn is_timeout(&self) -> bool {
-        matches!(self, Self::Redis(error) if *error.kind() == ErrorKind::Timeout)
+        matches!(self, Self::Redis(error) if error.kind() == RedisErrorKind::Timeout)
     }
 
     pub(crate) fn timeout() -> Self {
-        Self::Redis(fred::error::Error::new(ErrorKind::Timeout, "the server did not reply in time"))
+        RedisError::new(RedisErrorKind::Timeout, "the server did not reply in time").into()
     }
 }
 
@@ -323,15 +326,12 @@ const TRANSIENT_CODES: [&str; 14] = [
 /// The end of the text of an error for an operation that was never sent.
 pub(crate) const NOT_SENT: &str = " (nothing was sent)";
 
-/// fred's error for a client whose `init` was never called. Waiting doesn't help.
-const NOT_INITIALIZED: &str = "Client is not initialized.";
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn server_said(details: &'static str) -> Error {
-        fred::error::Error::new(ErrorKind::Unknown, details).into()
+        RedisError::new(RedisErrorKind::Unknown, details).into()
     }
 
     #[test]
@@ -374,7 +374,7 @@ mod tests {
 
     #[test]
     fn what_was_not_sent_is_known_by_its_end() {
-        let said = |details: String| Error::from(fred::error::Error::new(ErrorKind::Timeout, details));
+        let said = |details: String| Error::from(RedisError::new(RedisErrorKind::Timeout, details));
         assert!(said(format!("connection refused{NOT_SENT}")).was_not_sent());
         assert!(!said("connection refused".to_owned()).was_not_sent());
         assert!(!Error::Closed.was_not_sent());
@@ -396,7 +396,6 @@ mod tests {
             assert!(!server_said(said).is_transient(), "{said}");
             assert_eq!(server_said(said).code(), Some(code));
         }
-        assert!(!server_said(NOT_INITIALIZED).is_transient());
         assert_eq!(Error::timeout().code(), None);
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fmt;
 
-use fred::bytes::Bytes;
+use bytes::Bytes;
 
 use crate::Error;
 

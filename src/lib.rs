@@ -94,6 +94,7 @@
 //! | `tenure.reconnect` | debug | | The client did not take the request to reconnect. |
 //! | `tenure.revive` | debug | `stalled` | A connection or subscription moves to a running runtime. |
 //! | `tenure.mixed_up` | warn | | The client returned the reply to another request; it reconnects. |
+//! | `tenure.slots_failed` | debug | `error` | No node of a cluster told who owns its slots. |
 //! | `tenure.node_failed` | debug | `server`, `error` | A connection to a node of a cluster was dropped. |
 //! | `tenure.wait_failed` | debug | `error` | Asking which replicas have a write failed. |
 //! | `tenure.ballot` | debug | `ballot` | The nodes need a higher fencing token; one more round. |
@@ -109,15 +110,21 @@
 //!
 //! # Features
 //!
-//! None is enabled by default.
-//!
 //! | feature | adds |
 //! | --- | --- |
+//! | `fred` | [fred](https://docs.rs/fred) as the client under tenure, or one of your own; enabled by default |
+//! | `redis` | [redis-rs](https://docs.rs/redis) as the client ([`LockerBuilder::driver`]), or one of your own; needs Rust 1.88 |
 //! | `rustls` | `rediss://` URLs, with [rustls](https://docs.rs/rustls) on ring |
 //! | `native-tls` | `rediss://` URLs, with the platform's TLS library; with both features, this one is used |
 //! | `serde` | `Serialize` and `Deserialize` for [`Lease`] |
+//!
+//! With neither client, there is the embedded store of [`Locker::in_memory`].
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
+#![cfg_attr(
+    not(any(feature = "fred", feature = "redis")),
+    allow(dead_code, unused_variables, reason = "only a client calls what is for clients")
+)]
 
 // What a user sees.
 mod error;
@@ -142,9 +149,12 @@ pub mod docs;
 #[cfg(test)]
 mod simulation;
 
+#[cfg(feature = "fred")]
 pub use fred;
+#[cfg(feature = "redis")]
+pub use redis;
 
-pub use self::error::{Error, NodeError};
+pub use self::error::{Error, NodeError, RedisError, RedisErrorKind};
 pub use self::guard::LockGuard;
 pub use self::key::Key;
 pub use self::lease::Lease;
@@ -155,5 +165,8 @@ pub use self::loss::{Loss, Lost, Protected};
 pub use self::request::{LockRequest, Obtaining};
 pub use self::retry::{IntoPauses, Pauses, Retry};
 pub use self::store::Holder;
+pub use self::store::redis::Driver;
+#[cfg(feature = "redis")]
+pub use self::store::redis::RedisConnection;
 pub use self::token::Token;
 pub use self::watchdog::{WatchDog, WatchDogBuilder, WatchEvent, WatchRequest, WatchStatus, Watching, WeakWatchDog};

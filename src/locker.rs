@@ -10,6 +10,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+#[cfg(feature = "fred")]
 use fred::clients::Client;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
@@ -108,8 +109,31 @@ impl Locker {
     /// # Ok(())
     /// # }
     /// ```
+    #[cfg(feature = "fred")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "fred")))]
     pub fn new(client: Client) -> Self {
         Self::builder().client(client)
+    }
+
+    /// Uses a connection of redis-rs that you have opened, with the default settings: a
+    /// [`ConnectionManager`](redis::aio::ConnectionManager), a
+    /// [`MultiplexedConnection`](redis::aio::MultiplexedConnection) or a
+    /// [`ClusterConnection`](redis::cluster_async::ClusterConnection). See [`RedisConnection`](crate::RedisConnection)
+    /// for what each of them can do.
+    ///
+    /// Each operation has its own timeout. If the connection has a shorter one, that one wins.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+    /// let client = tenure::redis::Client::open("redis://127.0.0.1:6379")?;
+    /// let locker = tenure::Locker::with_redis(client.get_connection_manager().await?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[cfg(feature = "redis")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "redis")))]
+    pub fn with_redis(connection: impl Into<crate::RedisConnection>) -> Self {
+        Self::builder().with_redis(connection)
     }
 
     /// Uses the embedded store, with the default settings: locks within this process, under the same contract, on

@@ -4,7 +4,7 @@ use std::fmt;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::str::FromStr;
 
-use fred::bytes_utils::Str;
+use bytes::Bytes;
 
 use crate::Error;
 
@@ -32,7 +32,7 @@ use crate::Error;
 /// # Ok::<(), tenure::Error>(())
 /// ```
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub struct Token(Str);
+pub struct Token(Bytes);
 
 impl Token {
     /// The greatest length of a token in bytes.
@@ -58,14 +58,15 @@ impl Token {
         Self(String::from_utf8_lossy(bytes).into_owned().into())
     }
 
-    /// Returns the token as a client sends it, without a copy.
-    pub(crate) fn to_text(&self) -> Str {
+    /// Returns the token as it is sent, without a copy.
+    pub(crate) fn to_bytes(&self) -> Bytes {
         self.0.clone()
     }
 
     /// Returns the token as the server stores it.
     pub fn as_str(&self) -> &str {
-        &self.0
+        // It was made of text.
+        std::str::from_utf8(&self.0).unwrap_or_default()
     }
 }
 
@@ -87,7 +88,7 @@ impl FromStr for Token {
         if text.contains('\n') {
             return Err(Error::InvalidToken("it contains a newline"));
         }
-        Ok(Self(text.into()))
+        Ok(Self(Bytes::copy_from_slice(text.as_bytes())))
     }
 }
 

@@ -4,15 +4,16 @@
 //! and removes when it leaves, and a ledger of fencing tokens in order of entry. A program of its own, as it starts
 //! itself four times as a worker.
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is a test")]
 
 use std::env;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use fred::prelude::{Builder, Client, ClientLike, Config, Value};
+use fred::types::{ClusterHash, CustomCommand};
 use tenure::Locker;
-use tenure::fred::prelude::{Builder, Client, ClientLike, Config, Value};
-use tenure::fred::types::{ClusterHash, CustomCommand};
 use tenure_test_support::Server;
 
 const PROCESSES: usize = 4;

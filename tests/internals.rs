@@ -7,6 +7,7 @@
 //!
 //!     cargo test --lib -- --ignored
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, reason = "these are tests")]
 
 use std::env;
@@ -19,6 +20,8 @@ fn the_crates_own_tests_that_need_a_server_pass() {
     // As this program was compiled, so that nothing has to be compiled once more.
     let features = [
         ("default", cfg!(feature = "default")),
+        ("fred", cfg!(feature = "fred")),
+        ("redis", cfg!(feature = "redis")),
         ("rustls", cfg!(feature = "rustls")),
         ("native-tls", cfg!(feature = "native-tls")),
         ("serde", cfg!(feature = "serde")),

@@ -1,6 +1,7 @@
 //! Ten thousand requests, dropped at random points. A program of its own, as they take the whole machine, and tests
 //! beside them would run late.
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, reason = "this is a test")]
 
 use std::time::Duration;

@@ -2,6 +2,7 @@
 //! own, as `tracing` remembers for the whole process which events anybody listens to: tests beside this one, which
 //! listen to none, could silence it.
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 
 use std::collections::{BTreeMap, BTreeSet};

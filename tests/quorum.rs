@@ -1,6 +1,7 @@
 //! Locks on a majority of real servers, some of which freeze, die, forget, or were never there. A program of its own,
 //! because each test starts three to five servers, and only a limited number should run at a time.
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 
 use std::time::Duration;

@@ -126,9 +126,12 @@ cargo fmt --all --check
 heading "compile, all features"
 compile all --all-features --lib --tests
 
-# The run on the other server is the one without features, as features concern no server.
-heading "compile, no features"
-compile none --lib --test it --test quorum --test topologies --test combined --test watchdog
+# The run on the other server is the one on redis-rs, which is the client where fred is not enabled.
+heading "compile, feature redis"
+compile redis --no-default-features --features redis --lib --test it --test quorum --test topologies --test combined \
+    --test watchdog --test seeds --test turns
+heading "compile, no feature"
+compile none --no-default-features --lib
 heading "compiled in $SECONDS s"
 
 # Many operations at a time: they take the whole machine, and would be late beside others.
@@ -145,23 +148,26 @@ promises() {
 # exclusion, many, tls), and the tests that take longest: many operations at a time, requests that are late by up to
 # 30 s, runtimes and connections that fall silent.
 other_server() {
-    run none "$other" it "${many[@]}" --skip late:: --skip listening::
-    run none "$other" combined "${many[@]}"
+    run redis "$other" it "${many[@]}" --skip late:: --skip listening::
+    run all "$other" it conformance::
+    run redis "$other" combined "${many[@]}"
     run all "$installed" combined "${many[@]}"
-    run none "$other" watchdog "${many[@]}"
+    run redis "$other" watchdog "${many[@]}"
     # What differs where there is no TLS.
-    run none "$other" tenure store::redis::
+    run redis "$other" tenure store::redis::
     # The crate's own tests that need a server: what tests/internals.rs runs.
-    run none "$other" tenure --ignored --skip differential::
+    run redis "$other" tenure --ignored --skip differential::
     run all "$installed" tenure --ignored
 }
 
 several_servers() {
     run all "$installed" topologies
-    run none "$other" topologies
-    run none "$other" quorum "${many[@]}"
+    run redis "$other" topologies
+    run redis "$other" quorum "${many[@]}"
     run all "$installed" quorum "${many[@]}"
     run all "$installed" seeds
+    run redis "$installed" seeds
+    run redis "$installed" turns
     run all "$installed" properties
 }
 
@@ -169,6 +175,9 @@ processor() {
     renice -n 19 "$BASHPID" >/dev/null
     heading "clippy"
     cargo clippy --workspace --all-targets --all-features -- -D warnings
+    for features in fred redis ""; do
+        cargo clippy --package tenure --all-targets --no-default-features --features "$features" -- -D warnings
+    done
     heading "documentation"
     RUSTDOCFLAGS="-D warnings" cargo doc --package tenure --no-deps --all-features
     # Where it is the only TLS feature, rediss:// uses it.
@@ -181,6 +190,7 @@ processor() {
     run all "$installed" model
     run all "$installed" line_model
     run all "$installed" tenure
+    run none "$installed" tenure
 }
 
 heading "tests in lanes: about five minutes"

@@ -2,6 +2,7 @@
 //! its list of tests is the list of these things. `tenure::docs::migrating_from_go` shows how each is written there and
 //! here.
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "these are tests")]
 
 use std::sync::{Arc, Mutex};
@@ -34,6 +35,7 @@ fn watchdog(locker: &Locker) -> (WatchDog, Arc<Mutex<Vec<WatchEvent>>>) {
 mod bsm_redislock {
     use super::*;
 
+    #[cfg(feature = "fred")]
     #[tokio::test]
     async fn row_01_any_client_will_do() {
         use tenure::fred::prelude::{Builder, ClientLike, Config, ReconnectPolicy};

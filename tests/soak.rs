@@ -6,6 +6,7 @@
 //!
 //!     TENURE_SOAK_SECONDS=600 cargo test --release --test soak
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "this is a test")]
 
 use std::env;
@@ -13,8 +14,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tenure::fred::prelude::{Builder, Client, ClientLike, Config, Value};
-use tenure::fred::types::{ClusterHash, CustomCommand};
+use fred::prelude::{Builder, Client, ClientLike, Config, Value};
+use fred::types::{ClusterHash, CustomCommand};
 use tenure::{LockGuard, Locker};
 use tenure_test_support::{Mode, Proxy, Server};
 use tokio::runtime::Handle;

@@ -5,14 +5,18 @@
 //! `rediss://` uses native-tls, else the library that is enabled. A client of the user's own brings its authorities,
 //! with either library.
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![cfg(any(feature = "rustls", feature = "native-tls"))]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
 
+#[cfg(feature = "fred")]
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+#[cfg(feature = "fred")]
 use tenure::fred::prelude::{Builder, ClientLike, Config, ReconnectPolicy};
+#[cfg(feature = "fred")]
 use tenure::fred::types::config::TlsConnector;
 use tenure::{Error, Locker, LockerBuilder};
 use tenure_test_support::{Authority, Certificate, Server, eventually, soon};
@@ -133,6 +137,7 @@ async fn a_server_that_speaks_no_tls_is_not_connected_to_and_sees_no_password() 
 }
 
 /// Connectors of the user's own, which trust one authority alone.
+#[cfg(feature = "fred")]
 fn connectors(authority: &Path) -> Vec<(&'static str, TlsConnector)> {
     let pem = std::fs::read(authority).unwrap();
     let mut connectors = Vec::new();
@@ -156,6 +161,7 @@ fn connectors(authority: &Path) -> Vec<(&'static str, TlsConnector)> {
 }
 
 /// As README shows it.
+#[cfg(feature = "fred")]
 async fn connect(port: u16, connector: TlsConnector) -> Locker {
     let config =
         Config { tls: Some(connector.into()), ..Config::from_url(&format!("redis://localhost:{port}")).unwrap() };
@@ -165,6 +171,7 @@ async fn connect(port: u16, connector: TlsConnector) -> Locker {
     builder().client(client)
 }
 
+#[cfg(feature = "fred")]
 #[tokio::test]
 async fn a_client_of_the_users_own_brings_its_own_authority() {
     let certificates = Certificates::new();
@@ -175,6 +182,7 @@ async fn a_client_of_the_users_own_brings_its_own_authority() {
     }
 }
 
+#[cfg(feature = "fred")]
 #[tokio::test]
 async fn a_certificate_that_becomes_wrong_is_told_and_not_waited_out() {
     let certificates = Certificates::new();

@@ -1,6 +1,7 @@
 //! Sentinels and clusters in which servers change roles, move slots and die, while locks are held and contended. A
 //! program of its own, because each test starts several servers, and their elections take long on a busy machine.
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 
 #[path = "topologies/half_moved.rs"]
@@ -11,7 +12,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tenure::fred::prelude::{Builder, ClientLike, Config, ReconnectPolicy};
 use tenure::{LockGuard, Locker, LockerBuilder, Loss};
 use tenure_test_support::{Cluster, Sentinels, elected, eventually, soon, within};
 use tokio::task::JoinSet;
@@ -156,12 +156,11 @@ async fn locks_in_a_slot_that_migrates_stay_held_and_exclusive() {
     let (witness, contenders) = contend(&cluster.url(), builder(), &["{moves}:a", "{moves}:b", "stays"]).await;
     let locker = builder().connect(&cluster.url()).await.unwrap();
     let guard = soon(locker.lock("{moves}:held").renew_every(ms(200))).await.unwrap();
-    let client = Builder::from_config(Config::from_url(&cluster.url()).unwrap())
-        .set_policy(ReconnectPolicy::new_constant(0, 50))
-        .build()
-        .unwrap();
-    client.init().await.unwrap();
-    let theirs = soon(builder().client(client).lock("{moves}:theirs").renew_every(ms(200))).await.unwrap();
+    #[cfg(feature = "fred")]
+    let other = builder().client(half_moved::client_of_the_user(&cluster).await);
+    #[cfg(not(feature = "fred"))]
+    let other = builder().connect(&cluster.url()).await.unwrap();
+    let theirs = soon(other.lock("{moves}:theirs").renew_every(ms(200))).await.unwrap();
     witness.goes_on(20).await;
     let from = cluster.place_of("{moves}:held");
     let to = (from + 1) % 3;
@@ -258,6 +257,7 @@ async fn nor_does_a_frozen_primary() {
     one_primary_away(cluster, locker, |cluster| cluster.nodes[1].freeze()).await;
 }
 
+#[cfg(feature = "fred")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nor_does_a_dead_one_with_a_client_of_the_user() {
     let cluster = Cluster::start();
@@ -266,6 +266,7 @@ async fn nor_does_a_dead_one_with_a_client_of_the_user() {
 }
 
 /// The locker's connections to single nodes are on the runtime that first needed them.
+#[cfg(feature = "fred")]
 #[test]
 fn a_locker_with_a_client_of_the_user_outlives_the_runtime_that_used_it_first() {
     let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();

@@ -3,6 +3,7 @@
 //! A program of its own, because it starts itself as workers. They take the lock as often as they can, and report how
 //! often that was.
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "this is a test")]
 
 use std::env;

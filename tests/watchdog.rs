@@ -1,6 +1,7 @@
 //! The watchdog on real servers: through restarts, and with ten thousand locks. A program of its own, as those take
 //! the whole machine, and tests beside them would run late.
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
 
 use std::collections::{HashMap, HashSet};

@@ -3,14 +3,18 @@
 use std::time::Duration;
 
 use rslock::LockManager;
-use tenure::{Locker, Token};
+use tenure::{Driver, Locker, Token};
 
 use crate::raw_fred::RawFred;
 use crate::raw_redis::RawRedis;
 
 /// The names that ratios refer to.
 pub(crate) const RAW_FRED: &str = "raw fred";
+pub(crate) const RAW_REDIS: &str = "raw redis";
 pub(crate) const RSLOCK: &str = "rslock";
+pub(crate) const ON_FRED_UNFENCED: &str = "tenure on fred, unfenced";
+pub(crate) const ON_REDIS: &str = "tenure on redis";
+pub(crate) const ON_REDIS_UNFENCED: &str = "tenure on redis, unfenced";
 /// raw fred, once more. The distance of its ratio from 1 shows how precise the other ratios are.
 const CONTROL: &str = "raw fred, again";
 
@@ -23,10 +27,11 @@ const COMPARE_AND_DELETE: &str =
 #[derive(Clone)]
 pub(crate) enum Rival {
     Tenure {
+        name: &'static str,
         locker: Locker,
         fenced: bool,
     },
-    /// The client under tenure: the ratio to it is the price of the guard.
+    /// A client under tenure: the ratio to it is the price of the guard.
     Fred {
         name: &'static str,
         raw: RawFred,
@@ -37,10 +42,12 @@ pub(crate) enum Rival {
 
 impl Rival {
     /// Returns every rival, each with its own connection.
-    pub(crate) async fn all(url: &str) -> [Self; 6] {
+    pub(crate) async fn all(url: &str) -> [Self; 8] {
         [
-            Self::tenure(url, true).await,
-            Self::tenure(url, false).await,
+            Self::tenure("tenure on fred", url, Driver::Fred, true).await,
+            Self::tenure(ON_FRED_UNFENCED, url, Driver::Fred, false).await,
+            Self::tenure(ON_REDIS, url, Driver::Redis, true).await,
+            Self::tenure(ON_REDIS_UNFENCED, url, Driver::Redis, false).await,
             Self::fred(RAW_FRED, url).await,
             Self::fred(CONTROL, url).await,
             Self::Redis(RawRedis::connect(url, COMPARE_AND_DELETE).await),
@@ -48,8 +55,9 @@ impl Rival {
         ]
     }
 
-    async fn tenure(url: &str, fenced: bool) -> Self {
-        Self::Tenure { locker: Locker::connect(url).await.expect("a connection"), fenced }
+    async fn tenure(name: &'static str, url: &str, driver: Driver, fenced: bool) -> Self {
+        let locker = Locker::builder().driver(driver).connect(url).await.expect("a connection");
+        Self::Tenure { name, locker, fenced }
     }
 
     async fn fred(name: &'static str, url: &str) -> Self {
@@ -58,10 +66,8 @@ impl Rival {
 
     pub(crate) const fn name(&self) -> &'static str {
         match self {
-            Self::Tenure { fenced: true, .. } => "tenure",
-            Self::Tenure { fenced: false, .. } => "tenure, unfenced",
-            Self::Fred { name, .. } => name,
-            Self::Redis(_) => "raw redis",
+            Self::Tenure { name, .. } | Self::Fred { name, .. } => name,
+            Self::Redis(_) => RAW_REDIS,
             Self::Rslock(_) => RSLOCK,
         }
     }
@@ -74,7 +80,7 @@ impl Rival {
     /// that of a release; but the next pair would find its key locked.
     pub(crate) async fn obtain_and_release(&self, key: &str) {
         match self {
-            Self::Tenure { locker, fenced } => with_tenure(locker, *fenced, key).await,
+            Self::Tenure { locker, fenced, .. } => with_tenure(locker, *fenced, key).await,
             Self::Fred { raw, .. } => with_fred(raw, key).await,
             Self::Redis(raw) => with_redis(raw, key).await,
             Self::Rslock(manager) => with_rslock(manager, key).await,

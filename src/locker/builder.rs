@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+#[cfg(feature = "fred")]
 use fred::clients::Client;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -17,7 +18,9 @@ use crate::locker::isolated::Isolated;
 use crate::store::Store;
 use crate::store::memory::MemoryStore;
 use crate::store::quorum::{self, QuorumStore};
-use crate::store::redis::{self, RedisStore};
+#[cfg(feature = "redis")]
+use crate::store::redis::RedisConnection;
+use crate::store::redis::{self, Driver, RedisStore};
 use crate::{Error, Locker, Retry};
 
 /// The settings of a [`Locker`]; created by [`Locker::builder`].
@@ -45,6 +48,7 @@ pub struct LockerBuilder {
     isolated: bool,
     restart_window: Duration,
     min_replicas: usize,
+    driver: Driver,
 }
 
 /// How long a node of a quorum doesn't vote after a restart; for [`LockerBuilder::restart_window`].
@@ -90,6 +94,7 @@ impl Default for LockerBuilder {
             isolated: false,
             restart_window: Duration::from_secs(60),
             min_replicas: 0,
+            driver: Driver::default(),
         }
     }
 }
@@ -291,6 +296,19 @@ impl LockerBuilder {
         self
     }
 
+    /// Sets the client that [`connect`](LockerBuilder::connect) and [`quorum`](LockerBuilder::quorum) use. Default:
+    /// fred, if its feature is enabled.
+    ///
+    /// ```
+    /// use tenure::{Driver, Locker};
+    ///
+    /// let builder = Locker::builder().driver(Driver::default());
+    /// ```
+    pub fn driver(mut self, driver: Driver) -> Self {
+        self.driver = driver;
+        self
+    }
+
     /// Connects to the server at the URL; see [`Locker::connect`].
     ///
     /// # Errors
@@ -312,8 +330,8 @@ impl LockerBuilder {
         Shared::check_runtime()?;
         let isolated = self.isolated.then(Isolated::start).transpose()?;
         let (url, prefix, timeout) = (url.to_owned(), self.prefix.clone(), self.connection_timeout());
-        let replicas = self.min_replicas;
-        let connecting = async move { RedisStore::connect(&url, prefix, timeout, replicas).await };
+        let (driver, replicas) = (self.driver, self.min_replicas);
+        let connecting = async move { RedisStore::connect(driver, &url, prefix, timeout, replicas).await };
         let store = match &isolated {
             Some(isolated) => isolated.handle().spawn(connecting).await.unwrap_or(Err(Error::NoRuntime))?,
             None => connecting.await?,
@@ -352,8 +370,8 @@ impl LockerBuilder {
         Shared::check_runtime()?;
         let isolated = self.isolated.then(Isolated::start).transpose()?;
         let (prefix, timeout) = (self.prefix.clone(), self.connection_timeout());
-        let never_forget = self.restart_window.is_zero();
-        let connecting = async move { quorum::connect(&urls, &prefix, timeout, never_forget).await };
+        let (driver, never_forget) = (self.driver, self.restart_window.is_zero());
+        let connecting = async move { quorum::connect(driver, &urls, &prefix, timeout, never_forget).await };
         let nodes = match &isolated {
             Some(isolated) => isolated.handle().spawn(connecting).await.unwrap_or(Err(Error::NoRuntime))?,
             None => connecting.await?,
@@ -378,8 +396,24 @@ impl LockerBuilder {
     /// let locker = tenure::Locker::builder().prefix("billing:").client(client);
     /// # }
     /// ```
+    #[cfg(feature = "fred")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "fred")))]
     pub fn client(self, client: Client) -> Locker {
         let store = RedisStore::with_client(client, self.prefix.clone(), self.min_replicas);
+        self.on_own_thread_if_wanted(Box::new(store))
+    }
+
+    /// Uses a connection of redis-rs that you have opened; see [`Locker::with_redis`].
+    ///
+    /// ```no_run
+    /// # fn example(connection: tenure::redis::aio::MultiplexedConnection) {
+    /// let locker = tenure::Locker::builder().prefix("billing:").with_redis(connection);
+    /// # }
+    /// ```
+    #[cfg(feature = "redis")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "redis")))]
+    pub fn with_redis(self, connection: impl Into<RedisConnection>) -> Locker {
+        let store = RedisStore::with_redis(connection.into(), self.prefix.clone(), self.min_replicas);
         self.on_own_thread_if_wanted(Box::new(store))
     }
 

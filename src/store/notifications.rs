@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 
-use fred::bytes::Bytes;
+use bytes::Bytes;
 use tokio::select;
 use tokio::sync::watch;
 use tokio::time::sleep;

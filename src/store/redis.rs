@@ -1,12 +1,13 @@
-//! Locks on one Redis or Valkey server, one that Sentinels watch over, or a cluster, through fred.
+//! Locks on one Redis or Valkey server, one that Sentinels watch over, or a cluster.
 
 mod acquire;
 mod args;
 mod batcher;
 mod clock;
-mod connection;
 #[cfg(test)]
 mod differential;
+mod dispatch;
+mod driver;
 mod line;
 mod names;
 mod operation;
@@ -18,26 +19,26 @@ mod router;
 mod script;
 mod server;
 mod server_info;
+mod slot;
 mod subscriber;
 pub(crate) mod url;
 mod vote;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use fred::bytes::Bytes;
-use fred::clients::Client;
-use fred::interfaces::ClientLike;
-use fred::types::Value;
-use fred::util::redis_keyslot;
+use bytes::Bytes;
 
-use self::batcher::{Batcher, Executor};
-use self::connection::Connection;
-use self::operation::Operation;
-use self::replies::Decision;
+use self::batcher::Batcher;
+use self::driver::Connection;
+pub use self::driver::Driver;
+#[cfg(feature = "redis")]
+pub use self::driver::RedisConnection;
 use self::script::Call;
 use self::server::Server;
-pub(crate) use self::server_info::{Reconnects, ServerInfo};
+pub(crate) use self::server_info::ServerInfo;
+use self::slot::slot_of;
 use self::subscriber::Subscriber;
 use super::notifications::Subscription;
 use super::{
@@ -46,9 +47,6 @@ use super::{
 };
 use crate::hold::Owned;
 use crate::{Error, Key};
-
-/// The lane of all operations, where calls may have keys of several slots.
-const SHARED_LANE: u16 = 0;
 
 #[derive(Debug)]
 pub(crate) struct RedisStore {
@@ -65,24 +63,32 @@ pub(crate) struct RedisStore {
 impl RedisStore {
     /// Connects to the URL with a client of our own, whose settings suit locks.
     pub(crate) async fn connect(
+        driver: Driver,
         url: &str,
         prefix: String,
         timeout: Duration,
         min_replicas: usize,
     ) -> Result<Self, Error> {
-        let store = Self::on(Connection::open(url, timeout).await?, prefix, min_replicas);
+        let store = Self::on(driver::open(driver, &url::parse(url)?, timeout).await?, prefix, min_replicas);
         store.check_replicas()?;
         Ok(store)
     }
 
     /// Uses the caller's client. Assumes nothing of its settings: each call brings its own.
-    pub(crate) fn with_client(client: Client, prefix: String, min_replicas: usize) -> Self {
-        Self::on(Connection::borrowed(client), prefix, min_replicas)
+    #[cfg(feature = "fred")]
+    pub(crate) fn with_client(client: fred::clients::Client, prefix: String, min_replicas: usize) -> Self {
+        Self::on(driver::fred::borrowed(client), prefix, min_replicas)
     }
 
-    fn on(connection: Connection, prefix: String, min_replicas: usize) -> Self {
+    /// Uses the caller's connection.
+    #[cfg(feature = "redis")]
+    pub(crate) fn with_redis(connection: RedisConnection, prefix: String, min_replicas: usize) -> Self {
+        Self::on(driver::redis::borrowed(connection), prefix, min_replicas)
+    }
+
+    fn on(connection: Arc<dyn Connection>, prefix: String, min_replicas: usize) -> Self {
         let process = format!("{:016x}", fastrand::u64(..));
-        let subscriber = Subscriber::new(connection.client().client_config(), connection.home(), process.clone());
+        let subscriber = Subscriber::new(connection.pub_sub(), process.clone());
         let batcher = Batcher::new(Server::new(connection, min_replicas));
         Self { prefix, process, without_line: AtomicBool::new(false), batcher, subscriber }
     }
@@ -103,33 +109,21 @@ impl RedisStore {
         [self.prefix.as_bytes(), key.as_bytes()].concat().into()
     }
 
-    fn names<'a>(&'a self, owned: &'a Owned) -> impl ExactSizeIterator<Item = Value> + 'a {
-        owned.keys.iter().map(|key| Value::Bytes(self.name(key)))
+    fn names<'a>(&'a self, owned: &'a Owned) -> impl ExactSizeIterator<Item = Bytes> + 'a {
+        owned.keys.iter().map(|key| self.name(key))
     }
 
     /// Returns the command that notifies waiters of a release. On a cluster, messages that are not sharded go to every
     /// node.
     fn publish(&self) -> &'static str {
-        match self.server().client().is_clustered() {
+        match self.server().connection.is_cluster() {
             true => "SPUBLISH",
             false => "PUBLISH",
         }
     }
 
-    async fn run(&self, operation: Box<Operation>, timeout: Duration) -> Result<Decision, Error> {
-        // On a cluster, a call may only have keys of one slot.
-        let lane = match self.server().takes_one_slot() {
-            true => redis_keyslot(&operation.name),
-            false => SHARED_LANE,
-        };
-        if self.server().router.is_moving(lane) {
-            return Box::pin(self.server().run_one(&operation, timeout)).await;
-        }
-        self.batcher.run(lane, operation, timeout).await
-    }
-
     async fn remaining(&self, owned: &Owned, timeout: Duration) -> Result<Option<Duration>, Error> {
-        let call = Call::new(self.names(owned), [owned.token.to_text().into()]);
+        let call = Call::new(self.names(owned), [owned.token.to_bytes()]);
         let reply = self.server().run(&self.server().scripts.remaining, || call.clone(), |_| {}, timeout).await?;
         replies::remaining(&reply.value()?)
     }
@@ -137,27 +131,25 @@ impl RedisStore {
     async fn inspect(&self, key: &Key, timeout: Duration) -> Result<Option<Holder>, Error> {
         let name = self.name(key);
         let fence = names::fence_of(&name);
-        let call = Call::new([name, fence].map(Value::Bytes).into_iter(), []);
+        let call = Call::new([name, fence].into_iter(), []);
         let reply = self.server().run(&self.server().scripts.inspect, || call.clone(), |_| {}, timeout).await?;
         replies::holder(reply.value()?)
     }
 
     /// Refuses keys in several slots of a cluster, before anything is sent: a script can only touch one slot.
     fn check_slots(&self, names: &[Bytes]) -> Result<(), Error> {
-        let in_one_slot =
-            || names.windows(2).all(|pair| matches!(pair, [a, b] if redis_keyslot(a) == redis_keyslot(b)));
-        match names.len() > 1 && self.server().client().is_clustered() && !in_one_slot() {
+        let in_one_slot = || names.windows(2).all(|pair| matches!(pair, [a, b] if slot_of(a) == slot_of(b)));
+        match names.len() > 1 && self.server().connection.is_cluster() && !in_one_slot() {
             true => Err(Error::CrossSlot),
             false => Ok(()),
         }
     }
 
-    /// Refuses to wait for replicas on a cluster, where `WAIT` would have to follow its write to the same node, through
-    /// every migration of its slot.
+    /// Refuses to wait for replicas where `WAIT` might not follow its write on the same connection.
     fn check_replicas(&self) -> Result<(), Error> {
-        match self.server().min_replicas > 0 && self.server().client().is_clustered() {
-            true => Err(Error::Unsupported("a cluster can't be asked how many replicas have acknowledged one write")),
-            false => Ok(()),
+        match self.server().connection.why_not_replicated() {
+            Some(why) if self.server().min_replicas > 0 => Err(Error::Unsupported(why)),
+            _ => Ok(()),
         }
     }
 }

@@ -44,6 +44,7 @@ async fn an_isolated_locker_with_a_prefix_conforms() {
     assert_eq!(server.cli(&["EVAL", astray, "0"]), "0");
 }
 
+#[cfg(feature = "fred")]
 #[tokio::test]
 async fn a_client_of_the_users_own_conforms() {
     use tenure::fred::prelude::{Builder, ClientLike, Config, ReconnectPolicy};
@@ -55,6 +56,37 @@ async fn a_client_of_the_users_own_conforms() {
         .unwrap();
     client.init().await.unwrap();
     all(&Locker::new(client)).await;
+}
+
+/// Checks a connection of redis-rs that the caller has opened. Without subscriptions, waiters poll.
+#[cfg(feature = "redis")]
+async fn conforms(connection: impl Into<tenure::RedisConnection>) {
+    all(&Locker::builder().poll_every(ms(100)).with_redis(connection)).await;
+}
+
+#[cfg(feature = "redis")]
+#[tokio::test]
+async fn a_connection_of_the_users_own_conforms() {
+    use tenure::redis::Client;
+    let server = Server::start();
+    let client = Client::open(server.url()).unwrap();
+    conforms(client.get_multiplexed_async_connection().await.unwrap()).await;
+    server.cli(&["FLUSHALL"]);
+    let manager = client.get_connection_manager().await.unwrap();
+    conforms(manager.clone()).await;
+    server.cli(&["FLUSHALL"]);
+    let subscribing = tenure::RedisConnection::from(manager).subscribing_by(client);
+    all(&Locker::builder().poll_every(ms(60_000)).with_redis(subscribing)).await;
+}
+
+#[cfg(feature = "redis")]
+#[tokio::test]
+async fn a_connection_of_the_users_own_to_a_cluster_conforms() {
+    use tenure::redis::cluster::ClusterClient;
+    let cluster = Cluster::start();
+    let nodes = cluster.nodes.iter().map(Server::url).collect::<Vec<_>>();
+    let client = ClusterClient::builder(nodes).response_timeout(ms(2_000)).build().unwrap();
+    conforms(client.get_async_connection().await.unwrap()).await;
 }
 
 #[tokio::test]

@@ -256,6 +256,7 @@ async fn a_grant_that_comes_too_late_is_refused_and_released() {
     assert_eq!(server.cli(&["EXISTS", "late"]), "0");
 }
 
+#[cfg(feature = "fred")]
 #[tokio::test]
 async fn a_client_that_was_never_initialised_is_an_error_and_no_wait() {
     use tenure::fred::prelude::{Builder, Config};

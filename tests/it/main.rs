@@ -2,6 +2,7 @@
 //! program has to be linked. The crate's own tests show exact timing, under paused time; here every wait has a generous
 //! bound.
 
+#![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 
 mod auto_traits;
@@ -20,6 +21,8 @@ mod loss;
 mod ownership;
 mod parked;
 mod permissions;
+#[cfg(feature = "redis")]
+mod redis_connections;
 mod replicas;
 mod runtimes;
 mod servers;

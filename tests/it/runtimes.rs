@@ -8,9 +8,6 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-use tenure::fred::clients::Client;
-use tenure::fred::types::Builder as FredBuilder;
-use tenure::fred::types::config::{Config, ReconnectPolicy};
 use tenure::{Error, Lease, Locker, WatchDog};
 use tenure_test_support::{Server, soon};
 use tokio::runtime::{Builder, Runtime};
@@ -120,6 +117,7 @@ fn a_locker_whose_runtime_stands_still_goes_on_elsewhere() {
     drop(idle);
 }
 
+#[cfg(feature = "fred")]
 #[test]
 fn a_client_of_ones_own_whose_runtime_has_ended_is_an_error_and_no_wait() {
     use tenure::fred::interfaces::ClientLike;
@@ -141,7 +139,10 @@ fn a_client_of_ones_own_whose_runtime_has_ended_is_an_error_and_no_wait() {
     });
 }
 
-fn fred_client(server: &Server) -> Client {
+#[cfg(feature = "fred")]
+fn fred_client(server: &Server) -> fred::clients::Client {
+    use tenure::fred::types::Builder as FredBuilder;
+    use tenure::fred::types::config::{Config, ReconnectPolicy};
     let config = Config::from_url(&server.url()).unwrap();
     let policy = ReconnectPolicy::new_exponential(0, 50, 2_000, 2);
     FredBuilder::from_config(config).set_policy(policy).build().unwrap()
@@ -254,6 +255,7 @@ fn outside_a_runtime_every_call_says_so_on_the_embedded_store() {
     }
 }
 
+#[cfg(feature = "fred")]
 #[test]
 fn outside_a_runtime_every_call_says_so_on_a_client_of_ones_own() {
     use tenure::fred::interfaces::ClientLike;

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use tenure::fred::prelude::{Builder, ClientLike, Config, Value};
-use tenure::fred::types::CustomCommand;
+use fred::prelude::{Builder, ClientLike, Config, Value};
+use fred::types::CustomCommand;
 use tenure::{Error, Key, Locker};
 use tenure_test_support::{Cluster, Server, Version, eventually, soon};
 use tokio::runtime::Handle;

@@ -4,9 +4,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use tenure::fred::clients::Client;
-use tenure::fred::prelude::{Builder, ClientLike, Config, ReconnectPolicy};
-use tenure::fred::types::{ClusterHash, CustomCommand, Value};
+use fred::clients::Client;
+#[cfg(feature = "fred")]
+use fred::prelude::ReconnectPolicy;
+use fred::prelude::{Builder, ClientLike, Config};
+use fred::types::{ClusterHash, CustomCommand, Value};
 use tenure::{Error, LockGuard, Locker};
 use tenure_test_support::{Cluster, eventually, soon};
 use tokio::task::JoinSet;
@@ -60,6 +62,7 @@ fn fence_of(key: &str) -> String {
 }
 
 /// Returns a typical client of a user: it follows redirections by itself.
+#[cfg(feature = "fred")]
 pub(super) async fn client_of_the_user(cluster: &Cluster) -> Client {
     let client = Builder::from_config(Config::from_url(&cluster.url()).unwrap())
         .set_policy(ReconnectPolicy::new_constant(0, 50))
@@ -319,7 +322,10 @@ async fn locks_stay_exclusive_while_their_slot_moves_to_and_fro() {
     let cluster = Cluster::start();
     let (witness, mut contenders) = contend(&cluster.url(), builder(), &["{moves}:a", "{moves}:b", "{moves}:c"]).await;
     for key in ["{moves}:a", "{moves}:b", "{moves}:c"] {
+        #[cfg(feature = "fred")]
         let locker = builder().client(client_of_the_user(&cluster).await);
+        #[cfg(not(feature = "fred"))]
+        let locker = builder().connect(&cluster.url()).await.unwrap();
         witness.clone().contends(&mut contenders, locker, key);
     }
     let locker = builder().connect(&cluster.url()).await.unwrap();
@@ -381,6 +387,7 @@ macro_rules! with_either_client {
                 $case(cluster, locker).await;
             }
 
+            #[cfg(feature = "fred")]
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn by_a_client_of_the_user() {
                 let cluster = Cluster::start();

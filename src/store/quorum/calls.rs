@@ -11,17 +11,16 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
-use fred::error::ErrorKind;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
 
 use super::{Member, Quorum};
-use crate::Error;
 use crate::error::NOT_SENT;
 use crate::store::Answer;
 use crate::store::node::Node;
+use crate::{Error, RedisError, RedisErrorKind};
 
 /// How much longer than its timeout a call may take before it is given up from outside.
 pub(super) const GRACE: Duration = Duration::from_millis(5);
@@ -181,5 +180,5 @@ fn wait_to_be_sent<T: 'static>(
 
 fn too_many_calls() -> Error {
     let details = format!("too many calls are waiting for this node already{NOT_SENT}");
-    fred::error::Error::new(ErrorKind::Backpressure, details).into()
+    RedisError::new(RedisErrorKind::Backpressure, details).into()
 }

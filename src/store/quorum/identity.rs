@@ -7,15 +7,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use fred::error::ErrorKind;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
-use crate::Error;
 use crate::error::NOT_SENT;
 use crate::store::Answer;
-use crate::store::redis::{Reconnects, RedisStore, ServerInfo};
+use crate::store::redis::{RedisStore, ServerInfo};
+use crate::{Error, RedisError, RedisErrorKind};
 
 /// How long others wait for the call that asks a node, whose future may no longer be polled. Then another one asks.
 const TRUSTED: Duration = Duration::from_millis(100);
@@ -50,7 +49,8 @@ struct State {
     step: Step,
     /// How often the node was asked.
     asked: u64,
-    reconnects: Reconnects,
+    /// How many connections to the node had been made when that was last looked at.
+    connections: u64,
     known: ServerInfo,
 }
 
@@ -72,7 +72,8 @@ impl Identity {
         node: Arc<RedisStore>,
         nodes_never_forget: bool,
     ) -> Arc<Self> {
-        let state = State { step: Step::Due, asked: 0, reconnects: node.reconnects(), known: ServerInfo::default() };
+        let state =
+            State { step: Step::Due, asked: 0, connections: node.connections_made(), known: ServerInfo::default() };
         Arc::new(Self {
             all: all.clone(),
             place,
@@ -91,7 +92,7 @@ impl Identity {
         within: Duration,
         call: Answer<'static, T>,
     ) -> Answer<'static, T> {
-        if self.state().step() == Step::Known && self.twin().is_none() {
+        if self.state().step(self.node.connections_made()) == Step::Known && self.twin().is_none() {
             return call;
         }
         self.at_last(within, call)
@@ -131,7 +132,7 @@ impl Identity {
                         Err(error) if error.code().is_some() && !error.is_transient() => {
                             self.learn(asking.number, ServerInfo::default());
                         }
-                        Err(_) => return Err(unsent(ErrorKind::IO, "it has not said yet which server it is")),
+                        Err(_) => return Err(unsent(RedisErrorKind::Io, "it has not said yet which server it is")),
                     }
                     drop(asking);
                 }
@@ -141,7 +142,7 @@ impl Identity {
             None => Ok(()),
             Some(other) => {
                 let details = format!("it is the same server as {other}, which has its vote");
-                Err(unsent(ErrorKind::Config, &details))
+                Err(unsent(RedisErrorKind::Config, &details))
             }
         }
     }
@@ -150,7 +151,7 @@ impl Identity {
     /// has to ask. `None` if there is no connection.
     fn begin(&self) -> Option<(Step, u64)> {
         let mut state = self.state();
-        let step = state.step();
+        let step = state.step(self.node.connections_made());
         if step == Step::Due {
             if !self.node.is_connected() {
                 return None;
@@ -250,11 +251,11 @@ impl Drop for Asking<'_> {
 
 impl State {
     /// Returns the step at this moment.
-    fn step(&mut self) -> Step {
+    fn step(&mut self, connections: u64) -> Step {
         let is_stale = match self.step {
             Step::Due => false,
             Step::Asking(until) => Instant::now() >= until,
-            Step::Known => self.reconnects.were_made(),
+            Step::Known => std::mem::replace(&mut self.connections, connections) != connections,
         };
         if is_stale {
             self.step = Step::Due;
@@ -276,25 +277,26 @@ impl Identities {
     }
 }
 
-fn unsent(kind: ErrorKind, details: &str) -> Error {
-    fred::error::Error::new(kind, format!("{details}{NOT_SENT}")).into()
+fn unsent(kind: RedisErrorKind, details: &str) -> Error {
+    RedisError::new(kind, format!("{details}{NOT_SENT}")).into()
 }
 
 #[cfg(test)]
 mod tests {
     use std::task::{Context, Waker};
 
-    use fred::types::config::Config;
     use tenure_test_support::{Server, eventually};
     use tokio::time::timeout;
 
     use super::*;
+    use crate::store::redis::{Driver, url};
 
     const LONG: Duration = Duration::from_secs(10);
 
     /// Of one server.
     async fn identity(server: &Server) -> Arc<Identity> {
-        let node = RedisStore::open_lazily(Config::from_url(&server.url()).unwrap(), String::new(), LONG).unwrap();
+        let node = RedisStore::open_lazily(Driver::default(), &url::parse(&server.url()).unwrap(), String::new(), LONG)
+            .unwrap();
         node.ready(LONG).await.unwrap();
         Identity::new(&Arc::default(), 0, "node".into(), 0, Arc::new(node), false)
     }

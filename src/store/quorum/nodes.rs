@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fred::types::config::{Config, ServerConfig};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
 use super::identity::{Identities, Identity};
 use crate::store::node::Node;
-use crate::store::redis::{RedisStore, url};
+use crate::store::redis::url::{self, Servers, Target};
+use crate::store::redis::{Driver, RedisStore};
 use crate::{Error, NodeError};
 
 /// How long to wait for the other nodes once a majority is connected.
@@ -37,16 +37,17 @@ impl From<(String, Arc<dyn Node>)> for Connected {
 /// [`Error::InvalidNodes`] for nodes that can form no quorum, [`Error::InvalidUrl`] for a URL that is wrong, and
 /// [`Error::Quorum`] if no majority could be connected within `timeout`.
 pub(crate) async fn connect(
+    driver: Driver,
     urls: &[String],
     prefix: &str,
     timeout: Duration,
     nodes_never_forget: bool,
 ) -> Result<Vec<Connected>, Error> {
-    let configs = check(urls)?;
-    let databases: Vec<u8> = configs.iter().map(|(_, config)| config.database.unwrap_or(0)).collect();
-    let mut nodes: Vec<(String, Arc<RedisStore>)> = Vec::with_capacity(configs.len());
-    for (address, config) in configs {
-        let store = RedisStore::open_lazily(config, prefix.to_owned(), timeout)?;
+    let targets = check(urls)?;
+    let databases: Vec<u8> = targets.iter().map(|(_, target)| target.database.unwrap_or(0)).collect();
+    let mut nodes: Vec<(String, Arc<RedisStore>)> = Vec::with_capacity(targets.len());
+    for (address, target) in targets {
+        let store = RedisStore::open_lazily(driver, &target, prefix.to_owned(), timeout)?;
         nodes.push((address, Arc::new(store)));
     }
     let stores: Vec<Arc<RedisStore>> = nodes.iter().map(|(_, node)| node.clone()).collect();
@@ -111,7 +112,7 @@ pub(crate) async fn connect(
 }
 
 /// Refuses nodes that can form no quorum. Returns their addresses, which never contain a password.
-fn check(urls: &[String]) -> Result<Vec<(String, Config)>, Error> {
+fn check(urls: &[String]) -> Result<Vec<(String, Target)>, Error> {
     if urls.is_empty() {
         return Err(Error::InvalidNodes("there are none; name an odd number of independent servers"));
     }
@@ -120,17 +121,17 @@ fn check(urls: &[String]) -> Result<Vec<(String, Config)>, Error> {
             "their number is even, which tolerates no more failures than one node less; use an odd number",
         ));
     }
-    let mut nodes: Vec<(String, Config)> = Vec::with_capacity(urls.len());
+    let mut nodes: Vec<(String, Target)> = Vec::with_capacity(urls.len());
     for url in urls {
-        let config = url::parse(url)?;
-        if matches!(&config.server, ServerConfig::Clustered { .. } | ServerConfig::Sentinel { .. }) {
+        let target = url::parse(url)?;
+        if matches!(&target.servers, Servers::Cluster(_) | Servers::Sentinels { .. }) {
             return Err(Error::InvalidNodes(
                 "a cluster or a server under Sentinels is no node of a quorum: a failover forgets; use plain servers",
             ));
         }
-        let address = url::address(&config);
+        let address = target.to_string();
         let same = nodes.iter().find(|(other, _)| *other == address);
-        match same.map(|(_, other)| other.database.unwrap_or(0) == config.database.unwrap_or(0)) {
+        match same.map(|(_, other)| other.database.unwrap_or(0) == target.database.unwrap_or(0)) {
             Some(true) => return Err(Error::InvalidNodes("one is named twice, and would have two votes")),
             Some(false) => {
                 warn!(
@@ -140,7 +141,7 @@ fn check(urls: &[String]) -> Result<Vec<(String, Config)>, Error> {
             }
             None => {}
         }
-        nodes.push((address, config));
+        nodes.push((address, target));
     }
     Ok(nodes)
 }

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use fred::types::config::Config;
 use tenure_test_support::{Server, eventually, soon};
 use tokio_util::task::TaskTracker;
 
@@ -11,7 +10,7 @@ use super::QuorumStore;
 use super::clocks::since_1970;
 use crate::Locker;
 use crate::store::node::Node;
-use crate::store::redis::RedisStore;
+use crate::store::redis::{Driver, RedisStore, url};
 
 const WINDOW: Duration = Duration::from_secs(3);
 
@@ -19,8 +18,8 @@ const WINDOW: Duration = Duration::from_secs(3);
 async fn client(servers: &[Server], skew: i64) -> Locker {
     let mut nodes = Vec::new();
     for server in servers {
-        let config = Config::from_url(&server.url()).unwrap();
-        let node = RedisStore::open_lazily(config, String::new(), Duration::from_secs(1)).unwrap();
+        let target = url::parse(&server.url()).unwrap();
+        let node = RedisStore::open_lazily(Driver::default(), &target, String::new(), Duration::from_secs(1)).unwrap();
         node.ready(Duration::from_secs(20)).await.unwrap();
         nodes.push((server.url(), Arc::new(node) as Arc<dyn Node>));
     }

@@ -9,11 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use fred::error::ErrorKind;
 use tokio::time::Instant;
 
 use crate::hold::{GrantId, Owned};
-use crate::{Error, Token};
+use crate::{Error, RedisError, RedisErrorKind, Token};
 
 #[derive(Default)]
 pub(super) struct Shortened {
@@ -83,7 +82,7 @@ impl Shortened {
 /// The error of a node whose confirmation doesn't count.
 pub(super) fn may_be_set_late() -> Error {
     let details = "an earlier request may still set a shorter ttl there";
-    fred::error::Error::new(ErrorKind::Timeout, details).into()
+    RedisError::new(RedisErrorKind::Timeout, details).into()
 }
 
 fn grant_of(owned: &Owned) -> Grant {

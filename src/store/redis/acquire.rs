@@ -3,8 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use fred::bytes::Bytes;
-use fred::types::Value;
+use bytes::Bytes;
 use tokio::time::Instant;
 use tracing::debug;
 
@@ -84,16 +83,16 @@ impl RedisStore {
             names.extend(locks.iter().map(names::fence_of));
         }
         let args = [
-            token.to_text().into(),
+            token.to_bytes(),
             value_of(wanted),
-            millis(wanted.ttl).into(),
+            decimal(millis(wanted.ttl)),
             count_of(&wanted.owned),
-            fence_ttl(wanted.ttl).into(),
+            decimal(fence_ttl(wanted.ttl)),
             id_or_empty(*grant),
-            record_ttl(wanted.ttl).into(),
+            decimal(record_ttl(wanted.ttl)),
             place.map_or_else(|| "".into(), |place| self.place(place)),
         ];
-        let call = Call::new(names.into_iter().map(Value::Bytes), args);
+        let call = Call::new(names.into_iter(), args);
         let (until, writing) = self.server().writing(timeout);
         let sending = |until| wanted.latest.extend(until);
         let reply = self.server().run(&self.server().scripts.acquire, || call.clone(), sending, timeout).await?;
@@ -116,7 +115,7 @@ impl RedisStore {
         let name = self.name(key);
         let fence = to.fenced.then(|| names::fence_of(&name));
         let keys = line::lock_and_line(&name).into_iter().chain([names::grants_of(&name)]).chain(fence);
-        let keys: Vec<Value> = keys.map(Value::Bytes).collect();
+        let keys: Vec<Bytes> = keys.collect();
         // Without permission for the line's keys, no hand-over tries them.
         let has_line = self.has_line();
         let grant = match ending {
@@ -125,7 +124,7 @@ impl RedisStore {
             Ending::Lock => "*".into(),
         };
         let args = [
-            from.token.to_text().into(),
+            from.token.to_bytes(),
             value_of(to),
             decimal(millis(to.ttl)),
             decimal(fence_ttl(to.ttl)),

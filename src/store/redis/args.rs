@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fred::types::Value;
+use bytes::Bytes;
 
 use crate::hold::{GrantId, Owned};
 use crate::store::{Extending, Wanted};
@@ -18,11 +18,11 @@ pub(super) const FENCE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 const RECORD_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Returns what the lock key holds while the lock is held.
-pub(super) fn value_of(wanted: &Wanted) -> Value {
+pub(super) fn value_of(wanted: &Wanted) -> Bytes {
     let token = &wanted.owned.token;
     match &*wanted.metadata {
-        [] => Value::from(token.to_text()),
-        metadata => Value::Bytes([token.as_str().as_bytes(), b"\n", metadata].concat().into()),
+        [] => token.to_bytes(),
+        metadata => [token.as_str().as_bytes(), b"\n", metadata].concat().into(),
     }
 }
 
@@ -37,25 +37,25 @@ pub(super) fn record_ttl(ttl: Duration) -> i64 {
 }
 
 /// Returns what scripts call a grant of a record.
-pub(super) fn id_of(grant: Option<GrantId>) -> Value {
+pub(super) fn id_of(grant: Option<GrantId>) -> Bytes {
     grant.map_or_else(|| NO_ID.into(), |grant| grant.to_string().into())
 }
 
 /// Returns the id of a grant that has one, and an empty text for one that needs no record.
-pub(super) fn id_or_empty(grant: Option<GrantId>) -> Value {
+pub(super) fn id_or_empty(grant: Option<GrantId>) -> Bytes {
     grant.map_or_else(|| "".into(), |grant| grant.to_string().into())
 }
 
-pub(super) fn count_of(owned: &Owned) -> Value {
-    Value::Integer(i64::try_from(owned.keys.len()).unwrap_or(i64::MAX))
+pub(super) fn count_of(owned: &Owned) -> Bytes {
+    decimal(i64::try_from(owned.keys.len()).unwrap_or(i64::MAX))
 }
 
-pub(super) fn flag(is_set: bool) -> Value {
-    Value::from_static_str(if is_set { "1" } else { "0" })
+pub(super) fn flag(is_set: bool) -> Bytes {
+    Bytes::from_static(if is_set { b"1" } else { b"0" })
 }
 
-/// Returns a number as text: fred takes ten times as long for an integer, whose digits it counts by a logarithm.
-pub(super) fn decimal(number: i64) -> Value {
+/// Returns a number as text.
+pub(super) fn decimal(number: i64) -> Bytes {
     number.to_string().into()
 }
 
@@ -63,8 +63,8 @@ pub(super) fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
-pub(super) fn seconds(duration: Duration) -> Value {
-    Value::Integer(i64::try_from(duration.as_secs()).unwrap_or(i64::MAX))
+pub(super) fn seconds(duration: Duration) -> Bytes {
+    decimal(i64::try_from(duration.as_secs()).unwrap_or(i64::MAX))
 }
 
 impl Extending {

@@ -4,11 +4,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use fred::interfaces::ClientLike;
-use fred::types::{ClusterHash, CustomCommand};
 use tenure_test_support::{Server as Process, Version};
+use tokio::time::Instant;
 
-use super::operation::What;
+use super::batcher::Executor;
+use super::driver::Value;
+use super::operation::{Operation, What};
+use super::replies::Decision;
 use super::script::Scripts;
 use super::*;
 use crate::Token;
@@ -41,7 +43,8 @@ impl Side {
         let user = ["ACL", "SETUSER", "app", "on", ">secret", "resetchannels", "~*", "+@all"];
         assert_eq!(process.cli(&[&user[..], forbidden].concat()), "OK");
         let url = format!("redis://app:secret@127.0.0.1:{}", process.port());
-        let store = RedisStore::connect(&url, String::new(), Duration::from_secs(20), 0).await.unwrap();
+        let store =
+            RedisStore::connect(Driver::default(), &url, String::new(), Duration::from_secs(20), 0).await.unwrap();
         // So that the server's clock is known; it may refuse the look itself.
         drop(store.inspect(&Key::from("a"), PATIENCE).await);
         Self { process, store }
@@ -52,10 +55,9 @@ impl Side {
     }
 
     async fn command(&self, name: &'static str, args: &[&str]) -> Value {
-        let args: Vec<Value> = args.iter().map(|&arg| arg.into()).collect();
-        let command = CustomCommand::new_static(name, ClusterHash::FirstKey, false);
+        let args = args.iter().map(|arg| Bytes::copy_from_slice(arg.as_bytes())).collect();
         // Refused on both sides, or on neither.
-        self.server().client().custom(command, args).await.unwrap_or(Value::Null)
+        self.server().connection.send(name, args, Instant::now() + PATIENCE).await.unwrap_or(Value::Nil)
     }
 
     async fn keyspace(&self) -> BTreeMap<String, Entry> {
@@ -66,9 +68,10 @@ impl Side {
                 all[#all + 1] = {key, kind, held, tostring(redis.call('PTTL', key))} \
             end return all";
         let Value::Array(rows) = self.look(LOOK).await else { return BTreeMap::new() };
-        let text = |part: Value| String::from_utf8_lossy(&part.into_owned_bytes().unwrap()).into_owned();
+        let text = |part: &Value| part.to_text().unwrap().into_owned();
         let row = |row: Value| {
-            let [key, kind, held, ttl] = <[Value; 4]>::try_from(row.into_array()).unwrap().map(text);
+            let Value::Array(row) = row else { panic!("a row") };
+            let [key, kind, held, ttl] = <[Value; 4]>::try_from(row).unwrap().each_ref().map(text);
             (key, (kind, held, ttl.parse().unwrap()))
         };
         rows.into_iter().map(row).collect()
@@ -143,8 +146,8 @@ fn operation(rng: &mut fastrand::Rng) -> Box<Operation> {
         3..6 => What::Renew { ttl: rng.choice(RENEWED_TTLS).unwrap() },
         _ => {
             let value = match rng.u8(..3) {
-                0 => Value::Bytes([token.as_str().as_bytes(), b"\nmeta\n\xff\0"].concat().into()),
-                _ => token.as_str().into(),
+                0 => [token.as_str().as_bytes(), b"\nmeta\n\xff\0"].concat().into(),
+                _ => token.to_bytes(),
             };
             let fence = rng.bool().then(|| (names::fence_of(&name), 1_000_000));
             What::Acquire { value, ttl, fence, latest: Arc::default() }
@@ -329,9 +332,10 @@ fn a_server_that_does_not_know_gt_renews_all_the_same() {
         (&scripts.many, &["0", "0", "1", "0", "0", "0", "PUBLISH", "60000", "x"]),
     ];
     for (script, args) in renew {
-        let older = script.source.replace("'GT'", "'NOT-KNOWN'");
-        assert_ne!(older, *script.source);
-        for source in [&*script.source, &older] {
+        let source = std::str::from_utf8(&script.source).unwrap();
+        let older = source.replace("'GT'", "'NOT-KNOWN'");
+        assert_ne!(older, source);
+        for source in [source, &older] {
             for (before, after) in [(Some("20000"), 60_000), (Some("90000"), 90_000), (None, 60_000)] {
                 server.cli(&["SET", "k", "x"]);
                 before.map(|ttl| server.cli(&["PEXPIRE", "k", ttl]));

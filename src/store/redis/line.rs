@@ -6,8 +6,7 @@
 
 use std::time::Duration;
 
-use fred::bytes::Bytes;
-use fred::types::Value;
+use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::args::{decimal, fence_ttl, id_or_empty, millis, record_ttl, value_of};
@@ -32,9 +31,9 @@ impl RedisStore {
         let (ttl, fence_ttl) = (millis(wanted.ttl), fence_ttl(wanted.ttl));
         let fence = wanted.fenced.then(|| names::fence_of(&name));
         let keys = lock_and_line(&name).into_iter().chain([names::grants_of(&name)]).chain(fence);
-        let keys: Vec<Value> = keys.map(Value::Bytes).collect();
+        let keys: Vec<Bytes> = keys.collect();
         let place = place.map_or_else(|| "".into(), |place| self.place(place));
-        let (ttls, record_ttl) = ([decimal(ttl), decimal(fence_ttl)], record_ttl(wanted.ttl).into());
+        let (ttls, record_ttl) = ([decimal(ttl), decimal(fence_ttl)], decimal(record_ttl(wanted.ttl)));
         let grant = id_or_empty(wanted.owned.grant);
         let args = [value_of(wanted)].into_iter().chain(ttls).chain([place, alive(), grant, record_ttl]);
         let call = Call::new(keys.into_iter(), args.chain(self.notify(&name)));
@@ -52,7 +51,7 @@ impl RedisStore {
     }
 
     pub(super) async fn enter(&self, key: &Key, place: LinePlace, timeout: Duration) -> Result<(), Error> {
-        let [_, line, alive_key] = lock_and_line(&self.name(key)).map(Value::Bytes);
+        let [_, line, alive_key] = lock_and_line(&self.name(key));
         let call = Call::new([line, alive_key].into_iter(), [self.place(place), alive()]);
         self.server().run(&self.server().scripts.enter, || call.clone(), |_| {}, timeout).await?.outcome.map(drop)
     }
@@ -60,7 +59,7 @@ impl RedisStore {
     pub(super) async fn heartbeat(&self, key: &Key, place: LinePlace, timeout: Duration) -> Result<bool, Error> {
         let name = self.name(key);
         let args = [self.place(place), alive()].into_iter().chain(self.notify(&name));
-        let call = Call::new(lock_and_line(&name).map(Value::Bytes).into_iter(), args);
+        let call = Call::new(lock_and_line(&name).into_iter(), args);
         let reply = self.server().run(&self.server().scripts.heartbeat, || call.clone(), |_| {}, timeout).await?;
         Ok(replies::is_in_line(&reply.value()?))
     }
@@ -68,25 +67,25 @@ impl RedisStore {
     pub(super) async fn leave(&self, key: &Key, place: LinePlace, timeout: Duration) -> Result<(), Error> {
         let name = self.name(key);
         let args = [self.place(place)].into_iter().chain(self.notify(&name));
-        let call = Call::new(lock_and_line(&name).map(Value::Bytes).into_iter(), args);
+        let call = Call::new(lock_and_line(&name).into_iter(), args);
         self.server().run(&self.server().scripts.leave, || call.clone(), |_| {}, timeout).await?.value().map(drop)
     }
 
     /// Returns the name of the place at the server. A shared place and the place of one waiter have different names.
-    pub(super) fn place(&self, place: LinePlace) -> Value {
+    pub(super) fn place(&self, place: LinePlace) -> Bytes {
         let kind = if place.is_shared { 's' } else { 'w' };
         format!("{}:{kind}{}", self.process, place.number).into()
     }
 
     /// Returns the command that notifies the waiters for a key, and their channel.
-    pub(super) fn notify(&self, name: &Bytes) -> [Value; 2] {
+    pub(super) fn notify(&self, name: &Bytes) -> [Bytes; 2] {
         let channel = names::channel_of(name).unwrap_or_else(|| name.clone());
-        [Value::from_static_str(self.publish()), Value::Bytes(channel)]
+        [self.publish().into(), channel]
     }
 }
 
 /// Returns [`ALIVE`] as an argument.
-pub(super) fn alive() -> Value {
+pub(super) fn alive() -> Bytes {
     decimal(millis(ALIVE))
 }
 

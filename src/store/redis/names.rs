@@ -18,8 +18,9 @@
 
 use std::sync::LazyLock;
 
-use fred::bytes::Bytes;
-use fred::util::redis_keyslot;
+use bytes::Bytes;
+
+use super::slot::{hash_tag, slot_of};
 
 /// Returns the name of the fence key, which keeps the last fencing token of a lock key.
 pub(super) fn fence_of(key: &Bytes) -> Bytes {
@@ -49,7 +50,7 @@ fn beside(key: &Bytes, suffix: &str) -> Bytes {
         Some(_) => &[key, suffix],
         None if !key.contains(&b'}') => &[b"{", key, b"}", suffix],
         // In braces the key would have another tag: `a` for `a}b`.
-        None => &[b"{", &stand_in(redis_keyslot(key)), b"}", key, suffix, b"~"],
+        None => &[b"{", &stand_in(slot_of(key)), b"}", key, suffix, b"~"],
     };
     parts.concat().into()
 }
@@ -70,7 +71,7 @@ pub(super) fn channel_of(key: &Bytes) -> Option<Bytes> {
     // Before any other brace, so that this is the tag.
     let brace = key.iter().position(|&b| b == b'{').unwrap_or(key.len());
     let (text, rest) = key.split_at(text_ends.min(brace));
-    Some([text, b"{", &stand_in(redis_keyslot(key)), b"}", &escaped(rest)].concat().into())
+    Some([text, b"{", &stand_in(slot_of(key)), b"}", &escaped(rest)].concat().into())
 }
 
 /// Returns the bytes as text. Those that are no text become `%ff`.
@@ -81,19 +82,6 @@ fn escaped(bytes: &[u8]) -> Vec<u8> {
         text.extend(chunk.invalid().iter().flat_map(|byte| format!("%{byte:02x}").into_bytes()));
     }
     text
-}
-
-/// Returns the part of the key that alone decides its slot: the bytes between its first `{` and the first `}` after
-/// that, if there are any. <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#hash-tags>
-fn hash_tag(key: &[u8]) -> Option<&[u8]> {
-    let (_, after) = split_at_first(key, b'{')?;
-    let (tag, _) = split_at_first(after, b'}')?;
-    (!tag.is_empty()).then_some(tag)
-}
-
-fn split_at_first(text: &[u8], byte: u8) -> Option<(&[u8], &[u8])> {
-    let mut parts = text.splitn(2, |&b| b == byte);
-    Some((parts.next()?, parts.next()?))
 }
 
 /// Returns whether the key is its tag in braces, followed by nothing but empty braces.
@@ -108,7 +96,7 @@ fn is_only_a_tag(key: &[u8], tag: &[u8]) -> bool {
 /// text. So the letters are found bit by bit, from letters that hash to another slot.
 fn stand_in(slot: u16) -> [u8; 4] {
     let mut letters = FIRST;
-    let mut wrong = slot ^ redis_keyslot(&letters);
+    let mut wrong = slot ^ slot_of(&letters);
     for &(bits, change) in CHANGES.iter() {
         if wrong & highest(bits) != 0 {
             wrong ^= bits;
@@ -128,7 +116,7 @@ static CHANGES: LazyLock<Vec<(u16, [u8; 4])>> = LazyLock::new(|| {
         for flipped in [1, 2, 4, b'h' ^ b'p'] {
             let mut change = [0; 4];
             change.iter_mut().skip(place).take(1).for_each(|byte| *byte = flipped);
-            let mut bits = redis_keyslot(&change);
+            let mut bits = slot_of(&change);
             for &(others, other) in &changes {
                 if bits & highest(others) != 0 {
                     bits ^= others;
@@ -218,7 +206,7 @@ mod tests {
             };
             assert!(std::str::from_utf8(&key).is_err(), "{key:?}, seed {seed}");
             assert!(std::str::from_utf8(&channel).is_ok(), "{key:?}: {channel:?}, seed {seed}");
-            assert_eq!(redis_keyslot(&channel), redis_keyslot(&key), "{key:?}: {channel:?}, seed {seed}");
+            assert_eq!(slot_of(&channel), slot_of(&key), "{key:?}: {channel:?}, seed {seed}");
             let prefixed: Bytes = [b"app:", &key[..]].concat().into();
             assert!(channel_of(&prefixed).unwrap().starts_with(b"app:"), "{key:?}, seed {seed}");
         }
@@ -229,7 +217,7 @@ mod tests {
     fn every_slot_has_a_stand_in_of_four_letters() {
         for slot in 0..16_384 {
             let letters = stand_in(slot);
-            assert_eq!(redis_keyslot(&letters), slot);
+            assert_eq!(slot_of(&letters), slot);
             assert!(letters.iter().all(u8::is_ascii_lowercase), "{letters:?}");
         }
     }
@@ -244,7 +232,7 @@ mod tests {
                 false => (0..rng.usize(1..9)).map(|_| rng.choice(*b"{}{}ab\xff").unwrap()).collect(),
             };
             for name_of in KINDS {
-                assert_eq!(redis_keyslot(&name_of(&key)), redis_keyslot(&key), "{key:?}, seed {seed}");
+                assert_eq!(slot_of(&name_of(&key)), slot_of(&key), "{key:?}, seed {seed}");
             }
         }
     }

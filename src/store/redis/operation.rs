@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use fred::bytes::Bytes;
-use fred::types::Value;
+use bytes::Bytes;
 
 use super::args::{NO_ID, decimal};
 use super::names;
@@ -36,7 +35,7 @@ pub(super) enum What {
     Renew { ttl: i64 },
     Acquire {
         /// What the key holds while the lock is held.
-        value: Value,
+        value: Bytes,
         ttl: i64,
         /// The name and the ttl of the fence key, if the request wants a fencing token.
         fence: Option<(Bytes, i64)>,
@@ -51,22 +50,22 @@ impl Operation {
 
     /// Returns the call of `release_one.lua`, `renew_one.lua` or `acquire_one.lua`.
     pub(super) fn call(&self) -> Call {
-        let key = Value::Bytes(self.name.clone());
-        let token = || Value::from(self.token.to_text());
+        let key = self.name.clone();
+        let token = || self.token.to_bytes();
         let release = |publish: &'static str| {
-            let line = Value::Bytes(names::line_of(&self.name));
-            let channel = names::channel_of(&self.name).map(Value::Bytes);
-            [token(), Value::from_static_str(publish), line].into_iter().chain(channel)
+            let line = names::line_of(&self.name);
+            let channel = names::channel_of(&self.name);
+            [token(), publish.into(), line].into_iter().chain(channel)
         };
         match &self.what {
             What::Release { publish } => Call::new([key].into_iter(), release(publish)),
-            What::EndGrant { publish, record } => Call::new([key, record.clone().into()].into_iter(), release(publish)),
+            What::EndGrant { publish, record } => Call::new([key, record.clone()].into_iter(), release(publish)),
             What::Renew { ttl } => Call::new([key].into_iter(), [token(), decimal(*ttl)]),
             What::Acquire { value, ttl, fence: None, .. } => {
                 Call::new([key].into_iter(), [value.clone(), decimal(*ttl)])
             }
             What::Acquire { value, ttl, fence: Some((fence, fence_ttl)), .. } => {
-                let keys = [key, fence.clone().into()];
+                let keys = [key, fence.clone()];
                 Call::new(keys.into_iter(), [value.clone(), decimal(*ttl), decimal(*fence_ttl)])
             }
         }
@@ -74,22 +73,22 @@ impl Operation {
 
     /// Returns the call of `acquire.lua` or `end_grant.lua`, to which the script for one key leaves some cases.
     pub(super) fn full_call(&self) -> Call {
-        let key = Value::Bytes(self.name.clone());
-        let token = || Value::from(self.token.to_text());
+        let key = self.name.clone();
+        let token = || self.token.to_bytes();
         match &self.what {
             What::Acquire { value, ttl, fence, .. } => {
                 let args = |fence_ttl: i64| {
-                    let ttls = [decimal(*ttl), Value::Integer(1), decimal(fence_ttl)];
+                    let ttls = [decimal(*ttl), Bytes::from_static(b"1"), decimal(fence_ttl)];
                     [token(), value.clone()].into_iter().chain(ttls).chain(["".into(), "".into(), "".into()])
                 };
                 match fence {
                     None => Call::new([key].into_iter(), args(0)),
-                    Some((fence, fence_ttl)) => Call::new([key, fence.clone().into()].into_iter(), args(*fence_ttl)),
+                    Some((fence, fence_ttl)) => Call::new([key, fence.clone()].into_iter(), args(*fence_ttl)),
                 }
             }
             What::EndGrant { publish, record } => {
-                let args = [token(), Value::Integer(1), (*publish).into(), NO_ID.into()];
-                let keys = [key, names::line_of(&self.name).into(), record.clone().into()];
+                let args = [token(), Bytes::from_static(b"1"), (*publish).into(), NO_ID.into()];
+                let keys = [key, names::line_of(&self.name), record.clone()];
                 Call::new(keys.into_iter(), args.into_iter().chain(channels([&self.name])))
             }
             What::Release { .. } | What::Renew { .. } => self.call(),
@@ -131,7 +130,7 @@ impl Operation {
     }
 
     fn push_args(&self, call: &mut Call, decimals: &mut Decimals) {
-        let token = || Value::from(self.token.to_text());
+        let token = || self.token.to_bytes();
         match &self.what {
             What::Release { .. } | What::EndGrant { .. } | What::Renew { .. } => call.args([token()]),
             What::Acquire { value, ttl, .. } => call.args([value.clone(), decimals.get(*ttl)]),
@@ -165,9 +164,9 @@ pub(super) fn batch_call(operations: &[Box<Operation>]) -> Call {
     });
     let renewed_ttl = renewed.filter(|_| have_one_ttl);
     let mut call = Call::with_room_for(operations.len() * 4 + counts.len() + 3);
-    call.keys(names.chain(others).map(|name| Value::Bytes(name.clone())));
+    call.keys(names.chain(others).cloned());
     call.args(counts.into_iter().chain([longest]).map(decimal));
-    call.args([Value::from_static_str(how), renewed_ttl.map_or_else(|| "".into(), decimal)]);
+    call.args([how.into(), renewed_ttl.map_or_else(|| "".into(), decimal)]);
     let mut decimals = Decimals::default();
     for operation in operations {
         operation.push_args(&mut call, &mut decimals);
@@ -183,10 +182,10 @@ pub(super) fn batch_call(operations: &[Box<Operation>]) -> Call {
 
 /// The last number that was converted to text: most operations of a call have the same ttl.
 #[derive(Default)]
-struct Decimals(Option<(i64, Value)>);
+struct Decimals(Option<(i64, Bytes)>);
 
 impl Decimals {
-    fn get(&mut self, number: i64) -> Value {
+    fn get(&mut self, number: i64) -> Bytes {
         match &self.0 {
             Some((last, text)) if *last == number => text.clone(),
             _ => self.0.insert((number, decimal(number))).1.clone(),
@@ -196,10 +195,10 @@ impl Decimals {
 
 /// Returns the channels on which the releases of these keys are published, or nothing if they have the names of the
 /// keys.
-pub(super) fn channels<'a>(keys: impl IntoIterator<Item = &'a Bytes, IntoIter: Clone>) -> Vec<Value> {
+pub(super) fn channels<'a>(keys: impl IntoIterator<Item = &'a Bytes, IntoIter: Clone>) -> Vec<Bytes> {
     let keys = keys.into_iter();
     if keys.clone().all(|key| std::str::from_utf8(key).is_ok()) {
         return Vec::new();
     }
-    keys.map(|key| Value::Bytes(names::channel_of(key).unwrap_or_else(|| key.clone()))).collect()
+    keys.map(|key| names::channel_of(key).unwrap_or_else(|| key.clone())).collect()
 }

@@ -2,15 +2,15 @@
 
 use std::time::Duration;
 
-use fred::bytes::Bytes;
-use fred::types::Value;
+use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::args::{count_of, id_of, millis, record_ttl, seconds};
+use super::args::{count_of, decimal, id_of, millis, record_ttl, seconds};
+use super::dispatch::SHARED_LANE;
 use super::operation::{self, Operation, What};
 use super::replicas::within;
 use super::script::Call;
-use super::{RedisStore, SHARED_LANE, names, replies};
+use super::{RedisStore, names, replies};
 use crate::hold::Owned;
 use crate::store::{Ending, Extending, Latest, Store, Undone, Verdict};
 use crate::{Error, Key, Token};
@@ -29,7 +29,7 @@ impl RedisStore {
         }
         let (script, call) = match how.name() {
             None => {
-                let args = [Value::from(owned.token.to_text()), millis(ttl).into()];
+                let args = [owned.token.to_bytes(), decimal(millis(ttl))];
                 (&self.server().scripts.renew, Call::new(self.names(owned), args))
             }
             Some(_) => (&self.server().scripts.renew_grant, self.renewal_of_grant(owned, ttl, how, Duration::ZERO)),
@@ -55,12 +55,12 @@ impl RedisStore {
             _ => "".into(),
         };
         let args = [
-            owned.token.to_text().into(),
-            millis(ttl).into(),
+            owned.token.to_bytes(),
+            decimal(millis(ttl)),
             count_of(owned),
             how.name().unwrap_or("least").into(),
             id_of(owned.grant),
-            record_ttl(ttl).into(),
+            decimal(record_ttl(ttl)),
             earlier,
             seconds(window),
         ];
@@ -100,14 +100,14 @@ impl RedisStore {
 
     /// Releases all keys, with their records, in one call. Returns the server's time in ms as well.
     async fn release_whole(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<(Verdict, u64), Error> {
-        let (token, count) = (Value::from(owned.token.to_text()), count_of(owned));
+        let (token, count) = (owned.token.to_bytes(), count_of(owned));
         let publish = self.publish().into();
         let locks: Vec<Bytes> = owned.keys.iter().map(|key| self.name(key)).collect();
         let scripts = &self.server().scripts;
         let lines = locks.iter().map(names::line_of);
         let records = locks.iter().filter(|_| ending == Ending::Grant || !owned.own_token).map(names::grants_of);
         let keys: Vec<Bytes> = locks.iter().cloned().chain(lines).chain(records).collect();
-        let keys = keys.into_iter().map(Value::Bytes);
+        let keys = keys.into_iter();
         let (script, mut call) = match ending {
             Ending::Lock => (&scripts.release, Call::new(keys, [token, count, publish])),
             Ending::Grant => (&scripts.end_grant, Call::new(keys, [token, count, publish, id_of(owned.grant)])),
@@ -124,10 +124,10 @@ impl RedisStore {
     }
 
     /// Returns the lock keys, then their records of grants.
-    fn names_with_records(&self, owned: &Owned) -> impl ExactSizeIterator<Item = Value> {
+    fn names_with_records(&self, owned: &Owned) -> impl ExactSizeIterator<Item = Bytes> {
         let locks: Vec<Bytes> = owned.keys.iter().map(|key| self.name(key)).collect();
         let records: Vec<Bytes> = locks.iter().map(names::grants_of).collect();
-        [locks, records].concat().into_iter().map(Value::Bytes)
+        [locks, records].concat().into_iter()
     }
 
     async fn run_owned(&self, key: &Key, token: &Token, what: What, timeout: Duration) -> Result<Verdict, Error> {

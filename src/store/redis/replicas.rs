@@ -9,26 +9,25 @@
 
 use std::time::Duration;
 
-use fred::clients::Client;
-use fred::interfaces::{ClientLike, EventInterface};
-use fred::types::config::{Options, Server as Address};
-use fred::types::{ClusterHash, CustomCommand, Value};
-use tokio::sync::broadcast::Receiver;
 use tokio::time::Instant;
 
+use super::args::decimal;
+use super::driver::Connection;
+use super::replies::unexpected;
+use super::script::into_ours;
 use crate::Error;
 
 /// A connection on which something is about to be written.
 pub(super) struct Writing {
     needed: usize,
-    /// Gets an event before fred sends anything on a new connection.
-    reconnected: Receiver<Address>,
+    /// How many connections had been made before.
+    connections: u64,
 }
 
 impl Writing {
     /// Returns `None` if no replica has to acknowledge the write.
-    pub(super) fn on(client: &Client, needed: usize) -> Option<Self> {
-        (needed > 0).then(|| Self { needed, reconnected: client.reconnect_rx() })
+    pub(super) fn on(connection: &dyn Connection, needed: usize) -> Option<Self> {
+        (needed > 0).then(|| Self { needed, connections: connection.connections_made() })
     }
 
     /// Waits until enough replicas have acknowledged the write, but no longer than `until`.
@@ -37,19 +36,17 @@ impl Writing {
     ///
     /// [`Error::NotReplicated`] if too few replicas have, or the connection has changed, and any error of the call. The
     /// primary has the write all the same.
-    pub(super) async fn acknowledged(self, client: &Client, until: Instant) -> Result<(), Error> {
+    pub(super) async fn acknowledged(self, connection: &dyn Connection, until: Instant) -> Result<(), Error> {
         let left = until.saturating_duration_since(Instant::now());
         let patience = left.mul_f64(PATIENCE);
         let Ok(millis @ 1..) = i64::try_from(patience.as_millis()) else {
             // To the server, zero means to wait for ever.
             return Err(Error::NotReplicated { needed: self.needed, acknowledged: 0 });
         };
-        let options = Options { max_attempts: Some(1), timeout: Some(left), ..Options::default() };
-        let command = CustomCommand::new_static("WAIT", ClusterHash::FirstKey, false);
         let needed = i64::try_from(self.needed).unwrap_or(i64::MAX);
-        let args = vec![Value::Integer(needed), Value::Integer(millis)];
-        let count: i64 = client.with_options(&options).custom(command, args).await?;
-        let acknowledged = match self.reconnected.is_empty() {
+        let reply = connection.send("WAIT", vec![decimal(needed), decimal(millis)], until).await.map_err(into_ours)?;
+        let count = reply.as_i64().ok_or_else(unexpected)?;
+        let acknowledged = match connection.connections_made() == self.connections {
             true => usize::try_from(count).unwrap_or_default(),
             false => 0,
         };
@@ -70,10 +67,9 @@ pub(super) fn within(timeout: Duration, ttl: Duration, needed: usize) -> Duratio
 
 #[cfg(test)]
 mod tests {
-    use fred::types::Builder;
-    use fred::types::config::{Config, ReconnectPolicy};
-    use tenure_test_support::{Server, soon};
+    use tenure_test_support::{Server, eventually, soon};
 
+    use super::super::driver;
     use super::*;
 
     #[tokio::test]
@@ -81,17 +77,15 @@ mod tests {
     async fn an_answer_on_another_connection_counts_for_nothing() {
         let primary = Server::start();
         let _replica = primary.start_replica();
-        let client = Builder::from_config(Config::from_url(&primary.url()).unwrap())
-            .set_policy(ReconnectPolicy::new_constant(0, 50))
-            .build()
-            .unwrap();
-        client.init().await.unwrap();
+        let connection = driver::connection_to(&primary.url()).await;
         let until = || Instant::now() + Duration::from_secs(5);
-        let same = Writing::on(&client, 1).unwrap();
-        soon(same.acknowledged(&client, until())).await.unwrap();
-        let before = Writing::on(&client, 1).unwrap();
-        soon(client.force_reconnection()).await.unwrap();
-        let refused = soon(before.acknowledged(&client, until())).await.unwrap_err();
+        let same = Writing::on(&*connection, 1).unwrap();
+        soon(same.acknowledged(&*connection, until())).await.unwrap();
+        let before = Writing::on(&*connection, 1).unwrap();
+        connection.replace();
+        let again = async || (connection.send("PING", Vec::new(), until()).await.is_ok()).then_some(());
+        eventually("it is connected again", again).await;
+        let refused = soon(before.acknowledged(&*connection, until())).await.unwrap_err();
         assert!(matches!(refused, Error::NotReplicated { needed: 1, acknowledged: 0 }), "{refused}");
     }
 
@@ -99,9 +93,9 @@ mod tests {
     #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn zero_is_not_for_ever() {
         let server = Server::start();
-        let client = Builder::from_config(Config::from_url(&server.url()).unwrap()).build().unwrap();
-        client.init().await.unwrap();
-        let refused = soon(Writing::on(&client, 1).unwrap().acknowledged(&client, Instant::now())).await.unwrap_err();
+        let connection = driver::connection_to(&server.url()).await;
+        let writing = Writing::on(&*connection, 1).unwrap();
+        let refused = soon(writing.acknowledged(&*connection, Instant::now())).await.unwrap_err();
         assert!(matches!(refused, Error::NotReplicated { .. }), "{refused}");
     }
 }

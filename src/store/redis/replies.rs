@@ -2,14 +2,12 @@
 
 use std::time::Duration;
 
-use fred::error::ErrorKind;
-use fred::types::Value;
-
+use super::driver::Value;
 use super::refusal::normalize;
 use super::script::Returned;
 use crate::store::node::{Seen, Vote, VoteReply};
 use crate::store::{Acquired, HandedOver, Holder, Verdict};
-use crate::{Error, Loss, Token};
+use crate::{Error, Loss, RedisError, RedisErrorKind, Token};
 
 /// What the server has decided about an operation on one key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,10 +74,10 @@ fn part_of_batch(kind: Kind, part: &Value) -> Option<Result<Decision, Error>> {
     Some(match (kind, part) {
         (Kind::Acquire, Value::Integer(number)) => Ok(Decision::Acquire(acquired_or_ttl(*number))),
         (Kind::Owned, Value::Integer(code)) => Ok(Decision::Owned(owned(*code))),
-        (_, Value::String(text)) if **text == *LEFT_TO_ANOTHER => return None,
-        (_, Value::String(refusal)) => {
-            let refusal = fred::error::Error::new(ErrorKind::Unknown, normalize(refusal).into_owned());
-            refused(kind, refusal.into())
+        (_, Value::Bytes(text)) if text == LEFT_TO_ANOTHER => return None,
+        (_, Value::Bytes(refusal)) => {
+            let refusal = normalize(&String::from_utf8_lossy(refusal)).into_owned();
+            refused(kind, RedisError::new(RedisErrorKind::Unknown, refusal).into())
         }
         _ => Err(unexpected()),
     })
@@ -111,7 +109,7 @@ pub(super) fn acquired(reply: &Value) -> Result<Acquired, Error> {
 pub(super) fn acquired_in_line(reply: &Value) -> Result<Option<Acquired>, Error> {
     match reply {
         Value::Integer(number) => Ok(Some(acquired_or_ttl(*number))),
-        Value::String(text) if **text == *LEFT_TO_ANOTHER => Ok(None),
+        Value::Bytes(text) if text == LEFT_TO_ANOTHER => Ok(None),
         _ => Err(unexpected()),
     }
 }
@@ -169,12 +167,12 @@ pub(super) fn remaining(reply: &Value) -> Result<Option<Duration>, Error> {
 
 /// Parses what `inspect.lua` has returned.
 pub(super) fn holder(reply: Value) -> Result<Option<Holder>, Error> {
-    if reply.is_null() {
-        return Ok(None);
-    }
-    let Value::Array(parts) = reply else { return Err(unexpected()) };
-    let Ok([held, ttl, fence]) = <[Value; 3]>::try_from(parts) else { return Err(unexpected()) };
-    let held = held.into_owned_bytes().ok_or_else(unexpected)?;
+    let parts = match reply {
+        Value::Nil => return Ok(None),
+        Value::Array(parts) => parts,
+        _ => return Err(unexpected()),
+    };
+    let Ok([Value::Bytes(held), ttl, fence]) = <[Value; 3]>::try_from(parts) else { return Err(unexpected()) };
     let mut parts = held.splitn(2, |&b| b == b'\n');
     let (token, metadata) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
     Ok(Some(Holder {
@@ -182,7 +180,7 @@ pub(super) fn holder(reply: Value) -> Result<Option<Holder>, Error> {
         token: Token::from_server(token),
         metadata: metadata.to_vec(),
         remaining: from_millis(integer(&ttl)?),
-        fencing_token: fence.as_str().and_then(|fence| fence.parse().ok()),
+        fencing_token: fence.to_text().and_then(|fence| fence.parse().ok()),
     }))
 }
 
@@ -206,7 +204,7 @@ pub(super) fn vote(reply: &Value) -> Result<VoteReply, Error> {
 }
 
 pub(super) fn unexpected() -> Error {
-    fred::error::Error::new(ErrorKind::Protocol, "the script answered what it never answers").into()
+    RedisError::new(RedisErrorKind::Protocol, "the script answered what it never answers").into()
 }
 
 /// What a script returns of an operation that another script has to decide.

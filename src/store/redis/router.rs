@@ -45,29 +45,30 @@ mod redirection;
 
 use std::fmt;
 use std::future::{Future, poll_fn};
+use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use fred::bytes_utils::Str;
-use fred::clients::Client;
-use fred::error::ErrorKind;
-use fred::interfaces::ClientLike;
-use fred::types::config::Options;
-use fred::types::{ClusterHash, CustomCommand, Value};
+use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep};
 
 use self::cluster::Cluster;
+use super::driver::{Connection, Value};
 use super::script::into_ours;
+#[cfg(feature = "redis")]
+use super::url::Address;
 use crate::Error;
+#[cfg(feature = "redis")]
+use crate::RedisError;
 
 /// The first pause after `TRYAGAIN`. It doubles three times.
 const TRY_AGAIN: Duration = Duration::from_millis(10);
 
 /// Sends commands to the node that decides about their keys.
 pub(super) struct Router {
-    client: Client,
-    /// `None` if the client doesn't connect to a cluster.
+    connection: Arc<dyn Connection>,
+    /// `None` if the connection is not one to a cluster.
     cluster: Option<Cluster>,
 }
 
@@ -77,13 +78,13 @@ pub(super) struct Sent<'a> {
     /// `EVALSHA` or `EVAL`.
     pub(super) command: &'static str,
     /// The text of the script, if it may run with its keys as arguments while their slot moves.
-    pub(super) source: Option<&'a Str>,
+    pub(super) source: Option<&'a Bytes>,
 }
 
 impl Router {
-    pub(super) fn new(client: Client) -> Self {
-        let cluster = client.is_clustered().then(|| Cluster::new(client.clone()));
-        Self { client, cluster }
+    pub(super) fn new(connection: Arc<dyn Connection>) -> Self {
+        let cluster = connection.nodes().map(Cluster::new);
+        Self { connection, cluster }
     }
 
     /// Makes future connections to nodes use the runtime that the client's own connections use.
@@ -98,17 +99,14 @@ impl Router {
     ///
     /// `args` builds the arguments; it is called again only if the command has to be sent to another node. The third
     /// argument, after the script and the number of keys, must be the first key.
-    ///
-    /// fred gets the timeout and writes the command only once: it would still send a command whose future was dropped
-    /// while it waited for a connection.
     pub(super) async fn send(
         &self,
         sent: Sent<'_>,
-        args: impl Fn() -> Vec<Value> + Sync,
+        args: impl Fn() -> Vec<Bytes> + Sync,
         until: Instant,
     ) -> Result<Value, Error> {
         match &self.cluster {
-            None => once(&self.client, sent.command, args(), until).await,
+            None => self.connection.send(sent.command, args(), until).await.map_err(into_ours),
             // Boxed to keep the future of the common path small.
             Some(cluster) => Box::pin(cluster.send(sent, &args, until)).await,
         }
@@ -157,6 +155,15 @@ pub(super) async fn patiently<T, F: Future<Output = Result<T, Error>>>(
     }
 }
 
+/// Returns the node to which a `MOVED` of the node `here` leads.
+#[cfg(feature = "redis")]
+pub(super) fn moved_to(error: &RedisError, here: &Address) -> Option<Address> {
+    match redirection::elsewhere(&Error::Redis(error.clone()), here) {
+        Some(redirection::Elsewhere::Moved(to)) => Some(to),
+        _ => None,
+    }
+}
+
 /// Runs all of the futures at once, and returns their outputs in order.
 pub(super) async fn all<F: Future>(futures: impl Iterator<Item = F>) -> Vec<F::Output> {
     let mut running: Vec<_> = futures.map(|future| (Some(Box::pin(future)), None)).collect();
@@ -176,36 +183,16 @@ pub(super) async fn all<F: Future>(futures: impl Iterator<Item = F>) -> Vec<F::O
 }
 
 impl fmt::Debug for Router {
-    /// Leaves out the configuration: fred would print the password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let nodes = self.cluster.as_ref().map(Cluster::len);
-        f.debug_struct("Router").field("client", &self.client.id()).field("nodes", &nodes).finish()
+        f.debug_struct("Router").field("nodes", &nodes).finish_non_exhaustive()
     }
-}
-
-async fn once(client: &Client, command: &'static str, args: Vec<Value>, until: Instant) -> Result<Value, Error> {
-    let command = CustomCommand::new_static(command, ClusterHash::FirstKey, false);
-    client.with_options(&options(until)?).custom(command, args).await.map_err(into_ours)
-}
-
-fn options(until: Instant) -> Result<Options, Error> {
-    let left = until.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        // Not passed on to fred, for which zero means no timeout.
-        return Err(fred::error::Error::new(ErrorKind::Timeout, "no time left to ask the server").into());
-    }
-    Ok(Options {
-        max_attempts: Some(1),
-        timeout: Some(left),
-        // Set here, because fred ignores the hash policy of a custom command unless it is a slot.
-        cluster_hash: Some(ClusterHash::Offset(2)),
-        ..Options::default()
-    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{RedisError, RedisErrorKind};
 
     #[tokio::test(start_paused = true)]
     async fn all_run_at_once_and_return_in_their_order() {
@@ -222,7 +209,7 @@ mod tests {
     async fn split_keys_are_asked_for_until_they_meet_or_most_of_the_time_is_over() {
         let began = Instant::now();
         let timeout = Duration::from_secs(2);
-        let split = || Error::from(fred::error::Error::new(ErrorKind::Unknown, "TRYAGAIN Multiple keys"));
+        let split = || Error::from(RedisError::new(RedisErrorKind::Unknown, "TRYAGAIN Multiple keys"));
         let meets = |after| {
             patiently(timeout, move |_| async move { (began.elapsed() > after).then_some(()).ok_or_else(split) })
         };

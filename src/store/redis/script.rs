@@ -8,20 +8,20 @@ mod tests;
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use fred::bytes_utils::Str;
-use fred::error::ErrorKind;
-use fred::types::Value;
+use bytes::Bytes;
+use sha1_smol::Sha1;
 use tokio::time::Instant;
 
+use super::driver::Value;
 use super::refusal::normalize;
 use super::replies::unexpected;
 use super::router::{Router, Sent};
-use crate::Error;
+use crate::{Error, RedisError, RedisErrorKind};
 
 /// A script, and the hash by which the server knows it.
 pub(super) struct Script {
-    pub(super) source: Str,
-    hash: Str,
+    pub(super) source: Bytes,
+    hash: Bytes,
     /// Whether its keys belong to several operations, which could be sent one by one instead.
     is_batch: bool,
 }
@@ -146,7 +146,7 @@ impl Script {
     }
 
     fn whole(source: String) -> Self {
-        Self { hash: fred::util::sha1_hash(&source).into(), source: source.into(), is_batch: false }
+        Self { hash: Sha1::from(&source).digest().to_string().into(), source: source.into(), is_batch: false }
     }
 
     /// Runs the script once, and ends by `until`. `call` builds the call each time that it is sent: it is almost always
@@ -223,8 +223,8 @@ impl Reply {
             (None, _) => return Ok(granted(number)),
             (Some(value), None) => Ok(Returned::Value(value)),
             (_, Some(failure)) => {
-                let failure = failure.into_string().unwrap_or_default();
-                Err(into_ours(fred::error::Error::new(ErrorKind::Unknown, failure)))
+                let failure = failure.to_text().unwrap_or_default().into_owned();
+                Err(into_ours(RedisError::new(RedisErrorKind::Unknown, failure)))
             }
         };
         // Zero if the script may not ask for the time.
@@ -243,7 +243,7 @@ impl Reply {
 /// The error for a client that has handed us the reply to another request.
 fn mixed_up() -> Error {
     // Treated as a broken connection: the outcome is unknown, and another connection may work.
-    fred::error::Error::new(ErrorKind::IO, MIXED_UP).into()
+    RedisError::new(RedisErrorKind::Io, MIXED_UP).into()
 }
 
 const MIXED_UP: &str = "the connection handed out the reply to another request; it is replaced";
@@ -255,7 +255,7 @@ pub(super) fn is_mixed_up(error: &Error) -> bool {
 
 impl fmt::Debug for Script {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.hash)
+        f.write_str(&String::from_utf8_lossy(&self.hash))
     }
 }
 
@@ -267,11 +267,11 @@ pub(super) const EVAL: &str = "EVAL";
 pub(super) struct Call {
     keys: usize,
     /// Two places for the script and the number of keys, then the keys, then the other arguments.
-    args: Vec<Value>,
+    args: Vec<Bytes>,
 }
 
 impl Call {
-    pub(super) fn new(keys: impl ExactSizeIterator<Item = Value>, args: impl IntoIterator<Item = Value>) -> Self {
+    pub(super) fn new(keys: impl ExactSizeIterator<Item = Bytes>, args: impl IntoIterator<Item = Bytes>) -> Self {
         let mut call = Self::with_room_for(keys.len() + 5);
         call.keys(keys);
         call.args(args);
@@ -281,40 +281,46 @@ impl Call {
     /// Allocates for so many keys and arguments.
     pub(super) fn with_room_for(parts: usize) -> Self {
         let mut args = Vec::with_capacity(4 + parts);
-        args.extend([const { Value::Null }; 2]);
+        args.extend([const { Bytes::new() }; 2]);
         Self { keys: 0, args }
     }
 
     /// Adds keys. Must be called before any other argument is added.
-    pub(super) fn keys(&mut self, keys: impl Iterator<Item = Value>) {
+    pub(super) fn keys(&mut self, keys: impl Iterator<Item = Bytes>) {
         let before = self.args.len();
         self.args.extend(keys);
         self.keys += self.args.len() - before;
     }
 
-    pub(super) fn args(&mut self, args: impl IntoIterator<Item = Value>) {
+    pub(super) fn args(&mut self, args: impl IntoIterator<Item = Bytes>) {
         self.args.extend(args);
     }
 
-    fn of(mut self, script: &Str, stamp: Stamp) -> Vec<Value> {
+    fn of(mut self, script: &Bytes, stamp: Stamp) -> Vec<Bytes> {
         self.args.push(stamp.0.to_string().into());
         let count = match self.keys {
-            1 => Value::from_static_str("1"),
-            2 => Value::from_static_str("2"),
+            1 => Bytes::from_static(b"1"),
+            2 => Bytes::from_static(b"2"),
             others => others.to_string().into(),
         };
-        let head = [Value::String(script.clone()), count];
+        let head = [script.clone(), count];
         self.args.iter_mut().zip(head).for_each(|(place, value)| *place = value);
         self.args
     }
 }
 
-pub(super) fn into_ours(error: fred::error::Error) -> Error {
-    match error.details() {
-        details if details.starts_with("CROSSSLOT") => Error::CrossSlot,
-        details => match normalize(details) {
-            refusal if refusal == details => Error::Redis(error),
-            refusal => fred::error::Error::new(error.kind().clone(), refusal.into_owned()).into(),
-        },
+/// Returns the error of a command, with the server's refusal as Redis 7 would write it.
+pub(super) fn into_ours(error: RedisError) -> Error {
+    let details = error.details();
+    if details.starts_with("CROSSSLOT") {
+        return Error::CrossSlot;
+    }
+    match normalize(details) {
+        refusal if refusal == details => error.into(),
+        // The client's error has the arguments in its text, and the token is one of them.
+        refusal => {
+            let refusal = refusal.into_owned();
+            error.without_source().with_text(refusal).into()
+        }
     }
 }

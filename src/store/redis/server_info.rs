@@ -2,14 +2,11 @@
 
 use std::time::Duration;
 
-use fred::interfaces::{ClientLike, EventInterface};
-use fred::types::config::{Options, Server};
-use fred::types::{ClusterHash, CustomCommand, Value};
-use tokio::sync::broadcast::Receiver;
-use tokio::sync::broadcast::error::TryRecvError;
 use tokio::time::Instant;
 
 use super::RedisStore;
+use super::driver::Value;
+use super::script::into_ours;
 use crate::Error;
 
 /// What a server has reported about itself. What it doesn't report is assumed to be well.
@@ -52,51 +49,33 @@ impl ServerInfo {
     }
 }
 
-/// The connections that are made from now on.
-pub(crate) struct Reconnects(Receiver<Server>);
-
-impl Reconnects {
-    /// Returns whether any were made since the last call.
-    pub(crate) fn were_made(&mut self) -> bool {
-        let mut were_made = false;
-        // Both an event and the notice that some were missed count.
-        while !self.0.is_empty() && !matches!(self.0.try_recv(), Err(TryRecvError::Closed | TryRecvError::Empty)) {
-            were_made = true;
-        }
-        were_made
-    }
-}
-
 impl RedisStore {
-    pub(crate) fn reconnects(&self) -> Reconnects {
-        Reconnects(self.server().client().reconnect_rx())
+    /// Returns how many connections to the server have been made.
+    pub(crate) fn connections_made(&self) -> u64 {
+        self.server().connection.connections_made()
     }
 
     pub(crate) fn is_connected(&self) -> bool {
-        self.server().client().is_connected()
+        self.server().connection.is_connected()
     }
 
     /// Asks the server for its role, its run id and its persistence.
     pub(crate) async fn info(&self, timeout: Duration) -> Result<ServerInfo, Error> {
         let until = Instant::now() + timeout;
-        let info = self.ask(CustomCommand::new_static("INFO", ClusterHash::FirstKey, false), &[], until).await?;
-        let config = CustomCommand::new_static("CONFIG", ClusterHash::FirstKey, false);
+        let info = self.ask("INFO", &[], until).await?;
         // The server may refuse this, which is no reason to refuse the server.
-        let config = self.ask(config, &["GET", "appendfsync"], until).await.unwrap_or(Value::Null);
-        let appendfsync = match config {
-            Value::Map(map) => map.inner().into_values().next(),
-            Value::Array(parts) => parts.into_iter().nth(1),
+        let config = self.ask("CONFIG", &["GET", "appendfsync"], until).await.unwrap_or(Value::Nil);
+        let appendfsync = match &config {
+            Value::Array(parts) => parts.get(1).and_then(Value::to_text),
             _ => None,
         };
-        let appendfsync = appendfsync.and_then(Value::into_string);
-        Ok(ServerInfo::read(&info.into_string().unwrap_or_default(), appendfsync.as_deref()))
+        Ok(ServerInfo::read(&info.to_text().unwrap_or_default(), appendfsync.as_deref()))
     }
 
-    async fn ask(&self, command: CustomCommand, args: &[&'static str], until: Instant) -> Result<Value, Error> {
-        let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        let options = Options { max_attempts: Some(1), timeout: Some(left), ..Options::default() };
-        let args = args.iter().map(|arg| Value::from_static_str(arg)).collect();
-        Ok(self.server().client().with_options(&options).custom::<Value, Value>(command, args).await?)
+    async fn ask(&self, command: &'static str, args: &[&'static str], until: Instant) -> Result<Value, Error> {
+        let until = until.max(Instant::now() + Duration::from_millis(1));
+        let args = args.iter().map(|&arg| arg.into()).collect();
+        self.server().connection.send(command, args, until).await.map_err(into_ours)
     }
 }
 
@@ -104,15 +83,15 @@ impl RedisStore {
 mod tests {
     use std::time::Duration;
 
-    use fred::types::config::Config;
     use tenure_test_support::{Server, eventually};
 
+    use super::super::driver::Driver;
+    use super::super::url;
     use super::{RedisStore, ServerInfo};
 
     async fn info(server: &Server) -> ServerInfo {
-        let store =
-            RedisStore::open_lazily(Config::from_url(&server.url()).unwrap(), String::new(), Duration::from_secs(2));
-        let store = store.unwrap();
+        let target = url::parse(&server.url()).unwrap();
+        let store = RedisStore::open_lazily(Driver::default(), &target, String::new(), Duration::from_secs(2)).unwrap();
         store.ready(Duration::from_secs(10)).await.unwrap();
         store.info(Duration::from_secs(10)).await.unwrap()
     }

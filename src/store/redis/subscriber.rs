@@ -9,7 +9,7 @@
 //! 2. Whenever messages may have been missed (a new connection, a full buffer), all waiters are notified and check.
 //! 3. If the server refuses subscriptions (no permission, an old cluster), the channels are refused, and waiters poll.
 //!    The subscriber tries again as long as anybody waits.
-//! 4. One task serves all waiters. It lives where the connection of the store lives (see `Home`), or, if the client is
+//! 4. One task serves all waiters. It lives where the connection of the store lives ([`PubSub::runtime`]), or, if the client is
 //!    the caller's, on the runtime of a waiter. Its own connection lives with it.
 //! 5. Waiters make sure that it runs, every [`CHECK_EVERY`]. If its runtime has ended, or has run nothing for
 //!    [`STALLED`], it starts again on one that runs. Only the last start counts: an earlier task that wakes up later
@@ -29,9 +29,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use fred::bytes::Bytes;
-use fred::types::Value;
-use fred::types::config::Config;
+use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio::select;
 use tokio::sync::Notify;
@@ -39,14 +37,12 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, warn};
 
-use super::connection::Home;
+use super::driver::{Listener, PubSub, SUBSCRIBING as TIMEOUT};
 use super::names;
 use crate::store::notifications::{CHECK_EVERY, ChannelState, Feed, Subscription, Subscriptions};
 
 /// How long the connection is kept without subscriptions, and how long after a refusal the subscriber tries again.
 const LINGER: Duration = Duration::from_secs(5);
-/// How long the server may take to reply. No lock depends on it.
-const TIMEOUT: Duration = Duration::from_secs(2);
 /// How long it may take before messages may have been missed.
 const DOUBT: Duration = Duration::from_millis(500);
 /// How often the server gets a command that shows whether the connection is alive.
@@ -60,8 +56,7 @@ pub(super) struct Subscriber(Arc<Shared>);
 
 struct Shared {
     subscriptions: Subscriptions,
-    config: Config,
-    home: Home,
+    pub_sub: Arc<dyn PubSub>,
     /// The prefix of this process's places in lines: messages with other places are for other processes.
     process: String,
     /// Lock order: before the mutex of the subscriptions, and before that of the connection's driver.
@@ -89,8 +84,8 @@ struct Started {
 }
 
 impl Subscriber {
-    pub(super) fn new(config: Config, home: Home, process: String) -> Self {
-        Self(Arc::new(Shared { subscriptions: Subscriptions::new(), config, home, process, running: Mutex::default() }))
+    pub(super) fn new(pub_sub: Arc<dyn PubSub>, process: String) -> Self {
+        Self(Arc::new(Shared { subscriptions: Subscriptions::new(), pub_sub, process, running: Mutex::default() }))
     }
 
     /// Listens to the channel of the key. Outside a runtime nothing will be heard.
@@ -131,10 +126,21 @@ impl Feed for Shared {
     }
 }
 
+impl Listener for Shared {
+    fn message(&self, channel: &[u8], message: &[u8]) {
+        if self.is_for_us(message) {
+            self.subscriptions.notify(channel);
+        }
+    }
+
+    fn missed(&self) {
+        self.subscriptions.notify_all();
+    }
+}
+
 impl Shared {
     /// Returns whether a message asks all waiters to check, or gives the turn to a waiter of this process.
-    fn is_for_us(&self, message: &Value) -> bool {
-        let place = message.as_bytes().unwrap_or_default();
+    fn is_for_us(&self, place: &[u8]) -> bool {
         place.is_empty() || place.strip_prefix(self.process.as_bytes()).is_some_and(|rest| rest.starts_with(b":"))
     }
 
@@ -149,7 +155,7 @@ impl Shared {
             debug!(name: "tenure.revive", stalled = stalled.is_some(), "somebody listens to releases again");
         }
         self.subscriptions.close(ChannelState::Opening);
-        let home = self.home.runtime().filter(|home| Some(home.id()) != stalled);
+        let home = self.pub_sub.runtime().filter(|home| Some(home.id()) != stalled);
         for runtime in home.iter().chain([here]) {
             running.starts += 1;
             let added = Arc::new(Notify::new());
@@ -270,7 +276,6 @@ impl Drop for End {
 }
 
 impl fmt::Debug for Subscriber {
-    /// Leaves out the configuration: fred would print the password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Subscriber").field("channels", &self.0.subscriptions.len()).finish()
     }

@@ -1,14 +1,16 @@
-//! Parses the URLs of servers, and refuses the parts that fred would ignore.
+//! Parses the URLs of servers, and refuses what they can't mean.
 //!
-//! fred takes any unknown scheme for that of a plain server without TLS, and ignores what it doesn't know. This module
-//! refuses everything that fred would ignore, by name, before anything is sent.
+//! Clients take an unknown scheme for that of a plain server without TLS, and ignore what they don't know. This module
+//! refuses by name, before anything is sent, what would be ignored. The same URLs work with every client.
 //!
 //! A password with unescaped reserved characters ends early, and the rest of it ends up elsewhere in the URL. So no
 //! part of a URL is shown unless it can't be the rest of a password.
 
 use std::borrow::Cow;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
 
-use fred::types::config::{Config, ServerConfig};
 use percent_encoding::percent_decode_str;
 use url::Url;
 
@@ -18,9 +20,8 @@ use crate::Error;
 ///
 /// # Errors
 ///
-/// [`Error::InvalidUrl`], which names the part of the URL that is wrong and never shows a password. [`Error::Redis`] if
-/// the TLS library can't be set up.
-pub(crate) fn parse(text: &str) -> Result<Config, Error> {
+/// [`Error::InvalidUrl`], which names the part of the URL that is wrong and never shows a password.
+pub(crate) fn parse(text: &str) -> Result<Target, Error> {
     let url = Url::parse(text).map_err(|error| unparsable(text, error))?;
     if url.cannot_be_a_base() {
         return Err(without_scheme(text));
@@ -33,33 +34,107 @@ pub(crate) fn parse(text: &str) -> Result<Config, Error> {
     if scheme.tls && !cfg!(any(feature = "rustls", feature = "native-tls")) {
         return Err(invalid("a TLS URL needs tenure's feature `rustls` or `native-tls`"));
     }
-    let mut config = Config::from_url(url.as_str()).map_err(|error| match scheme.tls {
-        // All other parts of the URL were checked above.
-        true => fred::error::Error::new(error.kind().clone(), format!("can't set up TLS: {}", error.details())),
-        false => error,
-    })?;
-    if let ServerConfig::Unix { path } = &mut config.server {
-        // fred uses the path as it is in the URL, without decoding it.
-        *path = decoded_path(&url)?.into_owned().into();
-    }
-    Ok(config)
+    let servers = servers_of(&url, scheme.kind)?;
+    let credential = |part: &str| -> Result<_, Error> {
+        let decoded = percent_decode_str(part).decode_utf8();
+        let decoded = decoded.map_err(|_| invalid("the user or the password is not UTF-8"))?;
+        Ok((!decoded.is_empty()).then(|| decoded.into_owned()))
+    };
+    let database = match scheme.kind {
+        Kind::Server | Kind::Sentinel => url.path().trim_start_matches('/').parse().ok(),
+        // It was checked that it is none but 0.
+        Kind::Cluster | Kind::Socket => None,
+    };
+    Ok(Target {
+        servers,
+        username: credential(url.username())?,
+        password: credential(url.password().unwrap_or_default())?,
+        database,
+        has_tls: scheme.tls,
+    })
 }
 
-/// Returns where a configuration connects to, as shown to users: `host:port` or the path of a socket; all of them if
-/// there are several.
-pub(crate) fn address(config: &Config) -> String {
-    let list = |servers: &[fred::types::config::Server]| {
-        let servers: Vec<_> = servers.iter().map(|server| format!("{}:{}", server.host, server.port)).collect();
-        servers.join(", ")
-    };
-    match &config.server {
-        ServerConfig::Centralized { server } => list(std::slice::from_ref(server)),
-        ServerConfig::Clustered { hosts, .. } => format!("the cluster at {}", list(hosts)),
-        ServerConfig::Sentinel { hosts, service_name, .. } => {
-            format!("`{service_name}` by the Sentinels at {}", list(hosts))
-        }
-        ServerConfig::Unix { path } => path.display().to_string(),
+/// Where a URL leads to. Has no `Debug`, which would show the password; [`Display`](fmt::Display) shows the servers.
+#[derive(Clone)]
+pub(crate) struct Target {
+    pub(crate) servers: Servers,
+    pub(crate) username: Option<String>,
+    pub(crate) password: Option<String>,
+    pub(crate) database: Option<u8>,
+    pub(crate) has_tls: bool,
+}
+
+/// The servers that a URL names.
+#[derive(Clone)]
+pub(crate) enum Servers {
+    One(Address),
+    /// The path of a Unix socket.
+    Socket(PathBuf),
+    /// Some nodes of a cluster.
+    Cluster(Vec<Address>),
+    /// Sentinels, which know the primary.
+    Sentinels {
+        hosts: Vec<Address>,
+        service: String,
+        username: Option<String>,
+        password: Option<String>,
+    },
+}
+
+/// A host and a port.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Address {
+    pub(crate) host: Arc<str>,
+    pub(crate) port: u16,
+}
+
+impl Address {
+    pub(crate) fn new(host: &str, port: u16) -> Self {
+        Self { host: host.into(), port }
     }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.host, self.port)
+    }
+}
+
+impl fmt::Display for Target {
+    /// Writes what is shown to users: `host:port` or the path of a socket; all of them if there are several.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |servers: &[Address]| {
+            let servers: Vec<_> = servers.iter().map(Address::to_string).collect();
+            servers.join(", ")
+        };
+        match &self.servers {
+            Servers::One(server) => write!(f, "{server}"),
+            Servers::Cluster(nodes) => write!(f, "the cluster at {}", list(nodes)),
+            Servers::Sentinels { hosts, service, .. } => write!(f, "`{service}` by the Sentinels at {}", list(hosts)),
+            Servers::Socket(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+fn servers_of(url: &Url, kind: Kind) -> Result<Servers, Error> {
+    let at = |default_port| Address::new(url.host_str().unwrap_or_default(), url.port().unwrap_or(default_port));
+    let parameter = |wanted| url.query_pairs().find(|(name, _)| name == wanted).map(|(_, value)| value.into_owned());
+    // All of them were checked.
+    let nodes = url.query_pairs().filter(|(name, _)| name == NODE).filter_map(|(_, node)| {
+        let (host, port) = node.split_once(':')?;
+        Some(Address::new(host, port.parse().ok()?))
+    });
+    Ok(match kind {
+        Kind::Server => Servers::One(at(6379)),
+        Kind::Socket => Servers::Socket(decoded_path(url)?.into_owned().into()),
+        Kind::Cluster => Servers::Cluster(nodes.chain([at(6379)]).collect()),
+        Kind::Sentinel => Servers::Sentinels {
+            hosts: nodes.chain([at(26_379)]).collect(),
+            service: parameter(SENTINEL_SERVICE).unwrap_or_default(),
+            username: parameter(SENTINEL_USERNAME),
+            password: parameter(SENTINEL_PASSWORD),
+        },
+    })
 }
 
 #[derive(Clone, Copy)]
@@ -88,7 +163,7 @@ impl Scheme {
         };
         match (base, kind) {
             ("redis" | "valkey", kind) => Ok(Self { kind, tls: false }),
-            // A socket has no TLS: fred would silently leave it out.
+            // A socket has no TLS: it would silently be left out.
             ("rediss" | "valkeys", Kind::Server | Kind::Cluster | Kind::Sentinel) => Ok(Self { kind, tls: true }),
             _ => {
                 let scheme = shown(scheme);
@@ -114,7 +189,7 @@ fn check_authority(url: &Url, kind: Kind) -> Result<(), Error> {
         }
         Kind::Server | Kind::Cluster | Kind::Sentinel => {}
     }
-    // fred authenticates only if there is a password, and otherwise ignores the user.
+    // A client authenticates only if there is a password, and otherwise ignores the user.
     let is_ignored = url.password().unwrap_or_default().is_empty() && !matches!(url.username(), "" | "default");
     match is_ignored {
         true => {
@@ -201,7 +276,7 @@ fn check_query(url: &Url, kind: Kind) -> Result<(), Error> {
     }
 }
 
-// The names that fred uses.
+// The names are fred's.
 const NODE: &str = "node";
 const SENTINEL_SERVICE: &str = "sentinelServiceName";
 const SENTINEL_USERNAME: &str = "sentinelUsername";
@@ -252,7 +327,7 @@ mod tests {
     fn refused(url: &str) -> String {
         match parse(url) {
             Err(Error::InvalidUrl(what)) => what.into_owned(),
-            other => panic!("{url}: {:?}", other.map(|config| address(&config))),
+            other => panic!("{url}: {:?}", other.map(|target| target.to_string())),
         }
     }
 
@@ -329,7 +404,7 @@ mod tests {
             ("redis-cluster://a:1/0?node=b:2&node=c:3", "the cluster at b:2, c:3, a:1"),
             ("valkey-sentinel://a?sentinelServiceName=x&sentinelPassword=p@ss", "`x` by the Sentinels at a:26379"),
         ] {
-            assert_eq!(address(&parse(url).unwrap()), to, "{url}");
+            assert_eq!(parse(url).unwrap().to_string(), to, "{url}");
         }
     }
 
@@ -357,7 +432,7 @@ mod tests {
 
     fn never_shows_a_password(url: &str) -> Result<(), TestCaseError> {
         let said = match parse(url) {
-            Ok(config) => address(&config),
+            Ok(target) => target.to_string(),
             Err(error) => format!("{error} {error:?} {:?}", std::error::Error::source(&error)),
         };
         prop_assert!(!said.to_lowercase().contains("seekret"), "{url}: {said}");

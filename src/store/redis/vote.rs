@@ -2,13 +2,12 @@
 
 use std::time::Duration;
 
-use fred::bytes::Bytes;
-use fred::types::Value;
-use fred::types::config::Config;
+use bytes::Bytes;
 
-use super::args::{FENCE_TTL, count_of, id_or_empty, millis, record_ttl, seconds, value_of};
-use super::connection::Connection;
+use super::args::{FENCE_TTL, count_of, decimal, id_or_empty, millis, record_ttl, seconds, value_of};
+use super::driver::{self, Driver};
 use super::script::Call;
+use super::url::Target;
 use super::{RedisStore, names, replies};
 use crate::Error;
 use crate::hold::Owned;
@@ -17,9 +16,13 @@ use crate::store::{Answer, Extending, Verdict, Wanted};
 
 impl RedisStore {
     /// Connects in the background, now or when the server comes up.
-    pub(crate) fn open_lazily(config: Config, prefix: String, command_timeout: Duration) -> Result<Self, Error> {
-        let connection = Connection::open_lazily(config, command_timeout)?;
-        Ok(Self::on(connection, prefix, 0))
+    pub(crate) fn open_lazily(
+        driver: Driver,
+        target: &Target,
+        prefix: String,
+        command_timeout: Duration,
+    ) -> Result<Self, Error> {
+        Ok(Self::on(driver::open_lazily(driver, target, command_timeout)?, prefix, 0))
     }
 
     /// Waits until it is connected.
@@ -28,7 +31,7 @@ impl RedisStore {
     ///
     /// Returns why it was not connected within `timeout`.
     pub(crate) async fn ready(&self, timeout: Duration) -> Result<(), Error> {
-        self.server().connection.ready(timeout).await
+        Ok(self.server().connection.ready(timeout).await?)
     }
 
     async fn vote(&self, wanted: &Wanted, ballot: &Ballot, timeout: Duration) -> Result<VoteReply, Error> {
@@ -44,19 +47,19 @@ impl RedisStore {
         let number = ballot.number.map_or(0, |number| i64::try_from(number).unwrap_or(i64::MAX));
         let fence_ttl = FENCE_TTL.max(wanted.ttl.saturating_mul(2)).max(ballot.window.saturating_mul(2));
         let call = Call::new(
-            names.into_iter().map(Value::Bytes),
+            names.into_iter(),
             [
-                Value::from(token.to_text()),
+                token.to_bytes(),
                 value_of(wanted),
-                millis(wanted.ttl).into(),
+                decimal(millis(wanted.ttl)),
                 count_of(&wanted.owned),
-                millis(fence_ttl).into(),
+                decimal(millis(fence_ttl)),
                 seconds(ballot.window),
-                Value::Integer(i64::try_from(ballot.ahead.as_micros()).unwrap_or(i64::MAX)),
-                Value::Integer(number),
-                Value::Integer(ballot.exactly.into()),
+                decimal(i64::try_from(ballot.ahead.as_micros()).unwrap_or(i64::MAX)),
+                decimal(number),
+                decimal(ballot.exactly.into()),
                 id_or_empty(*grant),
-                record_ttl(wanted.ttl).into(),
+                decimal(record_ttl(wanted.ttl)),
             ],
         );
         let sending = |until| wanted.latest.extend(until);

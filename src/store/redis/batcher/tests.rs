@@ -140,7 +140,7 @@ impl Executor for Fake {
 }
 
 fn refusal() -> Error {
-    fred::error::Error::new(fred::error::ErrorKind::Unknown, "ERR as told").into()
+    crate::RedisError::new(crate::RedisErrorKind::Unknown, "ERR as told").into()
 }
 
 type Answered = Result<usize, Error>;

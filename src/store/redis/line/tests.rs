@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use tenure_test_support::Server;
 
+use super::super::Driver;
 use super::*;
 use crate::hold::Owned;
 use crate::store::{Ending, HandedOver, InLine, Next, Queueing, Store};
@@ -10,7 +11,7 @@ use crate::{Key, Token};
 const PATIENCE: Duration = Duration::from_secs(10);
 
 async fn store(server: &Server) -> RedisStore {
-    RedisStore::connect(&server.url(), String::new(), PATIENCE, 0).await.unwrap()
+    RedisStore::connect(Driver::default(), &server.url(), String::new(), PATIENCE, 0).await.unwrap()
 }
 
 fn wanted() -> Wanted {

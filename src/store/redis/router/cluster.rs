@@ -5,21 +5,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use fred::bytes_utils::Str;
-use fred::clients::Client;
-use fred::error::ErrorKind;
-use fred::interfaces::{ClientLike, ClusterInterface};
-use fred::types::Value;
-use fred::types::config::{Config, Server};
-use fred::util::redis_keyslot;
+use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep_until};
 
+use super::super::args::decimal;
+use super::super::driver::{Nodes, Value};
 use super::super::script::EVAL;
+use super::super::slot::slot_of;
+use super::super::url::Address;
 use super::Sent;
-use super::node::{Asking, InUse, NodeConnection};
+use super::node::{Asking, InUse, Node};
 use super::redirection::{Elsewhere, elsewhere};
-use crate::Error;
+use crate::{Error, RedisError, RedisErrorKind};
 
 /// How many redirections one command follows.
 const REDIRECTIONS: u32 = 5;
@@ -37,9 +35,7 @@ const CONNECTIONS: usize = 64;
 
 /// The nodes of a cluster, one by one.
 pub(super) struct Cluster {
-    client: Client,
-    /// The client's configuration, for connections to single nodes.
-    config: Config,
+    known: Arc<dyn Nodes>,
     state: Mutex<State>,
     /// False while no slot is half moved, so that the common path needs no mutex.
     any_moves: AtomicBool,
@@ -49,11 +45,11 @@ pub(super) struct Cluster {
 struct State {
     /// The runtime for further connections. Without one they live on the runtime of the call that needs them.
     home: Option<Handle>,
-    nodes: HashMap<(Server, Asking), Arc<NodeConnection>>,
+    nodes: HashMap<(Address, Asking), Arc<Node>>,
     /// The owners of the slots that were used, as far as they are known to be well.
-    owners: HashMap<u16, Server>,
+    owners: HashMap<u16, Address>,
     /// Nodes to which no connection could be opened lately.
-    failed: HashMap<Server, Failed>,
+    failed: HashMap<Address, Failed>,
     /// Half-moved slots, and when a node last said so.
     moving: HashMap<u16, Instant>,
 }
@@ -64,9 +60,8 @@ struct Failed {
 }
 
 impl Cluster {
-    pub(super) fn new(client: Client) -> Self {
-        let config = client.client_config();
-        Self { client, config, state: Mutex::default(), any_moves: AtomicBool::new(false) }
+    pub(super) fn new(known: Arc<dyn Nodes>) -> Self {
+        Self { known, state: Mutex::default(), any_moves: AtomicBool::new(false) }
     }
 
     /// Further connections live on this runtime.
@@ -84,14 +79,14 @@ impl Cluster {
         self.state().nodes.len()
     }
 
-    pub(super) async fn send<F: Fn() -> Vec<Value> + Sync>(
+    pub(super) async fn send<F: Fn() -> Vec<Bytes> + Sync>(
         &self,
         sent: Sent<'_>,
         args: &F,
         until: Instant,
     ) -> Result<Value, Error> {
         let first = args();
-        let slot = slot_of(&first);
+        let slot = slot_of_first_key(&first);
         let mut first = Some(first);
         let mut server = self.owner_of(slot)?;
         let (mut asking, mut source) = (Asking::No, None);
@@ -106,10 +101,10 @@ impl Cluster {
                 Some(Elsewhere::Moved(to)) => {
                     self.learn(slot, &to);
                     self.state().moving.remove(&slot);
-                    (server, asking, source) = (self.known(to), Asking::No, None);
+                    (server, asking, source) = (to, Asking::No, None);
                 }
                 Some(Elsewhere::Ask(to)) => {
-                    let from = std::mem::replace(&mut server, self.known(to));
+                    let from = std::mem::replace(&mut server, to);
                     self.note_moving(slot);
                     (asking, source) = (Asking::Yes, Some(from));
                 }
@@ -132,14 +127,14 @@ impl Cluster {
     /// Runs the script on the new node if the old one has none of its keys. Returns `None` if it has not run.
     async fn send_undivided(
         &self,
-        (source, target): (&Server, &Server),
-        script: &Str,
-        args: Vec<Value>,
+        (source, target): (&Address, &Address),
+        script: &Bytes,
+        args: Vec<Bytes>,
         until: Instant,
     ) -> Option<Result<Value, Error>> {
         let (keys, rest) = keys_and_rest(&args)?;
         for key in keys {
-            let probe = vec![Value::from_static_str("return 1"), Value::Integer(1), key.clone()];
+            let probe = vec!["return 1".into(), "1".into(), key.clone()];
             let answer = self.ask(source, Asking::No, EVAL, probe, until).await;
             match answer.map_err(|error| elsewhere(&error, source)) {
                 Err(Some(Elsewhere::Ask(to))) if to == *target => {}
@@ -149,9 +144,9 @@ impl Cluster {
         }
         let (first, others) = keys.split_first()?;
         let count = i64::try_from(keys.len()).ok()?;
-        let mut args = vec![Value::from([TOLD_OF_KEYS, script].concat()), Value::Integer(1), first.clone()];
+        let mut args = vec![[TOLD_OF_KEYS.as_bytes(), script].concat().into(), "1".into(), first.clone()];
         args.extend(rest.iter().chain(others).cloned());
-        args.push(Value::Integer(count));
+        args.push(decimal(count));
         let answer = self.ask(target, Asking::Yes, EVAL, args, until).await;
         match answer {
             // The slot has begun to leave the new node.
@@ -163,10 +158,10 @@ impl Cluster {
     /// Sends a command to this node, and follows no redirection.
     async fn ask(
         &self,
-        server: &Server,
+        server: &Address,
         asking: Asking,
         command: &'static str,
-        args: Vec<Value>,
+        args: Vec<Bytes>,
         until: Instant,
     ) -> Result<Value, Error> {
         let (node, _in_use) = self.node(server, asking)?;
@@ -182,7 +177,7 @@ impl Cluster {
     }
 
     /// Returns the connection to the node, which may still be opening.
-    fn node(&self, server: &Server, asking: Asking) -> Result<(Arc<NodeConnection>, InUse), Error> {
+    fn node(&self, server: &Address, asking: Asking) -> Result<(Arc<Node>, InUse), Error> {
         let place = (server.clone(), asking);
         let mut state = self.state();
         if let Some(node) = state.nodes.get(&place) {
@@ -197,7 +192,7 @@ impl Cluster {
             }
         }
         let runtime = state.home.clone().map_or_else(Handle::try_current, Ok).map_err(|_| Error::NoRuntime)?;
-        let node = Arc::new(NodeConnection::open(&self.client, &self.config, server, asking, &runtime));
+        let node = Arc::new(Node::open(self.known.open(server), asking, &runtime));
         let in_use = node.usage.begin().ok_or_else(Error::timeout)?;
         state.nodes.retain(|_, node| !node.usage.is_over());
         if state.nodes.len() >= CONNECTIONS {
@@ -211,7 +206,7 @@ impl Cluster {
     }
 
     /// Drops a connection that has failed. The next call connects again, to whichever node owns the slot by then.
-    fn forget(&self, server: &Server, asking: Asking, node: &Arc<NodeConnection>, error: &Error) {
+    fn forget(&self, server: &Address, asking: Asking, node: &Arc<Node>, error: &Error) {
         let mut state = self.state();
         let place = (server.clone(), asking);
         if state.nodes.get(&place).is_none_or(|known| !Arc::ptr_eq(known, node)) {
@@ -225,38 +220,31 @@ impl Cluster {
             state.failed.insert(server.clone(), Failed { at: Instant::now(), error: error.clone() });
         }
         drop(state);
-        // One poll queues the request. Its result may take as long as the node is away; nobody waits for it.
-        let mut request = Box::pin(self.client.sync_cluster());
-        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        let _: bool = request.as_mut().poll(&mut context).is_ready();
+        self.known.refresh();
     }
 
     /// Returns the owner of the slot, or any other node if that is unknown or has failed lately. Such a node redirects
     /// to the owner; after a failover it knows the new one before the client does.
-    fn owner_of(&self, slot: u16) -> Result<Server, Error> {
+    fn owner_of(&self, slot: u16) -> Result<Address, Error> {
         if let Some(owner) = self.state().owners.get(&slot) {
             return Ok(owner.clone());
         }
-        let routing = self.client.cached_cluster_state();
-        let owner = routing.as_ref().and_then(|routing| routing.get_server(slot));
-        let ranges = routing.iter().flat_map(|routing| routing.slots());
-        let seeds = self.config.server.hosts();
-        let others: Vec<&Server> = ranges.map(|range| &range.primary).chain(&seeds).collect();
+        let owner = self.known.owner_of(slot);
         let state = self.state();
-        let is_well = |server: &&Server| state.failed.get(server).is_none_or(|failed| failed.at.elapsed() >= AVOIDED);
-        if let Some(owner) = owner.filter(is_well) {
-            let owner = owner.clone();
+        let is_well = |server: &Address| state.failed.get(server).is_none_or(|failed| failed.at.elapsed() >= AVOIDED);
+        if let Some(owner) = owner.as_ref().filter(|owner| is_well(owner)) {
             drop(state);
-            self.learn(slot, &owner);
-            return Ok(owner);
+            self.learn(slot, owner);
+            return Ok(owner.clone());
         }
-        let well: Vec<&Server> = others.iter().copied().filter(is_well).collect();
-        let any = fastrand::choice(well).or(owner).or_else(|| others.first().copied());
-        let unknown = || fred::error::Error::new(ErrorKind::Cluster, "no node of the cluster is known");
-        any.cloned().ok_or_else(|| unknown().into())
+        let others = [self.known.primaries(), self.known.seeds()].concat();
+        let well: Vec<&Address> = others.iter().filter(|other| is_well(other)).collect();
+        let any = fastrand::choice(well).cloned().or(owner).or_else(|| others.first().cloned());
+        let unknown = || RedisError::new(RedisErrorKind::Cluster, "no node of the cluster is known");
+        any.ok_or_else(|| unknown().into())
     }
 
-    fn learn(&self, slot: u16, owner: &Server) {
+    fn learn(&self, slot: u16, owner: &Address) {
         self.state().owners.insert(slot, owner.clone());
     }
 
@@ -275,15 +263,6 @@ impl Cluster {
         state.moving.contains_key(&slot)
     }
 
-    /// Returns the server as the client's map has it, with the name in its certificate.
-    fn known(&self, server: Server) -> Server {
-        let routing = self.client.cached_cluster_state();
-        let same = |routing: &fred::types::cluster::ClusterRouting| {
-            routing.slots().iter().map(|range| &range.primary).find(|known| **known == server).cloned()
-        };
-        routing.as_ref().and_then(same).unwrap_or(server)
-    }
-
     /// Nothing panics while it holds this mutex, so a poisoned one is still valid.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -291,13 +270,13 @@ impl Cluster {
 }
 
 /// Returns the slot of the first key. Every script has one.
-fn slot_of(args: &[Value]) -> u16 {
-    args.get(2).and_then(Value::as_bytes).map_or(0, redis_keyslot)
+fn slot_of_first_key(args: &[Bytes]) -> u16 {
+    args.get(2).map_or(0, |key| slot_of(key))
 }
 
 /// Splits the arguments of a script into its keys and the rest.
-fn keys_and_rest(args: &[Value]) -> Option<(&[Value], &[Value])> {
-    let count = usize::try_from(args.get(1)?.as_i64()?).ok()?;
+fn keys_and_rest(args: &[Bytes]) -> Option<(&[Bytes], &[Bytes])> {
+    let count = std::str::from_utf8(args.get(1)?).ok()?.parse().ok()?;
     args.get(2..)?.split_at_checked(count)
 }
 
@@ -311,9 +290,9 @@ mod tests {
 
     #[test]
     fn keys_are_told_from_other_arguments() {
-        let args: Vec<Value> = vec!["script".into(), Value::Integer(2), "a".into(), "b".into(), "c".into()];
+        let args = ["script", "2", "a", "b", "c"].map(Bytes::from);
         assert_eq!(keys_and_rest(&args), Some((&args[2..4], &args[4..])));
         assert_eq!(keys_and_rest(&args[..3]), None);
-        assert_eq!(slot_of(&args), redis_keyslot(b"a"));
+        assert_eq!(slot_of_first_key(&args), slot_of(b"a"));
     }
 }

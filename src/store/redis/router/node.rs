@@ -3,26 +3,19 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use fred::clients::Client;
-use fred::error::ErrorKind;
-use fred::interfaces::ClientLike;
-use fred::types::config::{Config, Server, ServerConfig};
-use fred::types::{ClusterHash, CustomCommand, Value};
-use tokio::join;
+use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio::select;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
 
+use super::super::driver::{Calling, Ended, NodeConnection, Value};
 use super::super::script::into_ours;
-use super::{once, options};
-use crate::Error;
+use crate::{Error, RedisError, RedisErrorKind};
 
 /// A connection on which a call has timed out is replaced if the node has not replied to anything for so long.
 const SILENCE: Duration = Duration::from_millis(500);
-/// The longest that connecting may take.
-const CONNECTING: Duration = Duration::from_secs(2);
 
 /// Whether a connection carries only commands behind `ASKING`, or only commands without.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -43,8 +36,7 @@ impl Asking {
 }
 
 /// A connection to one node; it is closed on drop.
-pub(super) struct NodeConnection {
-    client: Client,
+pub(super) struct Node {
     state: watch::Receiver<State>,
     pub(super) usage: Arc<Usage>,
     _driver: AbortOnDropHandle<()>,
@@ -54,29 +46,20 @@ pub(super) struct NodeConnection {
 #[derive(Clone)]
 enum State {
     Opening,
-    Open,
-    Failed(fred::error::Error),
+    Open(Arc<dyn NodeConnection>),
+    Failed(RedisError),
 }
 
-impl NodeConnection {
-    /// Connects in the background, on that runtime, with the settings of `client`.
-    pub(super) fn open(client: &Client, config: &Config, server: &Server, asking: Asking, runtime: &Handle) -> Self {
-        let server = ServerConfig::Centralized { server: server.clone() };
-        let config = Config { server, fail_fast: true, ..config.clone() };
-        let mut connection = client.connection_config().clone();
-        connection.connection_timeout = connection.connection_timeout.min(CONNECTING);
-        connection.internal_command_timeout = connection.internal_command_timeout.min(CONNECTING);
-        connection.max_command_attempts = 1;
-        // A refusal concerns its own command, not all that are in flight.
-        connection.reconnect_errors = Vec::new();
-        connection.max_command_buffer_len = 0;
-        let patience = connection.connection_timeout * 2;
-        // Without a policy it never reconnects (invariant 4).
-        let client = Client::new(config, Some(client.perf_config()), Some(connection), None);
+/// A connection that is being opened, and what drives it then.
+type Opening = Calling<'static, (Arc<dyn NodeConnection>, Ended)>;
+
+impl Node {
+    /// Connects in the background, on that runtime.
+    pub(super) fn open(opening: Opening, asking: Asking, runtime: &Handle) -> Self {
         let usage = Arc::new(Usage(Mutex::new(Uses { now: 0, last: Instant::now(), heard: None, over: false })));
         let (sender, state) = watch::channel(State::Opening);
-        let driver = runtime.spawn(drive(client.clone(), patience, asking.lingers(), sender, End(usage.clone())));
-        Self { client, state, usage, _driver: AbortOnDropHandle::new(driver) }
+        let driver = runtime.spawn(drive(opening, asking.lingers(), sender, End(usage.clone())));
+        Self { state, usage, _driver: AbortOnDropHandle::new(driver) }
     }
 
     /// Sends a command and returns the node's reply.
@@ -84,46 +67,26 @@ impl NodeConnection {
         &self,
         asking: Asking,
         command: &'static str,
-        args: Vec<Value>,
+        args: Vec<Bytes>,
         until: Instant,
     ) -> Result<Value, Error> {
-        self.is_open(until).await?;
-        let mut answer = match asking {
-            Asking::No => once(&self.client, command, args, until).await,
-            Asking::Yes => self.ask_behind_asking(command, args, until).await,
+        let connection = self.opened(until).await?;
+        let answer = match asking {
+            Asking::No => connection.send(command, args, until).await,
+            Asking::Yes => connection.send_asking(command, args, until).await,
         };
-        if let Err(Error::Redis(error)) = &mut answer {
-            // fred closes the connection then, and gives this error to all that is in flight. Some of it may have run.
-            if error.details().starts_with("CLUSTERDOWN") {
-                error.change_kind(ErrorKind::Timeout);
-            }
-        }
+        let answer = answer.map_err(into_ours);
         if !unanswered(&answer) {
             self.usage.uses().heard = Some(Instant::now());
         }
         answer
     }
 
-    /// fred writes the commands of a pipeline in one go, so nothing comes in between (invariant 3).
-    async fn ask_behind_asking(&self, command: &'static str, args: Vec<Value>, until: Instant) -> Result<Value, Error> {
-        let calls = self.client.pipeline().with_options(&options(until)?);
-        let queued = |name| CustomCommand::new_static(name, ClusterHash::FirstKey, false);
-        let _: Value = calls.custom(queued("ASKING"), Vec::<Value>::new()).await?;
-        let _: Value = calls.custom(queued(command), args).await?;
-        let mut answers = calls.try_all::<Value>().await.into_iter();
-        // Either one error for both, or a reply to each.
-        match (answers.next(), answers.next()) {
-            (Some(Ok(_)), Some(answer)) => answer.map_err(into_ours),
-            (Some(Err(error)), _) => Err(into_ours(error)),
-            _ => Err(Error::timeout()),
-        }
-    }
-
-    async fn is_open(&self, until: Instant) -> Result<(), Error> {
+    async fn opened(&self, until: Instant) -> Result<Arc<dyn NodeConnection>, Error> {
         let mut state = self.state.clone();
         let known = state.wait_for(|state| !matches!(state, State::Opening));
         match timeout_at(until, known).await.map_err(|_| Error::timeout())?.as_deref() {
-            Ok(State::Open) => Ok(()),
+            Ok(State::Open(connection)) => Ok(connection.clone()),
             Ok(State::Failed(error)) => Err(Error::Redis(error.clone())),
             // The runtime of the connection has ended.
             _ => Err(closed().into()),
@@ -138,7 +101,7 @@ impl NodeConnection {
     /// Returns whether the connection can't be used any more, judging by the result of a call.
     pub(super) fn has_failed(&self, answer: &Result<Value, Error>) -> bool {
         let Err(error) = answer else { return false };
-        let timed_out = matches!(error, Error::Redis(error) if *error.kind() == ErrorKind::Timeout);
+        let timed_out = error.is_timeout();
         match timed_out {
             // A slow node still replies to others.
             true => self.usage.is_silent(),
@@ -153,30 +116,26 @@ fn unanswered(answer: &Result<Value, Error>) -> bool {
     matches!(answer, Err(error @ Error::Redis(_)) if error.code().is_none())
 }
 
-fn closed() -> fred::error::Error {
-    fred::error::Error::new(ErrorKind::IO, "the connection to a node of the cluster was closed")
+fn closed() -> RedisError {
+    RedisError::new(RedisErrorKind::Io, "the connection to a node of the cluster was closed")
 }
 
 /// Connects, and keeps the connection until it fails or has been idle for long enough.
-#[expect(clippy::async_yields_async, reason = "the handle is what is wanted; it ends with this task")]
-async fn drive(client: Client, patience: Duration, lingers: Duration, state: watch::Sender<State>, end: End) {
-    let (connected, mut driver) = join!(
-        // Polled first: it misses what happens before its first poll.
-        biased;
-        timeout(patience, client.wait_for_connect()),
-        async { AbortOnDropHandle::new(client.connect()) },
-    );
-    let late =
-        |_| Err(fred::error::Error::new(ErrorKind::Timeout, "a node of the cluster could not be reached in time"));
-    if let Err(error) = connected.unwrap_or_else(late) {
-        state.send_replace(State::Failed(error));
-        return;
-    }
-    end.0.uses().heard = Some(Instant::now());
-    state.send_replace(State::Open);
+async fn drive(opening: Opening, lingers: Duration, state: watch::Sender<State>, end: End) {
+    let mut ended = match opening.await {
+        Ok((connection, ended)) => {
+            end.0.uses().heard = Some(Instant::now());
+            state.send_replace(State::Open(connection));
+            ended
+        }
+        Err(error) => {
+            state.send_replace(State::Failed(error));
+            return;
+        }
+    };
     loop {
         select! {
-            _ = &mut driver => break,
+            () = &mut ended => break,
             () = sleep(lingers) => if end.0.end_if_unused(lingers) { break },
         }
     }
@@ -253,22 +212,20 @@ impl Drop for InUse {
 
 #[cfg(test)]
 mod tests {
-    use fred::types::Builder;
     use tenure_test_support::{Server as TestServer, eventually, soon};
 
+    use super::super::super::{driver, url};
     use super::*;
 
     const LONG: Duration = Duration::from_secs(5);
 
     /// As for a server that is no cluster, which takes ASKING for an error.
-    fn open(server: &TestServer, asking: Asking) -> NodeConnection {
-        let client = Builder::from_config(Config::from_url(&server.url()).unwrap()).build().unwrap();
-        let config = client.client_config();
-        let at = Server::new("127.0.0.1", server.port());
-        NodeConnection::open(&client, &config, &at, asking, &Handle::current())
+    fn open(server: &TestServer, asking: Asking) -> Node {
+        let node = url::Address::new("127.0.0.1", server.port());
+        Node::open(driver::nodes_of(&server.url()).open(&node), asking, &Handle::current())
     }
 
-    async fn ping(node: &NodeConnection, asking: Asking) -> Result<Value, Error> {
+    async fn ping(node: &Node, asking: Asking) -> Result<Value, Error> {
         soon(node.ask(asking, "PING", Vec::new(), Instant::now() + LONG)).await
     }
 

@@ -1,14 +1,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use fred::clients::Client;
-use fred::interfaces::ClientLike;
-use fred::types::{ClusterHash, CustomCommand};
 use tenure_test_support::Server;
 
+use super::super::batcher::Executor;
 use super::super::operation::{Operation, What};
 use super::super::replies::integers;
-use super::super::{Executor, RedisStore, names};
+use super::super::server::Server as RedisServer;
+use super::super::{Driver, RedisStore, names};
 use super::*;
 use crate::store::Acquired;
 
@@ -38,7 +37,7 @@ const LOOK: &str = "local all = {} for i, key in ipairs(KEYS) do \
 /// Runs a script and the long form of it, which lacks the lines that come before, on the same keys. Returns whether
 /// the short form decided by those lines.
 async fn ends_the_same(
-    server: &super::super::Server,
+    server: &RedisServer,
     [short, long]: [&Script; 2],
     before: &[&str],
     keys: &[&str],
@@ -47,9 +46,9 @@ async fn ends_the_same(
     let mut is_short = false;
     let mut ends = Vec::new();
     for script in [long, short] {
-        eval(server.client(), SET, before).await;
+        eval(server, SET, before).await;
         let call = || {
-            let value = |text: &&str| Value::from(*text);
+            let value = |text: &&str| Bytes::copy_from_slice(text.as_bytes());
             Call::new(keys.iter().map(value), args.iter().map(value))
         };
         let said = match server.run(script, call, |_| {}, PATIENCE).await.unwrap().outcome {
@@ -66,7 +65,7 @@ async fn ends_the_same(
             }
             Err(error) => error.to_string(),
         };
-        let left = eval(server.client(), LOOK, &[]).await;
+        let left = eval(server, LOOK, &[]).await;
         ends.push(without_clock(&format!("{said} {left:?}")));
     }
     assert_eq!(ends[0], ends[1], "{before:?}, {args:?}");
@@ -78,7 +77,7 @@ async fn ends_the_same(
 #[ignore = "needs a server; tests/internals.rs runs it"]
 async fn the_short_way_to_hand_over_ends_where_the_long_one_does() {
     let server = Server::start();
-    let store = RedisStore::connect(&server.url(), String::new(), PATIENCE, 0).await.unwrap();
+    let store = RedisStore::connect(Driver::default(), &server.url(), String::new(), PATIENCE, 0).await.unwrap();
     let server = store.server();
     let long = Script::new(&[OWNER, HELD, FENCE, GRANTS, LINE, include_str!("../scripts/hand_over.lua")]);
     let scripts = [&server.scripts.hand_over, &long];
@@ -124,7 +123,7 @@ fn hand_over<'a>(may_keep: &'a str, fenced: &'a str, grant: &'a str, in_line: &'
 #[ignore = "needs a server; tests/internals.rs runs it"]
 async fn the_short_way_into_the_line_ends_where_the_long_one_does() {
     let server = Server::start();
-    let store = RedisStore::connect(&server.url(), String::new(), PATIENCE, 0).await.unwrap();
+    let store = RedisStore::connect(Driver::default(), &server.url(), String::new(), PATIENCE, 0).await.unwrap();
     let server = store.server();
     let long = Script::new(&[LINE, include_str!("../scripts/enter.lua")]);
     let lines = ["-", "[]", "z place:s1", "z place:s2 other:s1", "z other:s1 place:s1"];
@@ -169,7 +168,7 @@ fn replies_are_told_apart_and_belong_to_their_requests() {
             assert_eq!(now, u64::try_from(token / 1_000).ok());
             assert!(read(Value::Integer(-(early << 32) - other), stamp).is_err_and(|error| is_mixed_up(&error)));
         }
-        let array = |mark: i64, token: i64| Value::Array(vec![mark.into(), token.into()]);
+        let array = |mark: i64, token: i64| Value::Array(vec![Value::Integer(mark), Value::Integer(token)]);
         let (now, said) = read(array(mark, 5_000_000), stamp).unwrap();
         assert!(now == Some(5_000) && matches!(said, Ok(Returned::FencingToken(5_000_000))));
         assert!(read(array(other, 5_000_000), stamp).is_err_and(|error| is_mixed_up(&error)));
@@ -181,10 +180,10 @@ fn replies_are_told_apart_and_belong_to_their_requests() {
 #[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_fencing_token_is_told_as_the_server_has_it_however_early_the_request_was() {
     let server = Server::start();
-    let store = RedisStore::connect(&server.url(), String::new(), PATIENCE, 0).await.unwrap();
+    let store = RedisStore::connect(Driver::default(), &server.url(), String::new(), PATIENCE, 0).await.unwrap();
     let mut last = 0;
     for timeout in [1_000, 2_000, 2_096, 2_098, 2_100, 60_000, 3_000_000].map(Duration::from_millis) {
-        let value = Value::from_static_str("token");
+        let value = Bytes::from_static(b"token");
         let fence = Some((names::fence_of(&"k".into()), 60_000));
         let what = What::Acquire { value, ttl: 60_000, fence, latest: Arc::default() };
         let acquire = Operation::new("k".into(), &"token".parse().unwrap(), what);
@@ -199,11 +198,12 @@ async fn a_fencing_token_is_told_as_the_server_has_it_however_early_the_request_
 
 const KEYS: [&str; 5] = ["k", "{k}:queue", "{k}:alive", "{k}:grants", "{k}:fence"];
 
-async fn eval(client: &Client, script: &'static str, args: &[&str]) -> Value {
-    let command = CustomCommand::new_static("EVAL", ClusterHash::FirstKey, false);
+async fn eval(server: &RedisServer, script: &'static str, args: &[&str]) -> String {
     let count = KEYS.len().to_string();
     let all = [script, &count].into_iter().chain(KEYS).chain(args.iter().copied());
-    client.custom(command, all.map(Value::from).collect::<Vec<_>>()).await.unwrap()
+    let all = all.map(|arg| Bytes::copy_from_slice(arg.as_bytes())).collect();
+    let reply = server.connection.send(EVAL, all, Instant::now() + PATIENCE).await.unwrap();
+    reply.to_text().map(|text| text.into_owned()).unwrap_or_default()
 }
 
 /// The two are run one after the other, and may give the time of the server as the fencing token, or as a heartbeat.

@@ -1,15 +1,12 @@
-use fred::types::Builder;
 use tenure_test_support::{Mode, Proxy, Server, eventually, soon};
 use tokio::time::timeout;
 
-use super::super::connection::Connection;
+use super::super::driver;
 use super::*;
 
 /// On the caller's runtime.
 fn subscriber(url: &str) -> Subscriber {
-    let config = Config::from_url(url).unwrap();
-    let home = Connection::borrowed(Builder::from_config(config.clone()).build().unwrap()).home();
-    Subscriber::new(config, home, "process".into())
+    Subscriber::new(driver::pub_sub_of(url), "process".into())
 }
 
 fn subscription(server: &Server) -> Vec<String> {

@@ -20,6 +20,11 @@ pub(super) struct Liveness {
 }
 
 impl Liveness {
+    #[cfg(feature = "redis")]
+    pub(super) fn with_patience(patience: Duration) -> Self {
+        Self { patience, ..Self::default() }
+    }
+
     pub(super) fn heard(&mut self) {
         self.heard = Some(Instant::now());
         self.unanswered = None;

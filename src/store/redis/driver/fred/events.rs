@@ -6,7 +6,7 @@ use fred::types::config::Server;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::TryRecvError;
 
-use super::Sent;
+use super::super::Sent;
 
 /// The connections that were made and that broke, as fred reports them: in two channels without an order between them.
 pub(super) struct Events {
@@ -54,6 +54,11 @@ impl Events {
         // In doubt, assume a connection, so that a call may have been sent.
         self.is_broken = self.made == before && (was_broken || has_failed);
         self.is_broken != was_broken
+    }
+
+    /// Returns how many connections were made.
+    pub(super) fn made(&self) -> u64 {
+        self.made
     }
 
     /// Returns how many connections had been made, if there is none now.

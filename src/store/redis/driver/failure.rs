@@ -1,14 +1,12 @@
 //! Explains why a connection failed: to which server, why, and what to check.
 //!
-//! fred passes on the `Debug` text of an error of the system or of the TLS library. This also corrects the kind of the
-//! error: [`ErrorKind::Tls`], which is not transient, is only for what an operator has to change.
+//! Clients pass on the `Debug` text of an error of the system or of the TLS library. This also corrects the kind of the
+//! error: [`RedisErrorKind::Tls`], which is not transient, is only for what an operator has to change.
 
 use std::borrow::Cow;
 
-use fred::error::{Error, ErrorKind};
-use fred::types::config::{Config, Server, ServerConfig};
-
-use super::url;
+use crate::store::redis::url::{Address, Servers, Target};
+use crate::{RedisError, RedisErrorKind as ErrorKind};
 
 /// The server, or the servers, at the other end.
 pub(super) struct Peer {
@@ -20,51 +18,57 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    pub(super) fn of(config: &Config) -> Self {
-        let mut secrets: Vec<String> = config.password.iter().cloned().collect();
-        if let ServerConfig::Sentinel { password, .. } = &config.server {
+    pub(super) fn of(target: &Target) -> Self {
+        let mut secrets: Vec<String> = target.password.iter().cloned().collect();
+        if let Servers::Sentinels { password, .. } = &target.servers {
             secrets.extend(password.clone());
         }
-        let (address, has_password) = (url::address(config), config.password.is_some());
-        Self { address, has_password, has_tls: config.uses_tls(), secrets }
+        let (address, has_password) = (target.to_string(), target.password.is_some());
+        Self { address, has_password, has_tls: target.has_tls, secrets }
     }
 
-    /// Returns why there is no connection. `server` is the one of several that fred has named, if it has.
-    pub(super) fn unreachable(&self, error: &Error, server: Option<&Server>) -> Error {
+    /// Returns why there is no connection. `server` is the one of several that the client has named, if it has.
+    pub(super) fn unreachable(&self, error: RedisError, server: Option<&Address>) -> RedisError {
         let at: Cow<'_, str> = match server {
-            Some(server) if server.port != 0 => format!("{}:{}", server.host, server.port).into(),
+            Some(server) if server.port != 0 => server.to_string().into(),
             _ => (&*self.address).into(),
         };
         let said = self.without_secrets(error.details());
+        let has_secrets = matches!(said, Cow::Owned(_));
         let (kind, text) = self.explain(error.kind(), &said, &at);
-        Error::new(kind, text)
+        let mut error = error.with_text(text);
+        error.change_kind(kind);
+        // The client's error would show them.
+        if has_secrets { error.without_source() } else { error }
     }
 
     /// Returns why a call has failed, unless the server has replied with an error.
-    pub(super) fn unanswered(&self, error: Error) -> Error {
+    pub(super) fn unanswered(&self, error: RedisError) -> RedisError {
         let at = &self.address;
         match error.kind() {
             ErrorKind::Timeout => self.silent(),
-            ErrorKind::IO => self.unreachable(&error, None),
-            kind if is_tls(kind) => self.unreachable(&error, None),
+            ErrorKind::Io | ErrorKind::Tls => self.unreachable(error, None),
             kind @ (ErrorKind::Canceled | ErrorKind::Routing | ErrorKind::Protocol) => {
-                Error::new(kind.clone(), format!("{} ({at})", self.without_secrets(error.details())))
+                RedisError::new(kind, format!("{} ({at})", self.without_secrets(error.details())))
             }
             _ => error,
         }
     }
 
     /// Returns the error for a server that has not replied.
-    pub(super) fn silent(&self) -> Error {
-        Error::new(ErrorKind::Timeout, format!("{} did not answer in time", self.address))
+    pub(super) fn silent(&self) -> RedisError {
+        RedisError::new(ErrorKind::Timeout, format!("{} did not answer in time", self.address))
     }
 
-    /// Returns the error for a connection that nothing drives. If it is ours, the next call drives it again.
-    pub(super) fn gone(&self, ours: bool) -> Error {
+    /// Returns the error for a connection of fred's that nothing drives. If it is ours, the next call drives it again.
+    #[cfg(feature = "fred")]
+    pub(super) fn gone(&self, ours: bool) -> RedisError {
         let at = &self.address;
         match ours {
-            true => Error::new(ErrorKind::Canceled, format!("the runtime that drove the connection to {at} has ended")),
-            false => Error::new(
+            true => {
+                RedisError::new(ErrorKind::Canceled, format!("the runtime that drove the connection to {at} has ended"))
+            }
+            false => RedisError::new(
                 ErrorKind::Config,
                 format!(
                     "the client of {at} is not running: call `init`, on a runtime that lives as long as the locker"
@@ -83,10 +87,10 @@ impl Peer {
         said
     }
 
-    fn explain(&self, kind: &ErrorKind, said: &str, at: &str) -> (ErrorKind, String) {
+    fn explain(&self, kind: ErrorKind, said: &str, at: &str) -> (ErrorKind, String) {
         // The text of a refusal begins with its code, and must still do so.
         if let Some(hint) = self.refusal(said) {
-            return (kind.clone(), format!("{said} ({at}: {hint})"));
+            return (kind, format!("{said} ({at}: {hint})"));
         }
         match kind {
             ErrorKind::Timeout => {
@@ -95,12 +99,12 @@ impl Peer {
                 let look = format!("look at the address, at firewalls, and whether the server hangs{tls}");
                 (ErrorKind::Timeout, format!("no answer from {at} in time: {look}"))
             }
-            ErrorKind::IO => explain_io(said, at),
+            ErrorKind::Io => explain_io(said, at),
             ErrorKind::Protocol | ErrorKind::Parse => {
-                (kind.clone(), format!("what answers at {at} is no Redis or Valkey server: {said}"))
+                (kind, format!("what answers at {at} is no Redis or Valkey server: {said}"))
             }
-            kind if is_tls(kind) => explain_tls(said, at),
-            kind => (kind.clone(), format!("{said} ({at})")),
+            ErrorKind::Tls => explain_tls(said, at),
+            kind => (kind, format!("{said} ({at})")),
         }
     }
 
@@ -147,7 +151,7 @@ fn explain_io(said: &str, at: &str) -> (ErrorKind, String) {
         }
         () => format!("{} ({at})", message_in(said)),
     };
-    (ErrorKind::IO, text)
+    (ErrorKind::Io, text)
 }
 
 /// Signs of an error of rustls in the text of an I/O error.
@@ -195,11 +199,11 @@ fn explain_tls(said: &str, at: &str) -> (ErrorKind, String) {
             "closed via error",
         ]) =>
         {
-            return (ErrorKind::IO, format!("{at} closed the connection in the TLS handshake"));
+            return (ErrorKind::Io, format!("{at} closed the connection in the TLS handshake"));
         }
         () => format!("no TLS connection to {at}: {}", message_in(said)),
     };
-    (tls_kind(), text)
+    (ErrorKind::Tls, text)
 }
 
 /// Returns why a certificate is not accepted, as far as the texts of the libraries are known.
@@ -238,37 +242,17 @@ fn quoted<'a>(said: &'a str, before: &str) -> Option<&'a str> {
     Some(text)
 }
 
-#[cfg(any(feature = "rustls", feature = "native-tls"))]
-pub(super) fn is_tls(kind: &ErrorKind) -> bool {
-    *kind == ErrorKind::Tls
-}
-
-#[cfg(not(any(feature = "rustls", feature = "native-tls")))]
-pub(super) fn is_tls(_: &ErrorKind) -> bool {
-    false
-}
-
-#[cfg(any(feature = "rustls", feature = "native-tls"))]
-fn tls_kind() -> ErrorKind {
-    ErrorKind::Tls
-}
-
-/// Without a TLS library, a wrong configuration comes closest.
-#[cfg(not(any(feature = "rustls", feature = "native-tls")))]
-fn tls_kind() -> ErrorKind {
-    ErrorKind::Config
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::redis::url;
 
     fn peer(url: &str) -> Peer {
         Peer::of(&url::parse(url).unwrap())
     }
 
     fn explained(kind: ErrorKind, said: &'static str) -> crate::Error {
-        peer("redis://:secret@10.0.0.1:6380").unreachable(&Error::new(kind, said), None).into()
+        peer("redis://:secret@10.0.0.1:6380").unreachable(RedisError::new(kind, said), None).into()
     }
 
     #[test]
@@ -284,7 +268,7 @@ mod tests {
             ("Connection closed.", "TLS"),
             (r#"Os { code: 24, kind: Uncategorized, message: "Too many open files" }"#, "Too many open files (10."),
         ] {
-            let error = explained(ErrorKind::IO, said);
+            let error = explained(ErrorKind::Io, said);
             let text = error.to_string();
             assert!(text.contains("10.0.0.1:6380") && text.contains(about), "{text}");
             assert!(!text.contains("Os {") && !text.contains("kind:"), "{text}");
@@ -316,15 +300,14 @@ mod tests {
     #[test]
     fn of_several_servers_the_one_that_failed_is_named() {
         let cluster = peer("redis-cluster://a:1?node=b:2");
-        let refused = Error::new(ErrorKind::IO, "kind: ConnectionRefused");
-        let text = cluster.unreachable(&refused, Some(&Server::new("b", 2))).to_string();
+        let refused = RedisError::new(ErrorKind::Io, "kind: ConnectionRefused");
+        let text = cluster.unreachable(refused.clone(), Some(&Address::new("b", 2))).to_string();
         assert!(text.contains("by b:2:"), "{text}");
-        let text = cluster.unreachable(&refused, None).to_string();
+        let text = cluster.unreachable(refused, None).to_string();
         assert!(text.contains("the cluster at b:2, a:1"), "{text}");
     }
 
     /// As rustls 0.23 says it, through an I/O error, and OpenSSL 3, through native-tls.
-    #[cfg(any(feature = "rustls", feature = "native-tls"))]
     #[test]
     fn a_certificate_that_is_not_accepted_is_not_waited_for() {
         let openssl = |code, error| {
@@ -337,19 +320,19 @@ mod tests {
         };
         for (kind, said, about) in [
             (
-                ErrorKind::IO,
+                ErrorKind::Io,
                 "Custom { kind: InvalidData, error: InvalidCertificate(UnknownIssuer) }".to_owned(),
                 "unknown issuer",
             ),
             (
-                ErrorKind::IO,
+                ErrorKind::Io,
                 "Custom { kind: InvalidData, error: InvalidCertificate(NotValidForNameContext { expected: \
                  DnsName(\"redis.internal\"), presented: [\"DnsName(\\\"other\\\")\"] }) }"
                     .to_owned(),
                 "another name",
             ),
             (
-                ErrorKind::IO,
+                ErrorKind::Io,
                 "Custom { kind: InvalidData, error: InvalidCertificate(ExpiredContext { time: UnixTime(2), not_after: \
                  UnixTime(1) }) }"
                     .to_owned(),
@@ -359,7 +342,8 @@ mod tests {
             (ErrorKind::Tls, openssl(62, "hostname mismatch"), "hostname mismatch"),
             (ErrorKind::Tls, openssl(10, "certificate has expired"), "certificate has expired"),
         ] {
-            let error: crate::Error = peer("redis://10.0.0.1:6380").unreachable(&Error::new(kind, said), None).into();
+            let error: crate::Error =
+                peer("redis://10.0.0.1:6380").unreachable(RedisError::new(kind, said), None).into();
             let text = error.to_string();
             assert!(text.contains("certificate of 10.0.0.1:6380") && text.contains(about), "{text}");
             assert!(!error.is_transient(), "{text}");
@@ -367,12 +351,11 @@ mod tests {
         }
     }
 
-    #[cfg(any(feature = "rustls", feature = "native-tls"))]
     #[test]
     fn a_handshake_that_can_never_succeed_is_told_from_one_that_was_cut_off() {
         for (kind, said, about) in [
             (
-                ErrorKind::IO,
+                ErrorKind::Io,
                 "Custom { kind: InvalidData, error: InvalidMessage(InvalidContentType) }",
                 "does not speak TLS",
             ),
@@ -382,7 +365,7 @@ mod tests {
                 "does not speak TLS",
             ),
             (
-                ErrorKind::IO,
+                ErrorKind::Io,
                 "Custom { kind: InvalidData, error: AlertReceived(CertificateRequired) }",
                 "CertificateRequired",
             ),
@@ -391,8 +374,8 @@ mod tests {
             assert!(!error.is_transient() && error.to_string().contains(about), "{error}");
         }
         for (kind, said) in [
-            (ErrorKind::IO, r#"Custom { kind: UnexpectedEof, error: "tls handshake eof" }"#),
-            (ErrorKind::IO, r#"Os { code: 104, kind: ConnectionReset, message: "Connection reset by peer" }"#),
+            (ErrorKind::Io, r#"Custom { kind: UnexpectedEof, error: "tls handshake eof" }"#),
+            (ErrorKind::Io, r#"Os { code: 104, kind: ConnectionReset, message: "Connection reset by peer" }"#),
             (
                 ErrorKind::Tls,
                 r#"Ssl(Error { code: ErrorCode(5), cause: None }, X509VerifyResult { code: 0, error: "ok" })"#,
