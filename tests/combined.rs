@@ -255,7 +255,7 @@ async fn an_isolated_locker_renews_while_the_callers_of_its_calls_are_blocked() 
     // while it is polled, as another thread receives it.
     let mut requests = (0..).map(|n| Box::pin(locker.try_lock(format!("aside:{n}")).into_future()));
     let mut aside = Vec::new();
-    while aside.len() < 5 {
+    while aside.len() < 12 {
         let mut request = requests.next().unwrap();
         if request.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
             aside.push(request);
