@@ -10,7 +10,11 @@ use crate::raw_redis::RawRedis;
 
 /// The names that ratios refer to.
 pub(crate) const RAW_FRED: &str = "raw fred";
+pub(crate) const RAW_REDIS: &str = "raw redis";
 pub(crate) const RSLOCK: &str = "rslock";
+pub(crate) const ON_FRED_UNFENCED: &str = "tenure on fred, unfenced";
+pub(crate) const ON_REDIS: &str = "tenure on redis";
+pub(crate) const ON_REDIS_UNFENCED: &str = "tenure on redis, unfenced";
 /// raw fred, once more. The distance of its ratio from 1 shows how precise the other ratios are.
 const CONTROL: &str = "raw fred, again";
 
@@ -41,9 +45,9 @@ impl Rival {
     pub(crate) async fn all(url: &str) -> [Self; 8] {
         [
             Self::tenure("tenure on fred", url, Driver::Fred, true).await,
-            Self::tenure("tenure on fred, unfenced", url, Driver::Fred, false).await,
-            Self::tenure("tenure on redis", url, Driver::Redis, true).await,
-            Self::tenure("tenure on redis, unfenced", url, Driver::Redis, false).await,
+            Self::tenure(ON_FRED_UNFENCED, url, Driver::Fred, false).await,
+            Self::tenure(ON_REDIS, url, Driver::Redis, true).await,
+            Self::tenure(ON_REDIS_UNFENCED, url, Driver::Redis, false).await,
             Self::fred(RAW_FRED, url).await,
             Self::fred(CONTROL, url).await,
             Self::Redis(RawRedis::connect(url, COMPARE_AND_DELETE).await),
@@ -63,7 +67,7 @@ impl Rival {
     pub(crate) const fn name(&self) -> &'static str {
         match self {
             Self::Tenure { name, .. } | Self::Fred { name, .. } => name,
-            Self::Redis(_) => "raw redis",
+            Self::Redis(_) => RAW_REDIS,
             Self::Rslock(_) => RSLOCK,
         }
     }

@@ -8,6 +8,7 @@ mod batcher;
 mod clock;
 #[cfg(test)]
 mod differential;
+mod dispatch;
 mod driver;
 mod line;
 mod names;
@@ -31,13 +32,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use self::batcher::{Batcher, Executor};
+use self::batcher::Batcher;
 use self::driver::Connection;
 pub use self::driver::Driver;
 #[cfg(feature = "redis")]
 pub use self::driver::RedisConnection;
-use self::operation::Operation;
-use self::replies::Decision;
 use self::script::Call;
 use self::server::Server;
 pub(crate) use self::server_info::ServerInfo;
@@ -50,9 +49,6 @@ use super::{
 };
 use crate::hold::Owned;
 use crate::{Error, Key};
-
-/// The lane of all operations, where calls may have keys of several slots.
-const SHARED_LANE: u16 = 0;
 
 #[derive(Debug)]
 pub(crate) struct RedisStore {
@@ -126,18 +122,6 @@ impl RedisStore {
             true => "SPUBLISH",
             false => "PUBLISH",
         }
-    }
-
-    async fn run(&self, operation: Box<Operation>, timeout: Duration) -> Result<Decision, Error> {
-        // On a cluster, a call may only have keys of one slot.
-        let lane = match self.server().takes_one_slot() {
-            true => slot_of(&operation.name),
-            false => SHARED_LANE,
-        };
-        if self.server().router.is_moving(lane) {
-            return Box::pin(self.server().run_one(&operation, timeout)).await;
-        }
-        self.batcher.run(lane, operation, timeout).await
     }
 
     async fn remaining(&self, owned: &Owned, timeout: Duration) -> Result<Option<Duration>, Error> {

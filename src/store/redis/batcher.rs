@@ -6,7 +6,8 @@
 //! together ask for the next together. Operations that one caller asks for together enter together, and go in as few
 //! calls as possible.
 //!
-//! 1. At most [`CALLS`] calls are in flight in one lane, with at most [`OPERATIONS`] operations each.
+//! 1. At most [`CALLS`] calls are in flight in one lane, with at most [`OPERATIONS`] operations each; or more, while
+//!    fewer operations are in flight than the executor calls [few](Executor::few).
 //! 2. While operations wait, a call is in flight: its end starts the next one.
 //! 3. That end must be noticed. While a call depends on a task that may never be polled (its caller's, or that of a
 //!    driver which has not begun), it counts as in flight for at most [`TRUSTED`]. No call counts for longer than its
@@ -80,6 +81,11 @@ pub(super) trait Executor: fmt::Debug + Send + Sync + 'static {
         operations: &[Self::Operation],
         timeout: Duration,
     ) -> impl Future<Output = Result<BatchResults<Self::Output>, BatchRefused>> + Send;
+
+    /// Returns the number of operations in flight below which there may be more than [`CALLS`] calls.
+    fn few(&self) -> usize {
+        0
+    }
 
     /// Returns the rank of an operation: those of a batch are sorted by it.
     fn rank(operation: &Self::Operation) -> usize;
@@ -183,7 +189,7 @@ impl<E: Executor> Shared<E> {
         let mut in_lane = lanes.lane(lane);
         in_lane.forget_stalled(now);
         if in_lane.queued() == 0 {
-            if let Some(number) = in_lane.begin(now + TRUSTED) {
+            if let Some(number) = in_lane.begin(self.executor.few(), now + TRUSTED) {
                 return Ok(Entered::First(operation, Call { shared: self, lane, number }));
             }
         }
@@ -259,7 +265,7 @@ impl<E: Executor> Shared<E> {
     /// that are in flight then, which is when to check them.
     fn drive(self: &Arc<Self>, mut lanes: MutexGuard<'_, Lanes<E>>, lane: u16, now: Instant) -> Option<Instant> {
         let mut in_lane = lanes.lane(lane);
-        let next = in_lane.begin_for_next(now + TRUSTED);
+        let next = in_lane.begin_for_next(self.executor.few(), now + TRUSTED);
         let check_at = in_lane.trusted_until();
         // A runtime that has ended drops the driver at once, and its destructor takes the mutex.
         drop(lanes);
@@ -346,6 +352,11 @@ impl<E: Executor> Driver<E> {
             let sent = operations.into_iter().zip(callers).map(Queued::joined);
             match results {
                 Ok(results) => {
+                    if parts.is_empty() {
+                        // Before the callers have them, who may ask for more at once.
+                        let few = self.shared.executor.few();
+                        self.shared.lanes().lane(self.lane).has_returned(self.number, few);
+                    }
                     let mut left_over = Vec::new();
                     for (queued, result) in sent.zip(results) {
                         match result {

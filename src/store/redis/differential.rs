@@ -7,8 +7,10 @@ use std::sync::Arc;
 use tenure_test_support::{Server as Process, Version};
 use tokio::time::Instant;
 
+use super::batcher::Executor;
 use super::driver::Value;
-use super::operation::What;
+use super::operation::{Operation, What};
+use super::replies::Decision;
 use super::script::Scripts;
 use super::*;
 use crate::Token;

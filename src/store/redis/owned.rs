@@ -6,10 +6,11 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::args::{count_of, decimal, id_of, millis, record_ttl, seconds};
+use super::dispatch::SHARED_LANE;
 use super::operation::{self, Operation, What};
 use super::replicas::within;
 use super::script::Call;
-use super::{RedisStore, SHARED_LANE, names, replies};
+use super::{RedisStore, names, replies};
 use crate::hold::Owned;
 use crate::store::{Ending, Extending, Latest, Store, Undone, Verdict};
 use crate::{Error, Key, Token};

@@ -3,8 +3,8 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::server::{free_port, is_free};
-use crate::{PATIENCE, Server, Version};
+use crate::port::BUS;
+use crate::{PATIENCE, Server};
 
 /// A cluster of three primaries without replicas.
 #[derive(Debug)]
@@ -190,20 +190,9 @@ impl Migration<'_> {
     }
 }
 
-/// A node and the port of its bus: a free one, or, before Redis 7, the one that is 10,000 above the other.
+/// A node and the port of its bus.
 fn start_node() -> (Server, String) {
-    if Version::of_this_run().has_redis(7, 0) {
-        let bus = free_port().to_string();
-        let node = Server::start_with(&["--cluster-enabled", "yes", "--cluster-port", &bus]);
-        return (node, bus);
-    }
-    let ports = (0..100).filter_map(|_| Some(free_port()).filter(|port| *port < u16::MAX - BUS));
-    let mut ports = ports.filter(|port| is_free(port + BUS));
-    let node = ports.find_map(|port| Server::try_start(port, &["--cluster-enabled", "yes"]));
-    let node = node.expect("a free port, and another for the bus");
+    let node = Server::start_with(&["--cluster-enabled", "yes"]);
     let bus = node.port() + BUS;
     (node, bus.to_string())
 }
-
-/// How far the port of its bus is from a node's own, unless it is said.
-const BUS: u16 = 10_000;

@@ -1,7 +1,7 @@
 //! One server process.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
@@ -11,6 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use crate::port::Port;
 use crate::version::{Version, binary};
 use crate::{Certificate, PATIENCE};
 
@@ -18,7 +19,8 @@ use crate::{Certificate, PATIENCE};
 #[derive(Debug)]
 pub struct Server {
     process: Child,
-    port: u16,
+    port: Port,
+    tls_port: Option<Port>,
     dir: TempDir,
     args: Vec<String>,
 }
@@ -35,17 +37,18 @@ impl Server {
     ///
     /// When there is no such server, or it won't start.
     pub fn start_with(args: &[&str]) -> Self {
-        // Another process may take the port between the look and the start: then it's another port.
-        (0..20).find_map(|_| Self::try_start(free_port(), args)).expect("a free port for the server")
+        // Something that is no test may take the port between the look and the start: then it's another port.
+        (0..20).find_map(|_| Self::try_start(args)).expect("a free port for the server")
     }
 
-    pub(crate) fn try_start(port: u16, args: &[&str]) -> Option<Self> {
+    fn try_start(args: &[&str]) -> Option<Self> {
         // Asserts that it is the one that the run is for.
         Version::of_this_run();
         let dir = tempfile::tempdir().expect("a temporary directory");
         let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
-        let process = spawn(port, &dir, &args);
-        let mut server = Self { process, port, dir, args };
+        let port = Port::find();
+        let process = spawn(port.number(), &dir, &args);
+        let mut server = Self { process, port, tls_port: None, dir, args };
         if server.answers() {
             return Some(server);
         }
@@ -56,12 +59,12 @@ impl Server {
 
     /// The port that it listens on.
     pub fn port(&self) -> u16 {
-        self.port
+        self.port.number()
     }
 
     /// For [`Locker::connect`].
     pub fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}", self.port)
+        format!("redis://127.0.0.1:{}", self.port())
     }
 
     /// The same server by its unix socket.
@@ -80,7 +83,7 @@ impl Server {
     ///
     /// When there is no redis-cli.
     pub fn cli(&self, command: &[&str]) -> String {
-        let port = self.port.to_string();
+        let port = self.port().to_string();
         let output = Command::new("redis-cli").args(["-p", &port, "--no-auth-warning"]).args(command).output();
         let output = output.expect("redis-cli, which comes with redis-server");
         String::from_utf8_lossy(&output.stdout).trim_end_matches('\n').to_owned()
@@ -94,7 +97,7 @@ impl Server {
     pub fn start_replica(&self) -> Self {
         // At once, and not in five seconds together with others that may come.
         self.cli(&["CONFIG", "SET", "repl-diskless-sync-delay", "0"]);
-        let port = self.port.to_string();
+        let port = self.port().to_string();
         let replica = Self::start_with(&["--replicaof", "127.0.0.1", &port, "--repl-diskless-sync-delay", "0"]);
         // It is called online up to a second before it is sent anything. So: until it has what was written after that.
         let patience = Instant::now() + PATIENCE;
@@ -104,7 +107,7 @@ impl Server {
                 sleep(Duration::from_millis(10));
             }
         };
-        wait_until(&|| self.cli(&["INFO", "replication"]).contains(&format!("port={},state=online", replica.port)));
+        wait_until(&|| self.cli(&["INFO", "replication"]).contains(&format!("port={},state=online", replica.port())));
         self.cli(&["SET", "caught-up", "1"]);
         wait_until(&|| replica.cli(&["EXISTS", "caught-up"]) == "1");
         self.cli(&["DEL", "caught-up"]);
@@ -144,7 +147,7 @@ impl Server {
     /// Starts it again with further arguments, and does not wait until it replies.
     pub fn restart_without_waiting(&mut self, args: &[&str]) {
         let args: Vec<String> = self.args.iter().cloned().chain(args.iter().map(|&arg| arg.to_owned())).collect();
-        self.process = spawn(self.port, &self.dir, &args);
+        self.process = spawn(self.port(), &self.dir, &args);
     }
 
     /// Kills it and starts it again, empty.
@@ -159,11 +162,14 @@ impl Server {
     ///
     /// As [`start_with`](Server::start_with); and where it was built without TLS.
     pub fn start_tls(certificate: &Certificate) -> (Self, u16) {
-        let port = free_port();
+        let tls_port = Port::find();
+        let port = tls_port.number();
         let [file, key] = [&certificate.certificate, &certificate.key].map(|path| path.display().to_string());
         let tls = ["--tls-port", &port.to_string(), "--tls-cert-file", &file, "--tls-key-file", &key];
         // Clients need no certificate of their own; the server wants to know an authority all the same.
-        let server = Self::start_with(&[&tls[..], &["--tls-auth-clients", "no", "--tls-ca-cert-file", &file]].concat());
+        let mut server =
+            Self::start_with(&[&tls[..], &["--tls-auth-clients", "no", "--tls-ca-cert-file", &file]].concat());
+        server.tls_port = Some(tls_port);
         (server, port)
     }
 
@@ -191,7 +197,7 @@ impl Server {
     fn answers(&mut self) -> bool {
         let patience = Instant::now() + PATIENCE;
         while Instant::now() < patience {
-            if ping(self.port) {
+            if ping(self.port()) {
                 // Ours, and not another that has the port: that one would have kept ours from starting.
                 return self.process.try_wait().expect("it was started by us").is_none();
             }
@@ -226,15 +232,6 @@ fn spawn(port: u16, dir: &TempDir, args: &[String]) -> Child {
     }
     command.args(options).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     command.spawn().expect("a server; `bash tests/run.sh` installs it")
-}
-
-pub(crate) fn free_port() -> u16 {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
-    listener.local_addr().expect("its address").port()
-}
-
-pub(crate) fn is_free(port: u16) -> bool {
-    TcpListener::bind(("127.0.0.1", port)).is_ok()
 }
 
 /// Returns whether a server replies there, be it with a refusal.

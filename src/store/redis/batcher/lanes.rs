@@ -24,13 +24,15 @@ pub(super) struct Lanes<E: Executor> {
 }
 
 struct Lane<E: Executor> {
-    calls: [Option<InFlight>; CALLS],
+    calls: Vec<InFlight>,
     queue: BinaryHeap<Reverse<Queued<E>>>,
 }
 
 /// A call that is in flight.
 struct InFlight {
     number: u64,
+    /// How many operations of it wait for their results; at least one, so that the number of calls is limited.
+    operations: usize,
     /// Until when it counts as in flight (invariant 3 of the batcher).
     trusted_until: Instant,
 }
@@ -46,7 +48,7 @@ pub(super) struct Queued<E: Executor> {
 
 impl<E: Executor> Lanes<E> {
     pub(super) fn lane(&mut self, number: u16) -> LaneMut<'_, E> {
-        let new = || Lane { calls: [const { None }; CALLS], queue: BinaryHeap::new() };
+        let new = || Lane { calls: Vec::with_capacity(CALLS), queue: BinaryHeap::new() };
         LaneMut { lane: self.lanes.entry(number).or_insert_with(new), last: &mut self.last }
     }
 }
@@ -75,31 +77,41 @@ impl<E: Executor> LaneMut<'_, E> {
 
     /// Begins a call for the operations that wait, if there are any and there is room for one. Returns its number, and
     /// the runtime on which the first of them can be sent.
-    pub(super) fn begin_for_next(&mut self, trusted_until: Instant) -> Option<NextCall> {
+    pub(super) fn begin_for_next(&mut self, few: usize, trusted_until: Instant) -> Option<NextCall> {
         let runtime = self.lane.queue.peek()?.0.runtime.clone();
-        Some(NextCall { number: self.begin(trusted_until)?, runtime })
+        Some(NextCall { number: self.begin(few, trusted_until)?, runtime })
     }
 
-    /// Begins a call. Returns its number, or `None` if enough are in flight.
-    pub(super) fn begin(&mut self, trusted_until: Instant) -> Option<u64> {
-        let slot = self.lane.calls.iter_mut().find(|slot| slot.is_none())?;
+    /// Begins a call. Returns its number, or `None` if enough are in flight, and no fewer than `few` operations.
+    pub(super) fn begin(&mut self, few: usize, trusted_until: Instant) -> Option<u64> {
+        let calls = &mut self.lane.calls;
+        if calls.len() >= CALLS && calls.iter().map(|call| call.operations).sum::<usize>() >= few {
+            return None;
+        }
         *self.last += 1;
-        *slot = Some(InFlight { number: *self.last, trusted_until });
+        calls.push(InFlight { number: *self.last, operations: 1, trusted_until });
         Some(*self.last)
     }
 
+    /// Notes that all operations of the call have their results. If it had many, as many are about to come.
+    pub(super) fn has_returned(&mut self, number: u64, few: usize) {
+        if let Some(call) = self.lane.calls.iter_mut().find(|call| call.number == number) {
+            call.operations = if call.operations > few { call.operations } else { 1 };
+        }
+    }
+
     pub(super) fn end(&mut self, number: u64) {
-        self.lane.retain_calls(|call| call.number != number);
+        self.lane.calls.retain(|call| call.number != number);
     }
 
     /// Stops counting the calls that are no longer trusted, so that others can take their place.
     pub(super) fn forget_stalled(&mut self, now: Instant) {
-        self.lane.retain_calls(|call| now < call.trusted_until);
+        self.lane.calls.retain(|call| now < call.trusted_until);
     }
 
     /// Returns the time at which no call in flight is trusted any longer, unless one of them proceeds until then.
     pub(super) fn trusted_until(&self) -> Option<Instant> {
-        self.lane.calls.iter().flatten().map(|call| call.trusted_until).max()
+        self.lane.calls.iter().map(|call| call.trusted_until).max()
     }
 
     /// Takes the next batch for a call. Returns `None` if nothing waits, which ends the call, or if the call is no
@@ -108,7 +120,7 @@ impl<E: Executor> LaneMut<'_, E> {
     /// Moves to `given_up` what nobody waits for any longer.
     pub(super) fn take(&mut self, number: u64, now: Instant, given_up: &mut Vec<Queued<E>>) -> Option<Vec<Queued<E>>> {
         let Lane { calls, queue } = &mut *self.lane;
-        let call = calls.iter_mut().flatten().find(|call| call.number == number)?;
+        let call = calls.iter_mut().find(|call| call.number == number)?;
         let mut batch = Vec::with_capacity(queue.len().min(OPERATIONS));
         while batch.len() < OPERATIONS {
             let Some(Reverse(next)) = queue.pop() else { break };
@@ -123,7 +135,7 @@ impl<E: Executor> LaneMut<'_, E> {
         }
         match batch.iter().map(|next| next.until).max() {
             // By then it has ended, or its driver is not polled.
-            Some(until) => call.trusted_until = until + TRUSTED,
+            Some(until) => (call.operations, call.trusted_until) = (batch.len(), until + TRUSTED),
             None => {
                 self.end(number);
                 return None;
@@ -142,14 +154,8 @@ impl<E: Executor> LaneMut<'_, E> {
 }
 
 impl<E: Executor> Lane<E> {
-    fn retain_calls(&mut self, keep: impl Fn(&InFlight) -> bool) {
-        for slot in &mut self.calls {
-            slot.take_if(|call| !keep(call));
-        }
-    }
-
     fn is_idle(&self) -> bool {
-        self.queue.is_empty() && self.calls.iter().all(Option::is_none)
+        self.queue.is_empty() && self.calls.is_empty()
     }
 }
 

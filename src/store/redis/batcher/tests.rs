@@ -59,6 +59,7 @@ struct Sent {
 struct Fake {
     calls: Mutex<Vec<Sent>>,
     home: Option<Handle>,
+    few: usize,
 }
 
 /// Notes when the call ends, also when it is dropped.
@@ -110,6 +111,10 @@ impl Executor for Fake {
         self.home.clone()
     }
 
+    fn few(&self) -> usize {
+        self.few
+    }
+
     async fn run_one(&self, task: &Task, timeout: Duration) -> Result<usize, Error> {
         self.bring(std::slice::from_ref(task), false, timeout).await?;
         match task.fate {
@@ -152,7 +157,12 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        Self { batcher: Arc::new(Batcher::new(Fake::default())), start: Instant::now() }
+        Self::with_few(0)
+    }
+
+    fn with_few(few: usize) -> Self {
+        let carrier = Fake { few, ..Fake::default() };
+        Self { batcher: Arc::new(Batcher::new(carrier)), start: Instant::now() }
     }
 
     fn run(&self, task: Task, patience: Duration) -> impl Future<Output = Answered> + Send + use<> {
@@ -213,6 +223,39 @@ async fn what_finds_fewer_than_two_calls_is_sent_at_once_by_its_own_caller() {
     assert_eq!(bench.sent(), [(ms(0), vec![1]), (ms(0), vec![2])]);
     assert_eq!(bench.start.elapsed(), ms(10));
     assert_eq!(tasks(), 0, "a task was spawned");
+    bench.assert_nothing_left();
+}
+
+#[tokio::test(start_paused = true)]
+async fn few_operations_are_calls_of_their_own() {
+    let bench = Bench::with_few(8);
+    let runs = (0..10).map(|id| bench.run(Task { lasts: ms(10 + id as u64), ..task(id) }, ms(1_000)));
+    runs.collect::<JoinSet<_>>().join_all().await;
+    let sent = bench.sent();
+    assert_eq!(sent.iter().map(|(_, ids)| ids.len()).collect::<Vec<_>>(), [1, 1, 1, 1, 1, 1, 1, 1, 2]);
+    // The others wait until there are few again.
+    assert_eq!(sent[8].0, ms(10));
+    until_idle().await;
+    bench.assert_nothing_left();
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_operations_share_calls_as_long_as_there_are_many() {
+    let bench = Bench::with_few(8);
+    let mut workers = JoinSet::new();
+    for id in 0..40 {
+        let runs = [(); 10].map(|()| bench.run(task(id), ms(1_000)));
+        workers.spawn(async move {
+            for run in runs {
+                run.await.unwrap();
+            }
+        });
+    }
+    workers.join_all().await;
+    // 8 by themselves at first, and then two calls at a time.
+    let calls = bench.sent().iter().map(|(at, ids)| (*at, ids.len())).collect::<Vec<_>>();
+    assert!(calls.len() < 40, "400 operations in {calls:?}");
+    until_idle().await;
     bench.assert_nothing_left();
 }
 
@@ -363,7 +406,7 @@ async fn a_caller_that_is_gone_is_not_sent_again_after_a_call_that_left_it_out_o
 #[tokio::test(start_paused = true)]
 async fn a_caller_that_is_out_of_time_is_not_sent_although_it_is_still_there() {
     let (mut lanes, now) = (Lanes::<Fake>::default(), Instant::now());
-    let number = lanes.lane(0).begin(now + TRUSTED).unwrap();
+    let number = lanes.lane(0).begin(0, now + TRUSTED).unwrap();
     let (result, _waiter) = oneshot::channel();
     lanes.lane(0).push(Queued { operation: task(1), result, until: now, runtime: Handle::current() });
     let mut given_up = Vec::new();
@@ -759,7 +802,8 @@ struct Weather {
 /// Many callers of random habits. Each is answered once, in time, and rightly; nothing is left.
 async fn history(seed: u64, weather: Weather) {
     let mut rng = fastrand::Rng::with_seed(seed);
-    let bench = Bench::new();
+    let few = *rng.choice(&[0, 8]).unwrap();
+    let bench = Bench::with_few(few);
     let lanes = rng.u16(1..4);
     let count = *rng.choice(&[3, 20, 200, 600]).unwrap();
     let (span, longest) = (rng.u64(1..200), rng.u64(1..weather.longest));
@@ -859,7 +903,7 @@ async fn history(seed: u64, weather: Weather) {
         }
     }
     let trusted = if weather.put_aside { TRUSTED } else { ALWAYS };
-    assert!(carrier.most_at_a_time(trusted) <= CALLS);
+    assert!(carrier.most_at_a_time(trusted) <= CALLS.max(few));
 }
 
 fn histories(seeds: std::ops::Range<u64>, weather: Weather) {

@@ -3,10 +3,11 @@ use std::time::Duration;
 
 use tenure_test_support::Server;
 
+use super::super::batcher::Executor;
 use super::super::operation::{Operation, What};
 use super::super::replies::integers;
 use super::super::server::Server as RedisServer;
-use super::super::{Driver, Executor, RedisStore, names};
+use super::super::{Driver, RedisStore, names};
 use super::*;
 use crate::store::Acquired;
 
