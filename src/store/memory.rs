@@ -143,8 +143,11 @@ impl MemoryStore {
         }
         match held.acquire(to) {
             Acquired::Granted { fencing_token } => {
-                // Reserves the tokens after the first.
-                held.last_fence += fencing_token.map_or(0, |_| next.tokens.saturating_sub(1));
+                let reserved = fencing_token.map_or(0, |_| next.tokens.saturating_sub(1));
+                held.last_fence += reserved;
+                // A grant to the token again, which a later holder of this process may have by then, has the last.
+                let entry = to.owned.keys.first().and_then(|key| held.locks.get_mut(key));
+                entry.into_iter().for_each(|entry| entry.fence = entry.fence.map(|fence| fence + reserved));
                 HandedOver::Done { fencing_token, alone: true }
             }
             // The mutex was held since the release, so nobody else can have the lock.

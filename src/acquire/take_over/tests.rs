@@ -406,6 +406,19 @@ async fn a_token_that_somebody_has_read_ends_with_its_guard() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_twin_of_a_successor_has_no_smaller_fencing_token() {
+    let counted = Counted::new();
+    let (first, [successor]) = counted.handed_over(|| counted.locker.lock("k")).await;
+    first.release().await.unwrap();
+    let successor = successor.await.unwrap().unwrap();
+    let twin = counted.locker.try_lock("k").token(successor.token().clone()).await.unwrap();
+    assert!(twin.fencing_token() >= successor.fencing_token());
+    let last = twin.fencing_token();
+    drop((twin, successor));
+    assert!(counted.locker.lock("k").await.unwrap().fencing_token() > last);
+}
+
+#[tokio::test(start_paused = true)]
 async fn too_little_time_is_not_handed_over() {
     let counted = counted(Locker::builder().ttl(ms(10_000)), Fault::Refused);
     let (second, [third]) = counted.handed_over(|| counted.locker.lock("k")).await;
