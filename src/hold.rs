@@ -20,7 +20,8 @@
 //!    ttl of each request ends there, or with the least time of the hold (9) if that is longer. It is the limit that
 //!    ends the hold if no request could have moved the deadline further; otherwise the hold expires.
 //! 9. A hold with a least time, counted from when its grant was known, has its keys stay taken until that has passed:
-//!    after a release, a drop, or the end at its limit. After any other loss, nobody may touch what another may hold.
+//!    after a release, a drop, or the end at its limit. A hold that expires leaves its keys taken for no longer than the
+//!    last confirmed ttl, but doesn't free them before that. After any other loss, nobody may touch what another may hold.
 
 mod bounds;
 mod claim;
@@ -196,7 +197,13 @@ impl Hold {
         if self.bounds.at_least.is_zero() || self.stays_until <= Instant::now() {
             return None;
         }
-        matches!(self.state().loss, None | Some(Loss::Released | Loss::LimitReached)).then_some(self.stays_until)
+        let state = self.state();
+        match state.loss {
+            None | Some(Loss::Released | Loss::LimitReached) => Some(self.stays_until),
+            // The deadline lies before the end of the ttl: to free the key there would be too early.
+            Some(Loss::Expired) => Some(self.stays_until.min(state.sent + state.worth)),
+            Some(Loss::Taken | Loss::Missing) => None,
+        }
     }
 
     pub(crate) fn ttl(&self) -> Duration {

@@ -275,7 +275,8 @@ impl LockRequest {
     ///
     /// The rest may be longer than the ttl. Until the release there is only the ttl: if this process dies, or is cut
     /// off until the lock has [expired](crate::Loss::Expired), the key is free when the ttl ends, however much is left
-    /// of the least time. To cover that, use a [ttl](LockRequest::ttl) that is as long.
+    /// of the least time. To cover that, use a [ttl](LockRequest::ttl) that is as long: a lock that expires is not freed
+    /// before its last confirmed ttl or the least time has ended, whichever is earlier.
     ///
     /// - With [`hold_at_most`](LockRequest::hold_at_most), the key stays taken after the end at the limit, too.
     /// - If several guards hold the lock by one [token](LockRequest::token), the key is left to nobody when the last of
@@ -283,6 +284,8 @@ impl LockRequest {
     ///   at once.
     /// - A [lease](LockGuard::into_lease) has no least time: who adopts it may release it at once.
     /// - In a [quorum](Locker::quorum), a node that is restarted forgets the time, as it forgets locks.
+    /// - A server that is out of memory can't replace the token: the key stays taken by it for the rest of the time. So
+    ///   [`inspect`](Locker::inspect) returns a holder, and a [chosen token](LockRequest::token) can get the lock again.
     ///
     /// ```
     /// # async fn send_report() {}

@@ -512,3 +512,16 @@ async fn after_the_limit_the_key_stays_taken_also_if_the_release_arrives_late() 
     let late = locker.try_lock("k").hold_at_most(ms(200)).hold_at_least(ms(60_000)).await.unwrap_err();
     assert!(matches!(late, Error::ValidityExpired), "{late}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_lock_whose_ttl_is_as_long_as_its_least_time_is_not_freed_before_when_it_expires() {
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), |_| Fault::None);
+    let start = Instant::now();
+    let guard = locker.lock("k").ttl(ms(10_000)).no_renewal().hold_at_least(ms(10_000)).await.unwrap();
+    assert_eq!(loss_of(&guard, start).await, (ms(9_898), Loss::Expired));
+    sleep(ms(1)).await;
+    assert_eq!(left(&store, "k"), Some(ms(10_000 - 9_898 - 1)), "it is not freed before");
+    sleep(ms(200)).await;
+    assert_eq!(left(&store, "k"), None);
+}
