@@ -238,3 +238,20 @@ async fn a_limit_goes_along_with_no_hand_over() {
     assert!(ttl_of(&server, "k") <= 1_500 && last.remaining() < ms(1_500));
     assert_eq!(soon(last.lost()).await, Loss::LimitReached);
 }
+
+/// More guards of one token than the server can tell apart.
+#[tokio::test]
+async fn the_least_time_of_one_guard_among_very_many_of_its_token_is_kept() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let mine = || locker.lock("k").token("job".parse().unwrap()).ttl(ms(10_000));
+    let mut guards = Vec::new();
+    for _ in 0..66 {
+        guards.push(mine().await.unwrap());
+    }
+    drop(mine().hold_at_least(ms(60_000)).await.unwrap());
+    eventually("the key stays taken", async || (ttl_of(&server, "k") > 50_000).then_some(())).await;
+    drop(guards);
+    soon(locker.close()).await;
+    assert!(ttl_of(&server, "k") > 40_000);
+}

@@ -9,8 +9,8 @@
 --
 -- The keys don't go to the head of the line, which finds them held by another, as any waiter does.
 --
--- Idempotent: a repeat finds nothing of ours, returns that, and prolongs nothing. As in release.lua, no key keeps the
--- others from being released.
+-- Idempotent: a repeat finds nothing of ours, returns that, and prolongs nothing; but where the record is full, it
+-- prolongs the time by as much as it is late. As in release.lua, no key keeps the others from being released.
 
 local token, n, publish, grant, rest = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], tonumber(ARGV[5])
 local reply, failure = 1, nil
@@ -36,7 +36,8 @@ local function linger(i)
         if record_key then
             redis.pcall('DEL', record_key)
         end
-    elseif #others.ids < #record.ids then
+    elseif #others.ids < #record.ids or record.ttls['*'] ~= nil then
+        -- A record that is full doesn't list this grant, and keeps the time for it all the same.
         others.kept = math.max(math.ceil(now / 1000) + rest, record.kept or 0)
         write_grants(record_key, token, others, rest)
         -- As in end_grant.lua, and no shorter than this grant wanted.
