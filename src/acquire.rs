@@ -28,7 +28,7 @@ use self::queue::{By, Obtained, Ticket};
 use self::step::{Step, WaitFor};
 use self::waiter::Waiter;
 use crate::hold::timing::{self, Reminders, Renewal};
-use crate::hold::{Grant, GrantId, Owned};
+use crate::hold::{Bounds, Grant, GrantId, Owned, Terms};
 use crate::locker::shared::Shared;
 use crate::retry::Pauses;
 use crate::store::{Queueing, Wanted};
@@ -48,6 +48,7 @@ pub(crate) struct Options {
     pub(crate) wait_at_most: Option<Duration>,
     pub(crate) ttl: Duration,
     pub(crate) renewal: Renewal,
+    pub(crate) bounds: Bounds,
     pub(crate) metadata: Vec<u8>,
     pub(crate) token: Option<Token>,
     pub(crate) fenced: bool,
@@ -69,8 +70,8 @@ impl Options {
     pub(crate) fn new(shared: Arc<Shared>, keys: Vec<Key>, patience: Patience) -> Self {
         let settings = &shared.settings;
         let (ttl, renewal, fenced) = (settings.ttl, settings.renewal, settings.fenced);
-        let (wait_at_most, metadata, token, fair) = (None, Vec::new(), None, false);
-        Self { shared, keys, patience, wait_at_most, ttl, renewal, metadata, token, fenced, fair }
+        let (wait_at_most, bounds, metadata, token, fair) = (None, Bounds::default(), Vec::new(), None, false);
+        Self { shared, keys, patience, wait_at_most, ttl, renewal, bounds, metadata, token, fenced, fair }
     }
 
     /// Obtains the lock. The options are in a box, as arguments stay in their future for as long as that lives.
@@ -84,7 +85,8 @@ impl Options {
         let started = Instant::now();
         let (ttl, runtime) = self.validate()?;
         let queueing = self.queueing();
-        let Self { shared, keys, patience, wait_at_most, renewal, metadata, token, fenced: wants_token, .. } = self;
+        let Self { shared, keys, patience, wait_at_most, renewal, bounds, metadata, token, .. } = self;
+        let wants_token = self.fenced;
         let own_token = token.is_none();
         let token = token.unwrap_or_else(Token::random);
         // A token that others may use as well needs something else to tell its grants apart.
@@ -94,15 +96,16 @@ impl Options {
         // before. So a lock held by a token that can come back has a fencing token of its own, wanted or not.
         let fenced = wants_token || !own_token;
         let latest = Arc::default();
-        // Without renewals, the request would get less than its ttl; and its metadata has to be stored.
-        let takes_over =
-            shared.settings.local_hand_over && own_token && metadata.is_empty() && renewal != Renewal::Never;
+        // Without renewals, the request would get less than its ttl; and its metadata has to be stored. What was asked
+        // for by the holder before knows nothing of the request's bounds.
+        let is_plain = own_token && metadata.is_empty() && renewal != Renewal::Never && !bounds.are_set();
+        let takes_over = shared.settings.local_hand_over && is_plain;
         let wanted = Wanted { owned, metadata: metadata.into(), ttl, fenced, queueing, takes_over, latest };
         let limit = wait_at_most.map(|limit| timing::after(started, limit));
         Ok(Acquisition {
             waiter: Waiter::new(Attempt::new(wanted, shared, runtime), limit),
             pacing: Pacing::from(patience),
-            renewal,
+            terms: Terms { renewal, bounds },
             wants_token,
             started,
             attempts: 0,
@@ -123,6 +126,8 @@ impl Options {
         let drift = self.shared.settings.drift;
         let ttl = drift.validate(self.ttl)?;
         self.renewal.validate(ttl, drift)?;
+        self.bounds.validate(drift)?;
+        let ttl = self.bounds.cut(ttl);
         Shared::check_runtime()?;
         Ok((ttl, self.shared.runtime()?))
     }
@@ -141,7 +146,7 @@ impl Options {
 struct Acquisition {
     waiter: Waiter,
     pacing: Pacing,
-    renewal: Renewal,
+    terms: Terms,
     /// The user wants a fencing token.
     wants_token: bool,
     started: Instant,
@@ -214,14 +219,15 @@ impl Acquisition {
         if let Some(instead) = self.waiter.claim() {
             return Ok(instead);
         }
-        let (at, attempts, waited, ttl) = (Instant::now(), self.attempts, self.started.elapsed(), grant.ttl);
+        let (at, attempts, waited) = (Instant::now(), self.attempts, self.started.elapsed());
+        let ttl = self.terms.bounds.usable(grant.ttl);
         let drift = self.waiter.drift();
         let remaining = drift.deadline(grant.sent, ttl).saturating_duration_since(at);
         if drift.suffices(remaining, ttl) {
             info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
             grant.fencing_token = grant.fencing_token.filter(|_| self.wants_token);
-            let obtained = Obtained { at, held_until: grant.sent + ttl, by };
-            return self.waiter.succeed(grant, self.renewal, obtained).map(Step::Finish);
+            let obtained = Obtained { at, held_until: grant.sent + grant.ttl, by };
+            return self.waiter.succeed(grant, self.terms, obtained).map(Step::Finish);
         }
         debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");
         self.late += 1;

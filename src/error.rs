@@ -135,6 +135,11 @@ pub enum Error {
     #[error("invalid renewal interval: {0}")]
     InvalidRenewal(&'static str),
 
+    /// No lock can be held for this time: the bound that [`hold_at_least`](crate::LockRequest::hold_at_least) or
+    /// [`hold_at_most`](crate::LockRequest::hold_at_most) sets can't work. Nothing was sent.
+    #[error("invalid bound: {0}")]
+    InvalidHold(&'static str),
+
     /// This text is not a token.
     #[error("invalid token: {0}")]
     InvalidToken(&'static str),

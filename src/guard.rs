@@ -376,6 +376,8 @@ impl LockGuard {
     ///
     /// A shorter ttl counts from the moment of the call, even if the server can't be asked.
     ///
+    /// A lock with a [limit](crate::LockRequest::hold_at_most) is held until then at most, whatever its ttl.
+    ///
     /// While the outcome of such a call is unknown, the server may still set this ttl: until then, for up to twice the
     /// [command timeout](crate::LockerBuilder::command_timeout), later renewals move the deadline by this ttl at most.
     ///
@@ -416,7 +418,8 @@ impl LockGuard {
         self.renew_for(ttl).await
     }
 
-    /// Makes sure that the server will keep the lock for at least this long from now; never makes it shorter.
+    /// Makes sure that the server will keep the lock for at least this long from now; never makes it shorter. A lock
+    /// with a [limit](crate::LockRequest::hold_at_most) is kept until then at most.
     ///
     /// # Errors
     ///
@@ -470,7 +473,8 @@ impl LockGuard {
         self.shared.store.remaining(&self.hold.owned, self.shared.command_timeout).await
     }
 
-    /// Releases the lock and waits for the server to confirm it. Futures and tokens of this guard fire first.
+    /// Releases the lock and waits for the server to confirm it. Futures and tokens of this guard fire first. If the
+    /// lock is to be held for [at least](crate::LockRequest::hold_at_least) some time, its key stays taken for the rest.
     ///
     /// # Errors
     ///
@@ -508,7 +512,7 @@ impl LockGuard {
         // A renewal that is on its way is given up.
         self.renewer.interrupt();
         let until = Instant::now() + self.shared.command_timeout;
-        let released = self.shared.release(&self.hold.owned, Ending::Lock, until).await?;
+        let released = self.shared.release(&self.hold.owned, Ending::Lock, self.hold.stays_until(), until).await?;
         self.hold.set_final_step(match self.hold.has_late_requests() {
             true => FinalStep::Undo(self.shared.cleanups.register(Cleanup::UndoAttempt(self.hold.clone()))),
             false => FinalStep::Nothing,
@@ -527,7 +531,9 @@ impl LockGuard {
     /// ends.
     ///
     /// Futures of this guard return [`Loss::Released`], as it no longer holds the lock. A guard that has lost its lock
-    /// returns a lease too; adopting it fails.
+    /// returns a lease too; adopting it fails. The bounds of the request
+    /// ([`hold_at_least`](crate::LockRequest::hold_at_least), [`hold_at_most`](crate::LockRequest::hold_at_most)) end
+    /// with the guard: a lease has none.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]

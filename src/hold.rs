@@ -5,7 +5,8 @@
 //!
 //! 1. Only a confirmed request moves the deadline forward. The new deadline counts from before the request was sent.
 //! 2. A lock that is no longer held stays that way: the loss is set once, before the cancellation token fires.
-//! 3. A deadline that has passed is the loss `Expired`, whoever notices it first. No later reply changes that.
+//! 3. A deadline that has passed is the loss `Expired`, or `LimitReached`, whoever notices it first. No later reply
+//!    changes that.
 //! 4. A request that makes the ttl shorter counts from the moment it is sent, since the server may run it at any time
 //!    after that. The reply to a request that was sent before it no longer counts, since the server may have run that
 //!    one first.
@@ -15,7 +16,14 @@
 //! 7. A renewal of unknown outcome may be run after the release. By a token that others may use it would record, where
 //!    one of them has the lock by then, that this hold relies on it. So the grant is ended once more when the server no
 //!    longer runs that renewal.
+//! 8. No deadline is later than the limit of a hold that has one, and nothing is asked of the server beyond that: the
+//!    ttl of each request ends there, or with the least time of the hold (9) if that is longer. It is the limit that
+//!    ends the hold if no request could have moved the deadline further; otherwise the hold expires.
+//! 9. A hold with a least time, counted from when its grant was known, has its keys stay taken until that has passed:
+//!    after a release, a drop, or the end at its limit. A hold that expires leaves its keys taken for no longer than the
+//!    last confirmed ttl, but doesn't free them before that. After any other loss, nobody may touch what another may hold.
 
+mod bounds;
 mod claim;
 mod owned;
 mod release;
@@ -37,11 +45,12 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::bounds::{Bounds, Terms};
 pub(crate) use self::owned::{GrantId, Owned};
 pub(crate) use self::renewing::Renewing;
 pub(crate) use self::state::FinalStep;
-use self::state::{State, Unresolved};
-use self::timing::{Drift, Renewal};
+use self::state::{Limit, State, Unresolved};
+use self::timing::Drift;
 use crate::store::{Latest, Verdict};
 use crate::{Error, Loss};
 
@@ -84,6 +93,9 @@ pub(crate) struct Hold {
     /// Whether a part of the lock may be left at the server after a verdict that it is not ours: some of several keys,
     /// or of several nodes.
     has_parts: bool,
+    bounds: Bounds,
+    /// Until when the keys stay taken, whatever becomes of the hold (invariant 9). In the past if they don't.
+    stays_until: Instant,
     drift: Drift,
     /// Where the grid of renewals begins. All locks of a locker share it.
     origin: Instant,
@@ -111,10 +123,32 @@ impl Hold {
         metadata: Box<[u8]>,
         grant: &Grant,
         drift: Drift,
-        renewal: Renewal,
+        terms: Terms,
         origin: Instant,
         is_voted_on: bool,
     ) -> Self {
+        let Terms { renewal, bounds } = terms;
+        let stays_until = Instant::now() + bounds.at_least;
+        let limit = bounds.at_most.map(|limit| timing::after(grant.sent, limit));
+        let mut state = State {
+            ttl: grant.ttl,
+            renewal,
+            limit: limit.map(|of_hold| Limit { of_hold, of_key: of_hold.max(stays_until) }),
+            sent: grant.sent,
+            worth: grant.ttl,
+            deadline: grant.sent,
+            ends_at_limit: false,
+            kept_until: (Instant::now() + grant.ttl).max(grant.kept_until.unwrap_or(grant.sent)),
+            epoch: 0,
+            unresolved: Vec::new(),
+            recording: Vec::new(),
+            last_error: None,
+            loss: None,
+            final_step: None,
+            observer: None,
+            shortened: None,
+        };
+        (state.deadline, state.ends_at_limit) = state.deadline(drift, grant.sent, grant.ttl);
         Self {
             has_parts: is_voted_on || owned.keys.len() > 1,
             owned,
@@ -123,24 +157,11 @@ impl Hold {
             spare_tokens: grant.spare_tokens,
             is_token_known: AtomicBool::new(false),
             doubt: grant.doubt.clone(),
+            bounds,
+            stays_until,
             drift,
             origin,
-            state: Mutex::new(State {
-                ttl: grant.ttl,
-                renewal,
-                sent: grant.sent,
-                worth: grant.ttl,
-                deadline: drift.deadline(grant.sent, grant.ttl),
-                kept_until: (Instant::now() + grant.ttl).max(grant.kept_until.unwrap_or(grant.sent)),
-                epoch: 0,
-                unresolved: Vec::new(),
-                recording: Vec::new(),
-                last_error: None,
-                loss: None,
-                final_step: None,
-                observer: None,
-                shortened: None,
-            }),
+            state: Mutex::new(state),
             over: CancellationToken::new(),
         }
     }
@@ -169,6 +190,20 @@ impl Hold {
     /// Returns until when the server may keep the lock unless it is released. Never before the deadline.
     pub(crate) fn kept_until(&self) -> Instant {
         self.state().kept_until
+    }
+
+    /// Returns until when the keys stay taken after the release of the lock, if that is not over yet (invariant 9).
+    pub(crate) fn stays_until(&self) -> Option<Instant> {
+        if self.bounds.at_least.is_zero() || self.stays_until <= Instant::now() {
+            return None;
+        }
+        let state = self.state();
+        match state.loss {
+            None | Some(Loss::Released | Loss::LimitReached) => Some(self.stays_until),
+            // The deadline lies before the end of the ttl: to free the key there would be too early.
+            Some(Loss::Expired) => Some(self.stays_until.min(state.sent + state.worth)),
+            Some(Loss::Taken | Loss::Missing) => None,
+        }
     }
 
     pub(crate) fn ttl(&self) -> Duration {
@@ -209,10 +244,11 @@ impl Hold {
     /// it after `patience`.
     pub(crate) fn renewing(&self, ttl: Option<Duration>, patience: Duration) -> Renewing {
         let mut state = self.state();
-        let (sent, ttl) = (Instant::now(), ttl.unwrap_or(state.ttl));
+        let (sent, unlimited) = (Instant::now(), ttl.unwrap_or(state.ttl));
+        let ttl = state.within_limit(sent, unlimited);
         state.kept_until = state.kept_until.max(sent + patience + ttl);
         self.will_record(&mut state, sent, patience);
-        Renewing { sent, ttl, exact: false, epoch: state.epoch }
+        Renewing { sent, ttl, unlimited, exact: false, epoch: state.epoch }
     }
 
     /// Returns the renewal that is due, if there is one, it can share a call with others, and it may take `time`
@@ -226,21 +262,26 @@ impl Hold {
         state.verdict(sent).ok()?;
         let due = state.due(self.origin)?;
         let is_one_of_many = due <= sent && time <= state.deadline - sent;
+        let (ttl, unlimited) = (state.within_limit(sent, state.ttl), state.ttl);
         if is_one_of_many {
-            state.kept_until = state.kept_until.max(sent + time + state.ttl);
+            state.kept_until = state.kept_until.max(sent + time + ttl);
         }
-        is_one_of_many.then_some(Renewing { sent, ttl: state.ttl, exact: false, epoch: state.epoch })
+        is_one_of_many.then_some(Renewing { sent, ttl, unlimited, exact: false, epoch: state.epoch })
     }
 
     /// Notes that a renewal is about to be sent that sets the ttl to exactly `ttl` (invariant 4). The server refuses to
     /// run it after `patience`.
     pub(crate) fn setting_ttl(&self, ttl: Duration, patience: Duration) -> Renewing {
         let mut state = self.state();
-        let sent = Instant::now();
+        let (sent, unlimited) = (Instant::now(), ttl);
+        let ttl = state.within_limit(sent, unlimited);
         state.epoch = state.epoch.wrapping_add(1);
-        state.deadline = state.deadline.min(self.drift.deadline(sent, ttl));
+        let (deadline, ends_at_limit) = state.deadline(self.drift, sent, ttl);
+        if deadline < state.deadline {
+            (state.deadline, state.ends_at_limit) = (deadline, ends_at_limit);
+        }
         state.kept_until = state.kept_until.max(sent + patience + ttl);
-        state.ttl = state.ttl.min(ttl);
+        state.ttl = state.ttl.min(unlimited);
         let epoch = state.epoch;
         state.unresolved.retain(|earlier| sent < earlier.until);
         state.unresolved.push(Unresolved { epoch, ttl, until: sent + patience });
@@ -251,7 +292,7 @@ impl Hold {
         if let Some(shortened) = shortened {
             shortened.cancel();
         }
-        Renewing { sent, ttl, exact: true, epoch }
+        Renewing { sent, ttl, unlimited, exact: true, epoch }
     }
 
     /// Notes that a renewal is about to be sent which records the grant, if there is a record.
@@ -317,14 +358,17 @@ impl Hold {
                 renewing.sent < request.until && !(renewing.exact && request.epoch == renewing.epoch)
             });
             let worth = may_follow.map(|request| request.ttl).fold(renewing.ttl, Duration::min);
-            let deadline = self.drift.deadline(renewing.sent, worth);
-            state.deadline = state.deadline.max(deadline);
+            let (deadline, ends_at_limit) = state.deadline(self.drift, renewing.sent, worth);
+            if deadline >= state.deadline {
+                (state.deadline, state.ends_at_limit) = (deadline, ends_at_limit);
+            }
             if renewing.sent >= state.sent {
                 state.sent = renewing.sent;
-                state.worth = worth;
+                // The limit makes renewals no more frequent.
+                state.worth = if worth < renewing.ttl { worth } else { renewing.unlimited };
             }
             if renewing.exact {
-                state.ttl = renewing.ttl;
+                state.ttl = renewing.unlimited;
             }
         }
         if renewing.exact {
@@ -371,7 +415,7 @@ impl Hold {
             state.final_step = match loss {
                 Loss::Released => None,
                 // The server may have run a renewal whose reply never came, and would keep the key for a whole ttl.
-                Loss::Expired => Some(FinalStep::Release(None)),
+                Loss::Expired | Loss::LimitReached => Some(FinalStep::Release(None)),
                 Loss::Taken | Loss::Missing if self.has_parts || self.may_be_late(&state) => {
                     Some(FinalStep::Release(None))
                 }
@@ -419,7 +463,8 @@ impl Hold {
     #[cfg(test)]
     pub(crate) fn peek(&self) -> Peek {
         let state = self.state();
-        Peek { verdict: state.verdict(Instant::now()), deadline: state.deadline, sent: state.sent }
+        let (limit, stays_until) = (state.limit.map(|limit| limit.of_hold), self.stays_until);
+        Peek { verdict: state.verdict(Instant::now()), deadline: state.deadline, sent: state.sent, limit, stays_until }
     }
 
     /// No code panics while it holds this mutex, so the state is sound even if the mutex is poisoned.
@@ -434,6 +479,8 @@ pub(crate) struct Peek {
     pub(crate) verdict: Result<(), Loss>,
     pub(crate) deadline: Instant,
     pub(crate) sent: Instant,
+    pub(crate) limit: Option<Instant>,
+    pub(crate) stays_until: Instant,
 }
 
 impl fmt::Debug for Hold {

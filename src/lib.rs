@@ -38,7 +38,7 @@
 //!
 //! A [`Loss`] is the reason why a lock ended. An unreachable server is not a loss: the guard retries renewals, with
 //! growing pauses, until the deadline. A definite reply (another token has the key, the key is gone) ends the guard at
-//! once.
+//! once. A request may limit the time for which its lock is held at all ([`LockRequest::hold_at_most`]).
 //!
 //! # Which call
 //!
@@ -51,6 +51,8 @@
 //! | run a block of code under a lock | [`Locker::scope`] |
 //! | stop work when the lock is lost | [`LockGuard::protect`], [`LockGuard::lost`], [`LockGuard::cancellation_token`] |
 //! | hold several locks, all or none | [`Locker::lock_all`], [`Locker::try_lock_all`], [`Locker::obtain_all`] |
+//! | run a job once per period in a fleet | [`LockRequest::hold_at_least`] |
+//! | free a lock whose work hangs | [`LockRequest::hold_at_most`] |
 //! | hand a lock to another process | [`LockGuard::into_lease`], [`Locker::adopt`] |
 //! | keep many locks at once, and get their events | [`WatchDog`] |
 //! | protect a store from a late writer | [`LockGuard::fencing_token`] |

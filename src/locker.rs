@@ -367,9 +367,11 @@ impl Locker {
 
     /// Turns a lease back into a guard: renews the lock at once, and from then on like any other guard.
     ///
-    /// The guard has no metadata. It is renewed at the [locker's interval](LockerBuilder::renew_every). When it is
-    /// dropped, the lock is released in the background, unless another guard relies on it by the same token, or the
-    /// lease was [created from a token](Lease::new) rather than from a guard: then only an explicit release ends it.
+    /// The guard has no metadata, and no bounds ([`hold_at_least`](LockRequest::hold_at_least),
+    /// [`hold_at_most`](LockRequest::hold_at_most)). It is renewed at the [locker's
+    /// interval](LockerBuilder::renew_every). When it is dropped, the lock is released in the background, unless another
+    /// guard relies on it by the same token, or the lease was [created from a token](Lease::new) rather than from a
+    /// guard: then only an explicit release ends it.
     ///
     /// # Errors
     ///
@@ -411,7 +413,7 @@ impl Locker {
         }
         let grant = Grant::new(sent, ttl, lease.fencing_token());
         let is_voted_on = shared.store.capabilities().undoes_attempts;
-        let hold = Hold::new(owned, Box::default(), &grant, drift, renewal, shared.origin, is_voted_on);
+        let hold = Hold::new(owned, Box::default(), &grant, drift, renewal.into(), shared.origin, is_voted_on);
         if !claim.keep() {
             return Err(Error::Closed);
         }
@@ -480,7 +482,8 @@ impl Locker {
         }
     }
 
-    /// Returns the current holder of a lock, if there is one: through this or another library.
+    /// Returns the current holder of a lock, if there is one: through this or another library. A key that only stays
+    /// taken for [some time](LockRequest::hold_at_least) has no holder.
     ///
     /// # Errors
     ///

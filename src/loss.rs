@@ -40,6 +40,10 @@ pub enum Loss {
     /// process was suspended. Others may hold the lock a little later.
     #[error("it expired: no renewal was confirmed in time")]
     Expired,
+    /// It was held for as long as its request allowed ([`hold_at_most`](crate::LockRequest::hold_at_most)). It is
+    /// released in the background, and others may hold it at once.
+    #[error("it was held for as long as its request allowed")]
+    LimitReached,
     /// The key holds another token, according to the server. Another holder may be at work.
     #[error("another has it: the key holds another token")]
     Taken,

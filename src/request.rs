@@ -43,7 +43,8 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 ///   and it was released again.
 /// - [`Error::ValidityExpired`]: the reply came so late that too little of the ttl was left; for a request that waits,
 ///   several times in a row.
-/// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`]: no such lock can work; nothing was sent.
+/// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`], [`Error::InvalidHold`]: no such lock can
+///   work; nothing was sent.
 /// - [`Error::Unsupported`]: the locker requires replicas on a server that can't have any; nothing was sent.
 /// - [`Error::CrossSlot`]: the keys lie in different slots of a cluster; nothing was sent.
 /// - [`Error::Closed`]: the locker was closed before or meanwhile.
@@ -261,6 +262,95 @@ impl LockRequest {
         self
     }
 
+    /// Keeps the key taken until this time has passed since the lock was obtained, even if the guard is released or
+    /// dropped before. Default: no time; at most 365 days.
+    ///
+    /// Use it for a job that runs once per period in a fleet: the machines' clocks disagree, and one that is late must
+    /// not find the lock free again because the job took only a moment. The least time has to be longer than the clocks
+    /// are apart, and shorter than the period.
+    ///
+    /// The release returns at once. It leaves the key to nobody, for exactly the rest of the time: no token gets it
+    /// before, not even the guard's, and [`inspect`](Locker::inspect) finds no holder. Waiters are notified, so that
+    /// they ask again when the time is over. Until then the lock isn't handed over within the process either.
+    ///
+    /// The rest may be longer than the ttl. Until the release there is only the ttl: if this process dies, or is cut
+    /// off until the lock has [expired](crate::Loss::Expired), the key is free when the ttl ends, however much is left
+    /// of the least time. To cover that, use a [ttl](LockRequest::ttl) that is as long: a lock that expires is not freed
+    /// before its last confirmed ttl or the least time has ended, whichever is earlier.
+    ///
+    /// - With [`hold_at_most`](LockRequest::hold_at_most), the key stays taken after the end at the limit, too.
+    /// - If several guards hold the lock by one [token](LockRequest::token), the key is left to nobody when the last of
+    ///   them is dropped. An explicit [`release`](LockGuard::release) of one without a least time ends the lock for all,
+    ///   at once.
+    /// - A [lease](LockGuard::into_lease) has no least time: who adopts it may release it at once.
+    /// - In a [quorum](Locker::quorum), a node that is restarted forgets the time, as it forgets locks.
+    /// - A server that is out of memory can't replace the token: the key stays taken by it for the rest of the time. So
+    ///   [`inspect`](Locker::inspect) returns a holder, and a [chosen token](LockRequest::token) can get the lock again.
+    ///
+    /// ```
+    /// # async fn send_report() {}
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    /// use tenure::{Error, Locker};
+    ///
+    /// let locker = Locker::in_memory();
+    /// // On every machine, when its own clock shows the full hour.
+    /// let hourly = || locker.try_lock("hourly-report").hold_at_least(Duration::from_secs(600));
+    /// match hourly().await {
+    ///     Ok(guard) => {
+    ///         guard.protect(send_report()).await?;
+    ///         guard.release().await?;
+    ///     }
+    ///     Err(Error::NotObtained { .. }) => {} // another machine has sent it, or is about to
+    ///     Err(error) => return Err(error),
+    /// }
+    /// // The clock of another machine is a minute behind.
+    /// tokio::time::sleep(Duration::from_secs(60)).await;
+    /// assert!(matches!(hourly().await, Err(Error::NotObtained { .. })));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn hold_at_least(mut self, time: Duration) -> Self {
+        self.options.bounds.at_least = time;
+        self
+    }
+
+    /// Limits how long the lock is held: it isn't renewed beyond this time, counted from the request that obtained it.
+    /// The guard then reports [`Loss::LimitReached`](crate::Loss::LimitReached), and the lock is released in the
+    /// background. Any time from 4 ms (with the default drift) on; default: no limit.
+    ///
+    /// Use it for work that may hang: nobody waits for the lock for longer than this, even while the process that holds
+    /// it goes on renewing it. As ever, the guard can't stop work that never checks it.
+    ///
+    /// The key's ttl is cut so that it ends at the limit. The guard's [deadline](LockGuard::deadline) lies before that
+    /// by the allowance for clock drift, so it is a little earlier than the limit: by 2 ms, and by 1 % of what was left
+    /// at the last renewal. [`renew_for`](LockGuard::renew_for) and [`ensure`](LockGuard::ensure) can't move it further.
+    /// With a longer [`hold_at_least`](LockRequest::hold_at_least), the ttl may go on until that is over, and the
+    /// deadline is the limit itself.
+    ///
+    /// The limit is the guard's. It does not go along with a [lease](LockGuard::into_lease), which has no more of the
+    /// lock than what is left of the ttl: who adopts the lease renews it without a limit.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    /// use tenure::{Locker, Loss};
+    ///
+    /// let locker = Locker::in_memory();
+    /// let guard = locker.lock("import").hold_at_most(Duration::from_secs(600)).await?;
+    /// let hangs = guard.protect(std::future::pending::<()>());
+    /// assert_eq!(hangs.await, Err(Loss::LimitReached));
+    /// let next = locker.lock("import").await?;
+    /// # next.release().await
+    /// # }
+    /// ```
+    pub fn hold_at_most(mut self, limit: Duration) -> Self {
+        self.options.bounds.at_most = Some(limit);
+        self
+    }
+
     pub(crate) fn renewal(mut self, renewal: Renewal) -> Self {
         self.options.renewal = renewal;
         self
@@ -277,6 +367,7 @@ impl fmt::Debug for LockRequest {
             .field("wait_at_most", &self.options.wait_at_most)
             .field("ttl", &self.options.ttl)
             .field("renewal", &self.options.renewal)
+            .field("bounds", &self.options.bounds)
             .field("metadata", &format_args!("{} bytes", self.options.metadata.len()))
             .field("token", &self.options.token)
             .field("fenced", &self.options.fenced)

@@ -2,6 +2,7 @@
 //! histories, none of which may have two holders at once.
 
 mod actor;
+mod bounds;
 mod oracle;
 mod ownership;
 mod real;

@@ -53,6 +53,12 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     /// Releases those of the keys that hold the token.
     fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Verdict>;
 
+    /// Ends a hold as [`release`](Self::release) does, but leaves the keys to nobody for `rest`, in whole milliseconds:
+    /// they stay taken for that long, by no token. Where other grants rely on the lock, it stays with them, and is left
+    /// to nobody when they end before that time. A repeat prolongs nothing.
+    fn linger<'a>(&'a self, owned: &'a Owned, ending: Ending, rest: Duration, timeout: Duration)
+    -> Answer<'a, Verdict>;
+
     /// Ends a grant whose request the server may run until `latest`, and removes what it has left so far, if anything.
     fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, timeout: Duration) -> Answer<'a, Undone>;
 
@@ -290,7 +296,7 @@ pub(crate) enum HandedOver {
         alone: bool,
     },
     NotOurs(Loss),
-    /// Other grants rely on the lock, and nothing has changed.
+    /// Other grants rely on the lock, or it has to stay taken for one that has ended. Nothing has changed.
     NotNow,
     /// The lock was released and went to another process. The place is in the line.
     PassedBy,

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use proptest::collection::vec;
 use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop_assert, prop_assert_eq, prop_oneof, proptest};
-use tenure::{Error, Lease, Locker, LockerBuilder, Retry, Token, WatchDog};
+use tenure::{Error, Lease, Locker, LockerBuilder, Loss, Retry, Token, WatchDog};
 use tokio::runtime::{Builder, Runtime};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 fn runtime() -> Runtime {
     Builder::new_current_thread().enable_time().start_paused(true).build().unwrap()
@@ -150,6 +150,43 @@ proptest! {
                 }
                 Err(error) => prop_assert!(matches!(error, Error::InvalidTtl(_))),
             }
+            Ok(())
+        })?;
+    }
+
+    #[test]
+    fn bounds_of_any_length_hold_or_are_refused(
+        ttl in (4_u64..100_000).prop_map(Duration::from_millis),
+        least in durations(),
+        most in durations(),
+        work in (0_u64..20_000).prop_map(Duration::from_millis),
+    ) {
+        const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+        runtime().block_on(async {
+            let (locker, start) = (Locker::in_memory(), Instant::now());
+            let guard = match locker.lock("k").ttl(ttl).hold_at_least(least).hold_at_most(most).await {
+                Ok(guard) => guard,
+                Err(error) => {
+                    let is_refused = matches!(error, Error::InvalidHold(_));
+                    prop_assert!(is_refused && (most < Duration::from_millis(4) || least > 365 * DAY), "{error}");
+                    return Ok(());
+                }
+            };
+            prop_assert!(guard.is_held() && guard.deadline() - start <= most);
+            let lost = timeout(work, guard.lost()).await;
+            prop_assert!(guard.deadline() - start <= most);
+            if let Ok(loss) = lost {
+                prop_assert_eq!(loss, Loss::LimitReached);
+                // By the allowance for drift: of a part of the ttl, or of all.
+                prop_assert!(start.elapsed() + ttl / 100 + Duration::from_millis(4) >= most.min(work), "{most:?}");
+            }
+            drop(guard);
+            tokio::task::yield_now().await;
+            // What is left of the time, unless that is over. A timer has a millisecond more.
+            let rest = least.saturating_sub(start.elapsed());
+            let next = timeout(rest.min(DAY) + Duration::from_millis(20), locker.lock("k").into_future()).await;
+            prop_assert_eq!(next.is_ok(), rest < DAY);
+            prop_assert!(start.elapsed() >= least.min(DAY));
             Ok(())
         })?;
     }

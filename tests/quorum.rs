@@ -319,6 +319,41 @@ async fn a_release_reaches_a_node_that_was_frozen_for_a_moment() {
     assert_eq!(count(&servers, "k"), 0);
 }
 
+/// Each node leaves its key to nobody, also one that was frozen during the release. Nothing brings the lock back there,
+/// nor to a node that has lost it.
+#[tokio::test]
+async fn each_node_keeps_the_key_taken_for_its_least_time() {
+    let servers = [(); 3].map(|()| Server::start());
+    let locker = locker(&servers).await;
+    let nobodys = |server: &Server| {
+        let is_nobodys = "return redis.call('GET', KEYS[1]) == '\\n\\nh' and redis.call('PTTL', KEYS[1]) or -9";
+        server.cli(&["EVAL", is_nobodys, "1", "k"]).parse::<i64>().unwrap()
+    };
+    let guard = soon(locker.lock("k").hold_at_least(ms(60_000))).await.unwrap();
+    let obtained = Instant::now();
+    // Renewals heal a node that has lost the key, or was too slow to vote.
+    servers[2].cli(&["DEL", "k"]);
+    eventually("all nodes have it", async || {
+        drop(guard.renew().await);
+        (count(&servers, "k") == 3).then_some(())
+    })
+    .await;
+    servers[0].freeze();
+    guard.release().await.unwrap();
+    servers[0].thaw();
+    let all = async || servers.iter().all(|server| nobodys(server) > 0).then_some(());
+    eventually("all nodes keep it taken", all).await;
+    let left = i64::try_from((ms(60_000).saturating_sub(obtained.elapsed())).as_millis()).unwrap();
+    for server in &servers {
+        let ttl = nobodys(server);
+        assert!((left - 100..left + 2_000).contains(&ttl), "{ttl} ms, {left} ms are left");
+    }
+    assert!(matches!(decided(|| locker.try_lock("k")).await, Err(Error::NotObtained { .. })));
+    // A node that loses it has no vote to give back.
+    servers[1].cli(&["DEL", "k"]);
+    assert!(matches!(decided(|| locker.try_lock("k")).await, Err(Error::NotObtained { .. })));
+}
+
 #[tokio::test]
 async fn a_node_that_was_restarted_does_not_vote_and_says_until_when() {
     const WINDOW: Duration = Duration::from_secs(5);

@@ -9,8 +9,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::acquire::answer::Held;
 use crate::acquire::context::Context;
-use crate::hold::timing::Renewal;
-use crate::hold::{Grant, GrantId, Hold};
+use crate::hold::{Grant, GrantId, Hold, Terms};
 use crate::locker::cleanups::{Cleanup, PendingCleanup};
 use crate::locker::shared::Shared;
 use crate::store::{Acquired, InLine, Wanted};
@@ -207,7 +206,7 @@ impl Attempt {
     /// # Errors
     ///
     /// [`Error::Closed`], where the locker is closed and the attempt is being undone.
-    pub(crate) fn succeed(&mut self, mut grant: Grant, renewal: Renewal) -> Result<LockGuard, Error> {
+    pub(crate) fn succeed(&mut self, mut grant: Grant, terms: Terms) -> Result<LockGuard, Error> {
         if !self.pending.take().is_none_or(PendingCleanup::complete) {
             return Err(Error::Closed);
         }
@@ -216,7 +215,7 @@ impl Attempt {
         let is_voted_on = self.context.is_voted_on();
         grant.doubt = (self.doubt && !is_voted_on).then(|| latest.clone());
         let (drift, origin) = (shared.settings.drift, shared.origin);
-        let hold = Hold::new(owned.clone(), metadata.clone(), &grant, drift, renewal, origin, is_voted_on);
+        let hold = Hold::new(owned.clone(), metadata.clone(), &grant, drift, terms, origin, is_voted_on);
         Ok(LockGuard::start(hold, shared, runtime))
     }
 }

@@ -83,7 +83,7 @@ impl Shared {
         if !is_confirmed {
             return self.undo(&wanted.owned, &wanted.latest, wanted.ttl).await;
         }
-        if let Err(error) = self.release(&wanted.owned, Ending::Grant, Instant::now() + wanted.ttl).await {
+        if let Err(error) = self.release(&wanted.owned, Ending::Grant, None, Instant::now() + wanted.ttl).await {
             debug!(name: "tenure.release_failed", %key, %error, "could not release; the ttl will free the lock");
         }
     }

@@ -16,8 +16,8 @@ use crate::acquire::attempt::{Attempt, Outcome};
 use crate::acquire::position::Position;
 use crate::acquire::queue::{By, Claim, HEARTBEAT, Inherited, Obtained, TakenOver, Ticket, Wakeup};
 use crate::acquire::step::{Step, WaitFor};
-use crate::hold::Grant;
-use crate::hold::timing::{self, Drift, Renewal};
+use crate::hold::timing::{self, Drift};
+use crate::hold::{Grant, Terms};
 use crate::locker::cleanups::PendingCleanup;
 use crate::retry::Pauses;
 use crate::store::InLine;
@@ -130,13 +130,13 @@ impl Waiter {
     /// # Errors
     ///
     /// [`Error::Closed`], where the locker is closed and the attempt is being undone.
-    pub(crate) fn succeed(&mut self, grant: Grant, renewal: Renewal, obtained: Obtained) -> Result<LockGuard, Error> {
+    pub(crate) fn succeed(&mut self, grant: Grant, terms: Terms, obtained: Obtained) -> Result<LockGuard, Error> {
         let subscription = self.subscription.take().map(|(_, subscription)| subscription);
         match self.position.ticket() {
             Some(ticket) => ticket.pass_on(subscription, obtained),
             None => drop(subscription),
         }
-        let guard = self.attempt.succeed(grant, renewal)?;
+        let guard = self.attempt.succeed(grant, terms)?;
         self.position.leave_with_lock(&self.attempt.context);
         Ok(guard)
     }

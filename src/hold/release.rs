@@ -11,7 +11,8 @@ use crate::locker::shared::Shared;
 use crate::store::{Ending, Verdict};
 
 impl Shared {
-    /// Releases the lock, or hands it over to a waiter of this process. Tries again after failures, until `until`.
+    /// Releases the lock, or hands it over to a waiter of this process. Tries again after failures, until `until`. If
+    /// the keys have to stay taken until a time, it leaves them to nobody instead, and hands nothing over.
     ///
     /// After a try of unknown outcome, the verdict "not ours" is a success: that try may have freed the lock, and
     /// another may rightly hold it now. Later tries only end the grant of `owned`, since the lock may have been
@@ -20,18 +21,20 @@ impl Shared {
         self: &Arc<Self>,
         owned: &Owned,
         ending: Ending,
+        stays_until: Option<Instant>,
         until: Instant,
     ) -> Result<Verdict, Error> {
         Self::check_runtime()?;
         let mut handed_over = None;
-        if let Some(hand_over) = self.store.capabilities().hands_over.then(|| self.queues.next(owned)).flatten() {
+        let hands_over = stays_until.is_none() && self.store.capabilities().hands_over;
+        if let Some(hand_over) = hands_over.then(|| self.queues.next(owned)).flatten() {
             let patience = self.command_timeout.min(until.saturating_duration_since(Instant::now()));
             handed_over = Some(self.hand_over(owned, ending, hand_over, patience).await);
         }
         if let Some(Ok(Some(released))) = handed_over {
             return Ok(released);
         }
-        self.release_until(owned, ending, until, matches!(handed_over, Some(Err(_)))).await
+        self.release_until(owned, ending, stays_until, until, matches!(handed_over, Some(Err(_)))).await
     }
 
     /// Releases the lock. `has_tried`: a hand-over of unknown outcome came before.
@@ -39,6 +42,7 @@ impl Shared {
         &self,
         owned: &Owned,
         ending: Ending,
+        stays_until: Option<Instant>,
         until: Instant,
         mut has_tried: bool,
     ) -> Result<Verdict, Error> {
@@ -46,7 +50,11 @@ impl Shared {
         loop {
             let now = Instant::now();
             let timeout = timing::call_timeout(self.command_timeout, now, until);
-            let call = self.store.release(owned, if has_tried { Ending::Grant } else { ending }, timeout);
+            let ending = if has_tried { Ending::Grant } else { ending };
+            let call = match stays_until.and_then(|stays_until| timing::rest_until(stays_until, now)) {
+                Some(rest) => self.store.linger(owned, ending, rest, timeout),
+                None => self.store.release(owned, ending, timeout),
+            };
             let error = match timeout_at(until, call).await.unwrap_or_else(|_| Err(Error::timeout())) {
                 Ok(released) => return Ok(if has_tried { Verdict::Done } else { released }),
                 Err(error) => error,
@@ -68,7 +76,7 @@ impl Shared {
         if releases {
             // Until the longest ttl that was ever requested has freed the lock; at least for one call.
             let until = hold.kept_until().max(Instant::now() + self.command_timeout);
-            match self.release(&hold.owned, Ending::Grant, until).await {
+            match self.release(&hold.owned, Ending::Grant, hold.stays_until(), until).await {
                 Ok(outcome) => info!(name: "tenure.released", ?outcome, "released in the background"),
                 Err(error) => {
                     warn!(name: "tenure.release_failed", %error, "could not release; the ttl will free the lock");
@@ -82,7 +90,7 @@ impl Shared {
         if let Some(until) = hold.may_record_until() {
             sleep_until(until).await;
             let until = Instant::now() + self.command_timeout;
-            if let Err(error) = self.release_until(&hold.owned, Ending::Grant, until, true).await {
+            if let Err(error) = self.release_until(&hold.owned, Ending::Grant, None, until, true).await {
                 warn!(name: "tenure.undo_failed", key = %hold.owned.key(), %error, "a late renewal may keep the lock");
             }
         }

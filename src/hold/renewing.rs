@@ -10,7 +10,10 @@ use crate::store::Extending;
 #[derive(Clone, Copy)]
 pub(crate) struct Renewing {
     pub(crate) sent: Instant,
+    /// What the server is asked for.
     pub(crate) ttl: Duration,
+    /// What it would be asked for if the lock were held without a limit.
+    pub(super) unlimited: Duration,
     /// Whether it sets the ttl to exactly this; otherwise to at least this.
     pub(super) exact: bool,
     /// How many requests had set the ttl before it was sent, and with it.

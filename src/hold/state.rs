@@ -7,8 +7,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::Observer;
+use super::bounds::whole_millis;
 use super::renewing::Renewing;
-use super::timing::Renewal;
+use super::timing::{Drift, Renewal};
 use crate::locker::cleanups::PendingCleanup;
 use crate::{Error, Loss};
 
@@ -16,11 +17,15 @@ use crate::{Error, Loss};
 pub(super) struct State {
     pub(super) ttl: Duration,
     pub(super) renewal: Renewal,
+    /// When the lock ends at the latest, if its request says so.
+    pub(super) limit: Option<Limit>,
     /// When the last confirmed request was sent.
     pub(super) sent: Instant,
-    /// The ttl that the lock certainly has from then on, before drift.
+    /// The ttl that the lock certainly has from then on, before drift. As if it were held without a limit.
     pub(super) worth: Duration,
     pub(super) deadline: Instant,
+    /// The deadline can't move further, because of the limit.
+    pub(super) ends_at_limit: bool,
     /// Until when the server may keep the lock, by all requests that were ever sent, confirmed or not.
     pub(super) kept_until: Instant,
     /// Counts the requests that set the ttl. A reply of an earlier epoch moves no deadline (invariant 4).
@@ -37,6 +42,21 @@ pub(super) struct State {
     pub(super) observer: Option<Arc<dyn Observer>>,
     /// Fires when the deadline moves closer. Created when the first future sleeps until the deadline.
     pub(super) shortened: Option<CancellationToken>,
+}
+
+/// When a lock ends at the latest.
+#[derive(Clone, Copy)]
+pub(super) struct Limit {
+    pub(super) of_hold: Instant,
+    /// Until when the server may be asked to keep the key: as long as the lock may be held, or has to stay taken. In the
+    /// latter case the release at the limit has time to arrive.
+    pub(super) of_key: Instant,
+}
+
+impl Limit {
+    fn left_of_key(self, sent: Instant) -> Duration {
+        whole_millis(self.of_key.saturating_duration_since(sent))
+    }
 }
 
 /// A request that sets the ttl to exactly `ttl`. The server may run it until `until`.
@@ -61,8 +81,26 @@ impl State {
     pub(super) fn verdict(&self, now: Instant) -> Result<(), Loss> {
         match self.loss {
             Some(loss) => Err(loss),
+            None if now >= self.deadline && self.ends_at_limit => Err(Loss::LimitReached),
             None if now >= self.deadline => Err(Loss::Expired),
             None => Ok(()),
+        }
+    }
+
+    /// Returns the ttl of a request that is sent at `sent`, so that the server keeps the key no longer than it should.
+    /// Never zero, which would delete the key.
+    pub(super) fn within_limit(&self, sent: Instant, ttl: Duration) -> Duration {
+        self.limit.map_or(ttl, |limit| ttl.min(limit.left_of_key(sent).max(Duration::from_millis(1))))
+    }
+
+    /// Returns the deadline that a request sets which was sent at `sent` with this ttl, and whether no other request
+    /// could set a later one.
+    pub(super) fn deadline(&self, drift: Drift, sent: Instant, ttl: Duration) -> (Instant, bool) {
+        let deadline = drift.deadline(sent, ttl);
+        match self.limit {
+            Some(limit) if deadline >= limit.of_hold => (limit.of_hold, true),
+            Some(limit) => (deadline, limit.left_of_key(sent) <= ttl),
+            None => (deadline, false),
         }
     }
 
@@ -82,6 +120,9 @@ impl State {
     }
 
     pub(super) fn due(&self, origin: Instant) -> Option<Instant> {
-        self.renewal.due(self.sent, self.ttl.min(self.worth), origin)
+        let due = self.renewal.due(self.sent, self.ttl.min(self.worth), origin)?;
+        // The deadline can't move any more, and so close to the limit the renewal would find no loss that matters.
+        let is_needless = |limit: Limit| self.interval().is_some_and(|interval| limit.of_hold < due + interval / 2);
+        (!(self.ends_at_limit && self.limit.is_some_and(is_needless))).then_some(due)
     }
 }

@@ -19,7 +19,11 @@ impl Hold {
     /// Returns whether a waiter could take the lock over, whoever it is, as far as this can be told without the state.
     pub(crate) fn can_be_taken_over(&self) -> bool {
         let is_plain = self.owned.own_token && !self.has_parts && self.metadata.is_empty();
+        // What its requests have asked for, the limit may have cut.
+        let is_unlimited = self.bounds.at_most.is_none();
         is_plain
+            && is_unlimited
+            && self.stays_until().is_none()
             && self.doubt.is_none()
             && !self.over.is_cancelled()
             && !self.is_token_known.load(Ordering::Relaxed)

@@ -2,6 +2,7 @@
 
 use tokio::time::{advance, pause};
 
+use super::timing::Renewal;
 use super::*;
 use crate::{Key, Token};
 
@@ -19,7 +20,7 @@ fn of(keys: &[&'static str]) -> Hold {
     let owned = Owned { keys, token: Token::random(), own_token: true, grant: None };
     let grant = Grant::new(Instant::now(), ms(1_000), None);
     let drift = Drift { factor: 0.0, margin: Duration::ZERO };
-    Hold::new(owned, Box::default(), &grant, drift, Renewal::Third, Instant::now(), false)
+    Hold::new(owned, Box::default(), &grant, drift, Renewal::Third.into(), Instant::now(), false)
 }
 
 #[tokio::test(start_paused = true)]

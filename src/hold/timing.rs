@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::bounds::whole_millis;
 use crate::Error;
 
 /// The shortest validity and the longest ttl. A shorter validity is eaten up by the drift. With a longer ttl the
@@ -68,7 +69,7 @@ impl Drift {
         if ttl > MAX_TTL {
             return Err(Error::InvalidTtl("it is longer than 365 days"));
         }
-        let ttl = ttl - Duration::from_nanos(u64::from(ttl.subsec_nanos() % 1_000_000));
+        let ttl = whole_millis(ttl);
         if self.validity(ttl) < MIN_VALIDITY {
             return Err(Error::InvalidTtl("the allowance for clock drift leaves nothing of it; use a longer one"));
         }
@@ -123,6 +124,13 @@ impl Renewal {
             _ => Ok(()),
         }
     }
+}
+
+/// Returns what is left until then, in whole milliseconds, the unit of the server. Rounded up: less would be too short.
+pub(crate) fn rest_until(until: Instant, now: Instant) -> Option<Duration> {
+    let rest = until.saturating_duration_since(now);
+    let millis = rest.as_nanos().div_ceil(1_000_000);
+    (millis > 0).then(|| Duration::from_millis(u64::try_from(millis).unwrap_or(u64::MAX)))
 }
 
 /// Returns the timeout of one call. It ends at the deadline at the latest, as a later reply is of no use.

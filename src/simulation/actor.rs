@@ -359,13 +359,20 @@ impl Actor {
             request = request.token(named.clone());
             token = Some(named);
         }
-        match self.rng.u8(..if self.habits.alike == Alike::No { 12 } else { 120 }) {
+        let least = if self.habits.alike == Alike::AndCalm { 500 } else { 4_000 };
+        match self.rng.u8(..if self.habits.alike == Alike::No { 15 } else { 120 }) {
             0..=3 => request = request.no_renewal(),
             4 => request = request.renew_every(ms(20)),
             9 => request = request.renew_every(ms(200)),
             5 => request = request.fenced(false),
             6 => request = request.fair(true),
             7 => request = request.metadata("metadata"),
+            12 => request = request.hold_at_least(ms(self.rng.u64(..least))),
+            13 => request = request.hold_at_most(ms(self.rng.u64(5..5_000))),
+            14 => {
+                request = request.hold_at_least(ms(self.rng.u64(..least)));
+                request = request.hold_at_most(ms(self.rng.u64(5..3_000)));
+            }
             8 if !waits => request = request.retry(Retry::linear(ms(self.rng.u64(10..300))).limit(self.rng.usize(..5))),
             _ => {}
         }
@@ -497,7 +504,8 @@ impl Actor {
                 let late = Instant::now().saturating_duration_since(guard.deadline());
                 // Promise 6. The timer rounds up.
                 let on_time = if self.habits.in_real_time { ms(1_000) } else { ms(1) };
-                if self.world.stalls() == stalls && late > on_time && (lost.is_err() || lost == Ok(Loss::Expired)) {
+                let by_time = matches!(lost, Err(_) | Ok(Loss::Expired | Loss::LimitReached));
+                if self.world.stalls() == stalls && late > on_time && by_time {
                     self.world.violate("a lock's end is reported late", format!("guard {:?}, {late:?}", what.guard));
                 }
             }

@@ -14,6 +14,13 @@
 //! 5. `NotObtained` is returned only if another held the lock at some time during the call.
 //! 6. Every call ends in time.
 //! 7. No lock is idle for long while somebody waits for it, whoever isn't polled.
+//!
+//! Of locks with bounds:
+//!
+//! 8. No guard is held beyond its limit, and none of its renewals asks for more than what is left until then.
+//! 9. After a release, a drop, or the end at its limit, the keys of a guard stay taken until its least time is over: no
+//!    call frees them, none hands them over, and nobody in the process gets them. Not promised where somebody else has
+//!    ended the lock on purpose, or a lease was made of it.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -24,7 +31,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::hold::Hold;
+use crate::hold::{GrantId, Hold, Owned, Peek};
 use crate::store::faulty::{Fault, Operation, Ran};
 use crate::store::memory::MemoryStore;
 use crate::store::{Acquired, Ending, Extending, HandedOver, Holder, Verdict};
@@ -134,6 +141,23 @@ struct Tracked {
     over: Option<Instant>,
     /// Whether its token was made for one request, so that nobody else may hold a lock by it at the same time.
     own_token: bool,
+    grant: Option<GrantId>,
+    /// The bounds of its request.
+    limit: Option<Instant>,
+    stays_until: Instant,
+    /// A lease was made of it, which has no bounds; or somebody else has ended the lock on purpose.
+    has_no_bounds: bool,
+}
+
+impl Tracked {
+    /// Returns whether its keys have to stay taken although it has ended.
+    fn is_to_stay(&self, now: Instant) -> bool {
+        let loss = self.loss.or_else(|| self.hold.upgrade()?.peek().verdict.err());
+        let has_least = matches!(loss, Some(Loss::Released | Loss::LimitReached));
+        // While no release arrives at the server, the ttl frees the lock, as after a crash.
+        let has_expired = self.hold.upgrade().is_some_and(|hold| hold.kept_until() < now);
+        has_least && !has_expired && !self.has_no_bounds && now < self.stays_until
+    }
 }
 
 struct Call {
@@ -228,7 +252,8 @@ impl World {
     fn born(&self, hold: &Arc<Hold>, locker: usize) {
         let mut state = self.state();
         let client = state.lockers.iter().position(|&known| known == locker).unwrap_or(usize::MAX);
-        let (at, sent) = (Arc::as_ptr(hold) as usize, hold.peek().sent);
+        let Peek { sent, limit, stays_until, .. } = hold.peek();
+        let at = Arc::as_ptr(hold) as usize;
         let (keys, token) = (hold.owned.keys.clone(), hold.owned.token.clone());
         let id = state.guards.len();
         let label = state.label(&token);
@@ -255,6 +280,13 @@ impl World {
                 state.violate(self.start, "a fencing token that was not granted".into(), format!("guard {id}"));
             }
         }
+        let now = Instant::now();
+        let own_token = hold.owned.own_token;
+        // Promise 9. By the same token, it has taken the lock over.
+        let before = |guard: &Tracked| own_token && guard.own_token && guard.token == token && guard.is_to_stay(now);
+        if state.guards.iter().any(before) {
+            state.violate(self.start, "a lock is handed over that has to stay taken".into(), format!("to {id}"));
+        }
         state.guards.push(Tracked {
             hold: Arc::downgrade(hold),
             at,
@@ -262,10 +294,14 @@ impl World {
             keys,
             token,
             sent,
-            born: Instant::now(),
+            born: now,
             loss: None,
             over: None,
-            own_token: hold.owned.own_token,
+            own_token,
+            grant: hold.owned.grant,
+            limit,
+            stays_until,
+            has_no_bounds: false,
         });
         drop(state);
         self.check();
@@ -313,6 +349,9 @@ impl World {
                 });
             }
             Ran::Renew(owned, ttl, how, renewed) => {
+                if matches!(how, Extending::AtLeast | Extending::Exactly) {
+                    state.renewed(self, call, owned, *ttl);
+                }
                 if let (Extending::Claim { .. }, Verdict::Done) = (how, renewed) {
                     *state.grants.entry(owned.token.clone()).or_default() += 1;
                 }
@@ -331,6 +370,13 @@ impl World {
                 let label = state.label(&owned.token);
                 state.note_with(self.start, || {
                     format!("  call {call}: {label} releases {:?}, {ending:?}: {released:?}", owned.keys)
+                });
+            }
+            Ran::Linger(owned, ending, rest, released) => {
+                state.released(call, &owned.keys, &owned.token, *ending, self);
+                let label = state.label(&owned.token);
+                state.note_with(self.start, || {
+                    format!("  call {call}: {label} leaves {:?} for {rest:?}, {ending:?}: {released:?}", owned.keys)
                 });
             }
             Ran::Undo(owned, undone) => {
@@ -363,6 +409,8 @@ impl World {
             state.ended.push((key.clone(), token, Instant::now()));
         }
         state.deleted.insert(key.clone());
+        let are_of_it = |guard: &&mut Tracked| guard.keys.contains(key);
+        state.guards.iter_mut().filter(are_of_it).for_each(|guard| guard.has_no_bounds = true);
         self.store.delete(key);
         state.note(self.start, format!("{key} is deleted by hand"));
         state.look(self);
@@ -394,6 +442,9 @@ impl World {
                     }
                 }
                 continue;
+            }
+            if state.guards[id].limit.is_some_and(|limit| limit <= now || limit < seen.deadline) {
+                state.violate(self.start, "a guard is held beyond its limit".into(), format!("guard {id}"));
             }
             let Tracked { keys, token, sent, own_token, .. } = &state.guards[id];
             let is_own = *own_token && !state.seen.contains(token);
@@ -490,6 +541,8 @@ impl World {
         let mut state = self.state();
         let label = state.label(lease.token());
         state.note(self.start, format!("left: {:?} by {label}", lease.keys()));
+        let are_of_it = |guard: &&mut Tracked| guard.token == *lease.token() && *guard.keys == *lease.keys();
+        state.guards.iter_mut().filter(are_of_it).for_each(|guard| guard.has_no_bounds = true);
         state.leases.push(Left { lease, left: true });
     }
 
@@ -691,6 +744,18 @@ impl State {
         }
     }
 
+    /// Checks promise 8 for a renewal.
+    fn renewed(&mut self, world: &World, call: u64, owned: &Owned, ttl: Duration) {
+        let sent = self.calls[call as usize].sent;
+        let is_its = |guard: &&Tracked| guard.token == owned.token && guard.grant == owned.grant;
+        let its_guard = self.guards.iter().rev().find(is_its).filter(|guard| !guard.has_no_bounds);
+        let limit = its_guard.and_then(|guard| Some(guard.limit?.max(guard.stays_until)));
+        // The server has no smaller unit.
+        if limit.is_some_and(|limit| limit + Duration::from_millis(1) < sent + ttl) {
+            self.violate(world.start, "a renewal goes beyond the limit".into(), format!("call {call}"));
+        }
+    }
+
     /// Records a release. Some of the keys may still be held, for other grants of the token.
     fn released(&mut self, call: u64, keys: &[Key], token: &Token, ending: Ending, world: &World) {
         let now = Instant::now();
@@ -698,6 +763,24 @@ impl State {
         for key in keys {
             if explicit {
                 self.ended.push((key.clone(), token.clone(), now));
+                let own = self.calls[call as usize].doing.guard;
+                let others =
+                    self.guards.iter_mut().enumerate().filter(|(id, _)| Some(*id) != own).map(|(_, guard)| guard);
+                let of_it = others.filter(|guard| guard.token == *token && guard.keys.contains(key));
+                of_it.for_each(|guard| guard.has_no_bounds = true);
+            }
+            // Promise 9. A guard that is older than what the token holds now has lost its own lock before.
+            let holder = world.store.holder(key).map(|(holder, _)| holder);
+            let spans = self.history.get(key).map(Vec::as_slice).unwrap_or_default();
+            let span = spans.last().filter(|span| span.until > now && span.token == *token);
+            let has_to_stay = |guard: &Tracked| {
+                let is_its = guard.token == *token && guard.keys.contains(key);
+                is_its && span.is_some_and(|span| span.from <= guard.born) && guard.is_to_stay(now)
+            };
+            let is_taken = holder.is_some_and(|holder| holder == *token || holder == Token::nobody());
+            if !is_taken && self.guards.iter().any(has_to_stay) {
+                let label = self.label(token);
+                self.violate(world.start, "a key is freed that has to stay taken".into(), format!("{key} of {label}"));
             }
             let spans = self.history.get(key).map(Vec::as_slice).unwrap_or_default();
             let is_gone = world.store.holder(key).is_none_or(|(holder, _)| holder != *token);

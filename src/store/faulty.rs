@@ -56,6 +56,7 @@ pub(crate) enum Ran<'a> {
     Acquire(&'a Wanted, &'a Acquired),
     Renew(&'a Owned, Duration, Extending, &'a Verdict),
     Release(&'a Owned, Ending, &'a Verdict),
+    Linger(&'a Owned, Ending, Duration, &'a Verdict),
     Undo(&'a Owned, &'a Undone),
     HandOver(&'a Owned, Ending, &'a Wanted, &'a HandedOver),
 }
@@ -232,6 +233,21 @@ impl Store for FaultyStore {
         Box::pin(self.call(Operation::Release, timeout, move |store, ran| {
             let released = store.release_now(&owned, ending);
             ran(Ran::Release(&owned, ending, &released));
+            released
+        }))
+    }
+
+    fn linger<'a>(
+        &'a self,
+        owned: &'a Owned,
+        ending: Ending,
+        rest: Duration,
+        timeout: Duration,
+    ) -> Answer<'a, Verdict> {
+        let owned = owned.clone();
+        Box::pin(self.call(Operation::Release, timeout, move |store, ran| {
+            let released = store.linger_now(&owned, ending, rest);
+            ran(Ran::Linger(&owned, ending, rest, &released));
             released
         }))
     }

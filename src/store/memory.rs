@@ -39,6 +39,8 @@ struct Entry {
     fence: Option<u64>,
     /// The grants that rely on the lock. If empty, only the grant of the request that created the token.
     grants: Vec<Reliance>,
+    /// Until when the key must stay taken for a grant that has ended, whatever becomes of the others.
+    kept: Option<Instant>,
 }
 
 /// A grant that relies on a lock, as recorded by `grants.lua`.
@@ -50,6 +52,12 @@ struct Reliance {
 }
 
 impl Entry {
+    /// Returns a key that stays taken although nobody holds the lock.
+    fn nobodys(expires: Instant) -> Self {
+        let (token, metadata) = (Token::nobody(), Box::default());
+        Self { token, metadata, expires, fence: None, grants: Vec::new(), kept: None }
+    }
+
     fn grants(&self) -> Vec<Reliance> {
         match self.grants.is_empty() {
             true => vec![Reliance { grant: None, ttl: None }],
@@ -60,6 +68,20 @@ impl Entry {
     /// Returns the grants that rely on the lock, except this one.
     fn others(&self, grant: Option<GrantId>) -> Vec<Reliance> {
         self.grants().into_iter().filter(|other| other.grant != grant).collect()
+    }
+
+    /// Leaves the lock to the others of its grants, when one has ended.
+    fn leave_to(&mut self, others: Vec<Reliance>, now: Instant) {
+        if others.len() == self.grants().len() {
+            return;
+        }
+        // Each of the other grants renews the lock for its own ttl, or its holder has died.
+        let longest = others.iter().try_fold(Duration::ZERO, |longest, other| Some(longest.max(other.ttl?)));
+        if let Some(longest) = longest {
+            self.expires = self.expires.min(now + longest);
+        }
+        self.expires = self.expires.max(self.kept.unwrap_or(now));
+        self.grants = others;
     }
 
     /// Adds a grant that relies on the lock for at least this ttl.
@@ -90,6 +112,12 @@ impl MemoryStore {
 
     pub(super) fn release_now(&self, owned: &Owned, ending: Ending) -> Verdict {
         let released = self.held().release(owned, ending);
+        owned.keys.iter().for_each(|key| self.subscriptions.notify(key.as_bytes()));
+        released
+    }
+
+    pub(super) fn linger_now(&self, owned: &Owned, ending: Ending, rest: Duration) -> Verdict {
+        let released = self.held().linger(owned, ending, rest);
         owned.keys.iter().for_each(|key| self.subscriptions.notify(key.as_bytes()));
         released
     }
@@ -186,11 +214,12 @@ impl Held {
         loss
     }
 
-    /// Returns whether other grants rely on one of the keys.
+    /// Returns whether other grants rely on one of the keys, or an earlier grant wants it to stay taken.
     fn is_shared(&self, owned: &Owned) -> bool {
         let now = Instant::now();
         let mut entries = owned.keys.iter().filter_map(|key| self.live(key, now));
-        entries.any(|entry| entry.token == owned.token && !entry.others(owned.grant).is_empty())
+        let has_others = |entry: &Entry| !entry.others(owned.grant).is_empty() || entry.kept.is_some_and(|at| now < at);
+        entries.any(|entry| entry.token == owned.token && has_others(entry))
     }
 
     fn acquire(&mut self, wanted: &Wanted) -> Acquired {
@@ -213,12 +242,12 @@ impl Held {
         let fence = wanted.fenced.then(|| repeated.unwrap_or_else(|| self.next_fence(now)));
         for key in keys {
             let metadata = wanted.metadata.clone();
-            let ours = self.live(key, now).map(|entry| (entry.grants.clone(), entry.expires));
+            let ours = self.live(key, now).map(|entry| (entry.grants.clone(), entry.expires, entry.kept));
             let is_first = ours.is_none();
-            let (grants, until) = ours.unwrap_or_else(|| (Vec::new(), now));
+            let (grants, until, kept) = ours.unwrap_or_else(|| (Vec::new(), now, None));
             // Never earlier than the current expiry: another grant of the same token may rely on it.
             let expires = until.max(now + wanted.ttl);
-            let mut entry = Entry { token: token.clone(), metadata, expires, fence, grants };
+            let mut entry = Entry { token: token.clone(), metadata, expires, fence, grants, kept };
             match grant {
                 Some(_) if is_first => entry.grants = vec![Reliance { grant: *grant, ttl: Some(wanted.ttl) }],
                 Some(_) => entry.rely(*grant, wanted.ttl),
@@ -270,7 +299,8 @@ impl Held {
                     Extending::AtLeast | Extending::Exactly | Extending::KeepRecord | Extending::Ensure => {}
                 }
                 let is_exact = how == Extending::Exactly && entry.others(owned.grant).is_empty();
-                entry.expires = if is_exact { now + ttl } else { entry.expires.max(now + ttl) };
+                let least = (now + ttl).max(entry.kept.unwrap_or(now));
+                entry.expires = if is_exact { least } else { entry.expires.max(least) };
             }
         }
         Verdict::Done
@@ -285,15 +315,30 @@ impl Held {
                 continue;
             }
             let others = entry.others(owned.grant);
+            match entry.kept.filter(|kept| now < *kept && ending == Ending::Grant) {
+                Some(kept) if others.is_empty() => *entry = Entry::nobodys(kept),
+                _ if ending == Ending::Lock || others.is_empty() => drop(self.locks.remove(key)),
+                _ => entry.leave_to(others, now),
+            }
+        }
+        loss.map_or(Verdict::Done, Verdict::NotOurs)
+    }
+
+    fn linger(&mut self, owned: &Owned, ending: Ending, rest: Duration) -> Verdict {
+        let now = Instant::now();
+        let loss = self.not_ours(owned, now);
+        for key in &owned.keys {
+            let Some(entry) = self.locks.get_mut(key) else { continue };
+            if now >= entry.expires || entry.token != owned.token {
+                continue;
+            }
+            let until = entry.kept.map_or(now + rest, |kept| kept.max(now + rest));
+            let others = entry.others(owned.grant);
             if ending == Ending::Lock || others.is_empty() {
-                self.locks.remove(key);
+                *entry = Entry::nobodys(until);
             } else if others.len() < entry.grants().len() {
-                // Each of the other grants renews the lock for its own ttl, or its holder has died.
-                let longest = others.iter().try_fold(Duration::ZERO, |longest, other| Some(longest.max(other.ttl?)));
-                if let Some(longest) = longest {
-                    entry.expires = entry.expires.min(now + longest);
-                }
-                entry.grants = others;
+                entry.kept = Some(until);
+                entry.leave_to(others, now);
             }
         }
         loss.map_or(Verdict::Done, Verdict::NotOurs)
@@ -309,7 +354,7 @@ impl Held {
 
     fn inspect(&self, key: &Key) -> Option<Holder> {
         let now = Instant::now();
-        self.live(key, now).map(|entry| Holder {
+        self.live(key, now).filter(|entry| entry.token != Token::nobody()).map(|entry| Holder {
             token: entry.token.clone(),
             metadata: entry.metadata.to_vec(),
             remaining: Some(entry.expires - now),
@@ -340,6 +385,10 @@ impl Store for MemoryStore {
 
     fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, _: Duration) -> Answer<'a, Verdict> {
         in_turn(move || self.release_now(owned, ending))
+    }
+
+    fn linger<'a>(&'a self, owned: &'a Owned, ending: Ending, rest: Duration, _: Duration) -> Answer<'a, Verdict> {
+        in_turn(move || self.linger_now(owned, ending, rest))
     }
 
     fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, _: Duration) -> Answer<'a, Undone> {

@@ -187,13 +187,26 @@ impl QuorumStore {
         round::attempt(&self.quorum, wanted, timeout).await
     }
 
-    async fn release(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<Verdict, Error> {
+    /// Releases the lock; where the keys stay taken for a `rest`, leaves them to nobody for that time.
+    async fn release(
+        &self,
+        owned: &Owned,
+        ending: Ending,
+        rest: Duration,
+        timeout: Duration,
+    ) -> Result<Verdict, Error> {
         let (quorum, timeout) = (&self.quorum, first(timeout));
+        let stays_until = Instant::now() + rest;
         let mut answers = Calls::new(quorum)?;
         let releasing = quorum.rounds.release(owned, ending);
         answers.send_to_all(quorum, timeout, |node| {
             let owned = owned.clone();
-            Box::pin(async move { node.release(&owned, ending, timeout).await })
+            Box::pin(async move {
+                match rest.is_zero() {
+                    true => node.release(&owned, ending, timeout).await,
+                    false => node.linger(&owned, ending, rest, timeout).await,
+                }
+            })
         });
         releasing.is_sent();
         let mut tally = Tally::new(quorum);
@@ -219,7 +232,7 @@ impl QuorumStore {
                 Some(Outcome::Unknown) => break,
                 None => continue,
             };
-            quorum.release_the_rest(owned, timeout, releasing, behind, answers);
+            quorum.release_the_rest(owned, stays_until, timeout, releasing, behind, answers);
             return Ok(released);
         }
         Err(tally.into_error_of_release())
@@ -301,12 +314,25 @@ impl Store for QuorumStore {
     }
 
     fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Verdict> {
-        Box::pin(self.release(owned, ending, timeout))
+        Box::pin(self.release(owned, ending, Duration::ZERO, timeout))
+    }
+
+    /// Each node leaves its keys to nobody, and by that keeps its vote for the rest of the time. A node that has lost
+    /// the key does not get it again, as after any release.
+    fn linger<'a>(
+        &'a self,
+        owned: &'a Owned,
+        ending: Ending,
+        rest: Duration,
+        timeout: Duration,
+    ) -> Answer<'a, Verdict> {
+        Box::pin(self.release(owned, ending, rest, timeout))
     }
 
     /// A round undoes its own attempt, on each node by that node's clock.
     fn undo<'a>(&'a self, owned: &'a Owned, _: &'a Latest, timeout: Duration) -> Answer<'a, Undone> {
-        Box::pin(async move { self.release(owned, Ending::Grant, timeout).await.map(|_| Undone::Complete) })
+        let released = self.release(owned, Ending::Grant, Duration::ZERO, timeout);
+        Box::pin(async move { released.await.map(|_| Undone::Complete) })
     }
 
     fn hand_over<'a>(

@@ -1,6 +1,8 @@
 //! Locks on one Redis or Valkey server, one that Sentinels watch over, or a cluster.
 
 mod acquire;
+#[cfg(test)]
+mod alike;
 mod args;
 mod batcher;
 mod clock;
@@ -185,6 +187,16 @@ impl Store for RedisStore {
 
     fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Verdict> {
         Box::pin(self.release(owned, ending, timeout))
+    }
+
+    fn linger<'a>(
+        &'a self,
+        owned: &'a Owned,
+        ending: Ending,
+        rest: Duration,
+        timeout: Duration,
+    ) -> Answer<'a, Verdict> {
+        Box::pin(self.linger(owned, ending, rest, timeout))
     }
 
     fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, timeout: Duration) -> Answer<'a, Undone> {

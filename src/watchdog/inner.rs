@@ -239,7 +239,7 @@ impl Inner {
         let owned = self.registry.entries().get(id).map(|entry| entry.owned.clone());
         let Some(owned) = owned else { return Ok(()) };
         let shared = self.locker.shared();
-        shared.release(&owned, Ending::Lock, Instant::now() + shared.command_timeout).await.map(drop)
+        shared.release(&owned, Ending::Lock, None, Instant::now() + shared.command_timeout).await.map(drop)
     }
 }
 

@@ -184,6 +184,12 @@ async fn all(locker: &Locker) {
         a_lease_keeps_the_lock_and_is_taken_up_again,
         a_lease_that_is_gone_is_not_taken_up,
         ensuring_a_lease_only_ever_lengthens,
+        a_key_stays_taken_for_its_least_time,
+        a_set_stays_taken_for_its_least_time,
+        of_several_guards_the_last_leaves_the_key_to_nobody,
+        a_limit_ends_a_lock_and_no_request_prolongs_it,
+        after_the_limit_the_least_time_goes_on,
+        bounds_that_cannot_work_are_refused,
     );
 }
 
@@ -510,4 +516,96 @@ async fn ensuring_a_lease_only_ever_lengthens(locker: &Locker) {
     decided(|| locker.ensure(&lease, ms(90_000))).await.unwrap();
     has_at_least(&guard, ms(80_000)).await;
     guard.release().await.unwrap();
+}
+
+async fn a_key_stays_taken_for_its_least_time(locker: &Locker) {
+    for (key, ttl) in [("least", ms(30_000)), ("longer than the ttl", ms(1_000))] {
+        for explicit in [true, false] {
+            let guard = locker.lock(key).ttl(ttl).hold_at_least(ms(2_000)).await.unwrap();
+            let (obtained, twin) = (Instant::now(), guard.token().clone());
+            match explicit {
+                true => guard.release().await.unwrap(),
+                false => drop(guard),
+            }
+            eventually("nobody holds it", async || locker.inspect(key).await.unwrap().is_none().then_some(())).await;
+            for request in [&|| locker.try_lock(key), &|| locker.try_lock(key).token(twin.clone())]
+                as [&dyn Fn() -> LockRequest; 2]
+            {
+                let refused = decided(request).await;
+                // On a busy machine, it may be over.
+                assert!(refused.is_err() || obtained.elapsed() > ms(1_900), "{key}");
+            }
+            let next = locker.lock(key).await.unwrap();
+            let after = obtained.elapsed();
+            assert!(after >= ms(1_900) && after < ms(9_000), "{after:?}");
+            next.release().await.unwrap();
+        }
+    }
+}
+
+async fn a_set_stays_taken_for_its_least_time(locker: &Locker) {
+    let guard = locker.lock_all(["{least}:a", "{least}:b"]).hold_at_least(ms(1_500)).await.unwrap();
+    let obtained = Instant::now();
+    guard.release().await.unwrap();
+    for key in ["{least}:a", "{least}:b"] {
+        let refused = decided(|| locker.try_lock(key)).await;
+        assert!(refused.is_err() || obtained.elapsed() > ms(1_400), "{key}");
+    }
+    let next = locker.lock_all(["{least}:b", "{least}:a"]).await.unwrap();
+    assert!(obtained.elapsed() >= ms(1_400));
+    next.release().await.unwrap();
+}
+
+async fn of_several_guards_the_last_leaves_the_key_to_nobody(locker: &Locker) {
+    let request = || locker.obtain("twins that stay").token(token("twin"));
+    let guard = decided(|| request().hold_at_least(ms(2_500))).await.unwrap();
+    let obtained = Instant::now();
+    let other = decided(request).await.unwrap();
+    drop(guard);
+    decided(|| other.renew()).await.unwrap();
+    drop(other);
+    let next = locker.lock("twins that stay").await.unwrap();
+    assert!(obtained.elapsed() >= ms(2_400), "{:?}", obtained.elapsed());
+    next.release().await.unwrap();
+}
+
+async fn a_limit_ends_a_lock_and_no_request_prolongs_it(locker: &Locker) {
+    let sent = tokio::time::Instant::now();
+    let guard = locker.lock("limit").hold_at_most(ms(2_000)).await.unwrap();
+    // Waiting doesn't count, so the limit may be later.
+    assert!(guard.deadline() > sent && guard.remaining() < ms(2_000));
+    let limit = tokio::time::Instant::now() + ms(2_000);
+    decided(|| guard.ensure(ms(60_000))).await.unwrap();
+    decided(|| guard.renew_for(ms(60_000))).await.unwrap();
+    decided(|| guard.renew()).await.unwrap();
+    assert!(guard.deadline() < limit);
+    assert!(guard.server_ttl().await.unwrap().unwrap() <= ms(2_000));
+    assert_eq!(guard.lost().await, Loss::LimitReached);
+    assert!(matches!(guard.release().await, Err(Error::NotHeld { loss: Loss::LimitReached, .. })));
+    let next = locker.lock("limit").await.unwrap();
+    assert!(limit.elapsed() < ms(5_000), "{:?}", limit.elapsed());
+    next.release().await.unwrap();
+}
+
+async fn after_the_limit_the_least_time_goes_on(locker: &Locker) {
+    let guard = locker.lock("both").hold_at_most(ms(1_000)).hold_at_least(ms(2_500)).await.unwrap();
+    let obtained = Instant::now();
+    assert_eq!(guard.lost().await, Loss::LimitReached);
+    let next = locker.lock("both").await.unwrap();
+    assert!(obtained.elapsed() >= ms(2_400), "{:?}", obtained.elapsed());
+    next.release().await.unwrap();
+}
+
+async fn bounds_that_cannot_work_are_refused(locker: &Locker) {
+    for limit in [Duration::ZERO, ms(3)] {
+        let refused = locker.lock("bounds").hold_at_most(limit).await.unwrap_err();
+        assert!(matches!(refused, Error::InvalidHold(_)) && refused.to_string().contains("hold_at_most"), "{refused}");
+    }
+    for least in [Duration::from_secs(366 * 24 * 3600), Duration::MAX] {
+        let refused = locker.lock("bounds").hold_at_least(least).await.unwrap_err();
+        assert!(matches!(refused, Error::InvalidHold(_)) && refused.to_string().contains("hold_at_least"), "{refused}");
+    }
+    let guard = locker.lock("bounds").hold_at_least(Duration::ZERO).hold_at_most(Duration::MAX).await.unwrap();
+    guard.release().await.unwrap();
+    assert_eq!(locker.inspect("bounds").await.unwrap(), None);
 }

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 
 mod auto_traits;
+mod bounds;
 mod cancellation;
 mod closing;
 mod conformance;

@@ -89,6 +89,10 @@ async fn use_locks(locker: &Locker, key: &str) -> Result<(), Error> {
     let own = soon(locker.lock(key).token("own".parse()?)).await?;
     soon(locker.lock(key).token("own".parse()?)).await?.renew().await?;
     own.release().await?;
+    for request in [locker.lock(key), locker.lock(key).token("own".parse()?)] {
+        soon(request.hold_at_least(ms(20)).hold_at_most(ms(20_000))).await?.release().await?;
+    }
+    drop(soon(locker.lock(key).hold_at_least(ms(20))).await?);
     let (one, other) = (format!("{{{key}}}:1"), format!("{{{key}}}:2"));
     let set = soon(locker.lock_all([one.as_str(), &other])).await?;
     set.renew().await?;

@@ -140,7 +140,7 @@ impl World {
         at_once(self.store.acquire(&wanted, InLine::No, ms(500)));
         let drift = Drift { factor: 0.0, margin: Duration::ZERO };
         let grant = Grant::new(Instant::now(), ttl, None);
-        let hold = Arc::new(Hold::new(owned, Box::default(), &grant, drift, renewal, self.log.start, false));
+        let hold = Arc::new(Hold::new(owned, Box::default(), &grant, drift, renewal.into(), self.log.start, false));
         let (log, lock) = (self.log.clone(), hold.owned.key().to_string());
         hold.observe(Arc::new(Reports { log, lock, loss: Mutex::default() })).unwrap();
         let handle = self.shared.keep(hold.clone(), runtime);

@@ -67,12 +67,14 @@ impl Quorum {
         Some(self.releases.spawn_on(task, &runtime))
     }
 
-    /// Releases on the nodes that failed, or fail later, after a majority has decided on a release.
+    /// Releases on the nodes that failed, or fail later, after a majority has decided on a release. Until `stays_until`,
+    /// a node leaves its keys to nobody.
     ///
     /// By then the same token may hold the lock again, so each of these ends its own grant alone.
     pub(super) fn release_the_rest(
         self: &Arc<Self>,
         owned: &Owned,
+        stays_until: Instant,
         timeout: Duration,
         releasing: Releasing,
         mut behind: Vec<usize>,
@@ -95,7 +97,10 @@ impl Quorum {
                 let until = Instant::now() + PATIENCE.max(timeout);
                 let releases = quorum.releases.clone();
                 quorum.releases.spawn(async move {
-                    let release = |timeout| node.release(&owned, Ending::Grant, timeout);
+                    let release = |timeout| match timing::rest_until(stays_until, Instant::now()) {
+                        Some(rest) => node.linger(&owned, Ending::Grant, rest, timeout),
+                        None => node.release(&owned, Ending::Grant, timeout),
+                    };
                     let released = retry(&catching_up, &releases, until, release).await;
                     if let Err(error) = released {
                         let key = owned.key();

@@ -193,6 +193,23 @@ impl Server {
         loss.map_or(Verdict::Done, Verdict::NotOurs)
     }
 
+    /// Other grants that rely on the lock just go on.
+    fn linger(&self, owned: &Owned, ending: Ending, rest: Duration) -> Verdict {
+        let are_ours: Vec<Key> = {
+            let state = self.state.lock().unwrap();
+            let is_ours = |key: &&Key| state.live(key).is_some_and(|(held, _)| *held == owned.token);
+            owned.keys.iter().filter(is_ours).cloned().collect()
+        };
+        let released = self.release(owned, ending);
+        let mut state = self.state.lock().unwrap();
+        for key in are_ours {
+            if state.live(&key).is_none() {
+                state.locks.insert(key, (Token::nobody(), Instant::now() + rest));
+            }
+        }
+        released
+    }
+
     fn remaining(&self, owned: &Owned) -> Option<Duration> {
         let state = self.state.lock().unwrap();
         if state.not_ours(owned).is_some() {
@@ -203,7 +220,7 @@ impl Server {
 
     fn inspect(&self, key: &Key) -> Option<Holder> {
         let state = self.state.lock().unwrap();
-        state.live(key).map(|(token, until)| Holder {
+        state.live(key).filter(|(token, _)| *token != Token::nobody()).map(|(token, until)| Holder {
             token: token.clone(),
             metadata: Vec::new(),
             remaining: Some(*until - Instant::now()),
@@ -311,6 +328,17 @@ impl Store for Link {
     fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Verdict> {
         let owned = owned.clone();
         Box::pin(self.call(timeout, move |server| server.release(&owned, ending)))
+    }
+
+    fn linger<'a>(
+        &'a self,
+        owned: &'a Owned,
+        ending: Ending,
+        rest: Duration,
+        timeout: Duration,
+    ) -> Answer<'a, Verdict> {
+        let owned = owned.clone();
+        Box::pin(self.call(timeout, move |server| server.linger(&owned, ending, rest)))
     }
 
     fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, timeout: Duration) -> Answer<'a, Undone> {

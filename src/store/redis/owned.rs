@@ -98,6 +98,45 @@ impl RedisStore {
         self.run_owned(&owned.key(), &owned.token, what, timeout).await
     }
 
+    pub(super) async fn linger(
+        &self,
+        owned: &Owned,
+        ending: Ending,
+        rest: Duration,
+        timeout: Duration,
+    ) -> Result<Verdict, Error> {
+        let until = Instant::now() + timeout;
+        match self.linger_whole(owned, ending, rest, timeout).await {
+            Err(error) if error.is_redirection() && owned.keys.len() > 1 => {
+                Box::pin(self.one_by_one(owned, EachKey::Linger(ending, rest), until)).await
+            }
+            released => released,
+        }
+    }
+
+    /// Leaves all keys to nobody for the rest of their time, in one call.
+    async fn linger_whole(
+        &self,
+        owned: &Owned,
+        ending: Ending,
+        rest: Duration,
+        timeout: Duration,
+    ) -> Result<Verdict, Error> {
+        let locks: Vec<Bytes> = owned.keys.iter().map(|key| self.name(key)).collect();
+        let records = locks.iter().filter(|_| has_records(owned, ending)).map(names::grants_of);
+        let keys: Vec<Bytes> = locks.iter().cloned().chain(records).collect();
+        let grant = match ending {
+            Ending::Lock => "".into(),
+            Ending::Grant => id_of(owned.grant),
+        };
+        let publish = self.publish().into();
+        let args = [owned.token.to_bytes(), count_of(owned), publish, grant, decimal(millis(rest))];
+        let mut call = Call::new(keys.into_iter(), args);
+        call.args(operation::channels(&locks));
+        let reply = self.server().run(&self.server().scripts.linger, || call.clone(), |_| {}, timeout).await?;
+        replies::verdict(reply.value())
+    }
+
     /// Releases all keys, with their records, in one call. Returns the server's time in ms as well.
     async fn release_whole(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<(Verdict, u64), Error> {
         let (token, count) = (owned.token.to_bytes(), count_of(owned));
@@ -105,7 +144,7 @@ impl RedisStore {
         let locks: Vec<Bytes> = owned.keys.iter().map(|key| self.name(key)).collect();
         let scripts = &self.server().scripts;
         let lines = locks.iter().map(names::line_of);
-        let records = locks.iter().filter(|_| ending == Ending::Grant || !owned.own_token).map(names::grants_of);
+        let records = locks.iter().filter(|_| has_records(owned, ending)).map(names::grants_of);
         let keys: Vec<Bytes> = locks.iter().cloned().chain(lines).chain(records).collect();
         let keys = keys.into_iter();
         let (script, mut call) = match ending {
@@ -144,6 +183,7 @@ impl RedisStore {
             let verdict = match what {
                 EachKey::Renew(ttl, how) => Store::renew(self, &one, ttl, how, left).await,
                 EachKey::Release(ending) => Store::release(self, &one, ending, left).await,
+                EachKey::Linger(ending, rest) => Store::linger(self, &one, ending, rest, left).await,
             };
             match verdict {
                 Ok(verdict) => {
@@ -170,4 +210,10 @@ impl RedisStore {
 enum EachKey {
     Renew(Duration, Extending),
     Release(Ending),
+    Linger(Ending, Duration),
+}
+
+/// Returns whether its keys may have records of grants that the end of a lock has to read or delete.
+fn has_records(owned: &Owned, ending: Ending) -> bool {
+    ending == Ending::Grant || !owned.own_token
 }

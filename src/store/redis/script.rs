@@ -39,6 +39,7 @@ pub(super) struct Scripts {
     pub(super) release: Script,
     pub(super) release_one: Script,
     pub(super) end_grant: Script,
+    pub(super) linger: Script,
     pub(super) hand_over: Script,
     pub(super) remaining: Script,
     pub(super) inspect: Script,
@@ -56,6 +57,7 @@ const FENCE: &str = include_str!("scripts/fence.lua");
 const GRANTS: &str = include_str!("scripts/grants.lua");
 const EXTEND: &str = include_str!("scripts/extend.lua");
 const LINE: &str = include_str!("scripts/line.lua");
+const NOBODY: &str = include_str!("scripts/nobody.lua");
 const UPTIME: &str = include_str!("scripts/uptime.lua");
 
 impl Scripts {
@@ -77,7 +79,8 @@ impl Scripts {
                 LINE,
                 include_str!("scripts/pass_on_one.lua"),
             ]),
-            end_grant: Script::new(&[OWNER, HELD, GRANTS, LINE, include_str!("scripts/end_grant.lua")]),
+            end_grant: Script::new(&[OWNER, HELD, GRANTS, NOBODY, LINE, include_str!("scripts/end_grant.lua")]),
+            linger: Script::new(&[OWNER, HELD, GRANTS, NOBODY, include_str!("scripts/linger.lua")]),
             hand_over: Script::after(
                 include_str!("scripts/hand_over_one.lua"),
                 &[OWNER, HELD, FENCE, GRANTS, LINE, include_str!("scripts/hand_over.lua")],

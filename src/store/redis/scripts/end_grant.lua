@@ -4,7 +4,7 @@
 -- ARGV  token, n, 'PUBLISH' or 'SPUBLISH' as in release.lua, id of the grant (`-` if it has none), channels as in
 --       release.lua.
 -- Reply as in release.lua. A key that other grants rely on counts as released; it lives no longer than they may need
---       it.
+--       it. One that an earlier grant wants to stay taken is left to nobody (grants.lua).
 --
 -- Idempotent: a repeat finds this grant ended.
 
@@ -28,7 +28,12 @@ local function end_grant(i)
     local record = grants_of(record_key, token)
     local others = without(record, grant)
     if #others.ids == 0 then
-        pass_on(KEYS[i], KEYS[n + i], ARGV[3], ARGV[4 + i] or KEYS[i])
+        local kept = kept_for(record)
+        if kept > 0 then
+            leave_to_nobody(KEYS[i], kept, ARGV[3], ARGV[4 + i] or KEYS[i])
+        else
+            pass_on(KEYS[i], KEYS[n + i], ARGV[3], ARGV[4 + i] or KEYS[i])
+        end
         redis.pcall('DEL', record_key)
     elseif #others.ids < #record.ids then
         write_grants(record_key, token, others, 0)

@@ -13,12 +13,15 @@
 -- 4. Each renewal of a grant with an id adds the grant to the record, which may have been lost with the key.
 -- 5. The end of a grant with an id that is missing from the record, and of one of a record that is full (`*`), leaves
 --    the key to its ttl: too long is safe, too short is not. `-` can't tell; we assume that records are not evicted.
+-- 6. A grant may end and want its key to stay taken for some more time (linger.lua). While other grants rely on the
+--    key, the record has an entry `h=time` for that, with the server time in ms. It is no id, as those are hexadecimal.
+--    The key lives at least until then, and if the last grant ends before, the key is left to nobody until then.
 
 local MOST_GRANTS = 64
 local NONE = {ids = {}, ttls = {}}
 
 -- Returns the ids of the grants that rely on a key which `token` holds, in their order, and the ttl of each, or false
--- if that is not known.
+-- if that is not known. `kept` is the time until which the key must stay taken, if there is one.
 local function grants_of(record_key, token)
     local record = redis.pcall('GET', record_key)
     if record and record.err then
@@ -29,17 +32,21 @@ local function grants_of(record_key, token)
     if not record or string.sub(record, 1, #token + 1) ~= token .. '\n' then
         return {ids = {'-'}, ttls = {['-'] = false}}
     end
-    local ids, ttls = {}, {}
+    local ids, ttls, kept = {}, {}, nil
     for id, ttl in string.gmatch(string.sub(record, #token + 2), '([^,=]+)=?(%d*)') do
-        ids[#ids + 1] = id
-        ttls[id] = tonumber(ttl) or false
+        if id == 'h' then
+            kept = tonumber(ttl)
+        else
+            ids[#ids + 1] = id
+            ttls[id] = tonumber(ttl) or false
+        end
     end
-    return {ids = ids, ttls = ttls}
+    return {ids = ids, ttls = ttls, kept = kept}
 end
 
 -- Returns the grants without this one.
 local function without(grants, id)
-    local others = {ids = {}, ttls = {}}
+    local others = {ids = {}, ttls = {}, kept = grants.kept}
     for _, other in ipairs(grants.ids) do
         if other ~= id then
             others.ids[#others.ids + 1] = other
@@ -61,9 +68,14 @@ local function with(grants, id, ttl)
     return all
 end
 
+-- Returns for how many ms more the key must stay taken for a grant that has ended.
+local function kept_for(grants)
+    return math.max(0, (grants.kept or 0) - math.floor(now / 1000))
+end
+
 -- Returns the longest time that any of them may rely on the key from now on, or false if that is not known.
 local function longest_of(grants)
-    local longest = 0
+    local longest = kept_for(grants)
     for _, id in ipairs(grants.ids) do
         longest = longest and grants.ttls[id] and math.max(longest, grants.ttls[id])
     end
@@ -75,6 +87,9 @@ local function write_grants(record_key, token, grants, record_ttl)
     local all = {}
     for i, id in ipairs(grants.ids) do
         all[i] = grants.ttls[id] and id .. '=' .. string.format('%.0f', grants.ttls[id]) or id
+    end
+    if kept_for(grants) > 0 then
+        all[#all + 1] = 'h=' .. string.format('%.0f', grants.kept)
     end
     local ttl = math.max(1, record_ttl, redis.call('PTTL', record_key))
     redis.call('SET', record_key, token .. '\n' .. table.concat(all, ','), 'PX', string.format('%.0f', ttl))

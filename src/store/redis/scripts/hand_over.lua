@@ -10,7 +10,8 @@
 --       lock, '*' to end the lock with its record of grants), '1' if the place may be in the line, 'PUBLISH' or
 --       'SPUBLISH', channel.
 -- Reply {fencing token or 0, 1 if the line is empty}  done.  {-1}  the key was gone.
---       {-2}  it held something else.  {-3}  others rely on the lock, and nothing has changed.
+--       {-2}  it held something else.  {-3}  others rely on the lock, or it has to stay taken for an earlier grant
+--       (grants.lua), and nothing has changed.
 --       {-4}  another got the lock, and the place is in the line.
 --
 -- Idempotent: a repeat finds the next token, or a reservation, returns that, and changes nothing. As in
@@ -25,8 +26,11 @@ end
 if not held or not is_owner(ARGV[1], held) then
     return {-2}
 end
-if grant ~= '' and grant ~= '*' and #without(grants_of(record_key, ARGV[1]), grant).ids > 0 then
-    return {-3}
+if grant ~= '' and grant ~= '*' then
+    local others = without(grants_of(record_key, ARGV[1]), grant)
+    if #others.ids > 0 or kept_for(others) > 0 then
+        return {-3}
+    end
 end
 
 -- As in acquire_in_line.lua.

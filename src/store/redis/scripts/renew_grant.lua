@@ -5,7 +5,8 @@
 --       grant, restart window in s if this server is a node of a quorum: its reply only counts if it has been up for
 --       longer.
 -- How:
---       'exactly'  the keys live for the ttl, or for at least the ttl while other grants rely on them.
+--       'exactly'  the keys live for the ttl, or for at least the ttl while other grants rely on them, or an earlier
+--                  grant wants them to stay taken.
 --       'claim'    they live for at least the ttl, and the grant replaces the earlier one.
 --       'keep'     they live for at least the ttl. The records are extended too, and note that ttl.
 --       'least'    they live for at least the ttl.
@@ -59,7 +60,7 @@ for i = 1, n do
     local record = grants[i]
     rewrite(KEYS[n + i], record)
     if how == 'exactly' and #without(record, grant).ids == 0 then
-        redis.call('PEXPIRE', KEYS[i], ttl)
+        redis.call('PEXPIRE', KEYS[i], string.format('%.0f', math.max(tonumber(ttl), kept_for(record))))
     elseif how ~= 'return' then
         extend(KEYS[i], ttl)
     end

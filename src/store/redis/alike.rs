@@ -1,0 +1,136 @@
+//! The embedded store does what a server does: random operations of several grants, run on both.
+
+use tenure_test_support::Server as Process;
+
+use super::*;
+use crate::Token;
+use crate::hold::GrantId;
+use crate::store::memory::MemoryStore;
+use crate::store::{InLine, Queueing};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const KEYS: [&str; 3] = ["{s}a", "{s}b", "{s}c"];
+/// Farther apart than a run takes, so that it shows by what the ttl of a key was set.
+const TIMES: [Duration; 4] =
+    [Duration::from_secs(2_000), Duration::from_secs(6_000), Duration::from_secs(10_000), Duration::from_secs(20_000)];
+/// More than the two are apart, on a busy machine.
+const TOLERANCE: Duration = Duration::from_secs(500);
+
+/// What is done to both stores.
+#[derive(Debug)]
+enum What {
+    Acquire(Duration),
+    Renew(Duration, Extending),
+    Release(Ending),
+    Linger(Ending, Duration),
+    Undo,
+}
+
+fn owned(rng: &mut fastrand::Rng, grants: &[GrantId]) -> Owned {
+    let mut keys = KEYS;
+    rng.shuffle(&mut keys);
+    let keys = keys[..*rng.choice(&[1, 1, 1, 2, 3]).unwrap()].iter().copied().map(Key::from).collect();
+    let token = rng.choice(["job-1", "job-10"]).unwrap().parse().unwrap();
+    let grant = if rng.u8(..4) == 0 { None } else { rng.choice(grants).copied() };
+    Owned { keys, token, own_token: false, grant }
+}
+
+fn what(rng: &mut fastrand::Rng, grants: &[GrantId]) -> What {
+    let (time, ending) =
+        (rng.choice(TIMES).unwrap(), rng.choice([Ending::Grant, Ending::Grant, Ending::Lock]).unwrap());
+    let earlier = rng.choice(grants).copied();
+    match rng.u8(..20) {
+        0..8 => What::Acquire(time),
+        8..10 => What::Renew(time, Extending::AtLeast),
+        10..12 => What::Renew(time, Extending::Exactly),
+        12 => What::Renew(time, Extending::Claim { earlier }),
+        13 => What::Renew(time, Extending::GiveBack { earlier }),
+        14..16 => What::Release(ending),
+        16..19 => What::Linger(ending, time),
+        _ => What::Undo,
+    }
+}
+
+/// Returns what the store has decided, without fencing tokens, which come from each one's own clock.
+async fn run(store: &dyn Store, owned: &Owned, what: &What) -> String {
+    match *what {
+        What::Acquire(ttl) => {
+            let wanted = Wanted {
+                owned: owned.clone(),
+                metadata: Box::default(),
+                ttl,
+                fenced: true,
+                queueing: Queueing::None,
+                takes_over: false,
+                latest: Arc::default(),
+            };
+            match store.acquire(&wanted, InLine::No, PATIENCE).await.unwrap() {
+                Acquired::Granted { fencing_token } => format!("granted: {}", fencing_token.is_some()),
+                Acquired::Held { place, .. } => format!("held: {place}"),
+            }
+        }
+        What::Renew(ttl, how) => format!("{:?}", store.renew(owned, ttl, how, PATIENCE).await.unwrap()),
+        What::Release(ending) => format!("{:?}", store.release(owned, ending, PATIENCE).await.unwrap()),
+        What::Linger(ending, rest) => format!("{:?}", store.linger(owned, ending, rest, PATIENCE).await.unwrap()),
+        // What it returns comes from each one's own clock.
+        What::Undo => store.undo(owned, &Latest::default(), PATIENCE).await.map(|_| String::new()).unwrap(),
+    }
+}
+
+/// Asserts that both hold the same for each key, for the same time. Returns whether a key is nobody's, and whether a
+/// record has a time until which its key must stay taken.
+async fn compare(process: &Process, server: &RedisStore, memory: &MemoryStore) -> (bool, bool) {
+    let look = "local all = {} \
+        for i, key in ipairs(KEYS) do \
+            local held, record = redis.call('GET', key), redis.call('GET', key .. ':grants') or '' \
+            held = held == '\\n\\nh' and 'nobody' or held or '-' \
+            all[i] = held .. ' ' .. redis.call('PTTL', key) .. ' ' .. (string.find(record, ',h=') and 1 or 0) \
+        end return table.concat(all, ',')";
+    let seen = process.cli(&[&["EVAL", look, "3"][..], &KEYS].concat());
+    let name = |token: &Token| if *token == Token::nobody() { "nobody".into() } else { token.as_str().to_owned() };
+    let (mut is_nobodys, mut is_kept) = (false, false);
+    for (key, seen) in KEYS.map(Key::from).into_iter().zip(seen.split(',')) {
+        let [held, ttl, kept] = <[&str; 3]>::try_from(seen.split(' ').collect::<Vec<_>>()).unwrap();
+        let expected = memory.holder(&key);
+        assert_eq!(held, expected.as_ref().map_or_else(|| "-".to_owned(), |(token, _)| name(token)), "{key}");
+        if let Some((_, until)) = expected {
+            let left = until - tokio::time::Instant::now();
+            let apart = left.abs_diff(Duration::from_millis(ttl.parse().unwrap()));
+            assert!(apart < TOLERANCE, "{key}: {ttl} ms, and {left:?}");
+        }
+        (is_nobodys, is_kept) = (is_nobodys || held == "nobody", is_kept || kept == "1");
+        let inspected = |holder: Option<Holder>| holder.map(|holder| holder.token);
+        let one = RedisStore::inspect(server, &key, PATIENCE).await.unwrap();
+        assert_eq!(inspected(one), inspected(memory.inspect(&key, PATIENCE).await.unwrap()), "{key}");
+    }
+    (is_nobodys, is_kept)
+}
+
+async fn histories(seed: u64) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let process = Process::start();
+    let server = RedisStore::connect(Driver::default(), &process.url(), String::new(), PATIENCE, 0).await.unwrap();
+    let (mut nobodys, mut kept) = (0, 0);
+    for _ in 0..60 {
+        process.cli(&["FLUSHALL"]);
+        let (memory, grants) = (MemoryStore::new(), [(); 3].map(|()| GrantId::random()));
+        for _ in 0..20 {
+            let (owned, what) = (owned(&mut rng, &grants), what(&mut rng, &grants));
+            let decided = run(&server, &owned, &what).await;
+            let expected = run(&memory, &owned, &what).await;
+            assert_eq!(decided, expected, "{what:?} by {:?} of {:?}", owned.grant, owned.keys);
+            let (is_nobodys, is_kept) = compare(&process, &server, &memory).await;
+            (nobodys, kept) = (nobodys + u32::from(is_nobodys), kept + u32::from(is_kept));
+        }
+    }
+    // Or there was nothing to compare.
+    assert!(nobodys > 100 && kept > 0, "{nobodys}, {kept}");
+}
+
+#[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
+async fn the_embedded_store_decides_and_leaves_what_a_server_does() {
+    let seed = fastrand::u64(..);
+    let played = tokio::spawn(histories(seed)).await;
+    assert!(played.is_ok(), "seed {seed}");
+}
