@@ -184,11 +184,7 @@ async fn all(locker: &Locker) {
         a_lease_keeps_the_lock_and_is_taken_up_again,
         a_lease_that_is_gone_is_not_taken_up,
         ensuring_a_lease_only_ever_lengthens,
-        a_key_stays_taken_for_its_least_time,
-        a_set_stays_taken_for_its_least_time,
-        of_several_guards_the_last_leaves_the_key_to_nobody,
-        a_limit_ends_a_lock_and_no_request_prolongs_it,
-        after_the_limit_the_least_time_goes_on,
+        bounds_are_kept,
         bounds_that_cannot_work_are_refused,
     );
 }
@@ -518,29 +514,39 @@ async fn ensuring_a_lease_only_ever_lengthens(locker: &Locker) {
     guard.release().await.unwrap();
 }
 
-async fn a_key_stays_taken_for_its_least_time(locker: &Locker) {
-    for (key, ttl) in [("least", ms(30_000)), ("longer than the ttl", ms(1_000))] {
-        for explicit in [true, false] {
-            let guard = locker.lock(key).ttl(ttl).hold_at_least(ms(2_000)).await.unwrap();
-            let (obtained, twin) = (Instant::now(), guard.token().clone());
-            match explicit {
-                true => guard.release().await.unwrap(),
-                false => drop(guard),
-            }
-            eventually("nobody holds it", async || locker.inspect(key).await.unwrap().is_none().then_some(())).await;
-            for request in [&|| locker.try_lock(key), &|| locker.try_lock(key).token(twin.clone())]
-                as [&dyn Fn() -> LockRequest; 2]
-            {
-                let refused = decided(request).await;
-                // On a busy machine, it may be over.
-                assert!(refused.is_err() || obtained.elapsed() > ms(1_900), "{key}");
-            }
-            let next = locker.lock(key).await.unwrap();
-            let after = obtained.elapsed();
-            assert!(after >= ms(1_900) && after < ms(9_000), "{after:?}");
-            next.release().await.unwrap();
-        }
+/// All at once, as each of them waits for a time to pass.
+async fn bounds_are_kept(locker: &Locker) {
+    tokio::join!(
+        a_key_stays_taken_for_its_least_time(locker, "least", ms(30_000), true),
+        a_key_stays_taken_for_its_least_time(locker, "least of a drop", ms(30_000), false),
+        a_key_stays_taken_for_its_least_time(locker, "longer than the ttl", ms(1_000), true),
+        a_key_stays_taken_for_its_least_time(locker, "longer than the ttl of a drop", ms(1_000), false),
+        a_set_stays_taken_for_its_least_time(locker),
+        of_several_guards_the_last_leaves_the_key_to_nobody(locker),
+        a_limit_ends_a_lock_and_no_request_prolongs_it(locker),
+        after_the_limit_the_least_time_goes_on(locker),
+    );
+}
+
+async fn a_key_stays_taken_for_its_least_time(locker: &Locker, key: &str, ttl: Duration, explicit: bool) {
+    let guard = locker.lock(key).ttl(ttl).hold_at_least(ms(2_000)).await.unwrap();
+    let (obtained, twin) = (Instant::now(), guard.token().clone());
+    match explicit {
+        true => guard.release().await.unwrap(),
+        false => drop(guard),
     }
+    eventually("nobody holds it", async || locker.inspect(key).await.unwrap().is_none().then_some(())).await;
+    for request in
+        [&|| locker.try_lock(key), &|| locker.try_lock(key).token(twin.clone())] as [&dyn Fn() -> LockRequest; 2]
+    {
+        let refused = decided(request).await;
+        // On a busy machine, it may be over.
+        assert!(refused.is_err() || obtained.elapsed() > ms(1_900), "{key}");
+    }
+    let next = locker.lock(key).await.unwrap();
+    let after = obtained.elapsed();
+    assert!(after >= ms(1_900) && after < ms(9_000), "{after:?}");
+    next.release().await.unwrap();
 }
 
 async fn a_set_stays_taken_for_its_least_time(locker: &Locker) {
