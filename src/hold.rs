@@ -128,7 +128,8 @@ impl Hold {
         is_voted_on: bool,
     ) -> Self {
         let Terms { renewal, bounds } = terms;
-        let stays_until = Instant::now() + bounds.at_least;
+        let now = Instant::now();
+        let stays_until = now + bounds.at_least;
         let limit = bounds.at_most.map(|limit| timing::after(grant.sent, limit));
         let mut state = State {
             ttl: grant.ttl,
@@ -138,7 +139,7 @@ impl Hold {
             worth: grant.ttl,
             deadline: grant.sent,
             ends_at_limit: false,
-            kept_until: (Instant::now() + grant.ttl).max(grant.kept_until.unwrap_or(grant.sent)),
+            kept_until: (now + grant.ttl).max(grant.kept_until.unwrap_or(grant.sent)),
             epoch: 0,
             unresolved: Vec::new(),
             recording: Vec::new(),
