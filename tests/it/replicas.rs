@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tenure::{Error, Locker, LockerBuilder, Loss};
+use tenure::{Error, Lease, Locker, LockerBuilder, Loss};
 use tenure_test_support::{Cluster, Server, eventually, soon, within};
 use tokio::time::Instant;
 
@@ -114,6 +114,24 @@ async fn a_guard_whose_replica_is_cut_off_is_lost_by_its_deadline_and_not_before
     assert!(Instant::now() >= deadline && frozen.elapsed() < ms(2_500), "{:?}", frozen.elapsed());
     replica.thaw();
     soon(locker.lock("k")).await.unwrap().release().await.unwrap();
+}
+
+/// From Redis 7.2 on, `WAIT` counts the replicas that have the last write of its own connection, whatever others have
+/// written since.
+#[tokio::test]
+async fn a_renewal_that_finds_a_longer_ttl_counts_only_if_the_replica_has_that() {
+    let (primary, replica) = start();
+    let locker = builder().connect(&primary.url()).await.unwrap();
+    let guard = locker.lock("k").no_renewal().await.unwrap();
+    let lease = Lease::new("k", guard.token().clone(), ms(60_000));
+    let other = Locker::connect(&primary.url()).await.unwrap();
+    replica.freeze();
+    soon(other.ensure(&lease, ms(60_000))).await.unwrap();
+    let deadline = guard.deadline();
+    let refused = soon(guard.renew()).await.unwrap_err();
+    assert!(matches!(refused, Error::NotReplicated { needed: 1, acknowledged: 0 }), "{refused}");
+    assert_eq!(guard.deadline(), deadline);
+    replica.thaw();
 }
 
 #[tokio::test]

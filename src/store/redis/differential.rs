@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use tenure_test_support::{Server as Process, Version};
+use tenure_test_support::Server as Process;
 use tokio::time::Instant;
 
 use super::batcher::Executor;
@@ -292,37 +292,9 @@ async fn a_batch_needs_no_right_that_its_operations_do_not_need() {
     }
 }
 
-/// Whether a renewal finds less left than it wants may hang on a millisecond; which rights it needs must not.
-#[tokio::test]
-#[ignore = "needs a server; tests/internals.rs runs it"]
-async fn a_renewal_that_has_nothing_to_do_needs_no_right_that_another_does_not_need() {
-    if !Version::of_this_run().has_redis(7, 0) {
-        // Every renewal needs PTTL there.
-        return;
-    }
-    let side = Side::start(&["-pttl"]).await;
-    let renewal = || of("a", What::Renew { ttl: 60_000 });
-    for together in [false, true] {
-        for (before, after) in
-            [(Some("20000"), 60_000), (Some("60000"), 60_000), (Some("90000"), 90_000), (None, 60_000)]
-        {
-            side.process.cli(&["SET", "a", "x"]);
-            before.map(|ttl| side.process.cli(&["PEXPIRE", "a", ttl]));
-            let answer = match together {
-                true => side.server().run_batch(&[renewal()], PATIENCE).await.unwrap().remove(0).unwrap(),
-                false => side.server().run_one(&renewal(), PATIENCE).await,
-            };
-            assert!(matches!(answer, Ok(Decision::Owned(Verdict::Done))), "{answer:?}, {before:?} before");
-            let left: i64 = side.process.cli(&["PTTL", "a"]).parse().unwrap();
-            assert!(same_ttl(left, after), "{left} instead of {after}, {before:?} before");
-        }
-    }
-}
-
-/// Before Redis 7, PEXPIRE knows no GT: here it knows another word as little.
 #[test]
 #[ignore = "needs a server; tests/internals.rs runs it"]
-fn a_server_that_does_not_know_gt_renews_all_the_same() {
+fn each_script_that_renews_sets_at_least_the_ttl_and_shortens_none() {
     let server = Process::start();
     let scripts = Scripts::new();
     let stamp = ["9000000000000000"];
@@ -333,16 +305,12 @@ fn a_server_that_does_not_know_gt_renews_all_the_same() {
     ];
     for (script, args) in renew {
         let source = std::str::from_utf8(&script.source).unwrap();
-        let older = source.replace("'GT'", "'NOT-KNOWN'");
-        assert_ne!(older, source);
-        for source in [source, &older] {
-            for (before, after) in [(Some("20000"), 60_000), (Some("90000"), 90_000), (None, 60_000)] {
-                server.cli(&["SET", "k", "x"]);
-                before.map(|ttl| server.cli(&["PEXPIRE", "k", ttl]));
-                server.cli(&[&["EVAL", source, "1", "k"], args, &stamp].concat());
-                let left: i64 = server.cli(&["PTTL", "k"]).parse().unwrap();
-                assert!(same_ttl(left, after), "{left} instead of {after}, {before:?} before");
-            }
+        for (before, after) in [(Some("20000"), 60_000), (Some("90000"), 90_000), (None, 60_000)] {
+            server.cli(&["SET", "k", "x"]);
+            before.map(|ttl| server.cli(&["PEXPIRE", "k", ttl]));
+            server.cli(&[&["EVAL", source, "1", "k"], args, &stamp].concat());
+            let left: i64 = server.cli(&["PTTL", "k"]).parse().unwrap();
+            assert!(same_ttl(left, after), "{left} instead of {after}, {before:?} before");
         }
     }
 }

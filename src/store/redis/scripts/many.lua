@@ -117,34 +117,18 @@ local function left_of(key)
 end
 
 if n_renew > 0 then
-    -- As in extend.lua: servers before Redis 7 refuse GT and NX, and need PTTL.
-    local knows_gt = true
-
-    -- Returns the error, if there is one. `px` is the ttl as a number.
-    local function extend(key, ttl, px)
-        if knows_gt then
-            local done = redis.pcall('PEXPIRE', key, ttl, 'GT')
-            if done == 0 then
-                done = redis.pcall('PEXPIRE', key, ttl, 'NX')
-            end
-            knows_gt = not refused(done)
-            if knows_gt then
-                return
-            end
-        end
+    -- As in extend.lua. Returns the error, if there is one.
+    local function extend(key, px)
         local left, err = left_of(key)
-        if not err and left < px then
-            err = refused(redis.pcall('PEXPIRE', key, ttl))
-        end
-        return err
+        return err or refused(redis.pcall('PEXPIRE', key, string.format('%.0f', math.max(left, px))))
     end
 
     local renewed_px = tonumber(renewed_ttl)
     for i = n_release + 1, n_release + n_renew do
-        local key, token, ttl, px = KEYS[i], ARGV[at], renewed_ttl, renewed_px
+        local key, token, px = KEYS[i], ARGV[at], renewed_px
         at = at + 1
         if not px then
-            ttl, px = ARGV[at], tonumber(ARGV[at])
+            px = tonumber(ARGV[at])
             at = at + 1
         end
         local value = values[i]
@@ -156,7 +140,7 @@ if n_renew > 0 then
         elseif not is_owner(token, value) then
             reply[i] = -1
         else
-            reply[i] = extend(key, ttl, px) or 1
+            reply[i] = extend(key, px) or 1
         end
     end
 end

@@ -8,15 +8,9 @@
 -- it works on a server that is out of memory, and can't bring back a key.
 
 -- As in extend.lua.
-local done = redis.pcall('PEXPIRE', KEYS[1], ARGV[2], 'GT')
-if done == 0 then
-    done = redis.pcall('PEXPIRE', KEYS[1], ARGV[2], 'NX')
-end
-if type(done) == 'table' then
-    done = redis.pcall('PTTL', KEYS[1])
-    if type(done) == 'number' and done < tonumber(ARGV[2]) then
-        done = redis.pcall('PEXPIRE', KEYS[1], ARGV[2])
-    end
+local done = redis.pcall('PTTL', KEYS[1])
+if type(done) == 'number' then
+    done = redis.pcall('PEXPIRE', KEYS[1], string.format('%.0f', math.max(done, tonumber(ARGV[2]))))
 end
 if type(done) == 'table' then
     return {mark, now / 1000, false, done.err}
