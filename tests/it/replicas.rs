@@ -142,8 +142,9 @@ async fn replicas_are_waited_for_no_longer_than_a_lock_would_be_of_use() {
     let started = Instant::now();
     let refused = within(ms(1_000), locker.try_lock("k").ttl(ms(400))).await.unwrap_err();
     assert!(matches!(refused, Error::NotReplicated { .. }), "{refused}");
-    // The connection is no longer blocked, long before the command's own timeout.
-    assert!(soon(locker.inspect("k")).await.unwrap().is_none());
+    // The connection is no longer blocked, long before the command's own timeout. On a busy machine, WAIT may have been
+    // given up with its connection, and a first request with it.
+    eventually("an answer", async || matches!(locker.inspect("k").await, Ok(None)).then_some(())).await;
     assert!(started.elapsed() < ms(5_000), "{:?}", started.elapsed());
 }
 
