@@ -1,11 +1,12 @@
 //! The cost of a lock: obtain + release pairs on distinct keys, compared to the raw clients and the nearest rival.
 //!
 //! One server, one process, one run: each rival in turn, in rounds and in random order, so that a noisy machine affects
-//! all of them alike. The program prints medians over the rounds; ratios are taken within a round. `-- --quick` runs
+//! all of them alike. The server has a core of its own. The program prints medians over the rounds; ratios are taken within a round. `-- --quick` runs
 //! one short round.
 
 #![expect(clippy::expect_used, reason = "a benchmark that can't measure can only panic")]
 
+mod cores;
 #[path = "../common/machine.rs"]
 mod machine;
 #[path = "../common/raw_fred.rs"]
@@ -30,6 +31,7 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
+use self::cores::Cores;
 use self::rivals::{RAW_FRED, RSLOCK, Rival};
 use self::statistics::median;
 use self::targets::TARGETS;
@@ -44,7 +46,11 @@ fn main() -> ExitCode {
 fn benchmark() -> Result<(), String> {
     let plan = if machine::is_quick(env::args().skip(1))? { Plan::QUICK } else { Plan::FULL };
     let machine = machine::describe()?;
-    Runtime::new().expect("a runtime").block_on(compare(plan, &machine));
+    let cores = Cores::of_this_process();
+    cores.keep_to_the_last();
+    let server = Server::start();
+    cores.keep_to_the_others();
+    Runtime::new().expect("a runtime").block_on(compare(plan, &machine, &server.url()));
     Ok(())
 }
 
@@ -60,15 +66,13 @@ struct Plan {
 }
 
 impl Plan {
-    // Many short rounds: a single task is up to twice as fast where the scheduler puts it beside the server.
     const FULL: Self = Self { rounds: 31, length: Duration::from_millis(150), seed: 1 };
     const QUICK: Self = Self { rounds: 1, length: Duration::from_millis(100), seed: 1 };
 }
 
 /// Measures all rivals, and prints a table for each number of tasks.
-async fn compare(plan: Plan, machine: &str) {
-    let server = Server::start();
-    let rivals = Rival::all(&server.url()).await;
+async fn compare(plan: Plan, machine: &str, url: &str) {
+    let rivals = Rival::all(url).await;
     print_header(plan, machine);
     for tasks in TASKS {
         let samples = measure_in_turn(&rivals, tasks, plan).await;
@@ -138,7 +142,7 @@ async fn repeat_pairs(rival: Rival, key: String, over: Arc<AtomicBool>) -> u32 {
 fn print_header(plan: Plan, machine: &str) {
     let Plan { rounds, length, .. } = plan;
     println!("Obtain + release pairs on distinct keys, one connection each, TCP on loopback.");
-    println!("{machine}");
+    println!("{machine} It has the last core to itself.");
     println!(
         "{rounds} round(s) of {length:?} for each rival, in turn. Medians over the rounds; ratios within a round."
     );
