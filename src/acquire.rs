@@ -28,7 +28,7 @@ use self::queue::{By, Obtained, Ticket};
 use self::step::{Step, WaitFor};
 use self::waiter::Waiter;
 use crate::hold::timing::{self, Reminders, Renewal};
-use crate::hold::{Bounds, Grant, GrantId, Owned, Terms};
+use crate::hold::{Bounds, Grant, GrantId, Owned, Terms, suspension};
 use crate::locker::shared::Shared;
 use crate::retry::Pauses;
 use crate::store::{Queueing, Wanted};
@@ -222,7 +222,7 @@ impl Acquisition {
         let (at, attempts, waited) = (Instant::now(), self.attempts, self.started.elapsed());
         let ttl = self.terms.bounds.usable(grant.ttl);
         let drift = self.waiter.drift();
-        let remaining = drift.deadline(grant.sent, ttl).saturating_duration_since(at);
+        let remaining = drift.deadline(suspension::real(grant.sent), ttl).saturating_duration_since(at);
         if drift.suffices(remaining, ttl) {
             info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
             grant.fencing_token = grant.fencing_token.filter(|_| self.wants_token);

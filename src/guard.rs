@@ -181,7 +181,9 @@ impl LockGuard {
     /// Returns until when the lock is certainly held if no further renewal succeeds.
     ///
     /// `instant just before the last confirmed request was sent + ttl - drift`, on the monotonic clock. That clock
-    /// stands still while the whole machine is suspended, and so does this deadline.
+    /// stands still while the whole machine is suspended. On Linux and Android, this deadline is that much earlier once
+    /// the machine is awake again; Windows' clock counts the time by itself. On other systems, as on macOS, the time of
+    /// a suspension isn't counted.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
@@ -218,8 +220,8 @@ impl LockGuard {
 
     /// Returns whether the lock is held now.
     ///
-    /// Reads the clock, so the result is right even if the runtime was blocked or the process stopped. Once false, it
-    /// stays false.
+    /// Reads the clock, so the result is right even if the runtime was blocked, the process stopped, or the machine
+    /// suspended (see [`deadline`](LockGuard::deadline)). Once false, it stays false.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]

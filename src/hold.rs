@@ -22,6 +22,8 @@
 //! 9. A hold with a least time, counted from when its grant was known, has its keys stay taken until that has passed:
 //!    after a release, a drop, or the end at its limit. A hold that expires leaves its keys taken for no longer than the
 //!    last confirmed ttl, but doesn't free them before that. After any other loss, nobody may touch what another may hold.
+//! 10. The server's clock goes on while this machine is suspended. All times that a hold compares with now are made
+//!     earlier by that first: [`Hold::current`] returns them so.
 
 mod bounds;
 mod claim;
@@ -31,6 +33,7 @@ mod renewer;
 mod renewing;
 pub(crate) mod scheduler;
 mod state;
+pub(crate) mod suspension;
 mod take_over;
 #[cfg(test)]
 mod tests;
@@ -129,17 +132,20 @@ impl Hold {
     ) -> Self {
         let Terms { renewal, bounds } = terms;
         let now = Instant::now();
+        let suspended = suspension::total();
+        let sent = suspension::real(grant.sent);
         let stays_until = now + bounds.at_least;
-        let limit = bounds.at_most.map(|limit| timing::after(grant.sent, limit));
+        let limit = bounds.at_most.map(|limit| timing::after(sent, limit));
         let mut state = State {
             ttl: grant.ttl,
             renewal,
             limit: limit.map(|of_hold| Limit { of_hold, of_key: of_hold.max(stays_until) }),
-            sent: grant.sent,
+            suspended,
+            sent,
             worth: grant.ttl,
-            deadline: grant.sent,
+            deadline: sent,
             ends_at_limit: false,
-            kept_until: (now + grant.ttl).max(grant.kept_until.unwrap_or(grant.sent)),
+            kept_until: (now + grant.ttl).max(grant.kept_until.unwrap_or(sent)),
             epoch: 0,
             unresolved: Vec::new(),
             recording: Vec::new(),
@@ -149,7 +155,7 @@ impl Hold {
             observer: None,
             shortened: None,
         };
-        (state.deadline, state.ends_at_limit) = state.deadline(drift, grant.sent, grant.ttl);
+        (state.deadline, state.ends_at_limit) = state.deadline(drift, sent, grant.ttl);
         Self {
             has_parts: is_voted_on || owned.keys.len() > 1,
             owned,
@@ -171,7 +177,7 @@ impl Hold {
     /// has run for a while. The first call that finds the deadline passed ends the hold.
     pub(crate) fn check(&self) -> Result<(), Loss> {
         let (verdict, has_ended) = {
-            let state = self.state();
+            let state = self.current();
             (state.verdict(Instant::now()), state.loss.is_some())
         };
         match verdict {
@@ -185,7 +191,7 @@ impl Hold {
     }
 
     pub(crate) fn deadline(&self) -> Instant {
-        self.state().deadline
+        self.current().deadline
     }
 
     /// Returns until when the server may keep the lock unless it is released. Never before the deadline.
@@ -198,7 +204,7 @@ impl Hold {
         if self.bounds.at_least.is_zero() || self.stays_until <= Instant::now() {
             return None;
         }
-        let state = self.state();
+        let state = self.current();
         match state.loss {
             None | Some(Loss::Released | Loss::LimitReached) => Some(self.stays_until),
             // The deadline lies before the end of the ttl: to free the key there would be too early.
@@ -214,7 +220,7 @@ impl Hold {
     /// Returns when there is something to do for the lock: the time of the next renewal, if there is one, or else the
     /// deadline.
     pub(crate) fn next_duty(&self) -> Instant {
-        let state = self.state();
+        let state = self.current();
         state.due(self.origin).map_or(state.deadline, |due| due.min(state.deadline))
     }
 
@@ -231,7 +237,7 @@ impl Hold {
     /// Notifies the observer from now on. Fails if the lock is no longer held: so an observer is notified of the end of
     /// every lock that it observes.
     pub(crate) fn observe(&self, observer: Arc<dyn Observer>) -> Result<(), Loss> {
-        let mut state = self.state();
+        let mut state = self.current();
         state.verdict(Instant::now())?;
         state.observer = Some(observer);
         Ok(())
@@ -244,7 +250,7 @@ impl Hold {
     /// Notes that a renewal is about to be sent: for the current ttl, or for at least `ttl`. The server refuses to run
     /// it after `patience`.
     pub(crate) fn renewing(&self, ttl: Option<Duration>, patience: Duration) -> Renewing {
-        let mut state = self.state();
+        let mut state = self.current();
         let (sent, unlimited) = (Instant::now(), ttl.unwrap_or(state.ttl));
         let ttl = state.within_limit(sent, unlimited);
         state.kept_until = state.kept_until.max(sent + patience + ttl);
@@ -259,7 +265,7 @@ impl Hold {
         if self.owned.grant.is_some() {
             return None;
         }
-        let mut state = self.state();
+        let mut state = self.current();
         state.verdict(sent).ok()?;
         let due = state.due(self.origin)?;
         let is_one_of_many = due <= sent && time <= state.deadline - sent;
@@ -273,7 +279,7 @@ impl Hold {
     /// Notes that a renewal is about to be sent that sets the ttl to exactly `ttl` (invariant 4). The server refuses to
     /// run it after `patience`.
     pub(crate) fn setting_ttl(&self, ttl: Duration, patience: Duration) -> Renewing {
-        let mut state = self.state();
+        let mut state = self.current();
         let (sent, unlimited) = (Instant::now(), ttl);
         let ttl = state.within_limit(sent, unlimited);
         state.epoch = state.epoch.wrapping_add(1);
@@ -345,7 +351,7 @@ impl Hold {
 
     /// Applies the confirmation of a renewal. Returns the loss if the lock is no longer held.
     fn renewed(&self, renewing: Renewing) -> Result<(), Loss> {
-        let mut state = self.state();
+        let mut state = self.current();
         let now = Instant::now();
         if let Err(loss) = state.verdict(now) {
             drop(state);
@@ -359,12 +365,13 @@ impl Hold {
                 renewing.sent < request.until && !(renewing.exact && request.epoch == renewing.epoch)
             });
             let worth = may_follow.map(|request| request.ttl).fold(renewing.ttl, Duration::min);
-            let (deadline, ends_at_limit) = state.deadline(self.drift, renewing.sent, worth);
+            let sent = suspension::real(renewing.sent);
+            let (deadline, ends_at_limit) = state.deadline(self.drift, sent, worth);
             if deadline >= state.deadline {
                 (state.deadline, state.ends_at_limit) = (deadline, ends_at_limit);
             }
-            if renewing.sent >= state.sent {
-                state.sent = renewing.sent;
+            if sent >= state.sent {
+                state.sent = sent;
                 // The limit makes renewals no more frequent.
                 state.worth = if worth < renewing.ttl { worth } else { renewing.unlimited };
             }
@@ -383,7 +390,7 @@ impl Hold {
 
     /// Notes why a renewal has failed.
     pub(crate) fn failed(&self, error: &Arc<Error>) {
-        let mut state = self.state();
+        let mut state = self.current();
         // The timeout of a renewal that the deadline cut short explains less than the failure before it.
         let is_cut_short = error.is_timeout() && Instant::now() >= state.deadline;
         if state.last_error.is_none() || !is_cut_short {
@@ -405,7 +412,7 @@ impl Hold {
     /// Ends the hold, and returns the loss that counts: the first one stays (invariant 2), and a deadline that has
     /// passed comes before any other (3).
     pub(crate) fn end(&self, loss: Loss) -> Loss {
-        let mut state = self.state();
+        let mut state = self.current();
         if let Some(loss) = state.loss {
             return loss;
         }
@@ -463,9 +470,21 @@ impl Hold {
     /// Returns what [`check`](Hold::check) would return, without ending the hold.
     #[cfg(test)]
     pub(crate) fn peek(&self) -> Peek {
-        let state = self.state();
+        let state = self.current();
         let (limit, stays_until) = (state.limit.map(|limit| limit.of_hold), self.stays_until);
         Peek { verdict: state.verdict(Instant::now()), deadline: state.deadline, sent: state.sent, limit, stays_until }
+    }
+
+    /// Returns the state with its times as they are now (invariant 10).
+    fn current(&self) -> MutexGuard<'_, State> {
+        let mut state = self.state();
+        if let Some(shortened) = state.count_suspension() {
+            // Outside the mutex, as it runs wakers of users.
+            drop(state);
+            shortened.cancel();
+            state = self.state();
+        }
+        state
     }
 
     /// No code panics while it holds this mutex, so the state is sound even if the mutex is poisoned.
@@ -486,7 +505,7 @@ pub(crate) struct Peek {
 
 impl fmt::Debug for Hold {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let verdict = self.state().verdict(Instant::now());
+        let verdict = self.current().verdict(Instant::now());
         f.debug_struct("Hold").field("keys", &self.owned.keys).field("verdict", &verdict).finish_non_exhaustive()
     }
 }

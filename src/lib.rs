@@ -65,7 +65,9 @@
 //!   that was behind, configured to evict, or flushed) may let a second holder in before the first one notices at its
 //!   next renewal. Fencing tokens grow even then. [`Locker::quorum`] survives this, as long as it happens to fewer than
 //!   half of the nodes.
-//! - The machine is not suspended: the monotonic clock would stand still, and the deadline with it.
+//! - Code that goes on after its machine was suspended checks first: [`LockGuard::is_held`] and [`LockGuard::check`] know
+//!   it at once on Linux, Android and Windows, while timers, and with them [`LockGuard::lost`], may be told only at the
+//!   next check or renewal. On other systems, as on macOS, the time of a suspension isn't counted.
 //!
 //! # Observing
 //!

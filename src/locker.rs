@@ -19,7 +19,7 @@ pub use self::builder::{LockerBuilder, RestartWindow};
 pub use self::close_on_drop::CloseOnDrop;
 use crate::acquire::Patience;
 use crate::hold::timing::Renewal;
-use crate::hold::{Grant, GrantId, Hold, Owned};
+use crate::hold::{Grant, GrantId, Hold, Owned, suspension};
 use crate::locker::shared::Shared;
 use crate::store::Holder;
 use crate::{Error, Key, Lease, LockGuard, LockRequest};
@@ -408,7 +408,8 @@ impl Locker {
         let sent = Instant::now();
         let owned = Owned { grant: Some(GrantId::random()), ..lease.owned().clone() };
         let claim = shared.claim(owned.clone(), lease.owned().grant, ttl, &runtime).await?;
-        if !drift.suffices(drift.deadline(sent, ttl).saturating_duration_since(Instant::now()), ttl) {
+        let deadline = drift.deadline(suspension::real(sent), ttl);
+        if !drift.suffices(deadline.saturating_duration_since(Instant::now()), ttl) {
             return Err(Error::ValidityExpired);
         }
         let grant = Grant::new(sent, ttl, lease.fencing_token());

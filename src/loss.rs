@@ -37,7 +37,7 @@ use crate::hold::Hold;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, thiserror::Error)]
 pub enum Loss {
     /// The deadline passed without a confirmed renewal: the server could not be reached or did not reply, or this
-    /// process was suspended. Others may hold the lock a little later.
+    /// process or its machine was suspended. Others may hold the lock a little later.
     #[error("it expired: no renewal was confirmed in time")]
     Expired,
     /// It was held for as long as its request allowed ([`hold_at_most`](crate::LockRequest::hold_at_most)). It is

@@ -8,22 +8,31 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
 /// The cores that this process may run on.
-pub(crate) struct Cores(Vec<usize>);
+pub(crate) struct Cores {
+    last: usize,
+    /// The last one, too, if there is no other.
+    others: Vec<usize>,
+}
 
 impl Cores {
     pub(crate) fn of_this_process() -> Self {
         let all = sched_getaffinity(THIS).expect("the cores");
-        Self((0..CpuSet::count()).filter(|core| all.is_set(*core).unwrap_or(false)).collect())
+        let mut others: Vec<_> = (0..CpuSet::count()).filter(|core| all.is_set(*core).unwrap_or(false)).collect();
+        let last = others.pop().expect("a core");
+        if others.is_empty() {
+            others.push(last);
+        }
+        Self { last, others }
     }
 
     /// Keeps what is started from now on to the last core.
     pub(crate) fn keep_to_the_last(&self) {
-        keep_to(&self.0[self.0.len() - 1..]);
+        keep_to(&[self.last]);
     }
 
-    /// Keeps what is started from now on to the other cores. Where there is only one, all share it.
+    /// Keeps what is started from now on to the other cores.
     pub(crate) fn keep_to_the_others(&self) {
-        keep_to(&self.0[..(self.0.len() - 1).max(1)]);
+        keep_to(&self.others);
     }
 }
 

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::Observer;
 use super::bounds::whole_millis;
 use super::renewing::Renewing;
+use super::suspension;
 use super::timing::{Drift, Renewal};
 use crate::locker::cleanups::PendingCleanup;
 use crate::{Error, Loss};
@@ -19,6 +20,9 @@ pub(super) struct State {
     pub(super) renewal: Renewal,
     /// When the lock ends at the latest, if its request says so.
     pub(super) limit: Option<Limit>,
+    /// For how long the machine had been suspended in all when these times were set. A suspension since then makes
+    /// them that much earlier.
+    pub(super) suspended: Duration,
     /// When the last confirmed request was sent.
     pub(super) sent: Instant,
     /// The ttl that the lock certainly has from then on, before drift. As if it were held without a limit.
@@ -78,6 +82,24 @@ pub(crate) enum FinalStep {
 }
 
 impl State {
+    /// Makes the times earlier by what the machine was suspended since they were set. Returns the token to fire if the
+    /// deadline is closer by that.
+    pub(super) fn count_suspension(&mut self) -> Option<CancellationToken> {
+        let total = suspension::total();
+        let by = total.saturating_sub(self.suspended);
+        if by.is_zero() {
+            return None;
+        }
+        self.suspended = total;
+        self.sent = suspension::earlier(self.sent, by);
+        self.deadline = suspension::earlier(self.deadline, by);
+        if let Some(limit) = &mut self.limit {
+            limit.of_hold = suspension::earlier(limit.of_hold, by);
+            limit.of_key = suspension::earlier(limit.of_key, by);
+        }
+        self.shortened.take()
+    }
+
     pub(super) fn verdict(&self, now: Instant) -> Result<(), Loss> {
         match self.loss {
             Some(loss) => Err(loss),

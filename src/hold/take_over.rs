@@ -43,7 +43,7 @@ impl Hold {
             true => Some(self.fencing_token.filter(|_| self.spare_tokens > 0)? + 1),
             false => None,
         };
-        let mut state = self.state();
+        let mut state = self.current();
         let now = Instant::now();
         state.verdict(now).ok()?;
         // A deadline that was promised for a longer ttl doesn't count: renewals don't keep it.

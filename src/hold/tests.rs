@@ -2,6 +2,7 @@
 
 use tokio::time::{advance, pause};
 
+use super::suspension::suspend;
 use super::timing::Renewal;
 use super::*;
 use crate::{Key, Token};
@@ -16,11 +17,14 @@ fn hold() -> Hold {
 }
 
 fn of(keys: &[&'static str]) -> Hold {
+    from(keys, &Grant::new(Instant::now(), ms(1_000), None))
+}
+
+fn from(keys: &[&'static str], grant: &Grant) -> Hold {
     let keys = keys.iter().copied().map(Key::from).collect();
     let owned = Owned { keys, token: Token::random(), own_token: true, grant: None };
-    let grant = Grant::new(Instant::now(), ms(1_000), None);
     let drift = Drift { factor: 0.0, margin: Duration::ZERO };
-    Hold::new(owned, Box::default(), &grant, drift, Renewal::Third.into(), Instant::now(), false)
+    Hold::new(owned, Box::default(), grant, drift, Renewal::Third.into(), Instant::now(), false)
 }
 
 #[tokio::test(start_paused = true)]
@@ -199,4 +203,76 @@ async fn the_reason_is_there_when_the_token_fires() {
     tokio::task::yield_now().await;
     hold.end(Loss::Missing);
     assert_eq!(waiter.await.unwrap(), Err(Loss::Missing));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lock_that_sleeps_with_its_machine_is_over_when_that_wakes() {
+    let hold = hold();
+    advance(ms(1)).await;
+    suspend(ms(998));
+    assert_eq!(hold.check(), Ok(()));
+    assert_eq!(hold.deadline(), Instant::now() + ms(1));
+    suspend(ms(500));
+    assert_eq!(hold.check(), Err(Loss::Expired));
+    assert!(hold.over().is_cancelled());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_renewal_counts_from_its_send_across_a_suspension() {
+    let hold = hold();
+    advance(ms(100)).await;
+    let renewing = hold.renewing(None, Duration::ZERO);
+    suspend(ms(600));
+    advance(ms(1)).await;
+    hold.renewed(renewing).unwrap();
+    assert_eq!(hold.deadline(), renewing.sent + ms(400));
+    advance(ms(1)).await;
+    let renewing = hold.renewing(None, Duration::ZERO);
+    hold.renewed(renewing).unwrap();
+    assert_eq!(hold.deadline(), Instant::now() + ms(1_000));
+}
+
+/// A confirmation that leaves the deadline where it is doesn't hide that the machine was suspended since that was set.
+#[tokio::test(start_paused = true)]
+async fn a_deadline_is_earlier_by_a_suspension_whatever_is_confirmed_after_it() {
+    let hold = hold();
+    let renewing = hold.setting_ttl(ms(60_000), Duration::ZERO);
+    hold.renewed(renewing).unwrap();
+    advance(ms(1)).await;
+    suspend(ms(50_000));
+    let renewing = hold.renewing(Some(ms(1_000)), Duration::ZERO);
+    hold.renewed(renewing).unwrap();
+    assert_eq!(hold.deadline(), Instant::now() + ms(9_999));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lock_that_was_requested_before_a_suspension_counts_from_then() {
+    let grant = Grant::new(Instant::now(), ms(1_000), None);
+    suspend(ms(700));
+    assert_eq!(from(&["k"], &grant).deadline(), Instant::now() + ms(300));
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_waits_for_the_loss_is_told_when_a_suspension_is_found() {
+    let hold = Arc::new(hold());
+    let lost = tokio::spawn(crate::loss::Lost::new(hold.clone()));
+    advance(ms(1)).await;
+    suspend(ms(5_000));
+    let start = Instant::now();
+    assert!(hold.check().is_err());
+    assert_eq!(lost.await.unwrap(), Loss::Expired);
+    assert_eq!(start.elapsed(), Duration::ZERO);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_limit_of_a_hold_counts_while_the_machine_is_suspended() {
+    let owned = Owned { keys: [Key::from("k")].into(), token: Token::random(), own_token: true, grant: None };
+    let bounds = Bounds { at_most: Some(ms(10_000)), ..Bounds::default() };
+    let grant = Grant::new(Instant::now(), ms(60_000), None);
+    let terms = Terms { bounds, ..Renewal::Third.into() };
+    let hold = Hold::new(owned, Box::default(), &grant, Drift::default(), terms, Instant::now(), false);
+    suspend(ms(9_000));
+    assert_eq!(hold.check(), Ok(()));
+    advance(ms(1_000)).await;
+    assert_eq!(hold.check(), Err(Loss::LimitReached));
 }

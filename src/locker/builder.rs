@@ -12,6 +12,7 @@ use super::shared::{Settings, Shared};
 use crate::acquire::queue::Queues;
 use crate::acquire::supervisor::Supervisor;
 use crate::hold::scheduler::Schedulers;
+use crate::hold::suspension;
 use crate::hold::timing::{Drift, MAX_TTL, Renewal};
 use crate::locker::cleanups::Cleanups;
 use crate::locker::isolated::Isolated;
@@ -437,6 +438,8 @@ impl LockerBuilder {
     }
 
     pub(crate) fn build_with(self, store: Box<dyn Store>, isolated: Option<Isolated>, releases: TaskTracker) -> Locker {
+        // What is found later counts from here on.
+        suspension::total();
         let (command_timeout, origin) = (self.command_timeout, Instant::now());
         let (queues, schedulers) = (Queues::default(), Schedulers::new());
         Locker::from_shared(Shared {
