@@ -26,5 +26,6 @@ mod permissions;
 mod redis_connections;
 mod replicas;
 mod runtimes;
+mod secrets;
 mod servers;
 mod waiting;

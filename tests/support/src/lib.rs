@@ -8,6 +8,7 @@
 
 mod certificates;
 mod cluster;
+mod log;
 mod port;
 mod proxy;
 mod sentinel;

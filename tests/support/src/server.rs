@@ -11,6 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use crate::log;
 use crate::port::Port;
 use crate::version::{Version, binary};
 use crate::{Certificate, PATIENCE};
@@ -42,6 +43,7 @@ impl Server {
     }
 
     fn try_start(args: &[&str]) -> Option<Self> {
+        log::begin();
         // Asserts that it is the one that the run is for.
         Version::of_this_run();
         let dir = tempfile::tempdir().expect("a temporary directory");
