@@ -83,7 +83,8 @@ const ALONE: Mode = Mode::Exclusive;
 
 #[test]
 fn one_after_the_other_is_right() {
-    let report = History::new().turn(1, ALONE, 10, 0, 100).turn(2, ALONE, 11, 50, 40).turn(3, ALONE, 12, 110, 200).report();
+    let report =
+        History::new().turn(1, ALONE, 10, 0, 100).turn(2, ALONE, 11, 50, 40).turn(3, ALONE, 12, 110, 200).report();
     assert_eq!(report.violations, []);
     assert_eq!((report.attempts, report.grants, report.after_expiry), (3, 3, 0));
 }
@@ -160,6 +161,14 @@ fn a_verdict_of_the_server_is_no_violation_where_assumptions_are_broken() {
 }
 
 #[test]
+fn what_becomes_of_a_guard_that_its_worker_has_ended_is_no_loss() {
+    for loss in ["Missing", "Expired"] {
+        let history = History::new().turn(1, ALONE, 10, 0, 100).lost(900, 1, loss, 500);
+        assert_eq!(history.turn(2, ALONE, 11, 110, 400).violations(), []);
+    }
+}
+
+#[test]
 fn guards_of_one_holder_are_held_together() {
     let history = History::new().attempt_as(0, 1, ALONE, "user").granted(1, 1, 10).held(100, 101, 1);
     let history = history.attempt_as(50, 2, ALONE, "user").granted(51, 2, 10).held(200, 201, 2);
@@ -169,9 +178,13 @@ fn guards_of_one_holder_are_held_together() {
 #[test]
 fn modes_admit_each_other_or_do_not() {
     let (read, permit) = (Mode::Read, Mode::Permit { limit: 2 });
-    for (first, second, together) in
-        [(read, read, true), (permit, permit, true), (read, ALONE, false), (ALONE, permit, false), (permit, ALONE, false)]
-    {
+    for (first, second, together) in [
+        (read, read, true),
+        (permit, permit, true),
+        (read, ALONE, false),
+        (ALONE, permit, false),
+        (permit, ALONE, false),
+    ] {
         let found = History::new().turn(1, first, 10, 0, 100).turn(2, second, 11, 50, 150).violations();
         assert_eq!(found.is_empty(), together, "{first:?}, {second:?}: {found:?}");
     }
@@ -259,7 +272,8 @@ fn a_request_without_an_answer_is_found_unless_its_worker_was_killed() {
 
 #[test]
 fn whoever_waits_too_long_after_the_last_fault_is_found() {
-    let history = |at, answered| History::new().attempt(at, 1).granted(answered, 1, 10).held(answered + 1, answered + 2, 1);
+    let history =
+        |at, answered| History::new().attempt(at, 1).granted(answered, 1, 10).held(answered + 1, answered + 2, 1);
     assert_eq!(history(0, 11_000).violations(), []);
     assert_eq!(history(10_500, 11_500).violations(), []);
     assert_eq!(history(0, 11_001).violations(), [Violation::Unserved { guard: 1 }]);

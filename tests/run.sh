@@ -145,7 +145,7 @@ promises() {
 }
 
 # Left out on the other server: programs that say nothing about a server, or no more than these do (seeds, turns, soak,
-# exclusion, many, tls), and the tests that take longest: many operations at a time, requests that are late by up to
+# exclusion, many, tls, chaos), and the tests that take longest: many operations at a time, requests that are late by up to
 # 30 s, runtimes and connections that fall silent.
 other_server() {
     TENURE_LOG=$scratch/reported.redis run redis "$other" it "${many[@]}" --skip late:: --skip listening::
@@ -169,6 +169,7 @@ several_servers() {
     run redis "$installed" seeds
     run redis "$installed" turns
     run all "$installed" properties
+    run all "$installed" chaos_checker
 }
 
 processor() {
@@ -217,6 +218,8 @@ run rustls "$installed" tls
 # What is rare takes longer to find (CONTRIBUTING.md).
 TENURE_SOAK_SECONDS=60 run all "$installed" soak --skip tasks_and
 TENURE_SOAK_SECONDS=20 run all "$installed" soak tasks_and
+# A short share of each topology, with the same faults in each run.
+run all "$installed" chaos --seed 1 --seconds 15
 
 # They wait more than they work, so all run at once: by itself, and on a server.
 redis-server --port 0 --unixsocket "$scratch/socket" --save "" --dir "$scratch" >"$scratch/log" &

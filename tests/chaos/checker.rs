@@ -221,6 +221,8 @@ fn collect(events: impl IntoIterator<Item = Event>, report: &mut Report) -> Hash
                 report.renewals += u64::from(guard.deadline != 0 && deadline > guard.deadline);
                 (guard.until, guard.deadline) = (guard.until.max(before), deadline);
             }
+            // The worker had ended it already, and so it claims nothing.
+            Event::Lost { .. } if guard.ended => {}
             Event::Lost { loss, deadline, .. } => {
                 if loss == "Expired" {
                     guard.until = guard.until.max(deadline);

@@ -1,9 +1,9 @@
 //! Chaos: worker processes contend for locks while servers, connections and workers fail at random, and a checker decides
 //! from what they have recorded whether the promises were kept.
 //!
-//!     cargo test --release --test chaos -- --topology quorum5 --seed 7 --seconds 60
-//!     cargo test --release --test chaos -- --topology single --break-assumptions
-//!     cargo test --test chaos                                    # a short share of each
+//!     cargo test --release --all-features --test chaos -- --topology quorum5 --seed 7 --seconds 60
+//!     cargo test --release --all-features --test chaos -- --topology single --break-assumptions
+//!     cargo test --test chaos                         # a short share of each
 //!
 //! - [`topology`]: the servers, and proxies before them
 //! - [`nemesis`]: the faults, and what each may break
@@ -78,7 +78,7 @@ impl Options {
     /// Returns `None` if there is nothing to run: Cargo passes the filters and options of libtest to all test programs.
     fn parse(args: Vec<String>) -> Result<Option<Self>, String> {
         let has_client = cfg!(any(feature = "fred", feature = "redis"));
-        let mut options = Self { topology: None, seed: 1, seconds: 8, break_assumptions: false };
+        let mut options = Self { topology: None, seed: 1, seconds: 15, break_assumptions: false };
         let mut args = args.into_iter();
         while let Some(arg) = args.next() {
             let mut value = || args.next().ok_or_else(|| format!("{arg} needs a value"));
@@ -102,7 +102,7 @@ impl Options {
         let Self { seed, seconds, break_assumptions, .. } = self;
         let breaks = if *break_assumptions { " --break-assumptions" } else { "" };
         format!(
-            "cargo test --release --test chaos -- --topology {topology} --seed {seed} --seconds {seconds}{breaks}"
+            "cargo test --release --all-features --test chaos -- --topology {topology} --seed {seed} --seconds {seconds}{breaks}"
         )
     }
 }
@@ -203,7 +203,9 @@ fn wait_for_calm(register: &Register, pool: &mut Pool, patience: Duration) -> Ve
 fn print(report: &Report, faults: &BTreeMap<Fault, u64>, started: Instant) {
     let Report { attempts, grants, failures, renewals, ends, after_expiry, accepted, refused, .. } = report;
     println!("  faults: {} {faults:?}", faults.values().sum::<u64>());
-    println!("  {attempts} requests, {grants} grants, {after_expiry} of them after an expiry; {renewals} renewals seen");
+    println!(
+        "  {attempts} requests, {grants} grants, {after_expiry} of them after an expiry; {renewals} renewals seen"
+    );
     println!("  not granted: {failures:?}");
     println!("  ended: {ends:?}");
     println!(

@@ -67,14 +67,16 @@ fn faults(topology: &Topology) -> Vec<Fault> {
     let servers: &[Fault] = &[FreezeServer, FreezeServer, PauseServer, KillConnections];
     let connections: &[Fault] = if topology.proxies().is_empty() { &[KillConnections] } else { &CONNECTIONS };
     let own: &[Fault] = match (topology.kind, topology.breaks_assumptions) {
-        (Kind::Single, false) => &[RestartServer, RestartServer],
+        (Kind::Single, false) => &[RestartServer, RestartServer, RestartServer],
         (Kind::Sentinel | Kind::Cluster, false) => &[RestartServer, FailOver, FailOver],
         (Kind::Single, true) => &[RestartEmpty, Flush, Flush],
         (Kind::Sentinel | Kind::Cluster, true) => &[RestartEmpty, FailOver, Flush, Flush],
         (Kind::Quorum(_), false) => &[RestartEmpty, RestartServer, Save],
         (Kind::Quorum(_), true) => &[RestartEmpty, Flush, Flush, Flush],
     };
-    [servers, connections, own, &WORKERS].concat()
+    // Those that break something are half of all.
+    let times = if topology.breaks_assumptions { 4 } else { 1 };
+    [servers, connections, &own.repeat(times), &WORKERS].concat()
 }
 
 /// What a fault is done to.

@@ -127,7 +127,11 @@ impl Topology {
         match &mut self.servers {
             Servers::Alone(servers) => &mut servers[place],
             Servers::Watched(Sentinel { primary, replica, .. }) => {
-                if place == 0 { primary } else { replica }
+                if place == 0 {
+                    primary
+                } else {
+                    replica
+                }
             }
             Servers::Sharded { cluster, replicas } => {
                 let nodes = cluster.nodes.len();

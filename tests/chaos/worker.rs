@@ -23,7 +23,7 @@ use crate::register::{Answer, Ask, Client, Letter, Phase};
 pub(crate) const TTL: Duration = Duration::from_millis(400);
 /// How long a node of a quorum doesn't vote after its start.
 pub(crate) const WINDOW: Duration = Duration::from_secs(1);
-const TASKS: usize = 6;
+const TASKS: usize = 8;
 const SAMPLE: Duration = Duration::from_millis(20);
 const HOT: usize = 8;
 const COLD: usize = 200;
@@ -211,7 +211,8 @@ impl Worker {
         if !is_try && !is_patient {
             request = request.wait_at_most(ms(rng.u64(50..1_500)));
         }
-        if rng.u8(..8) == 0 {
+        let outlives_ttl = rng.u8(..16) == 0;
+        if outlives_ttl {
             request = request.no_renewal();
         }
         self.attempt(&name, is_patient);
@@ -225,7 +226,8 @@ impl Worker {
             _ => Some(Kept::Guard(guard)),
         };
         if let Some(kept) = kept {
-            self.keep(kept, &name, style == Style::UserToken, rng).await;
+            let length = if outlives_ttl { TTL } else { length(rng) };
+            self.keep(kept, &name, length, style == Style::UserToken, rng).await;
         }
     }
 
@@ -240,7 +242,7 @@ impl Worker {
         self.attempt(&name, false);
         let adopted = self.locker.adopt(lease).await;
         if let Some(guard) = self.answered(&mut name, Some(adopted)) {
-            self.keep(Kept::Guard(guard), &name, false, rng).await;
+            self.keep(Kept::Guard(guard), &name, length(rng), false, rng).await;
         }
     }
 
@@ -288,13 +290,8 @@ impl Worker {
     }
 
     /// Holds a lock for a while, and ends it.
-    async fn keep(&self, kept: Kept, name: &Name, is_shared: bool, rng: &mut Rng) {
-        let length = match rng.u8(..10) {
-            0..5 => rng.u64(..10),
-            5..8 => rng.u64(..400),
-            _ => rng.u64(..1_200),
-        };
-        let end = Instant::now() + ms(length);
+    async fn keep(&self, kept: Kept, name: &Name, length: Duration, is_shared: bool, rng: &mut Rng) {
+        let end = Instant::now() + length;
         let writes = rng.bool();
         let is_held = loop {
             if !self.sample(&kept, name) {
@@ -454,6 +451,16 @@ fn pick(rng: &mut Rng) -> Style {
         }
     }
     Style::Plain
+}
+
+/// How long a lock is held: up to three ttls, and mostly short.
+fn length(rng: &mut Rng) -> Duration {
+    let ttl = TTL.as_millis() as u64;
+    ms(match rng.u8(..10) {
+        0..7 => rng.u64(..10),
+        7..9 => rng.u64(..ttl),
+        _ => rng.u64(..3 * ttl),
+    })
 }
 
 /// Two of them share a slot of a cluster.

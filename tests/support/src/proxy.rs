@@ -230,7 +230,7 @@ async fn forward_answers(
     }
     // The client may have closed it already.
     drop(to.shutdown().await);
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// Puts what the server says under way, until the connection is to end.
@@ -265,11 +265,9 @@ async fn read_answers(
                 Duration::ZERO
             }
             Mode::Delay(delay) => delay,
-            Mode::Pass
-            | Mode::Silence
-            | Mode::Hold
-            | Mode::DeliverNextLate(_)
-            | Mode::DeliverNextLateAndCut { .. } => Duration::ZERO,
+            Mode::Pass | Mode::Silence | Mode::Hold | Mode::DeliverNextLate(_) | Mode::DeliverNextLateAndCut { .. } => {
+                Duration::ZERO
+            }
         };
         if under_way.send((Instant::now() + delay, answer)).is_err() {
             return;
