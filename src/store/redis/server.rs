@@ -16,7 +16,7 @@ use super::replicas::Writing;
 use super::replies::{self, Decision, Kind};
 use super::router::{self, Router};
 use super::script::{Call, Reply, Script, Scripts, is_mixed_up};
-use crate::Error;
+use crate::{Error, metrics};
 
 /// A server, and the scripts that it is asked to run.
 #[derive(Debug)]
@@ -206,6 +206,7 @@ impl Executor for Server {
     }
 
     async fn run_one(&self, operation: &Box<Operation>, timeout: Duration) -> Result<Decision, Error> {
+        metrics::called(1);
         let (until, writing) = self.writing(timeout);
         let decision = self.decide(operation, timeout).await?;
         if operation.is_for_replicas(&decision) {
@@ -219,6 +220,7 @@ impl Executor for Server {
         operations: &[Box<Operation>],
         timeout: Duration,
     ) -> Result<BatchResults<Decision>, BatchRefused> {
+        metrics::called(operations.len());
         let (until, writing) = self.writing(timeout);
         let sending = |until| operations.iter().for_each(|operation| operation.is_sent(until));
         let call = || operation::batch_call(operations);
