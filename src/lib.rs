@@ -89,6 +89,7 @@
 //! | `tenure.renew_failed` | warn, debug | `failures`, `remaining`, `pause`, `error` | `warn`: the first in a row. |
 //! | `tenure.lost` | warn | `key`, `loss`, `cause` | The lock is lost. `cause`: why it could not be renewed. |
 //! | `tenure.released` | info | `key`, `outcome` | The lock was released; with `outcome`, in the background. |
+//! | `tenure.force_released` | debug | `key`, `ended` | `force_release()` has ended the lock, if there was one. |
 //! | `tenure.release_failed` | debug, warn | `key`, `error` | It could not be released; the ttl will free it. |
 //! | `tenure.taken_over` | debug | | `close()` does what a stalled runtime has left undone. |
 //! | `tenure.no_news` | debug, warn | `error` | There is no subscription. Until there is, waiters poll. |

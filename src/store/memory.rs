@@ -159,6 +159,12 @@ impl MemoryStore {
         self.held().remaining(owned)
     }
 
+    pub(super) fn force_release_now(&self, key: &Key) -> bool {
+        let ended = self.held().locks.remove(key);
+        self.subscriptions.notify(key.as_bytes());
+        ended.is_some_and(|entry| Instant::now() < entry.expires)
+    }
+
     pub(super) fn inspect_now(&self, key: &Key) -> Option<Holder> {
         self.held().inspect(key)
     }
@@ -412,6 +418,10 @@ impl Store for MemoryStore {
 
     fn remaining<'a>(&'a self, owned: &'a Owned, _: Duration) -> Answer<'a, Option<Duration>> {
         in_turn(move || self.remaining_now(owned))
+    }
+
+    fn force_release<'a>(&'a self, key: &'a Key, _: Duration) -> Answer<'a, bool> {
+        in_turn(move || self.force_release_now(key))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, _: Duration) -> Answer<'a, Option<Holder>> {

@@ -234,6 +234,11 @@ impl Store for RedisStore {
         Box::pin(router::patiently(timeout, move |left| self.remaining(owned, left)))
     }
 
+    /// What got `TRYAGAIN` has not run.
+    fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {
+        Box::pin(router::patiently(timeout, move |left| self.force_release(key, left)))
+    }
+
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {
         Box::pin(router::patiently(timeout, move |left| self.inspect(key, left)))
     }
