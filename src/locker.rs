@@ -14,7 +14,6 @@ use std::time::Duration;
 use fred::clients::Client;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
-use tracing::debug;
 
 pub use self::builder::{LockerBuilder, RestartWindow};
 pub use self::close_on_drop::CloseOnDrop;
@@ -22,6 +21,7 @@ use crate::acquire::Patience;
 use crate::hold::timing::Renewal;
 use crate::hold::{Grant, GrantId, Hold, Owned, suspension};
 use crate::locker::shared::Shared;
+use crate::report::debug;
 use crate::store::Holder;
 use crate::{Error, Key, Lease, LockGuard, LockRequest};
 
@@ -296,8 +296,8 @@ impl Locker {
     /// use tenure::{Locker, Retry};
     ///
     /// let locker = Locker::in_memory();
-    /// let thrice = Retry::linear(Duration::from_millis(100)).limit(3);
-    /// let guard = locker.obtain("k").retry(thrice).await?;
+    /// let four_attempts = Retry::linear(Duration::from_millis(100)).max_retries(3);
+    /// let guard = locker.obtain("k").retry(four_attempts).await?;
     /// # Ok(())
     /// # }
     /// ```
@@ -451,7 +451,8 @@ impl Locker {
         self.shared.extend(lease.owned(), at_least).await
     }
 
-    /// Runs `body` under a lock: waits for the lock, runs the body for as long as it is held, and releases it.
+    /// Runs `body` under a lock: waits for the lock, runs the body for as long as it is held, and releases it. For
+    /// other requests, [`LockRequest::scope`] does the same.
     ///
     /// # Errors
     ///
@@ -476,12 +477,7 @@ impl Locker {
     /// # }
     /// ```
     pub async fn scope<T>(&self, key: impl Into<Key>, body: impl AsyncFnOnce(&LockGuard) -> T) -> Result<T, Error> {
-        let guard = self.lock(key).await?;
-        let output = guard.protect(body(&guard)).await?;
-        match guard.release().await {
-            Err(Error::NotHeld { loss, .. }) => Err(Error::Lost(loss)),
-            Ok(()) | Err(_) => Ok(output),
-        }
+        self.lock(key).scope(body).await
     }
 
     /// Returns the current holder of a lock, if there is one: through this or another library. A key that only stays

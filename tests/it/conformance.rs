@@ -383,7 +383,8 @@ async fn waiting_ends_when_it_is_said_to(locker: &Locker) {
 
 async fn a_strategy_counts_its_attempts(locker: &Locker) {
     let guard = locker.lock("strategy").await.unwrap();
-    for (retry, expected) in [(Retry::none(), 1), (Retry::linear(ms(2)).limit(3), 4), (Retry::from_iter([ms(1); 6]), 7)]
+    for (retry, expected) in
+        [(Retry::none(), 1), (Retry::linear(ms(2)).max_retries(3), 4), (Retry::from_iter([ms(1); 6]), 7)]
     {
         let refused = decided(|| locker.obtain("strategy").retry(retry.clone())).await.unwrap_err();
         assert!(matches!(refused, Error::NotObtained { attempts, .. } if attempts == expected), "{refused}");
