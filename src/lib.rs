@@ -171,6 +171,8 @@ pub use fred;
 #[cfg(feature = "redis")]
 pub use redis;
 
+pub mod testing;
+
 pub use self::error::{Error, NodeError, RedisError, RedisErrorKind};
 pub use self::guard::LockGuard;
 pub use self::key::Key;

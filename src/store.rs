@@ -6,6 +6,7 @@
 //! 2. **Every operation may be repeated with the same token.** A repeat after a lost reply does no harm and returns
 //!    what the first one would have.
 
+pub(crate) mod embedded;
 #[cfg(test)]
 pub(crate) mod faulty;
 pub(crate) mod memory;

@@ -18,11 +18,13 @@ use crate::locker::cleanups::Cleanups;
 use crate::locker::isolated::Isolated;
 use crate::report::debug;
 use crate::store::Store;
+use crate::store::embedded::EmbeddedStore;
 use crate::store::memory::MemoryStore;
 use crate::store::quorum::{self, QuorumStore};
 #[cfg(feature = "redis")]
 use crate::store::redis::RedisConnection;
 use crate::store::redis::{self, Driver, RedisStore};
+use crate::testing::EmbeddedServer;
 use crate::{Error, Locker, Retry};
 
 /// The settings of a [`Locker`]; created by [`Locker::builder`].
@@ -532,6 +534,20 @@ impl LockerBuilder {
     /// ```
     pub fn in_memory(self) -> Locker {
         self.on_own_thread_if_wanted(Box::new(MemoryStore::new()))
+    }
+
+    /// Uses an embedded server that others may use as well, and that a test can take away: see
+    /// [`testing`](crate::testing).
+    ///
+    /// ```
+    /// use tenure::Locker;
+    /// use tenure::testing::EmbeddedServer;
+    ///
+    /// let server = EmbeddedServer::new();
+    /// let [here, there] = [(); 2].map(|()| Locker::builder().in_memory_with(&server));
+    /// ```
+    pub fn in_memory_with(self, server: &EmbeddedServer) -> Locker {
+        self.on_own_thread_if_wanted(Box::new(EmbeddedStore(server.embedded().clone())))
     }
 
     /// Isolates the locker if that is set. If the system has no thread left for it, the caller's runtime does the work.

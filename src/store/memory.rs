@@ -13,6 +13,7 @@ use super::{
     Acquired, Answer, Answers, Capabilities, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Store,
     Undone, Verdict, Wanted,
 };
+use crate::hold::timing::MAX_TTL;
 use crate::hold::{GrantId, Owned};
 use crate::{Key, Loss, Token};
 
@@ -165,7 +166,7 @@ impl MemoryStore {
         ended.is_some_and(|entry| Instant::now() < entry.expires)
     }
 
-    pub(super) fn inspect_now(&self, key: &Key) -> Option<Holder> {
+    pub(crate) fn inspect_now(&self, key: &Key) -> Option<Holder> {
         self.held().inspect(key)
     }
 
@@ -179,10 +180,17 @@ impl MemoryStore {
         self.held().live(key, Instant::now()).map(|entry| (entry.token.clone(), entry.expires))
     }
 
-    /// Deletes a key without a notification, as a user might by hand.
-    #[cfg(test)]
-    pub(crate) fn delete(&self, key: &Key) {
-        self.held().locks.remove(key);
+    /// Deletes a key without a notification, as a user might by hand. Returns whether it was there.
+    pub(crate) fn delete(&self, key: &Key) -> bool {
+        self.held().locks.remove(key).is_some_and(|entry| Instant::now() < entry.expires)
+    }
+
+    /// Makes this token the holder of a key, whoever holds it.
+    pub(crate) fn give(&self, key: &Key, token: Token, ttl: Duration) {
+        let mut held = self.held();
+        let (metadata, fence) = (Box::default(), Some(held.next_fence(Instant::now())));
+        let expires = Instant::now() + ttl.min(MAX_TTL);
+        held.locks.insert(key.clone(), Entry { token, metadata, expires, fence, grants: Vec::new(), kept: None });
     }
 
     /// Returns how many keys have subscriptions.
@@ -192,7 +200,6 @@ impl MemoryStore {
     }
 
     /// Forgets all locks, like a server that is restarted without its data.
-    #[cfg(test)]
     pub(crate) fn forget(&self) {
         self.held().locks.clear();
     }
