@@ -20,7 +20,6 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::time::Instant;
-use tracing::{debug, info, warn};
 
 use self::answer::{Held, LastAnswer};
 use self::attempt::{Attempt, Outcome};
@@ -31,6 +30,7 @@ use crate::hold::timing::{self, Reminders, Renewal};
 use crate::hold::{Bounds, Grant, GrantId, Owned, Terms, suspension};
 use crate::locker::shared::Shared;
 use crate::metrics::Waiting;
+use crate::report::{debug, warn};
 use crate::retry::Pauses;
 use crate::store::{Queueing, Wanted};
 use crate::{Error, Key, LockGuard, Retry, Token};
@@ -230,7 +230,7 @@ impl Acquisition {
         let drift = self.waiter.drift();
         let remaining = drift.deadline(suspension::real(grant.sent), ttl).saturating_duration_since(at);
         if drift.suffices(remaining, ttl) {
-            info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
+            debug!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
             grant.fencing_token = grant.fencing_token.filter(|_| self.wants_token);
             let obtained = Obtained { at, held_until: grant.sent + grant.ttl, by };
             return self.waiter.succeed(grant, self.terms, obtained).map(Step::Finish);

@@ -155,10 +155,16 @@ pub enum Error {
         key: Key,
     },
 
-    /// [`Locker::close`](crate::Locker::close) or [`WatchDog::shutdown`](crate::WatchDog::shutdown) was called before
-    /// the operation, or while it ran.
-    #[error("the locker, or the watchdog, is closed")]
+    /// [`Locker::close`](crate::Locker::close) was called before the operation, or while it ran.
+    ///
+    /// A [client of your own](crate::Locker::new) that has quit is another matter: that is [`Redis`](Error::Redis).
+    #[error("the locker is closed")]
     Closed,
+
+    /// [`WatchDog::shutdown`](crate::WatchDog::shutdown) was called before the operation, or while it ran; or the lock
+    /// was unwatched or released meanwhile.
+    #[error("the watchdog was shut down, or no longer watches the lock")]
+    ShutDown,
 
     /// The future was polled outside a tokio runtime, and has sent nothing; or the system has no thread left for an
     /// [isolated](crate::LockerBuilder::isolated) locker.

@@ -8,7 +8,6 @@ use std::time::Duration;
 use tokio::runtime::Handle as Runtime;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::info;
 
 use crate::hold::scheduler::Handle;
 use crate::hold::{FinalStep, Hold};
@@ -16,6 +15,7 @@ use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
 use crate::loss::{Lost, Protected};
 use crate::metrics::Held;
+use crate::report::debug;
 use crate::store::{Ending, Verdict};
 use crate::{Error, Key, Lease, Loss, Token};
 
@@ -523,7 +523,7 @@ impl LockGuard {
         });
         match released {
             Verdict::Done => {
-                info!(name: "tenure.released", key = %self.key(), "released");
+                debug!(name: "tenure.released", key = %self.key(), "released");
                 Ok(())
             }
             Verdict::NotOurs(loss) => Err(self.not_held(loss)),

@@ -73,11 +73,21 @@
 //!
 //! The crate reports what it does through [`tracing`](https://docs.rs/tracing). No event and no span shows a token.
 //!
+//! Level `info` reports nothing of a lock that is obtained, renewed and released as it should be. Each `warn` is worth
+//! reading: a lock is lost, or will be unless the server comes back. The name of an event is its target as well, so
+//! formatters show it, and the filter `tenure=debug` includes all of them:
+//!
+//! ```text
+//! DEBUG tenure.obtain{key=k ttl=30s}: tenure.obtained: obtained waited=1.1ms attempts=1 remaining=29.7s
+//! DEBUG tenure.keep{key=k}: tenure.renewed: renewed remaining=29.7s took=410.3µs
+//!  WARN tenure.keep{key=k}: tenure.lost: lost loss=its key is gone
+//! ```
+//!
 //! | event | level | fields | meaning |
 //! | --- | --- | --- | --- |
 //! | `tenure.obtain` | info span | `key`, `ttl` | One per request. `key` lists all keys of the request. |
 //! | `tenure.keep` | info span | `key` | One per held lock, from the grant to the end. |
-//! | `tenure.obtained` | info | `waited`, `attempts`, `remaining` | The lock is held. |
+//! | `tenure.obtained` | debug | `waited`, `attempts`, `remaining` | The lock is held. |
 //! | `tenure.held` | debug | `key`, `attempts`, `waited`, `remaining` | Another holder has the lock. |
 //! | `tenure.attempt_failed` | warn, debug | `attempts`, `waited`, `error` | The server failed or was unreachable. |
 //! | `tenure.too_late` | debug | `waited`, `attempts`, `remaining` | The grant came too late to be of use. |
@@ -88,13 +98,15 @@
 //! | `tenure.renewed` | debug | `remaining`, `took` | The lock was renewed. |
 //! | `tenure.renew_failed` | warn, debug | `failures`, `remaining`, `pause`, `error` | `warn`: the first in a row. |
 //! | `tenure.lost` | warn | `key`, `loss`, `cause` | The lock is lost. `cause`: why it could not be renewed. |
-//! | `tenure.released` | info | `key`, `outcome` | The lock was released; with `outcome`, in the background. |
+//! | `tenure.released` | debug | `key`, `outcome` | The lock was released; with `outcome`, in the background. |
+//! | `tenure.force_released` | debug | `key`, `ended` | `force_release()` has ended the lock, if there was one. |
 //! | `tenure.release_failed` | debug, warn | `key`, `error` | It could not be released; the ttl will free it. |
 //! | `tenure.taken_over` | debug | | `close()` does what a stalled runtime has left undone. |
 //! | `tenure.no_news` | debug, warn | `error` | There is no subscription. Until there is, waiters poll. |
 //! | `tenure.heartbeat_failed` | debug | `key`, `error` | A waiter could not report that it is alive. |
 //! | `tenure.leave_failed` | debug | `key`, `error` | A waiter could not leave the line; its place expires. |
 //! | `tenure.without_line` | debug | `error` | The user may not use the line; waiters poll. |
+//! | `tenure.server_away` | debug | `error`, `left` | Connecting failed; it goes on for the time that `wait_for_server` allows. |
 //! | `tenure.reconnect` | debug | | The client did not take the request to reconnect. |
 //! | `tenure.revive` | debug | `stalled` | A connection or subscription moves to a running runtime. |
 //! | `tenure.mixed_up` | warn | | The client returned the reply to another request; it reconnects. |
@@ -152,6 +164,7 @@ mod metrics;
 // What it rests on.
 mod acquire;
 mod hold;
+mod report;
 mod store;
 
 #[cfg(any(doc, doctest))]
@@ -164,6 +177,8 @@ mod simulation;
 pub use fred;
 #[cfg(feature = "redis")]
 pub use redis;
+
+pub mod testing;
 
 pub use self::error::{Error, NodeError, RedisError, RedisErrorKind};
 pub use self::guard::LockGuard;

@@ -21,6 +21,7 @@ use crate::acquire::Patience;
 use crate::hold::timing::Renewal;
 use crate::hold::{Grant, GrantId, Hold, Owned, suspension};
 use crate::locker::shared::Shared;
+use crate::report::debug;
 use crate::store::Holder;
 use crate::{Error, Key, Lease, LockGuard, LockRequest};
 
@@ -295,8 +296,8 @@ impl Locker {
     /// use tenure::{Locker, Retry};
     ///
     /// let locker = Locker::in_memory();
-    /// let thrice = Retry::linear(Duration::from_millis(100)).limit(3);
-    /// let guard = locker.obtain("k").retry(thrice).await?;
+    /// let four_attempts = Retry::linear(Duration::from_millis(100)).max_retries(3);
+    /// let guard = locker.obtain("k").retry(four_attempts).await?;
     /// # Ok(())
     /// # }
     /// ```
@@ -450,7 +451,8 @@ impl Locker {
         self.shared.extend(lease.owned(), at_least).await
     }
 
-    /// Runs `body` under a lock: waits for the lock, runs the body for as long as it is held, and releases it.
+    /// Runs `body` under a lock: waits for the lock, runs the body for as long as it is held, and releases it. For
+    /// other requests, [`LockRequest::scope`] does the same.
     ///
     /// # Errors
     ///
@@ -475,12 +477,7 @@ impl Locker {
     /// # }
     /// ```
     pub async fn scope<T>(&self, key: impl Into<Key>, body: impl AsyncFnOnce(&LockGuard) -> T) -> Result<T, Error> {
-        let guard = self.lock(key).await?;
-        let output = guard.protect(body(&guard)).await?;
-        match guard.release().await {
-            Err(Error::NotHeld { loss, .. }) => Err(Error::Lost(loss)),
-            Ok(()) | Err(_) => Ok(output),
-        }
+        self.lock(key).scope(body).await
     }
 
     /// Returns the current holder of a lock, if there is one: through this or another library. A key that only stays
@@ -514,6 +511,61 @@ impl Locker {
         Shared::check_runtime()?;
         let shared = &self.shared;
         shared.store.inspect(&key, shared.command_timeout).await
+    }
+
+    /// Ends the lock of this key, whoever holds it: a holder that hangs, say, or one of another library. Returns whether
+    /// there was anything to end.
+    ///
+    /// The lock goes to the first waiter in the line, as after any release. So does a key that stays taken for [some
+    /// time](LockRequest::hold_at_least) although nobody holds it. Fencing tokens go on growing. A key of another type
+    /// is no lock: the error has the code `WRONGTYPE`, and nothing is deleted.
+    ///
+    /// The holder isn't asked, and goes on working until its next renewal, up to a third of the ttl by default: then
+    /// its guard reports [`Loss::Missing`](crate::Loss::Missing), or [`Loss::Taken`](crate::Loss::Taken) if another has
+    /// the lock by then. In the meantime there may be two holders. A store that checks [fencing
+    /// tokens](LockGuard::fencing_token) refuses the earlier one as soon as it has seen the later one.
+    ///
+    /// A waiter that has just been given the lock and hasn't confirmed it yet keeps its turn, and this returns false:
+    /// call it again if that one is to lose the lock too.
+    ///
+    /// On a [quorum](Locker::quorum), all nodes are asked. It succeeds when a majority has no lock any longer: then no
+    /// renewal succeeds, and a node that was away frees its key when the ttl ends.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidKey`]; [`Error::Redis`] if the server could not be reached, or failed; [`Error::Closed`]. After a
+    /// timeout or a lost connection the lock may have ended all the same, and a repeat would end the next holder's: look
+    /// with [`inspect`](Locker::inspect) first.
+    ///
+    /// # Cancel safety
+    ///
+    /// If the future is dropped, the lock may or may not end.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use tenure::{Locker, Loss};
+    ///
+    /// let locker = Locker::in_memory();
+    /// let hangs = locker.lock("import").await?;
+    /// assert!(locker.force_release("import").await?);
+    /// assert!(!locker.force_release("import").await?);
+    /// assert_eq!(hangs.lost().await, Loss::Missing); // by its next renewal
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn force_release(&self, key: impl Into<Key>) -> Result<bool, Error> {
+        let key = key.into();
+        key.validate()?;
+        if self.shared.closed.is_cancelled() {
+            return Err(Error::Closed);
+        }
+        Shared::check_runtime()?;
+        let ended = self.shared.store.force_release(&key, self.shared.command_timeout).await?;
+        debug!(name: "tenure.force_released", %key, ended, "ended the lock of whoever held it");
+        Ok(ended)
     }
 
     /// Refuses all new requests, ends waiting ones with [`Error::Closed`], and waits for the releases in flight: those

@@ -134,8 +134,8 @@ impl LockRequest {
     /// use std::time::Duration;
     ///
     /// let locker = tenure::Locker::in_memory();
-    /// let thrice = tenure::Retry::linear(Duration::from_millis(50)).limit(3);
-    /// let guard = locker.obtain("k").retry(thrice).await?;
+    /// let four_attempts = tenure::Retry::linear(Duration::from_millis(50)).max_retries(3);
+    /// let guard = locker.obtain("k").retry(four_attempts).await?;
     /// # Ok(())
     /// # }
     /// ```
@@ -349,6 +349,48 @@ impl LockRequest {
     pub fn hold_at_most(mut self, limit: Duration) -> Self {
         self.options.bounds.at_most = Some(limit);
         self
+    }
+
+    /// Runs `body` under the lock: obtains it as requested, runs the body for as long as it is held, and releases it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] if the lock is lost while the body runs; the body is then dropped, wherever it was. Any error of
+    /// the request. If the body is done and only the release could not be confirmed, `scope` returns its output: the
+    /// release goes on in the background.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future drops the body and releases the lock in the background.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    /// use tenure::{Error, Locker};
+    ///
+    /// let locker = Locker::in_memory();
+    /// let nightly = || locker.try_lock("nightly").ttl(Duration::from_secs(10)).metadata("host-3");
+    /// let sum = nightly().scope(async |guard| {
+    ///     assert!(guard.is_held());
+    ///     // Not held twice.
+    ///     assert!(matches!(nightly().scope(async |_| ()).await, Err(Error::NotObtained { .. })));
+    ///     40 + 2
+    /// });
+    /// assert_eq!(sum.await?, 42);
+    /// assert_eq!(locker.inspect("nightly").await?, None);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn scope<T>(self, body: impl AsyncFnOnce(&LockGuard) -> T) -> Result<T, Error> {
+        let guard = self.await?;
+        let output = guard.protect(body(&guard)).await?;
+        match guard.release().await {
+            Err(Error::NotHeld { loss, .. }) => Err(Error::Lost(loss)),
+            Ok(()) | Err(_) => Ok(output),
+        }
     }
 
     pub(crate) fn renewal(mut self, renewal: Renewal) -> Self {

@@ -6,6 +6,7 @@
 //! 2. **Every operation may be repeated with the same token.** A repeat after a lost reply does no harm and returns
 //!    what the first one would have.
 
+pub(crate) mod embedded;
 #[cfg(test)]
 pub(crate) mod faulty;
 pub(crate) mod memory;
@@ -94,6 +95,10 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
 
     /// Returns the time that is left until the first of the keys expires, if all of them hold the token.
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>>;
+
+    /// Ends the lock of this key, whoever holds it, and the time for which it was left to nobody. Returns whether there
+    /// was either. A repeat may end the lock of the next holder.
+    fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool>;
 
     /// Returns the holder of the key.
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>>;

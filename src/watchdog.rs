@@ -105,7 +105,7 @@ impl WatchDog {
     ///
     /// - [`Error::AlreadyWatched`]: one of its keys is watched.
     /// - [`Error::NotHeld`]: the lock is lost. No event reports that, as the lock was never watched.
-    /// - [`Error::Closed`]: the watchdog was shut down.
+    /// - [`Error::ShutDown`]: the watchdog was shut down.
     ///
     /// A guard that is refused is dropped, and so released in the background. That doesn't end a lock that is already
     /// watched under the same token.
@@ -221,7 +221,7 @@ impl WatchDog {
     }
 
     /// Stops renewing and keeps the locks: returns a lease for each lock that is held, to be adopted elsewhere before
-    /// its ttl ends. Other handles see an empty watchdog, and [`Error::Closed`] from [`watch`](WatchDog::watch).
+    /// its ttl ends. Other handles see an empty watchdog, and [`Error::ShutDown`] from [`watch`](WatchDog::watch).
     ///
     /// # Cancel safety
     ///

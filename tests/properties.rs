@@ -79,7 +79,7 @@ async fn use_all(times: &Times) -> Vec<Error> {
     match locker.lock("k").await {
         Ok(guard) => {
             for retry in [Retry::linear(a), Retry::exponential(a, b), Retry::linear(b).jitter(c)] {
-                let request = locker.obtain("k").retry(retry.limit(9)).wait_at_most(times.wait_at_most);
+                let request = locker.obtain("k").retry(retry.max_retries(9)).wait_at_most(times.wait_at_most);
                 note(timeout(PATIENCE, request.into_future()).await.ok().and_then(Result::err));
             }
             let waiter = locker.lock("k").wait_at_most(times.wait_at_most);
@@ -206,7 +206,7 @@ proptest! {
     ) {
         let (min, max) = (Duration::from_nanos(min.into()), Duration::from_millis(max));
         let jitter = Duration::from_millis(jitter);
-        let pauses: Vec<_> = Retry::exponential(min, max).jitter(jitter).limit(limit).pauses().collect();
+        let pauses: Vec<_> = Retry::exponential(min, max).jitter(jitter).max_retries(limit).pauses().collect();
         prop_assert_eq!(pauses.len(), limit);
         for pause in pauses {
             prop_assert!(pause >= min.min(max) && pause <= max.saturating_add(jitter));

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
-use tracing::debug;
 
 use crate::Key;
 use crate::acquire::attempt::GRACE;
 use crate::acquire::context::Context;
 use crate::acquire::queue::{HEARTBEAT, Leftovers, Ticket};
+use crate::report::debug;
 use crate::store::{InLine, LinePlace, Queueing};
 
 /// Where a request stands. A request for several keys is in no queue, and one that doesn't wait stands nowhere.

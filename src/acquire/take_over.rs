@@ -47,11 +47,10 @@ mod tests;
 
 use std::sync::Arc;
 
-use tracing::{debug, info};
-
 use crate::hold::{FinalStep, Hold};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
+use crate::report::debug;
 use crate::store::Wanted;
 
 impl Shared {
@@ -79,7 +78,7 @@ impl Shared {
         self.supervise_queues(&runtime);
         let key = hold.owned.key();
         debug!(name: "tenure.handed_over", %key, "handed over");
-        info!(name: "tenure.released", %key, "released");
+        debug!(name: "tenure.released", %key, "released");
         true
     }
 }

@@ -12,12 +12,13 @@ use std::time::Duration;
 use tokio::runtime::Handle as Runtime;
 use tokio::select;
 use tokio::time::{Instant, sleep_until, timeout_at};
-use tracing::{Instrument, Span, debug, info_span, warn};
+use tracing::{Instrument, Span, info_span};
 
 use super::scheduler::Handle;
 use super::{FinalStep, Hold, Renewing, timing};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
+use crate::report::{debug, warn};
 use crate::store::Verdict;
 use crate::{Error, Loss};
 

@@ -17,11 +17,11 @@ use tokio::select;
 use tokio::time::{Instant, sleep};
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
-use tracing::debug;
 
 use crate::Key;
 use crate::hold::{GrantId, Hold, Owned};
 use crate::locker::shared::Shared;
+use crate::report::debug;
 use crate::store::{LinePlace, Wanted};
 
 /// How long closing leaves a cleanup to the code that registered it.

@@ -292,6 +292,11 @@ impl Store for FaultyStore {
         Box::pin(self.call(Operation::Read, timeout, move |store, _| store.remaining_now(&owned)))
     }
 
+    fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {
+        let key = key.clone();
+        Box::pin(self.call(Operation::Release, timeout, move |store, _| store.force_release_now(&key)))
+    }
+
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {
         let key = key.clone();
         Box::pin(self.call(Operation::Read, timeout, move |store, _| store.inspect_now(&key)))

@@ -13,6 +13,7 @@ use super::{
     Acquired, Answer, Answers, Capabilities, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Store,
     Undone, Verdict, Wanted,
 };
+use crate::hold::timing::MAX_TTL;
 use crate::hold::{GrantId, Owned};
 use crate::{Key, Loss, Token};
 
@@ -159,7 +160,13 @@ impl MemoryStore {
         self.held().remaining(owned)
     }
 
-    pub(super) fn inspect_now(&self, key: &Key) -> Option<Holder> {
+    pub(super) fn force_release_now(&self, key: &Key) -> bool {
+        let ended = self.held().locks.remove(key);
+        self.subscriptions.notify(key.as_bytes());
+        ended.is_some_and(|entry| Instant::now() < entry.expires)
+    }
+
+    pub(crate) fn inspect_now(&self, key: &Key) -> Option<Holder> {
         self.held().inspect(key)
     }
 
@@ -173,10 +180,17 @@ impl MemoryStore {
         self.held().live(key, Instant::now()).map(|entry| (entry.token.clone(), entry.expires))
     }
 
-    /// Deletes a key without a notification, as a user might by hand.
-    #[cfg(test)]
-    pub(crate) fn delete(&self, key: &Key) {
-        self.held().locks.remove(key);
+    /// Deletes a key without a notification, as a user might by hand. Returns whether it was there.
+    pub(crate) fn delete(&self, key: &Key) -> bool {
+        self.held().locks.remove(key).is_some_and(|entry| Instant::now() < entry.expires)
+    }
+
+    /// Makes this token the holder of a key, whoever holds it.
+    pub(crate) fn give(&self, key: &Key, token: Token, ttl: Duration) {
+        let mut held = self.held();
+        let (metadata, fence) = (Box::default(), Some(held.next_fence(Instant::now())));
+        let expires = Instant::now() + ttl.min(MAX_TTL);
+        held.locks.insert(key.clone(), Entry { token, metadata, expires, fence, grants: Vec::new(), kept: None });
     }
 
     /// Returns how many keys have subscriptions.
@@ -186,7 +200,6 @@ impl MemoryStore {
     }
 
     /// Forgets all locks, like a server that is restarted without its data.
-    #[cfg(test)]
     pub(crate) fn forget(&self) {
         self.held().locks.clear();
     }
@@ -412,6 +425,10 @@ impl Store for MemoryStore {
 
     fn remaining<'a>(&'a self, owned: &'a Owned, _: Duration) -> Answer<'a, Option<Duration>> {
         in_turn(move || self.remaining_now(owned))
+    }
+
+    fn force_release<'a>(&'a self, key: &'a Key, _: Duration) -> Answer<'a, bool> {
+        in_turn(move || self.force_release_now(key))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, _: Duration) -> Answer<'a, Option<Holder>> {

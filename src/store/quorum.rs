@@ -80,7 +80,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::task::TaskTracker;
 
 use self::calls::Calls;
@@ -185,6 +185,37 @@ impl QuorumStore {
     async fn acquire(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
         self.quorum.check_ttl(wanted.ttl)?;
         round::attempt(&self.quorum, wanted, timeout).await
+    }
+
+    /// Ends the lock of a key on all nodes, whoever holds it. Once a majority has ended it, no renewal of its holder is
+    /// confirmed, so none restores it on the other nodes either. These end it when they get their call, or with its ttl.
+    async fn force_release(&self, key: &Key, timeout: Duration) -> Result<bool, Error> {
+        let (quorum, timeout) = (&self.quorum, first(timeout));
+        let started = Instant::now();
+        let mut answers = quorum.ask(timeout, |node| {
+            let key = key.clone();
+            Box::pin(async move { node.force_release(&key, timeout).await })
+        })?;
+        let (mut tally, mut was_held, mut replied) = (Tally::new(quorum), false, 0);
+        let mut until = started + timeout + calls::GRACE;
+        while let Ok(Some((place, answer))) = timeout_at(until, answers.next()).await {
+            match answer {
+                Ok(ended) => {
+                    tally.yes();
+                    replied += 1;
+                    was_held |= ended;
+                }
+                Err(error) => tally.failed(place, error),
+            }
+            if replied == quorum.needed {
+                // The others may have a lock that no majority has.
+                until = until.min(Instant::now() + grace(started.elapsed()));
+            }
+        }
+        match replied >= quorum.needed {
+            true => Ok(was_held),
+            false => Err(tally.into_error()),
+        }
     }
 
     /// Releases the lock; where the keys stay taken for a `rest`, leaves them to nobody for that time.
@@ -353,6 +384,10 @@ impl Store for QuorumStore {
 
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
         Box::pin(self.remaining(owned, timeout))
+    }
+
+    fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {
+        Box::pin(self.force_release(key, timeout))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {

@@ -33,10 +33,10 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use self::batcher::Batcher;
-use self::driver::Connection;
 pub use self::driver::Driver;
 #[cfg(feature = "redis")]
 pub use self::driver::RedisConnection;
+use self::driver::{Connection, WithoutConnection};
 use self::script::Call;
 use self::server::Server;
 pub(crate) use self::server_info::ServerInfo;
@@ -60,7 +60,18 @@ pub(crate) struct RedisStore {
     /// Operations on one key share calls. All others are sent by themselves.
     batcher: Batcher<Server>,
     subscriber: Subscriber,
+    /// How long the last fencing token of a key is remembered, at least.
+    fence_ttl: Duration,
 }
+
+/// How long the last fencing token of a key is remembered unless that is set.
+///
+/// Should the server forget it after that, its clock takes over. It has passed the token by then, unless it was set back
+/// by more than this since the token was granted; or another server takes over whose clock is that much behind.
+pub(crate) const FENCE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+/// The shortest time for which it may be set to be remembered: more than servers' clocks are corrected by, and more than
+/// those of a primary and its replicas differ by.
+pub(crate) const SHORTEST_FENCE_TTL: Duration = Duration::from_secs(60);
 
 impl RedisStore {
     /// Connects to the URL with a client of our own, whose settings suit locks.
@@ -72,6 +83,24 @@ impl RedisStore {
         min_replicas: usize,
     ) -> Result<Self, Error> {
         let store = Self::on(driver::open(driver, &url::parse(url)?, timeout).await?, prefix, min_replicas);
+        store.check_replicas()?;
+        Ok(store)
+    }
+
+    /// Connects to the URL in the background, now or when the server comes up. Until then, calls wait for it.
+    ///
+    /// # Errors
+    ///
+    /// Never fails because of the server or the network.
+    pub(crate) fn connect_lazily(
+        driver: Driver,
+        url: &str,
+        prefix: String,
+        timeout: Duration,
+        min_replicas: usize,
+    ) -> Result<Self, Error> {
+        let connection = driver::open_lazily(driver, &url::parse(url)?, timeout, WithoutConnection::CallsWait)?;
+        let store = Self::on(connection, prefix, min_replicas);
         store.check_replicas()?;
         Ok(store)
     }
@@ -92,7 +121,17 @@ impl RedisStore {
         let process = format!("{:016x}", fastrand::u64(..));
         let subscriber = Subscriber::new(connection.pub_sub(), process.clone());
         let batcher = Batcher::new(Server::new(connection, min_replicas));
-        Self { prefix, process, without_line: AtomicBool::new(false), batcher, subscriber }
+        Self { prefix, process, without_line: AtomicBool::new(false), batcher, subscriber, fence_ttl: FENCE_TTL }
+    }
+
+    /// Sets for how long the last fencing token of a key is remembered, at least.
+    pub(crate) fn with_fence_ttl(self, fence_ttl: Duration) -> Self {
+        Self { fence_ttl: fence_ttl.max(SHORTEST_FENCE_TTL), ..self }
+    }
+
+    /// Returns the ttl of the fence key of a lock with this ttl.
+    fn fence_ttl(&self, ttl: Duration) -> i64 {
+        args::millis(self.fence_ttl.max(ttl.saturating_mul(2)))
     }
 
     fn has_line(&self) -> bool {
@@ -232,6 +271,11 @@ impl Store for RedisStore {
 
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
         Box::pin(router::patiently(timeout, move |left| self.remaining(owned, left)))
+    }
+
+    /// What got `TRYAGAIN` has not run.
+    fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {
+        Box::pin(router::patiently(timeout, move |left| self.force_release(key, left)))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {

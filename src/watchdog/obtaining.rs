@@ -33,7 +33,7 @@ impl Inner {
         }
         let runtime = self.locker.shared().runtime()?;
         self.registry.change(|entries| match entries.closed {
-            true => Err(Error::Closed),
+            true => Err(Error::ShutDown),
             false => Ok(entries.replace(id, Keeping::Obtaining(None))),
         })?;
         // Outside the mutex (invariant 3): a runtime that has shut down drops the task, and with it the reservation,
@@ -101,7 +101,7 @@ impl Reservation {
                 Some(Entry { keeping: Keeping::Reserved | Keeping::Obtaining(_), .. }) if !entries.closed
             );
             if !wanted {
-                return Err((Error::Closed, guard));
+                return Err((Error::ShutDown, guard));
             }
             if let Err(loss) = hold.observe(RenewalObserver::new(registry, id)) {
                 return Err((Error::NotHeld { key, loss }, guard));

@@ -186,6 +186,7 @@ async fn all(locker: &Locker) {
         ensuring_a_lease_only_ever_lengthens,
         bounds_are_kept,
         bounds_that_cannot_work_are_refused,
+        a_lock_is_ended_whoever_holds_it,
     );
 }
 
@@ -382,7 +383,8 @@ async fn waiting_ends_when_it_is_said_to(locker: &Locker) {
 
 async fn a_strategy_counts_its_attempts(locker: &Locker) {
     let guard = locker.lock("strategy").await.unwrap();
-    for (retry, expected) in [(Retry::none(), 1), (Retry::linear(ms(2)).limit(3), 4), (Retry::from_iter([ms(1); 6]), 7)]
+    for (retry, expected) in
+        [(Retry::none(), 1), (Retry::linear(ms(2)).max_retries(3), 4), (Retry::from_iter([ms(1); 6]), 7)]
     {
         let refused = decided(|| locker.obtain("strategy").retry(retry.clone())).await.unwrap_err();
         assert!(matches!(refused, Error::NotObtained { attempts, .. } if attempts == expected), "{refused}");
@@ -614,4 +616,34 @@ async fn bounds_that_cannot_work_are_refused(locker: &Locker) {
     let guard = locker.lock("bounds").hold_at_least(Duration::ZERO).hold_at_most(Duration::MAX).await.unwrap();
     guard.release().await.unwrap();
     assert_eq!(locker.inspect("bounds").await.unwrap(), None);
+}
+
+async fn a_lock_is_ended_whoever_holds_it(locker: &Locker) {
+    assert!(!locker.force_release("forced").await.unwrap());
+    // A lock that only its own token could have ended, with a waiter behind it.
+    let held = locker.lock("forced").ttl(ms(3_000)).await.unwrap();
+    let waiter = tokio::spawn(locker.lock("forced").into_future());
+    tokio::time::sleep(ms(50)).await;
+    // The waiter may get its turn, and the lock, from the first call.
+    assert!(locker.force_release("forced").await.unwrap());
+    let next = waiter.await.unwrap().unwrap();
+    assert!(next.fencing_token() > held.fencing_token());
+    let loss = held.lost().await;
+    assert_eq!(loss, Loss::Taken);
+    next.release().await.unwrap();
+    // One that two guards rely on.
+    let (one, other) = (locker.lock("forced").token(token("twin")), locker.lock("forced").token(token("twin")));
+    let (one, other) = (one.ttl(ms(3_000)).await.unwrap(), other.ttl(ms(3_000)).await.unwrap());
+    assert!(locker.force_release("forced").await.unwrap());
+    assert_eq!((one.lost().await, other.lost().await), (Loss::Missing, Loss::Missing));
+    // One that is left to nobody, after which a new holder is the only one.
+    locker.lock("forced").token(token("twin")).hold_at_least(ms(60_000)).await.unwrap().release().await.unwrap();
+    assert!(matches!(decided(|| locker.try_lock("forced")).await, Err(Error::NotObtained { .. })));
+    assert!(locker.force_release("forced").await.unwrap());
+    let alone = locker.lock("forced").token(token("twin")).await.unwrap();
+    drop(alone);
+    eventually("its drop frees the key", async || locker.inspect("forced").await.unwrap().is_none().then_some(()))
+        .await;
+    assert!(!locker.force_release("forced").await.unwrap());
+    assert!(matches!(locker.force_release("").await, Err(Error::InvalidKey(_))));
 }

@@ -10,6 +10,7 @@ mod bounds;
 mod cancellation;
 mod closing;
 mod conformance;
+mod connecting;
 mod drops;
 mod errors;
 mod failover;

@@ -11,7 +11,6 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
-use tracing::debug;
 
 use super::Quorum;
 use super::calls::{Calls, GRACE};
@@ -19,6 +18,7 @@ use super::open_rounds::Releasing;
 use crate::Error;
 use crate::hold::Owned;
 use crate::hold::timing;
+use crate::report::debug;
 use crate::store::{Answer, Ending, Latest, Undone, Verdict};
 
 /// For how many locks at a time a node that fails is tried again. For any more, it is tried once.

@@ -29,11 +29,11 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
-use tracing::debug;
 
 use super::calls::{Calls, may_run_until};
 use super::renewal::Renewal;
 use super::{Member, node_timeout};
+use crate::report::debug;
 use crate::store::node::{Ballot, Vote};
 use crate::store::{Latest, Queueing, Wanted};
 

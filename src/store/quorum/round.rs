@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
-use tracing::debug;
 
 use super::calls::{Calls, may_run_until};
 use super::catch_up::Undo;
@@ -14,6 +13,7 @@ use super::open_rounds::OpenRound;
 use super::tally::{Decision, decide};
 use super::{Quorum, first, grace, node_timeout};
 use crate::Error;
+use crate::report::debug;
 use crate::store::node::{Ballot, Vote, VoteReply};
 use crate::store::{Acquired, Latest, Wanted};
 

@@ -218,6 +218,14 @@ impl Server {
         owned.keys.iter().filter_map(|key| state.live(key)).map(|(_, until)| *until - Instant::now()).min()
     }
 
+    fn force_release(&self, key: &Key) -> bool {
+        let mut state = self.state.lock().unwrap();
+        let was_held = state.live(key).is_some();
+        state.locks.remove(key);
+        state.grants.remove(key);
+        was_held
+    }
+
     fn inspect(&self, key: &Key) -> Option<Holder> {
         let state = self.state.lock().unwrap();
         state.live(key).filter(|(token, _)| *token != Token::nobody()).map(|(token, until)| Holder {
@@ -370,6 +378,11 @@ impl Store for Link {
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
         let owned = owned.clone();
         Box::pin(self.call(timeout, move |server| server.remaining(&owned)))
+    }
+
+    fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {
+        let key = key.clone();
+        Box::pin(self.call(timeout, move |server| server.force_release(&key)))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {

@@ -24,6 +24,7 @@ enum What {
     Release(Ending),
     Linger(Ending, Duration),
     Undo,
+    ForceRelease,
 }
 
 fn owned(rng: &mut fastrand::Rng, grants: &[GrantId]) -> Owned {
@@ -46,7 +47,8 @@ fn what(rng: &mut fastrand::Rng, grants: &[GrantId]) -> What {
         12 => What::Renew(time, Extending::Claim { earlier }),
         13 => What::Renew(time, Extending::GiveBack { earlier }),
         14..16 => What::Release(ending),
-        16..19 => What::Linger(ending, time),
+        16..18 => What::Linger(ending, time),
+        18 => What::ForceRelease,
         _ => What::Undo,
     }
 }
@@ -72,6 +74,13 @@ async fn run(store: &dyn Store, owned: &Owned, what: &What) -> String {
         What::Renew(ttl, how) => format!("{:?}", store.renew(owned, ttl, how, PATIENCE).await.unwrap()),
         What::Release(ending) => format!("{:?}", store.release(owned, ending, PATIENCE).await.unwrap()),
         What::Linger(ending, rest) => format!("{:?}", store.linger(owned, ending, rest, PATIENCE).await.unwrap()),
+        What::ForceRelease => {
+            let mut ended = Vec::new();
+            for key in &*owned.keys {
+                ended.push(store.force_release(key, PATIENCE).await.unwrap());
+            }
+            format!("{ended:?}")
+        }
         // What it returns comes from each one's own clock.
         What::Undo => store.undo(owned, &Latest::default(), PATIENCE).await.map(|_| String::new()).unwrap(),
     }

@@ -1,4 +1,4 @@
-//! Renewing, releasing and undoing locks that an owner has, or may have.
+//! Renewing, releasing and undoing locks that an owner has, or may have; and ending those of any owner.
 
 use std::time::Duration;
 
@@ -160,6 +160,16 @@ impl RedisStore {
     pub(super) async fn undo(&self, owned: &Owned, latest: &Latest, timeout: Duration) -> Result<Undone, Error> {
         let (_, now) = self.release_whole(owned, Ending::Grant, timeout).await?;
         Ok(latest.remaining(now).map_or(Undone::Complete, Undone::MayRun))
+    }
+
+    /// Ends the lock of a key, whoever holds it.
+    pub(super) async fn force_release(&self, key: &Key, timeout: Duration) -> Result<bool, Error> {
+        let name = self.name(key);
+        let keys = [name.clone(), names::line_of(&name), names::grants_of(&name)];
+        let call = Call::new(keys.into_iter(), self.notify(&name));
+        let script = &self.server().scripts.force_release;
+        let reply = self.server().run(script, || call.clone(), |_| {}, timeout).await?;
+        replies::has_ended(&reply.value()?)
     }
 
     /// Returns the lock keys, then their records of grants.

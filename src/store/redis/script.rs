@@ -39,6 +39,7 @@ pub(super) struct Scripts {
     pub(super) release: Script,
     pub(super) release_one: Script,
     pub(super) end_grant: Script,
+    pub(super) force_release: Script,
     pub(super) linger: Script,
     pub(super) hand_over: Script,
     pub(super) remaining: Script,
@@ -80,6 +81,7 @@ impl Scripts {
                 include_str!("scripts/pass_on_one.lua"),
             ]),
             end_grant: Script::new(&[OWNER, HELD, GRANTS, NOBODY, LINE, include_str!("scripts/end_grant.lua")]),
+            force_release: Script::new(&[LINE, include_str!("scripts/force_release.lua")]),
             linger: Script::new(&[OWNER, HELD, GRANTS, NOBODY, include_str!("scripts/linger.lua")]),
             hand_over: Script::after(
                 include_str!("scripts/hand_over_one.lua"),

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::args::{FENCE_TTL, count_of, decimal, id_or_empty, millis, record_ttl, seconds, value_of};
-use super::driver::{self, Driver};
+use super::args::{count_of, decimal, id_or_empty, millis, record_ttl, seconds, value_of};
+use super::driver::{self, Driver, WithoutConnection};
 use super::script::Call;
 use super::url::Target;
 use super::{RedisStore, names, replies};
@@ -22,7 +22,8 @@ impl RedisStore {
         prefix: String,
         command_timeout: Duration,
     ) -> Result<Self, Error> {
-        Ok(Self::on(driver::open_lazily(driver, target, command_timeout)?, prefix, 0))
+        let without = WithoutConnection::CallsFail;
+        Ok(Self::on(driver::open_lazily(driver, target, command_timeout, without)?, prefix, 0))
     }
 
     /// Waits until it is connected.
@@ -45,7 +46,9 @@ impl RedisStore {
             names.extend(locks.iter().map(names::grants_of));
         }
         let number = ballot.number.map_or(0, |number| i64::try_from(number).unwrap_or(i64::MAX));
-        let fence_ttl = FENCE_TTL.max(wanted.ttl.saturating_mul(2)).max(ballot.window.saturating_mul(2));
+        // A number may be that much ahead of the clock, which must have passed it when it is forgotten.
+        let ahead = ballot.ahead.max(ballot.window).saturating_mul(2);
+        let fence_ttl = self.fence_ttl.max(wanted.ttl.saturating_mul(2)).max(ahead);
         let call = Call::new(
             names.into_iter(),
             [
