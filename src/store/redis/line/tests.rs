@@ -68,3 +68,20 @@ async fn a_process_that_asks_has_no_more_turns_than_it_has_places() {
     assert!(!asks(&near, &third, 4).await, "it is the turn of another process");
     assert!(asks(&far, &other, 1).await);
 }
+
+/// Its holder has died, say, and its ttl has ended.
+#[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
+async fn a_lock_that_nobody_has_released_goes_to_the_head_of_the_line_whoever_asks_first() {
+    let server = Server::start();
+    let (near, far, key) = (store(&server).await, store(&server).await, Key::from("k"));
+    let (first, other, behind) = (wanted(), wanted(), wanted());
+    near.enter(&key, own(1), PATIENCE).await.unwrap();
+    let held = Store::acquire(&far, &behind, InLine::Behind, PATIENCE).await.unwrap();
+    assert!(matches!(held, Acquired::Held { .. }), "it is the turn of another: {held:?}");
+    server.cli(&["DEL", "k"]);
+    assert!(asks(&near, &first, 1).await, "its place was reserved");
+    near.enter(&key, own(2), PATIENCE).await.unwrap();
+    server.cli(&["DEL", "k"]);
+    assert!(!asks(&far, &other, 1).await, "it is the turn of another");
+}
