@@ -1,3 +1,4 @@
 //! Guides.
 
+pub mod guarantees;
 pub mod migrating_from_go;

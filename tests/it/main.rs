@@ -14,6 +14,7 @@ mod conformance;
 mod drops;
 mod errors;
 mod failover;
+mod guarantees;
 mod hand_over;
 mod interop;
 mod late;
