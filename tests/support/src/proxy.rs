@@ -34,6 +34,8 @@ pub enum Mode {
     },
     /// Silently loses all replies on the present connections; new connections work.
     Silence,
+    /// Sends this instead of each of them.
+    Instead(&'static [u8]),
 }
 
 /// Forwards connections to a server, as its mode says. Ends when dropped.
@@ -197,12 +199,13 @@ async fn read_answers(
             }
             mode
         };
-        let delay = match mode {
+        let (delay, answer) = match mode {
             Mode::LoseNext => return,
             Mode::SwallowNext => continue,
-            Mode::Delay(delay) => delay,
+            Mode::Delay(delay) => (delay, answer),
+            Mode::Instead(other) => (Duration::ZERO, other),
             Mode::Pass | Mode::Silence | Mode::DeliverNextLate(_) | Mode::DeliverNextLateAndCut { .. } => {
-                Duration::ZERO
+                (Duration::ZERO, answer)
             }
         };
         if under_way.send((Instant::now() + delay, answer.to_vec())).is_err() {
