@@ -29,6 +29,7 @@ use self::waiter::Waiter;
 use crate::hold::timing::{self, Reminders, Renewal};
 use crate::hold::{Bounds, Grant, GrantId, Owned, Terms, suspension};
 use crate::locker::shared::Shared;
+use crate::metrics::Waiting;
 use crate::report::{debug, warn};
 use crate::retry::Pauses;
 use crate::store::{Queueing, Wanted};
@@ -76,8 +77,13 @@ impl Options {
 
     /// Obtains the lock. The options are in a box, as arguments stay in their future for as long as that lives.
     pub(crate) async fn obtain(self: Box<Self>) -> Result<LockGuard, Error> {
-        let mut acquisition = (*self).begin()?;
-        acquisition.run().await
+        let waiting = Waiting::begin(&self.shared.settings.metrics, &self.keys);
+        let obtained = match (*self).begin() {
+            Ok(mut acquisition) => acquisition.run().await,
+            Err(error) => Err(error),
+        };
+        waiting.end(&obtained);
+        obtained
     }
 
     /// Refuses what can't work, before anything is sent.

@@ -14,6 +14,7 @@ use crate::hold::{FinalStep, Hold};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
 use crate::loss::{Lost, Protected};
+use crate::metrics::Held;
 use crate::report::debug;
 use crate::store::{Ending, Verdict};
 use crate::{Error, Key, Lease, Loss, Token};
@@ -70,6 +71,7 @@ pub struct LockGuard {
 impl LockGuard {
     /// Creates the guard of a lock that was just obtained or adopted. The renewer starts with it.
     pub(crate) fn start(hold: Hold, shared: &Arc<Shared>, runtime: &Runtime) -> Self {
+        hold.count(Held::begin(&shared.settings.metrics, &hold.owned.keys));
         let hold = Arc::new(hold);
         #[cfg(test)]
         crate::simulation::born(&hold, Arc::as_ptr(shared) as usize);

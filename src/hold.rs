@@ -54,6 +54,7 @@ pub(crate) use self::renewing::Renewing;
 pub(crate) use self::state::FinalStep;
 use self::state::{Limit, State, Unresolved};
 use self::timing::Drift;
+use crate::metrics::{self, Held};
 use crate::store::{Latest, Verdict};
 use crate::{Error, Loss};
 
@@ -153,6 +154,7 @@ impl Hold {
             loss: None,
             final_step: None,
             observer: None,
+            held: Held::default(),
             shortened: None,
         };
         (state.deadline, state.ends_at_limit) = state.deadline(drift, sent, grant.ttl);
@@ -241,6 +243,11 @@ impl Hold {
         state.verdict(Instant::now())?;
         state.observer = Some(observer);
         Ok(())
+    }
+
+    /// Counts the lock as held from now until the end of the hold.
+    pub(crate) fn count(&self, held: Held) {
+        self.state().held = held;
     }
 
     pub(crate) fn observer(&self) -> Option<Arc<dyn Observer>> {
@@ -358,6 +365,7 @@ impl Hold {
             self.end(loss);
             return Err(loss);
         }
+        let left = state.deadline.saturating_duration_since(now);
         state.last_error = None;
         if renewing.epoch == state.epoch {
             // A request that may be run after this one counts from this one at the earliest (invariant 5).
@@ -385,6 +393,9 @@ impl Hold {
             let has_run = state.unresolved.iter_mut().filter(|request| request.epoch == renewing.epoch);
             has_run.for_each(|request| request.until = request.until.min(now));
         }
+        let label = state.held.label();
+        drop(state);
+        metrics::renewed(&label, now.saturating_duration_since(renewing.sent), left);
         Ok(())
     }
 
@@ -396,6 +407,9 @@ impl Hold {
         if state.last_error.is_none() || !is_cut_short {
             state.last_error = Some(error.clone());
         }
+        let label = state.held.label();
+        drop(state);
+        metrics::renewal_failed(&label);
     }
 
     /// Returns why the latest renewal failed, if none has succeeded since.
@@ -430,9 +444,11 @@ impl Hold {
                 Loss::Taken | Loss::Missing => Some(FinalStep::Nothing),
             };
         }
+        let held = std::mem::take(&mut state.held);
         // After the loss is set, so that those who wake find it; and outside the mutex, as it runs wakers of users.
         drop(state);
         self.over.cancel();
+        held.end(loss);
         loss
     }
 

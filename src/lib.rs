@@ -135,6 +135,7 @@
 //! | `redis` | [redis-rs](https://docs.rs/redis) as the client ([`LockerBuilder::driver`]), or one of your own; needs Rust 1.88 |
 //! | `rustls` | `rediss://` URLs, with [rustls](https://docs.rs/rustls) on ring |
 //! | `native-tls` | `rediss://` URLs, with the platform's TLS library; with both features, this one is used |
+//! | `metrics` | counters, gauges and histograms for the [metrics facade](https://docs.rs/metrics): the module of that name |
 //! | `serde` | `Serialize` and `Deserialize` for [`Lease`], `Serialize` for [`Diagnosis`] |
 //!
 //! With neither client, there is the embedded store of [`Locker::in_memory`].
@@ -157,6 +158,12 @@ mod request;
 mod retry;
 mod token;
 mod watchdog;
+
+#[cfg(feature = "metrics")]
+pub mod metrics;
+#[cfg(not(feature = "metrics"))]
+#[path = "metrics/none.rs"]
+mod metrics;
 
 // What it rests on.
 mod acquire;

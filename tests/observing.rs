@@ -88,6 +88,31 @@ async fn every_step_is_told_with_its_key_and_without_its_token() {
     assert!(!text.contains(&token));
 }
 
+#[cfg(feature = "metrics")]
+#[tokio::test]
+async fn the_operations_of_many_tasks_share_calls_as_the_batch_size_shows() {
+    use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+
+    let recorder: &'static DebuggingRecorder = Box::leak(Box::default());
+    // One thread runs this test and all its tasks.
+    let _recorded = metrics::set_default_local_recorder(recorder);
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let each = (0..200).map(|i| {
+        let locker = locker.clone();
+        tokio::spawn(async move { locker.lock(format!("k{i}")).await.unwrap().release().await.unwrap() })
+    });
+    for task in each.collect::<Vec<_>>() {
+        task.await.unwrap();
+    }
+    let recorded = recorder.snapshotter().snapshot().into_vec();
+    let (.., value) = recorded.into_iter().find(|(key, ..)| key.key().name() == tenure::metrics::BATCH_SIZE).unwrap();
+    let DebugValue::Histogram(sizes) = value else { panic!("{value:?}") };
+    let sizes: Vec<f64> = sizes.into_iter().map(|size| size.into_inner()).collect();
+    assert!(sizes.iter().sum::<f64>() >= 400.0, "each lock and each release is in a call: {sizes:?}");
+    assert!(sizes.iter().any(|&size| size > 20.0), "and not in one of its own: {sizes:?}");
+}
+
 #[tokio::test]
 async fn at_level_info_nothing_is_told_of_locks_that_are_well_and_a_loss_is_told_by_its_name() {
     let log = Log::default();

@@ -192,7 +192,7 @@ processor() {
     heading "compile, feature rustls"
     compile rustls --features rustls --test tls
     heading "examples"
-    cargo build --package tenure --examples
+    cargo build --package tenure-examples --examples
     heading "examples in the documentation"
     cargo test --package tenure --all-features --doc
     run all "$installed" model
@@ -233,7 +233,7 @@ for _ in {1..100}; do
     redis-cli -s "$scratch/socket" ping >/dev/null 2>&1 && break
     sleep 0.1
 done
-for name in quickstart lost_in_select scope hand_over watchdog; do
+for name in minimal quickstart lost_in_select scope hand_over watchdog; do
     lane "example $name" env -u REDIS_URL cargo run --quiet --example "$name"
     lane "example $name, on a server" env REDIS_URL="redis+unix://$scratch/socket" cargo run --quiet --example "$name"
 done

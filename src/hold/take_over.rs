@@ -62,9 +62,11 @@ impl Hold {
             kept_until: Some(state.kept_until),
             ..Grant::new(state.sent, state.ttl, fencing_token)
         };
+        let held = std::mem::take(&mut state.held);
         // Outside the mutex, as it runs wakers of users.
         drop(state);
         self.over.cancel();
+        held.end(Loss::Released);
         Some(grant)
     }
 }

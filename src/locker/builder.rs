@@ -9,6 +9,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::shared::{Settings, Shared};
+#[cfg(feature = "metrics")]
+use crate::Key;
 use crate::acquire::queue::Queues;
 use crate::acquire::supervisor::Supervisor;
 use crate::hold::scheduler::Schedulers;
@@ -16,6 +18,7 @@ use crate::hold::suspension;
 use crate::hold::timing::{Drift, MAX_TTL, Renewal};
 use crate::locker::cleanups::Cleanups;
 use crate::locker::isolated::Isolated;
+use crate::metrics::Labels;
 use crate::report::debug;
 use crate::store::Store;
 use crate::store::embedded::EmbeddedStore;
@@ -94,6 +97,7 @@ impl Default for LockerBuilder {
                 fenced: true,
                 local_hand_over: true,
                 poll_every: Duration::from_secs(1),
+                metrics: Labels::default(),
             },
             command_timeout: Duration::from_secs(2),
             prefix: String::new(),
@@ -231,6 +235,24 @@ impl LockerBuilder {
     /// ```
     pub fn local_hand_over(mut self, on: bool) -> Self {
         self.settings.local_hand_over = on;
+        self
+    }
+
+    /// Adds a label `lock` to the [metrics](crate::metrics) of this locker's requests, locks and renewals, with what the
+    /// function returns for the key (for several keys, for the first). Default: no such label.
+    ///
+    /// Return few different labels, such as the kind of a key: a recorder keeps what it measures for each of them, for
+    /// as long as the program runs. The function is called with each request, so it should be fast.
+    ///
+    /// ```
+    /// let locker = tenure::Locker::builder()
+    ///     .metrics_label(|key| key.to_string().split(':').next().unwrap_or_default().to_owned())
+    ///     .in_memory(); // `invoices:42` counts as `invoices`
+    /// ```
+    #[cfg(feature = "metrics")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "metrics")))]
+    pub fn metrics_label(mut self, label: impl Fn(&Key) -> String + Send + Sync + 'static) -> Self {
+        self.settings.metrics = Labels::new(label);
         self
     }
 

@@ -374,8 +374,7 @@ impl Actor {
                 request = request.hold_at_most(ms(self.rng.u64(5..3_000)));
             }
             8 if !waits => {
-                let retry = Retry::linear(ms(self.rng.u64(10..300)));
-                request = request.retry(retry.max_retries(self.rng.usize(..5)));
+                request = request.retry(Retry::linear(ms(self.rng.u64(10..300))).max_retries(self.rng.usize(..5)));
             }
             _ => {}
         }

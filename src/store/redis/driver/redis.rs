@@ -21,7 +21,7 @@
 //!    server that ends a subscription by itself shifts the replies of such a connection, which is closed then.
 //!
 //! An unfenced pair of obtain and release takes 47,300 instructions of the client at 1 task, 31,100 at 16 and 27,800 at
-//! 64; on fred 68,400, 37,000 and 30,300 (callgrind, one thread). `cargo bench --bench versus` measures time.
+//! 64; on fred 68,400, 37,000 and 30,300 (callgrind, one thread). `benches/versus` measures time.
 
 mod cluster;
 mod convert;
