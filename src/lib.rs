@@ -57,6 +57,9 @@
 //! | keep many locks at once, and get their events | [`WatchDog`] |
 //! | protect a store from a late writer | [`LockGuard::fencing_token`] |
 //! | survive the loss of a server and its memory | [`Locker::quorum`] |
+//! | end a lock, whoever holds it | [`Locker::force_release`] |
+//! | find out what endangers locks on a server | [`Locker::diagnose`] |
+//! | test what your code does when a lock is lost | [`testing::EmbeddedServer`] |
 //!
 //! # What it relies on
 //!
@@ -133,7 +136,7 @@
 //! | `rustls` | `rediss://` URLs, with [rustls](https://docs.rs/rustls) on ring |
 //! | `native-tls` | `rediss://` URLs, with the platform's TLS library; with both features, this one is used |
 //! | `metrics` | counters, gauges and histograms for the [metrics facade](https://docs.rs/metrics): the module of that name |
-//! | `serde` | `Serialize` and `Deserialize` for [`Lease`] |
+//! | `serde` | `Serialize` and `Deserialize` for [`Lease`], `Serialize` for [`Diagnosis`] |
 //!
 //! With neither client, there is the embedded store of [`Locker::in_memory`].
 
@@ -144,6 +147,7 @@
 )]
 
 // What a user sees.
+mod diagnosis;
 mod error;
 mod guard;
 mod key;
@@ -180,6 +184,7 @@ pub use redis;
 
 pub mod testing;
 
+pub use self::diagnosis::{Diagnosis, Finding, ServerReport, Severity, Topic};
 pub use self::error::{Error, NodeError, RedisError, RedisErrorKind};
 pub use self::guard::LockGuard;
 pub use self::key::Key;

@@ -17,13 +17,15 @@ use tokio_util::task::TaskTracker;
 
 pub use self::builder::{LockerBuilder, RestartWindow};
 pub use self::close_on_drop::CloseOnDrop;
+#[cfg(doc)]
+use crate::Token;
 use crate::acquire::Patience;
 use crate::hold::timing::Renewal;
 use crate::hold::{Grant, GrantId, Hold, Owned, suspension};
 use crate::locker::shared::Shared;
 use crate::report::debug;
 use crate::store::Holder;
-use crate::{Error, Key, Lease, LockGuard, LockRequest};
+use crate::{Diagnosis, Error, Key, Lease, LockGuard, LockRequest};
 
 /// Obtains locks on one server, on one watched by Sentinels, on a cluster, a quorum, or the embedded store.
 ///
@@ -511,6 +513,99 @@ impl Locker {
         Shared::check_runtime()?;
         let shared = &self.shared;
         shared.store.inspect(&key, shared.command_timeout).await
+    }
+
+    /// Returns the locks whose keys begin with this, with their holders, in the order of their keys; at most so many.
+    ///
+    /// It is for people and their tools: it looks at every key of every server, by `SCAN`, in steps between which the
+    /// server serves others. A key is taken for a lock if it holds a string with a ttl, and has a fencing token beside
+    /// it or begins with a [random](Token::random) token. So most locks of other libraries are left out, as are locks
+    /// without fencing tokens whose token was [chosen](LockRequest::token).
+    ///
+    /// What is obtained or released meanwhile may be there or not.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Redis`] if a server could not be reached, or failed: then no locks are returned, rather than some of
+    /// them. On a quorum a majority is enough. [`Error::Unsupported`] through a [connection](Locker::with_redis) of your own
+    /// to a cluster, which doesn't tell its nodes. [`Error::Closed`].
+    ///
+    /// # Cancel safety
+    ///
+    /// It only reads. Each step takes no longer than the [command timeout](LockerBuilder::command_timeout).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let guard = locker.lock("invoices:42").metadata("host-3").await?;
+    /// for (key, holder) in locker.list("invoices:", 100).await? {
+    ///     println!("{key}: {}", holder.metadata.escape_ascii());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn list(&self, prefix: impl AsRef<[u8]>, at_most: usize) -> Result<Vec<(Key, Holder)>, Error> {
+        if self.shared.closed.is_cancelled() {
+            return Err(Error::Closed);
+        }
+        Shared::check_runtime()?;
+        let (store, timeout) = (&self.shared.store, self.shared.command_timeout);
+        let mut locks = Vec::new();
+        for key in store.find_keys(prefix.as_ref(), timeout).await? {
+            if locks.len() >= at_most {
+                break;
+            }
+            let holder = match store.inspect(&key, timeout).await {
+                // It holds something else by now.
+                Err(error) if error.code() == Some("WRONGTYPE") => None,
+                holder => holder?,
+            };
+            if let Some(holder) = holder.filter(Holder::is_of_a_lock) {
+                locks.push((key, holder));
+            }
+        }
+        Ok(locks)
+    }
+
+    /// Looks for what endangers locks on the servers behind this locker: a policy that evicts keys, no persistence,
+    /// replicas that locks don't wait for, a clock that is far off, missing permissions, a version that was never tested.
+    ///
+    /// Run it when a service starts, or by hand with the command `tenure doctor`. What it may not ask for is a finding, too; only whether the
+    /// user may subscribe to notifications can't be found out. It looks at each primary of a cluster and at each node of
+    /// a quorum. Those that can't be reached are among the findings. On the embedded store it finds nothing.
+    ///
+    /// To find out what the user may do, it writes keys that begin with the locker's prefix and `tenure-probe-`, and
+    /// deletes them; should that fail, they expire within a second. It takes no longer than the
+    /// [command timeout](LockerBuilder::command_timeout).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Redis`] if the server can't be reached, or failed; [`Error::Unsupported`] through a
+    /// [connection](Locker::with_redis) of your own to a cluster; [`Error::Closed`].
+    ///
+    /// # Cancel safety
+    ///
+    /// The future may be dropped.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(locker: tenure::Locker) -> Result<(), tenure::Error> {
+    /// for finding in locker.diagnose().await?.findings {
+    ///     eprintln!("{}: {}; {}", finding.severity, finding.what, finding.advice);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn diagnose(&self) -> Result<Diagnosis, Error> {
+        if self.shared.closed.is_cancelled() {
+            return Err(Error::Closed);
+        }
+        Shared::check_runtime()?;
+        self.shared.store.diagnose(None, self.shared.command_timeout).await
     }
 
     /// Ends the lock of this key, whoever holds it: a holder that hangs, say, or one of another library. Returns whether

@@ -15,6 +15,7 @@ pub(crate) mod notifications;
 pub(crate) mod quorum;
 pub(crate) mod redis;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -24,7 +25,7 @@ use std::time::Duration;
 
 use self::notifications::Subscription;
 use crate::hold::{GrantId, Owned};
-use crate::{Error, Key, Loss, Token};
+use crate::{Diagnosis, Error, Key, Loss, Token};
 
 /// An operation in progress.
 pub(crate) type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'a>>;
@@ -99,6 +100,16 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     /// Ends the lock of this key, whoever holds it, and the time for which it was left to nobody. Returns whether there
     /// was either. A repeat may end the lock of the next holder.
     fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool>;
+
+    /// Returns the keys that begin with the prefix and may be lock keys. Each step takes no longer than `timeout`, and
+    /// there are as many as the server has keys.
+    fn find_keys<'a>(&'a self, prefix: &'a [u8], timeout: Duration) -> Answer<'a, BTreeSet<Key>>;
+
+    /// Looks for what endangers locks on this server. A node of a quorum also gets the restart window. The embedded store
+    /// has no server.
+    fn diagnose(&self, _window: Option<Duration>, _timeout: Duration) -> Answer<'_, Diagnosis> {
+        Box::pin(async { Ok(Diagnosis::default()) })
+    }
 
     /// Returns the holder of the key.
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>>;
@@ -338,6 +349,13 @@ pub struct Holder {
     /// It may be greater than the holder's, by up to 16: a process whose tasks wait for the lock gets a block of them,
     /// which its next holders use if the lock is [handed over](crate::LockerBuilder::local_hand_over) there.
     pub fencing_token: Option<u64>,
+}
+
+impl Holder {
+    /// Returns whether what the key holds is surely a lock: of this crate, and fenced or by a random token.
+    pub(crate) fn is_of_a_lock(&self) -> bool {
+        self.remaining.is_some() && (self.fencing_token.is_some() || self.token.is_random())
+    }
 }
 
 impl fmt::Debug for Holder {

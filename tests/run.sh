@@ -72,9 +72,13 @@ trap cleanup EXIT
 
 # compile SET ARGUMENTS: compiles test programs with cargo's arguments, and remembers where each of them is.
 compile() {
-    local set=$1
-    shift
-    cargo test --package tenure --no-run --message-format json-render-diagnostics "$@" | python3 -c '
+    compile_package tenure "$@"
+}
+
+compile_package() {
+    local package=$1 set=$2
+    shift 2
+    cargo test --package "$package" --no-run --message-format json-render-diagnostics "$@" | python3 -c '
 import json, sys
 for line in sys.stdin:
     unit = json.loads(line)
@@ -135,6 +139,8 @@ compile redis --no-default-features --features redis --lib --test it --test quor
     --test watchdog --test seeds --test turns
 heading "compile, no feature"
 compile none --no-default-features --lib
+heading "compile, the command"
+compile_package tenure-cli cli
 heading "compiled in $SECONDS s"
 
 # Many operations at a time: they take the whole machine, and would be late beside others.
@@ -172,6 +178,8 @@ several_servers() {
     run redis "$installed" seeds
     run redis "$installed" turns
     run all "$installed" properties
+    # The command: its own tests, and those on servers.
+    for program in tenure run others; do run cli "$installed" "$program"; done
 }
 
 processor() {

@@ -1,5 +1,6 @@
 //! The embedded store as a server that several lockers share, and that tests take away from them.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -114,6 +115,10 @@ impl Store for EmbeddedStore {
 
     fn remaining<'a>(&'a self, owned: &'a Owned, limit: Duration) -> Answer<'a, Option<Duration>> {
         self.call(limit, move |store| store.remaining(owned, limit))
+    }
+
+    fn find_keys<'a>(&'a self, prefix: &'a [u8], limit: Duration) -> Answer<'a, BTreeSet<Key>> {
+        self.call(limit, move |store| store.find_keys(prefix, limit))
     }
 
     fn force_release<'a>(&'a self, key: &'a Key, limit: Duration) -> Answer<'a, bool> {

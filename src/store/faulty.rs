@@ -1,5 +1,6 @@
 //! A store for tests, whose calls fail as planned.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -290,6 +291,10 @@ impl Store for FaultyStore {
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
         let owned = owned.clone();
         Box::pin(self.call(Operation::Read, timeout, move |store, _| store.remaining_now(&owned)))
+    }
+
+    fn find_keys<'a>(&'a self, prefix: &'a [u8], timeout: Duration) -> Answer<'a, BTreeSet<Key>> {
+        self.store.find_keys(prefix, timeout)
     }
 
     fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {

@@ -1,6 +1,6 @@
 //! The embedded store: the same contract within one process, on tokio's clock.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -425,6 +425,15 @@ impl Store for MemoryStore {
 
     fn remaining<'a>(&'a self, owned: &'a Owned, _: Duration) -> Answer<'a, Option<Duration>> {
         in_turn(move || self.remaining_now(owned))
+    }
+
+    fn find_keys<'a>(&'a self, prefix: &'a [u8], _: Duration) -> Answer<'a, BTreeSet<Key>> {
+        in_turn(move || {
+            let (held, now) = (self.held(), Instant::now());
+            let keys =
+                held.locks.iter().filter(|(key, entry)| now < entry.expires && key.as_bytes().starts_with(prefix));
+            keys.map(|(key, _)| key.clone()).collect()
+        })
     }
 
     fn force_release<'a>(&'a self, key: &'a Key, _: Duration) -> Answer<'a, bool> {

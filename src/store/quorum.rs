@@ -75,6 +75,7 @@ mod shortened;
 mod simulated;
 mod tally;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -97,7 +98,7 @@ use super::{
     Verdict, Wanted,
 };
 use crate::hold::Owned;
-use crate::{Error, Key, Loss, NodeError};
+use crate::{Diagnosis, Error, Key, Loss, NodeError};
 
 /// How far ahead numbers may be without a restart window: less than the time for which nodes remember them.
 const AHEAD: Duration = Duration::from_secs(60);
@@ -384,6 +385,30 @@ impl Store for QuorumStore {
 
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
         Box::pin(self.remaining(owned, timeout))
+    }
+
+    fn diagnose(&self, _: Option<Duration>, timeout: Duration) -> Answer<'_, Diagnosis> {
+        Box::pin(self.diagnose(timeout))
+    }
+
+    /// Returns the keys of all nodes. It is an error if a majority can't be asked.
+    fn find_keys<'a>(&'a self, prefix: &'a [u8], timeout: Duration) -> Answer<'a, BTreeSet<Key>> {
+        Box::pin(async move {
+            let (mut tally, mut all) = (Tally::new(&self.quorum), BTreeSet::new());
+            for (place, member) in self.quorum.members.iter().enumerate() {
+                match member.node.find_keys(prefix, timeout).await {
+                    Ok(keys) => {
+                        all.extend(keys);
+                        tally.yes();
+                    }
+                    Err(error) => tally.failed(place, error),
+                }
+            }
+            match tally.outcome() {
+                Some(Outcome::Yes) => Ok(all),
+                _ => Err(tally.into_error()),
+            }
+        })
     }
 
     fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {

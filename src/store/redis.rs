@@ -10,7 +10,9 @@ mod clock;
 mod differential;
 mod dispatch;
 mod driver;
+mod examination;
 mod line;
+mod listing;
 mod names;
 mod operation;
 mod owned;
@@ -26,6 +28,7 @@ mod subscriber;
 pub(crate) mod url;
 mod vote;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -37,6 +40,7 @@ pub use self::driver::Driver;
 #[cfg(feature = "redis")]
 pub use self::driver::RedisConnection;
 use self::driver::{Connection, WithoutConnection};
+use self::examination::Circumstances;
 use self::script::Call;
 use self::server::Server;
 pub(crate) use self::server_info::ServerInfo;
@@ -48,7 +52,7 @@ use super::{
     Store, Undone, Verdict, Wanted,
 };
 use crate::hold::Owned;
-use crate::{Error, Key};
+use crate::{Diagnosis, Error, Key};
 
 #[derive(Debug)]
 pub(crate) struct RedisStore {
@@ -271,6 +275,14 @@ impl Store for RedisStore {
 
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
         Box::pin(router::patiently(timeout, move |left| self.remaining(owned, left)))
+    }
+
+    fn find_keys<'a>(&'a self, prefix: &'a [u8], timeout: Duration) -> Answer<'a, BTreeSet<Key>> {
+        Box::pin(self.find_keys(prefix, timeout))
+    }
+
+    fn diagnose(&self, window: Option<Duration>, timeout: Duration) -> Answer<'_, Diagnosis> {
+        Box::pin(self.diagnose(Circumstances { window, ..Circumstances::default() }, timeout))
     }
 
     /// What got `TRYAGAIN` has not run.

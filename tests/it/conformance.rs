@@ -187,6 +187,7 @@ async fn all(locker: &Locker) {
         bounds_are_kept,
         bounds_that_cannot_work_are_refused,
         a_lock_is_ended_whoever_holds_it,
+        locks_are_listed_and_nothing_else,
     );
 }
 
@@ -646,4 +647,34 @@ async fn a_lock_is_ended_whoever_holds_it(locker: &Locker) {
         .await;
     assert!(!locker.force_release("forced").await.unwrap());
     assert!(matches!(locker.force_release("").await, Err(Error::InvalidKey(_))));
+}
+
+async fn locks_are_listed_and_nothing_else(locker: &Locker) {
+    let prefix = "list[*]:";
+    let keys = |locks: Vec<(tenure::Key, tenure::Holder)>| -> Vec<String> {
+        locks.into_iter().map(|(key, _)| key.to_string()).collect()
+    };
+    match locker.list(prefix, 100).await {
+        // A connection of the user's own to a cluster.
+        Err(Error::Unsupported(_)) => return,
+        none => assert!(none.unwrap().is_empty()),
+    }
+    let name = |rest: &str| format!("{prefix}{rest}");
+    let plain = locker.lock(name("b")).metadata("host-3").await.unwrap();
+    let chosen = decided(|| locker.obtain(name("{c}")).token(token("mine"))).await.unwrap();
+    let unfenced = locker.lock(name("a")).fenced(false).await.unwrap();
+    // Its record of grants, and its fence key, are no locks.
+    let twin = decided(|| locker.obtain(name("{c}")).token(token("mine"))).await.unwrap();
+    let elsewhere = locker.lock("list:elsewhere").await.unwrap();
+    let found = locker.list(prefix, 100).await.unwrap();
+    assert_eq!(found[1].1.metadata, b"host-3");
+    assert_eq!(found[1].1.fencing_token, plain.fencing_token());
+    assert_eq!(keys(found), ["a", "b", "{c}"].map(name));
+    assert_eq!(keys(locker.list(prefix, 2).await.unwrap()), ["a", "b"].map(name));
+    plain.release().await.unwrap();
+    unfenced.release().await.unwrap();
+    assert_eq!(keys(locker.list(prefix, 100).await.unwrap()), [name("{c}")]);
+    twin.release().await.unwrap();
+    drop(chosen);
+    elsewhere.release().await.unwrap();
 }

@@ -12,6 +12,7 @@ mod cancellation;
 mod closing;
 mod conformance;
 mod connecting;
+mod diagnosis;
 mod drops;
 mod errors;
 mod failover;

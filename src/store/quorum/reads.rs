@@ -1,4 +1,4 @@
-//! What a majority of the nodes replies about a lock, without a change to it.
+//! What a majority of the nodes replies about a lock, without a change to it; and what all of them tell about themselves.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -7,9 +7,44 @@ use super::tally::{Kept, Outcome, Tally};
 use super::{QuorumStore, first};
 use crate::hold::Owned;
 use crate::store::Holder;
-use crate::{Error, Key, Token};
+use crate::{Diagnosis, Error, Finding, Key, NodeError, Severity, Token, Topic};
 
 impl QuorumStore {
+    /// Looks at all nodes. Those that can't be asked are among what is found.
+    pub(super) async fn diagnose(&self, timeout: Duration) -> Result<Diagnosis, Error> {
+        let (quorum, timeout) = (&self.quorum, first(timeout));
+        let window = Some(quorum.window);
+        let mut answers = quorum.ask(timeout, |node| Box::pin(async move { node.diagnose(window, timeout).await }))?;
+        let mut all = Diagnosis::default();
+        let mut away = 0;
+        while let Some((place, answer)) = answers.next().await {
+            let found = answer.unwrap_or_else(|error| {
+                away += 1;
+                let NodeError { address, error } = quorum.node_error(place, error);
+                let finding = Finding {
+                    severity: Severity::Warning,
+                    topic: Topic::Reachability,
+                    server: Some(address),
+                    what: format!("this node could not be asked: {error}"),
+                    advice: "locks are held by the others meanwhile; look at the node".to_owned(),
+                };
+                Diagnosis { servers: Vec::new(), findings: vec![finding] }
+            });
+            all.extend(found);
+        }
+        if quorum.members.len() - away < quorum.needed {
+            let finding = Finding {
+                severity: Severity::Danger,
+                topic: Topic::Reachability,
+                server: None,
+                what: format!("{away} of {} nodes could not be asked: no majority grants locks", quorum.members.len()),
+                advice: "bring some of them back".to_owned(),
+            };
+            all.extend(Diagnosis { servers: Vec::new(), findings: vec![finding] });
+        }
+        Ok(all)
+    }
+
     pub(super) async fn remaining(&self, owned: &Owned, timeout: Duration) -> Result<Option<Duration>, Error> {
         let (quorum, timeout) = (&self.quorum, first(timeout));
         let mut answers = quorum.ask(timeout, |node| {

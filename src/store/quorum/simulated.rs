@@ -380,6 +380,10 @@ impl Store for Link {
         Box::pin(self.call(timeout, move |server| server.remaining(&owned)))
     }
 
+    fn find_keys<'a>(&'a self, _: &'a [u8], _: Duration) -> Answer<'a, std::collections::BTreeSet<Key>> {
+        unreachable!("no test lists locks")
+    }
+
     fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {
         let key = key.clone();
         Box::pin(self.call(timeout, move |server| server.force_release(&key)))

@@ -89,6 +89,9 @@ pub(super) trait Connection: fmt::Debug + Send + Sync + 'static {
     /// Sends a command and returns the server's reply. Not for a cluster.
     fn send(&self, command: &'static str, args: Vec<Bytes>, until: Instant) -> Calling<'_, Value>;
 
+    /// Returns the address of the server, as errors show it.
+    fn address(&self) -> String;
+
     /// Returns the nodes, if this is a cluster.
     fn nodes(&self) -> Option<Arc<dyn Nodes>>;
 

@@ -27,6 +27,10 @@ impl Peer {
         Self { address, has_password, has_tls: target.has_tls, secrets }
     }
 
+    pub(super) fn address(&self) -> &str {
+        &self.address
+    }
+
     /// Returns why there is no connection. `server` is the one of several that the client has named, if it has.
     pub(super) fn unreachable(&self, error: RedisError, server: Option<&Address>) -> RedisError {
         let at: Cow<'_, str> = match server {

@@ -162,6 +162,10 @@ impl Connection for FredConnection {
         Box::pin(once(&self.client, command, args, until))
     }
 
+    fn address(&self) -> String {
+        self.peer.address().to_owned()
+    }
+
     fn nodes(&self) -> Option<Arc<dyn Nodes>> {
         self.is_cluster().then(|| Arc::new(FredNodes::of(self.client.clone())) as Arc<dyn Nodes>)
     }

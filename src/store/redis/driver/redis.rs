@@ -193,6 +193,10 @@ impl Connection for RedisConnection {
         Box::pin(self.call(command, args, until))
     }
 
+    fn address(&self) -> String {
+        self.shared.origin.peer.address().to_owned()
+    }
+
     fn nodes(&self) -> Option<Arc<dyn Nodes>> {
         None
     }

@@ -79,6 +79,10 @@ impl Connection for ClusterConnection {
         Box::pin(async move { Err(several()) })
     }
 
+    fn address(&self) -> String {
+        self.nodes.origin.peer.address().to_owned()
+    }
+
     fn nodes(&self) -> Option<Arc<dyn Nodes>> {
         Some(self.nodes.clone())
     }
