@@ -7,6 +7,7 @@ use std::time::Duration;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
 
 use crate::hold::{GrantId, Owned};
+use crate::mode::Mode;
 use crate::{Error, Key, Token};
 
 /// A held lock as plain data, without a guard: its keys and token, its ttl and fencing token.
@@ -64,7 +65,13 @@ impl Lease {
     /// ```
     pub fn new(key: impl Into<Key>, token: Token, ttl: Duration) -> Self {
         Self::from_parts(
-            Owned { keys: Box::new([key.into()]), token, own_token: false, grant: Some(GrantId::UNKNOWN) },
+            Owned {
+                keys: Box::new([key.into()]),
+                token,
+                own_token: false,
+                grant: Some(GrantId::UNKNOWN),
+                mode: Mode::Exclusive,
+            },
             ttl,
             None,
         )
@@ -168,7 +175,7 @@ impl FromStr for Lease {
         let token = token.parse().map_err(|_| Error::InvalidLease("its token is invalid"))?;
         let keys: Box<[Key]> = parts.map(|key| percent_decode_str(key).collect::<Vec<u8>>().into()).collect();
         Key::validate_all(&keys).map_err(|_| Error::InvalidLease("it has no key, an empty key, or a key twice"))?;
-        Ok(Self::from_parts(Owned { keys, token, own_token: false, grant }, ttl, fencing_token))
+        Ok(Self::from_parts(Owned { keys, token, own_token: false, grant, mode: Mode::Exclusive }, ttl, fencing_token))
     }
 }
 

@@ -145,6 +145,7 @@ mod watchdog;
 // What it rests on.
 mod acquire;
 mod hold;
+mod mode;
 mod store;
 
 #[cfg(any(doc, doctest))]

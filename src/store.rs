@@ -73,6 +73,12 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
         timeout: Duration,
     ) -> Answer<'a, HandedOver>;
 
+    /// Turns the lock of one key into a reader's share, by the same token and grant, for as long as the key would have
+    /// lived. In one step: at no moment is the key free.
+    fn downgrade<'a>(&'a self, _owned: &'a Owned, _timeout: Duration) -> Answer<'a, Downgraded> {
+        Box::pin(async { Err(Error::Unsupported("this store has no readers")) })
+    }
+
     /// Takes the last place in the line for the key.
     fn enter<'a>(&'a self, _key: &'a Key, _place: LinePlace, _timeout: Duration) -> Answer<'a, ()> {
         Box::pin(async { Ok(()) })
@@ -95,7 +101,12 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     /// Returns the time that is left until the first of the keys expires, if all of them hold the token.
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>>;
 
-    /// Returns the holder of the key.
+    /// Returns all who hold the key, in any mode: those that stay longest first.
+    fn holders<'a>(&'a self, _key: &'a Key, _timeout: Duration) -> Answer<'a, Vec<Holder>> {
+        Box::pin(async { Err(Error::Unsupported("this store lists no holders")) })
+    }
+
+    /// Returns the holder of the key. Of several, the one that stays longest.
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>>;
 }
 
@@ -111,6 +122,10 @@ pub(crate) struct Capabilities {
     /// It undoes every acquire that is not granted by itself, whatever became of the calls. It may still do so after it
     /// has returned, so each attempt needs a token, or a grant, of its own.
     pub(crate) undoes_attempts: bool,
+    /// Readers share keys ([`Mode::Read`](crate::mode::Mode)).
+    pub(crate) has_readers: bool,
+    /// It counts permits ([`Mode::Permit`](crate::mode::Mode)).
+    pub(crate) has_permits: bool,
 }
 
 /// What a request wants of the server.
@@ -126,6 +141,8 @@ pub(crate) struct Wanted {
     pub(crate) takes_over: bool,
     /// Until when the server may run what was sent for this request. All copies share it.
     pub(crate) latest: Arc<Latest>,
+    /// At most how many tokens may hold the key together. Only for [`Mode::Permit`](crate::mode::Mode).
+    pub(crate) limit: usize,
 }
 
 /// The latest time, in ms by the server's clock, at which the server may run what was sent for one request.
@@ -232,6 +249,16 @@ pub(crate) enum Verdict {
     Done,
     /// Not all of the keys held the token.
     NotOurs(Loss),
+}
+
+/// The verdict on turning a lock into a reader's share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Downgraded {
+    /// The token holds the key as a reader.
+    Done,
+    NotOurs(Loss),
+    /// Other grants rely on the lock, or it has to stay taken for one that has ended. Nothing has changed.
+    NotNow,
 }
 
 /// How a request relates to the line in which waiters of other processes stand.

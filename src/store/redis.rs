@@ -167,6 +167,8 @@ impl Store for RedisStore {
             // Not where a call takes keys of one slot only, or must not last longer than what it renews.
             renews_batches: !waits_for_replicas && !server.takes_one_slot(),
             undoes_attempts: false,
+            has_readers: false,
+            has_permits: false,
         }
     }
 

@@ -9,13 +9,20 @@ use super::*;
 use crate::acquire::answer::Held;
 use crate::hold::Grant;
 use crate::locker::cleanups::{Cleanup, Cleanups};
+use crate::mode::Mode;
 use crate::{Error, Token};
 
 fn wanted(queueing: Queueing) -> Arc<Wanted> {
-    let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true, grant: None };
+    let owned = Owned {
+        keys: Box::new([Key::from("k")]),
+        token: Token::random(),
+        own_token: true,
+        grant: None,
+        mode: Mode::Exclusive,
+    };
     let ttl = Duration::from_secs(1);
     let (metadata, latest) = (Box::default(), Arc::default());
-    Arc::new(Wanted { owned, metadata, ttl, fenced: false, queueing, takes_over: false, latest })
+    Arc::new(Wanted { owned, metadata, ttl, fenced: false, queueing, takes_over: false, latest, limit: 0 })
 }
 
 fn grant() -> Grant {

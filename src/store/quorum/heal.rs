@@ -57,6 +57,7 @@ impl Renewal {
             queueing: Queueing::None,
             takes_over: false,
             latest: latest.clone(),
+            limit: 0,
         };
         let (window, ahead) = (quorum.window, quorum.ahead());
         let ballot = Ballot { number: None, exactly: false, window, ahead };

@@ -13,6 +13,7 @@ use tokio_util::task::TaskTracker;
 
 use super::QuorumStore;
 use crate::hold::{GrantId, Hold, Owned};
+use crate::mode::Mode;
 use crate::store::faulty::{Fault, call_within};
 use crate::store::node::{Ballot, Node, Seen, Vote, VoteReply};
 use crate::store::notifications::Subscription;
@@ -803,7 +804,13 @@ async fn a_node_that_another_holds_is_not_healed() {
     let world = World::new(&[0; 3], Duration::ZERO);
     let guard = world.client(0, |_| Fault::None).lock("k").no_renewal().await.unwrap();
     world.servers[2].forget();
-    let other = Owned { keys: ["k".into()].into(), token: "other".parse().unwrap(), own_token: false, grant: None };
+    let other = Owned {
+        keys: ["k".into()].into(),
+        token: "other".parse().unwrap(),
+        own_token: false,
+        grant: None,
+        mode: Mode::Exclusive,
+    };
     let wanted = Wanted {
         owned: other.clone(),
         metadata: Box::default(),
@@ -812,6 +819,7 @@ async fn a_node_that_another_holds_is_not_healed() {
         queueing: Queueing::None,
         takes_over: false,
         latest: Arc::default(),
+        limit: 0,
     };
     let ballot = Ballot { number: None, exactly: false, window: Duration::ZERO, ahead: ms(60_000) };
     world.servers[2].vote(&wanted, &ballot);

@@ -5,6 +5,7 @@ use tenure_test_support::Server as Process;
 use super::*;
 use crate::Token;
 use crate::hold::GrantId;
+use crate::mode::Mode;
 use crate::store::memory::MemoryStore;
 use crate::store::{InLine, Queueing};
 
@@ -32,7 +33,7 @@ fn owned(rng: &mut fastrand::Rng, grants: &[GrantId]) -> Owned {
     let keys = keys[..*rng.choice(&[1, 1, 1, 2, 3]).unwrap()].iter().copied().map(Key::from).collect();
     let token = rng.choice(["job-1", "job-10"]).unwrap().parse().unwrap();
     let grant = if rng.u8(..4) == 0 { None } else { rng.choice(grants).copied() };
-    Owned { keys, token, own_token: false, grant }
+    Owned { keys, token, own_token: false, grant, mode: Mode::Exclusive }
 }
 
 fn what(rng: &mut fastrand::Rng, grants: &[GrantId]) -> What {
@@ -63,6 +64,7 @@ async fn run(store: &dyn Store, owned: &Owned, what: &What) -> String {
                 queueing: Queueing::None,
                 takes_over: false,
                 latest: Arc::default(),
+                limit: 0,
             };
             match store.acquire(&wanted, InLine::No, PATIENCE).await.unwrap() {
                 Acquired::Granted { fencing_token } => format!("granted: {}", fencing_token.is_some()),
