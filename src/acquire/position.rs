@@ -85,13 +85,13 @@ impl Position {
                 if !place.is_shared {
                     self.own_place = Some(OwnPlace::new(key, place));
                 }
-                InLine::At { key: 0, place }
+                InLine::At { key: 0, place, stays: false }
             }
             (None, Some(_)) if queueing == Queueing::Behind => InLine::Behind,
             (None, None) => match &self.own_place {
                 Some(OwnPlace { key, place, .. }) => {
                     let at = context.wanted.owned.keys.iter().position(|other| other == key);
-                    InLine::At { key: at.unwrap_or_default(), place: *place }
+                    InLine::At { key: at.unwrap_or_default(), place: *place, stays: false }
                 }
                 None => InLine::No,
             },
