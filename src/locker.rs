@@ -622,9 +622,10 @@ impl Locker {
 
     /// Returns all current holders of a key: the one who has locked it, all of its [readers](Locker::read), or all who
     /// have a [permit](Locker::permit); those first whose ttl ends last. A token that holds it by several guards is
-    /// listed for each of them.
+    /// one holder.
     ///
-    /// The whole list is read at once. With thousands of holders, that takes the server some milliseconds.
+    /// A server returns a long list in parts, so that other clients need not wait for all of it. Whoever holds the key
+    /// from the first part to the last is in the list; one who came or left meanwhile may be.
     ///
     /// # Errors
     ///

@@ -1,6 +1,6 @@
 //! The holders of a key that several share: readers, or owners of a permit.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -42,8 +42,16 @@ impl Share {
         self.live(now).map(|member| member.expires).max()
     }
 
+    /// Returns one holder for each token: that of its grant that stays longest.
     pub(super) fn holders(&self, now: Instant) -> impl Iterator<Item = Holder> + '_ {
-        self.live(now).filter(|member| member.token != Token::nobody()).map(move |member| Holder {
+        let mut longest: HashMap<&Token, &Member> = HashMap::new();
+        for member in self.live(now).filter(|member| member.token != Token::nobody()) {
+            let longest = longest.entry(&member.token).or_insert(member);
+            if longest.expires < member.expires {
+                *longest = member;
+            }
+        }
+        longest.into_values().map(move |member| Holder {
             token: member.token.clone(),
             metadata: member.metadata.to_vec(),
             remaining: Some(member.expires - now),
@@ -113,14 +121,18 @@ impl Share {
         };
         // Of a repeated claim, the first may have replaced the earlier grant already.
         let Some(place) = place(from).or_else(|| place(to)) else { return Verdict::NotOurs(Loss::Missing) };
-        if let Some(member) = self.members.get_mut(place) {
-            member.grant = to;
-            match how {
-                Extending::GiveBack { .. } => {}
-                Extending::Exactly => member.expires = now + ttl,
-                _ => member.expires = member.expires.max(now + ttl),
-            }
+        let mut member = self.members.swap_remove(place);
+        match how {
+            Extending::GiveBack { .. } => {}
+            Extending::Exactly => member.expires = now + ttl,
+            _ => member.expires = member.expires.max(now + ttl),
         }
+        // The grant may be there already, and stays as long as it would have.
+        if let Some(place) = self.members.iter().position(|other| other.is(&owned.token, to)) {
+            member.expires = member.expires.max(self.members.swap_remove(place).expires);
+        }
+        member.grant = to;
+        self.add(member);
         Verdict::Done
     }
 

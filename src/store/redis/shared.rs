@@ -104,11 +104,8 @@ impl RedisStore {
     ) -> Result<(Verdict, u64), Error> {
         let name = self.name(only_key(owned)?);
         let keys: Vec<Bytes> = [name.clone(), names::line_of(&name)].into_iter().chain(beside(&name)).collect();
-        let grant = match ending {
-            Ending::Lock => "".into(),
-            Ending::Grant => id_of(owned.grant),
-        };
-        let args = [owned.token.to_bytes(), grant, marker_of(owned.mode), decimal(millis(rest))];
+        let all = flag(ending == Ending::Lock);
+        let args = [owned.token.to_bytes(), id_of(owned.grant), all, marker_of(owned.mode), decimal(millis(rest))];
         let call = Call::new(keys.into_iter(), args.into_iter().chain(self.notify(&name)));
         let reply = self.run_patiently(&self.server().scripts.end_share, &call, Instant::now() + timeout).await?;
         let now = reply.now.unwrap_or_default();
