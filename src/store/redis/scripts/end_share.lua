@@ -1,15 +1,16 @@
 -- Ends one grant of a share, or all of them. The last to leave frees the key; the key lives no longer than those who
 -- stay.
 --
--- KEYS  the lock key, its line, its set of holders, its records of shares.
+-- KEYS  the lock key, its set of holders, its records of shares.
 -- ARGV  token, id of the grant (`-` if it has none), '1' to end all grants of the token, the marker, how long in ms the
---       share still counts, by nobody's name, 'PUBLISH' or 'SPUBLISH', channel.
+--       share still counts, by nobody's name, 'PUBLISH' or 'SPUBLISH', channel, the line's key. That is not among
+--       KEYS: most often there is none, and while its slot moves, only keys that are there can be declared.
 -- Reply 1  done.  0  the key is gone, or the grant; other grants have ended if all had to.  -1  the key holds something
 --       else.
 --
 -- Idempotent: a repeat finds nothing of ours, returns that, and changes and prolongs nothing.
 
-local line_key, holders_key, records_key = KEYS[2], KEYS[3], KEYS[4]
+local holders_key, records_key, line_key = KEYS[2], KEYS[3], ARGV[8]
 local token, grant, all, marker, publish, channel = ARGV[1], ARGV[2], ARGV[3] == '1', ARGV[4], ARGV[6], ARGV[7]
 local held = held_by(KEYS[1])
 if held == nil then
@@ -44,8 +45,8 @@ if last <= now_ms then
     return is_in and 1 or 0
 end
 keep_until(last, KEYS[1], holders_key, records_key)
-if #share.ids == 0 and rest == 0 then
-    -- It may have made room for the head of the line.
+if marker == PERMITS and #share.ids == 0 and rest == 0 then
+    -- There is room for the head of the line.
     local looked, head = pcall(head_of, line_key)
     if looked and head then
         redis.pcall(publish, channel, head)
