@@ -622,10 +622,10 @@ impl Locker {
 
     /// Returns all current holders of a key: the one who has locked it, all of its [readers](Locker::read), or all who
     /// have a [permit](Locker::permit); those first whose ttl ends last. A token that holds it by several guards is
-    /// one holder.
+    /// listed once.
     ///
-    /// A server returns a long list in parts, so that other clients need not wait for all of it. Whoever holds the key
-    /// from the first part to the last is in the list; one who came or left meanwhile may be.
+    /// A long list is read in parts, so that the server serves others in between: a holder that comes or goes meanwhile
+    /// may be in the list or not.
     ///
     /// # Errors
     ///

@@ -3,7 +3,7 @@
 mod share;
 
 use std::cmp::Reverse;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -502,6 +502,9 @@ impl Held {
         let shared = self.shares.get(key).into_iter().flat_map(|share| share.holders(now));
         let mut holders: Vec<_> = exclusive.into_iter().chain(shared).collect();
         holders.sort_by_key(|holder| Reverse(holder.remaining));
+        // A token counts once, by whichever of its grants stays longest.
+        let mut seen = HashSet::new();
+        holders.retain(|holder| seen.insert(holder.token.clone()));
         holders
     }
 }

@@ -1,6 +1,6 @@
 //! The holders of a key that several share: readers, or owners of a permit.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -42,16 +42,8 @@ impl Share {
         self.live(now).map(|member| member.expires).max()
     }
 
-    /// Returns one holder for each token: that of its grant that stays longest.
     pub(super) fn holders(&self, now: Instant) -> impl Iterator<Item = Holder> + '_ {
-        let mut longest: HashMap<&Token, &Member> = HashMap::new();
-        for member in self.live(now).filter(|member| member.token != Token::nobody()) {
-            let longest = longest.entry(&member.token).or_insert(member);
-            if longest.expires < member.expires {
-                *longest = member;
-            }
-        }
-        longest.into_values().map(move |member| Holder {
+        self.live(now).filter(|member| member.token != Token::nobody()).map(move |member| Holder {
             token: member.token.clone(),
             metadata: member.metadata.to_vec(),
             remaining: Some(member.expires - now),

@@ -138,7 +138,10 @@ async fn compare(process: &Process, server: &RedisStore, memory: &MemoryStore) -
         };
         let (seen, expected) = (all(server).await, all(memory).await);
         assert_eq!(seen.1, expected.1, "{key}");
-        assert!(seen.0.iter().zip(&expected.0).all(|(a, b)| a.abs_diff(*b) < TOLERANCE), "{key}: {seen:?}, {expected:?}");
+        assert!(
+            seen.0.iter().zip(&expected.0).all(|(a, b)| a.abs_diff(*b) < TOLERANCE),
+            "{key}: {seen:?}, {expected:?}"
+        );
     }
     [is_nobodys, is_kept, is_shared]
 }

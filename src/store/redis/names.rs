@@ -179,8 +179,8 @@ mod tests {
     /// Of whatever is special in a name, and little else, so that names are close to each other.
     fn hostile_key(rng: &mut fastrand::Rng) -> Bytes {
         let parts = [
-            "{", "}", "{}", ":", "~", "a", "b", "h", ":fence", ":queue", ":alive", ":grants", ":holders", ":shares", "hhhh",
-            "\u{ff}",
+            "{", "}", "{}", ":", "~", "a", "b", "h", ":fence", ":queue", ":alive", ":grants", ":holders", ":shares",
+            "hhhh", "\u{ff}",
         ];
         let key: String = (0..rng.usize(1..6)).filter_map(|_| rng.choice(parts)).collect();
         key.into()

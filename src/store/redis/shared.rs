@@ -20,8 +20,8 @@ use super::script::{Call, Reply, Returned, Script};
 use super::{RedisStore, line, names, replies};
 use crate::hold::{GrantId, Owned};
 use crate::mode::Mode;
-use crate::store::{Acquired, Downgraded, Ending, Extending, Holder, InLine, Undone, Verdict, Wanted};
 use crate::store::Latest;
+use crate::store::{Acquired, Downgraded, Ending, Extending, Holder, InLine, Undone, Verdict, Wanted};
 use crate::{Error, Key, RedisError};
 
 impl RedisStore {
@@ -128,12 +128,7 @@ impl RedisStore {
         self.end_share(owned, ending, rest, timeout).await.map(|(verdict, _)| verdict)
     }
 
-    pub(super) async fn undo_shared(
-        &self,
-        owned: &Owned,
-        latest: &Latest,
-        timeout: Duration,
-    ) -> Result<Undone, Error> {
+    pub(super) async fn undo_shared(&self, owned: &Owned, latest: &Latest, timeout: Duration) -> Result<Undone, Error> {
         let (_, now) = self.end_share(owned, Ending::Grant, Duration::ZERO, timeout).await?;
         Ok(latest.remaining(now).map_or(Undone::Complete, Undone::MayRun))
     }
@@ -157,7 +152,8 @@ impl RedisStore {
         };
         let call =
             Call::new(lock_and_beside(&name).into_iter(), [owned.token.to_bytes(), grant, marker_of(owned.mode)]);
-        let reply = self.server().run(&self.server().scripts.remaining_shared, || call.clone(), |_| {}, timeout).await?;
+        let reply =
+            self.server().run(&self.server().scripts.remaining_shared, || call.clone(), |_| {}, timeout).await?;
         replies::remaining(&reply.value()?)
     }
 
@@ -242,8 +238,11 @@ fn explain(error: Error, name: &Bytes) -> Error {
             let [holders, shares] = beside(name);
             let text = |name: &Bytes| name.escape_ascii().to_string();
             let keys = [&line, &alive, &holders, &shares].map(text).join(" ");
-            let text = format!("{}; readers and permits need the keys {keys}, and the commands for waiters that the \
-                README lists, as well as ZCOUNT, ZRANGEBYSCORE and HSCAN", error.details());
+            let text = format!(
+                "{}; readers and permits need the keys {keys}, and the commands for waiters that the \
+                README lists, as well as ZCOUNT, ZRANGEBYSCORE and HSCAN",
+                error.details()
+            );
             RedisError::new(error.kind(), text).into()
         }
         error => error,
