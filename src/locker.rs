@@ -624,7 +624,8 @@ impl Locker {
     /// have a [permit](Locker::permit); those first whose ttl ends last. A token that holds it by several guards is
     /// listed once.
     ///
-    /// A long list is read in parts, so that holders that come and go meanwhile may be missing or too many.
+    /// A long list is read in parts, so that the server serves others in between: a holder that comes or goes meanwhile
+    /// may be in the list or not.
     ///
     /// # Errors
     ///

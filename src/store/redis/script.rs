@@ -98,8 +98,11 @@ impl Scripts {
             many: Script { is_batch: true, ..Script::whole([STAMP, OWNER, include_str!("scripts/many.lua")].concat()) },
             vote: Script::new(&[OWNER, FENCE, GRANTS, UPTIME, include_str!("scripts/vote.lua")]),
             acquire_shared: Script::new(&[FENCE, SHARES, LINE, include_str!("scripts/acquire_shared.lua")]),
-            renew_shared: Script::new(&[HELD, SHARES, include_str!("scripts/renew_shared.lua")]),
-            end_share: Script::new(&[HELD, SHARES, LINE, include_str!("scripts/end_share.lua")]),
+            renew_shared: Script::after(
+                include_str!("scripts/renew_shared_one.lua"),
+                &[HELD, SHARES, include_str!("scripts/renew_shared.lua")],
+            ),
+            end_share: Script::new(&[HELD, MARKER, SHARES, LINE, include_str!("scripts/end_share.lua")]),
             downgrade: Script::new(&[OWNER, HELD, GRANTS, SHARES, LINE, include_str!("scripts/downgrade.lua")]),
             remaining_shared: Script::new(&[HELD, SHARES, include_str!("scripts/remaining_shared.lua")]),
             holders: Script::new(&[MARKER, SHARES, include_str!("scripts/holders.lua")]),

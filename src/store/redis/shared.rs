@@ -4,6 +4,9 @@
 //! shares it, and until when, lies beside it (`scripts/shares.lua`). All waiters for the key stand in one line, whatever
 //! they want it for, and no share is taken that somebody else in the line waits for: so readers that keep coming don't
 //! keep a writer out.
+//!
+//! The three keys of a shared lock are renewed and released in one call. While a slot of a cluster moves, they may be on
+//! two nodes for a moment: then neither can run it, and it is sent again until its time is over.
 
 use std::time::Duration;
 
@@ -13,7 +16,7 @@ use tokio::time::Instant;
 use super::args::{decimal, fence_ttl, flag, id_of, millis, record_ttl};
 use super::replicas::within;
 use super::router::patiently;
-use super::script::{Call, Reply, Script};
+use super::script::{Call, Reply, Returned, Script};
 use super::{RedisStore, line, names, replies};
 use crate::hold::{GrantId, Owned};
 use crate::mode::Mode;
@@ -86,7 +89,10 @@ impl RedisStore {
         let call = Call::new(lock_and_beside(&name).into_iter(), args);
         let (until, writing) = self.server().writing(timeout);
         let reply = self.run_patiently(&self.server().scripts.renew_shared, &call, until).await;
-        let verdict = replies::verdict(reply.and_then(Reply::value))?;
+        let verdict = match reply {
+            Ok(Reply { outcome: Ok(Returned::Code(1)), .. }) => Verdict::Done,
+            reply => replies::verdict(reply.and_then(Reply::value))?,
+        };
         if verdict == Verdict::Done {
             self.server().replicated(writing, until).await?;
         }
@@ -103,13 +109,10 @@ impl RedisStore {
         timeout: Duration,
     ) -> Result<(Verdict, u64), Error> {
         let name = self.name(only_key(owned)?);
-        let keys: Vec<Bytes> = [name.clone(), names::line_of(&name)].into_iter().chain(beside(&name)).collect();
-        let grant = match ending {
-            Ending::Lock => "".into(),
-            Ending::Grant => id_of(owned.grant),
-        };
-        let args = [owned.token.to_bytes(), grant, marker_of(owned.mode), decimal(millis(rest))];
-        let call = Call::new(keys.into_iter(), args.into_iter().chain(self.notify(&name)));
+        let all = flag(ending == Ending::Lock);
+        let args = [owned.token.to_bytes(), id_of(owned.grant), all, marker_of(owned.mode), decimal(millis(rest))];
+        let args = args.into_iter().chain(self.notify(&name)).chain([names::line_of(&name)]);
+        let call = Call::new(lock_and_beside(&name).into_iter(), args);
         let reply = self.run_patiently(&self.server().scripts.end_share, &call, Instant::now() + timeout).await?;
         let now = reply.now.unwrap_or_default();
         Ok((replies::verdict(reply.value())?, now))

@@ -103,10 +103,15 @@ local function last_end(holders_key)
     return tonumber(look('ZRANGE', holders_key, -1, -1, 'WITHSCORES')[2] or 0)
 end
 
+-- Sets the ttl of the set and the hash, by when the last share ends.
+local function keep_beside(at, holders_key, records_key)
+    local px = string.format('%.0f', math.max(1, at - now_ms) + LONGER)
+    redis.call('PEXPIRE', holders_key, px)
+    redis.call('PEXPIRE', records_key, px)
+end
+
 -- Sets the ttl of all three keys, by when the last share ends.
 local function keep_until(at, lock_key, holders_key, records_key)
-    local left = math.max(1, at - now_ms)
-    redis.call('PEXPIRE', lock_key, string.format('%.0f', left))
-    redis.call('PEXPIRE', holders_key, string.format('%.0f', left + LONGER))
-    redis.call('PEXPIRE', records_key, string.format('%.0f', left + LONGER))
+    redis.call('PEXPIRE', lock_key, string.format('%.0f', math.max(1, at - now_ms)))
+    keep_beside(at, holders_key, records_key)
 end
