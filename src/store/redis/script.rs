@@ -45,6 +45,10 @@ pub(super) struct Scripts {
     pub(super) inspect: Script,
     pub(super) many: Script,
     pub(super) vote: Script,
+    pub(super) vote_shared: Script,
+    pub(super) metadata: Script,
+    pub(super) announce: Script,
+    pub(super) withdraw: Script,
     /// Counts the stamps, from a random number on.
     mark: AtomicU32,
 }
@@ -58,7 +62,10 @@ const GRANTS: &str = include_str!("scripts/grants.lua");
 const EXTEND: &str = include_str!("scripts/extend.lua");
 const LINE: &str = include_str!("scripts/line.lua");
 const NOBODY: &str = include_str!("scripts/nobody.lua");
+const MARKER: &str = include_str!("scripts/marker.lua");
+const SHARES: &str = include_str!("scripts/shares.lua");
 const UPTIME: &str = include_str!("scripts/uptime.lua");
+const ANNOUNCED: &str = include_str!("scripts/announced.lua");
 
 impl Scripts {
     pub(super) fn new() -> Self {
@@ -88,7 +95,11 @@ impl Scripts {
             remaining: Script::new(&[OWNER, HELD, include_str!("scripts/remaining.lua")]),
             inspect: Script::new(&[include_str!("scripts/inspect.lua")]),
             many: Script { is_batch: true, ..Script::whole([STAMP, OWNER, include_str!("scripts/many.lua")].concat()) },
-            vote: Script::new(&[OWNER, FENCE, GRANTS, UPTIME, include_str!("scripts/vote.lua")]),
+            vote: Script::new(&[OWNER, FENCE, GRANTS, UPTIME, MARKER, include_str!("scripts/vote.lua")]),
+            vote_shared: Script::new(&[FENCE, SHARES, ANNOUNCED, UPTIME, include_str!("scripts/vote_shared.lua")]),
+            metadata: Script::new(&[SHARES, include_str!("scripts/metadata.lua")]),
+            announce: Script::new(&[include_str!("scripts/announce.lua")]),
+            withdraw: Script::new(&[include_str!("scripts/withdraw.lua")]),
             // Other lockers may use the same connection, and must not use the same marks.
             mark: AtomicU32::new(fastrand::u32(..)),
         }
