@@ -142,7 +142,7 @@ pub(crate) struct Wanted {
     pub(crate) takes_over: bool,
     /// Until when the server may run what was sent for this request. All copies share it.
     pub(crate) latest: Arc<Latest>,
-    /// At most how many tokens may hold the key together. Only for [`Mode::Permit`](crate::mode::Mode).
+    /// At most how many tokens may hold the key together. Only for [`Mode::Permit`](crate::mode::Mode), and then not 0.
     pub(crate) limit: usize,
 }
 
