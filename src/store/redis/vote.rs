@@ -7,9 +7,11 @@ use bytes::Bytes;
 use super::args::{FENCE_TTL, count_of, decimal, flag, id_of, id_or_empty, millis, record_ttl, seconds, value_of};
 use super::driver::{self, Driver};
 use super::script::Call;
+use super::shared::{lock_and_beside, marker_of};
 use super::url::Target;
 use super::{RedisStore, names, replies};
 use crate::hold::Owned;
+use crate::mode::Mode;
 use crate::store::node::{ANNOUNCED, Ballot, Node, VoteReply};
 use crate::store::{Answer, Extending, LinePlace, Verdict, Wanted};
 use crate::{Error, Key};
@@ -75,7 +77,7 @@ impl RedisStore {
     fn vote_for_reader(&self, wanted: &Wanted, ballot: &Ballot) -> Call {
         let name = self.name(&wanted.owned.key());
         let fence = ballot.number.map(|_| names::fence_of(&name));
-        let keys: Vec<Bytes> = share_keys(&name).into_iter().chain([names::intent_of(&name)]).chain(fence).collect();
+        let keys: Vec<Bytes> = lock_and_beside(&name).into_iter().chain([names::intent_of(&name)]).chain(fence).collect();
         Call::new(
             keys.into_iter(),
             [
@@ -88,7 +90,7 @@ impl RedisStore {
                 number_of(ballot),
                 flag(ballot.exactly),
                 id_of(wanted.owned.grant),
-                READERS.into(),
+                marker_of(Mode::Read),
                 ballot.place.map_or_else(Bytes::new, |place| self.place(place)),
                 flag(ballot.heals),
             ],
@@ -96,8 +98,8 @@ impl RedisStore {
     }
 
     async fn metadata(&self, owned: &Owned, timeout: Duration) -> Result<Option<Box<[u8]>>, Error> {
-        let args = [owned.token.to_bytes(), id_of(owned.grant), READERS.into()];
-        let call = Call::new(share_keys(&self.name(&owned.key())).into_iter(), args);
+        let args = [owned.token.to_bytes(), id_of(owned.grant), marker_of(Mode::Read)];
+        let call = Call::new(lock_and_beside(&self.name(&owned.key())).into_iter(), args);
         let script = &self.server().scripts.metadata;
         let reply = self.server().run(script, || call.clone(), |_| {}, timeout).await?.value()?;
         replies::metadata(reply)
@@ -113,7 +115,7 @@ impl RedisStore {
     async fn withdraw(&self, key: &Key, place: LinePlace, timeout: Duration) -> Result<(), Error> {
         let name = self.name(key);
         let [publish, channel] = self.notify(&name);
-        let args = [self.place(place), READERS.into(), publish, channel];
+        let args = [self.place(place), marker_of(Mode::Read), publish, channel];
         let call = Call::new([name.clone(), names::intent_of(&name)].into_iter(), args);
         let script = &self.server().scripts.withdraw;
         self.server().run(script, || call.clone(), |_| {}, timeout).await?.value().map(drop)
@@ -127,8 +129,11 @@ impl RedisStore {
         window: Duration,
         timeout: Duration,
     ) -> Result<Verdict, Error> {
-        let call = self.renewal_of_grant(owned, ttl, how.of(owned), window);
-        let script = &self.server().scripts.renew_grant;
+        let scripts = &self.server().scripts;
+        let (script, call) = match owned.mode.is_shared() {
+            true => (&scripts.renew_shared, self.renewal_of_share(owned, ttl, how, window)?),
+            false => (&scripts.renew_grant, self.renewal_of_grant(owned, ttl, how.of(owned), window)),
+        };
         let reply = self.server().run(script, || call.clone(), |_| {}, timeout).await?.value();
         replies::verdict_of_node(reply)
     }
@@ -161,14 +166,6 @@ impl Node for RedisStore {
     fn withdraw<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, ()> {
         Box::pin(self.withdraw(key, place, timeout))
     }
-}
-
-/// What a lock key holds while readers share it, as in `scripts/marker.lua`.
-const READERS: &str = "\n\nr";
-
-/// Returns the names of the lock key, of the set of its holders, and of the records of their shares.
-fn share_keys(name: &Bytes) -> [Bytes; 3] {
-    [name.clone(), names::holders_of(name), names::shares_of(name)]
 }
 
 /// Returns the ttl of the fence key, as an argument.

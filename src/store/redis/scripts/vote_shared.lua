@@ -17,18 +17,18 @@ local token, ttl, window, ahead = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[5]),
 local number, grant, marker = tonumber(ARGV[7]), ARGV[9], ARGV[10]
 local fence_key = KEYS[5]
 
--- As in vote.lua.
-local before = 0
+-- As in vote.lua: numbers up to this may be from before the last start of this server.
+local trusted = 0
 if window > 0 then
     local up = uptime()
     if up <= window then
         return {4, now, 0, window - up + 1}
     end
-    before = now - (up - 1) * 1000000 + ahead
+    trusted = now - (up - 1) * 1000000 + ahead
 end
 local fence = fence_key and fence_in(fence_key)
 local last = fence or 0
-local bar = (not fence or fence <= before) and math.max(now, last) or last
+local bar = (not fence or fence <= trusted) and math.max(now, last) or last
 
 local held = redis.call('GET', KEYS[1])
 local is_shared = held == marker
@@ -44,7 +44,7 @@ if not share and ARGV[12] ~= '1' then
     end
 end
 if fence_key then
-    local again = share and share.fence > before and (ARGV[8] == '0' or share.fence == number)
+    local again = share and share.fence > trusted and (ARGV[8] == '0' or share.fence == number)
     if again then
         number = share.fence
     elseif number <= bar then
@@ -52,7 +52,16 @@ if fence_key then
     elseif number > now + ahead then
         return {3, now, last}
     end
+end
+if share and not share.ends[grant] and #share.ids >= MOST_GRANTS then
+    error({err = 'ERR the token has ' .. MOST_GRANTS .. ' grants of this key already, and may have no more'})
+end
+if fence_key then
     redis.call('SET', fence_key, string.format('%.0f', math.max(last, number)), 'PX', ARGV[4])
 end
-enter_share(is_shared, share, number, grant, ttl, marker)
+
+share = share or {fence = 0, ids = {}, ends = {}}
+share.metadata, share.fence = ARGV[2], number > 0 and number or share.fence
+set_end(share, grant, math.max(share.ends[grant] or 0, now_ms + ttl))
+enter_share(KEYS[1], KEYS[2], KEYS[3], marker, is_shared, token, share, ttl)
 return {1, now, math.max(last, number), number}
