@@ -37,6 +37,23 @@
 //! reply to a guard's renewal counts: the guard has held the lock without a gap, so no majority can have granted it to
 //! another.
 //!
+//! # Readers
+//!
+//! A reader's share of a key is obtained by the votes of a majority, with a number of its own, as a lock is. A node that
+//! has granted one has the key taken for everybody but other readers, for as long as one of their shares lasts. So a
+//! reader and a writer, whose majorities share a node, never hold the key together. All that follows holds for shares,
+//! too: a node counts for a reader if it has that reader's own share, whatever others it has. So each renewal renews
+//! that share, or finds it missing and has it brought back, beside others or where the key is free; and each release,
+//! on every node, ends it alone.
+//!
+//! A node that has granted a number grants only greater ones, also to other readers. So numbers prove the order of
+//! readers as well, and readers that ask at once may outbid each other. They seldom do. Numbers are made by what the
+//! clients know of the nodes' clocks, so they grow about as the requests arrive.
+//!
+//! Writers come first, if they wait ([`announcements`]). A lock becomes a reader's share on each node by itself
+//! ([`downgrade`]). There are no permits: two majorities have only one node in common for sure, which knows that both
+//! are there, but not how many others hold permits on the nodes that it hasn't heard from.
+//!
 //! # Renewals
 //!
 //! A renewal counts the nodes that confirm it, and moves the guard's deadline when they are a majority. A node without

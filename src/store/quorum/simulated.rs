@@ -2,6 +2,7 @@
 //! as planned: exact timing to the millisecond, and thousands of random histories.
 
 mod readers;
+mod sharing;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -24,7 +25,7 @@ use crate::store::{
     Acquired, Answer, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, LinePlace, Next,
     Queueing, Store, Undone, Verdict, Wanted,
 };
-use crate::{Error, Key, Locker, Loss, Token};
+use crate::{Error, Key, LockGuard, Locker, Loss, Token};
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)

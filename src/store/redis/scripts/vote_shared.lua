@@ -18,17 +18,17 @@ local number, grant, marker = tonumber(ARGV[7]), ARGV[9], ARGV[10]
 local fence_key = KEYS[5]
 
 -- As in vote.lua: numbers up to this may be from before the last start of this server.
-local trusted = 0
+local doubtful = 0
 if window > 0 then
     local up = uptime()
     if up <= window then
         return {4, now, 0, window - up + 1}
     end
-    trusted = now - (up - 1) * 1000000 + ahead
+    doubtful = now - (up - 1) * 1000000 + ahead
 end
 local fence = fence_key and fence_in(fence_key)
 local last = fence or 0
-local bar = (not fence or fence <= trusted) and math.max(now, last) or last
+local bar = (not fence or fence <= doubtful) and math.max(now, last) or last
 
 local held = redis.call('GET', KEYS[1])
 local is_shared = held == marker
@@ -44,7 +44,7 @@ if not share and ARGV[12] ~= '1' then
     end
 end
 if fence_key then
-    local again = share and share.fence > trusted and (ARGV[8] == '0' or share.fence == number)
+    local again = share and share.fence > doubtful and (ARGV[8] == '0' or share.fence == number)
     if again then
         number = share.fence
     elseif number <= bar then
