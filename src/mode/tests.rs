@@ -405,7 +405,8 @@ async fn a_downgrade_keeps_the_bounds_and_a_longer_deadline() {
     reader.release().await.unwrap();
     locker.try_read("k").await.unwrap().release().await.unwrap();
     locker.lock("k").await.unwrap().release().await.unwrap();
-    assert_eq!(started.elapsed(), ms(30_000));
+    let after = started.elapsed();
+    assert!(after >= ms(30_000) && after < ms(30_200), "{after:?}");
     let writer = locker.lock("k").hold_at_most(ms(20_000)).await.unwrap();
     let started = Instant::now();
     let reader = writer.downgrade().await.unwrap();

@@ -364,7 +364,7 @@ async fn readers_keep_the_place_for_each_other_for_as_many_turns_as_hand_overs_h
             is_granted(ticket, if keeps { Place::Kept } else { Place::TakenOut });
             advance(pause).await;
         }
-        let in_a_row = if pause.is_zero() { IN_A_ROW as usize } else { 3 };
+        let in_a_row = if pause.is_zero() { IN_A_ROW as usize } else { 4 };
         assert!(kept[..in_a_row].iter().all(|kept| *kept) && !kept[in_a_row], "{kept:?}");
         // The next turn begins with a new place at the end of the line.
         assert!(kept[in_a_row + 1] && !kept[39], "{kept:?}");
