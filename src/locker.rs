@@ -622,9 +622,10 @@ impl Locker {
 
     /// Returns all current holders of a key: the one who has locked it, all of its [readers](Locker::read), or all who
     /// have a [permit](Locker::permit); those first whose ttl ends last. A token that holds it by several guards is
-    /// listed for each of them.
+    /// listed once.
     ///
-    /// The whole list is read at once. With thousands of holders, that takes the server some milliseconds.
+    /// A long list is read in parts, so that the server serves others in between: a holder that comes or goes meanwhile
+    /// may be in the list or not.
     ///
     /// # Errors
     ///

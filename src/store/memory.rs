@@ -3,7 +3,7 @@
 mod share;
 
 use std::cmp::Reverse;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -188,6 +188,13 @@ impl MemoryStore {
     #[cfg(test)]
     pub(crate) fn holder(&self, key: &Key) -> Option<(Token, Instant)> {
         self.held().live(key, Instant::now()).map(|entry| (entry.token.clone(), entry.expires))
+    }
+
+    /// Returns what others may share the key as, and when the last share ends.
+    #[cfg(test)]
+    pub(crate) fn shared(&self, key: &Key) -> Option<(Mode, Instant)> {
+        let (held, now) = (self.held(), Instant::now());
+        Some(held.shares.get(key)?.mode).zip(held.shared_until(key, now))
     }
 
     /// Deletes a key without a notification, as a user might by hand.
@@ -495,6 +502,9 @@ impl Held {
         let shared = self.shares.get(key).into_iter().flat_map(|share| share.holders(now));
         let mut holders: Vec<_> = exclusive.into_iter().chain(shared).collect();
         holders.sort_by_key(|holder| Reverse(holder.remaining));
+        // A token counts once, by whichever of its grants stays longest.
+        let mut seen = HashSet::new();
+        holders.retain(|holder| seen.insert(holder.token.clone()));
         holders
     }
 }

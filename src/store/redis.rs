@@ -47,8 +47,8 @@ use self::slot::slot_of;
 use self::subscriber::Subscriber;
 use super::notifications::Subscription;
 use super::{
-    Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, LinePlace, Next,
-    Store, Undone, Verdict, Wanted,
+    Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest,
+    LinePlace, Next, Store, Undone, Verdict, Wanted,
 };
 use crate::hold::Owned;
 use crate::{Error, Key};
@@ -140,7 +140,9 @@ impl RedisStore {
         let reply = self.server().run(&self.server().scripts.inspect, || call.clone(), |_| {}, timeout).await?;
         match replies::inspected(reply.value()?)? {
             Inspected::Holder(holder) => Ok(holder),
-            Inspected::Shared => Box::pin(self.longest_holder(key, until.saturating_duration_since(Instant::now()))).await,
+            Inspected::Shared => {
+                Box::pin(self.longest_holder(key, until.saturating_duration_since(Instant::now()))).await
+            }
         }
     }
 

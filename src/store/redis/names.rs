@@ -162,8 +162,7 @@ mod tests {
 
     use super::*;
 
-    const KINDS: [fn(&Bytes) -> Bytes; 7] =
-        [fence_of, grants_of, line_of, alive_of, holders_of, shares_of, intent_of];
+    const KINDS: [fn(&Bytes) -> Bytes; 7] = [fence_of, grants_of, line_of, alive_of, holders_of, shares_of, intent_of];
 
     #[test]
     fn derived_names_are_as_documented() {

@@ -107,8 +107,11 @@ impl Scripts {
             announce: Script::new(&[include_str!("scripts/announce.lua")]),
             withdraw: Script::new(&[include_str!("scripts/withdraw.lua")]),
             acquire_shared: Script::new(&[FENCE, SHARES, LINE, include_str!("scripts/acquire_shared.lua")]),
-            renew_shared: Script::new(&[HELD, SHARES, UPTIME, include_str!("scripts/renew_shared.lua")]),
-            end_share: Script::new(&[HELD, SHARES, LINE, include_str!("scripts/end_share.lua")]),
+            renew_shared: Script::after(
+                include_str!("scripts/renew_shared_one.lua"),
+                &[HELD, SHARES, UPTIME, include_str!("scripts/renew_shared.lua")],
+            ),
+            end_share: Script::new(&[HELD, MARKER, SHARES, LINE, include_str!("scripts/end_share.lua")]),
             downgrade: Script::new(&[OWNER, HELD, GRANTS, SHARES, LINE, include_str!("scripts/downgrade.lua")]),
             remaining_shared: Script::new(&[HELD, SHARES, include_str!("scripts/remaining_shared.lua")]),
             holders: Script::new(&[MARKER, SHARES, include_str!("scripts/holders.lua")]),

@@ -4,6 +4,9 @@
 //! shares it, and until when, lies beside it (`scripts/shares.lua`). All waiters for the key stand in one line, whatever
 //! they want it for, and no share is taken that somebody else in the line waits for: so readers that keep coming don't
 //! keep a writer out.
+//!
+//! The three keys of a shared lock are renewed and released in one call. While a slot of a cluster moves, they may be on
+//! two nodes for a moment: then neither can run it, and it is sent again until its time is over.
 
 use std::time::Duration;
 
@@ -13,12 +16,12 @@ use tokio::time::Instant;
 use super::args::{decimal, fence_ttl, flag, id_of, millis, record_ttl, seconds};
 use super::replicas::within;
 use super::router::patiently;
-use super::script::{Call, Reply, Script};
+use super::script::{Call, Reply, Returned, Script};
 use super::{RedisStore, line, names, replies};
 use crate::hold::{GrantId, Owned};
 use crate::mode::Mode;
-use crate::store::{Acquired, Downgraded, Ending, Extending, Holder, InLine, Undone, Verdict, Wanted};
 use crate::store::Latest;
+use crate::store::{Acquired, Downgraded, Ending, Extending, Holder, InLine, Undone, Verdict, Wanted};
 use crate::{Error, Key, RedisError};
 
 impl RedisStore {
@@ -78,7 +81,10 @@ impl RedisStore {
         let call = self.renewal_of_share(owned, ttl, how, Duration::ZERO)?;
         let (until, writing) = self.server().writing(timeout);
         let reply = self.run_patiently(&self.server().scripts.renew_shared, &call, until).await;
-        let verdict = replies::verdict(reply.and_then(Reply::value))?;
+        let verdict = match reply {
+            Ok(Reply { outcome: Ok(Returned::Code(1)), .. }) => Verdict::Done,
+            reply => replies::verdict(reply.and_then(Reply::value))?,
+        };
         if verdict == Verdict::Done {
             self.server().replicated(writing, until).await?;
         }
@@ -122,13 +128,10 @@ impl RedisStore {
         timeout: Duration,
     ) -> Result<(Verdict, u64), Error> {
         let name = self.name(only_key(owned)?);
-        let keys: Vec<Bytes> = [name.clone(), names::line_of(&name)].into_iter().chain(beside(&name)).collect();
-        let grant = match ending {
-            Ending::Lock => "".into(),
-            Ending::Grant => id_of(owned.grant),
-        };
-        let args = [owned.token.to_bytes(), grant, marker_of(owned.mode), decimal(millis(rest))];
-        let call = Call::new(keys.into_iter(), args.into_iter().chain(self.notify(&name)));
+        let all = flag(ending == Ending::Lock);
+        let args = [owned.token.to_bytes(), id_of(owned.grant), all, marker_of(owned.mode), decimal(millis(rest))];
+        let args = args.into_iter().chain(self.notify(&name)).chain([names::line_of(&name)]);
+        let call = Call::new(lock_and_beside(&name).into_iter(), args);
         let reply = self.run_patiently(&self.server().scripts.end_share, &call, Instant::now() + timeout).await?;
         let now = reply.now.unwrap_or_default();
         Ok((replies::verdict(reply.value())?, now))
@@ -144,12 +147,7 @@ impl RedisStore {
         self.end_share(owned, ending, rest, timeout).await.map(|(verdict, _)| verdict)
     }
 
-    pub(super) async fn undo_shared(
-        &self,
-        owned: &Owned,
-        latest: &Latest,
-        timeout: Duration,
-    ) -> Result<Undone, Error> {
+    pub(super) async fn undo_shared(&self, owned: &Owned, latest: &Latest, timeout: Duration) -> Result<Undone, Error> {
         let (_, now) = self.end_share(owned, Ending::Grant, Duration::ZERO, timeout).await?;
         Ok(latest.remaining(now).map_or(Undone::Complete, Undone::MayRun))
     }
@@ -173,7 +171,8 @@ impl RedisStore {
         };
         let call =
             Call::new(lock_and_beside(&name).into_iter(), [owned.token.to_bytes(), grant, marker_of(owned.mode)]);
-        let reply = self.server().run(&self.server().scripts.remaining_shared, || call.clone(), |_| {}, timeout).await?;
+        let reply =
+            self.server().run(&self.server().scripts.remaining_shared, || call.clone(), |_| {}, timeout).await?;
         replies::remaining(&reply.value()?)
     }
 
@@ -258,8 +257,11 @@ fn explain(error: Error, name: &Bytes) -> Error {
             let [holders, shares] = beside(name);
             let text = |name: &Bytes| name.escape_ascii().to_string();
             let keys = [&line, &alive, &holders, &shares].map(text).join(" ");
-            let text = format!("{}; readers and permits need the keys {keys}, and the commands for waiters that the \
-                README lists, as well as ZCOUNT, ZRANGEBYSCORE and HSCAN", error.details());
+            let text = format!(
+                "{}; readers and permits need the keys {keys}, and the commands for waiters that the \
+                README lists, as well as ZCOUNT, ZRANGEBYSCORE and HSCAN",
+                error.details()
+            );
             RedisError::new(error.kind(), text).into()
         }
         error => error,

@@ -23,7 +23,6 @@ local line_key, holders_key, records_key, fence_key = KEYS[2], KEYS[4], KEYS[5],
 local token, ttl, place, alive, grant = ARGV[1], tonumber(ARGV[3]), ARGV[5], tonumber(ARGV[6]), ARGV[8]
 local marker, limit = ARGV[9], tonumber(ARGV[10])
 local known = fence_key and fence_in(fence_key)
-check_line(line_key)
 local share = share_of(holders_key, records_key, token)
 
 -- As in acquire_in_line.lua.
@@ -32,8 +31,11 @@ local function is_ours(other)
     return other == place or kind ~= place and string.sub(other, 1, #kind) == kind
 end
 
-if place ~= '' and redis.call('ZSCORE', line_key, place) then
-    sign_of_life(line_key, place, alive, alive_until_of(line_key, place))
+if place ~= '' then
+    check_line(line_key)
+    if redis.call('ZSCORE', line_key, place) then
+        sign_of_life(line_key, place, alive, alive_until_of(line_key, place))
+    end
 end
 local held = redis.call('GET', KEYS[1])
 local is_shared = held == marker
@@ -42,7 +44,7 @@ local turn, others
 if share then
     turn = place
 elseif not held or is_shared then
-    turn, others = head_of(line_key)
+    turn, others = on_line(head_of, line_key)
     turn = turn or place
 else
     turn = place ~= '' and string.sub(held, 1, 1) == '\n' and string.sub(held, 2)
