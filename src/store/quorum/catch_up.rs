@@ -131,11 +131,16 @@ pub(super) fn end_on<'a>(
     };
     Box::pin(async move {
         let ended = end(owned.clone(), ending, timeout).await?;
-        let left = until.saturating_duration_since(Instant::now());
-        if ended != Verdict::NotOurs(Loss::Taken) || owned.mode != Mode::Read || left.is_zero() {
+        if ended != Verdict::NotOurs(Loss::Taken) || owned.mode != Mode::Read {
             return Ok(ended);
         }
-        end(Owned { mode: Mode::Exclusive, ..owned.clone() }, Ending::Grant, left).await
+        let left = || until.saturating_duration_since(Instant::now());
+        let lock = Owned { mode: Mode::Exclusive, ..owned.clone() };
+        match end(lock, Ending::Grant, left()).await? {
+            // It may have run the downgrade in between.
+            Verdict::NotOurs(Loss::Taken) => end(owned.clone(), ending, left()).await,
+            ended => Ok(ended),
+        }
     })
 }
 

@@ -373,12 +373,18 @@ type Plan = Arc<dyn Fn(usize) -> Fault + Send + Sync>;
 /// One client's connection to one server.
 struct Link {
     place: usize,
+    client: u64,
     server: Arc<Server>,
     plan: Plan,
     lives: u32,
 }
 
 impl Link {
+    /// Returns the place as the servers know it: no other client has the same.
+    fn place_of(&self, place: LinePlace) -> LinePlace {
+        LinePlace { number: self.client << 32 | place.number, ..place }
+    }
+
     async fn call<T: Send + 'static>(
         &self,
         timeout: Duration,
@@ -391,7 +397,8 @@ impl Link {
 
 impl Node for Link {
     fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, VoteReply> {
-        let (wanted, ballot) = (wanted.clone(), ballot.clone());
+        let (wanted, mut ballot) = (wanted.clone(), ballot.clone());
+        ballot.place = ballot.place.map(|place| self.place_of(place));
         wanted.latest.extend(self.server.millis(Instant::now() + timeout * self.lives));
         Box::pin(self.call(timeout, move |server| server.vote(&wanted, &ballot)))
     }
@@ -418,14 +425,14 @@ impl Node for Link {
     }
 
     fn announce<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, ()> {
-        let key = key.clone();
+        let (key, place) = (key.clone(), self.place_of(place));
         Box::pin(self.call(timeout, move |server| {
             server.state.lock().unwrap().writers.entry(key.clone()).or_default().announce(place);
         }))
     }
 
     fn withdraw<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, ()> {
-        let key = key.clone();
+        let (key, place) = (key.clone(), self.place_of(place));
         Box::pin(self.call(timeout, move |server| {
             server.state.lock().unwrap().writers.entry(key.clone()).or_default().withdraw(place);
         }))
@@ -522,21 +529,24 @@ struct World {
     window: Duration,
     /// For how many of its timeouts a call may run: clocks are not known exactly.
     lives: u32,
+    clients: AtomicU64,
 }
 
 impl World {
     fn new(skews: &[i64], window: Duration) -> Self {
         let origin = Instant::now();
         let servers = skews.iter().map(|&skew| Arc::new(Server::new(origin, skew))).collect();
-        Self { origin, servers, window, lives: 1 }
+        Self { origin, servers, window, lives: 1, clients: AtomicU64::new(0) }
     }
 
     /// Returns a client whose clock is wrong by `skew`. `plan` returns the fault of each call to the server at that
     /// index.
     fn client(&self, skew: i64, plan: impl Fn(usize) -> Fault + Send + Sync + 'static) -> Locker {
         let plan: Plan = Arc::new(plan);
+        let client = self.clients.fetch_add(1, Ordering::Relaxed);
         let nodes = self.servers.iter().enumerate().map(|(place, server)| {
-            let line = Link { place, server: server.clone(), plan: plan.clone(), lives: self.lives };
+            let (server, plan) = (server.clone(), plan.clone());
+            let line = Link { place, client, server, plan, lives: self.lives };
             (format!("node-{place}"), Arc::new(line) as Arc<dyn Node>)
         });
         let (origin, releases) = (self.origin, TaskTracker::new());

@@ -60,7 +60,7 @@ async fn readers_share_a_key_that_no_writer_gets_until_the_last_has_left() {
     drop(second);
     sleep(ms(1)).await;
     assert!(world.is_free("k"));
-    assert_eq!(one.holders("k").await.unwrap(), []);
+    assert!(one.holders("k").await.unwrap().is_empty());
     assert!(writer.try_lock("k").await.unwrap().fencing_token() > fence);
 }
 
@@ -80,6 +80,9 @@ async fn the_longest_of_several_readers_is_found_though_no_node_knows_them_all()
     assert_eq!((&holder.token, holder.fencing_token), (readers[1].token(), readers[1].fencing_token()));
     let tokens: Vec<Token> = all.holders("k").await.unwrap().into_iter().map(|holder| holder.token).collect();
     assert_eq!(tokens, [1, 2, 0].map(|reader| readers[reader].token().clone()));
+    let stray = Wanted { ttl: ms(60_000), ..wanted(reader("stray")) };
+    world.servers[0].vote(&stray, &unnumbered());
+    assert_eq!(all.inspect("k").await.unwrap().unwrap().token, holder.token, "and not one that no majority has");
     // Of each of two readers, a node that doesn't reply may be the second of two.
     let refused = lockers[0].holders("k").await.unwrap_err();
     assert!(matches!(refused, Error::Quorum { .. }), "{refused}");
@@ -128,7 +131,7 @@ async fn a_reader_is_healed_while_a_writer_waits() {
     let waiter = tokio::spawn(other.lock("k").into_future());
     sleep(ms(100)).await;
     world.servers[2].forget();
-    sleep(ms(500)).await;
+    sleep(ms(600)).await;
     assert!(world.servers.iter().all(|server| is_announced(server)), "also where it was forgotten");
     first.renew().await.unwrap();
     sleep(ms(1)).await;
@@ -307,7 +310,7 @@ async fn a_writer_that_dies_holds_readers_back_for_two_seconds_and_one_that_leav
             sleep(ms(10)).await;
         }
         if dies {
-            assert!(died.elapsed() > ms(1_000), "{:?}", died.elapsed());
+            assert!(died.elapsed() > ms(900), "{:?}", died.elapsed());
         }
     }
 }
@@ -392,18 +395,20 @@ async fn a_downgrade_that_fails_leaves_nothing_on_any_node() {
 
 #[tokio::test(start_paused = true)]
 async fn a_reader_that_a_node_knows_as_a_writer_is_released_there() {
-    let world = World::new(&[0; 3], Duration::ZERO);
-    let calls = Arc::new(AtomicU32::new(0));
-    // The node misses the downgrade, until the share is released.
-    let locker = world.client(0, move |place| {
-        let is_missed = place == 2 && (1..3).contains(&calls.fetch_add(1, Ordering::Relaxed));
-        if is_missed { Fault::Lost } else { Fault::None }
-    });
-    let reader = locker.lock("k").ttl(ms(60_000)).no_renewal().await.unwrap().downgrade().await.unwrap();
-    assert_eq!(nodes_of(&world, reader.token()), 2);
-    reader.release().await.unwrap();
-    locker.close().await;
-    assert!(world.is_free("k"));
+    // The node misses the downgrade, or also the release.
+    for missed in [1, 2] {
+        let world = World::new(&[0; 3], Duration::ZERO);
+        let calls = Arc::new(AtomicU32::new(0));
+        let locker = world.client(0, move |place| {
+            let is_missed = place == 2 && (1..=missed).contains(&calls.fetch_add(1, Ordering::Relaxed));
+            if is_missed { Fault::Lost } else { Fault::None }
+        });
+        let reader = locker.lock("k").ttl(ms(60_000)).no_renewal().await.unwrap().downgrade().await.unwrap();
+        assert_eq!(nodes_of(&world, reader.token()), 2);
+        reader.release().await.unwrap();
+        locker.close().await;
+        assert!(world.is_free("k"), "{missed} missed");
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -413,7 +418,6 @@ async fn a_lock_that_another_guard_of_its_token_relies_on_is_not_downgraded() {
     let request = |locker: &Locker| locker.lock("k").no_renewal().token("worker-7".parse().unwrap());
     let (guard, twin) = (request(&one).await.unwrap(), request(&other).await.unwrap());
     // A node that knows nothing of the twin turns the lock into a share.
-    world.servers[2].state.lock().unwrap().grants.remove(&"k".into());
     world.servers[2].state.lock().unwrap().grants.insert("k".into(), Vec::new());
     let refused = guard.downgrade().await.unwrap_err();
     assert!(matches!(refused, Error::Unsupported(_)), "{refused}");
@@ -422,6 +426,7 @@ async fn a_lock_that_another_guard_of_its_token_relies_on_is_not_downgraded() {
     assert!(matches!(one.try_read("k").await, Err(Error::NotObtained { .. })), "no majority has readers");
     twin.renew().await.unwrap();
     twin.release().await.unwrap();
+    sleep(ms(1)).await;
     assert!(world.is_free("k"));
 }
 
@@ -431,8 +436,8 @@ async fn each_node_keeps_a_readers_share_for_its_least_time() {
     let [one, rival] = [(); 2].map(|()| world.client(0, |_| Fault::None));
     one.read("k").hold_at_least(ms(1_000)).await.unwrap().release().await.unwrap();
     assert!(matches!(rival.try_lock("k").await, Err(Error::NotObtained { .. })));
-    drop(rival.try_read("k").await.unwrap());
-    assert_eq!(one.holders("k").await.unwrap(), [], "nobody");
+    rival.try_read("k").await.unwrap().release().await.unwrap();
+    assert!(one.holders("k").await.unwrap().is_empty(), "nobody");
     sleep(ms(999)).await;
     assert!(matches!(rival.try_lock("k").await, Err(Error::NotObtained { .. })));
     sleep(ms(1)).await;
