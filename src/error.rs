@@ -36,7 +36,8 @@ use crate::{Key, Loss};
 #[non_exhaustive]
 pub enum Error {
     /// Another holds the lock, as the server last reported, and the request does not wait longer. For a
-    /// [fair](crate::LockRequest::fair) request, also: it is another's turn.
+    /// [fair](crate::LockRequest::fair) request, and for a [reader](crate::Locker::read) or a
+    /// [permit](crate::Locker::permit), also: it is another's turn.
     ///
     /// If the server did not report that, the error is [`Redis`](Error::Redis).
     #[error("`{key}` is held by another (attempts: {attempts}, waited: {waited:?}); try later or wait longer")]
@@ -139,6 +140,10 @@ pub enum Error {
     /// [`hold_at_most`](crate::LockRequest::hold_at_most) sets can't work. Nothing was sent.
     #[error("invalid bound: {0}")]
     InvalidHold(&'static str),
+
+    /// No permit can have this limit. Nothing was sent.
+    #[error("invalid limit: {0}")]
+    InvalidLimit(&'static str),
 
     /// This text is not a token.
     #[error("invalid token: {0}")]

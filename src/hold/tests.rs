@@ -9,6 +9,7 @@ use tokio::time::advance;
 use super::suspension::suspend;
 use super::timing::Renewal;
 use super::*;
+use crate::mode::Mode;
 use crate::{Key, Token};
 
 const fn ms(n: u64) -> Duration {
@@ -26,7 +27,7 @@ fn of(keys: &[&'static str]) -> Hold {
 
 fn from(keys: &[&'static str], grant: &Grant) -> Hold {
     let keys = keys.iter().copied().map(Key::from).collect();
-    let owned = Owned { keys, token: Token::random(), own_token: true, grant: None };
+    let owned = Owned { keys, token: Token::random(), own_token: true, grant: None, mode: Mode::Exclusive };
     let drift = Drift { factor: 0.0, margin: Duration::ZERO };
     Hold::new(owned, Box::default(), grant, drift, Renewal::Third.into(), Instant::now(), false)
 }
@@ -288,7 +289,13 @@ async fn whoever_waits_for_the_loss_is_told_when_a_suspension_is_found() {
 
 #[tokio::test(start_paused = true)]
 async fn the_limit_of_a_hold_counts_while_the_machine_is_suspended() {
-    let owned = Owned { keys: [Key::from("k")].into(), token: Token::random(), own_token: true, grant: None };
+    let owned = Owned {
+        keys: [Key::from("k")].into(),
+        token: Token::random(),
+        own_token: true,
+        grant: None,
+        mode: Mode::Exclusive,
+    };
     let bounds = Bounds { at_most: Some(ms(10_000)), ..Bounds::default() };
     let grant = Grant::new(Instant::now(), ms(60_000), None);
     let terms = Terms { bounds, ..Renewal::Third.into() };

@@ -32,4 +32,5 @@ mod replicas;
 mod runtimes;
 mod secrets;
 mod servers;
+mod sharing_line;
 mod waiting;

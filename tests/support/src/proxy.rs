@@ -232,7 +232,7 @@ async fn forward_answers(
     }
     // The client may have closed it already.
     drop(to.shutdown().await);
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// Puts what the server says under way, until the connection is to end.

@@ -5,6 +5,7 @@ use tenure_test_support::Server;
 use super::super::Driver;
 use super::*;
 use crate::hold::Owned;
+use crate::mode::Mode;
 use crate::store::{Ending, HandedOver, InLine, Next, Queueing, Store};
 use crate::{Key, Token};
 
@@ -15,9 +16,15 @@ async fn store(server: &Server) -> RedisStore {
 }
 
 fn wanted() -> Wanted {
-    let owned = Owned { keys: [Key::from("k")].into(), token: Token::random(), own_token: true, grant: None };
+    let owned = Owned {
+        keys: [Key::from("k")].into(),
+        token: Token::random(),
+        own_token: true,
+        grant: None,
+        mode: Mode::Exclusive,
+    };
     let (metadata, ttl, latest) = (Box::default(), PATIENCE, Arc::default());
-    Wanted { owned, metadata, ttl, fenced: false, queueing: Queueing::Own, takes_over: false, latest }
+    Wanted { owned, metadata, ttl, fenced: false, queueing: Queueing::Own, takes_over: false, latest, limit: 0 }
 }
 
 fn own(number: u64) -> LinePlace {
@@ -25,7 +32,7 @@ fn own(number: u64) -> LinePlace {
 }
 
 async fn asks(store: &RedisStore, wanted: &Wanted, number: u64) -> bool {
-    let in_line = InLine::At { key: 0, place: own(number) };
+    let in_line = InLine::At { key: 0, place: own(number), stays: false };
     matches!(Store::acquire(store, wanted, in_line, PATIENCE).await.unwrap(), Acquired::Granted { .. })
 }
 
