@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::args::{decimal, fence_ttl, flag, id_of, millis, record_ttl};
+use super::args::{decimal, fence_ttl, flag, id_of, millis, record_ttl, seconds};
 use super::replicas::within;
 use super::router::patiently;
 use super::script::{Call, Reply, Returned, Script};
@@ -77,16 +77,8 @@ impl RedisStore {
         how: Extending,
         timeout: Duration,
     ) -> Result<Verdict, Error> {
-        let (how, timeout) = (how.of(owned), within(timeout, ttl, self.server().min_replicas));
-        let name = self.name(only_key(owned)?);
-        let earlier = match how {
-            Extending::Claim { earlier } | Extending::GiveBack { earlier } => id_of(earlier),
-            Extending::AtLeast | Extending::Exactly | Extending::KeepRecord | Extending::Ensure => "".into(),
-        };
-        let how = how.name().unwrap_or("least").into();
-        let args =
-            [owned.token.to_bytes(), decimal(millis(ttl)), how, id_of(owned.grant), earlier, marker_of(owned.mode)];
-        let call = Call::new(lock_and_beside(&name).into_iter(), args);
+        let timeout = within(timeout, ttl, self.server().min_replicas);
+        let call = self.renewal_of_share(owned, ttl, how, Duration::ZERO)?;
         let (until, writing) = self.server().writing(timeout);
         let reply = self.run_patiently(&self.server().scripts.renew_shared, &call, until).await;
         let verdict = match reply {
@@ -97,6 +89,33 @@ impl RedisStore {
             self.server().replicated(writing, until).await?;
         }
         Ok(verdict)
+    }
+
+    /// Returns the call of `renew_shared.lua`. The window is that of a quorum's node, or zero.
+    pub(super) fn renewal_of_share(
+        &self,
+        owned: &Owned,
+        ttl: Duration,
+        how: Extending,
+        window: Duration,
+    ) -> Result<Call, Error> {
+        let how = how.of(owned);
+        let name = self.name(only_key(owned)?);
+        let earlier = match how {
+            Extending::Claim { earlier } | Extending::GiveBack { earlier } => id_of(earlier),
+            Extending::AtLeast | Extending::Exactly | Extending::KeepRecord | Extending::Ensure => "".into(),
+        };
+        let how = how.name().unwrap_or("least").into();
+        let args = [
+            owned.token.to_bytes(),
+            decimal(millis(ttl)),
+            how,
+            id_of(owned.grant),
+            earlier,
+            marker_of(owned.mode),
+            seconds(window),
+        ];
+        Ok(Call::new(lock_and_beside(&name).into_iter(), args))
     }
 
     /// Ends a grant, or the share of a token, which still counts by nobody's name for the rest of its time. Returns the
@@ -210,13 +229,13 @@ fn beside(name: &Bytes) -> [Bytes; 2] {
     [names::holders_of(name), names::shares_of(name)]
 }
 
-fn lock_and_beside(name: &Bytes) -> [Bytes; 3] {
+pub(super) fn lock_and_beside(name: &Bytes) -> [Bytes; 3] {
     let [holders, shares] = beside(name);
     [name.clone(), holders, shares]
 }
 
 /// Returns what a lock key holds while it is shared. As in `scripts/marker.lua`.
-fn marker_of(mode: Mode) -> Bytes {
+pub(super) fn marker_of(mode: Mode) -> Bytes {
     Bytes::from_static(match mode {
         Mode::Read | Mode::Exclusive => b"\n\nr",
         Mode::Permit => b"\n\np",

@@ -76,7 +76,6 @@ end
 if share and not share.ends[grant] and #share.ids >= MOST_GRANTS then
     error({err = 'ERR the token has ' .. MOST_GRANTS .. ' grants of this key already, and may have no more'})
 end
-local before = share and share.record
 share = share or {fence = 0, ids = {}, ends = {}}
 share.metadata = ARGV[2]
 set_end(share, grant, math.max(share.ends[grant] or 0, now_ms + ttl))
@@ -88,33 +87,7 @@ if fence_key then
     redis.call('SET', fence_key, string.format('%.0f', last), 'PX', ARGV[4])
 end
 
-local function write()
-    if is_shared then
-        write_share(holders_key, records_key, token, share)
-        local over = look('ZRANGEBYSCORE', holders_key, '-inf', string.format('%.0f', now_ms), 'LIMIT', 0, MOST_SWEPT)
-        if #over > 0 then
-            redis.call('ZREM', holders_key, unpack(over))
-            redis.call('HDEL', records_key, unpack(over))
-        end
-        return keep_until(last_end(holders_key), KEYS[1], holders_key, records_key)
-    end
-    -- First, as a server that is out of memory refuses this, but nothing after a deletion.
-    redis.call('SET', KEYS[1], marker, 'PX', ARGV[3])
-    redis.call('DEL', holders_key, records_key)
-    write_share(holders_key, records_key, token, share)
-    keep_beside(end_of(share), holders_key, records_key)
-end
-
-local done, why = pcall(write)
-if not done then
-    if not is_shared then
-        redis.pcall('DEL', KEYS[1], holders_key, records_key)
-    elseif not before then
-        redis.pcall('ZREM', holders_key, token)
-        redis.pcall('HDEL', records_key, token)
-    end
-    error(why, 0)
-end
+enter_share(KEYS[1], holders_key, records_key, marker, is_shared, token, share, ttl)
 if place ~= '' and ARGV[7] == '1' then
     local behind = held and not is_shared and redis.call('ZRANGE', line_key, 0, 0, 'WITHSCORES')
     if behind and behind[1] then

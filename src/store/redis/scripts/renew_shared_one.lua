@@ -1,10 +1,11 @@
 -- Does what renew_shared.lua does, for the most common case, in half the server time: the only grant of its token is to
--- end after at least the ttl. Comes before everything else of renew_shared.lua.
+-- end after at least the ttl, and no restart window counts. Comes before everything else of renew_shared.lua.
 --
 -- KEYS, ARGV  as in renew_shared.lua.
 -- Reply 1: done. In any other case nothing has changed, and renew_shared.lua goes on.
 
 local at = (ARGV[3] == 'least' or ARGV[3] == 'keep')
+    and ARGV[7] == '0'
     and redis.pcall('GET', KEYS[1]) == ARGV[6]
     and redis.pcall('ZSCORE', KEYS[2], ARGV[1])
 local record = at and not at.err and redis.pcall('HGET', KEYS[3], ARGV[1])
