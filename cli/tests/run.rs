@@ -40,7 +40,8 @@ impl Running {
         let process = tenure(server)
             .args(["--json", "run", key])
             .args(options)
-            .args(["--", "sh", "-c", script])
+            // What the shell has to say about its children is no event.
+            .args(["--", "sh", "-c", &format!("exec 2>/dev/null; {script}")])
             .current_dir(&dir)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -149,7 +150,7 @@ fn one_runs_at_a_time_and_who_does_not_wait_is_told_so() {
 fn signals_are_passed_on_to_the_whole_group_and_end_a_wait() {
     let server = Server::start();
     let script = "trap 'echo usr1 >> heard' USR1; trap 'echo term >> heard; exit 4' TERM; \
-                  sh -c 'trap \"echo term > grandchild; exit\" TERM; echo > up; while :; do sleep 0.05; done' & \
+                  sh -c 'trap \"\" USR1; trap \"echo term > grandchild; exit\" TERM; echo > up; while :; do sleep 0.05; done' & \
                   while ! [ -f up ]; do sleep 0.01; done; echo > began; while :; do sleep 0.05; done";
     let running = Running::start(&server, "job", &[], script);
     running.written("began");

@@ -48,7 +48,7 @@ impl Plan {
             return Err("--ttl is too short: a command can't be watched for less than 1s".to_owned());
         }
         let longest = options.at_most.map_or(options.ttl, |most| most.min(options.ttl));
-        let grace = options.grace.unwrap_or(GRACE.min(longest / 4));
+        let grace = options.grace.unwrap_or_else(|| GRACE.min(longest / 4));
         if grace > longest / 2 {
             let most = humantime::format_duration(longest / 2);
             return Err(format!("--grace is too long: at most half of --ttl and --at-most, {most}"));
