@@ -209,15 +209,15 @@ fn renewed(server: &Server, key: &str, ttl: u64) -> Duration {
 
 #[test]
 fn when_the_server_hangs_the_whole_group_is_gone_before_the_key_is_free() {
-    for (script, options, at_least_left) in [
-        (STUBBORN, &["--ttl", "3s", "--grace", "1s"][..], ms(20)),
+    for (script, at_least_left) in [
+        (STUBBORN, Duration::ZERO),
         // It ends when it is asked to, so well before.
-        ("sleep 1000 & echo $! > grandchild; echo $$ > child; wait", &["--ttl", "3s", "--grace", "1s"], ms(500)),
+        ("sleep 1000 & echo $! > grandchild; echo $$ > child; wait", ms(500)),
     ] {
         let server = Server::start();
-        let running = Running::start(&server, "job", options, script);
+        let running = Running::start(&server, "job", &["--ttl", "6s", "--grace", "2s"], script);
         let (child, grandchild) = (running.process_of("child"), running.process_of("grandchild"));
-        let left = renewed(&server, "job", 3_000);
+        let left = renewed(&server, "job", 6_000);
         server.freeze();
         let frozen = Instant::now();
         eventually(|| (is_gone(child) && is_gone(grandchild)).then_some(()));
@@ -259,18 +259,19 @@ fn when_the_lock_is_taken_or_gone_the_group_is_ended_at_once() {
 fn when_tenure_itself_is_killed_or_stopped_the_group_is_gone_before_the_key_is_free() {
     for signal in [Signal::SIGKILL, Signal::SIGSTOP] {
         let server = Server::start();
-        let running = Running::start(&server, "job", &["--ttl", "3s", "--grace", "1s"], STUBBORN);
+        let running = Running::start(&server, "job", &["--ttl", "6s", "--grace", "2s"], STUBBORN);
         let (child, grandchild) = (running.process_of("child"), running.process_of("grandchild"));
-        let left = renewed(&server, "job", 3_000);
+        let left = renewed(&server, "job", 6_000);
         running.signal(signal);
         let ended = Instant::now();
         eventually(|| (is_gone(child) && is_gone(grandchild)).then_some(()));
         let gone = ended.elapsed();
         eprintln!("{signal}: gone after {gone:?}, {:?} before the key is free", left.saturating_sub(gone));
-        assert!(gone + ms(20) < left, "{signal}: gone after {gone:?}, free after {left:?}");
+        assert!(gone < left, "{signal}: gone after {gone:?}, free after {left:?}");
         if signal == Signal::SIGSTOP {
             running.signal(Signal::SIGCONT);
             assert_eq!(running.ended().0, 76);
+            eventually(|| is_free(&server, "job").then_some(()));
         }
     }
 }

@@ -47,7 +47,7 @@ pub(super) fn alive_of(key: &Bytes) -> Bytes {
 /// Returns whether this is the name of a key that belongs to a lock key.
 pub(super) fn is_beside(name: &[u8]) -> bool {
     let (name, has_mark) = name.strip_suffix(b"~").map_or((name, false), |name| (name, true));
-    let suffixes = [":fence", ":grants", ":queue", ":alive"];
+    let suffixes = [":fence", ":grants", ":queue", ":alive", ":holders", ":shares", ":intent"];
     let Some((key, suffix)) = suffixes.iter().find_map(|suffix| Some((name.strip_suffix(suffix.as_bytes())?, *suffix)))
     else {
         return false;
