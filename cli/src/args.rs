@@ -74,8 +74,8 @@ pub(crate) struct ServerOptions {
     ///
     /// redis:// or valkey:// for one server, rediss:// with TLS, redis+unix:///path/to.sock,
     /// redis-sentinel://host:26379?sentinelServiceName=name, redis-cluster://host:port. With several URLs, or one
-    /// argument with commas, a lock is held on a majority of independent servers. A password in an argument is seen by
-    /// every user of the machine: put it in TENURE_URL. [default: redis://127.0.0.1:6379]
+    /// argument with commas, a lock is held on a majority of independent servers. In a password, a comma is written as
+    /// %2C. A password in an argument is seen by every user of the machine: put it in TENURE_URL. [default: redis://127.0.0.1:6379]
     #[arg(long, short = 'u', env = "TENURE_URL", hide_env_values = true, value_delimiter = ',', value_name = "URL")]
     pub(crate) url: Vec<String>,
 

@@ -10,8 +10,9 @@ use crate::args::RunOptions;
 
 /// The grace time, unless it is set or too long.
 const GRACE: Duration = Duration::from_secs(5);
-/// How long before the deadline the last process is killed: it takes a moment until all are gone.
-const MARGIN: Duration = Duration::from_millis(50);
+/// How long before the deadline the last process is killed, at least and at most: it takes a moment until all are gone,
+/// and longer on a busy machine. In between it is a fiftieth of the ttl.
+const MARGIN: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(1)];
 /// The shortest ttl that leaves time to renew before the command has to be ended.
 const SHORTEST_TTL: Duration = Duration::from_secs(1);
 /// How often the group is looked at while it ends.
@@ -48,7 +49,7 @@ impl Plan {
             return Err("--ttl is too short: a command can't be watched for less than 1s".to_owned());
         }
         let longest = options.at_most.map_or(options.ttl, |most| most.min(options.ttl));
-        let grace = options.grace.unwrap_or(GRACE.min(longest / 4));
+        let grace = options.grace.unwrap_or_else(|| GRACE.min(longest / 4));
         if grace > longest / 2 {
             let most = humantime::format_duration(longest / 2);
             return Err(format!("--grace is too long: at most half of --ttl and --at-most, {most}"));
@@ -65,9 +66,14 @@ impl Plan {
         self.grace
     }
 
+    fn margin(&self) -> Duration {
+        let [least, most] = MARGIN;
+        (self.ttl / 50).clamp(least, most)
+    }
+
     /// Returns when the command has to be ended, unless the lock is renewed before.
     pub(super) fn end_at(&self, deadline: Instant) -> Instant {
-        deadline.checked_sub(self.grace + MARGIN).unwrap_or(deadline)
+        deadline.checked_sub(self.grace + self.margin()).unwrap_or(deadline)
     }
 
     pub(super) fn is_over(&self, deadline: Instant, now: Instant) -> bool {
@@ -76,13 +82,13 @@ impl Plan {
 
     /// Returns when what is left of a command that was told to end is killed.
     pub(super) fn kill_at(&self, deadline: Instant, told: Instant) -> Instant {
-        (told + self.grace).min(deadline.checked_sub(MARGIN).unwrap_or(deadline)).max(told)
+        (told + self.grace).min(deadline.checked_sub(self.margin()).unwrap_or(deadline)).max(told)
     }
 
     /// Returns why the deadline has come so near.
     pub(super) fn why(&self, deadline: Instant, now: Instant) -> Why {
         // With a limit, the deadline is before it by the allowance for the clocks.
-        let allowance = self.ttl / 50 + MARGIN;
+        let allowance = self.ttl / 50 + self.margin();
         match self.limit {
             Some(limit) if deadline + allowance >= limit || now >= limit => Why::LimitReached,
             _ => Why::NotRenewed,
@@ -139,8 +145,9 @@ mod tests {
         assert!(!plan.is_over(deadline, told - ms(1)) && plan.is_over(deadline, told));
         assert!(plan.kill_at(deadline, told) == told + ms(3_000) && told + ms(3_000) < deadline);
         // A loss that comes late leaves less of it, and one that has come leaves nothing.
-        assert_eq!(plan.kill_at(deadline, deadline - ms(1_000)), deadline - MARGIN);
+        assert_eq!(plan.kill_at(deadline, deadline - ms(1_000)), deadline - ms(200));
         assert_eq!(plan.kill_at(deadline, deadline + ms(7)), deadline + ms(7));
+        assert_eq!(self::plan(&["--ttl", "1s"]).unwrap().margin(), ms(50));
         // One that comes early need not wait for the deadline.
         assert_eq!(plan.kill_at(deadline, deadline - ms(9_000)), deadline - ms(6_000));
     }
