@@ -27,6 +27,7 @@
 
 mod bounds;
 mod claim;
+mod downgrade;
 mod owned;
 mod release;
 mod renewer;
@@ -54,6 +55,7 @@ pub(crate) use self::renewing::Renewing;
 pub(crate) use self::state::FinalStep;
 use self::state::{Limit, State, Unresolved};
 use self::timing::Drift;
+use crate::metrics::{self, Held};
 use crate::store::{Latest, Verdict};
 use crate::{Error, Loss};
 
@@ -91,6 +93,8 @@ pub(crate) struct Hold {
     spare_tokens: u64,
     /// Whether a user has read the token, and may use it for another grant of the lock.
     is_token_known: AtomicBool,
+    /// The server may have turned the lock into a reader's share. It doesn't count as held any longer.
+    may_be_reader: AtomicBool,
     /// See [`Grant::doubt`]: what the server runs until then has to be undone after the release.
     pub(crate) doubt: Option<Arc<Latest>>,
     /// Whether a part of the lock may be left at the server after a verdict that it is not ours: some of several keys,
@@ -153,6 +157,7 @@ impl Hold {
             loss: None,
             final_step: None,
             observer: None,
+            held: Held::default(),
             shortened: None,
         };
         (state.deadline, state.ends_at_limit) = state.deadline(drift, sent, grant.ttl);
@@ -163,6 +168,7 @@ impl Hold {
             fencing_token: grant.fencing_token,
             spare_tokens: grant.spare_tokens,
             is_token_known: AtomicBool::new(false),
+            may_be_reader: AtomicBool::new(false),
             doubt: grant.doubt.clone(),
             bounds,
             stays_until,
@@ -243,6 +249,11 @@ impl Hold {
         Ok(())
     }
 
+    /// Counts the lock as held from now until the end of the hold.
+    pub(crate) fn count(&self, held: Held) {
+        self.state().held = held;
+    }
+
     pub(crate) fn observer(&self) -> Option<Arc<dyn Observer>> {
         self.state().observer.clone()
     }
@@ -302,9 +313,10 @@ impl Hold {
         Renewing { sent, ttl, unlimited, exact: true, epoch }
     }
 
-    /// Notes that a renewal is about to be sent which records the grant, if there is a record.
+    /// Notes that a renewal is about to be sent which records the grant, if there is a record: of a shared grant, the
+    /// server keeps nothing else, so that a late renewal finds it gone.
     fn will_record(&self, state: &mut State, sent: Instant, patience: Duration) {
-        if self.owned.grant.is_some() {
+        if self.owned.grant.is_some() && !self.owned.mode.is_shared() {
             state.recording.retain(|(_, until)| sent < *until);
             state.recording.push((sent, sent + patience));
         }
@@ -358,6 +370,7 @@ impl Hold {
             self.end(loss);
             return Err(loss);
         }
+        let left = state.deadline.saturating_duration_since(now);
         state.last_error = None;
         if renewing.epoch == state.epoch {
             // A request that may be run after this one counts from this one at the earliest (invariant 5).
@@ -385,6 +398,9 @@ impl Hold {
             let has_run = state.unresolved.iter_mut().filter(|request| request.epoch == renewing.epoch);
             has_run.for_each(|request| request.until = request.until.min(now));
         }
+        let label = state.held.label();
+        drop(state);
+        metrics::renewed(&label, now.saturating_duration_since(renewing.sent), left);
         Ok(())
     }
 
@@ -396,6 +412,9 @@ impl Hold {
         if state.last_error.is_none() || !is_cut_short {
             state.last_error = Some(error.clone());
         }
+        let label = state.held.label();
+        drop(state);
+        metrics::renewal_failed(&label);
     }
 
     /// Returns why the latest renewal failed, if none has succeeded since.
@@ -430,9 +449,11 @@ impl Hold {
                 Loss::Taken | Loss::Missing => Some(FinalStep::Nothing),
             };
         }
+        let held = std::mem::take(&mut state.held);
         // After the loss is set, so that those who wake find it; and outside the mutex, as it runs wakers of users.
         drop(state);
         self.over.cancel();
+        held.end(loss);
         loss
     }
 

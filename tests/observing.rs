@@ -88,6 +88,53 @@ async fn every_step_is_told_with_its_key_and_without_its_token() {
     assert!(!text.contains(&token));
 }
 
+#[cfg(feature = "metrics")]
+#[tokio::test]
+async fn the_operations_of_many_tasks_share_calls_as_the_batch_size_shows() {
+    use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+
+    let recorder: &'static DebuggingRecorder = Box::leak(Box::default());
+    // One thread runs this test and all its tasks.
+    let _recorded = metrics::set_default_local_recorder(recorder);
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let each = (0..200).map(|i| {
+        let locker = locker.clone();
+        tokio::spawn(async move { locker.lock(format!("k{i}")).await.unwrap().release().await.unwrap() })
+    });
+    for task in each.collect::<Vec<_>>() {
+        task.await.unwrap();
+    }
+    let recorded = recorder.snapshotter().snapshot().into_vec();
+    let (.., value) = recorded.into_iter().find(|(key, ..)| key.key().name() == tenure::metrics::BATCH_SIZE).unwrap();
+    let DebugValue::Histogram(sizes) = value else { panic!("{value:?}") };
+    let sizes: Vec<f64> = sizes.into_iter().map(|size| size.into_inner()).collect();
+    assert!(sizes.iter().sum::<f64>() >= 400.0, "each lock and each release is in a call: {sizes:?}");
+    assert!(sizes.iter().any(|&size| size > 20.0), "and not in one of its own: {sizes:?}");
+}
+
+#[tokio::test]
+async fn at_level_info_nothing_is_told_of_locks_that_are_well_and_a_loss_is_told_by_its_name() {
+    let log = Log::default();
+    let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::INFO).with_ansi(false);
+    let _told = tracing::subscriber::set_default(subscriber.with_writer(log.clone()).finish());
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let guard = locker.lock("well").renew_every(Duration::from_millis(20)).await.unwrap();
+    assert!(locker.try_lock("well").await.is_err());
+    let deadline = guard.deadline();
+    eventually("renewed", async || (guard.deadline() > deadline).then_some(())).await;
+    guard.release().await.unwrap();
+    drop(locker.lock("well").await.unwrap());
+    locker.lock("well").await.unwrap().release().await.unwrap();
+    assert_eq!(log.text(), "");
+    let guard = locker.lock("ill").renew_every(Duration::from_millis(20)).await.unwrap();
+    server.cli(&["DEL", "ill"]);
+    assert_eq!(guard.lost().await, Loss::Missing);
+    let told = eventually("told", async || Some(log.text()).filter(|text| !text.is_empty())).await;
+    assert!(told.contains("WARN tenure.keep{key=ill}: tenure.lost: lost"), "{told}");
+}
+
 /// An event or a span: its levels, and its fields. Of an event that the crate emits in several places, all of them.
 type Table = BTreeMap<String, (BTreeSet<String>, BTreeSet<String>)>;
 

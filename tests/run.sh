@@ -72,9 +72,13 @@ trap cleanup EXIT
 
 # compile SET ARGUMENTS: compiles test programs with cargo's arguments, and remembers where each of them is.
 compile() {
-    local set=$1
-    shift
-    cargo test --package tenure --no-run --message-format json-render-diagnostics "$@" | python3 -c '
+    compile_package tenure "$@"
+}
+
+compile_package() {
+    local package=$1 set=$2
+    shift 2
+    cargo test --package "$package" --no-run --message-format json-render-diagnostics "$@" | python3 -c '
 import json, sys
 for line in sys.stdin:
     unit = json.loads(line)
@@ -123,6 +127,9 @@ join_lanes() {
 heading "format"
 cargo fmt --all --check
 
+heading "mutants"
+bash tests/mutants.sh --check
+
 heading "compile, all features"
 compile all --all-features --lib --tests
 
@@ -132,6 +139,8 @@ compile redis --no-default-features --features redis --lib --test it --test quor
     --test watchdog --test seeds --test turns
 heading "compile, no feature"
 compile none --no-default-features --lib
+heading "compile, the command"
+compile_package tenure-cli cli
 heading "compiled in $SECONDS s"
 
 # Many operations at a time: they take the whole machine, and would be late beside others.
@@ -170,6 +179,8 @@ several_servers() {
     run redis "$installed" turns
     run all "$installed" properties
     run all "$installed" chaos_checker
+    # The command: its own tests, and those on servers.
+    for program in tenure run others; do run cli "$installed" "$program"; done
 }
 
 processor() {
@@ -185,7 +196,7 @@ processor() {
     heading "compile, feature rustls"
     compile rustls --features rustls --test tls
     heading "examples"
-    cargo build --package tenure --examples
+    cargo build --package tenure-examples --examples
     heading "examples in the documentation"
     cargo test --package tenure --all-features --doc
     run all "$installed" model
@@ -228,7 +239,7 @@ for _ in {1..100}; do
     redis-cli -s "$scratch/socket" ping >/dev/null 2>&1 && break
     sleep 0.1
 done
-for name in quickstart lost_in_select scope hand_over watchdog; do
+for name in minimal quickstart lost_in_select scope hand_over watchdog; do
     lane "example $name" env -u REDIS_URL cargo run --quiet --example "$name"
     lane "example $name, on a server" env REDIS_URL="redis+unix://$scratch/socket" cargo run --quiet --example "$name"
 done

@@ -36,18 +36,18 @@ use crate::Error;
 
 /// How long the task sleeps at most before it looks whether an entry is left. If it ended with the last entry, a
 /// program that takes one lock after another would start a task for each, which cost more than everything else for a
-/// lock held for a millisecond (`cargo bench --bench versus`).
+/// lock held for a millisecond (`benches/versus`).
 const LINGER: Duration = Duration::from_millis(500);
 
 /// How many renewals are started at a time: as many as fit in three calls of the batcher. The next ones follow after
 /// [`PAUSE`].
 ///
 /// Locks that were obtained together are due together. If their renewals were all started at once, the memory in use
-/// would grow to many times that of locks at rest: `cargo bench --bench watch` shows it as bytes per lock.
+/// would grow to many times that of locks at rest: `benches/watch` shows it as bytes per lock.
 const AT_A_TIME: usize = 288;
 
 /// The time between two groups of [`AT_A_TIME`] renewals. Their calls take longer than this, so the pause delays
-/// nothing that would not have to wait anyway: `cargo bench --bench watch` counts late renewals.
+/// nothing that would not have to wait anyway: `benches/watch` counts late renewals.
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// The schedulers of one locker: one for each runtime that it is used on.

@@ -12,6 +12,7 @@ use super::renewing::Renewing;
 use super::suspension;
 use super::timing::{Drift, Renewal};
 use crate::locker::cleanups::PendingCleanup;
+use crate::metrics::Held;
 use crate::{Error, Loss};
 
 /// What changes while a lock is held. [`Hold`](super::Hold) guards it.
@@ -44,6 +45,8 @@ pub(super) struct State {
     pub(super) loss: Option<Loss>,
     pub(super) final_step: Option<FinalStep>,
     pub(super) observer: Option<Arc<dyn Observer>>,
+    /// Counts the lock as held, while it is.
+    pub(super) held: Held,
     /// Fires when the deadline moves closer. Created when the first future sleeps until the deadline.
     pub(super) shortened: Option<CancellationToken>,
 }

@@ -102,7 +102,7 @@ impl Renewal {
     ///
     /// The time is rounded down to a grid that begins at `origin`, so that renewals of many locks are due together and
     /// share calls. Spread evenly, each would need a call of its own, at ten times the cost
-    /// (`cargo bench --bench watch`).
+    /// (`benches/watch`).
     pub(crate) fn due(self, sent: Instant, ttl: Duration, origin: Instant) -> Option<Instant> {
         const STEPS: u32 = 32;
         let interval = self.interval(ttl)?;

@@ -13,6 +13,7 @@ use crate::acquire::queue::Queues;
 use crate::acquire::supervisor::Supervisor;
 use crate::hold::scheduler::Schedulers;
 use crate::hold::timing::{Drift, Renewal};
+use crate::metrics::Labels;
 use crate::store::Store;
 use crate::{Error, Retry};
 
@@ -48,6 +49,7 @@ pub(crate) struct Settings {
     /// Whether locks may be handed over in this process without asking the server.
     pub(crate) local_hand_over: bool,
     pub(crate) poll_every: Duration,
+    pub(crate) metrics: Labels,
 }
 
 impl Shared {

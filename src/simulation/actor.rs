@@ -373,7 +373,9 @@ impl Actor {
                 request = request.hold_at_least(ms(self.rng.u64(..least)));
                 request = request.hold_at_most(ms(self.rng.u64(5..3_000)));
             }
-            8 if !waits => request = request.retry(Retry::linear(ms(self.rng.u64(10..300))).limit(self.rng.usize(..5))),
+            8 if !waits => {
+                request = request.retry(Retry::linear(ms(self.rng.u64(10..300))).max_retries(self.rng.usize(..5)));
+            }
             _ => {}
         }
         let limit = match self.rng.u8(..4) {

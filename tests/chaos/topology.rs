@@ -68,7 +68,7 @@ pub(crate) struct Topology {
 
 enum Servers {
     Alone(Vec<Server>),
-    Watched(Sentinel),
+    Watched(Box<Sentinel>),
     Sharded { cluster: Cluster, replicas: Vec<Server> },
 }
 
@@ -79,7 +79,7 @@ impl Topology {
             Kind::Single => Servers::Alone(vec![Server::start_with(remembers)]),
             // They may forget.
             Kind::Quorum(nodes) => Servers::Alone((0..nodes).map(|_| Server::start()).collect()),
-            Kind::Sentinel => Servers::Watched(Sentinel::start_with(remembers)),
+            Kind::Sentinel => Servers::Watched(Box::new(Sentinel::start_with(remembers))),
             Kind::Cluster => {
                 let no_election: &[&str] = if breaks_assumptions { &[] } else { &NO_ELECTION };
                 let cluster = Cluster::start_with(&[&CLUSTER, remembers, no_election].concat());
@@ -126,13 +126,10 @@ impl Topology {
     pub(crate) fn server(&mut self, place: usize) -> &mut Server {
         match &mut self.servers {
             Servers::Alone(servers) => &mut servers[place],
-            Servers::Watched(Sentinel { primary, replica, .. }) => {
-                if place == 0 {
-                    primary
-                } else {
-                    replica
-                }
-            }
+            Servers::Watched(sentinel) => match place {
+                0 => &mut sentinel.primary,
+                _ => &mut sentinel.replica,
+            },
             Servers::Sharded { cluster, replicas } => {
                 let nodes = cluster.nodes.len();
                 if place < nodes { &mut cluster.nodes[place] } else { &mut replicas[place - nodes] }

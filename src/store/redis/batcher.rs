@@ -37,7 +37,7 @@ use crate::Error;
 
 /// How many calls are in flight in one lane. With one, client and server would wait for each other in turns. With more,
 /// calls get smaller and cost more for each operation: on Redis 7.0, the server takes 11.1 us for an acquire and a
-/// release in calls of 2 operations, 6.3 us in calls of 8, and 4.8 us in calls of 32. `cargo bench --bench versus`
+/// release in calls of 2 operations, 6.3 us in calls of 8, and 4.8 us in calls of 32. `benches/versus`
 /// measures the pairs that 256 tasks do in a second, `--bench watch` the server time of a renewal.
 const CALLS: usize = 2;
 /// The most operations of one call. Larger calls gain little: the pair above takes 4.8 us in calls of 32 and 4.6 us in

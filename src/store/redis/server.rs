@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::time::Instant;
-use tracing::{debug, warn};
 
 use super::batcher::{BatchRefused, BatchResults, Executor};
 use super::clock::ServerClock;
@@ -16,7 +15,8 @@ use super::replicas::Writing;
 use super::replies::{self, Decision, Kind};
 use super::router::{self, Router};
 use super::script::{Call, Reply, Script, Scripts, is_mixed_up};
-use crate::Error;
+use crate::report::{debug, warn};
+use crate::{Error, metrics};
 
 /// A server, and the scripts that it is asked to run.
 #[derive(Debug)]
@@ -35,7 +35,7 @@ pub(super) struct Server {
 /// While fewer operations than this are in flight, each is a call of its own. They overlap at the client, on the way and
 /// at the server, which gains more than sharing calls does. On Redis 7.0 and 2 cores, against two calls at a time, a
 /// pair takes 0.60 of the time with fred and 4 tasks, and 0.73 with 8 (redis-rs: 0.89 and 0.93); with more tasks as
-/// long. If 24 were few, it would take longer with 64 tasks. `cargo bench --bench versus` measures the pairs.
+/// long. If 24 were few, it would take longer with 64 tasks. `benches/versus` measures the pairs.
 const FEW: usize = 8;
 /// How often a request is sent again because the server's clock differs from what was known of it.
 const CLOCKS: u32 = 3;
@@ -206,6 +206,7 @@ impl Executor for Server {
     }
 
     async fn run_one(&self, operation: &Box<Operation>, timeout: Duration) -> Result<Decision, Error> {
+        metrics::called(1);
         let (until, writing) = self.writing(timeout);
         let decision = self.decide(operation, timeout).await?;
         if operation.is_for_replicas(&decision) {
@@ -219,6 +220,7 @@ impl Executor for Server {
         operations: &[Box<Operation>],
         timeout: Duration,
     ) -> Result<BatchResults<Decision>, BatchRefused> {
+        metrics::called(operations.len());
         let (until, writing) = self.writing(timeout);
         let sending = |until| operations.iter().for_each(|operation| operation.is_sent(until));
         let call = || operation::batch_call(operations);

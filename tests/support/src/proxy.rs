@@ -34,6 +34,8 @@ pub enum Mode {
     },
     /// Silently loses all replies on the present connections; new connections work.
     Silence,
+    /// Sends this instead of each of them.
+    Instead(&'static [u8]),
     /// Passes nothing on, in either direction. What is held back is passed on once the mode is another.
     Hold,
     /// Puts garbage in the place of the next one, and passes all others on.
@@ -262,6 +264,10 @@ async fn read_answers(
             Mode::GarbleNext => {
                 // Neither the beginning of a reply nor a digit.
                 answer.fill(0xff);
+                Duration::ZERO
+            }
+            Mode::Instead(other) => {
+                answer = other.to_vec();
                 Duration::ZERO
             }
             Mode::Delay(delay) => delay,

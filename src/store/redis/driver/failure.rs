@@ -27,6 +27,10 @@ impl Peer {
         Self { address, has_password, has_tls: target.has_tls, secrets }
     }
 
+    pub(super) fn address(&self) -> &str {
+        &self.address
+    }
+
     /// Returns why there is no connection. `server` is the one of several that the client has named, if it has.
     pub(super) fn unreachable(&self, error: RedisError, server: Option<&Address>) -> RedisError {
         let at: Cow<'_, str> = match server {
@@ -120,6 +124,7 @@ impl Peer {
             "WRONGPASS" => Some("look at the user and the password in the URL"),
             "ERR" if said.contains("DB index") => Some("look at the database in the URL"),
             "ERR" if said.contains("AUTH") && self.has_password => Some("look at the user and the password in the URL"),
+            "ERR" if said.contains("max number of clients") => Some("look at its maxclients"),
             "ERR" if said.contains("cluster support disabled") => Some("it is no cluster: use redis://"),
             _ => None,
         }

@@ -11,8 +11,8 @@
 --
 -- Scripts for one key run far more often than all others. So they define no function, call nothing that may raise an
 -- error, and reply with as little as possible. On Redis 7.0, of the 4.1 us that a release takes, TIME takes 1.1 us; a
--- reply of three values instead of a number would take 0.7 us more, and what prologue.lua does 0.5 us. `cargo bench
--- --bench watch` prints the server time of a renewal.
+-- reply of three values instead of a number would take 0.7 us more, and what prologue.lua does 0.5 us.
+-- `benches/watch` prints the server time of a renewal.
 --
 -- 1. The mark proves that a reply belongs to its request. It reveals a client library that hands replies to the wrong
 --    caller.
