@@ -184,6 +184,7 @@ fn modes_admit_each_other_or_do_not() {
         (read, ALONE, false),
         (ALONE, permit, false),
         (permit, ALONE, false),
+        (read, permit, false),
     ] {
         let found = History::new().turn(1, first, 10, 0, 100).turn(2, second, 11, 50, 150).violations();
         assert_eq!(found.is_empty(), together, "{first:?}, {second:?}: {found:?}");
@@ -228,6 +229,17 @@ fn shared_holders_that_have_waited_at_the_same_time_may_have_their_tokens_in_any
     let history = History::new().attempt_as(0, 1, Mode::Read, "1").attempt_as(0, 2, Mode::Read, "2");
     let history = history.granted(10, 1, 11).held(20, 21, 1).granted(30, 2, 10).held(40, 41, 2);
     assert_eq!(history.violations(), []);
+}
+
+#[test]
+fn whoever_continues_the_lease_of_a_reader_has_its_token() {
+    let history = |fence| {
+        let history = History::new().attempt_as(0, 1, Mode::Read, "1").granted(10, 1, 10).held(20, 21, 1);
+        let history = history.ending(22, 1).turn(2, Mode::Read, 11, 30, 100);
+        history.attempt_as(40, 3, Mode::Read, "1").granted(50, 3, fence).held(60, 61, 3).ending(62, 3)
+    };
+    assert_eq!(history(10).violations(), []);
+    assert!(matches!(history(9).violations()[..], [Violation::Order { earlier: 2, later: 3, .. }]));
 }
 
 #[test]

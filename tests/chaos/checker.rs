@@ -25,12 +25,12 @@
 //! # Fencing tokens
 //!
 //! - Of two grants of a key, of which one had returned before the other was asked for, the later one has the greater
-//!   token, in whatever modes.
+//!   token, in whatever modes; unless it continues a lease, and has that one's token.
 //! - Of two certain parts of exclusive guards that don't overlap, the later one has the greater token, even if both waited
 //!   at the same time.
 //! - No two holders have the same token. Guards of one holder may.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::history::{Event, GUARDS_PER_WORKER, GuardId, Mode, Nanos};
 
@@ -314,13 +314,16 @@ fn check_tokens(key: &str, guards: &[&Guard], report: &mut Report) {
     grants.sort_unstable_by_key(|&(attempted, ..)| attempted);
     let mut returned = returned.into_iter().peekable();
     let mut highest: Option<(u64, &Guard)> = None;
+    let mut seen: HashSet<(&str, u64)> = HashSet::new();
     for (attempted, _, fence, later) in grants {
         while let Some((.., earlier_fence, earlier)) = returned.next_if(|&(_, answered, ..)| answered <= attempted) {
             if highest.is_none_or(|(highest, _)| highest < earlier_fence) {
                 highest = Some((earlier_fence, earlier));
             }
         }
-        if let Some((_, earlier)) = highest.filter(|&(highest, _)| highest > fence) {
+        // Whoever continues a lease has its token, and others may have shared the key with it since.
+        let is_continued = !seen.insert((&later.holder, fence));
+        if let Some((_, earlier)) = highest.filter(|&(highest, _)| highest > fence && !is_continued) {
             report.violations.push(order(key, earlier, later));
         }
     }

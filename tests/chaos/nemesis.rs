@@ -74,8 +74,8 @@ fn faults(topology: &Topology) -> Vec<Fault> {
         (Kind::Quorum(_), false) => &[RestartEmpty, RestartServer, Save],
         (Kind::Quorum(_), true) => &[RestartEmpty, Flush, Flush, Flush],
     };
-    // Those that break something are half of all.
-    let times = if topology.breaks_assumptions { 4 } else { 1 };
+    // Those that break something are three of four.
+    let times = if topology.breaks_assumptions { 16 } else { 1 };
     [servers, connections, &own.repeat(times), &WORKERS].concat()
 }
 

@@ -192,7 +192,7 @@ async fn a_loading_server_refuses_by_name_and_is_waited_out() {
     server.kill();
     // Loading takes a tenth of a second for each key.
     server.restart_without_waiting(&["--key-load-delay", "100000"]);
-    let named = tenure_test_support::eventually("LOADING", async || {
+    let named = eventually("LOADING", async || {
         let refused = locker.try_lock("k").await.err();
         refused.filter(|error| error.code() == Some("LOADING"))
     });
@@ -208,7 +208,7 @@ async fn a_busy_server_refuses_by_name_and_is_waited_out() {
     let mut endless = std::process::Command::new("redis-cli");
     endless.args(["-p", &server.port().to_string(), "EVAL", "while true do end", "0"]);
     let mut endless = endless.stdout(std::process::Stdio::null()).spawn().unwrap();
-    let named = tenure_test_support::eventually("BUSY", async || {
+    let named = eventually("BUSY", async || {
         let refused = locker.try_lock("k").await.err();
         refused.filter(|error| error.code() == Some("BUSY"))
     });
@@ -405,7 +405,7 @@ async fn a_call_that_cannot_be_made_names_the_server_and_why() {
     assert!(text.contains(&format!("{at} did not answer in time")), "{text}");
     server.thaw();
     server.kill();
-    tenure_test_support::eventually("refused", async || {
+    eventually("refused", async || {
         let text = told(&soon(locker.try_lock("k")).await.unwrap_err());
         assert!(text.contains(&at), "{text}");
         text.contains("connection refused").then_some(())
