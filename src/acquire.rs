@@ -30,7 +30,7 @@ use self::waiter::Waiter;
 use crate::hold::timing::{self, Reminders, Renewal};
 use crate::hold::{Bounds, Grant, GrantId, Owned, Terms, suspension};
 use crate::locker::shared::Shared;
-use crate::mode::Mode;
+use crate::mode::{Mode, NO_READERS};
 use crate::retry::Pauses;
 use crate::store::{Queueing, Wanted};
 use crate::{Error, Key, LockGuard, Retry, Token};
@@ -117,6 +117,7 @@ impl Options {
         // Without renewals, the request would get less than its ttl; and its metadata has to be stored. What was asked
         // for by the holder before knows nothing of the request's bounds.
         let is_plain = mode == Mode::Exclusive
+            && !self.fair
             && own_token
             && metadata.is_empty()
             && renewal != Renewal::Never
@@ -145,6 +146,7 @@ impl Options {
             return Err(Error::Closed);
         }
         Key::validate_all(&self.keys)?;
+        self.validate_mode()?;
         let drift = self.shared.settings.drift;
         let ttl = drift.validate(self.ttl)?;
         self.renewal.validate(ttl, drift)?;
@@ -154,12 +156,29 @@ impl Options {
         Ok((ttl, self.shared.runtime()?))
     }
 
+    fn validate_mode(&self) -> Result<(), Error> {
+        let capabilities = self.shared.store.capabilities();
+        match self.mode {
+            Mode::Permit if self.limit == 0 => Err(Error::InvalidLimit("nobody could ever hold a permit of none")),
+            Mode::Permit if !capabilities.has_permits => Err(Error::Unsupported(match capabilities.undoes_attempts {
+                true => {
+                    "a quorum counts no permits: of two majorities of its nodes, each may count fewer holders than there \
+                     are; use one server, Sentinels or a cluster"
+                }
+                false => "this store counts no permits",
+            })),
+            Mode::Read if !capabilities.has_readers => Err(Error::Unsupported(NO_READERS)),
+            Mode::Exclusive | Mode::Read | Mode::Permit => Ok(()),
+        }
+    }
+
     fn queueing(&self) -> Queueing {
-        match (&self.patience, self.fair) {
-            (Patience::Wait, true) => Queueing::Own,
-            (Patience::Wait, false) => Queueing::Shared,
-            (Patience::Once | Patience::Retry(_), true) => Queueing::Behind,
-            (Patience::Once | Patience::Retry(_), false) => Queueing::None,
+        let has_line = self.shared.store.capabilities().has_line;
+        match self.patience {
+            Patience::Wait if self.fair && has_line => Queueing::Own,
+            Patience::Wait => Queueing::Shared,
+            Patience::Once | Patience::Retry(_) if self.fair || self.mode.is_shared() => Queueing::Behind,
+            Patience::Once | Patience::Retry(_) => Queueing::None,
         }
     }
 }
@@ -214,6 +233,10 @@ impl Acquisition {
             step = match step {
                 Step::Ask => {
                     self.attempts += 1;
+                    if let Some(held) = self.waiter.held_back().await {
+                        step = self.held(held);
+                        continue;
+                    }
                     match Box::pin(self.waiter.ask()).await {
                         Outcome::Granted(grant) => self.take(grant, self.waiter.by_asking())?,
                         Outcome::Held(held) => self.held(held),

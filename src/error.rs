@@ -140,6 +140,10 @@ pub enum Error {
     #[error("invalid bound: {0}")]
     InvalidHold(&'static str),
 
+    /// No permit can have this limit. Nothing was sent.
+    #[error("invalid limit: {0}")]
+    InvalidLimit(&'static str),
+
     /// This text is not a token.
     #[error("invalid token: {0}")]
     InvalidToken(&'static str),

@@ -18,3 +18,9 @@ impl Mode {
         self != Self::Exclusive
     }
 }
+
+/// Why a store without readers refuses them.
+pub(crate) const NO_READERS: &str = "this store has no readers";
+
+#[cfg(test)]
+mod tests;

@@ -17,6 +17,7 @@ use tracing::{Instrument, info_span};
 use crate::acquire::{Options, Patience};
 use crate::hold::timing::Renewal;
 use crate::locker::shared::Shared;
+use crate::mode::Mode;
 use crate::{Error, Key, LockGuard, Retry, Token};
 
 /// A request for a lock: set what you need, then `.await` it for the [`LockGuard`].
@@ -77,6 +78,12 @@ pub struct LockRequest {
 impl LockRequest {
     pub(crate) fn new(shared: Arc<Shared>, keys: Vec<Key>, patience: Patience) -> Self {
         Self { options: Box::new(Options::new(shared, keys, patience)) }
+    }
+
+    /// Requests a share of the key instead of a lock: with a permit, as one of so many.
+    pub(crate) fn sharing(mut self, mode: Mode, limit: usize) -> Self {
+        (self.options.mode, self.options.limit) = (mode, limit);
+        self
     }
 
     /// Sets how long the server keeps the lock after each renewal, in whole milliseconds: from 4 ms (with the default
@@ -372,6 +379,8 @@ impl fmt::Debug for LockRequest {
             .field("token", &self.options.token)
             .field("fenced", &self.options.fenced)
             .field("fair", &self.options.fair)
+            .field("mode", &self.options.mode)
+            .field("limit", &self.options.limit)
             .finish()
     }
 }

@@ -98,7 +98,8 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     /// Subscribes to the notifications that the key may have become free.
     fn subscribe(&self, key: &Key) -> Subscription;
 
-    /// Returns the time that is left until the first of the keys expires, if all of them hold the token.
+    /// Returns the time that is left until the first of the keys expires, if all of them hold the token. For a shared
+    /// grant, that is its own time; for [`GrantId::UNKNOWN`], the longest of the token's grants.
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>>;
 
     /// Returns all who hold the key, in any mode: those that stay longest first.
@@ -141,7 +142,7 @@ pub(crate) struct Wanted {
     pub(crate) takes_over: bool,
     /// Until when the server may run what was sent for this request. All copies share it.
     pub(crate) latest: Arc<Latest>,
-    /// At most how many tokens may hold the key together. Only for [`Mode::Permit`](crate::mode::Mode).
+    /// At most how many tokens may hold the key together. Only for [`Mode::Permit`](crate::mode::Mode), and then not 0.
     pub(crate) limit: usize,
 }
 
@@ -294,12 +295,14 @@ pub(crate) struct LinePlace {
 /// How an acquire uses the line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum InLine {
-    /// It ignores the line.
+    /// It ignores the line. A request for a [shared](crate::mode::Mode::is_shared) grant doesn't: for that, this is
+    /// [`Behind`](Self::Behind).
     No,
     /// It takes nothing that others wait for in the line.
     Behind,
-    /// It has this place in the line for one of its keys, or enters there if it is not granted.
-    At { key: usize, place: LinePlace },
+    /// It has this place in the line for one of its keys, or enters there if it is not granted. If it is granted, it
+    /// leaves the line; a shared grant doesn't if the place `stays`, as the next waiter with it may share the key, too.
+    At { key: usize, place: LinePlace, stays: bool },
 }
 
 /// The waiter that gets a lock that is handed over.

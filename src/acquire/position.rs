@@ -76,26 +76,28 @@ impl Position {
         if !context.has_line() || queueing == Queueing::None {
             return InLine::No;
         }
+        // What is free for one who shares it may be what another waits for.
+        let no = if context.is_shared() { InLine::Behind } else { InLine::No };
         match (&self.ticket, context.only_key()) {
             // It asks before its turn, by a token that may hold the lock already. The place is for those before it.
-            (Some(ticket), Some(_)) if queueing == Queueing::Shared && !ticket.is_first() => InLine::No,
+            (Some(ticket), Some(_)) if queueing == Queueing::Shared && !ticket.is_first() => no,
             (Some(ticket), Some(key)) if queueing == Queueing::Own || self.was_refused || ticket.may_be_in_line() => {
                 ticket.enters_line();
                 let place = ticket.line_place();
                 if !place.is_shared {
                     self.own_place = Some(OwnPlace::new(key, place));
                 }
-                InLine::At { key: 0, place }
+                InLine::At { key: 0, place, stays: ticket.keeps_place() }
             }
             (None, Some(_)) if queueing == Queueing::Behind => InLine::Behind,
             (None, None) => match &self.own_place {
                 Some(OwnPlace { key, place, .. }) => {
                     let at = context.wanted.owned.keys.iter().position(|other| other == key);
-                    InLine::At { key: at.unwrap_or_default(), place: *place }
+                    InLine::At { key: at.unwrap_or_default(), place: *place, stays: false }
                 }
-                None => InLine::No,
+                None => no,
             },
-            _ => InLine::No,
+            _ => no,
         }
     }
 

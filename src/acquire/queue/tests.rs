@@ -86,7 +86,7 @@ fn a_hand_over_whose_outcome_comes_late_does_not_take_those_after_it_out_of_the_
     let late = queues.next(&wanted(Queueing::None).owned).unwrap();
     // It has the lock by asking, before the release learns that it has handed the lock over.
     assert!(matches!(a.claim(), Claim::Kept(None)));
-    let (at, obtained) = (Instant::now(), |at| Obtained { at, held_until: at, by: By::Asking { with_place: true } });
+    let (at, obtained) = (Instant::now(), |at| Obtained { at, held_until: at, by: By::Asking(Place::TakenOut) });
     a.pass_on(None, obtained(at));
     a.leave();
     assert!(!b.may_be_in_line());
@@ -107,7 +107,7 @@ fn a_hand_over_that_a_waiter_learns_of_by_asking_is_a_turn_in_a_row() {
         may_keep.push(hand_over.next().may_keep);
         ticket.claim();
         let at = Instant::now();
-        ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking { with_place: true } });
+        ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking(Place::TakenOut) });
         ticket.leave();
         assert!(hand_over.granted(grant(), false));
     }
@@ -123,7 +123,7 @@ fn a_hand_over_to_another_process_that_is_heard_of_late_begins_no_turn_here() {
     // The other process has had its turn, and it is the turn of this one again.
     a.claim();
     let at = Instant::now();
-    a.pass_on(None, Obtained { at, held_until: at, by: By::Asking { with_place: true } });
+    a.pass_on(None, Obtained { at, held_until: at, by: By::Asking(Place::TakenOut) });
     a.leave();
     let next = queues.next(&from).unwrap();
     let queue = lock(&queues.by_key)[&Key::from("k")].clone();
@@ -142,7 +142,7 @@ fn a_request_without_the_place_takes_none_out_of_the_line() {
     assert!(queues.next(&wanted(Queueing::None).owned).unwrap().passed_by().is_none());
     ticket.claim();
     let at = Instant::now();
-    ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking { with_place: false } });
+    ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking(Place::Untouched) });
     assert!(ticket.leave().line.is_some());
 }
 

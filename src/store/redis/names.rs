@@ -43,6 +43,16 @@ pub(super) fn alive_of(key: &Bytes) -> Bytes {
     beside(key, ":alive")
 }
 
+/// Returns the name of the set of those who share a lock key.
+pub(super) fn holders_of(key: &Bytes) -> Bytes {
+    beside(key, ":holders")
+}
+
+/// Returns the name of the records of their shares.
+pub(super) fn shares_of(key: &Bytes) -> Bytes {
+    beside(key, ":shares")
+}
+
 fn beside(key: &Bytes, suffix: &str) -> Bytes {
     let (key, suffix) = (&key[..], suffix.as_bytes());
     let parts: &[&[u8]] = match hash_tag(key) {
@@ -147,7 +157,7 @@ mod tests {
 
     use super::*;
 
-    const KINDS: [fn(&Bytes) -> Bytes; 4] = [fence_of, grants_of, line_of, alive_of];
+    const KINDS: [fn(&Bytes) -> Bytes; 6] = [fence_of, grants_of, line_of, alive_of, holders_of, shares_of];
 
     #[test]
     fn derived_names_are_as_documented() {
@@ -168,8 +178,10 @@ mod tests {
 
     /// Of whatever is special in a name, and little else, so that names are close to each other.
     fn hostile_key(rng: &mut fastrand::Rng) -> Bytes {
-        let parts =
-            ["{", "}", "{}", ":", "~", "a", "b", "h", ":fence", ":queue", ":alive", ":grants", "hhhh", "\u{ff}"];
+        let parts = [
+            "{", "}", "{}", ":", "~", "a", "b", "h", ":fence", ":queue", ":alive", ":grants", ":holders", ":shares",
+            "hhhh", "\u{ff}",
+        ];
         let key: String = (0..rng.usize(1..6)).filter_map(|_| rng.choice(parts)).collect();
         key.into()
     }

@@ -32,7 +32,7 @@ fn own(number: u64) -> LinePlace {
 }
 
 async fn asks(store: &RedisStore, wanted: &Wanted, number: u64) -> bool {
-    let in_line = InLine::At { key: 0, place: own(number) };
+    let in_line = InLine::At { key: 0, place: own(number), stays: false };
     matches!(Store::acquire(store, wanted, in_line, PATIENCE).await.unwrap(), Acquired::Granted { .. })
 }
 
