@@ -154,7 +154,7 @@ mod nothing_breaks {
     #[test]
     fn permits_that_renew() {
         const ONE_PERMIT: &[Role] = &[Role::permit(0), Role::permit(1)];
-        shares_hold(Shares { clients: ONE_PERMIT, limit: 1, renews: true, life: 2, ..PERMITS }, 10_000);
+        shares_hold(Shares { clients: ONE_PERMIT, limit: 1, renews: true, life: 2, ..PERMITS }, 5_000);
     }
 
     #[test]
@@ -182,12 +182,12 @@ mod nothing_breaks {
 
     #[test]
     fn requests_that_do_not_wait() {
-        shares_hold(BARGING, 10_000);
+        shares_hold(BARGING, 9_000);
     }
 
     #[test]
     fn a_marker_that_is_deleted() {
-        shares_hold(DELETED, 10_000);
+        shares_hold(DELETED, 4_000);
     }
 }
 
