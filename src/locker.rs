@@ -380,6 +380,9 @@ impl Locker {
     /// another enter together. A writer that dies while it waits holds readers back for up to 2 s. A
     /// [`try_lock`](Locker::try_lock) doesn't wait, and holds nobody back.
     ///
+    /// On a [quorum](Locker::quorum) there is no line: a writer that waits announces itself to the nodes, which admit no
+    /// reader until then, and forget a writer that died as fast.
+    ///
     /// A [token](LockRequest::token) that is a reader already is admitted at once, as it would wait for itself
     /// otherwise; its guards end one by one, and an explicit [`release`](LockGuard::release) of any of them ends all.
     ///
@@ -624,7 +627,8 @@ impl Locker {
     /// have a [permit](Locker::permit); those first whose ttl ends last. A token that holds it by several guards is
     /// listed once.
     ///
-    /// A long list is read in parts, so that holders that come and go meanwhile may be missing or too many.
+    /// A long list is read in parts, so that the server serves others in between: a holder that comes or goes meanwhile
+    /// may be in the list or not.
     ///
     /// # Errors
     ///

@@ -129,6 +129,14 @@ pub(crate) struct Capabilities {
     pub(crate) has_permits: bool,
 }
 
+impl Capabilities {
+    /// Returns whether waiters tell the store their places: for its line, or because a writer that waits for readers
+    /// announces itself to the nodes of a quorum.
+    pub(crate) fn has_places(self) -> bool {
+        self.has_line || self.undoes_attempts
+    }
+}
+
 /// What a request wants of the server.
 #[derive(Clone)]
 pub(crate) struct Wanted {

@@ -42,6 +42,11 @@ impl Context {
         self.shared.store.capabilities().has_line
     }
 
+    /// Returns whether the store hears of the places of waiters.
+    pub(crate) fn has_places(&self) -> bool {
+        self.shared.store.capabilities().has_places()
+    }
+
     /// Returns whether a waiter before this one can hand the lock over to it, so that it need not be in the line.
     pub(crate) fn can_be_handed_over(&self) -> bool {
         if self.is_shared() {

@@ -202,6 +202,13 @@ impl MemoryStore {
         alone.into_iter().chain(shares).collect()
     }
 
+    /// Returns what others may share the key as, and when the last share ends.
+    #[cfg(test)]
+    pub(crate) fn shared(&self, key: &Key) -> Option<(Mode, Instant)> {
+        let (held, now) = (self.held(), Instant::now());
+        Some(held.shares.get(key)?.mode).zip(held.shared_until(key, now))
+    }
+
     /// Deletes a key without a notification, as a user might by hand.
     #[cfg(test)]
     pub(crate) fn delete(&self, key: &Key) {

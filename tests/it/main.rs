@@ -28,4 +28,5 @@ mod replicas;
 mod runtimes;
 mod secrets;
 mod servers;
+mod sharing_line;
 mod waiting;

@@ -113,14 +113,18 @@ impl Share {
         };
         // Of a repeated claim, the first may have replaced the earlier grant already.
         let Some(place) = place(from).or_else(|| place(to)) else { return Verdict::NotOurs(Loss::Missing) };
-        if let Some(member) = self.members.get_mut(place) {
-            member.grant = to;
-            match how {
-                Extending::GiveBack { .. } => {}
-                Extending::Exactly => member.expires = now + ttl,
-                _ => member.expires = member.expires.max(now + ttl),
-            }
+        let mut member = self.members.swap_remove(place);
+        match how {
+            Extending::GiveBack { .. } => {}
+            Extending::Exactly => member.expires = now + ttl,
+            _ => member.expires = member.expires.max(now + ttl),
         }
+        // The grant may be there already, and stays as long as it would have.
+        if let Some(place) = self.members.iter().position(|other| other.is(&owned.token, to)) {
+            member.expires = member.expires.max(self.members.swap_remove(place).expires);
+        }
+        member.grant = to;
+        self.add(member);
         Verdict::Done
     }
 

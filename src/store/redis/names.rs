@@ -53,6 +53,11 @@ pub(super) fn shares_of(key: &Bytes) -> Bytes {
     beside(key, ":shares")
 }
 
+/// Returns the name of the set of writers that wait for the readers of a lock key, on a node of a quorum.
+pub(super) fn intent_of(key: &Bytes) -> Bytes {
+    beside(key, ":intent")
+}
+
 fn beside(key: &Bytes, suffix: &str) -> Bytes {
     let (key, suffix) = (&key[..], suffix.as_bytes());
     let parts: &[&[u8]] = match hash_tag(key) {
@@ -157,7 +162,7 @@ mod tests {
 
     use super::*;
 
-    const KINDS: [fn(&Bytes) -> Bytes; 6] = [fence_of, grants_of, line_of, alive_of, holders_of, shares_of];
+    const KINDS: [fn(&Bytes) -> Bytes; 7] = [fence_of, grants_of, line_of, alive_of, holders_of, shares_of, intent_of];
 
     #[test]
     fn derived_names_are_as_documented() {
@@ -180,7 +185,7 @@ mod tests {
     fn hostile_key(rng: &mut fastrand::Rng) -> Bytes {
         let parts = [
             "{", "}", "{}", ":", "~", "a", "b", "h", ":fence", ":queue", ":alive", ":grants", ":holders", ":shares",
-            "hhhh", "\u{ff}",
+            ":intent", "hhhh", "\u{ff}",
         ];
         let key: String = (0..rng.usize(1..6)).filter_map(|_| rng.choice(parts)).collect();
         key.into()

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use super::driver::Value;
 use super::refusal::normalize;
 use super::script::Returned;
-use crate::store::node::{Seen, Vote, VoteReply};
+use crate::store::node::{HeldBy, Seen, Vote, VoteReply};
 use crate::store::{Acquired, Downgraded, HandedOver, Holder, Verdict};
 use crate::{Error, Loss, RedisError, RedisErrorKind, Token};
 
@@ -255,8 +255,9 @@ pub(super) fn vote(reply: &Value) -> Result<VoteReply, Error> {
     let vote = match (kind, rest) {
         (1, &[0]) => Vote::Granted { number: None },
         (1, &[granted]) => Vote::Granted { number: Some(number(granted)?) },
-        (0, &[ttl, place]) => {
-            Vote::Held { place: usize::try_from(place - 1).unwrap_or_default(), remaining: from_millis(ttl) }
+        (0, &[ttl, place, by]) => {
+            let by = if by == 1 { HeldBy::Readers } else { HeldBy::Another };
+            Vote::Held { place: usize::try_from(place - 1).unwrap_or_default(), remaining: from_millis(ttl), by }
         }
         (2, []) => Vote::Behind,
         (3, []) => Vote::Ahead,
@@ -264,6 +265,15 @@ pub(super) fn vote(reply: &Value) -> Result<VoteReply, Error> {
         _ => return Err(unexpected()),
     };
     Ok(VoteReply { vote, seen: Seen { now: number(*now)?, last: number(*last)? } })
+}
+
+/// Parses what `metadata.lua` has returned.
+pub(super) fn metadata(reply: Value) -> Result<Option<Box<[u8]>>, Error> {
+    match reply {
+        Value::Nil => Ok(None),
+        Value::Bytes(metadata) => Ok(Some(metadata.to_vec().into())),
+        _ => Err(unexpected()),
+    }
 }
 
 pub(super) fn unexpected() -> Error {

@@ -45,6 +45,10 @@ pub(super) struct Scripts {
     pub(super) inspect: Script,
     pub(super) many: Script,
     pub(super) vote: Script,
+    pub(super) vote_shared: Script,
+    pub(super) metadata: Script,
+    pub(super) announce: Script,
+    pub(super) withdraw: Script,
     pub(super) acquire_shared: Script,
     pub(super) renew_shared: Script,
     pub(super) end_share: Script,
@@ -67,6 +71,7 @@ const NOBODY: &str = include_str!("scripts/nobody.lua");
 const MARKER: &str = include_str!("scripts/marker.lua");
 const SHARES: &str = include_str!("scripts/shares.lua");
 const UPTIME: &str = include_str!("scripts/uptime.lua");
+const ANNOUNCED: &str = include_str!("scripts/announced.lua");
 
 impl Scripts {
     pub(super) fn new() -> Self {
@@ -96,10 +101,17 @@ impl Scripts {
             remaining: Script::new(&[OWNER, HELD, include_str!("scripts/remaining.lua")]),
             inspect: Script::new(&[MARKER, include_str!("scripts/inspect.lua")]),
             many: Script { is_batch: true, ..Script::whole([STAMP, OWNER, include_str!("scripts/many.lua")].concat()) },
-            vote: Script::new(&[OWNER, FENCE, GRANTS, UPTIME, include_str!("scripts/vote.lua")]),
+            vote: Script::new(&[OWNER, FENCE, GRANTS, UPTIME, MARKER, include_str!("scripts/vote.lua")]),
+            vote_shared: Script::new(&[FENCE, SHARES, ANNOUNCED, UPTIME, include_str!("scripts/vote_shared.lua")]),
+            metadata: Script::new(&[SHARES, include_str!("scripts/metadata.lua")]),
+            announce: Script::new(&[include_str!("scripts/announce.lua")]),
+            withdraw: Script::new(&[include_str!("scripts/withdraw.lua")]),
             acquire_shared: Script::new(&[FENCE, SHARES, LINE, include_str!("scripts/acquire_shared.lua")]),
-            renew_shared: Script::new(&[HELD, SHARES, include_str!("scripts/renew_shared.lua")]),
-            end_share: Script::new(&[HELD, SHARES, LINE, include_str!("scripts/end_share.lua")]),
+            renew_shared: Script::after(
+                include_str!("scripts/renew_shared_one.lua"),
+                &[HELD, SHARES, UPTIME, include_str!("scripts/renew_shared.lua")],
+            ),
+            end_share: Script::new(&[HELD, MARKER, SHARES, LINE, include_str!("scripts/end_share.lua")]),
             downgrade: Script::new(&[OWNER, HELD, GRANTS, SHARES, LINE, include_str!("scripts/downgrade.lua")]),
             remaining_shared: Script::new(&[HELD, SHARES, include_str!("scripts/remaining_shared.lua")]),
             holders: Script::new(&[MARKER, SHARES, include_str!("scripts/holders.lua")]),

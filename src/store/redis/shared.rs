@@ -4,16 +4,19 @@
 //! shares it, and until when, lies beside it (`scripts/shares.lua`). All waiters for the key stand in one line, whatever
 //! they want it for, and no share is taken that somebody else in the line waits for: so readers that keep coming don't
 //! keep a writer out.
+//!
+//! The three keys of a shared lock are renewed and released in one call. While a slot of a cluster moves, they may be on
+//! two nodes for a moment: then neither can run it, and it is sent again until its time is over.
 
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::args::{decimal, fence_ttl, flag, id_of, millis, record_ttl};
+use super::args::{decimal, fence_ttl, flag, id_of, millis, record_ttl, seconds};
 use super::replicas::within;
 use super::router::patiently;
-use super::script::{Call, Reply, Script};
+use super::script::{Call, Reply, Returned, Script};
 use super::{RedisStore, line, names, replies};
 use crate::hold::{GrantId, Owned};
 use crate::mode::Mode;
@@ -74,23 +77,45 @@ impl RedisStore {
         how: Extending,
         timeout: Duration,
     ) -> Result<Verdict, Error> {
-        let (how, timeout) = (how.of(owned), within(timeout, ttl, self.server().min_replicas));
+        let timeout = within(timeout, ttl, self.server().min_replicas);
+        let call = self.renewal_of_share(owned, ttl, how, Duration::ZERO)?;
+        let (until, writing) = self.server().writing(timeout);
+        let reply = self.run_patiently(&self.server().scripts.renew_shared, &call, until).await;
+        let verdict = match reply {
+            Ok(Reply { outcome: Ok(Returned::Code(1)), .. }) => Verdict::Done,
+            reply => replies::verdict(reply.and_then(Reply::value))?,
+        };
+        if verdict == Verdict::Done {
+            self.server().replicated(writing, until).await?;
+        }
+        Ok(verdict)
+    }
+
+    /// Returns the call of `renew_shared.lua`. The window is that of a quorum's node, or zero.
+    pub(super) fn renewal_of_share(
+        &self,
+        owned: &Owned,
+        ttl: Duration,
+        how: Extending,
+        window: Duration,
+    ) -> Result<Call, Error> {
+        let how = how.of(owned);
         let name = self.name(only_key(owned)?);
         let earlier = match how {
             Extending::Claim { earlier } | Extending::GiveBack { earlier } => id_of(earlier),
             Extending::AtLeast | Extending::Exactly | Extending::KeepRecord | Extending::Ensure => "".into(),
         };
         let how = how.name().unwrap_or("least").into();
-        let args =
-            [owned.token.to_bytes(), decimal(millis(ttl)), how, id_of(owned.grant), earlier, marker_of(owned.mode)];
-        let call = Call::new(lock_and_beside(&name).into_iter(), args);
-        let (until, writing) = self.server().writing(timeout);
-        let reply = self.run_patiently(&self.server().scripts.renew_shared, &call, until).await;
-        let verdict = replies::verdict(reply.and_then(Reply::value))?;
-        if verdict == Verdict::Done {
-            self.server().replicated(writing, until).await?;
-        }
-        Ok(verdict)
+        let args = [
+            owned.token.to_bytes(),
+            decimal(millis(ttl)),
+            how,
+            id_of(owned.grant),
+            earlier,
+            marker_of(owned.mode),
+            seconds(window),
+        ];
+        Ok(Call::new(lock_and_beside(&name).into_iter(), args))
     }
 
     /// Ends a grant, or the share of a token, which still counts by nobody's name for the rest of its time. Returns the
@@ -103,13 +128,10 @@ impl RedisStore {
         timeout: Duration,
     ) -> Result<(Verdict, u64), Error> {
         let name = self.name(only_key(owned)?);
-        let keys: Vec<Bytes> = [name.clone(), names::line_of(&name)].into_iter().chain(beside(&name)).collect();
-        let grant = match ending {
-            Ending::Lock => "".into(),
-            Ending::Grant => id_of(owned.grant),
-        };
-        let args = [owned.token.to_bytes(), grant, marker_of(owned.mode), decimal(millis(rest))];
-        let call = Call::new(keys.into_iter(), args.into_iter().chain(self.notify(&name)));
+        let all = flag(ending == Ending::Lock);
+        let args = [owned.token.to_bytes(), id_of(owned.grant), all, marker_of(owned.mode), decimal(millis(rest))];
+        let args = args.into_iter().chain(self.notify(&name)).chain([names::line_of(&name)]);
+        let call = Call::new(lock_and_beside(&name).into_iter(), args);
         let reply = self.run_patiently(&self.server().scripts.end_share, &call, Instant::now() + timeout).await?;
         let now = reply.now.unwrap_or_default();
         Ok((replies::verdict(reply.value())?, now))
@@ -207,13 +229,13 @@ fn beside(name: &Bytes) -> [Bytes; 2] {
     [names::holders_of(name), names::shares_of(name)]
 }
 
-fn lock_and_beside(name: &Bytes) -> [Bytes; 3] {
+pub(super) fn lock_and_beside(name: &Bytes) -> [Bytes; 3] {
     let [holders, shares] = beside(name);
     [name.clone(), holders, shares]
 }
 
 /// Returns what a lock key holds while it is shared. As in `scripts/marker.lua`.
-fn marker_of(mode: Mode) -> Bytes {
+pub(super) fn marker_of(mode: Mode) -> Bytes {
     Bytes::from_static(match mode {
         Mode::Read | Mode::Exclusive => b"\n\nr",
         Mode::Permit => b"\n\np",

@@ -23,7 +23,6 @@ local line_key, holders_key, records_key, fence_key = KEYS[2], KEYS[4], KEYS[5],
 local token, ttl, place, alive, grant = ARGV[1], tonumber(ARGV[3]), ARGV[5], tonumber(ARGV[6]), ARGV[8]
 local marker, limit = ARGV[9], tonumber(ARGV[10])
 local known = fence_key and fence_in(fence_key)
-check_line(line_key)
 local share = share_of(holders_key, records_key, token)
 
 -- As in acquire_in_line.lua.
@@ -32,8 +31,11 @@ local function is_ours(other)
     return other == place or kind ~= place and string.sub(other, 1, #kind) == kind
 end
 
-if place ~= '' and redis.call('ZSCORE', line_key, place) then
-    sign_of_life(line_key, place, alive, alive_until_of(line_key, place))
+if place ~= '' then
+    check_line(line_key)
+    if redis.call('ZSCORE', line_key, place) then
+        sign_of_life(line_key, place, alive, alive_until_of(line_key, place))
+    end
 end
 local held = redis.call('GET', KEYS[1])
 local is_shared = held == marker
@@ -42,7 +44,7 @@ local turn, others
 if share then
     turn = place
 elseif not held or is_shared then
-    turn, others = head_of(line_key)
+    turn, others = on_line(head_of, line_key)
     turn = turn or place
 else
     turn = place ~= '' and string.sub(held, 1, 1) == '\n' and string.sub(held, 2)
@@ -74,7 +76,6 @@ end
 if share and not share.ends[grant] and #share.ids >= MOST_GRANTS then
     error({err = 'ERR the token has ' .. MOST_GRANTS .. ' grants of this key already, and may have no more'})
 end
-local before = share and share.record
 share = share or {fence = 0, ids = {}, ends = {}}
 share.metadata = ARGV[2]
 set_end(share, grant, math.max(share.ends[grant] or 0, now_ms + ttl))
@@ -86,33 +87,7 @@ if fence_key then
     redis.call('SET', fence_key, string.format('%.0f', last), 'PX', ARGV[4])
 end
 
-local function write()
-    if not is_shared then
-        -- First, as a server that is out of memory refuses this, but nothing after a deletion.
-        redis.call('SET', KEYS[1], marker, 'PX', ARGV[3])
-        redis.call('DEL', holders_key, records_key)
-    end
-    write_share(holders_key, records_key, token, share)
-    if is_shared then
-        local over = look('ZRANGEBYSCORE', holders_key, '-inf', string.format('%.0f', now_ms), 'LIMIT', 0, MOST_SWEPT)
-        if #over > 0 then
-            redis.call('ZREM', holders_key, unpack(over))
-            redis.call('HDEL', records_key, unpack(over))
-        end
-    end
-    keep_until(last_end(holders_key), KEYS[1], holders_key, records_key)
-end
-
-local done, why = pcall(write)
-if not done then
-    if not is_shared then
-        redis.pcall('DEL', KEYS[1], holders_key, records_key)
-    elseif not before then
-        redis.pcall('ZREM', holders_key, token)
-        redis.pcall('HDEL', records_key, token)
-    end
-    error(why, 0)
-end
+enter_share(KEYS[1], holders_key, records_key, marker, is_shared, token, share, ttl)
 if place ~= '' and ARGV[7] == '1' then
     local behind = held and not is_shared and redis.call('ZRANGE', line_key, 0, 0, 'WITHSCORES')
     if behind and behind[1] then

@@ -3,7 +3,7 @@
 -- KEYS  the lock key, its line, its record of grants, its set of holders, its records of shares, its fence key.
 -- ARGV  token, id of the grant (`-` if it has none), the marker of readers, ttl in ms of a share of a key that has none,
 --       'PUBLISH' or 'SPUBLISH', channel.
--- Reply 1  the token is a reader.  0  the key is gone, or the grant.  -1  the key holds something else.  -3  others rely
+-- Reply 1  the token is a reader.  0  the key is gone.  -1  the key holds something else.  -3  others rely
 --       on the lock, or it has to stay taken for an earlier grant (grants.lua), and nothing has changed.
 --
 -- The head of the line is notified, as it may be a reader.
@@ -17,7 +17,7 @@ local share = share_of(holders_key, records_key, token)
 if held == nil then
     return 0
 elseif held == marker then
-    return share and (share.ends[grant] and 1 or 0) or -1
+    return share and share.ends[grant] and 1 or -1
 elseif not held or not is_owner(token, held) then
     return -1
 end

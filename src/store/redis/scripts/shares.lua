@@ -103,10 +103,47 @@ local function last_end(holders_key)
     return tonumber(look('ZRANGE', holders_key, -1, -1, 'WITHSCORES')[2] or 0)
 end
 
+-- Sets the ttl of the set and the hash, by when the last share ends.
+local function keep_beside(at, holders_key, records_key)
+    local px = string.format('%.0f', math.max(1, at - now_ms) + LONGER)
+    redis.call('PEXPIRE', holders_key, px)
+    redis.call('PEXPIRE', records_key, px)
+end
+
 -- Sets the ttl of all three keys, by when the last share ends.
 local function keep_until(at, lock_key, holders_key, records_key)
-    local left = math.max(1, at - now_ms)
-    redis.call('PEXPIRE', lock_key, string.format('%.0f', left))
-    redis.call('PEXPIRE', holders_key, string.format('%.0f', left + LONGER))
-    redis.call('PEXPIRE', records_key, string.format('%.0f', left + LONGER))
+    redis.call('PEXPIRE', lock_key, string.format('%.0f', math.max(1, at - now_ms)))
+    keep_beside(at, holders_key, records_key)
+end
+
+-- Writes the share of a token that has one more grant, for this ttl in ms, and removes some whose time is over. If one of
+-- the writes fails, undoes the others. `is_shared`: the key holds the marker already.
+local function enter_share(lock_key, holders_key, records_key, marker, is_shared, token, share, ttl)
+    local before = share.record
+    local function write()
+        if is_shared then
+            write_share(holders_key, records_key, token, share)
+            local over = look('ZRANGEBYSCORE', holders_key, '-inf', string.format('%.0f', now_ms), 'LIMIT', 0, MOST_SWEPT)
+            if #over > 0 then
+                redis.call('ZREM', holders_key, unpack(over))
+                redis.call('HDEL', records_key, unpack(over))
+            end
+            return keep_until(last_end(holders_key), lock_key, holders_key, records_key)
+        end
+        -- First, as a server that is out of memory refuses this, but nothing after a deletion.
+        redis.call('SET', lock_key, marker, 'PX', string.format('%.0f', ttl))
+        redis.call('DEL', holders_key, records_key)
+        write_share(holders_key, records_key, token, share)
+        keep_beside(end_of(share), holders_key, records_key)
+    end
+    local done, why = pcall(write)
+    if done then
+        return
+    elseif not is_shared then
+        redis.pcall('DEL', lock_key, holders_key, records_key)
+    elseif not before then
+        redis.pcall('ZREM', holders_key, token)
+        redis.pcall('HDEL', records_key, token)
+    end
+    error(why, 0)
 end
