@@ -573,7 +573,11 @@ impl World {
     pub(super) fn not_released(&self, id: usize, error: &Error) {
         let Error::NotHeld { loss: Loss::Taken | Loss::Missing, .. } = error else { return };
         let mut state = self.state();
-        let Tracked { keys, token, .. } = &state.guards[id];
+        let Tracked { keys, token, mode, own_token, .. } = &state.guards[id];
+        if mode.is_shared() && !own_token {
+            // Its own share may have been over, and the release ends the others of its token all the same.
+            return;
+        }
         let by_itself = |key: &Key| match state.last.get(&(key.clone(), token.clone())) {
             Some(&Last::Released(call)) => state.calls[call as usize].doing.guard == Some(id),
             _ => false,

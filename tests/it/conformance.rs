@@ -217,7 +217,6 @@ async fn all_but_permits(locker: &Locker) {
         sharing::a_key_is_free_when_the_last_reader_has_expired,
         sharing::a_token_that_reads_already_is_admitted_and_its_guards_end_one_by_one,
         sharing::a_reader_whose_share_is_gone_is_lost,
-        sharing::a_release_ends_what_its_token_has_by_another_guard,
         sharing::a_dropped_reader_is_released,
         sharing::the_lease_of_a_reader_is_taken_up_again,
         sharing::the_bounds_of_a_reader_are_kept,

@@ -130,10 +130,9 @@ impl Share {
 
     /// Ends the grant, or all of its token. If there is a `rest`, nobody has them until then.
     pub(super) fn end(&mut self, owned: &Owned, ending: Ending, rest: Option<Duration>, now: Instant) -> Verdict {
+        let is_in = self.has(owned, now);
         let ends =
             |member: &Member| member.token == owned.token && (ending == Ending::Lock || member.grant == owned.grant);
-        // The share of this grant may be over, and that of another one by its token not.
-        let is_in = self.live(now).any(ends);
         self.members.retain(|member| now < member.expires && !ends(member));
         if let (true, Some(rest)) = (is_in, rest) {
             let (token, metadata) = (Token::nobody(), Box::default());

@@ -193,17 +193,6 @@ pub(super) async fn a_reader_whose_share_is_gone_is_lost(locker: &Locker) {
     locker.lock("gone reader").await.unwrap().release().await.unwrap();
 }
 
-pub(super) async fn a_release_ends_what_its_token_has_by_another_guard(locker: &Locker) {
-    let request = || locker.read("released twins").token(token("me"));
-    let one = decided(request).await.unwrap();
-    decided(request).await.unwrap().release().await.unwrap();
-    // The share of the first guard is gone, which it doesn't know, and this one came after it.
-    let three = decided(request).await.unwrap();
-    one.release().await.unwrap();
-    assert!(matches!(decided(|| three.renew()).await, Err(Error::NotHeld { loss: Loss::Missing, .. })));
-    locker.try_lock("released twins").await.unwrap().release().await.unwrap();
-}
-
 pub(super) async fn a_dropped_reader_is_released(locker: &Locker) {
     let (reader, other) = (locker.read("dropped reader").await.unwrap(), locker.read("dropped reader").await.unwrap());
     let writer = waits(locker.lock("dropped reader")).await;
