@@ -170,3 +170,28 @@ async fn two_hundred_readers_that_wait_cost_the_server_as_much_as_one() {
     assert!(entering < 200 * 4, "{entering} calls for 200 readers");
     release_all(readers).await;
 }
+
+/// A waiter that would have been handed the lock isn't in the line.
+#[tokio::test]
+async fn after_a_downgrade_the_next_writer_of_the_process_holds_back_the_readers_of_others() {
+    let server = Server::start();
+    let [here, there] = [patient(&server.url()).await, patient(&server.url()).await];
+    let writing = here.lock("k").await.unwrap();
+    let second = tokio::spawn(here.lock("k").into_future());
+    wait_for_places(&server, 1).await;
+    let third = tokio::spawn(here.lock("k").into_future());
+    sleep(ms(50)).await;
+    writing.release().await.unwrap();
+    let second = soon(second).await.unwrap().unwrap();
+    wait_for_places(&server, 0).await;
+    let reader = second.downgrade().await.unwrap();
+    wait_for_places(&server, 1).await;
+    assert!(matches!(soon(there.try_read("k")).await, Err(Error::NotObtained { .. })));
+    let behind = tokio::spawn(there.read("k").into_future());
+    wait_for_places(&server, 2).await;
+    reader.release().await.unwrap();
+    let third = soon(third).await.unwrap().unwrap();
+    assert!(!behind.is_finished());
+    third.downgrade().await.unwrap().release().await.unwrap();
+    soon(behind).await.unwrap().unwrap().release().await.unwrap();
+}
