@@ -561,7 +561,7 @@ impl World {
                 format!("NotObtained though nobody held it, {}", if *attempts == 0 { "never asked" } else { "asked" })
             }
             // A request that the server told so. Other requests may not have been able to ask.
-            Some((own, mode)) if during.iter().all(|span| span.token == *own && span.mode == mode) && *attempts > 0 => {
+            Some(own) if during.iter().all(|span| span.token == *own && span.mode == mode) && *attempts > 0 => {
                 "NotObtained though only its own token held it".into()
             }
             _ => return,
