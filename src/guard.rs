@@ -567,7 +567,7 @@ impl LockGuard {
     /// # Ok(())
     /// # }
     /// ```
-    pub async fn downgrade(self) -> Result<LockGuard, Error> {
+    pub async fn downgrade(self) -> Result<Self, Error> {
         let Owned { keys, mode, .. } = &self.hold.owned;
         match mode {
             Mode::Read => return Ok(self),

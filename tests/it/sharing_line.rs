@@ -43,6 +43,7 @@ async fn writer_waits_and_dies(server: &Server, key: &'static str) {
     });
     wait_for_places(server, 1).await;
     runtime.shutdown_background();
+    assert_eq!(server.cli(&["ZCARD", "{k}:queue"]), "1");
 }
 
 #[tokio::test]

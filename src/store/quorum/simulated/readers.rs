@@ -50,7 +50,7 @@ impl Readers {
 
     pub(super) fn add(&mut self, token: &Token, grant: Option<GrantId>, expires: Instant, number: Option<u64>) {
         self.0.retain(|reader| Instant::now() < reader.expires);
-        let number = number.or(self.number_of(token));
+        let number = number.or_else(|| self.number_of(token));
         for reader in self.0.iter_mut().filter(|reader| reader.token == *token) {
             reader.number = number;
         }
