@@ -77,7 +77,8 @@ impl RedisStore {
     fn vote_for_reader(&self, wanted: &Wanted, ballot: &Ballot) -> Call {
         let name = self.name(&wanted.owned.key());
         let fence = ballot.number.map(|_| names::fence_of(&name));
-        let keys: Vec<Bytes> = lock_and_beside(&name).into_iter().chain([names::intent_of(&name)]).chain(fence).collect();
+        let keys: Vec<Bytes> =
+            lock_and_beside(&name).into_iter().chain([names::intent_of(&name)]).chain(fence).collect();
         Call::new(
             keys.into_iter(),
             [

@@ -50,7 +50,7 @@ impl Readers {
 
     pub(super) fn add(&mut self, token: &Token, grant: Option<GrantId>, expires: Instant, number: Option<u64>) {
         self.0.retain(|reader| Instant::now() < reader.expires);
-        let number = number.or(self.number_of(token));
+        let number = number.or_else(|| self.number_of(token));
         for reader in self.0.iter_mut().filter(|reader| reader.token == *token) {
             reader.number = number;
         }
@@ -67,9 +67,8 @@ impl Readers {
             _ => (owned.grant, owned.grant),
         };
         let (now, until) = (Instant::now(), Instant::now() + ttl);
-        let is = |reader: &&mut Reader, grant| {
-            now < reader.expires && reader.token == owned.token && reader.grant == grant
-        };
+        let is =
+            |reader: &&mut Reader, grant| now < reader.expires && reader.token == owned.token && reader.grant == grant;
         let place = [from, to].into_iter().find(|grant| self.0.iter_mut().any(|reader| is(&&mut *reader, *grant)));
         let Some(reader) = place.and_then(|grant| self.0.iter_mut().find(|reader| is(reader, grant))) else {
             return Verdict::NotOurs(Loss::Missing);
@@ -85,9 +84,8 @@ impl Readers {
 
     /// Leaves the places of those that end to nobody for a `rest`.
     pub(super) fn end(&mut self, owned: &Owned, ending: Ending, rest: Option<Duration>) -> Verdict {
-        let ends = |reader: &Reader| {
-            reader.token == owned.token && (ending == Ending::Lock || reader.grant == owned.grant)
-        };
+        let ends =
+            |reader: &Reader| reader.token == owned.token && (ending == Ending::Lock || reader.grant == owned.grant);
         let is_ours = self.live().any(ends);
         self.0.retain(|reader| Instant::now() < reader.expires && !ends(reader));
         if let Some(rest) = rest.filter(|_| is_ours) {
