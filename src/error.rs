@@ -36,7 +36,8 @@ use crate::{Key, Loss};
 #[non_exhaustive]
 pub enum Error {
     /// Another holds the lock, as the server last reported, and the request does not wait longer. For a
-    /// [fair](crate::LockRequest::fair) request, also: it is another's turn.
+    /// [fair](crate::LockRequest::fair) request, and for a [reader](crate::Locker::read) or a
+    /// [permit](crate::Locker::permit), also: it is another's turn.
     ///
     /// If the server did not report that, the error is [`Redis`](Error::Redis).
     #[error("`{key}` is held by another (attempts: {attempts}, waited: {waited:?}); try later or wait longer")]

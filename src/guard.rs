@@ -34,6 +34,12 @@ use crate::{Error, Key, Lease, Loss, Token};
 /// While the server can't be reached, the release is tried again until the ttl has freed the lock. If the runtime has
 /// ended, the lock stays until its ttl ends.
 ///
+/// # Sharing
+///
+/// The guard of a [reader](crate::Locker::read) or of a [permit](crate::Locker::permit) holds a share of the key, which
+/// others hold at the same time. What is said of the lock is true of that share: it is renewed, lost and released by
+/// itself. [`downgrade`](LockGuard::downgrade) turns a lock into a reader's share.
+///
 /// # What it does not do
 ///
 /// A guard can't stop work that never checks it: code that runs on without an `.await`, or a request that was already
@@ -561,7 +567,7 @@ impl LockGuard {
     /// # Ok(())
     /// # }
     /// ```
-    pub async fn downgrade(self) -> Result<LockGuard, Error> {
+    pub async fn downgrade(self) -> Result<Self, Error> {
         let Owned { keys, mode, .. } = &self.hold.owned;
         match mode {
             Mode::Read => return Ok(self),

@@ -378,7 +378,11 @@ impl Locker {
     /// [`try_read`](Locker::try_read) are refused, and it gets the key when the readers that hold it have gone. So
     /// readers starve where writers come without end, as everybody waits in one line. Readers that wait there one after
     /// another enter together. A writer that dies while it waits holds readers back for up to 2 s. A
-    /// [`try_lock`](Locker::try_lock) doesn't wait, and holds nobody back.
+    /// [`try_lock`](Locker::try_lock) doesn't wait, and holds nobody back; neither does, on the embedded store, a request
+    /// for [several keys](Locker::lock_all).
+    ///
+    /// On a [quorum](Locker::quorum) there is no line: a writer that waits announces itself to the nodes, which admit no
+    /// reader until then, and forget a writer that died as fast.
     ///
     /// A [token](LockRequest::token) that is a reader already is admitted at once, as it would wait for itself
     /// otherwise; its guards end one by one, and an explicit [`release`](LockGuard::release) of any of them ends all.

@@ -6,6 +6,12 @@
 //! goes on for [`IN_A_ROW`] hand-overs or for [`TURN`], whichever is over first; then the server gives the lock to the
 //! next process in its line.
 //!
+//! A request that may share the key ([`Mode`](crate::mode::Mode)) enters the queue when it is refused, or when others
+//! are there already ([`Queues::has_waiters`]): so it passes nobody who waits here. It is handed nothing, and asks when
+//! it is the first. Once it is granted, the next one asks, and may share the key with it: those who waited one after
+//! another enter together. While they do, the place that they share [stays](Ticket::keeps_place) in the server's line,
+//! for as many turns as there may be hand-overs.
+//!
 //! 1. Each waiter is the first of its lane, or behind another one. A waiter that leaves the front of its lane, in
 //!    whatever way, wakes the one that is first after it.
 //! 2. A lock is handed over only to a waiter that is in the queue at that moment, and is the first of its lane. If that
@@ -197,8 +203,12 @@ impl Queues {
         let Some(queue) = lock(&self.by_key).get(key).cloned() else { return };
         let state = lock(&queue.state);
         let Some(first) = state.plain.free() else { return };
-        *lock(&first.hand_over) = HandOverState::NotGranted;
         drop(state);
+        let mut hand_over = lock(&first.hand_over);
+        if hand_over.is_over() {
+            *hand_over = HandOverState::NotGranted;
+        }
+        drop(hand_over);
         first.changed.notify_one();
     }
 

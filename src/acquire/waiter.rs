@@ -20,8 +20,8 @@ use crate::hold::timing::{self, Drift};
 use crate::hold::{Grant, Terms};
 use crate::locker::cleanups::PendingCleanup;
 use crate::retry::Pauses;
-use crate::store::InLine;
 use crate::store::notifications::Subscription;
+use crate::store::{InLine, Queueing};
 use crate::{Error, Key, LockGuard};
 
 /// The waiter of one request. When it is dropped, it leaves the queue and the line, and then undoes what is pending.
@@ -170,6 +170,10 @@ impl Waiter {
                 return self.wait_in_queue().await;
             }
             self.is_first = true;
+            if self.attempt.context.wanted.queueing == Queueing::Own {
+                // Its place is not in the line yet.
+                return Step::Ask;
+            }
         }
         self.is_first &= self.position.ticket().is_some_and(Ticket::is_first);
         match wait_for {

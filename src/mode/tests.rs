@@ -80,7 +80,7 @@ async fn a_waiting_writer_holds_new_readers_back() {
     assert!(!behind.is_finished());
     let released = Instant::now();
     writing.release().await.unwrap();
-    behind.await.unwrap().unwrap();
+    drop(behind.await.unwrap().unwrap());
     assert_eq!(released.elapsed(), ms(0), "it was notified");
 }
 
@@ -93,7 +93,7 @@ async fn a_fair_writer_holds_new_readers_back() {
     let behind = waits(locker.read("k")).await;
     reader.release().await.unwrap();
     writer.await.unwrap().unwrap().release().await.unwrap();
-    behind.await.unwrap().unwrap();
+    drop(behind.await.unwrap().unwrap());
 }
 
 #[tokio::test(start_paused = true)]
@@ -124,10 +124,10 @@ async fn writers_that_are_not_polled_hold_nobody_back_for_long() {
             parked.push(waiting);
         }
         let started = Instant::now();
-        locker.read("k").await.unwrap();
+        drop(locker.read("k").await.unwrap());
         assert!(started.elapsed() < ms(1_500 * writers), "{writers}: {:?}", started.elapsed());
         sleep(ms(1_000)).await;
-        locker.try_read("k").await.unwrap();
+        drop(locker.try_read("k").await.unwrap());
     }
 }
 
@@ -143,7 +143,7 @@ async fn a_reader_or_permit_that_is_not_polled_holds_nobody_back_for_long() {
         let behind = waits(request(&locker)).await;
         let started = Instant::now();
         writer.release().await.unwrap();
-        behind.await.unwrap().unwrap();
+        drop(behind.await.unwrap().unwrap());
         assert!(started.elapsed() < ms(1_500), "{:?}", started.elapsed());
     }
 }
@@ -183,7 +183,7 @@ async fn readers_that_find_the_key_open_do_not_wait_for_each_other() {
         waiters.push(waits(counted.locker.read("k")).await);
     }
     for waiter in waiters {
-        waiter.await.unwrap().unwrap();
+        drop(waiter.await.unwrap().unwrap());
     }
     assert_eq!(started.elapsed(), ms(100));
 }
@@ -256,7 +256,7 @@ async fn a_downgrade_of_unknown_outcome_is_tried_again() {
         }
         sleep(ms(1_000)).await;
         assert!(counted.store.holder(&"k".into()).is_none());
-        counted.locker.try_lock("k").await.unwrap();
+        drop(counted.locker.try_lock("k").await.unwrap());
     }
 }
 
@@ -326,6 +326,158 @@ async fn a_token_that_shares_the_key_already_waits_behind_nobody() {
         settle().await;
         assert!(!writer.is_finished() && third.is_held());
         third.release().await.unwrap();
-        writer.await.unwrap().unwrap();
+        drop(writer.await.unwrap().unwrap());
     }
+}
+
+/// The first in the queue leaves, and the one that it has woken leaves before it has run.
+#[tokio::test(start_paused = true)]
+async fn of_waiters_that_are_dropped_at_once_nothing_is_left() {
+    let counted = counted(|_| Fault::None);
+    let writer = counted.locker.lock("k").await.unwrap();
+    for requests in [1, 2, 3] {
+        let mut waiters = Vec::new();
+        for n in 0..requests {
+            waiters.push(waits(if n == 1 { counted.locker.permit("k", 1) } else { counted.locker.read("k") }).await);
+        }
+        waiters.iter().for_each(JoinHandle::abort);
+        settle().await;
+        assert!(!counted.locker.shared().queues.has_waiters(&"k".into()));
+    }
+    writer.release().await.unwrap();
+    let reader = counted.locker.try_read("k").await.unwrap();
+    reader.release().await.unwrap();
+    sleep(ms(2_000)).await;
+    assert!(format!("{:?}", counted.locker.shared().queues).contains("keys: 0"));
+    assert_eq!(counted.store.subscriptions(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_attempts_of_unknown_outcome_of_a_reader_are_undone() {
+    for fault in [Fault::AnswerLost, Fault::RunAfter(ms(400)), Fault::Lost] {
+        for limit in [ms(0), ms(600)] {
+            let calls = AtomicU32::new(0);
+            let counted = counted(move |operation| match operation {
+                Operation::Acquire if calls.fetch_add(1, Ordering::Relaxed) == 0 => fault,
+                _ => Fault::None,
+            });
+            if let Ok(reader) = counted.locker.read("k").wait_at_most(limit).await {
+                reader.release().await.unwrap();
+            }
+            sleep(ms(2_000)).await;
+            assert_eq!(counted.locker.holders("k").await.unwrap(), [], "{fault:?}");
+            counted.locker.try_lock("k").await.unwrap().release().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn closing_ends_those_who_wait_and_releases_what_was_dropped() {
+    let locker = Locker::in_memory();
+    let reader = locker.read("k").await.unwrap();
+    let dropped = locker.read("k").await.unwrap();
+    let (writer, behind) = (waits(locker.lock("k")).await, waits(locker.read("k")).await);
+    drop(dropped);
+    locker.close().await;
+    for waiter in [writer, behind] {
+        assert!(matches!(waiter.await.unwrap(), Err(Error::Closed)));
+    }
+    assert!(matches!(locker.try_read("k").await, Err(Error::Closed)));
+    assert!(matches!(locker.holders("k").await, Err(Error::Closed)));
+    sleep(ms(60_000)).await;
+    assert!(reader.is_held());
+    // What is held stays held, and can be made less of.
+    reader.downgrade().await.unwrap().release().await.unwrap();
+}
+
+/// The reader is held for no longer than the lock was known to be, and isn't renewed as a lock.
+#[tokio::test(start_paused = true)]
+async fn a_downgrade_keeps_the_bounds_and_a_longer_deadline() {
+    let locker = Locker::in_memory();
+    let writer = locker.lock("k").ttl(ms(3_000)).hold_at_most(ms(120_000)).hold_at_least(ms(30_000)).await.unwrap();
+    let started = Instant::now();
+    writer.ensure(ms(60_000)).await.unwrap();
+    let deadline = writer.deadline();
+    let reader = writer.downgrade().await.unwrap();
+    assert_eq!((reader.deadline(), reader.ttl()), (deadline, ms(3_000)));
+    assert!(reader.server_ttl().await.unwrap().unwrap() > ms(59_000));
+    sleep(ms(10_000)).await;
+    reader.release().await.unwrap();
+    locker.try_read("k").await.unwrap().release().await.unwrap();
+    locker.lock("k").await.unwrap().release().await.unwrap();
+    let after = started.elapsed();
+    assert!(after >= ms(30_000) && after < ms(30_200), "{after:?}");
+    let writer = locker.lock("k").hold_at_most(ms(20_000)).await.unwrap();
+    let started = Instant::now();
+    let reader = writer.downgrade().await.unwrap();
+    assert_eq!(reader.lost().await, crate::Loss::LimitReached);
+    assert!(started.elapsed() <= ms(20_000));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lock_that_is_gone_is_not_downgraded() {
+    let counted = counted(|_| Fault::None);
+    let request = || counted.locker.lock("k").ttl(ms(1_000)).no_renewal();
+    let expired = request().await.unwrap();
+    sleep(ms(2_000)).await;
+    let refused = expired.downgrade().await.unwrap_err();
+    assert!(matches!(refused, Error::NotHeld { loss: crate::Loss::Expired, .. }), "{refused}");
+    let missing = request().await.unwrap();
+    counted.store.delete(&"k".into());
+    let refused = missing.downgrade().await.unwrap_err();
+    assert!(matches!(refused, Error::NotHeld { loss: crate::Loss::Missing, .. }), "{refused}");
+    let taken = request().await.unwrap();
+    counted.store.delete(&"k".into());
+    let other = counted.locker.read("k").await.unwrap();
+    let refused = taken.downgrade().await.unwrap_err();
+    assert!(matches!(refused, Error::NotHeld { loss: crate::Loss::Taken, .. }), "{refused}");
+    sleep(ms(5_000)).await;
+    assert!(other.is_held());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reader_is_lost_like_a_lock() {
+    let counted = counted(|operation| if operation == Operation::Renew { Fault::Hung } else { Fault::None });
+    let expires = counted.locker.read("k").ttl(ms(3_000)).await.unwrap();
+    assert_eq!(expires.lost().await, crate::Loss::Expired);
+    let counted = self::counted(|_| Fault::None);
+    let missing = counted.locker.read("k").ttl(ms(3_000)).await.unwrap();
+    counted.store.delete(&"k".into());
+    assert_eq!(missing.lost().await, crate::Loss::Missing);
+    let (one, other) = (counted.locker.permit("k", 2).await.unwrap(), counted.locker.permit("k", 2).await.unwrap());
+    counted.store.delete(&"k".into());
+    let lock = counted.locker.lock("k").await.unwrap();
+    assert_eq!((one.lost().await, other.lost().await), (crate::Loss::Taken, crate::Loss::Taken));
+    assert!(lock.is_held());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watchdog_keeps_readers_and_permits_and_obtains_a_share_when_it_is_free() {
+    let locker = Locker::in_memory();
+    let dog = crate::WatchDog::builder(&locker).build();
+    dog.watch(locker.read("r").await.unwrap()).unwrap();
+    dog.watch(locker.permit("p", 2).await.unwrap()).unwrap();
+    let refused = dog.watch(locker.permit("p", 2).await.unwrap()).unwrap_err();
+    assert!(matches!(refused, Error::AlreadyWatched { .. }));
+    sleep(ms(100_000)).await;
+    assert!(locker.try_lock("r").await.is_err() && locker.try_lock("p").await.is_err());
+    let permit = dog.unwatch("p").unwrap();
+    dog.watch_lease(permit.clone()).await.unwrap();
+    assert_eq!(locker.holders("p").await.unwrap().len(), 1);
+    dog.release_all().await;
+    locker.try_lock("p").await.unwrap().release().await.unwrap();
+    let refused = dog.watch_lease(permit).obtain_when_free(true).await.unwrap_err();
+    assert!(matches!(refused, Error::Unsupported(_)), "{refused}");
+
+    let lease = locker.read("r").await.unwrap().into_lease();
+    locker.adopt(lease.clone()).await.unwrap().release().await.unwrap();
+    let writer = locker.lock("r").await.unwrap();
+    dog.watch_lease(lease).obtain_when_free(true).await.unwrap();
+    settle().await;
+    assert!(!dog.status("r").unwrap().held);
+    writer.release().await.unwrap();
+    settle().await;
+    assert!(dog.status("r").unwrap().held);
+    locker.try_read("r").await.unwrap().release().await.unwrap();
+    assert_eq!(dog.shutdown().await.len(), 1);
 }

@@ -43,6 +43,7 @@ async fn writer_waits_and_dies(server: &Server, key: &'static str) {
     });
     wait_for_places(server, 1).await;
     runtime.shutdown_background();
+    assert_eq!(server.cli(&["ZCARD", "{k}:queue"]), "1");
 }
 
 #[tokio::test]
@@ -113,9 +114,11 @@ async fn permits_are_handed_on_between_processes_without_polling() {
 async fn readers_that_waited_in_one_process_enter_together_though_a_writer_waits_elsewhere() {
     let server = Server::start();
     let [here, there] = [patient(&server.url()).await, patient(&server.url()).await];
+    // The process of the writer before may hand the lock over to its own.
+    let elsewhere = patient(&server.url()).await;
     // A process has its turn for a tenth of a second, in which a busy machine may admit one alone.
     eventually("several enter together", async || {
-        let writing = there.lock("k").await.unwrap();
+        let writing = elsewhere.lock("k").await.unwrap();
         let mut waiters = JoinSet::new();
         for _ in 0..16 {
             waiters.spawn(here.read("k").into_future());
@@ -167,4 +170,29 @@ async fn two_hundred_readers_that_wait_cost_the_server_as_much_as_one() {
     let entering = calls() - before - waiting;
     assert!(entering < 200 * 4, "{entering} calls for 200 readers");
     release_all(readers).await;
+}
+
+/// A waiter that would have been handed the lock isn't in the line.
+#[tokio::test]
+async fn after_a_downgrade_the_next_writer_of_the_process_holds_back_the_readers_of_others() {
+    let server = Server::start();
+    let [here, there] = [patient(&server.url()).await, patient(&server.url()).await];
+    let writing = here.lock("k").await.unwrap();
+    let second = tokio::spawn(here.lock("k").into_future());
+    wait_for_places(&server, 1).await;
+    let third = tokio::spawn(here.lock("k").into_future());
+    sleep(ms(50)).await;
+    writing.release().await.unwrap();
+    let second = soon(second).await.unwrap().unwrap();
+    wait_for_places(&server, 0).await;
+    let reader = second.downgrade().await.unwrap();
+    wait_for_places(&server, 1).await;
+    assert!(matches!(soon(there.try_read("k")).await, Err(Error::NotObtained { .. })));
+    let behind = tokio::spawn(there.read("k").into_future());
+    wait_for_places(&server, 2).await;
+    reader.release().await.unwrap();
+    let third = soon(third).await.unwrap().unwrap();
+    assert!(!behind.is_finished());
+    third.downgrade().await.unwrap().release().await.unwrap();
+    soon(behind).await.unwrap().unwrap().release().await.unwrap();
 }

@@ -154,13 +154,14 @@ impl Ticket {
         });
     }
 
-    /// Returns whether the place stays in the line if this waiter gets a shared grant: the next one may share the key
-    /// with it. That goes on for as many grants as hand-overs may follow each other.
+    /// Returns whether the place stays in the line if this waiter, the first, gets a shared grant: the next one may share
+    /// the key with it. That goes on for as many grants as hand-overs may follow each other.
     pub(crate) fn keeps_place(&self) -> bool {
         let mode = self.waiter.wanted.owned.mode;
         let mut state = self.state();
-        let next = state.lane_of(self.waiter.place).waiters.values().nth(1);
-        let is_alike = self.waiter.place.is_shared && next.is_some_and(|next| next.wanted.owned.mode == mode);
+        let lane = state.lane_of(self.waiter.place);
+        let next = lane.waiters.values().nth(1).filter(|_| self.waiter.place.is_shared && lane.is_first(&self.waiter));
+        let is_alike = next.is_some_and(|next| next.wanted.owned.mode == mode);
         mode.is_shared() && is_alike && state.may_keep_place(Instant::now())
     }
 

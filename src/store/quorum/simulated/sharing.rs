@@ -325,7 +325,7 @@ async fn a_reader_behind_a_writer_of_its_process_that_gave_up_does_not_wait_for_
     let reader = tokio::spawn(other.read("k").into_future());
     let started = Instant::now();
     assert!(writer.await.unwrap().is_err());
-    reader.await.unwrap().unwrap();
+    drop(reader.await.unwrap().unwrap());
     assert!(started.elapsed() < ms(4_300), "{:?}", started.elapsed());
 }
 
@@ -338,7 +338,7 @@ async fn a_writer_that_finds_no_readers_announces_nothing() {
     sleep(ms(5_000)).await;
     assert!(!world.servers.iter().any(|server| is_announced(server)));
     drop(guard);
-    waiter.await.unwrap().unwrap();
+    drop(waiter.await.unwrap().unwrap());
 }
 
 #[tokio::test(start_paused = true)]
@@ -441,7 +441,7 @@ async fn each_node_keeps_a_readers_share_for_its_least_time() {
     sleep(ms(999)).await;
     assert!(matches!(rival.try_lock("k").await, Err(Error::NotObtained { .. })));
     sleep(ms(1)).await;
-    rival.try_lock("k").await.unwrap();
+    drop(rival.try_lock("k").await.unwrap());
 }
 
 /// Lets 16 readers of as many clients ask within 10 ms, whose calls take up to 10 ms to each node, and whose clocks are

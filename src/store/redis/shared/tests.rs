@@ -1,3 +1,4 @@
+use std::slice::from_ref;
 use std::sync::Arc;
 
 use tenure_test_support::{Server, eventually, soon};
@@ -295,7 +296,7 @@ async fn the_shares_of_an_earlier_marker_count_for_nothing() {
     assert_eq!(left(&store, &lost).await, None);
     let tokens = |all: Vec<Holder>| all.into_iter().map(|holder| holder.token).collect::<Vec<_>>();
     let key = Key::from("k");
-    assert_eq!(tokens(Store::holders(&store, &key, PATIENCE).await.unwrap()), [next.owned.token.clone()]);
+    assert_eq!(tokens(Store::holders(&store, &key, PATIENCE).await.unwrap()), from_ref(&next.owned.token));
     // Another mode, another lock, another library.
     server.cli(&["DEL", "k"]);
     let holder = permit(1);
