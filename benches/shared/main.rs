@@ -8,6 +8,7 @@
 
 mod contenders;
 #[path = "../common/counters.rs"]
+#[allow(dead_code)] // other benchmarks count more
 mod counters;
 #[path = "../common/machine.rs"]
 mod machine;
