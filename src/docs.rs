@@ -1,3 +1,4 @@
 //! Guides.
 
 pub mod migrating_from_go;
+pub mod readers_and_permits;

@@ -189,6 +189,7 @@ processor() {
     cargo test --package tenure --all-features --doc
     run all "$installed" model
     run all "$installed" line_model
+    run all "$installed" shared_model
     run all "$installed" tenure
     run none "$installed" tenure
 }
@@ -210,7 +211,7 @@ heading "tests that need the machine for themselves"
 for program in it quorum combined; do
     run all "$installed" "$program" a_hundred_thousand_ ten_thousand_ thousands_of_ a_lock_costs_
 done
-for program in many turns watchdog exclusion; do
+for program in many turns watchdog exclusion permits; do
     run all "$installed" "$program"
 done
 run rustls "$installed" tls
@@ -225,7 +226,7 @@ for _ in {1..100}; do
     redis-cli -s "$scratch/socket" ping >/dev/null 2>&1 && break
     sleep 0.1
 done
-for name in quickstart lost_in_select scope hand_over watchdog; do
+for name in quickstart lost_in_select scope hand_over reader_writer permits watchdog; do
     lane "example $name" env -u REDIS_URL cargo run --quiet --example "$name"
     lane "example $name, on a server" env REDIS_URL="redis+unix://$scratch/socket" cargo run --quiet --example "$name"
 done
