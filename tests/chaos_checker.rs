@@ -263,6 +263,16 @@ fn a_holder_whose_write_is_refused_is_found() {
 }
 
 #[test]
+fn a_holder_may_be_refused_for_its_own_greater_token_alone() {
+    let history = |holder: &str| {
+        let history = History::new().attempt_as(0, 1, ALONE, "user").granted(10, 1, 10).attempt_as(0, 2, ALONE, holder);
+        history.granted(20, 2, 11).held(30, 31, 2).ending(32, 2).wrote(50, 60, 1, false).held(100, 101, 1)
+    };
+    assert_eq!(history("user").violations(), []);
+    assert!(history("other").violations().contains(&Violation::RefusedHolder { key: "k".into(), guard: 1 }));
+}
+
+#[test]
 fn a_register_that_accepts_a_stale_write_is_found() {
     let accepted = |tokens: [(&str, u64); 4]| {
         let tokens: Vec<_> = tokens.into_iter().map(|(key, token)| (key.to_owned(), token)).collect();

@@ -175,7 +175,7 @@ pub(crate) fn check(events: impl IntoIterator<Item = Event>, accepted: &[(String
         check_order_of_exclusive(key, guards, &mut report);
     }
     check_register(accepted, &mut report);
-    check_writes(guards.values(), &mut report);
+    check_writes(&guards, &mut report);
     report
 }
 
@@ -364,13 +364,24 @@ fn check_register(accepted: &[(String, u64)], report: &mut Report) {
     }
 }
 
-/// Whoever is surely held from before its write until after is not refused.
-fn check_writes<'a>(guards: impl Iterator<Item = &'a Guard>, report: &mut Report) {
-    for guard in guards {
+/// Whoever is surely held from before its write until after is not refused. Unless another guard of the same holder has
+/// a greater token: nodes of a quorum that vote for both at the same time may give each a number of its own.
+fn check_writes(guards: &HashMap<GuardId, Guard>, report: &mut Report) {
+    let mut by_holder: HashMap<&str, Vec<&Guard>> = HashMap::new();
+    for guard in guards.values() {
+        by_holder.entry(&guard.holder).or_default().push(guard);
+    }
+    for guard in guards.values() {
         for (before, after, key, accepted) in &guard.writes {
             report.accepted += u64::from(*accepted);
             report.refused += u64::from(!accepted);
-            if !accepted && guard.certain().is_some_and(|(from, until)| from <= *before && *after <= until) {
+            if *accepted || guard.certain().is_none_or(|(from, until)| *before < from || until < *after) {
+                continue;
+            }
+            let is_greater = |other: &&Guard| {
+                other.fence > guard.fence && other.keys.contains(key) && other.answered.is_some_and(|at| at <= *after)
+            };
+            if !by_holder[guard.holder.as_str()].iter().any(is_greater) {
                 report.violations.push(Violation::RefusedHolder { key: key.clone(), guard: guard.id });
             }
         }

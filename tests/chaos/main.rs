@@ -25,7 +25,7 @@ mod register;
 mod topology;
 mod worker;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -175,8 +175,11 @@ fn run(kind: Kind, options: &Options) -> bool {
     if overlaps == 0 && breaks {
         println!("no overlap was found: the faults are toothless, or the checker is blind");
     }
-    for violation in broken.iter().take(10) {
-        explain(violation, &log, &pool);
+    let mut explained = BTreeSet::new();
+    for violation in broken {
+        if explained.len() < 4 && explained.insert(violation.guards()) {
+            explain(violation, &log, &pool);
+        }
     }
     println!("the histories are in {}\nFAILED: {}", dir.keep().display(), options.command(kind));
     false

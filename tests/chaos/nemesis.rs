@@ -101,6 +101,7 @@ pub(crate) struct Nemesis<'a> {
     rng: Rng,
     faults: Vec<Fault>,
     lasting: Vec<Lasting>,
+    failed_over: Option<Instant>,
     pub(crate) counts: BTreeMap<Fault, u64>,
     /// When a fault began or ended.
     pub(crate) log: Vec<(Nanos, String)>,
@@ -112,7 +113,7 @@ impl<'a> Nemesis<'a> {
     pub(crate) fn new(topology: &'a mut Topology, pool: &'a mut Pool, seed: u64) -> Self {
         let faults = faults(topology);
         let (counts, log, lasting) = (BTreeMap::new(), Vec::new(), Vec::new());
-        Self { topology, pool, rng: Rng::with_seed(seed), faults, lasting, counts, log }
+        Self { topology, pool, rng: Rng::with_seed(seed), faults, lasting, failed_over: None, counts, log }
     }
 
     /// Does harm for this long, and ends it.
@@ -229,6 +230,11 @@ impl<'a> Nemesis<'a> {
     /// Promotes a replica, if it is one.
     fn fail_over(&mut self, place: usize) -> bool {
         if let Some(sentinel) = self.topology.sentinel() {
+            // The Sentinel takes ten seconds to make the old primary a replica, and there are no locks without one.
+            if self.failed_over.is_some_and(|last| last.elapsed() < Duration::from_secs(20)) {
+                return false;
+            }
+            self.failed_over = Some(Instant::now());
             return sentinel.cli(&["SENTINEL", "FAILOVER", "locks"]) == "OK";
         }
         let how: &[&str] = if self.topology.breaks_assumptions { &["TAKEOVER"] } else { &[] };

@@ -362,10 +362,11 @@ impl Worker {
                 let (guard, before) = (name.id, now());
                 let status = self.dog.status(key.as_str());
                 let after = now();
+                // The next guard of this process may be watched under the same key already, and the status be of that one.
+                let is_ours = self.watched.is_alone(key, guard);
                 // Its loss is recorded by the callback.
-                let Some(deadline) = status.filter(|status| status.held).and_then(|status| status.deadline) else {
-                    return false;
-                };
+                let deadline = status.filter(|status| is_ours && status.held).and_then(|status| status.deadline);
+                let Some(deadline) = deadline else { return false };
                 let deadline = self.recorder.nanos(deadline);
                 self.watched.held(key, guard, deadline);
                 self.recorder.write(&Event::Held { before, after, guard, deadline });
@@ -419,7 +420,9 @@ impl Worker {
     async fn end_watched(&self, key: &str, name: &Name, rng: &mut Rng) {
         if rng.bool() && !self.is_calm() {
             self.ending(name, "handed over");
-            if let Some(lease) = self.dog.unwatch(key) {
+            // If it was lost just now, this may be the next one's.
+            let lease = self.dog.unwatch(key).filter(|lease| lease.fencing_token() == Some(name.fence));
+            if let Some(lease) = lease {
                 self.give(&lease, name).await;
             }
         } else {
@@ -457,6 +460,13 @@ impl Watched {
 
     fn refused(&self, key: &str, guard: GuardId) {
         self.change(key, |guards| guards.retain(|(other, _)| *other != guard));
+    }
+
+    /// Returns whether no other guard was given to the watchdog since, and the end of this one is not known.
+    fn is_alone(&self, key: &str, guard: GuardId) -> bool {
+        let mut is_alone = false;
+        self.change(key, |guards| is_alone = guards.iter().map(|(guard, _)| *guard).eq([guard]));
+        is_alone
     }
 
     fn held(&self, key: &str, guard: GuardId, deadline: Nanos) {
