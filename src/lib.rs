@@ -51,6 +51,8 @@
 //! | run a block of code under a lock | [`Locker::scope`] |
 //! | stop work when the lock is lost | [`LockGuard::protect`], [`LockGuard::lost`], [`LockGuard::cancellation_token`] |
 //! | hold several locks, all or none | [`Locker::lock_all`], [`Locker::try_lock_all`], [`Locker::obtain_all`] |
+//! | let many read, and one write | [`Locker::read`] beside [`Locker::lock`]; [`LockGuard::downgrade`] |
+//! | let so many in at a time | [`Locker::permit`], [`Locker::holders`] |
 //! | run a job once per period in a fleet | [`LockRequest::hold_at_least`] |
 //! | free a lock whose work hangs | [`LockRequest::hold_at_most`] |
 //! | hand a lock to another process | [`LockGuard::into_lease`], [`Locker::adopt`] |
@@ -97,6 +99,7 @@
 //! | `tenure.undone` | debug | `key` | An attempt without a reply was undone. |
 //! | `tenure.undo_failed` | debug, warn | `key`, `error` | It could not be undone; its ttl will free the lock. |
 //! | `tenure.handed_over` | debug | `key` | A holder released the lock to the next waiter of this process. |
+//! | `tenure.downgraded` | info | `key` | A holder of a lock became a reader. |
 //! | `tenure.taken_back` | debug | `key` | The lock was handed over to a future that nobody polls. |
 //! | `tenure.renewed` | debug | `remaining`, `took` | The lock was renewed. |
 //! | `tenure.renew_failed` | warn, debug | `failures`, `remaining`, `pause`, `error` | `warn`: the first in a row. |
@@ -168,6 +171,7 @@ mod metrics;
 // What it rests on.
 mod acquire;
 mod hold;
+mod mode;
 mod report;
 mod store;
 

@@ -23,6 +23,7 @@ use crate::acquire::Patience;
 use crate::hold::timing::Renewal;
 use crate::hold::{Grant, GrantId, Hold, Owned, suspension};
 use crate::locker::shared::Shared;
+use crate::mode::Mode;
 use crate::report::debug;
 use crate::store::Holder;
 use crate::{Diagnosis, Error, Key, Lease, LockGuard, LockRequest};
@@ -368,6 +369,118 @@ impl Locker {
         LockRequest::new(self.shared.clone(), keys.into_iter().map(Into::into).collect(), self.obtains())
     }
 
+    /// Requests a share of the key as a reader, and waits for it: any number of readers hold a key together, and no
+    /// writer holds it meanwhile. A writer is who [locks](Locker::lock) the key, through this or another library.
+    ///
+    /// Each reader has a guard with a ttl and renewals of its own, so a reader that dies keeps writers waiting until its
+    /// own ttl ends, and for no longer. All else is as for a lock: [options, errors and cancel safety](LockRequest).
+    ///
+    /// # Who comes first
+    ///
+    /// **Writers are preferred**: while a writer waits, further readers wait behind it, those of
+    /// [`try_read`](Locker::try_read) are refused, and it gets the key when the readers that hold it have gone. So
+    /// readers starve where writers come without end, as everybody waits in one line. Readers that wait there one after
+    /// another enter together. A writer that dies while it waits holds readers back for up to 2 s. A
+    /// [`try_lock`](Locker::try_lock) doesn't wait, and holds nobody back; neither does, on the embedded store, a request
+    /// for [several keys](Locker::lock_all).
+    ///
+    /// On a [quorum](Locker::quorum) there is no line: a writer that waits announces itself to the nodes, which admit no
+    /// reader until then, and forget a writer that died as fast.
+    ///
+    /// A [token](LockRequest::token) that is a reader already is admitted at once, as it would wait for itself
+    /// otherwise; its guards end one by one, and an explicit [`release`](LockGuard::release) of any of them ends all.
+    ///
+    /// A writer becomes a reader by [`downgrade`](LockGuard::downgrade). Readers of other libraries are not known here,
+    /// nor are these to them: to another library, the key is taken by one holder.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let (one, another) = (locker.read("prices").await?, locker.read("prices").await?);
+    /// assert!(locker.try_lock("prices").await.is_err());
+    /// one.release().await?;
+    /// another.release().await?;
+    /// let writer = locker.lock("prices").await?;
+    /// # writer.release().await
+    /// # }
+    /// ```
+    pub fn read(&self, key: impl Into<Key>) -> LockRequest {
+        self.lock(key).sharing(Mode::Read, 0)
+    }
+
+    /// Requests a share of the key as a [reader](Locker::read) once, and fails with [`Error::NotObtained`] if a writer
+    /// holds the key, or others wait for it.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use tenure::{Error, Locker};
+    ///
+    /// let locker = Locker::in_memory();
+    /// let writer = locker.lock("prices").await?;
+    /// assert!(matches!(locker.try_read("prices").await, Err(Error::NotObtained { .. })));
+    /// # writer.release().await
+    /// # }
+    /// ```
+    pub fn try_read(&self, key: impl Into<Key>) -> LockRequest {
+        self.try_lock(key).sharing(Mode::Read, 0)
+    }
+
+    /// Requests one of `limit` permits for the key, and waits for it: at most so many hold the key together, each with a
+    /// guard of its own. The permit of a holder that dies comes back when its ttl ends.
+    ///
+    /// The caller brings the limit; the server stores none. A request counts those who hold a permit, whatever limit
+    /// they came with, and is admitted if there are fewer than its own limit. So a limit can be changed at any time: a
+    /// smaller one admits nobody until enough have gone, and ends no permit. [`holders`](Locker::holders) lists who has
+    /// one.
+    ///
+    /// Nobody who [locks](Locker::lock) or [reads](Locker::read) the key holds it at the same time. Waiters stand in one
+    /// line, as for a lock. A [token](LockRequest::token) that has a permit gets it again at once; its guards count as
+    /// one holder.
+    ///
+    /// A [quorum](Locker::quorum) has no permits: counting doesn't compose, as each of two majorities of its nodes may
+    /// count fewer holders than there are.
+    ///
+    /// # Errors
+    ///
+    /// Those of any [`LockRequest`], and [`Error::InvalidLimit`] for a limit of 0; [`Error::Unsupported`] on a quorum.
+    /// Nothing was sent in both cases.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let licences = 2;
+    /// let (one, another) = (locker.permit("cad", licences).await?, locker.permit("cad", licences).await?);
+    /// assert!(locker.try_permit("cad", licences).await.is_err());
+    /// one.release().await?;
+    /// let third = locker.permit("cad", licences).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn permit(&self, key: impl Into<Key>, limit: usize) -> LockRequest {
+        self.lock(key).sharing(Mode::Permit, limit)
+    }
+
+    /// Requests one of `limit` [permits](Locker::permit) once, and fails with [`Error::NotObtained`] if none is free, or
+    /// others wait for one.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use tenure::{Error, Locker};
+    ///
+    /// let locker = Locker::in_memory();
+    /// let permit = locker.try_permit("cad", 1).await?;
+    /// assert!(matches!(locker.try_permit("cad", 1).await, Err(Error::NotObtained { .. })));
+    /// # permit.release().await
+    /// # }
+    /// ```
+    pub fn try_permit(&self, key: impl Into<Key>, limit: usize) -> LockRequest {
+        self.try_lock(key).sharing(Mode::Permit, limit)
+    }
+
     /// Turns a lease back into a guard: renews the lock at once, and from then on like any other guard.
     ///
     /// The guard has no metadata, and no bounds ([`hold_at_least`](LockRequest::hold_at_least),
@@ -482,8 +595,9 @@ impl Locker {
         self.lock(key).scope(body).await
     }
 
-    /// Returns the current holder of a lock, if there is one: through this or another library. A key that only stays
-    /// taken for [some time](LockRequest::hold_at_least) has no holder.
+    /// Returns the current holder of a lock, if there is one: through this or another library. Of several who share the
+    /// key, the one whose ttl ends last. A key that only stays taken for [some time](LockRequest::hold_at_least) has no
+    /// holder.
     ///
     /// # Errors
     ///
@@ -505,14 +619,49 @@ impl Locker {
     /// # }
     /// ```
     pub async fn inspect(&self, key: impl Into<Key>) -> Result<Option<Holder>, Error> {
+        let (key, shared) = (self.readable(key)?, &self.shared);
+        shared.store.inspect(&key, shared.command_timeout).await
+    }
+
+    /// Returns all current holders of a key: the one who has locked it, all of its [readers](Locker::read), or all who
+    /// have a [permit](Locker::permit); those first whose ttl ends last. A token that holds it by several guards is
+    /// listed once.
+    ///
+    /// A long list is read in parts, so that the server serves others in between: a holder that comes or goes meanwhile
+    /// may be in the list or not.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`inspect`](Locker::inspect), and [`Error::Unsupported`] on a store that shares no keys.
+    ///
+    /// # Cancel safety
+    ///
+    /// It only reads.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let one = locker.permit("cad", 3).metadata("host-1").await?;
+    /// let another = locker.permit("cad", 3).metadata("host-2").await?;
+    /// assert_eq!(locker.holders("cad").await?.len(), 2);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn holders(&self, key: impl Into<Key>) -> Result<Vec<Holder>, Error> {
+        let (key, shared) = (self.readable(key)?, &self.shared);
+        shared.store.holders(&key, shared.command_timeout).await
+    }
+
+    /// Returns the key, if the server can be asked about it.
+    fn readable(&self, key: impl Into<Key>) -> Result<Key, Error> {
         let key = key.into();
         key.validate()?;
         if self.shared.closed.is_cancelled() {
             return Err(Error::Closed);
         }
         Shared::check_runtime()?;
-        let shared = &self.shared;
-        shared.store.inspect(&key, shared.command_timeout).await
+        Ok(key)
     }
 
     /// Returns the locks whose keys begin with this, with their holders, in the order of their keys; at most so many.

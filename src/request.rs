@@ -17,13 +17,15 @@ use tracing::{Instrument, info_span};
 use crate::acquire::{Options, Patience};
 use crate::hold::timing::Renewal;
 use crate::locker::shared::Shared;
+use crate::mode::Mode;
 use crate::{Error, Key, LockGuard, Retry, Token};
 
 /// A request for a lock: set what you need, then `.await` it for the [`LockGuard`].
 ///
 /// Created by [`Locker::lock`], [`Locker::try_lock`] and [`Locker::obtain`], which differ only in their patience, and
-/// by [`Locker::lock_all`], [`Locker::try_lock_all`] and [`Locker::obtain_all`] for several keys. Nothing happens
-/// before it is awaited. Options that are not set here are those of the [`Locker`].
+/// by [`Locker::lock_all`], [`Locker::try_lock_all`] and [`Locker::obtain_all`] for several keys. A request of
+/// [`Locker::read`] or [`Locker::permit`], or of its twin that tries once, is for a share of a key: what is said of a
+/// lock is true of that, too. Nothing happens before it is awaited. Options that are not set here are those of the [`Locker`].
 ///
 /// # Cancel safety
 ///
@@ -45,7 +47,9 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 ///   several times in a row.
 /// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`], [`Error::InvalidHold`]: no such lock can
 ///   work; nothing was sent.
-/// - [`Error::Unsupported`]: the locker requires replicas on a server that can't have any; nothing was sent.
+/// - [`Error::InvalidLimit`]: nobody could ever hold such a [permit](Locker::permit); nothing was sent.
+/// - [`Error::Unsupported`]: the locker requires replicas on a server that can't have any, or the store counts no permits;
+///   nothing was sent.
 /// - [`Error::CrossSlot`]: the keys lie in different slots of a cluster; nothing was sent.
 /// - [`Error::Closed`]: the locker was closed before or meanwhile.
 /// - [`Error::NoRuntime`]: the future was polled outside a tokio runtime.
@@ -77,6 +81,12 @@ pub struct LockRequest {
 impl LockRequest {
     pub(crate) fn new(shared: Arc<Shared>, keys: Vec<Key>, patience: Patience) -> Self {
         Self { options: Box::new(Options::new(shared, keys, patience)) }
+    }
+
+    /// Requests a share of the key instead of a lock: with a permit, as one of so many.
+    pub(crate) fn sharing(mut self, mode: Mode, limit: usize) -> Self {
+        (self.options.mode, self.options.limit) = (mode, limit);
+        self
     }
 
     /// Sets how long the server keeps the lock after each renewal, in whole milliseconds: from 4 ms (with the default
@@ -279,6 +289,8 @@ impl LockRequest {
     /// before its last confirmed ttl or the least time has ended, whichever is earlier.
     ///
     /// - With [`hold_at_most`](LockRequest::hold_at_most), the key stays taken after the end at the limit, too.
+    /// - A [reader](Locker::read)'s share is left to nobody, too: others may read meanwhile, and nobody writes. A
+    ///   [permit](Locker::permit) still counts as taken.
     /// - If several guards hold the lock by one [token](LockRequest::token), the key is left to nobody when the last of
     ///   them is dropped. An explicit [`release`](LockGuard::release) of one without a least time ends the lock for all,
     ///   at once.
@@ -414,6 +426,8 @@ impl fmt::Debug for LockRequest {
             .field("token", &self.options.token)
             .field("fenced", &self.options.fenced)
             .field("fair", &self.options.fair)
+            .field("mode", &self.options.mode)
+            .field("limit", &self.options.limit)
             .finish()
     }
 }

@@ -40,6 +40,9 @@ use crate::{Error, Key, Lease, LockGuard, Locker};
 /// sessions. You give it a lock as a guard, which it owns from then on, or as a [`Lease`], and find the lock again
 /// under each of its keys. Every lock is renewed on its own, as a guard's is. A lock that is lost is removed.
 ///
+/// A watchdog keeps one guard for each key, also for those that several share: a second [reader](Locker::read) or
+/// [permit](Locker::permit) for the same key is refused, or needs another watchdog.
+///
 /// Where a piece of code holds a lock while it works, use the [`LockGuard`] itself: it needs no watchdog.
 ///
 /// # Events

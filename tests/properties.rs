@@ -234,5 +234,8 @@ fn a_lease_survives_a_job_payload() {
     let payload = serde_json::to_string(&lease).unwrap();
     assert_eq!(payload, r#""tenure:1:30000::worker-7:odd%FF%3Akey""#);
     assert_eq!(serde_json::from_str::<Lease>(&payload).unwrap(), lease);
+    let of_reader: Lease = "tenure:2:read:30000:7~-:worker-7:k".parse().unwrap();
+    let payload = serde_json::to_string(&of_reader).unwrap();
+    assert_eq!(serde_json::from_str::<Lease>(&payload).unwrap(), of_reader);
     assert!(serde_json::from_str::<Lease>(r#""tenure:9:nonsense""#).unwrap_err().to_string().contains("version"));
 }

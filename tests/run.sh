@@ -127,6 +127,9 @@ join_lanes() {
 heading "format"
 cargo fmt --all --check
 
+heading "mutants"
+bash tests/mutants.sh --check
+
 heading "compile, all features"
 compile all --all-features --lib --tests
 

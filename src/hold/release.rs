@@ -82,6 +82,12 @@ impl Shared {
                     warn!(name: "tenure.release_failed", %error, "could not release; the ttl will free the lock");
                 }
             }
+            if let Some(reader) = hold.as_reader() {
+                let released = self.release_until(&reader, Ending::Grant, hold.stays_until(), until, true).await;
+                if let Err(error) = released {
+                    warn!(name: "tenure.release_failed", %error, "could not release; the ttl will free the lock");
+                }
+            }
         }
         if let Some(latest) = &hold.doubt {
             let left = hold.kept_until().saturating_duration_since(Instant::now());

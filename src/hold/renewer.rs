@@ -134,7 +134,8 @@ impl Renewer {
     /// A renewal that could outlast the deadline is not sent together: its renewer has to watch the deadline as well.
     pub(super) fn due_renewal(&self, now: Instant) -> Option<DueRenewal> {
         let Self { hold, shared } = self;
-        if !shared.store.capabilities().renews_batches || hold.owned.keys.len() != 1 {
+        let is_alike = hold.owned.keys.len() == 1 && !hold.owned.mode.is_shared();
+        if !shared.store.capabilities().renews_batches || !is_alike {
             return None;
         }
         // The time for two calls, so that another try fits in before the deadline.

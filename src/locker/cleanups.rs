@@ -135,7 +135,7 @@ impl Shared {
         if Self::check_runtime().is_err() {
             return self.releases.wait().await;
         }
-        if self.store.capabilities().has_line {
+        if self.store.capabilities().has_places() {
             // Waiters leave the line when they learn that the locker is closed, which may be after the end of the
             // program.
             for (key, place) in self.queues.line_places() {

@@ -396,6 +396,11 @@ impl World {
                     format!("  call {call}: {one} hands {:?} over to {other}, {ending:?}: {handed_over}", from.keys)
                 });
             }
+            Ran::Downgrade(owned, downgraded) => {
+                let label = state.label(&owned.token);
+                let note = || format!("  call {call}: {label} downgrades {:?}: {downgraded:?}", owned.keys);
+                state.note_with(self.start, note);
+            }
         }
         state.look(self);
         drop(state);

@@ -10,8 +10,8 @@ use tokio::time::timeout;
 use super::memory::MemoryStore;
 use super::notifications::Subscription;
 use super::{
-    Acquired, Answer, Answers, Capabilities, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Store,
-    Undone, Verdict, Wanted,
+    Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, Next,
+    Store, Undone, Verdict, Wanted,
 };
 use crate::hold::Owned;
 use crate::{Error, Key};
@@ -109,6 +109,10 @@ impl Store for EmbeddedStore {
         self.call(limit, move |store| store.hand_over(from, ending, to, next, limit))
     }
 
+    fn downgrade<'a>(&'a self, owned: &'a Owned, limit: Duration) -> Answer<'a, Downgraded> {
+        self.call(limit, move |store| store.downgrade(owned, limit))
+    }
+
     fn subscribe(&self, key: &Key) -> Subscription {
         self.0.store.subscribe(key)
     }
@@ -123,6 +127,10 @@ impl Store for EmbeddedStore {
 
     fn force_release<'a>(&'a self, key: &'a Key, limit: Duration) -> Answer<'a, bool> {
         self.call(limit, move |store| store.force_release(key, limit))
+    }
+
+    fn holders<'a>(&'a self, key: &'a Key, limit: Duration) -> Answer<'a, Vec<Holder>> {
+        self.call(limit, move |store| store.holders(key, limit))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, limit: Duration) -> Answer<'a, Option<Holder>> {

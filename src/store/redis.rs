@@ -23,6 +23,7 @@ mod router;
 mod script;
 mod server;
 mod server_info;
+mod shared;
 mod slot;
 mod subscriber;
 pub(crate) mod url;
@@ -34,6 +35,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::time::Instant;
 
 use self::batcher::Batcher;
 pub use self::driver::Driver;
@@ -41,6 +43,7 @@ pub use self::driver::Driver;
 pub use self::driver::RedisConnection;
 use self::driver::{Connection, WithoutConnection};
 use self::examination::Circumstances;
+use self::replies::Inspected;
 use self::script::Call;
 use self::server::Server;
 pub(crate) use self::server_info::ServerInfo;
@@ -48,8 +51,8 @@ use self::slot::slot_of;
 use self::subscriber::Subscriber;
 use super::notifications::Subscription;
 use super::{
-    Acquired, Answer, Answers, Capabilities, Ending, Extending, HandedOver, Holder, InLine, Latest, LinePlace, Next,
-    Store, Undone, Verdict, Wanted,
+    Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest,
+    LinePlace, Next, Store, Undone, Verdict, Wanted,
 };
 use crate::hold::Owned;
 use crate::{Diagnosis, Error, Key};
@@ -174,11 +177,16 @@ impl RedisStore {
     }
 
     async fn inspect(&self, key: &Key, timeout: Duration) -> Result<Option<Holder>, Error> {
-        let name = self.name(key);
+        let (until, name) = (Instant::now() + timeout, self.name(key));
         let fence = names::fence_of(&name);
         let call = Call::new([name, fence].into_iter(), []);
         let reply = self.server().run(&self.server().scripts.inspect, || call.clone(), |_| {}, timeout).await?;
-        replies::holder(reply.value()?)
+        match replies::inspected(reply.value()?)? {
+            Inspected::Holder(holder) => Ok(holder),
+            Inspected::Shared => {
+                Box::pin(self.longest_holder(key, until.saturating_duration_since(Instant::now()))).await
+            }
+        }
     }
 
     /// Refuses keys in several slots of a cluster, before anything is sent: a script can only touch one slot.
@@ -210,6 +218,8 @@ impl Store for RedisStore {
             // Not where a call takes keys of one slot only, or must not last longer than what it renews.
             renews_batches: !waits_for_replicas && !server.takes_one_slot(),
             undoes_attempts: false,
+            has_readers: true,
+            has_permits: true,
         }
     }
 
@@ -221,6 +231,9 @@ impl Store for RedisStore {
     }
 
     fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Verdict> {
+        if owned.mode.is_shared() {
+            return Box::pin(self.renew_shared(owned, ttl, how, timeout));
+        }
         Box::pin(self.renew(owned, ttl, how, timeout))
     }
 
@@ -229,6 +242,9 @@ impl Store for RedisStore {
     }
 
     fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Verdict> {
+        if owned.mode.is_shared() {
+            return Box::pin(self.release_shared(owned, ending, Duration::ZERO, timeout));
+        }
         Box::pin(self.release(owned, ending, timeout))
     }
 
@@ -239,10 +255,16 @@ impl Store for RedisStore {
         rest: Duration,
         timeout: Duration,
     ) -> Answer<'a, Verdict> {
+        if owned.mode.is_shared() {
+            return Box::pin(self.release_shared(owned, ending, rest, timeout));
+        }
         Box::pin(self.linger(owned, ending, rest, timeout))
     }
 
     fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, timeout: Duration) -> Answer<'a, Undone> {
+        if owned.mode.is_shared() {
+            return Box::pin(self.undo_shared(owned, latest, timeout));
+        }
         Box::pin(self.undo(owned, latest, timeout))
     }
 
@@ -255,6 +277,10 @@ impl Store for RedisStore {
         timeout: Duration,
     ) -> Answer<'a, HandedOver> {
         Box::pin(self.hand_over(from, ending, to, next, timeout))
+    }
+
+    fn downgrade<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Downgraded> {
+        Box::pin(self.downgrade(owned, timeout))
     }
 
     fn enter<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, ()> {
@@ -274,6 +300,9 @@ impl Store for RedisStore {
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
+        if owned.mode.is_shared() {
+            return Box::pin(router::patiently(timeout, move |left| self.remaining_shared(owned, left)));
+        }
         Box::pin(router::patiently(timeout, move |left| self.remaining(owned, left)))
     }
 
@@ -288,6 +317,10 @@ impl Store for RedisStore {
     /// What got `TRYAGAIN` has not run.
     fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {
         Box::pin(router::patiently(timeout, move |left| self.force_release(key, left)))
+    }
+
+    fn holders<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Vec<Holder>> {
+        Box::pin(self.holders(key, timeout))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {

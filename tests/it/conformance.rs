@@ -1,5 +1,7 @@
 //! One contract that every store keeps.
 
+mod sharing;
+
 use std::time::{Duration, Instant};
 
 use tenure::{Error, Lease, LockGuard, LockRequest, Locker, Loss, Retry, Token};
@@ -114,7 +116,7 @@ async fn quorum(servers: &[Server]) -> Locker {
 #[tokio::test]
 async fn a_quorum_of_three_conforms() {
     let servers = [(); 3].map(|()| Server::start());
-    all(&quorum(&servers).await).await;
+    all_of_a_quorum(&quorum(&servers).await).await;
 }
 
 #[tokio::test]
@@ -123,12 +125,12 @@ async fn a_quorum_of_five_two_of_which_are_gone_conforms() {
     servers[1].kill();
     let locker = quorum(&servers).await;
     servers[4].kill();
-    all(&locker).await;
+    all_of_a_quorum(&locker).await;
 }
 
 #[tokio::test]
 async fn a_quorum_of_one_conforms() {
-    all(&quorum(&[Server::start()]).await).await;
+    all_of_a_quorum(&quorum(&[Server::start()]).await).await;
 }
 
 /// Repeats a call whose outcome is unknown: a node of a quorum has a fraction of a second, too little on a busy
@@ -148,17 +150,38 @@ async fn has_at_least(guard: &LockGuard, least: Duration) {
     eventually("the servers have the ttl", look).await;
 }
 
-/// Runs every case, one after the other, each on its own keys.
+/// Runs cases, one after the other.
+macro_rules! run {
+    ($locker:expr; $($case:path),* $(,)?) => {
+        $(
+            eprintln!("case: {}", stringify!($case));
+            soon(async { $case($locker).await }).await;
+        )*
+    };
+}
+
+/// Runs every case, each on its own keys.
 async fn all(locker: &Locker) {
-    macro_rules! run {
-        ($($case:ident),* $(,)?) => {
-            $(
-                eprintln!("case: {}", stringify!($case));
-                soon(async { $case(locker).await }).await;
-            )*
-        };
-    }
+    all_but_permits(locker).await;
     run!(
+        locker;
+        sharing::no_more_hold_a_permit_than_the_limit_says,
+        sharing::a_limit_of_no_permits_is_refused,
+        sharing::the_permit_of_a_dead_holder_comes_back,
+        sharing::a_token_counts_once,
+        sharing::a_permit_that_lingers_still_counts,
+        sharing::the_lease_of_a_permit_is_taken_up_again,
+    );
+}
+
+async fn all_of_a_quorum(locker: &Locker) {
+    all_but_permits(locker).await;
+    run!(locker; sharing::a_permit_of_a_quorum_is_refused_with_the_reason);
+}
+
+async fn all_but_permits(locker: &Locker) {
+    run!(
+        locker;
         a_lock_excludes_all_others_until_it_is_released,
         a_token_obtains_its_lock_again_and_keeps_its_fencing_token,
         a_token_is_compared_whole,
@@ -188,6 +211,21 @@ async fn all(locker: &Locker) {
         bounds_that_cannot_work_are_refused,
         a_lock_is_ended_whoever_holds_it,
         locks_are_listed_and_nothing_else,
+        sharing::readers_share_a_key_and_exclude_writers,
+        sharing::all_readers_are_listed,
+        sharing::a_writer_that_waits_holds_readers_back,
+        sharing::a_request_that_gives_up_or_is_dropped_holds_nobody_back,
+        sharing::a_reader_is_renewed_and_its_ttl_is_its_own,
+        sharing::a_key_is_free_when_the_last_reader_has_expired,
+        sharing::a_token_that_reads_already_is_admitted_and_its_guards_end_one_by_one,
+        sharing::a_reader_whose_share_is_gone_is_lost,
+        sharing::a_dropped_reader_is_released,
+        sharing::the_lease_of_a_reader_is_taken_up_again,
+        sharing::the_bounds_of_a_reader_are_kept,
+        sharing::a_writer_becomes_a_reader_in_one_step,
+        sharing::a_writer_that_waits_is_not_passed_by_a_downgrade,
+        sharing::a_lock_that_others_rely_on_is_not_downgraded,
+        sharing::many_that_share_end_with_nothing_left,
     );
 }
 

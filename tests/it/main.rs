@@ -5,6 +5,7 @@
 #![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 
+mod abuse;
 mod auto_traits;
 mod bounds;
 mod cancellation;
@@ -15,6 +16,7 @@ mod diagnosis;
 mod drops;
 mod errors;
 mod failover;
+mod guarantees;
 mod hand_over;
 mod interop;
 mod late;
@@ -30,4 +32,5 @@ mod replicas;
 mod runtimes;
 mod secrets;
 mod servers;
+mod sharing_line;
 mod waiting;

@@ -33,7 +33,10 @@ impl RedisStore {
     }
 
     async fn try_acquire(&self, wanted: &Wanted, in_line: InLine, timeout: Duration) -> Result<Acquired, Error> {
-        let Owned { keys, token, grant, .. } = &wanted.owned;
+        let Owned { keys, token, grant, mode, .. } = &wanted.owned;
+        if mode.is_shared() {
+            return Box::pin(self.acquire_shared(wanted, in_line, timeout)).await;
+        }
         let place = match in_line {
             InLine::At { place, .. } => Some(place),
             InLine::No | InLine::Behind => None,

@@ -44,6 +44,21 @@ pub(super) fn alive_of(key: &Bytes) -> Bytes {
     beside(key, ":alive")
 }
 
+/// Returns the name of the set of those who share a lock key.
+pub(super) fn holders_of(key: &Bytes) -> Bytes {
+    beside(key, ":holders")
+}
+
+/// Returns the name of the records of their shares.
+pub(super) fn shares_of(key: &Bytes) -> Bytes {
+    beside(key, ":shares")
+}
+
+/// Returns the name of the set of writers that wait for the readers of a lock key, on a node of a quorum.
+pub(super) fn intent_of(key: &Bytes) -> Bytes {
+    beside(key, ":intent")
+}
+
 /// Returns whether this is the name of a key that belongs to a lock key.
 pub(super) fn is_beside(name: &[u8]) -> bool {
     let (name, has_mark) = name.strip_suffix(b"~").map_or((name, false), |name| (name, true));
@@ -168,7 +183,7 @@ mod tests {
 
     use super::*;
 
-    const KINDS: [fn(&Bytes) -> Bytes; 4] = [fence_of, grants_of, line_of, alive_of];
+    const KINDS: [fn(&Bytes) -> Bytes; 7] = [fence_of, grants_of, line_of, alive_of, holders_of, shares_of, intent_of];
 
     #[test]
     fn derived_names_are_as_documented() {
@@ -189,8 +204,10 @@ mod tests {
 
     /// Of whatever is special in a name, and little else, so that names are close to each other.
     fn hostile_key(rng: &mut fastrand::Rng) -> Bytes {
-        let parts =
-            ["{", "}", "{}", ":", "~", "a", "b", "h", ":fence", ":queue", ":alive", ":grants", "hhhh", "\u{ff}"];
+        let parts = [
+            "{", "}", "{}", ":", "~", "a", "b", "h", ":fence", ":queue", ":alive", ":grants", ":holders", ":shares",
+            ":intent", "hhhh", "\u{ff}",
+        ];
         let key: String = (0..rng.usize(1..6)).filter_map(|_| rng.choice(parts)).collect();
         key.into()
     }

@@ -119,6 +119,7 @@ impl Peer {
             "WRONGPASS" => Some("look at the user and the password in the URL"),
             "ERR" if said.contains("DB index") => Some("look at the database in the URL"),
             "ERR" if said.contains("AUTH") && self.has_password => Some("look at the user and the password in the URL"),
+            "ERR" if said.contains("max number of clients") => Some("look at its maxclients"),
             "ERR" if said.contains("cluster support disabled") => Some("it is no cluster: use redis://"),
             _ => None,
         }

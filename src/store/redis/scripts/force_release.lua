@@ -1,6 +1,7 @@
 -- Ends a lock, whoever holds it.
 --
--- KEYS  the lock key, its line, then other keys that end with the lock: its record of grants.
+-- KEYS  the lock key, its line, then other keys that end with the lock: its record of grants, and what is
+--       kept of those who share it.
 -- ARGV  'PUBLISH' or 'SPUBLISH', and the channel, to notify waiters.
 -- Reply 1  the lock has ended, or the time for which it was left to nobody. It goes to the head of the line, or is free.
 --       0  there was no lock. If the key is reserved for a waiter, that one keeps its turn.
