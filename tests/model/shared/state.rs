@@ -31,7 +31,7 @@ pub struct SharedState {
 
 /// The content of the lock key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Lock {
+pub(super) enum Lock {
     #[default]
     Free,
     Held {
@@ -71,7 +71,7 @@ pub(super) struct Broken {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Client {
+pub(super) struct Client {
     pub(super) phase: Phase,
     /// A writer that becomes a reader changes it.
     pub(super) mode: Mode,
@@ -101,7 +101,7 @@ pub struct Client {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Phase {
+pub(super) enum Phase {
     #[default]
     Away,
     Waiting,
