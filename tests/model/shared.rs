@@ -367,12 +367,8 @@ impl Shares {
             let has_lock = matches!(state.lock, Lock::Held { token, .. } if token == self.clients[client].token)
                 && !self.has_twin(client);
             let has_share = state.members[client].is_some_and(|member| member.left > 0 && !member.is_stale);
-<<<<<<< HEAD
-            !is_over || !(has_share || state.line.contains(&(client as u8)) || has_lock && !self.has_twin(client))
-=======
             let is_there = has_share || has_lock || state.line.contains(&(client as u8));
             !is_over || !is_there
->>>>>>> holders
         };
         state.clients.iter().enumerate().take(self.clients.len()).all(is_gone)
     }
