@@ -262,7 +262,11 @@ pub(super) fn vote(reply: &Value) -> Result<VoteReply, Error> {
         (1, &[granted]) => Vote::Granted { number: Some(number(granted)?) },
         (0, &[ttl, place, by]) => {
             let by = if by == 1 { HeldBy::Readers } else { HeldBy::Another };
-            Vote::Held { place: usize::try_from(place.saturating_sub(1)).unwrap_or_default(), remaining: from_millis(ttl), by }
+            Vote::Held {
+                place: usize::try_from(place.saturating_sub(1)).unwrap_or_default(),
+                remaining: from_millis(ttl),
+                by,
+            }
         }
         (2, []) => Vote::Behind,
         (3, []) => Vote::Ahead,
