@@ -760,6 +760,8 @@ impl Locker {
     /// Ends the lock of this key, whoever holds it: a holder that hangs, say, or one of another library. Returns whether
     /// there was anything to end.
     ///
+    /// All [readers](Locker::read), or all who have a [permit](Locker::permit), lose the key together.
+    ///
     /// The lock goes to the first waiter in the line, as after any release. So does a key that stays taken for [some
     /// time](LockRequest::hold_at_least) although nobody holds it. Fencing tokens go on growing. A key of another type
     /// is no lock: the error has the code `WRONGTYPE`, and nothing is deleted.

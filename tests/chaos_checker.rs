@@ -161,6 +161,14 @@ fn a_verdict_of_the_server_is_no_violation_where_assumptions_are_broken() {
 }
 
 #[test]
+fn what_becomes_of_a_guard_that_its_worker_has_ended_is_no_loss() {
+    for loss in ["Missing", "Expired"] {
+        let history = History::new().turn(1, ALONE, 10, 0, 100).lost(900, 1, loss, 500);
+        assert_eq!(history.turn(2, ALONE, 11, 110, 400).violations(), []);
+    }
+}
+
+#[test]
 fn guards_of_one_holder_are_held_together() {
     let history = History::new().attempt_as(0, 1, ALONE, "user").granted(1, 1, 10).held(100, 101, 1);
     let history = history.attempt_as(50, 2, ALONE, "user").granted(51, 2, 10).held(200, 201, 2);
@@ -176,6 +184,7 @@ fn modes_admit_each_other_or_do_not() {
         (read, ALONE, false),
         (ALONE, permit, false),
         (permit, ALONE, false),
+        (read, permit, false),
     ] {
         let found = History::new().turn(1, first, 10, 0, 100).turn(2, second, 11, 50, 150).violations();
         assert_eq!(found.is_empty(), together, "{first:?}, {second:?}: {found:?}");
@@ -223,6 +232,17 @@ fn shared_holders_that_have_waited_at_the_same_time_may_have_their_tokens_in_any
 }
 
 #[test]
+fn whoever_continues_the_lease_of_a_reader_has_its_token() {
+    let history = |fence| {
+        let history = History::new().attempt_as(0, 1, Mode::Read, "1").granted(10, 1, 10).held(20, 21, 1);
+        let history = history.ending(22, 1).turn(2, Mode::Read, 11, 30, 100);
+        history.attempt_as(40, 3, Mode::Read, "1").granted(50, 3, fence).held(60, 61, 3).ending(62, 3)
+    };
+    assert_eq!(history(10).violations(), []);
+    assert!(matches!(history(9).violations()[..], [Violation::Order { earlier: 2, later: 3, .. }]));
+}
+
+#[test]
 fn a_token_is_of_one_holder() {
     let history = |second: &str| {
         let history = History::new().attempt_as(0, 1, ALONE, "1").granted(10, 1, 10).held(20, 21, 1).ending(22, 1);
@@ -240,6 +260,16 @@ fn a_holder_whose_write_is_refused_is_found() {
     // It may have ended meanwhile.
     let report = turn().wrote(90, 110, 1, false).wrote(10, 20, 1, true).report();
     assert_eq!((report.violations, report.accepted, report.refused), (vec![], 1, 1));
+}
+
+#[test]
+fn a_holder_may_be_refused_for_its_own_greater_token_alone() {
+    let history = |holder: &str| {
+        let history = History::new().attempt_as(0, 1, ALONE, "user").granted(10, 1, 10).attempt_as(0, 2, ALONE, holder);
+        history.granted(20, 2, 11).held(30, 31, 2).ending(32, 2).wrote(50, 60, 1, false).held(100, 101, 1)
+    };
+    assert_eq!(history("user").violations(), []);
+    assert!(history("other").violations().contains(&Violation::RefusedHolder { key: "k".into(), guard: 1 }));
 }
 
 #[test]

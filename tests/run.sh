@@ -154,7 +154,7 @@ promises() {
 }
 
 # Left out on the other server: programs that say nothing about a server, or no more than these do (seeds, turns, soak,
-# exclusion, many, tls), and the tests that take longest: many operations at a time, requests that are late by up to
+# exclusion, many, tls, chaos), and the tests that take longest: many operations at a time, requests that are late by up to
 # 30 s, runtimes and connections that fall silent.
 other_server() {
     TENURE_LOG=$scratch/reported.redis run redis "$other" it "${many[@]}" --skip late:: --skip listening::
@@ -178,6 +178,7 @@ several_servers() {
     run redis "$installed" seeds
     run redis "$installed" turns
     run all "$installed" properties
+    run all "$installed" chaos_checker
     # The command: its own tests, and those on servers.
     for program in tenure run others; do run cli "$installed" "$program"; done
 }
@@ -200,6 +201,7 @@ processor() {
     cargo test --package tenure --all-features --doc
     run all "$installed" model
     run all "$installed" line_model
+    run all "$installed" shared_model
     run all "$installed" tenure
     run none "$installed" tenure
 }
@@ -221,13 +223,15 @@ heading "tests that need the machine for themselves"
 for program in it quorum combined; do
     run all "$installed" "$program" a_hundred_thousand_ ten_thousand_ thousands_of_ a_lock_costs_
 done
-for program in many turns watchdog exclusion; do
+for program in many turns watchdog exclusion permits; do
     run all "$installed" "$program"
 done
 run rustls "$installed" tls
 # What is rare takes longer to find (CONTRIBUTING.md).
 TENURE_SOAK_SECONDS=60 run all "$installed" soak --skip tasks_and
 TENURE_SOAK_SECONDS=20 run all "$installed" soak tasks_and
+# A short share of each topology, with the same faults in each run.
+run all "$installed" chaos --seed 1 --seconds 15
 
 # They wait more than they work, so all run at once: by itself, and on a server.
 redis-server --port 0 --unixsocket "$scratch/socket" --save "" --dir "$scratch" >"$scratch/log" &
@@ -236,7 +240,7 @@ for _ in {1..100}; do
     redis-cli -s "$scratch/socket" ping >/dev/null 2>&1 && break
     sleep 0.1
 done
-for name in minimal quickstart lost_in_select scope hand_over watchdog; do
+for name in minimal quickstart lost_in_select scope hand_over reader_writer permits watchdog; do
     lane "example $name" env -u REDIS_URL cargo run --quiet --example "$name"
     lane "example $name, on a server" env REDIS_URL="redis+unix://$scratch/socket" cargo run --quiet --example "$name"
 done

@@ -29,8 +29,8 @@ pub(crate) enum Command {
 
     /// Show who holds locks
     ///
-    /// Prints for each key whether it is held, what for, for how long unless it is renewed, and the fencing token. The
-    /// token by which it is held is a secret, and never shown.
+    /// Prints for each key whether it is held, what for, for how long unless it is renewed, and the fencing token. Where
+    /// readers or permits share a key, each has a line. The tokens by which keys are held are secret, and never shown.
     #[command(after_long_help = AFTER_STATUS)]
     Status(StatusOptions),
 
@@ -129,6 +129,18 @@ pub(crate) struct RunOptions {
     #[arg(long)]
     pub(crate) fair: bool,
 
+    /// Hold the key as a reader: together with other readers, and while nobody holds it without --read
+    ///
+    /// While somebody waits who is no reader, further readers wait behind.
+    #[arg(long)]
+    pub(crate) read: bool,
+
+    /// Run at most so many commands at a time, rather than one
+    ///
+    /// Each counts those that run already, whatever number they came with. Not on a quorum.
+    #[arg(long, value_name = "N", conflicts_with = "read", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) permits: Option<u32>,
+
     /// Keep the lock taken until this time has passed since it was obtained, even if the command ends before
     ///
     /// For a job that runs once per period on one of many machines, whose clocks disagree: longer than they are apart,
@@ -221,6 +233,8 @@ Examples:
     */10 * * * * tenure run nightly-import --no-wait --at-least 1m -- /usr/local/bin/import
   Deploy one at a time, in order, and wait for up to an hour:
     tenure run deploy --wait 1h --fair -- ./deploy.sh
+  No more than three at a time:
+    tenure run render --permits 3 -- ./render.sh
   Who has it?
     tenure status deploy";
 

@@ -9,7 +9,7 @@ use crate::args::BreakOptions;
 use crate::connect::{connect, exit_of};
 use crate::exit::Exit;
 use crate::output::Output;
-use crate::status::Shown;
+use crate::status::{Shown, holders};
 
 pub(crate) async fn break_lock(options: BreakOptions, output: &Output) -> Exit {
     if !options.yes && !io::stdin().is_terminal() {
@@ -34,12 +34,12 @@ pub(crate) async fn break_lock(options: BreakOptions, output: &Output) -> Exit {
     }
 }
 
-/// Shows the holder, and asks whether to end its lock. False if the holder is another by then.
+/// Shows the holders, and asks whether to end their lock. False if there are others by then.
 async fn ask(locker: &Locker, key: &str) -> Result<bool, tenure::Error> {
-    let before = locker.inspect(key).await?;
-    match &before {
-        Some(_) => eprintln!("{}", Shown::new(key, before.as_ref()).text()),
-        None => eprintln!("{key}  has no holder, but may stay taken for a time after its last one"),
+    let before = holders(locker, key).await?;
+    match &before[..] {
+        [] => eprintln!("{key}  has no holder, but may stay taken for a time after its last one"),
+        holders => eprintln!("{}", Shown::new(key, holders).text()),
     }
     eprint!("End it? The holder goes on until its next renewal. [y/N] ");
     drop(io::stderr().flush());
@@ -48,9 +48,9 @@ async fn ask(locker: &Locker, key: &str) -> Result<bool, tenure::Error> {
     if io::stdin().lock().read_line(&mut answer).is_err() || !matches!(answer.trim(), "y" | "Y" | "yes") {
         return Ok(false);
     }
-    let now = locker.inspect(key).await?;
-    let token = |holder: &Option<Holder>| holder.as_ref().map(|holder| holder.token.clone());
-    if token(&before) == token(&now) {
+    let now = holders(locker, key).await?;
+    let is_known = |holder: &Holder| before.iter().any(|known| known.token == holder.token);
+    if now.iter().all(is_known) {
         return Ok(true);
     }
     eprintln!("another holds it now: look again");

@@ -38,6 +38,7 @@ pub(crate) fn exit_of(error: &Error) -> Exit {
         | Error::InvalidTtl(_)
         | Error::InvalidRenewal(_)
         | Error::InvalidHold(_)
+        | Error::InvalidLimit(_)
         | Error::Unsupported(_) => Exit::Usage,
         _ => Exit::Unavailable,
     }

@@ -16,7 +16,7 @@ pub(crate) async fn list(options: ListOptions, output: &Output) -> Exit {
         Ok(locks) => {
             for (key, holder) in locks.iter().take(options.limit) {
                 let key = key.to_string();
-                let shown = Shown::new(&key, Some(holder));
+                let shown = Shown::new(&key, std::slice::from_ref(holder));
                 output.result(shown.text(), &shown);
             }
             if locks.len() > options.limit {

@@ -96,9 +96,14 @@ fn interrupted(signal: Signal, output: &Output) -> Exit {
 
 fn request(locker: &Locker, options: &RunOptions) -> LockRequest {
     let key = options.key.as_str();
-    let mut request = match options.no_wait {
-        true => locker.try_lock(key),
-        false => locker.lock(key),
+    let permits = options.permits.map(|permits| usize::try_from(permits).unwrap_or(usize::MAX));
+    let mut request = match (options.read, permits, options.no_wait) {
+        (true, _, false) => locker.read(key),
+        (true, _, true) => locker.try_read(key),
+        (false, Some(permits), false) => locker.permit(key, permits),
+        (false, Some(permits), true) => locker.try_permit(key, permits),
+        (false, None, false) => locker.lock(key),
+        (false, None, true) => locker.try_lock(key),
     };
     if let Some(wait) = options.wait {
         request = request.wait_at_most(wait);

@@ -43,7 +43,8 @@ fn status_shows_holders_and_no_tokens() {
     let (code, text, _) = tenure(&server, &["status", "--json", "--exit-code", "held", "free"]);
     assert_eq!(code, 75);
     let [held, free] = &json(&text)[..] else { panic!("{text}") };
-    assert!(held["held"] == true && held["remaining_ms"].as_u64().is_some_and(|ms| ms > 50_000), "{held}");
+    let holder = &held["holders"][0];
+    assert!(held["held"] == true && holder["remaining_ms"].as_u64().is_some_and(|ms| ms > 50_000), "{held}");
     assert_eq!(free["held"], false);
     assert_eq!(tenure(&server, &["status", "--exit-code", "free"]).0, 0);
 }

@@ -197,6 +197,18 @@ impl MemoryStore {
         self.held().live(key, Instant::now()).map(|entry| (entry.token.clone(), entry.expires))
     }
 
+    /// Returns who holds the key, in any mode, with what stays for nobody: mode, token, grant of a share, and when it
+    /// expires unless it is renewed.
+    #[cfg(test)]
+    pub(crate) fn held_by(&self, key: &Key) -> Vec<(Mode, Token, Option<GrantId>, Instant)> {
+        let (held, now) = (self.held(), Instant::now());
+        let alone = held.live(key, now).map(|entry| (Mode::Exclusive, entry.token.clone(), None, entry.expires));
+        let shares = held.shares.get(key).into_iter().flat_map(|share| {
+            share.live(now).map(|member| (share.mode, member.token.clone(), member.grant, member.expires))
+        });
+        alone.into_iter().chain(shares).collect()
+    }
+
     /// Returns what others may share the key as, and when the last share ends.
     #[cfg(test)]
     pub(crate) fn shared(&self, key: &Key) -> Option<(Mode, Instant)> {

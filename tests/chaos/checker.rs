@@ -25,12 +25,12 @@
 //! # Fencing tokens
 //!
 //! - Of two grants of a key, of which one had returned before the other was asked for, the later one has the greater
-//!   token, in whatever modes.
+//!   token, in whatever modes; unless it continues a lease, and has that one's token.
 //! - Of two certain parts of exclusive guards that don't overlap, the later one has the greater token, even if both waited
 //!   at the same time.
 //! - No two holders have the same token. Guards of one holder may.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::history::{Event, GUARDS_PER_WORKER, GuardId, Mode, Nanos};
 
@@ -175,7 +175,7 @@ pub(crate) fn check(events: impl IntoIterator<Item = Event>, accepted: &[(String
         check_order_of_exclusive(key, guards, &mut report);
     }
     check_register(accepted, &mut report);
-    check_writes(guards.values(), &mut report);
+    check_writes(&guards, &mut report);
     report
 }
 
@@ -221,6 +221,8 @@ fn collect(events: impl IntoIterator<Item = Event>, report: &mut Report) -> Hash
                 report.renewals += u64::from(guard.deadline != 0 && deadline > guard.deadline);
                 (guard.until, guard.deadline) = (guard.until.max(before), deadline);
             }
+            // The worker had ended it already, and so it claims nothing.
+            Event::Lost { .. } if guard.ended => {}
             Event::Lost { loss, deadline, .. } => {
                 if loss == "Expired" {
                     guard.until = guard.until.max(deadline);
@@ -312,13 +314,16 @@ fn check_tokens(key: &str, guards: &[&Guard], report: &mut Report) {
     grants.sort_unstable_by_key(|&(attempted, ..)| attempted);
     let mut returned = returned.into_iter().peekable();
     let mut highest: Option<(u64, &Guard)> = None;
+    let mut seen: HashSet<(&str, u64)> = HashSet::new();
     for (attempted, _, fence, later) in grants {
         while let Some((.., earlier_fence, earlier)) = returned.next_if(|&(_, answered, ..)| answered <= attempted) {
             if highest.is_none_or(|(highest, _)| highest < earlier_fence) {
                 highest = Some((earlier_fence, earlier));
             }
         }
-        if let Some((_, earlier)) = highest.filter(|&(highest, _)| highest > fence) {
+        // Whoever continues a lease has its token, and others may have shared the key with it since.
+        let is_continued = !seen.insert((&later.holder, fence));
+        if let Some((_, earlier)) = highest.filter(|&(highest, _)| highest > fence && !is_continued) {
             report.violations.push(order(key, earlier, later));
         }
     }
@@ -359,13 +364,24 @@ fn check_register(accepted: &[(String, u64)], report: &mut Report) {
     }
 }
 
-/// Whoever is surely held from before its write until after is not refused.
-fn check_writes<'a>(guards: impl Iterator<Item = &'a Guard>, report: &mut Report) {
-    for guard in guards {
+/// Whoever is surely held from before its write until after is not refused. Unless another guard of the same holder has
+/// a greater token: nodes of a quorum that vote for both at the same time may give each a number of its own.
+fn check_writes(guards: &HashMap<GuardId, Guard>, report: &mut Report) {
+    let mut by_holder: HashMap<&str, Vec<&Guard>> = HashMap::new();
+    for guard in guards.values() {
+        by_holder.entry(&guard.holder).or_default().push(guard);
+    }
+    for guard in guards.values() {
         for (before, after, key, accepted) in &guard.writes {
             report.accepted += u64::from(*accepted);
             report.refused += u64::from(!accepted);
-            if !accepted && guard.certain().is_some_and(|(from, until)| from <= *before && *after <= until) {
+            if *accepted || guard.certain().is_none_or(|(from, until)| *before < from || until < *after) {
+                continue;
+            }
+            let is_greater = |other: &&Guard| {
+                other.fence > guard.fence && other.keys.contains(key) && other.answered.is_some_and(|at| at <= *after)
+            };
+            if !by_holder[guard.holder.as_str()].iter().any(is_greater) {
                 report.violations.push(Violation::RefusedHolder { key: key.clone(), guard: guard.id });
             }
         }

@@ -45,7 +45,7 @@ pub(crate) enum Mode {
 impl Mode {
     /// Returns whether two holders may have a key in these modes at the same time.
     pub(crate) fn admits(self, other: Self) -> bool {
-        self != Self::Exclusive && other != Self::Exclusive
+        matches!((self, other), (Self::Read, Self::Read) | (Self::Permit { .. }, Self::Permit { .. }))
     }
 }
 

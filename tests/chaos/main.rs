@@ -1,9 +1,9 @@
 //! Chaos: worker processes contend for locks while servers, connections and workers fail at random, and a checker decides
 //! from what they have recorded whether the promises were kept.
 //!
-//!     cargo test --release --test chaos -- --topology quorum5 --seed 7 --seconds 60
-//!     cargo test --release --test chaos -- --topology single --break-assumptions
-//!     cargo test --test chaos                                    # a short share of each
+//!     cargo test --release --all-features --test chaos -- --topology quorum5 --seed 7 --seconds 60
+//!     cargo test --release --all-features --test chaos -- --topology single --break-assumptions
+//!     cargo test --test chaos                         # a short share of each
 //!
 //! - [`topology`]: the servers, and proxies before them
 //! - [`nemesis`]: the faults, and what each may break
@@ -25,7 +25,7 @@ mod register;
 mod topology;
 mod worker;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -78,7 +78,7 @@ impl Options {
     /// Returns `None` if there is nothing to run: Cargo passes the filters and options of libtest to all test programs.
     fn parse(args: Vec<String>) -> Result<Option<Self>, String> {
         let has_client = cfg!(any(feature = "fred", feature = "redis"));
-        let mut options = Self { topology: None, seed: 1, seconds: 8, break_assumptions: false };
+        let mut options = Self { topology: None, seed: 1, seconds: 15, break_assumptions: false };
         let mut args = args.into_iter();
         while let Some(arg) = args.next() {
             let mut value = || args.next().ok_or_else(|| format!("{arg} needs a value"));
@@ -101,7 +101,9 @@ impl Options {
     fn command(&self, topology: Kind) -> String {
         let Self { seed, seconds, break_assumptions, .. } = self;
         let breaks = if *break_assumptions { " --break-assumptions" } else { "" };
-        format!("cargo test --release --test chaos -- --topology {topology} --seed {seed} --seconds {seconds}{breaks}")
+        format!(
+            "cargo test --release --all-features --test chaos -- --topology {topology} --seed {seed} --seconds {seconds}{breaks}"
+        )
     }
 }
 
@@ -173,8 +175,11 @@ fn run(kind: Kind, options: &Options) -> bool {
     if overlaps == 0 && breaks {
         println!("no overlap was found: the faults are toothless, or the checker is blind");
     }
-    for violation in broken.iter().take(10) {
-        explain(violation, &log, &pool);
+    let mut explained = BTreeSet::new();
+    for violation in broken {
+        if explained.len() < 4 && explained.insert(violation.guards()) {
+            explain(violation, &log, &pool);
+        }
     }
     println!("the histories are in {}\nFAILED: {}", dir.keep().display(), options.command(kind));
     false

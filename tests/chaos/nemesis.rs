@@ -67,14 +67,16 @@ fn faults(topology: &Topology) -> Vec<Fault> {
     let servers: &[Fault] = &[FreezeServer, FreezeServer, PauseServer, KillConnections];
     let connections: &[Fault] = if topology.proxies().is_empty() { &[KillConnections] } else { &CONNECTIONS };
     let own: &[Fault] = match (topology.kind, topology.breaks_assumptions) {
-        (Kind::Single, false) => &[RestartServer, RestartServer],
+        (Kind::Single, false) => &[RestartServer, RestartServer, RestartServer],
         (Kind::Sentinel | Kind::Cluster, false) => &[RestartServer, FailOver, FailOver],
         (Kind::Single, true) => &[RestartEmpty, Flush, Flush],
         (Kind::Sentinel | Kind::Cluster, true) => &[RestartEmpty, FailOver, Flush, Flush],
         (Kind::Quorum(_), false) => &[RestartEmpty, RestartServer, Save],
         (Kind::Quorum(_), true) => &[RestartEmpty, Flush, Flush, Flush],
     };
-    [servers, connections, own, &WORKERS].concat()
+    // Those that break something are three of four.
+    let times = if topology.breaks_assumptions { 16 } else { 1 };
+    [servers, connections, &own.repeat(times), &WORKERS].concat()
 }
 
 /// What a fault is done to.
@@ -99,6 +101,7 @@ pub(crate) struct Nemesis<'a> {
     rng: Rng,
     faults: Vec<Fault>,
     lasting: Vec<Lasting>,
+    failed_over: Option<Instant>,
     pub(crate) counts: BTreeMap<Fault, u64>,
     /// When a fault began or ended.
     pub(crate) log: Vec<(Nanos, String)>,
@@ -110,7 +113,7 @@ impl<'a> Nemesis<'a> {
     pub(crate) fn new(topology: &'a mut Topology, pool: &'a mut Pool, seed: u64) -> Self {
         let faults = faults(topology);
         let (counts, log, lasting) = (BTreeMap::new(), Vec::new(), Vec::new());
-        Self { topology, pool, rng: Rng::with_seed(seed), faults, lasting, counts, log }
+        Self { topology, pool, rng: Rng::with_seed(seed), faults, lasting, failed_over: None, counts, log }
     }
 
     /// Does harm for this long, and ends it.
@@ -227,6 +230,11 @@ impl<'a> Nemesis<'a> {
     /// Promotes a replica, if it is one.
     fn fail_over(&mut self, place: usize) -> bool {
         if let Some(sentinel) = self.topology.sentinel() {
+            // The Sentinel takes ten seconds to make the old primary a replica, and there are no locks without one.
+            if self.failed_over.is_some_and(|last| last.elapsed() < Duration::from_secs(20)) {
+                return false;
+            }
+            self.failed_over = Some(Instant::now());
             return sentinel.cli(&["SENTINEL", "FAILOVER", "locks"]) == "OK";
         }
         let how: &[&str] = if self.topology.breaks_assumptions { &["TAKEOVER"] } else { &[] };

@@ -10,6 +10,8 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
 
+use crate::history::Mode;
+
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Ask {
     /// Write under the protection of a lock.
@@ -40,6 +42,7 @@ pub(crate) enum Answer {
 pub(crate) struct Letter {
     pub(crate) lease: String,
     pub(crate) holder: String,
+    pub(crate) mode: Mode,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]

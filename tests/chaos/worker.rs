@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use fastrand::Rng;
 use serde::{Deserialize, Serialize};
-use tenure::{Driver, Error, Lease, LockGuard, Locker, WatchDog, WatchEvent};
+use tenure::{Driver, Error, Lease, LockGuard, LockRequest, Locker, WatchDog, WatchEvent};
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -23,10 +23,12 @@ use crate::register::{Answer, Ask, Client, Letter, Phase};
 pub(crate) const TTL: Duration = Duration::from_millis(400);
 /// How long a node of a quorum doesn't vote after its start.
 pub(crate) const WINDOW: Duration = Duration::from_secs(1);
-const TASKS: usize = 6;
+const TASKS: usize = 8;
 const SAMPLE: Duration = Duration::from_millis(20);
 const HOT: usize = 8;
 const COLD: usize = 200;
+/// How many have a permit at the same time.
+const LIMIT: usize = 2;
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -54,6 +56,10 @@ enum Style {
     Several,
     /// By a token that others use, too.
     UserToken,
+    Read,
+    Permit,
+    /// A lock becomes that of a reader.
+    Downgraded,
     /// It is obtained, and then kept by the watchdog.
     Watched,
     /// The lease of another process is adopted.
@@ -62,12 +68,15 @@ enum Style {
     GivenUp,
 }
 
-const STYLES: [(Style, u32); 8] = [
-    (Style::Plain, 25),
+const STYLES: [(Style, u32); 11] = [
+    (Style::Plain, 20),
     (Style::Fair, 15),
     (Style::Try, 12),
     (Style::Several, 14),
     (Style::UserToken, 10),
+    (Style::Read, 12),
+    (Style::Permit, 8),
+    (Style::Downgraded, 4),
     (Style::Watched, 10),
     (Style::Adopted, 8),
     (Style::GivenUp, 6),
@@ -86,7 +95,9 @@ async fn contend(work: Work) {
     let (dog_recorder, dog_watched) = (recorder.clone(), watched.clone());
     let dog = WatchDog::builder(&locker).on_event(move |event| dog_watched.ended(event, &dog_recorder)).build();
     let (guards, calm) = (AtomicU64::new(work.number * GUARDS_PER_WORKER), AtomicBool::new(false));
-    let worker = Arc::new(Worker { locker: locker.clone(), dog, watched, register, recorder, guards, calm });
+    let has_permits = !work.is_quorum;
+    let worker =
+        Arc::new(Worker { locker: locker.clone(), has_permits, dog, watched, register, recorder, guards, calm });
     let mut tasks = JoinSet::new();
     for task in 0..TASKS {
         let rng = Rng::with_seed(work.seed.wrapping_add(task as u64));
@@ -141,6 +152,7 @@ async fn connect(work: &Work) -> Locker {
 
 struct Worker {
     locker: Locker,
+    has_permits: bool,
     dog: WatchDog,
     watched: Arc<Watched>,
     register: Client,
@@ -154,6 +166,7 @@ struct Worker {
 #[derive(Clone, Debug)]
 struct Name {
     id: GuardId,
+    mode: Mode,
     holder: String,
     keys: Vec<String>,
     /// Once it is granted.
@@ -172,6 +185,8 @@ impl Worker {
         while !self.is_calm() {
             match pick(&mut rng) {
                 Style::Adopted => self.adopt(&mut rng).await,
+                // Counting doesn't compose.
+                Style::Permit if !self.has_permits => {}
                 style => self.lock(style, &mut rng).await,
             }
         }
@@ -194,12 +209,11 @@ impl Worker {
     async fn lock(&self, style: Style, rng: &mut Rng) {
         let key = if rng.u8(..100) < 85 { hot(rng.usize(..HOT)) } else { format!("cold{}", rng.usize(..COLD)) };
         let keys = if style == Style::Several { pair(rng) } else { vec![key] };
-        let is_try = style == Style::Try || style == Style::Several && rng.bool();
-        let mut request = match is_try {
-            true => self.locker.try_lock_all(&keys),
-            false => self.locker.lock_all(&keys),
-        };
+        let may_try = matches!(style, Style::Several | Style::Read | Style::Permit);
+        let is_try = style == Style::Try || may_try && rng.u8(..3) == 0;
         let mut name = self.name(keys);
+        let (mode, mut request) = self.request(style, is_try, &name.keys);
+        name.mode = mode;
         if style == Style::Fair {
             request = request.fair(true);
         }
@@ -211,7 +225,8 @@ impl Worker {
         if !is_try && !is_patient {
             request = request.wait_at_most(ms(rng.u64(50..1_500)));
         }
-        if rng.u8(..8) == 0 {
+        let outlives_ttl = rng.u8(..16) == 0;
+        if outlives_ttl {
             request = request.no_renewal();
         }
         self.attempt(&name, is_patient);
@@ -222,11 +237,36 @@ impl Worker {
         let Some(guard) = self.answered(&mut name, answer) else { return };
         let kept = match style {
             Style::Watched => self.watch(guard, &name),
+            Style::Downgraded => self.downgrade(guard, &mut name).await.map(Kept::Guard),
             _ => Some(Kept::Guard(guard)),
         };
         if let Some(kept) = kept {
-            self.keep(kept, &name, style == Style::UserToken, rng).await;
+            let length = if outlives_ttl { TTL } else { length(rng) };
+            self.keep(kept, &name, length, style == Style::UserToken, rng).await;
         }
+    }
+
+    fn request(&self, style: Style, is_try: bool, keys: &[String]) -> (Mode, LockRequest) {
+        let (locker, key) = (&self.locker, keys[0].as_str());
+        match style {
+            Style::Read if is_try => (Mode::Read, locker.try_read(key)),
+            Style::Read => (Mode::Read, locker.read(key)),
+            Style::Permit if is_try => (Mode::Permit { limit: LIMIT }, locker.try_permit(key, LIMIT)),
+            Style::Permit => (Mode::Permit { limit: LIMIT }, locker.permit(key, LIMIT)),
+            _ if is_try => (Mode::Exclusive, locker.try_lock_all(keys)),
+            _ => (Mode::Exclusive, locker.lock_all(keys)),
+        }
+    }
+
+    /// Makes a writer a reader. The fencing token stays the same, as it is still the same holder.
+    async fn downgrade(&self, guard: LockGuard, name: &mut Name) -> Option<LockGuard> {
+        self.sample_guard(&guard, name);
+        self.ending(name, "downgraded");
+        let holder = name.holder.clone();
+        *name = Name { mode: Mode::Read, holder, ..self.name(name.keys.clone()) };
+        self.attempt(name, false);
+        let downgraded = guard.downgrade().await;
+        self.answered(name, Some(downgraded))
     }
 
     /// Takes a lease that another process has left, holds it, and ends it.
@@ -236,22 +276,22 @@ impl Worker {
         };
         let lease = lease_of(&letter.lease);
         let keys = lease.keys().iter().map(|key| String::from_utf8_lossy(key.as_bytes()).into_owned()).collect();
-        let mut name = Name { holder: letter.holder, ..self.name(keys) };
+        let mut name = Name { holder: letter.holder, mode: letter.mode, ..self.name(keys) };
         self.attempt(&name, false);
         let adopted = self.locker.adopt(lease).await;
         if let Some(guard) = self.answered(&mut name, Some(adopted)) {
-            self.keep(Kept::Guard(guard), &name, false, rng).await;
+            self.keep(Kept::Guard(guard), &name, length(rng), false, rng).await;
         }
     }
 
     fn name(&self, keys: Vec<String>) -> Name {
         let id = self.guards.fetch_add(1, Ordering::Relaxed);
-        Name { id, holder: id.to_string(), keys, fence: 0 }
+        Name { id, mode: Mode::Exclusive, holder: id.to_string(), keys, fence: 0 }
     }
 
     fn attempt(&self, name: &Name, patient: bool) {
-        let (guard, holder, keys) = (name.id, name.holder.clone(), name.keys.clone());
-        self.recorder.write(&Event::Attempt { at: now(), guard, mode: Mode::Exclusive, holder, keys, patient });
+        let Name { id: guard, mode, holder, keys, .. } = name.clone();
+        self.recorder.write(&Event::Attempt { at: now(), guard, mode, holder, keys, patient });
     }
 
     /// Records the answer to a request; `None` if it was given up.
@@ -288,14 +328,9 @@ impl Worker {
     }
 
     /// Holds a lock for a while, and ends it.
-    async fn keep(&self, kept: Kept, name: &Name, is_shared: bool, rng: &mut Rng) {
-        let length = match rng.u8(..10) {
-            0..5 => rng.u64(..10),
-            5..8 => rng.u64(..400),
-            _ => rng.u64(..1_200),
-        };
-        let end = Instant::now() + ms(length);
-        let writes = rng.bool();
+    async fn keep(&self, kept: Kept, name: &Name, length: Duration, is_shared: bool, rng: &mut Rng) {
+        let end = Instant::now() + length;
+        let writes = name.mode == Mode::Exclusive && rng.bool();
         let is_held = loop {
             if !self.sample(&kept, name) {
                 break false;
@@ -321,32 +356,35 @@ impl Worker {
 
     /// Asks whether the lock is held, and records the answer.
     fn sample(&self, kept: &Kept, name: &Name) -> bool {
-        let guard = name.id;
-        let before = now();
         match kept {
-            Kept::Guard(kept) => {
-                let held = kept.check();
-                let after = now();
-                let deadline = self.recorder.nanos(kept.deadline());
-                self.recorder.write(&match held {
-                    Ok(()) => Event::Held { before, after, guard, deadline },
-                    Err(loss) => Event::Lost { at: after, guard, loss: format!("{loss:?}"), deadline },
-                });
-                held.is_ok()
-            }
+            Kept::Guard(guard) => self.sample_guard(guard, name),
             Kept::Watched(key) => {
+                let (guard, before) = (name.id, now());
                 let status = self.dog.status(key.as_str());
                 let after = now();
+                // The next guard of this process may be watched under the same key already, and the status be of that one.
+                let is_ours = self.watched.is_alone(key, guard);
                 // Its loss is recorded by the callback.
-                let Some(deadline) = status.filter(|status| status.held).and_then(|status| status.deadline) else {
-                    return false;
-                };
+                let deadline = status.filter(|status| is_ours && status.held).and_then(|status| status.deadline);
+                let Some(deadline) = deadline else { return false };
                 let deadline = self.recorder.nanos(deadline);
                 self.watched.held(key, guard, deadline);
                 self.recorder.write(&Event::Held { before, after, guard, deadline });
                 true
             }
         }
+    }
+
+    fn sample_guard(&self, kept: &LockGuard, name: &Name) -> bool {
+        let (guard, before) = (name.id, now());
+        let held = kept.check();
+        let after = now();
+        let deadline = self.recorder.nanos(kept.deadline());
+        self.recorder.write(&match held {
+            Ok(()) => Event::Held { before, after, guard, deadline },
+            Err(loss) => Event::Lost { at: after, guard, loss: format!("{loss:?}"), deadline },
+        });
+        held.is_ok()
     }
 
     async fn write(&self, name: &Name) {
@@ -382,7 +420,9 @@ impl Worker {
     async fn end_watched(&self, key: &str, name: &Name, rng: &mut Rng) {
         if rng.bool() && !self.is_calm() {
             self.ending(name, "handed over");
-            if let Some(lease) = self.dog.unwatch(key) {
+            // If it was lost just now, this may be the next one's.
+            let lease = self.dog.unwatch(key).filter(|lease| lease.fencing_token() == Some(name.fence));
+            if let Some(lease) = lease {
                 self.give(&lease, name).await;
             }
         } else {
@@ -397,7 +437,7 @@ impl Worker {
     }
 
     async fn give(&self, lease: &Lease, name: &Name) {
-        let letter = Letter { lease: text_of(lease), holder: name.holder.clone() };
+        let letter = Letter { lease: text_of(lease), holder: name.holder.clone(), mode: name.mode };
         self.register.ask(&Ask::Give(letter)).await;
     }
 }
@@ -420,6 +460,13 @@ impl Watched {
 
     fn refused(&self, key: &str, guard: GuardId) {
         self.change(key, |guards| guards.retain(|(other, _)| *other != guard));
+    }
+
+    /// Returns whether no other guard was given to the watchdog since, and the end of this one is not known.
+    fn is_alone(&self, key: &str, guard: GuardId) -> bool {
+        let mut is_alone = false;
+        self.change(key, |guards| is_alone = guards.iter().map(|(guard, _)| *guard).eq([guard]));
+        is_alone
     }
 
     fn held(&self, key: &str, guard: GuardId, deadline: Nanos) {
@@ -454,6 +501,16 @@ fn pick(rng: &mut Rng) -> Style {
         }
     }
     Style::Plain
+}
+
+/// How long a lock is held: up to three ttls, and mostly short.
+fn length(rng: &mut Rng) -> Duration {
+    let ttl = TTL.as_millis() as u64;
+    ms(match rng.u8(..10) {
+        0..7 => rng.u64(..10),
+        7..9 => rng.u64(..ttl),
+        _ => rng.u64(..3 * ttl),
+    })
 }
 
 /// Two of them share a slot of a cluster.

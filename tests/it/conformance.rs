@@ -684,6 +684,14 @@ async fn a_lock_is_ended_whoever_holds_it(locker: &Locker) {
     eventually("its drop frees the key", async || locker.inspect("forced").await.unwrap().is_none().then_some(()))
         .await;
     assert!(!locker.force_release("forced").await.unwrap());
+    // Those who share the key, and after whom a writer is alone.
+    let readers = [locker.read("forced").ttl(ms(3_000)).await.unwrap(), locker.read("forced").await.unwrap()];
+    assert!(locker.force_release("forced").await.unwrap());
+    let writer = locker.lock("forced").await.unwrap();
+    let [one, other] = readers;
+    assert_eq!(one.lost().await, Loss::Taken);
+    assert!(matches!(decided(|| other.renew()).await, Err(Error::NotHeld { .. })));
+    writer.release().await.unwrap();
     assert!(matches!(locker.force_release("").await, Err(Error::InvalidKey(_))));
 }
 

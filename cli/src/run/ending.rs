@@ -11,7 +11,7 @@ use crate::args::RunOptions;
 /// The grace time, unless it is set or too long.
 const GRACE: Duration = Duration::from_secs(5);
 /// How long before the deadline the last process is killed, at least and at most: it takes a moment until all are gone,
-/// and longer on a busy machine. In between it is a fiftieth of the ttl.
+/// and longer on a busy machine. In between it is a fiftieth of the ttl, or of the limit if that is less.
 const MARGIN: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(1)];
 /// The shortest ttl that leaves time to renew before the command has to be ended.
 const SHORTEST_TTL: Duration = Duration::from_secs(1);
@@ -22,7 +22,8 @@ pub(super) const LOOK_EVERY: Duration = Duration::from_millis(5);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Plan {
     grace: Duration,
-    ttl: Duration,
+    /// The ttl, or the limit if that is less.
+    span: Duration,
     at_most: Option<Duration>,
     /// When the lock is held for as long as it may.
     limit: Option<Instant>,
@@ -54,7 +55,7 @@ impl Plan {
             let most = humantime::format_duration(longest / 2);
             return Err(format!("--grace is too long: at most half of --ttl and --at-most, {most}"));
         }
-        Ok(Self { grace, ttl: options.ttl, at_most: options.at_most, limit: None })
+        Ok(Self { grace, span: longest, at_most: options.at_most, limit: None })
     }
 
     /// Returns the plan for a lock that is held since now.
@@ -68,7 +69,7 @@ impl Plan {
 
     fn margin(&self) -> Duration {
         let [least, most] = MARGIN;
-        (self.ttl / 50).clamp(least, most)
+        (self.span / 50).clamp(least, most)
     }
 
     /// Returns when the command has to be ended, unless the lock is renewed before.
@@ -88,7 +89,7 @@ impl Plan {
     /// Returns why the deadline has come so near.
     pub(super) fn why(&self, deadline: Instant, now: Instant) -> Why {
         // With a limit, the deadline is before it by the allowance for the clocks.
-        let allowance = self.ttl / 50 + self.margin();
+        let allowance = self.span / 50 + self.margin();
         match self.limit {
             Some(limit) if deadline + allowance >= limit || now >= limit => Why::LimitReached,
             _ => Why::NotRenewed,
@@ -147,7 +148,9 @@ mod tests {
         // A loss that comes late leaves less of it, and one that has come leaves nothing.
         assert_eq!(plan.kill_at(deadline, deadline - ms(1_000)), deadline - ms(200));
         assert_eq!(plan.kill_at(deadline, deadline + ms(7)), deadline + ms(7));
-        assert_eq!(self::plan(&["--ttl", "1s"]).unwrap().margin(), ms(50));
+        for options in [&["--ttl", "1s"][..], &["--at-most", "1s"]] {
+            assert_eq!(self::plan(options).unwrap().margin(), ms(50), "{options:?}");
+        }
         // One that comes early need not wait for the deadline.
         assert_eq!(plan.kill_at(deadline, deadline - ms(9_000)), deadline - ms(6_000));
     }

@@ -383,6 +383,21 @@ fn a_place_is_kept_for_no_writer_and_by_none() {
     assert!(!writer.keeps_place() && !last.keeps_place());
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_place_is_kept_for_no_reader_that_is_not_polled() {
+    let queues = Queues::default();
+    let (parked, next) = (reader(&queues), reader(&queues));
+    parked.expect(Instant::now());
+    advance(LATE).await;
+    assert_eq!(queues.find_abandoned(Instant::now()).unwrap().len(), 0);
+    assert!(next.is_first() && !next.keeps_place());
+    // Nor does it keep those behind it from keeping the place for each other.
+    is_granted(&next, Place::TakenOut);
+    parked.expect(Instant::now());
+    let _behind = reader(&queues);
+    assert!(parked.is_first() && parked.keeps_place());
+}
+
 #[test]
 fn a_kept_place_is_left_with_the_last_who_waits() {
     let queues = Queues::default();

@@ -1,6 +1,7 @@
 //! A waiter's handle to its queue.
 
 use std::fmt;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard};
 
 use tokio::time::Instant;
@@ -161,7 +162,9 @@ impl Ticket {
         let mut state = self.state();
         let lane = state.lane_of(self.waiter.place);
         let next = lane.waiters.values().nth(1).filter(|_| self.waiter.place.is_shared && lane.is_first(&self.waiter));
-        let is_alike = next.is_some_and(|next| next.wanted.owned.mode == mode);
+        // One that isn't polled would keep the place from the others, and do nothing with it.
+        let is_polled = |next: &&Arc<QueueEntry>| !next.is_parked.load(Ordering::Relaxed);
+        let is_alike = next.filter(is_polled).is_some_and(|next| next.wanted.owned.mode == mode);
         mode.is_shared() && is_alike && state.may_keep_place(Instant::now())
     }
 

@@ -51,7 +51,7 @@ impl Share {
         })
     }
 
-    fn live(&self, now: Instant) -> impl Iterator<Item = &Member> {
+    pub(super) fn live(&self, now: Instant) -> impl Iterator<Item = &Member> {
         self.members.iter().filter(move |member| now < member.expires)
     }
 

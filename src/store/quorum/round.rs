@@ -20,6 +20,12 @@ use crate::{Error, Key};
 /// The most ballots of one attempt. The second suffices unless others obtain the same keys in between.
 const BALLOTS: usize = 4;
 
+/// The same for a reader, with whom other readers may obtain the key in between.
+const BALLOTS_OF_READERS: usize = 16;
+
+/// The longest pause of a reader before its next ballot.
+const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+
 /// How long to wait for the reply to a release that may make another release unnecessary.
 const ANSWER: Duration = Duration::from_secs(1);
 
@@ -109,7 +115,8 @@ impl Round {
         let mut votes: Vec<Option<Result<VoteReply, Error>>> = Vec::new();
         // Calls that wait to be sent to a node arrive later than the clock that their number was made for.
         let mut took = Duration::ZERO;
-        for ballot in 0..BALLOTS {
+        let is_shared = self.wanted.owned.mode.is_shared();
+        for ballot in 0..if is_shared { BALLOTS_OF_READERS } else { BALLOTS } {
             let started = Instant::now();
             let asked = self.quorum.clocks.now();
             let last = votes.iter().flatten().flatten().map(|reply| reply.seen.last);
@@ -133,6 +140,9 @@ impl Round {
                 }
                 Decision::Again => {
                     debug!(name: "tenure.ballot", ballot, "the nodes want another number");
+                    if is_shared {
+                        let_readers_go_first(ballot, took, self.until).await;
+                    }
                 }
                 Decision::Failed => break,
             }
@@ -342,4 +352,11 @@ impl Round {
         }
         Error::Quorum { needed: self.quorum.needed, granted, nodes }
     }
+}
+
+/// Waits for a moment of random length, which grows with the ballots. Numbers grow with the time at which they are made.
+/// So readers that ask one after the other, further apart than their calls take, don't outbid each other.
+async fn let_readers_go_first(ballot: usize, took: Duration, until: Instant) {
+    let longest = took.saturating_mul(1 << ballot.min(8)).min(LONGEST_PAUSE);
+    sleep(longest.mul_f64(fastrand::f64()).min(until.saturating_duration_since(Instant::now()))).await;
 }

@@ -444,27 +444,31 @@ async fn each_node_keeps_a_readers_share_for_its_least_time() {
     drop(rival.try_lock("k").await.unwrap());
 }
 
-/// Lets 16 readers ask at once, whose calls take up to 2 ms to each node and whose clocks are wrong by up to `skew`.
-/// Returns how many asked how often, and how many failed.
+/// Lets 16 readers of as many clients ask within 10 ms, whose calls take up to 10 ms to each node, and whose clocks are
+/// wrong by up to `skew`. Returns how many needed how many ballots, and how many failed.
 async fn readers_at_once(seed: u64, skew: i64) -> (BTreeMap<u32, u32>, u32) {
     let mut rng = fastrand::Rng::with_seed(seed);
-    let world = World::new(&[0, SECOND / 1_000, -SECOND / 1_000], ms(60_000));
+    let world = World::new(&[0, 5 * SECOND / 1_000, -5 * SECOND / 1_000], ms(60_000));
     sleep(ms(60_000)).await;
-    let mut readers = JoinSet::new();
+    let mut clients = Vec::new();
     for _ in 0..16 {
         let (calls, lines) = (Arc::new(AtomicU32::new(0)), Mutex::new(rng.fork()));
         let locker = world.client(rng.i64(-skew..=skew), {
             let calls = calls.clone();
             move |place| {
                 calls.fetch_add(u32::from(place == 0), Ordering::Relaxed);
-                Fault::RunAfter(Duration::from_micros(lines.lock().unwrap().u64(200..2_000)))
+                Fault::RunAfter(ms(lines.lock().unwrap().u64(1..10)))
             }
         });
         // It knows the clocks of the nodes.
-        locker.lock(format!("{seed}")).await.unwrap().release().await.unwrap();
-        let wait = Duration::from_micros(rng.u64(..1_000));
+        locker.lock("another").await.unwrap().release().await.unwrap();
+        clients.push((locker, calls, ms(rng.u64(..10))));
+    }
+    sleep(ms(1_000)).await;
+    let mut readers = JoinSet::new();
+    for (locker, calls, wait) in clients {
         readers.spawn(async move {
-            sleep(ms(100) + wait).await;
+            sleep(wait).await;
             calls.store(0, Ordering::Relaxed);
             let guard = locker.try_read("k").await;
             (calls.load(Ordering::Relaxed), guard)
@@ -500,9 +504,13 @@ fn readers_that_ask_at_once_do_not_outbid_each_other() {
         println!("clocks wrong by up to {skew} us: {all:?}, {failures} failed");
         let (count, sum) = all.iter().fold((0, 0), |(count, sum), (asked, many)| (count + many, sum + asked * many));
         assert_eq!(failures, 0, "{all:?}");
-        assert!(sum < count * 2, "{all:?}");
+        // As good as at random: what arrives first is not what was numbered first.
+        assert!(sum < count * 4, "{all:?}");
     }
 }
+
+/// Whether it writes, its fencing token, and whether it is held.
+type Noted = (bool, u64, Arc<Hold>);
 
 /// Readers and writers, whose clocks are wrong by up to an hour, on nodes that are restarted now and then, some by
 /// tokens of their users. Returns how often somebody held the key who must not have, and how often it was obtained by
@@ -512,7 +520,7 @@ async fn history_of_readers(seed: u64, window: Duration) -> (u32, u32, u32) {
     let skews = [(); 3].map(|()| rng.i64(-SECOND / 2..SECOND / 2));
     let world = World::new(&skews, window);
     sleep(window).await;
-    let held = Arc::new(Mutex::new(Vec::<(bool, u64, Arc<Hold>)>::new()));
+    let held: Arc<Mutex<Vec<Noted>>> = Arc::default();
     let counts: Arc<[AtomicU32; 3]> = Arc::default();
     let mut clients = JoinSet::new();
     for client in 0..5 {
@@ -540,9 +548,7 @@ async fn history_of_readers(seed: u64, window: Duration) -> (u32, u32, u32) {
                     let others: Vec<_> = held.iter().filter(|(.., other)| other.check().is_ok()).collect();
                     let is_beside = others.iter().any(|(other_writes, ..)| writes || *other_writes);
                     // A writer's number is above all before it, and a reader's above those of all writers.
-                    let falls = |(other_writes, other, _): &&(bool, u64, Arc<Hold>)| {
-                        (writes || *other_writes) && *other >= fence
-                    };
+                    let falls = |(other_writes, other, _): &&Noted| (writes || *other_writes) && *other >= fence;
                     let falls = is_new && held.iter().any(|other| falls(&other));
                     counts[0].fetch_add(u32::from(is_beside || falls), Ordering::Relaxed);
                     counts[1].fetch_add(u32::from(!writes && !others.is_empty()), Ordering::Relaxed);

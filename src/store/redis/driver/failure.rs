@@ -52,7 +52,12 @@ impl Peer {
         match error.kind() {
             ErrorKind::Timeout => self.silent(),
             ErrorKind::Io | ErrorKind::Tls => self.unreachable(error, None),
-            kind @ (ErrorKind::Canceled | ErrorKind::Routing | ErrorKind::Protocol) => {
+            // What replied before now sends garbage: the connection is of no more use, and its client replaces it. The
+            // garbage may contain anything, and is not shown.
+            ErrorKind::Parse | ErrorKind::Protocol => {
+                RedisError::new(ErrorKind::Io, format!("the connection to {at} broke: what it brought is no reply"))
+            }
+            kind @ (ErrorKind::Canceled | ErrorKind::Routing) => {
                 RedisError::new(kind, format!("{} ({at})", self.without_secrets(error.details())))
             }
             _ => error,
@@ -293,6 +298,16 @@ mod tests {
             let text = error.to_string();
             assert!(text.contains("10.0.0.1:6380") && text.contains(about), "{text}");
             assert!(!error.is_transient());
+        }
+    }
+
+    #[test]
+    fn garbage_is_final_from_what_was_never_a_server_and_a_broken_connection_from_what_was() {
+        assert!(!explained(ErrorKind::Parse, "Unexpected `72`").is_transient());
+        for kind in [ErrorKind::Parse, ErrorKind::Protocol] {
+            let garbled = RedisError::new(kind, "Unexpected `255`");
+            let error = crate::Error::from(peer("redis://10.0.0.1:6380").unanswered(garbled));
+            assert!(error.is_transient() && error.to_string().contains("10.0.0.1:6380"), "{error}");
         }
     }
 

@@ -4,8 +4,10 @@
 
 -- Returns for how many ms more a writer at another place waits, unless it is heard of again; 0 if none does.
 local function announced_for(intent_key, own_place)
-    local found = look('ZREVRANGEBYSCORE', intent_key, '+inf', '(' .. string.format('%.0f', now_ms), 'WITHSCORES',
-        'LIMIT', 0, 2)
-    local at = found[1] == own_place and found[4] or found[1] ~= own_place and found[2]
-    return at and tonumber(at) - now_ms or 0
+    local last = look('ZRANGE', intent_key, -2, -1, 'WITHSCORES')
+    local at = last[#last]
+    if last[#last - 1] == own_place then
+        at = last[#last - 2]
+    end
+    return at and math.max(0, at - now_ms) or 0
 end

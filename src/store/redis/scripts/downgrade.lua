@@ -31,7 +31,7 @@ left = left > 0 and left or left < 0 and tonumber(ARGV[4]) or 1
 local fence = redis.pcall('GET', fence_key)
 fence = fence and not fence.err and tonumber(fence) or 0
 redis.call('PEXPIRE', KEYS[1], string.format('%.0f', left))
-redis.call('DEL', holders_key, records_key)
+forget(holders_key, records_key)
 share = {fence = fence > 0 and fence < 2 ^ 53 and fence or 0, ids = {}, ends = {}, metadata = string.sub(held, #token + 2)}
 set_end(share, grant, now_ms + left)
 write_share(holders_key, records_key, token, share)

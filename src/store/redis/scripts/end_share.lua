@@ -40,7 +40,7 @@ if rest > 0 then
 end
 local last = last_end(holders_key)
 if last <= now_ms then
-    redis.call('DEL', holders_key, records_key)
+    forget(holders_key, records_key)
     pass_on(KEYS[1], line_key, publish, channel)
     return is_in and 1 or 0
 end

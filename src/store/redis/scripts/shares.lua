@@ -13,7 +13,9 @@
 -- 2. What the set and the hash hold counts only while the key holds the marker, and they are emptied before it is set.
 -- 3. A share whose time is over counts for nothing, whether it has been removed or not.
 -- 4. Each grant has a time of its own, which only its own renewals move.
--- 5. A server that is out of memory refuses a script's first write if that may need memory, and none after it. So what
+-- 5. Each command is for one key. While a slot of a cluster moves, its new node refuses those for several keys of which
+--    one doesn't exist.
+-- 6. A server that is out of memory refuses a script's first write if that may need memory, and none after it. So what
 --    renews or ends a share first sets the ttl of the keys.
 
 local MOST_GRANTS = 64
@@ -103,6 +105,12 @@ local function last_end(holders_key)
     return tonumber(look('ZRANGE', holders_key, -1, -1, 'WITHSCORES')[2] or 0)
 end
 
+-- Empties the set and the hash.
+local function forget(holders_key, records_key)
+    redis.call('DEL', holders_key)
+    redis.call('DEL', records_key)
+end
+
 -- Sets the ttl of the set and the hash, by when the last share ends.
 local function keep_beside(at, holders_key, records_key)
     local px = string.format('%.0f', math.max(1, at - now_ms) + LONGER)
@@ -132,7 +140,7 @@ local function enter_share(lock_key, holders_key, records_key, marker, is_shared
         end
         -- First, as a server that is out of memory refuses this, but nothing after a deletion.
         redis.call('SET', lock_key, marker, 'PX', string.format('%.0f', ttl))
-        redis.call('DEL', holders_key, records_key)
+        forget(holders_key, records_key)
         write_share(holders_key, records_key, token, share)
         keep_beside(end_of(share), holders_key, records_key)
     end
@@ -140,7 +148,8 @@ local function enter_share(lock_key, holders_key, records_key, marker, is_shared
     if done then
         return
     elseif not is_shared then
-        redis.pcall('DEL', lock_key, holders_key, records_key)
+        redis.pcall('DEL', lock_key)
+        pcall(forget, holders_key, records_key)
     elseif not before then
         redis.pcall('ZREM', holders_key, token)
         redis.pcall('HDEL', records_key, token)
