@@ -99,7 +99,8 @@
 //! | `tenure.undone` | debug | `key` | An attempt without a reply was undone. |
 //! | `tenure.undo_failed` | debug, warn | `key`, `error` | It could not be undone; its ttl will free the lock. |
 //! | `tenure.handed_over` | debug | `key` | A holder released the lock to the next waiter of this process. |
-//! | `tenure.downgraded` | info | `key` | A holder of a lock became a reader. |
+//! | `tenure.downgraded` | debug | `key` | A holder of a lock became a reader. |
+//! | `tenure.downgrade_failed` | debug | `key`, `error` | One node of a quorum keeps the lock until its ttl ends. |
 //! | `tenure.taken_back` | debug | `key` | The lock was handed over to a future that nobody polls. |
 //! | `tenure.renewed` | debug | `remaining`, `took` | The lock was renewed. |
 //! | `tenure.renew_failed` | warn, debug | `failures`, `remaining`, `pause`, `error` | `warn`: the first in a row. |
