@@ -2,8 +2,9 @@
 //!
 //! A quorum has no line of waiters. So a writer that finds readers announces itself on all nodes, which then let no
 //! other reader in: not a majority of them, or else those readers would share a node with the refusal. An announcement
-//! ends by itself after [`ANNOUNCED`], unless the writer repeats it while it waits. The writer takes it back when it has
-//! the lock, or leaves. Two writers' announcements have different places, and end one by one.
+//! ends by itself after [`ANNOUNCED`](crate::store::node::ANNOUNCED), unless the writer repeats it while it waits. The
+//! writer takes it back when it has the lock, or leaves. Two writers' announcements have different places, and end one
+//! by one.
 //!
 //! No safety depends on it: a writer needs a majority of the nodes all the same. A node that has lost an announcement
 //! lets readers in, a moment too early.
