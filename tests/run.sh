@@ -158,7 +158,6 @@ promises() {
 # 30 s, runtimes and connections that fall silent.
 other_server() {
     TENURE_LOG=$scratch/reported.redis run redis "$other" it "${many[@]}" --skip late:: --skip listening::
-    run all "$other" it conformance::
     run redis "$other" combined "${many[@]}"
     run all "$installed" combined "${many[@]}"
     run redis "$other" watchdog "${many[@]}"
@@ -170,6 +169,8 @@ other_server() {
 }
 
 several_servers() {
+    # They wait for ttls, each on a server of its own.
+    run all "$other" it conformance:: --test-threads 6
     run all "$installed" topologies
     run redis "$other" topologies
     run redis "$other" quorum "${many[@]}"
@@ -230,8 +231,6 @@ run rustls "$installed" tls
 # What is rare takes longer to find (CONTRIBUTING.md).
 TENURE_SOAK_SECONDS=60 run all "$installed" soak --skip tasks_and
 TENURE_SOAK_SECONDS=20 run all "$installed" soak tasks_and
-# A short share of each topology, with the same faults in each run.
-run all "$installed" chaos --seed 1 --seconds 15
 
 # They wait more than they work, so all run at once: by itself, and on a server.
 redis-server --port 0 --unixsocket "$scratch/socket" --save "" --dir "$scratch" >"$scratch/log" &

@@ -153,6 +153,9 @@ fn run(kind: Kind, options: &Options) -> bool {
     register.enter(Phase::Calm);
     let mut violations = wait_for_calm(&register, &mut pool, kind.patience());
     let is_calm = violations.is_empty();
+    if !is_calm {
+        topology.contents().iter().for_each(|line| println!("  {line}"));
+    }
     if is_calm {
         violations.extend(topology.left(Duration::from_secs(10)).into_iter().map(Violation::Left));
     }

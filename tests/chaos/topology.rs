@@ -177,6 +177,31 @@ impl Topology {
     }
 }
 
+impl Topology {
+    /// Returns what the servers hold, to find out why somebody isn't served. No server may be frozen.
+    pub(crate) fn contents(&self) -> Vec<String> {
+        let contents_of = |server: &Server| {
+            let keys = server.cli(&["KEYS", "*"]);
+            let keys = keys.lines().filter(|key| !key.is_empty() && !key.ends_with(":fence"));
+            let describe = |key: &str| {
+                let read: &[&str] = match server.cli(&["TYPE", key]).as_str() {
+                    "zset" => &["ZRANGE", key, "0", "-1", "WITHSCORES"],
+                    "hash" => &["HGETALL", key],
+                    _ => &["GET", key],
+                };
+                format!(
+                    "server {}: {key} = {:?}, ttl {} ms",
+                    server.port(),
+                    server.cli(read),
+                    server.cli(&["PTTL", key])
+                )
+            };
+            keys.map(describe).collect::<Vec<_>>()
+        };
+        self.servers().into_iter().flat_map(contents_of).collect()
+    }
+}
+
 /// What may stay: the last fencing tokens, and which guards had relied on a token when they died.
 const STAYS: [&str; 2] = [":fence", ":grants"];
 
