@@ -81,7 +81,7 @@
 //! ```
 //!
 //! Both renew the lock meanwhile, and drop the block if that fails. There, the block stands still while the lock is
-//! extended, and an extension that fails three times gives the lock up, although its ttl may have time left. Here, the
+//! extended, and an extension that gets no majority gives the lock up, although its ttl may have time left. Here, the
 //! block goes on meanwhile, renewals are tried again until the deadline, and it is dropped then at the latest.
 //!
 //! # Several servers
