@@ -1,12 +1,13 @@
 //! Distributed locks on Redis and Valkey, as RAII guards that **know when they are lost**.
 //!
-//! Run the same service on many machines, and have one of them at a time charge the card, run the migration, rebuild the
-//! index. The one that works stops before another starts, whatever becomes of the network, the server or the process.
+//! Run the same service on many machines, and have one of them at a time charge the card, run the migration, rebuild
+//! the index. The one that works stops before another starts, whatever becomes of the network, the server or the
+//! process.
 //!
 //! # One at a time
 //!
-//! A [`Locker`] is a connection to the server that keeps the locks. [`lock`](Locker::lock) waits for its turn and returns
-//! a guard. The lock is the guard's for as long as that lives, as it is renewed in the background:
+//! A [`Locker`] is a connection to the server that keeps the locks. [`lock`](Locker::lock) waits for its turn and
+//! returns a guard. The lock is the guard's for as long as that lives, as it is renewed in the background:
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")]
@@ -41,10 +42,10 @@
 //! # }
 //! ```
 //!
-//! Or you look yourself, with [`lost`](LockGuard::lost) in a `select!`, [`check`](LockGuard::check) between two steps, or
-//! a [`cancellation_token`](LockGuard::cancellation_token) for work elsewhere. What no lock can stop is a write that is
-//! on its way when the lock is lost. Against that, send the [`fencing_token`](LockGuard::fencing_token) along, and let
-//! your database refuse smaller ones.
+//! Or you look yourself, with [`lost`](LockGuard::lost) in a `select!`, [`check`](LockGuard::check) between two steps,
+//! or a [`cancellation_token`](LockGuard::cancellation_token) for work elsewhere. What no lock can stop is a write that
+//! is on its way when the lock is lost. Against that, send the [`fencing_token`](LockGuard::fencing_token) along, and
+//! let your database refuse smaller ones.
 //!
 //! # Or leave it to another
 //!
@@ -68,9 +69,9 @@
 //!
 //! # And leave nothing behind
 //!
-//! Every future here may be dropped at any point. What a dropped request may have left at the server, and a guard that is
-//! dropped, are cleaned up in the background. That needs a runtime that still runs, and at the end of `main` there is
-//! none. So a program ends with [`close`](Locker::close), which waits for it:
+//! Every future here may be dropped at any point. What a dropped request may have left at the server, and a guard that
+//! is dropped, are cleaned up in the background. That needs a runtime that still runs, and at the end of `main` there
+//! is none. So a program ends with [`close`](Locker::close), which waits for it:
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")]
@@ -126,9 +127,9 @@
 //!   that was behind, configured to evict, or flushed) may let a second holder in before the first one notices at its
 //!   next renewal. Fencing tokens grow even then. [`Locker::quorum`] survives this, as long as it happens to fewer than
 //!   half of the nodes.
-//! - Code that goes on after its machine was suspended checks first: [`LockGuard::is_held`] and [`LockGuard::check`] know
-//!   it at once on Linux, Android and Windows, while timers, and with them [`LockGuard::lost`], may be told only at the
-//!   next check or renewal. On other systems, as on macOS, the time of a suspension isn't counted.
+//! - Code that goes on after its machine was suspended checks first: [`LockGuard::is_held`] and [`LockGuard::check`]
+//!   know it at once on Linux, Android and Windows, while timers, and with them [`LockGuard::lost`], may be told only
+//!   at the next check or renewal. On other systems, as on macOS, the time of a suspension isn't counted.
 //!
 //! # Observing
 //!
