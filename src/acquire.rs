@@ -20,7 +20,6 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::time::Instant;
-use tracing::{debug, info, warn};
 
 use self::answer::{Held, LastAnswer};
 use self::attempt::{Attempt, Outcome};
@@ -31,6 +30,8 @@ use crate::hold::timing::{self, Reminders, Renewal};
 use crate::hold::{Bounds, Grant, GrantId, Owned, Terms, suspension};
 use crate::locker::shared::Shared;
 use crate::metrics::Waiting;
+use crate::mode::{Mode, NO_READERS};
+use crate::report::{debug, warn};
 use crate::retry::Pauses;
 use crate::store::{Queueing, Wanted};
 use crate::{Error, Key, LockGuard, Retry, Token};
@@ -54,6 +55,9 @@ pub(crate) struct Options {
     pub(crate) token: Option<Token>,
     pub(crate) fenced: bool,
     pub(crate) fair: bool,
+    pub(crate) mode: Mode,
+    /// At most how many may hold the key together, with a permit each.
+    pub(crate) limit: usize,
 }
 
 /// What a request does when it can't have the lock at once.
@@ -72,7 +76,21 @@ impl Options {
         let settings = &shared.settings;
         let (ttl, renewal, fenced) = (settings.ttl, settings.renewal, settings.fenced);
         let (wait_at_most, bounds, metadata, token, fair) = (None, Bounds::default(), Vec::new(), None, false);
-        Self { shared, keys, patience, wait_at_most, ttl, renewal, bounds, metadata, token, fenced, fair }
+        Self {
+            shared,
+            keys,
+            patience,
+            wait_at_most,
+            ttl,
+            renewal,
+            bounds,
+            metadata,
+            token,
+            fenced,
+            fair,
+            mode: Mode::Exclusive,
+            limit: 0,
+        }
     }
 
     /// Obtains the lock. The options are in a box, as arguments stay in their future for as long as that lives.
@@ -91,25 +109,30 @@ impl Options {
         let started = Instant::now();
         let (ttl, runtime) = self.validate()?;
         let queueing = self.queueing();
-        let Self { shared, keys, patience, wait_at_most, renewal, bounds, metadata, token, .. } = self;
+        let Self { shared, keys, patience, wait_at_most, renewal, bounds, metadata, token, mode, limit, .. } = self;
         let wants_token = self.fenced;
         let own_token = token.is_none();
         let token = token.unwrap_or_else(Token::random);
         // A token that others may use as well needs something else to tell its grants apart.
         let grant = (!own_token).then(GrantId::random);
-        let owned = Owned { keys: keys.into(), token, own_token, grant };
+        let owned = Owned { keys: keys.into(), token, own_token, grant, mode };
         // A request may come back by the same token and want a fencing token then, which must not be that of the holder
         // before. So a lock held by a token that can come back has a fencing token of its own, wanted or not.
         let fenced = wants_token || !own_token;
         let latest = Arc::default();
         // Without renewals, the request would get less than its ttl; and its metadata has to be stored. What was asked
         // for by the holder before knows nothing of the request's bounds.
-        let is_plain = own_token && metadata.is_empty() && renewal != Renewal::Never && !bounds.are_set();
+        let is_plain = mode == Mode::Exclusive
+            && !self.fair
+            && own_token
+            && metadata.is_empty()
+            && renewal != Renewal::Never
+            && !bounds.are_set();
         let takes_over = shared.settings.local_hand_over && is_plain;
-        let wanted = Wanted { owned, metadata: metadata.into(), ttl, fenced, queueing, takes_over, latest };
-        let limit = wait_at_most.map(|limit| timing::after(started, limit));
+        let wanted = Wanted { owned, metadata: metadata.into(), ttl, fenced, queueing, takes_over, latest, limit };
+        let give_up_at = wait_at_most.map(|limit| timing::after(started, limit));
         Ok(Acquisition {
-            waiter: Waiter::new(Attempt::new(wanted, shared, runtime), limit),
+            waiter: Waiter::new(Attempt::new(wanted, shared, runtime), give_up_at),
             pacing: Pacing::from(patience),
             terms: Terms { renewal, bounds },
             wants_token,
@@ -129,6 +152,7 @@ impl Options {
             return Err(Error::Closed);
         }
         Key::validate_all(&self.keys)?;
+        self.validate_mode()?;
         let drift = self.shared.settings.drift;
         let ttl = drift.validate(self.ttl)?;
         self.renewal.validate(ttl, drift)?;
@@ -138,12 +162,29 @@ impl Options {
         Ok((ttl, self.shared.runtime()?))
     }
 
+    fn validate_mode(&self) -> Result<(), Error> {
+        let capabilities = self.shared.store.capabilities();
+        match self.mode {
+            Mode::Permit if self.limit == 0 => Err(Error::InvalidLimit("nobody could ever hold a permit of none")),
+            Mode::Permit if !capabilities.has_permits => Err(Error::Unsupported(match capabilities.undoes_attempts {
+                true => {
+                    "a quorum counts no permits: of two majorities of its nodes, each may count fewer holders than there \
+                     are; use one server, Sentinels or a cluster"
+                }
+                false => "this store counts no permits",
+            })),
+            Mode::Read if !capabilities.has_readers => Err(Error::Unsupported(NO_READERS)),
+            Mode::Exclusive | Mode::Read | Mode::Permit => Ok(()),
+        }
+    }
+
     fn queueing(&self) -> Queueing {
-        match (&self.patience, self.fair) {
-            (Patience::Wait, true) => Queueing::Own,
-            (Patience::Wait, false) => Queueing::Shared,
-            (Patience::Once | Patience::Retry(_), true) => Queueing::Behind,
-            (Patience::Once | Patience::Retry(_), false) => Queueing::None,
+        let has_line = self.shared.store.capabilities().has_line;
+        match self.patience {
+            Patience::Wait if self.fair && has_line => Queueing::Own,
+            Patience::Wait => Queueing::Shared,
+            Patience::Once | Patience::Retry(_) if self.fair || self.mode.is_shared() => Queueing::Behind,
+            Patience::Once | Patience::Retry(_) => Queueing::None,
         }
     }
 }
@@ -198,6 +239,10 @@ impl Acquisition {
             step = match step {
                 Step::Ask => {
                     self.attempts += 1;
+                    if let Some(held) = self.waiter.held_back().await {
+                        step = self.held(held);
+                        continue;
+                    }
                     match Box::pin(self.waiter.ask()).await {
                         Outcome::Granted(grant) => self.take(grant, self.waiter.by_asking())?,
                         Outcome::Held(held) => self.held(held),
@@ -230,7 +275,7 @@ impl Acquisition {
         let drift = self.waiter.drift();
         let remaining = drift.deadline(suspension::real(grant.sent), ttl).saturating_duration_since(at);
         if drift.suffices(remaining, ttl) {
-            info!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
+            debug!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
             grant.fencing_token = grant.fencing_token.filter(|_| self.wants_token);
             let obtained = Obtained { at, held_until: grant.sent + grant.ttl, by };
             return self.waiter.succeed(grant, self.terms, obtained).map(Step::Finish);

@@ -36,7 +36,8 @@ use crate::{Key, Loss};
 #[non_exhaustive]
 pub enum Error {
     /// Another holds the lock, as the server last reported, and the request does not wait longer. For a
-    /// [fair](crate::LockRequest::fair) request, also: it is another's turn.
+    /// [fair](crate::LockRequest::fair) request, and for a [reader](crate::Locker::read) or a
+    /// [permit](crate::Locker::permit), also: it is another's turn.
     ///
     /// If the server did not report that, the error is [`Redis`](Error::Redis).
     #[error("`{key}` is held by another (attempts: {attempts}, waited: {waited:?}); try later or wait longer")]
@@ -140,6 +141,10 @@ pub enum Error {
     #[error("invalid bound: {0}")]
     InvalidHold(&'static str),
 
+    /// No permit can have this limit. Nothing was sent.
+    #[error("invalid limit: {0}")]
+    InvalidLimit(&'static str),
+
     /// This text is not a token.
     #[error("invalid token: {0}")]
     InvalidToken(&'static str),
@@ -155,10 +160,16 @@ pub enum Error {
         key: Key,
     },
 
-    /// [`Locker::close`](crate::Locker::close) or [`WatchDog::shutdown`](crate::WatchDog::shutdown) was called before
-    /// the operation, or while it ran.
-    #[error("the locker, or the watchdog, is closed")]
+    /// [`Locker::close`](crate::Locker::close) was called before the operation, or while it ran.
+    ///
+    /// A [client of your own](crate::Locker::new) that has quit is another matter: that is [`Redis`](Error::Redis).
+    #[error("the locker is closed")]
     Closed,
+
+    /// [`WatchDog::shutdown`](crate::WatchDog::shutdown) was called before the operation, or while it ran; or the lock
+    /// was unwatched or released meanwhile.
+    #[error("the watchdog was shut down, or no longer watches the lock")]
+    ShutDown,
 
     /// The future was polled outside a tokio runtime, and has sent nothing; or the system has no thread left for an
     /// [isolated](crate::LockerBuilder::isolated) locker.
@@ -189,8 +200,8 @@ impl From<RedisError> for Error {
 impl Error {
     /// Returns whether the same call may succeed a little later, without a change to anything but the server's state.
     ///
-    /// That is so for timeouts, lost connections, servers that are loading, read-only, busy, out of memory or electing
-    /// a primary, and replicas that are behind. It is not so for a certificate or a password that is not accepted.
+    /// That is so for timeouts, lost connections, servers that are loading, read-only, busy, out of memory, electing a
+    /// primary or without room for another client, and replicas that are behind. It is not so for a certificate or a password that is not accepted.
     /// [`Locker::lock`](crate::Locker::lock) keeps waiting through all transient errors. The failure of a quorum is
     /// transient if a majority is possible without the nodes whose own errors are not.
     ///
@@ -212,7 +223,7 @@ impl Error {
             _ => return false,
         };
         match self.code() {
-            Some(code) => TRANSIENT_CODES.contains(&code),
+            Some(code) => TRANSIENT_CODES.contains(&code) || error.is_about_too_many_clients(),
             None => match error.kind() {
                 RedisErrorKind::Io
                 | RedisErrorKind::Timeout
@@ -341,7 +352,13 @@ mod tests {
 
     #[test]
     fn a_server_that_will_recover_is_transient() {
-        for said in ["LOADING Redis is loading", "READONLY You can't write", "OOM command not allowed", "BUSY Redis"] {
+        for said in [
+            "LOADING Redis is loading",
+            "READONLY You can't write",
+            "OOM command not allowed",
+            "BUSY Redis",
+            "ERR max number of clients reached",
+        ] {
             assert!(server_said(said).is_transient(), "{said}");
         }
         assert!(Error::timeout().is_transient());

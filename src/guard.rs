@@ -8,15 +8,16 @@ use std::time::Duration;
 use tokio::runtime::Handle as Runtime;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::info;
 
 use crate::hold::scheduler::Handle;
-use crate::hold::{FinalStep, Hold};
+use crate::hold::{FinalStep, Hold, Owned};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
 use crate::loss::{Lost, Protected};
 use crate::metrics::Held;
-use crate::store::{Ending, Verdict};
+use crate::mode::{Mode, NO_READERS};
+use crate::report::debug;
+use crate::store::{Downgraded, Ending, Verdict};
 use crate::{Error, Key, Lease, Loss, Token};
 
 /// A held lock: renewed in the background until it is released, dropped or lost.
@@ -33,6 +34,12 @@ use crate::{Error, Key, Lease, Loss, Token};
 /// dropped on. The release is not immediate: call [`release`](LockGuard::release) to wait for it and to get its result.
 /// While the server can't be reached, the release is tried again until the ttl has freed the lock. If the runtime has
 /// ended, the lock stays until its ttl ends.
+///
+/// # Sharing
+///
+/// The guard of a [reader](crate::Locker::read) or of a [permit](crate::Locker::permit) holds a share of the key, which
+/// others hold at the same time. What is said of the lock is true of that share: it is renewed, lost and released by
+/// itself. [`downgrade`](LockGuard::downgrade) turns a lock into a reader's share.
 ///
 /// # What it does not do
 ///
@@ -517,16 +524,91 @@ impl LockGuard {
         self.renewer.interrupt();
         let until = Instant::now() + self.shared.command_timeout;
         let released = self.shared.release(&self.hold.owned, Ending::Lock, self.hold.stays_until(), until).await?;
-        self.hold.set_final_step(match self.hold.has_late_requests() {
-            true => FinalStep::Undo(self.shared.cleanups.register(Cleanup::UndoAttempt(self.hold.clone()))),
-            false => FinalStep::Nothing,
-        });
+        self.hold.set_final_step(self.after_release());
         match released {
             Verdict::Done => {
-                info!(name: "tenure.released", key = %self.key(), "released");
+                debug!(name: "tenure.released", key = %self.key(), "released");
                 Ok(())
             }
             Verdict::NotOurs(loss) => Err(self.not_held(loss)),
+        }
+    }
+
+    /// Turns the lock into a [reader](crate::Locker::read)'s share, in one step: no other writer gets in between.
+    ///
+    /// The returned guard has the token, the fencing token, the metadata and the bounds of this one, and is held for as
+    /// long as this one would have been. Readers that wait are admitted, unless a writer waits before them. Futures and
+    /// tokens of this guard fire when the server is asked, with [`Loss::Released`]: from then on, readers may share
+    /// the key. A reader's guard is returned as it is.
+    ///
+    /// There is no way back: two readers that both waited to become the writer would wait for each other. Release the
+    /// guard and [`lock`](crate::Locker::lock) the key; another writer may come first, so read again what you have read.
+    ///
+    /// # Errors
+    ///
+    /// In each case the guard is gone, and what it held is released in the background.
+    ///
+    /// - [`Error::NotHeld`]: the lock was lost before, or the server says so now.
+    /// - [`Error::Unsupported`]: the lock has several keys, or is a permit; others hold it by the same
+    ///   [token](crate::LockRequest::token), or it has to stay taken for one of them; or the store has no readers.
+    /// - [`Error::Redis`]: the server could not be asked within the command timeout.
+    ///
+    /// # Cancel safety
+    ///
+    /// If the future is dropped, the lock is released in the background, whatever it is by then.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let writer = locker.lock("prices").await?;
+    /// // ... write, and then go on reading what was written ...
+    /// let reader = writer.downgrade().await?;
+    /// let another = locker.try_read("prices").await?;
+    /// assert!(reader.is_held() && another.is_held());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn downgrade(self) -> Result<Self, Error> {
+        let Owned { keys, mode, .. } = &self.hold.owned;
+        match mode {
+            Mode::Read => return Ok(self),
+            Mode::Permit => return Err(Error::Unsupported("a permit can't be turned into a reader's share")),
+            Mode::Exclusive if keys.len() > 1 => {
+                return Err(Error::Unsupported("a lock of several keys can't be turned into a reader's share"));
+            }
+            Mode::Exclusive => {}
+        }
+        if !self.shared.store.capabilities().has_readers {
+            return Err(Error::Unsupported(NO_READERS));
+        }
+        Shared::check_runtime()?;
+        let runtime = self.shared.runtime()?;
+        // From here on, dropping `self` makes the renewer release the lock, whatever it is at the server.
+        self.hold.begin_downgrade().map_err(|loss| self.not_held(loss))?;
+        // A renewal that is on its way is given up.
+        self.renewer.interrupt();
+        match self.shared.downgrade(&self.hold).await? {
+            Downgraded::Done => {}
+            Downgraded::NotOurs(loss) => return Err(self.not_held(loss)),
+            Downgraded::NotNow => {
+                return Err(Error::Unsupported("others hold the lock by the same token, or it has to stay taken"));
+            }
+        }
+        let hold = self.hold.downgraded().map_err(|loss| self.not_held(loss))?;
+        let reader = Self::start(hold, &self.shared, &runtime);
+        // What requests of unknown outcome may still leave is the lock's.
+        self.hold.set_final_step(self.after_release());
+        self.shared.queues.ask_again(self.key());
+        debug!(name: "tenure.downgraded", key = %self.key(), "downgraded");
+        Ok(reader)
+    }
+
+    /// Returns what is left to do when the lock is released.
+    fn after_release(&self) -> FinalStep {
+        match self.hold.has_late_requests() {
+            true => FinalStep::Undo(self.shared.cleanups.register(Cleanup::UndoAttempt(self.hold.clone()))),
+            false => FinalStep::Nothing,
         }
     }
 

@@ -27,6 +27,7 @@
 
 mod bounds;
 mod claim;
+mod downgrade;
 mod owned;
 mod release;
 mod renewer;
@@ -92,6 +93,8 @@ pub(crate) struct Hold {
     spare_tokens: u64,
     /// Whether a user has read the token, and may use it for another grant of the lock.
     is_token_known: AtomicBool,
+    /// The server may have turned the lock into a reader's share. It doesn't count as held any longer.
+    may_be_reader: AtomicBool,
     /// See [`Grant::doubt`]: what the server runs until then has to be undone after the release.
     pub(crate) doubt: Option<Arc<Latest>>,
     /// Whether a part of the lock may be left at the server after a verdict that it is not ours: some of several keys,
@@ -165,6 +168,7 @@ impl Hold {
             fencing_token: grant.fencing_token,
             spare_tokens: grant.spare_tokens,
             is_token_known: AtomicBool::new(false),
+            may_be_reader: AtomicBool::new(false),
             doubt: grant.doubt.clone(),
             bounds,
             stays_until,
@@ -309,9 +313,10 @@ impl Hold {
         Renewing { sent, ttl, unlimited, exact: true, epoch }
     }
 
-    /// Notes that a renewal is about to be sent which records the grant, if there is a record.
+    /// Notes that a renewal is about to be sent which records the grant, if there is a record: of a shared grant, the
+    /// server keeps nothing else, so that a late renewal finds it gone.
     fn will_record(&self, state: &mut State, sent: Instant, patience: Duration) {
-        if self.owned.grant.is_some() {
+        if self.owned.grant.is_some() && !self.owned.mode.is_shared() {
             state.recording.retain(|(_, until)| sent < *until);
             state.recording.push((sent, sent + patience));
         }

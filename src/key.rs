@@ -18,11 +18,14 @@ use crate::Error;
 ///
 /// - `{job}:fence`, the last fencing token;
 /// - `{job}:grants`, the grants of a [chosen](crate::LockRequest::token) token, which may have several;
-/// - `{job}:queue` and `{job}:alive`, the line of waiters, and which of them are alive.
+/// - `{job}:queue` and `{job}:alive`, the line of waiters, and which of them are alive;
+/// - `{job}:holders` and `{job}:shares`, the [readers](crate::Locker::read) or holders of
+///   [permits](crate::Locker::permit), and what belongs to them; `{job}:intent`, the writers that wait for readers in a
+///   [quorum](crate::Locker::quorum).
 ///
 /// What the lock key itself holds is the token of the holder, alone or followed by a newline and metadata. If it begins
-/// with a newline, nobody holds the lock: it is reserved for the next waiter, or stays taken for a while
-/// ([`hold_at_least`](crate::LockRequest::hold_at_least)).
+/// with a newline, nobody has it alone: several share it, it is reserved for the next waiter, or it stays taken for a
+/// while ([`hold_at_least`](crate::LockRequest::hold_at_least)).
 ///
 /// A key with a hash tag of its own keeps it: `{user:1}:job` has `{user:1}:job:fence`. A key that is nothing but a tag
 /// gets empty braces: `{job}` has `{job}{}:fence`. A key with a `}` but without a tag gets a stand-in of four letters

@@ -7,6 +7,7 @@ use std::time::Duration;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
 
 use crate::hold::{GrantId, Owned};
+use crate::mode::Mode;
 use crate::{Error, Key, Token};
 
 /// A held lock as plain data, without a guard: its keys and token, its ttl and fencing token.
@@ -20,6 +21,10 @@ use crate::{Error, Key, Token};
 /// [`Display`](fmt::Display) and [`FromStr`] convert it to one word of letters, digits and `:-._~%`, fit for an
 /// environment variable or the payload of a job, and back. The word begins with its version. It contains the token:
 /// anybody who reads it can release the lock. `Debug` does not show the token.
+///
+/// A lease also keeps what kind of guard it came from: that of a lock, of a [reader](crate::Locker::read), or of a
+/// [permit](crate::Locker::permit). The text of the latter two has a version of its own, which versions of this crate
+/// that know only locks refuse.
 ///
 /// With the feature `serde`, a lease is serialised as that text.
 ///
@@ -64,7 +69,13 @@ impl Lease {
     /// ```
     pub fn new(key: impl Into<Key>, token: Token, ttl: Duration) -> Self {
         Self::from_parts(
-            Owned { keys: Box::new([key.into()]), token, own_token: false, grant: Some(GrantId::UNKNOWN) },
+            Owned {
+                keys: Box::new([key.into()]),
+                token,
+                own_token: false,
+                grant: Some(GrantId::UNKNOWN),
+                mode: Mode::Exclusive,
+            },
             ttl,
             None,
         )
@@ -110,8 +121,15 @@ impl Lease {
     }
 }
 
-/// The beginning of the text in this version.
-const VERSION: &str = "tenure:1:";
+/// The beginning of the text of a lock's lease.
+const OF_LOCK: &str = "tenure:1:";
+
+/// The beginning of the text of a shared lease. An earlier version of the crate refuses it, as it would take the lease
+/// for that of a lock.
+const OF_SHARE: &str = "tenure:2:";
+
+const READ: &str = "read";
+const PERMIT: &str = "permit";
 
 /// All characters except those that need no escaping anywhere (RFC 3986's unreserved ones). So colons are only
 /// separators.
@@ -119,9 +137,15 @@ const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'
 
 impl fmt::Display for Lease {
     /// Writes `tenure:1:` ttl in ms `:` fencing token or nothing `:` token `:` key, and more keys, each after a colon.
-    /// The fencing token is followed by `~` and the id of the grant, unless that is unknown.
+    /// The fencing token is followed by `~` and the id of the grant, unless that is unknown. The lease of a reader begins
+    /// with `tenure:2:read:` instead, that of a permit with `tenure:2:permit:`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{VERSION}{}:", self.ttl.as_millis())?;
+        match self.owned.mode {
+            Mode::Exclusive => f.write_str(OF_LOCK)?,
+            Mode::Read => write!(f, "{OF_SHARE}{READ}:")?,
+            Mode::Permit => write!(f, "{OF_SHARE}{PERMIT}:")?,
+        }
+        write!(f, "{}:", self.ttl.as_millis())?;
         if let Some(fence) = self.fencing_token {
             write!(f, "{fence}")?;
         }
@@ -142,11 +166,19 @@ impl FromStr for Lease {
     ///
     /// [`Error::InvalidLease`] if the text is not a lease, or one of a later version.
     fn from_str(text: &str) -> Result<Self, Error> {
-        let Some(rest) = text.strip_prefix(VERSION) else {
-            return Err(Error::InvalidLease(match text.starts_with("tenure:") {
-                true => "this version of tenure doesn't know its version",
-                false => "it does not begin with `tenure:`",
-            }));
+        let (mode, rest) = match (text.strip_prefix(OF_LOCK), text.strip_prefix(OF_SHARE)) {
+            (Some(rest), _) => (Mode::Exclusive, rest),
+            (None, Some(rest)) => match rest.split_once(':') {
+                Some((READ, rest)) => (Mode::Read, rest),
+                Some((PERMIT, rest)) => (Mode::Permit, rest),
+                _ => return Err(Error::InvalidLease("it is neither a reader's nor a permit's")),
+            },
+            (None, None) => {
+                return Err(Error::InvalidLease(match text.starts_with("tenure:") {
+                    true => "this version of tenure doesn't know its version",
+                    false => "it does not begin with `tenure:`",
+                }));
+            }
         };
         let mut parts = rest.split(':');
         let mut part = || parts.next().ok_or(Error::InvalidLease("it ends too early"));
@@ -168,7 +200,10 @@ impl FromStr for Lease {
         let token = token.parse().map_err(|_| Error::InvalidLease("its token is invalid"))?;
         let keys: Box<[Key]> = parts.map(|key| percent_decode_str(key).collect::<Vec<u8>>().into()).collect();
         Key::validate_all(&keys).map_err(|_| Error::InvalidLease("it has no key, an empty key, or a key twice"))?;
-        Ok(Self::from_parts(Owned { keys, token, own_token: false, grant }, ttl, fencing_token))
+        if mode.is_shared() && (keys.len() > 1 || grant == Some(GrantId::UNKNOWN)) {
+            return Err(Error::InvalidLease("it shares several keys, or its grant is missing"));
+        }
+        Ok(Self::from_parts(Owned { keys, token, own_token: false, grant, mode }, ttl, fencing_token))
     }
 }
 
@@ -176,6 +211,7 @@ impl fmt::Debug for Lease {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Lease")
             .field("keys", &self.keys())
+            .field("mode", &self.owned.mode)
             .field("ttl", &self.ttl)
             .field("fencing_token", &self.fencing_token)
             .finish_non_exhaustive()
@@ -206,7 +242,13 @@ mod tests {
         for (text, reason) in [
             ("", "does not begin"),
             ("redis:1:1::t:k", "does not begin"),
-            ("tenure:2:1::t:k", "version"),
+            ("tenure:3:1::t:k", "version"),
+            ("tenure:2:1::t:k", "neither"),
+            ("tenure:2:lock:5:1~-:t:k", "neither"),
+            ("tenure:2:read", "neither"),
+            ("tenure:2:read:", "not a number"),
+            ("tenure:2:read:5:1:t:k", "grant is missing"),
+            ("tenure:2:permit:5:1~-:t:k:l", "several keys"),
             ("tenure:1:", "not a number"),
             ("tenure:1:-5::t:k", "not a number"),
             ("tenure:1:99999999999999999999::t:k", "not a number"),
@@ -225,6 +267,16 @@ mod tests {
                 matches!(&refused, Error::InvalidLease(_)) && refused.to_string().contains(reason),
                 "{text}: {refused}"
             );
+        }
+    }
+
+    #[test]
+    fn the_text_of_a_shared_lease_is_read_back() {
+        for (mode, text) in
+            [(Mode::Read, "tenure:2:read:5:7~-:t:k%3A1"), (Mode::Permit, "tenure:2:permit:5:~1f:t:k%3A1")]
+        {
+            let lease: Lease = text.parse().unwrap();
+            assert_eq!((lease.owned.mode, lease.to_string().as_str()), (mode, text));
         }
     }
 

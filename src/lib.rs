@@ -85,6 +85,7 @@
 //!
 //! - [`docs::guide`]: what one needs to know, in that order, with a picture of a guard's life.
 //! - [`docs::production`]: what to check before a lock guards something that matters.
+//! - [`docs::guarantees`]: what each kind of server promises, on what that rests, and which test shows it.
 //! - [`docs::migrating_from_rslock`] and [`docs::migrating_from_go`]: what you know, and what it is called here.
 //! - [Recipes](https://github.com/tenure-rs/tenure/tree/main/recipes): programs to copy from.
 //!
@@ -113,12 +114,17 @@
 //! | run a block of code under a lock | [`Locker::scope`] |
 //! | stop work when the lock is lost | [`LockGuard::protect`], [`LockGuard::lost`], [`LockGuard::cancellation_token`] |
 //! | hold several locks, all or none | [`Locker::lock_all`], [`Locker::try_lock_all`], [`Locker::obtain_all`] |
+//! | let many read, and one write | [`Locker::read`] beside [`Locker::lock`]; [`LockGuard::downgrade`] |
+//! | let so many in at a time | [`Locker::permit`], [`Locker::holders`] |
 //! | run a job once per period in a fleet | [`LockRequest::hold_at_least`] |
 //! | free a lock whose work hangs | [`LockRequest::hold_at_most`] |
 //! | hand a lock to another process | [`LockGuard::into_lease`], [`Locker::adopt`] |
 //! | keep many locks at once, and get their events | [`WatchDog`] |
 //! | protect a store from a late writer | [`LockGuard::fencing_token`] |
 //! | survive the loss of a server and its memory | [`Locker::quorum`] |
+//! | end a lock, whoever holds it | [`Locker::force_release`] |
+//! | find out what endangers locks on a server | [`Locker::diagnose`] |
+//! | test what your code does when a lock is lost | [`testing::EmbeddedServer`] |
 //!
 //! # What it relies on
 //!
@@ -135,28 +141,41 @@
 //!
 //! The crate reports what it does through [`tracing`](https://docs.rs/tracing). No event and no span shows a token.
 //!
+//! Level `info` reports nothing of a lock that is obtained, renewed and released as it should be. Each `warn` is worth
+//! reading: a lock is lost, or will be unless the server comes back. The name of an event is its target as well, so
+//! formatters show it, and the filter `tenure=debug` includes all of them:
+//!
+//! ```text
+//! DEBUG tenure.obtain{key=k ttl=30s}: tenure.obtained: obtained waited=1.1ms attempts=1 remaining=29.7s
+//! DEBUG tenure.keep{key=k}: tenure.renewed: renewed remaining=29.7s took=410.3µs
+//!  WARN tenure.keep{key=k}: tenure.lost: lost loss=its key is gone
+//! ```
+//!
 //! | event | level | fields | meaning |
 //! | --- | --- | --- | --- |
 //! | `tenure.obtain` | info span | `key`, `ttl` | One per request. `key` lists all keys of the request. |
 //! | `tenure.keep` | info span | `key` | One per held lock, from the grant to the end. |
-//! | `tenure.obtained` | info | `waited`, `attempts`, `remaining` | The lock is held. |
+//! | `tenure.obtained` | debug | `waited`, `attempts`, `remaining` | The lock is held. |
 //! | `tenure.held` | debug | `key`, `attempts`, `waited`, `remaining` | Another holder has the lock. |
 //! | `tenure.attempt_failed` | warn, debug | `attempts`, `waited`, `error` | The server failed or was unreachable. |
 //! | `tenure.too_late` | debug | `waited`, `attempts`, `remaining` | The grant came too late to be of use. |
 //! | `tenure.undone` | debug | `key` | An attempt without a reply was undone. |
 //! | `tenure.undo_failed` | debug, warn | `key`, `error` | It could not be undone; its ttl will free the lock. |
 //! | `tenure.handed_over` | debug | `key` | A holder released the lock to the next waiter of this process. |
+//! | `tenure.downgraded` | info | `key` | A holder of a lock became a reader. |
 //! | `tenure.taken_back` | debug | `key` | The lock was handed over to a future that nobody polls. |
 //! | `tenure.renewed` | debug | `remaining`, `took` | The lock was renewed. |
 //! | `tenure.renew_failed` | warn, debug | `failures`, `remaining`, `pause`, `error` | `warn`: the first in a row. |
 //! | `tenure.lost` | warn | `key`, `loss`, `cause` | The lock is lost. `cause`: why it could not be renewed. |
-//! | `tenure.released` | info | `key`, `outcome` | The lock was released; with `outcome`, in the background. |
+//! | `tenure.released` | debug | `key`, `outcome` | The lock was released; with `outcome`, in the background. |
+//! | `tenure.force_released` | debug | `key`, `ended` | `force_release()` has ended the lock, if there was one. |
 //! | `tenure.release_failed` | debug, warn | `key`, `error` | It could not be released; the ttl will free it. |
 //! | `tenure.taken_over` | debug | | `close()` does what a stalled runtime has left undone. |
 //! | `tenure.no_news` | debug, warn | `error` | There is no subscription. Until there is, waiters poll. |
 //! | `tenure.heartbeat_failed` | debug | `key`, `error` | A waiter could not report that it is alive. |
 //! | `tenure.leave_failed` | debug | `key`, `error` | A waiter could not leave the line; its place expires. |
 //! | `tenure.without_line` | debug | `error` | The user may not use the line; waiters poll. |
+//! | `tenure.server_away` | debug | `error`, `left` | Connecting failed; it goes on for the time that `wait_for_server` allows. |
 //! | `tenure.reconnect` | debug | | The client did not take the request to reconnect. |
 //! | `tenure.revive` | debug | `stalled` | A connection or subscription moves to a running runtime. |
 //! | `tenure.mixed_up` | warn | | The client returned the reply to another request; it reconnects. |
@@ -183,7 +202,7 @@
 //! | `rustls` | `rediss://` URLs, with [rustls](https://docs.rs/rustls) on ring |
 //! | `native-tls` | `rediss://` URLs, with the platform's TLS library; with both features, this one is used |
 //! | `metrics` | counters, gauges and histograms for the [metrics facade](https://docs.rs/metrics): the module of that name |
-//! | `serde` | `Serialize` and `Deserialize` for [`Lease`] |
+//! | `serde` | `Serialize` and `Deserialize` for [`Lease`], `Serialize` for [`Diagnosis`] |
 //!
 //! With neither client, there is the embedded store of [`Locker::in_memory`].
 
@@ -194,6 +213,7 @@
 )]
 
 // What a user sees.
+mod diagnosis;
 mod error;
 mod guard;
 mod key;
@@ -214,6 +234,8 @@ mod metrics;
 // What it rests on.
 mod acquire;
 mod hold;
+mod mode;
+mod report;
 mod store;
 
 #[cfg(any(doc, doctest))]
@@ -227,6 +249,9 @@ pub use fred;
 #[cfg(feature = "redis")]
 pub use redis;
 
+pub mod testing;
+
+pub use self::diagnosis::{Diagnosis, Finding, ServerReport, Severity, Topic};
 pub use self::error::{Error, NodeError, RedisError, RedisErrorKind};
 pub use self::guard::LockGuard;
 pub use self::key::Key;

@@ -17,12 +17,16 @@ use tokio_util::task::TaskTracker;
 
 pub use self::builder::{LockerBuilder, RestartWindow};
 pub use self::close_on_drop::CloseOnDrop;
+#[cfg(doc)]
+use crate::Token;
 use crate::acquire::Patience;
 use crate::hold::timing::Renewal;
 use crate::hold::{Grant, GrantId, Hold, Owned, suspension};
 use crate::locker::shared::Shared;
+use crate::mode::Mode;
+use crate::report::debug;
 use crate::store::Holder;
-use crate::{Error, Key, Lease, LockGuard, LockRequest};
+use crate::{Diagnosis, Error, Key, Lease, LockGuard, LockRequest};
 
 /// Obtains locks on one server, on one watched by Sentinels, on a cluster, a quorum, or the embedded store.
 ///
@@ -295,8 +299,8 @@ impl Locker {
     /// use tenure::{Locker, Retry};
     ///
     /// let locker = Locker::in_memory();
-    /// let thrice = Retry::linear(Duration::from_millis(100)).limit(3);
-    /// let guard = locker.obtain("k").retry(thrice).await?;
+    /// let four_attempts = Retry::linear(Duration::from_millis(100)).max_retries(3);
+    /// let guard = locker.obtain("k").retry(four_attempts).await?;
     /// # Ok(())
     /// # }
     /// ```
@@ -363,6 +367,118 @@ impl Locker {
     /// ```
     pub fn obtain_all<I: IntoIterator<Item: Into<Key>>>(&self, keys: I) -> LockRequest {
         LockRequest::new(self.shared.clone(), keys.into_iter().map(Into::into).collect(), self.obtains())
+    }
+
+    /// Requests a share of the key as a reader, and waits for it: any number of readers hold a key together, and no
+    /// writer holds it meanwhile. A writer is who [locks](Locker::lock) the key, through this or another library.
+    ///
+    /// Each reader has a guard with a ttl and renewals of its own, so a reader that dies keeps writers waiting until its
+    /// own ttl ends, and for no longer. All else is as for a lock: [options, errors and cancel safety](LockRequest).
+    ///
+    /// # Who comes first
+    ///
+    /// **Writers are preferred**: while a writer waits, further readers wait behind it, those of
+    /// [`try_read`](Locker::try_read) are refused, and it gets the key when the readers that hold it have gone. So
+    /// readers starve where writers come without end, as everybody waits in one line. Readers that wait there one after
+    /// another enter together. A writer that dies while it waits holds readers back for up to 2 s. A
+    /// [`try_lock`](Locker::try_lock) doesn't wait, and holds nobody back; neither does, on the embedded store, a request
+    /// for [several keys](Locker::lock_all).
+    ///
+    /// On a [quorum](Locker::quorum) there is no line: a writer that waits announces itself to the nodes, which admit no
+    /// reader until then, and forget a writer that died as fast.
+    ///
+    /// A [token](LockRequest::token) that is a reader already is admitted at once, as it would wait for itself
+    /// otherwise; its guards end one by one, and an explicit [`release`](LockGuard::release) of any of them ends all.
+    ///
+    /// A writer becomes a reader by [`downgrade`](LockGuard::downgrade). Readers of other libraries are not known here,
+    /// nor are these to them: to another library, the key is taken by one holder.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let (one, another) = (locker.read("prices").await?, locker.read("prices").await?);
+    /// assert!(locker.try_lock("prices").await.is_err());
+    /// one.release().await?;
+    /// another.release().await?;
+    /// let writer = locker.lock("prices").await?;
+    /// # writer.release().await
+    /// # }
+    /// ```
+    pub fn read(&self, key: impl Into<Key>) -> LockRequest {
+        self.lock(key).sharing(Mode::Read, 0)
+    }
+
+    /// Requests a share of the key as a [reader](Locker::read) once, and fails with [`Error::NotObtained`] if a writer
+    /// holds the key, or others wait for it.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use tenure::{Error, Locker};
+    ///
+    /// let locker = Locker::in_memory();
+    /// let writer = locker.lock("prices").await?;
+    /// assert!(matches!(locker.try_read("prices").await, Err(Error::NotObtained { .. })));
+    /// # writer.release().await
+    /// # }
+    /// ```
+    pub fn try_read(&self, key: impl Into<Key>) -> LockRequest {
+        self.try_lock(key).sharing(Mode::Read, 0)
+    }
+
+    /// Requests one of `limit` permits for the key, and waits for it: at most so many hold the key together, each with a
+    /// guard of its own. The permit of a holder that dies comes back when its ttl ends.
+    ///
+    /// The caller brings the limit; the server stores none. A request counts those who hold a permit, whatever limit
+    /// they came with, and is admitted if there are fewer than its own limit. So a limit can be changed at any time: a
+    /// smaller one admits nobody until enough have gone, and ends no permit. [`holders`](Locker::holders) lists who has
+    /// one.
+    ///
+    /// Nobody who [locks](Locker::lock) or [reads](Locker::read) the key holds it at the same time. Waiters stand in one
+    /// line, as for a lock. A [token](LockRequest::token) that has a permit gets it again at once; its guards count as
+    /// one holder.
+    ///
+    /// A [quorum](Locker::quorum) has no permits: counting doesn't compose, as each of two majorities of its nodes may
+    /// count fewer holders than there are.
+    ///
+    /// # Errors
+    ///
+    /// Those of any [`LockRequest`], and [`Error::InvalidLimit`] for a limit of 0; [`Error::Unsupported`] on a quorum.
+    /// Nothing was sent in both cases.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let licences = 2;
+    /// let (one, another) = (locker.permit("cad", licences).await?, locker.permit("cad", licences).await?);
+    /// assert!(locker.try_permit("cad", licences).await.is_err());
+    /// one.release().await?;
+    /// let third = locker.permit("cad", licences).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn permit(&self, key: impl Into<Key>, limit: usize) -> LockRequest {
+        self.lock(key).sharing(Mode::Permit, limit)
+    }
+
+    /// Requests one of `limit` [permits](Locker::permit) once, and fails with [`Error::NotObtained`] if none is free, or
+    /// others wait for one.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use tenure::{Error, Locker};
+    ///
+    /// let locker = Locker::in_memory();
+    /// let permit = locker.try_permit("cad", 1).await?;
+    /// assert!(matches!(locker.try_permit("cad", 1).await, Err(Error::NotObtained { .. })));
+    /// # permit.release().await
+    /// # }
+    /// ```
+    pub fn try_permit(&self, key: impl Into<Key>, limit: usize) -> LockRequest {
+        self.try_lock(key).sharing(Mode::Permit, limit)
     }
 
     /// Turns a lease back into a guard: renews the lock at once, and from then on like any other guard.
@@ -450,7 +566,8 @@ impl Locker {
         self.shared.extend(lease.owned(), at_least).await
     }
 
-    /// Runs `body` under a lock: waits for the lock, runs the body for as long as it is held, and releases it.
+    /// Runs `body` under a lock: waits for the lock, runs the body for as long as it is held, and releases it. For
+    /// other requests, [`LockRequest::scope`] does the same.
     ///
     /// # Errors
     ///
@@ -475,16 +592,12 @@ impl Locker {
     /// # }
     /// ```
     pub async fn scope<T>(&self, key: impl Into<Key>, body: impl AsyncFnOnce(&LockGuard) -> T) -> Result<T, Error> {
-        let guard = self.lock(key).await?;
-        let output = guard.protect(body(&guard)).await?;
-        match guard.release().await {
-            Err(Error::NotHeld { loss, .. }) => Err(Error::Lost(loss)),
-            Ok(()) | Err(_) => Ok(output),
-        }
+        self.lock(key).scope(body).await
     }
 
-    /// Returns the current holder of a lock, if there is one: through this or another library. A key that only stays
-    /// taken for [some time](LockRequest::hold_at_least) has no holder.
+    /// Returns the current holder of a lock, if there is one: through this or another library. Of several who share the
+    /// key, the one whose ttl ends last. A key that only stays taken for [some time](LockRequest::hold_at_least) has no
+    /// holder.
     ///
     /// # Errors
     ///
@@ -506,14 +619,199 @@ impl Locker {
     /// # }
     /// ```
     pub async fn inspect(&self, key: impl Into<Key>) -> Result<Option<Holder>, Error> {
+        let (key, shared) = (self.readable(key)?, &self.shared);
+        shared.store.inspect(&key, shared.command_timeout).await
+    }
+
+    /// Returns all current holders of a key: the one who has locked it, all of its [readers](Locker::read), or all who
+    /// have a [permit](Locker::permit); those first whose ttl ends last. A token that holds it by several guards is
+    /// listed once.
+    ///
+    /// A long list is read in parts, so that the server serves others in between: a holder that comes or goes meanwhile
+    /// may be in the list or not.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`inspect`](Locker::inspect), and [`Error::Unsupported`] on a store that shares no keys.
+    ///
+    /// # Cancel safety
+    ///
+    /// It only reads.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let one = locker.permit("cad", 3).metadata("host-1").await?;
+    /// let another = locker.permit("cad", 3).metadata("host-2").await?;
+    /// assert_eq!(locker.holders("cad").await?.len(), 2);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn holders(&self, key: impl Into<Key>) -> Result<Vec<Holder>, Error> {
+        let (key, shared) = (self.readable(key)?, &self.shared);
+        shared.store.holders(&key, shared.command_timeout).await
+    }
+
+    /// Returns the key, if the server can be asked about it.
+    fn readable(&self, key: impl Into<Key>) -> Result<Key, Error> {
         let key = key.into();
         key.validate()?;
         if self.shared.closed.is_cancelled() {
             return Err(Error::Closed);
         }
         Shared::check_runtime()?;
-        let shared = &self.shared;
-        shared.store.inspect(&key, shared.command_timeout).await
+        Ok(key)
+    }
+
+    /// Returns the locks whose keys begin with this, with their holders, in the order of their keys; at most so many.
+    ///
+    /// It is for people and their tools: it looks at every key of every server, by `SCAN`, in steps between which the
+    /// server serves others. A key is taken for a lock if it holds a string with a ttl, and has a fencing token beside
+    /// it or begins with a [random](Token::random) token. So most locks of other libraries are left out, as are locks
+    /// without fencing tokens whose token was [chosen](LockRequest::token).
+    ///
+    /// What is obtained or released meanwhile may be there or not.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Redis`] if a server could not be reached, or failed: then no locks are returned, rather than some of
+    /// them. On a quorum a majority is enough. [`Error::Unsupported`] through a [connection](Locker::with_redis) of your own
+    /// to a cluster, which doesn't tell its nodes. [`Error::Closed`].
+    ///
+    /// # Cancel safety
+    ///
+    /// It only reads. Each step takes no longer than the [command timeout](LockerBuilder::command_timeout).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let guard = locker.lock("invoices:42").metadata("host-3").await?;
+    /// for (key, holder) in locker.list("invoices:", 100).await? {
+    ///     println!("{key}: {}", holder.metadata.escape_ascii());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn list(&self, prefix: impl AsRef<[u8]>, at_most: usize) -> Result<Vec<(Key, Holder)>, Error> {
+        if self.shared.closed.is_cancelled() {
+            return Err(Error::Closed);
+        }
+        Shared::check_runtime()?;
+        let (store, timeout) = (&self.shared.store, self.shared.command_timeout);
+        let mut locks = Vec::new();
+        for key in store.find_keys(prefix.as_ref(), timeout).await? {
+            if locks.len() >= at_most {
+                break;
+            }
+            let holder = match store.inspect(&key, timeout).await {
+                // It holds something else by now.
+                Err(error) if error.code() == Some("WRONGTYPE") => None,
+                holder => holder?,
+            };
+            if let Some(holder) = holder.filter(Holder::is_of_a_lock) {
+                locks.push((key, holder));
+            }
+        }
+        Ok(locks)
+    }
+
+    /// Looks for what endangers locks on the servers behind this locker: a policy that evicts keys, no persistence,
+    /// replicas that locks don't wait for, a clock that is far off, missing permissions, a version that was never tested.
+    ///
+    /// Run it when a service starts, or by hand with the command `tenure doctor`. What it may not ask for is a finding, too; only whether the
+    /// user may subscribe to notifications can't be found out. It looks at each primary of a cluster and at each node of
+    /// a quorum. Those that can't be reached are among the findings. On the embedded store it finds nothing.
+    ///
+    /// To find out what the user may do, it writes keys that begin with the locker's prefix and `tenure-probe-`, and
+    /// deletes them; should that fail, they expire within a second. It takes no longer than the
+    /// [command timeout](LockerBuilder::command_timeout).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Redis`] if the server can't be reached, or failed; [`Error::Unsupported`] through a
+    /// [connection](Locker::with_redis) of your own to a cluster; [`Error::Closed`].
+    ///
+    /// # Cancel safety
+    ///
+    /// The future may be dropped.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(locker: tenure::Locker) -> Result<(), tenure::Error> {
+    /// for finding in locker.diagnose().await?.findings {
+    ///     eprintln!("{}: {}; {}", finding.severity, finding.what, finding.advice);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn diagnose(&self) -> Result<Diagnosis, Error> {
+        if self.shared.closed.is_cancelled() {
+            return Err(Error::Closed);
+        }
+        Shared::check_runtime()?;
+        self.shared.store.diagnose(None, self.shared.command_timeout).await
+    }
+
+    /// Ends the lock of this key, whoever holds it: a holder that hangs, say, or one of another library. Returns whether
+    /// there was anything to end.
+    ///
+    /// All [readers](Locker::read), or all who have a [permit](Locker::permit), lose the key together.
+    ///
+    /// The lock goes to the first waiter in the line, as after any release. So does a key that stays taken for [some
+    /// time](LockRequest::hold_at_least) although nobody holds it. Fencing tokens go on growing. A key of another type
+    /// is no lock: the error has the code `WRONGTYPE`, and nothing is deleted.
+    ///
+    /// The holder isn't asked, and goes on working until its next renewal, up to a third of the ttl by default: then
+    /// its guard reports [`Loss::Missing`](crate::Loss::Missing), or [`Loss::Taken`](crate::Loss::Taken) if another has
+    /// the lock by then. In the meantime there may be two holders. A store that checks [fencing
+    /// tokens](LockGuard::fencing_token) refuses the earlier one as soon as it has seen the later one.
+    ///
+    /// A waiter that has just been given the lock and hasn't confirmed it yet keeps its turn, and this returns false:
+    /// call it again if that one is to lose the lock too.
+    ///
+    /// On a [quorum](Locker::quorum), all nodes are asked. It succeeds when a majority has no lock any longer: then no
+    /// renewal succeeds, and a node that was away frees its key when the ttl ends.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidKey`]; [`Error::Redis`] if the server could not be reached, or failed; [`Error::Closed`]. After a
+    /// timeout or a lost connection the lock may have ended all the same, and a repeat would end the next holder's: look
+    /// with [`inspect`](Locker::inspect) first.
+    ///
+    /// # Cancel safety
+    ///
+    /// If the future is dropped, the lock may or may not end.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use tenure::{Locker, Loss};
+    ///
+    /// let locker = Locker::in_memory();
+    /// let hangs = locker.lock("import").await?;
+    /// assert!(locker.force_release("import").await?);
+    /// assert!(!locker.force_release("import").await?);
+    /// assert_eq!(hangs.lost().await, Loss::Missing); // by its next renewal
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn force_release(&self, key: impl Into<Key>) -> Result<bool, Error> {
+        let key = key.into();
+        key.validate()?;
+        if self.shared.closed.is_cancelled() {
+            return Err(Error::Closed);
+        }
+        Shared::check_runtime()?;
+        let ended = self.shared.store.force_release(&key, self.shared.command_timeout).await?;
+        debug!(name: "tenure.force_released", %key, ended, "ended the lock of whoever held it");
+        Ok(ended)
     }
 
     /// Refuses all new requests, ends waiting ones with [`Error::Closed`], and waits for the releases in flight: those

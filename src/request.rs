@@ -17,13 +17,15 @@ use tracing::{Instrument, info_span};
 use crate::acquire::{Options, Patience};
 use crate::hold::timing::Renewal;
 use crate::locker::shared::Shared;
+use crate::mode::Mode;
 use crate::{Error, Key, LockGuard, Retry, Token};
 
 /// A request for a lock: set what you need, then `.await` it for the [`LockGuard`].
 ///
 /// Created by [`Locker::lock`], [`Locker::try_lock`] and [`Locker::obtain`], which differ only in their patience, and
-/// by [`Locker::lock_all`], [`Locker::try_lock_all`] and [`Locker::obtain_all`] for several keys. Nothing happens
-/// before it is awaited. Options that are not set here are those of the [`Locker`].
+/// by [`Locker::lock_all`], [`Locker::try_lock_all`] and [`Locker::obtain_all`] for several keys. A request of
+/// [`Locker::read`] or [`Locker::permit`], or of its twin that tries once, is for a share of a key: what is said of a
+/// lock is true of that, too. Nothing happens before it is awaited. Options that are not set here are those of the [`Locker`].
 ///
 /// # Cancel safety
 ///
@@ -45,7 +47,9 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 ///   several times in a row.
 /// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`], [`Error::InvalidHold`]: no such lock can
 ///   work; nothing was sent.
-/// - [`Error::Unsupported`]: the locker requires replicas on a server that can't have any; nothing was sent.
+/// - [`Error::InvalidLimit`]: nobody could ever hold such a [permit](Locker::permit); nothing was sent.
+/// - [`Error::Unsupported`]: the locker requires replicas on a server that can't have any, or the store counts no permits;
+///   nothing was sent.
 /// - [`Error::CrossSlot`]: the keys lie in different slots of a cluster; nothing was sent.
 /// - [`Error::Closed`]: the locker was closed before or meanwhile.
 /// - [`Error::NoRuntime`]: the future was polled outside a tokio runtime.
@@ -77,6 +81,12 @@ pub struct LockRequest {
 impl LockRequest {
     pub(crate) fn new(shared: Arc<Shared>, keys: Vec<Key>, patience: Patience) -> Self {
         Self { options: Box::new(Options::new(shared, keys, patience)) }
+    }
+
+    /// Requests a share of the key instead of a lock: with a permit, as one of so many.
+    pub(crate) fn sharing(mut self, mode: Mode, limit: usize) -> Self {
+        (self.options.mode, self.options.limit) = (mode, limit);
+        self
     }
 
     /// Sets how long the server keeps the lock after each renewal, in whole milliseconds: from 4 ms (with the default
@@ -134,8 +144,8 @@ impl LockRequest {
     /// use std::time::Duration;
     ///
     /// let locker = tenure::Locker::in_memory();
-    /// let thrice = tenure::Retry::linear(Duration::from_millis(50)).limit(3);
-    /// let guard = locker.obtain("k").retry(thrice).await?;
+    /// let four_attempts = tenure::Retry::linear(Duration::from_millis(50)).max_retries(3);
+    /// let guard = locker.obtain("k").retry(four_attempts).await?;
     /// # Ok(())
     /// # }
     /// ```
@@ -279,6 +289,8 @@ impl LockRequest {
     /// before its last confirmed ttl or the least time has ended, whichever is earlier.
     ///
     /// - With [`hold_at_most`](LockRequest::hold_at_most), the key stays taken after the end at the limit, too.
+    /// - A [reader](Locker::read)'s share is left to nobody, too: others may read meanwhile, and nobody writes. A
+    ///   [permit](Locker::permit) still counts as taken.
     /// - If several guards hold the lock by one [token](LockRequest::token), the key is left to nobody when the last of
     ///   them is dropped. An explicit [`release`](LockGuard::release) of one without a least time ends the lock for all,
     ///   at once.
@@ -351,6 +363,48 @@ impl LockRequest {
         self
     }
 
+    /// Runs `body` under the lock: obtains it as requested, runs the body for as long as it is held, and releases it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] if the lock is lost while the body runs; the body is then dropped, wherever it was. Any error of
+    /// the request. If the body is done and only the release could not be confirmed, `scope` returns its output: the
+    /// release goes on in the background.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future drops the body and releases the lock in the background.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    /// use tenure::{Error, Locker};
+    ///
+    /// let locker = Locker::in_memory();
+    /// let nightly = || locker.try_lock("nightly").ttl(Duration::from_secs(10)).metadata("host-3");
+    /// let sum = nightly().scope(async |guard| {
+    ///     assert!(guard.is_held());
+    ///     // Not held twice.
+    ///     assert!(matches!(nightly().scope(async |_| ()).await, Err(Error::NotObtained { .. })));
+    ///     40 + 2
+    /// });
+    /// assert_eq!(sum.await?, 42);
+    /// assert_eq!(locker.inspect("nightly").await?, None);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn scope<T>(self, body: impl AsyncFnOnce(&LockGuard) -> T) -> Result<T, Error> {
+        let guard = self.await?;
+        let output = guard.protect(body(&guard)).await?;
+        match guard.release().await {
+            Err(Error::NotHeld { loss, .. }) => Err(Error::Lost(loss)),
+            Ok(()) | Err(_) => Ok(output),
+        }
+    }
+
     pub(crate) fn renewal(mut self, renewal: Renewal) -> Self {
         self.options.renewal = renewal;
         self
@@ -372,6 +426,8 @@ impl fmt::Debug for LockRequest {
             .field("token", &self.options.token)
             .field("fenced", &self.options.fenced)
             .field("fair", &self.options.fair)
+            .field("mode", &self.options.mode)
+            .field("limit", &self.options.limit)
             .finish()
     }
 }

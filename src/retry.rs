@@ -19,8 +19,8 @@ use std::time::Duration;
 /// use tenure::Retry;
 ///
 /// let ms = Duration::from_millis;
-/// let thrice = Retry::exponential(ms(16), ms(50)).limit(3);
-/// assert_eq!(thrice.pauses().collect::<Vec<_>>(), [ms(16), ms(32), ms(50)]);
+/// let three_pauses = Retry::exponential(ms(16), ms(50)).max_retries(3);
+/// assert_eq!(three_pauses.pauses().collect::<Vec<_>>(), [ms(16), ms(32), ms(50)]);
 ///
 /// let own = Retry::from_iter((1..).map(|n| Duration::from_millis(n * n)));
 /// assert_eq!(own.pauses().take(3).collect::<Vec<_>>(), [ms(1), ms(4), ms(9)]);
@@ -84,15 +84,24 @@ impl Retry {
         Self { make: pauses.into_pauses(), limit: None, jitter: Duration::ZERO }
     }
 
-    /// Allows at most `n` retries, that is, `n + 1` attempts.
+    /// Allows at most `n` retries after the first attempt: `n` pauses, `n + 1` attempts. Of several limits, the
+    /// smallest counts.
     ///
     /// ```
     /// use std::time::Duration;
     ///
-    /// assert_eq!(tenure::Retry::linear(Duration::from_millis(100)).limit(3).pauses().count(), 3);
+    /// let four_attempts = tenure::Retry::linear(Duration::from_millis(100)).max_retries(3);
+    /// assert_eq!(four_attempts.pauses().count(), 3);
     /// ```
-    pub fn limit(self, n: usize) -> Self {
+    pub fn max_retries(self, n: usize) -> Self {
         Self { limit: Some(self.limit.map_or(n, |limit| limit.min(n))), ..self }
+    }
+
+    /// The former name of [`max_retries`](Retry::max_retries), which didn't say that the first attempt doesn't count.
+    #[doc(hidden)]
+    #[deprecated(note = "renamed to `max_retries`, which says what is limited")]
+    pub fn limit(self, n: usize) -> Self {
+        self.max_retries(n)
     }
 
     /// Adds a random time below `jitter` to every pause, so that many waiters don't all ask at once.
@@ -184,8 +193,8 @@ mod tests {
 
     #[test]
     fn the_smaller_limit_counts() {
-        assert_eq!(Retry::linear(ms(1)).limit(3).limit(9).pauses().count(), 3);
-        assert_eq!(Retry::linear(ms(1)).limit(0).pauses().count(), 0);
+        assert_eq!(Retry::linear(ms(1)).max_retries(3).max_retries(9).pauses().count(), 3);
+        assert_eq!(Retry::linear(ms(1)).max_retries(0).pauses().count(), 0);
     }
 
     #[test]

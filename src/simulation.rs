@@ -8,9 +8,11 @@ mod ownership;
 mod real;
 mod universe;
 
-use std::future::IntoFuture;
+use std::future::{Future, IntoFuture, poll_fn};
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle};
@@ -311,7 +313,11 @@ async fn work_that_becomes_ready_with_the_loss_has_lost() {
 
     // Work that ends late, in a single step, was not under the lock until its end.
     let guard = locker.lock("other").await.unwrap();
-    let late = guard.protect(async { tokio::time::advance(ms(2_000)).await });
+    let late = guard.protect(poll_fn(|cx| {
+        let advanced = pin!(tokio::time::advance(ms(2_000))).poll(cx);
+        assert!(advanced.is_pending(), "time has passed, and only then are other tasks let in");
+        Poll::Ready(())
+    }));
     assert_eq!(late.await, Err(Loss::Expired));
 }
 

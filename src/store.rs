@@ -6,6 +6,7 @@
 //! 2. **Every operation may be repeated with the same token.** A repeat after a lost reply does no harm and returns
 //!    what the first one would have.
 
+pub(crate) mod embedded;
 #[cfg(test)]
 pub(crate) mod faulty;
 pub(crate) mod memory;
@@ -14,6 +15,7 @@ pub(crate) mod notifications;
 pub(crate) mod quorum;
 pub(crate) mod redis;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -23,7 +25,7 @@ use std::time::Duration;
 
 use self::notifications::Subscription;
 use crate::hold::{GrantId, Owned};
-use crate::{Error, Key, Loss, Token};
+use crate::{Diagnosis, Error, Key, Loss, Token};
 
 /// An operation in progress.
 pub(crate) type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'a>>;
@@ -73,6 +75,12 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
         timeout: Duration,
     ) -> Answer<'a, HandedOver>;
 
+    /// Turns the lock of one key into a reader's share, by the same token and grant, for as long as the key would have
+    /// lived. In one step: at no moment is the key free.
+    fn downgrade<'a>(&'a self, _owned: &'a Owned, _timeout: Duration) -> Answer<'a, Downgraded> {
+        Box::pin(async { Err(Error::Unsupported("this store has no readers")) })
+    }
+
     /// Takes the last place in the line for the key.
     fn enter<'a>(&'a self, _key: &'a Key, _place: LinePlace, _timeout: Duration) -> Answer<'a, ()> {
         Box::pin(async { Ok(()) })
@@ -92,10 +100,30 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     /// Subscribes to the notifications that the key may have become free.
     fn subscribe(&self, key: &Key) -> Subscription;
 
-    /// Returns the time that is left until the first of the keys expires, if all of them hold the token.
+    /// Returns the time that is left until the first of the keys expires, if all of them hold the token. For a shared
+    /// grant, that is its own time; for [`GrantId::UNKNOWN`], the longest of the token's grants.
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>>;
 
-    /// Returns the holder of the key.
+    /// Ends the lock of this key, whoever holds it, and the time for which it was left to nobody. Returns whether there
+    /// was either. A repeat may end the lock of the next holder.
+    fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool>;
+
+    /// Returns the keys that begin with the prefix and may be lock keys. Each step takes no longer than `timeout`, and
+    /// there are as many as the server has keys.
+    fn find_keys<'a>(&'a self, prefix: &'a [u8], timeout: Duration) -> Answer<'a, BTreeSet<Key>>;
+
+    /// Looks for what endangers locks on this server. A node of a quorum also gets the restart window. The embedded store
+    /// has no server.
+    fn diagnose(&self, _window: Option<Duration>, _timeout: Duration) -> Answer<'_, Diagnosis> {
+        Box::pin(async { Ok(Diagnosis::default()) })
+    }
+
+    /// Returns all who hold the key, in any mode: those that stay longest first.
+    fn holders<'a>(&'a self, _key: &'a Key, _timeout: Duration) -> Answer<'a, Vec<Holder>> {
+        Box::pin(async { Err(Error::Unsupported("this store lists no holders")) })
+    }
+
+    /// Returns the holder of the key. Of several, the one that stays longest.
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>>;
 }
 
@@ -111,6 +139,18 @@ pub(crate) struct Capabilities {
     /// It undoes every acquire that is not granted by itself, whatever became of the calls. It may still do so after it
     /// has returned, so each attempt needs a token, or a grant, of its own.
     pub(crate) undoes_attempts: bool,
+    /// Readers share keys ([`Mode::Read`](crate::mode::Mode)).
+    pub(crate) has_readers: bool,
+    /// It counts permits ([`Mode::Permit`](crate::mode::Mode)).
+    pub(crate) has_permits: bool,
+}
+
+impl Capabilities {
+    /// Returns whether waiters tell the store their places: for its line, or because a writer that waits for readers
+    /// announces itself to the nodes of a quorum.
+    pub(crate) fn has_places(self) -> bool {
+        self.has_line || self.undoes_attempts
+    }
 }
 
 /// What a request wants of the server.
@@ -126,6 +166,8 @@ pub(crate) struct Wanted {
     pub(crate) takes_over: bool,
     /// Until when the server may run what was sent for this request. All copies share it.
     pub(crate) latest: Arc<Latest>,
+    /// At most how many tokens may hold the key together. Only for [`Mode::Permit`](crate::mode::Mode), and then not 0.
+    pub(crate) limit: usize,
 }
 
 /// The latest time, in ms by the server's clock, at which the server may run what was sent for one request.
@@ -234,6 +276,16 @@ pub(crate) enum Verdict {
     NotOurs(Loss),
 }
 
+/// The verdict on turning a lock into a reader's share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Downgraded {
+    /// The token holds the key as a reader.
+    Done,
+    NotOurs(Loss),
+    /// Other grants rely on the lock, or it has to stay taken for one that has ended. Nothing has changed.
+    NotNow,
+}
+
 /// How a request relates to the line in which waiters of other processes stand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Queueing {
@@ -267,12 +319,14 @@ pub(crate) struct LinePlace {
 /// How an acquire uses the line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum InLine {
-    /// It ignores the line.
+    /// It ignores the line. A request for a [shared](crate::mode::Mode::is_shared) grant doesn't: for that, this is
+    /// [`Behind`](Self::Behind).
     No,
     /// It takes nothing that others wait for in the line.
     Behind,
-    /// It has this place in the line for one of its keys, or enters there if it is not granted.
-    At { key: usize, place: LinePlace },
+    /// It has this place in the line for one of its keys, or enters there if it is not granted. If it is granted, it
+    /// leaves the line; a shared grant doesn't if the place `stays`, as the next waiter with it may share the key, too.
+    At { key: usize, place: LinePlace, stays: bool },
 }
 
 /// The waiter that gets a lock that is handed over.
@@ -333,6 +387,13 @@ pub struct Holder {
     /// It may be greater than the holder's, by up to 16: a process whose tasks wait for the lock gets a block of them,
     /// which its next holders use if the lock is [handed over](crate::LockerBuilder::local_hand_over) there.
     pub fencing_token: Option<u64>,
+}
+
+impl Holder {
+    /// Returns whether what the key holds is surely a lock: of this crate, and fenced or by a random token.
+    pub(crate) fn is_of_a_lock(&self) -> bool {
+        self.remaining.is_some() && (self.fencing_token.is_some() || self.token.is_random())
+    }
 }
 
 impl fmt::Debug for Holder {

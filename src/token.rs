@@ -63,6 +63,11 @@ impl Token {
         Self(Bytes::from_static(b"\n\nh"))
     }
 
+    /// Returns whether it looks like one that [`random`](Self::random) has created.
+    pub(crate) fn is_random(&self) -> bool {
+        self.0.len() == 32 && self.0.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    }
+
     /// Returns the token as it is sent, without a copy.
     pub(crate) fn to_bytes(&self) -> Bytes {
         self.0.clone()

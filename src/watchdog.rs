@@ -40,6 +40,9 @@ use crate::{Error, Key, Lease, LockGuard, Locker};
 /// sessions. You give it a lock as a guard, which it owns from then on, or as a [`Lease`], and find the lock again
 /// under each of its keys. Every lock is renewed on its own, as a guard's is. A lock that is lost is removed.
 ///
+/// A watchdog keeps one guard for each key, also for those that several share: a second [reader](Locker::read) or
+/// [permit](Locker::permit) for the same key is refused, or needs another watchdog.
+///
 /// Where a piece of code holds a lock while it works, use the [`LockGuard`] itself: it needs no watchdog.
 ///
 /// # Events
@@ -105,7 +108,7 @@ impl WatchDog {
     ///
     /// - [`Error::AlreadyWatched`]: one of its keys is watched.
     /// - [`Error::NotHeld`]: the lock is lost. No event reports that, as the lock was never watched.
-    /// - [`Error::Closed`]: the watchdog was shut down.
+    /// - [`Error::ShutDown`]: the watchdog was shut down.
     ///
     /// A guard that is refused is dropped, and so released in the background. That doesn't end a lock that is already
     /// watched under the same token.
@@ -221,7 +224,7 @@ impl WatchDog {
     }
 
     /// Stops renewing and keeps the locks: returns a lease for each lock that is held, to be adopted elsewhere before
-    /// its ttl ends. Other handles see an empty watchdog, and [`Error::Closed`] from [`watch`](WatchDog::watch).
+    /// its ttl ends. Other handles see an empty watchdog, and [`Error::ShutDown`] from [`watch`](WatchDog::watch).
     ///
     /// # Cancel safety
     ///

@@ -113,6 +113,28 @@ async fn the_operations_of_many_tasks_share_calls_as_the_batch_size_shows() {
     assert!(sizes.iter().any(|&size| size > 20.0), "and not in one of its own: {sizes:?}");
 }
 
+#[tokio::test]
+async fn at_level_info_nothing_is_told_of_locks_that_are_well_and_a_loss_is_told_by_its_name() {
+    let log = Log::default();
+    let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::INFO).with_ansi(false);
+    let _told = tracing::subscriber::set_default(subscriber.with_writer(log.clone()).finish());
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let guard = locker.lock("well").renew_every(Duration::from_millis(20)).await.unwrap();
+    assert!(locker.try_lock("well").await.is_err());
+    let deadline = guard.deadline();
+    eventually("renewed", async || (guard.deadline() > deadline).then_some(())).await;
+    guard.release().await.unwrap();
+    drop(locker.lock("well").await.unwrap());
+    locker.lock("well").await.unwrap().release().await.unwrap();
+    assert_eq!(log.text(), "");
+    let guard = locker.lock("ill").renew_every(Duration::from_millis(20)).await.unwrap();
+    server.cli(&["DEL", "ill"]);
+    assert_eq!(guard.lost().await, Loss::Missing);
+    let told = eventually("told", async || Some(log.text()).filter(|text| !text.is_empty())).await;
+    assert!(told.contains("WARN tenure.keep{key=ill}: tenure.lost: lost"), "{told}");
+}
+
 /// An event or a span: its levels, and its fields. Of an event that the crate emits in several places, all of them.
 type Table = BTreeMap<String, (BTreeSet<String>, BTreeSet<String>)>;
 

@@ -79,7 +79,7 @@ async fn use_all(times: &Times) -> Vec<Error> {
     match locker.lock("k").await {
         Ok(guard) => {
             for retry in [Retry::linear(a), Retry::exponential(a, b), Retry::linear(b).jitter(c)] {
-                let request = locker.obtain("k").retry(retry.limit(9)).wait_at_most(times.wait_at_most);
+                let request = locker.obtain("k").retry(retry.max_retries(9)).wait_at_most(times.wait_at_most);
                 note(timeout(PATIENCE, request.into_future()).await.ok().and_then(Result::err));
             }
             let waiter = locker.lock("k").wait_at_most(times.wait_at_most);
@@ -206,7 +206,7 @@ proptest! {
     ) {
         let (min, max) = (Duration::from_nanos(min.into()), Duration::from_millis(max));
         let jitter = Duration::from_millis(jitter);
-        let pauses: Vec<_> = Retry::exponential(min, max).jitter(jitter).limit(limit).pauses().collect();
+        let pauses: Vec<_> = Retry::exponential(min, max).jitter(jitter).max_retries(limit).pauses().collect();
         prop_assert_eq!(pauses.len(), limit);
         for pause in pauses {
             prop_assert!(pause >= min.min(max) && pause <= max.saturating_add(jitter));
@@ -234,5 +234,8 @@ fn a_lease_survives_a_job_payload() {
     let payload = serde_json::to_string(&lease).unwrap();
     assert_eq!(payload, r#""tenure:1:30000::worker-7:odd%FF%3Akey""#);
     assert_eq!(serde_json::from_str::<Lease>(&payload).unwrap(), lease);
+    let of_reader: Lease = "tenure:2:read:30000:7~-:worker-7:k".parse().unwrap();
+    let payload = serde_json::to_string(&of_reader).unwrap();
+    assert_eq!(serde_json::from_str::<Lease>(&payload).unwrap(), of_reader);
     assert!(serde_json::from_str::<Lease>(r#""tenure:9:nonsense""#).unwrap_err().to_string().contains("version"));
 }

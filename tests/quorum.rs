@@ -816,3 +816,233 @@ async fn a_lock_costs_each_node_one_call_and_its_release_another() {
         servers.iter().for_each(|server| drop(server.cli(&["DEL", "warm"])));
     }
 }
+
+/// Returns how many of the servers know this token as that of a reader.
+fn count_readers(servers: &[Server], token: &Token) -> usize {
+    // What lies beside the key outlives it, and then counts for nothing.
+    let is_reader = "local ends = redis.call('GET', 'k') == '\\n\\nr' and redis.call('ZSCORE', '{k}:holders', ARGV[1])
+        return ends and ends / 1000 > redis.call('TIME')[1] + 0 and 1 or 0";
+    servers.iter().filter(|server| server.cli(&["EVAL", is_reader, "0", token.as_str()]) == "1").count()
+}
+
+async fn is_reader_on(servers: &[Server], token: &Token, nodes: usize) {
+    let is_so = async || (count_readers(servers, token) == nodes).then_some(());
+    eventually("the reader is on so many nodes", is_so).await;
+}
+
+/// Waits until nothing is left but the fence.
+async fn nothing_is_left(servers: &[Server]) {
+    let keys = |server: &Server| server.cli(&["KEYS", "*k*"]).replace("{k}:fence", "").trim().to_owned();
+    eventually("only the fence is left", async || servers.iter().all(|server| keys(server).is_empty()).then_some(()))
+        .await;
+}
+
+#[tokio::test]
+async fn readers_share_a_quorum_that_a_writer_gets_when_the_last_of_them_has_left() {
+    let servers = start::<3>();
+    let patient = async || {
+        let builder = Locker::builder().ttl(ms(30_000)).restart_window(Duration::ZERO).poll_every(ms(60_000));
+        builder.quorum(servers.iter().map(Server::url)).await.unwrap()
+    };
+    let (here, there, writer) = (patient().await, patient().await, patient().await);
+    let before = lock(&writer, "k").await.fencing_token();
+    let one = soon(here.read("k")).await.unwrap();
+    let other = decided(|| there.try_read("k").metadata("host-3")).await.unwrap();
+    assert!(one.fencing_token() > before && other.fencing_token() > before);
+    assert!(matches!(decided(|| writer.try_lock("k")).await, Err(Error::NotObtained { .. })));
+    let all = decided(|| here.holders("k")).await.unwrap();
+    assert_eq!(all.len(), 2);
+    let of_other = all.iter().find(|holder| holder.token == *other.token()).unwrap();
+    assert_eq!((&*of_other.metadata, of_other.fencing_token), (&b"host-3"[..], other.fencing_token()));
+    assert!(decided(|| here.inspect("k")).await.unwrap().is_some());
+    let waiter = tokio::spawn(writer.lock("k").into_future());
+    let refused = async || matches!(there.try_read("k").await, Err(Error::NotObtained { .. })).then_some(());
+    eventually("the writer holds new readers back", refused).await;
+    decided(|| one.renew()).await.unwrap();
+    one.release().await.unwrap();
+    // The waiter doesn't poll. It is notified by the nodes that the last reader leaves.
+    other.release().await.unwrap();
+    let guard = soon(waiter).await.unwrap().unwrap();
+    assert!(guard.fencing_token() > of_other.fencing_token);
+    // And so are readers.
+    let reader = tokio::spawn(here.read("k").into_future());
+    tokio::time::sleep(ms(50)).await;
+    guard.release().await.unwrap();
+    soon(reader).await.unwrap().unwrap().release().await.unwrap();
+    nothing_is_left(&servers).await;
+    let refused = here.permit("k", 3).await.unwrap_err();
+    assert!(matches!(refused, Error::Unsupported(_)), "{refused}");
+}
+
+#[tokio::test]
+async fn readers_outlive_nodes_that_freeze_or_forget_one_after_another() {
+    let mut servers = start::<3>();
+    let ttl = ms(1_500);
+    let (here, there) =
+        (locker_for(&servers, ttl, Duration::ZERO).await, locker_for(&servers, ttl, Duration::ZERO).await);
+    let one = soon(here.read("k").metadata("host-3")).await.unwrap();
+    let other = soon(there.read("k").token("worker-7".parse().unwrap())).await.unwrap();
+    let record = |server: &Server, token: &Token| server.cli(&["HGET", "{k}:shares", token.as_str()]);
+    for round in 0..6 {
+        let server = &mut servers[round % 3];
+        match round % 2 {
+            0 => {
+                server.freeze();
+                tokio::time::sleep(ttl + ms(300)).await;
+                server.thaw();
+            }
+            _ => server.restart_empty(),
+        }
+        // Each renewal brings it back to nodes that have lost it, or were too slow to vote.
+        is_reader_on(&servers, one.token(), 3).await;
+        is_reader_on(&servers, other.token(), 3).await;
+        assert_eq!((one.check(), other.check()), (Ok(()), Ok(())), "round {round}");
+        assert!(servers.iter().all(|server| record(server, one.token()).ends_with("\nhost-3")), "round {round}");
+    }
+    other.release().await.unwrap();
+    one.release().await.unwrap();
+    nothing_is_left(&servers).await;
+}
+
+#[tokio::test]
+async fn a_reader_is_healed_once_a_restarted_node_votes_again_and_not_where_a_writer_is() {
+    let mut servers = start::<3>();
+    let window = Duration::from_secs(3);
+    let locker = locker_for(&servers, ms(1_500), window).await;
+    let guard = soon(locker.read("k")).await.unwrap();
+    is_reader_on(&servers, guard.token(), 3).await;
+    servers[1].restart_empty();
+    let restarted = Instant::now();
+    is_reader_on(&servers, guard.token(), 3).await;
+    assert!(restarted.elapsed() > window - ms(1_000), "{:?}", restarted.elapsed());
+    servers[2].restart_empty();
+    servers[2].cli(&["SET", "k", "another", "PX", "60000"]);
+    tokio::time::sleep(window + ms(1_500)).await;
+    assert_eq!((guard.check(), servers[2].cli(&["GET", "k"]).as_str()), (Ok(()), "another"));
+    guard.release().await.unwrap();
+    is_on(&servers, "k", 1).await;
+}
+
+#[tokio::test]
+async fn readers_and_writers_that_contend_never_hold_the_key_together() {
+    use std::sync::atomic::{AtomicI32, Ordering};
+
+    let servers = start::<3>();
+    let mut lockers = Vec::new();
+    for _ in 0..6 {
+        lockers.push(locker(&servers).await);
+    }
+    let mut contenders = tokio::task::JoinSet::new();
+    // How many readers hold it; a writer counts as a thousand.
+    let held = std::sync::Arc::new(AtomicI32::new(0));
+    let most = std::sync::Arc::new(AtomicI32::new(0));
+    for (contender, locker) in lockers.into_iter().enumerate() {
+        let (held, most) = (held.clone(), most.clone());
+        contenders.spawn(async move {
+            let mut fences = Vec::new();
+            for round in 0..10 {
+                let writes = (contender + round) % 6 == 0;
+                let guard = soon(if writes { locker.lock("k") } else { locker.read("k") }).await.unwrap();
+                let before = held.fetch_add(if writes { 1_000 } else { 1 }, Ordering::SeqCst);
+                assert!(if writes { before == 0 } else { before < 1_000 }, "{before}, writes: {writes}");
+                most.fetch_max(before + 1, Ordering::SeqCst);
+                tokio::time::sleep(ms(fastrand::u64(..10))).await;
+                held.fetch_sub(if writes { 1_000 } else { 1 }, Ordering::SeqCst);
+                fences.extend(guard.fencing_token());
+                guard.release().await.unwrap();
+            }
+            fences
+        });
+    }
+    let mut fences: Vec<u64> = contenders.join_all().await.concat();
+    fences.sort_unstable();
+    fences.dedup();
+    assert_eq!(fences.len(), 60, "no two had the same fencing token");
+    assert!(most.load(Ordering::SeqCst) % 1_000 > 1, "some readers shared it");
+    nothing_is_left(&servers).await;
+}
+
+#[tokio::test]
+async fn a_writer_gets_in_under_a_stream_of_readers_also_with_a_node_frozen() {
+    let servers = start::<3>();
+    let mut readers = tokio::task::JoinSet::new();
+    for _ in 0..4 {
+        let locker = locker(&servers).await;
+        for _ in 0..4 {
+            let locker = locker.clone();
+            readers.spawn(async move {
+                loop {
+                    let guard = locker.read("k").await.unwrap();
+                    tokio::time::sleep(ms(fastrand::u64(5..50))).await;
+                    guard.release().await.unwrap();
+                }
+            });
+        }
+    }
+    let writer = locker(&servers).await;
+    tokio::time::sleep(ms(300)).await;
+    for round in 0..10 {
+        if round == 5 {
+            servers[1].freeze();
+        }
+        let asked = Instant::now();
+        let guard = soon(writer.lock("k")).await.unwrap();
+        println!("round {round}: {:?}", asked.elapsed());
+        assert!(asked.elapsed() < ms(2_500), "round {round}: {:?}", asked.elapsed());
+        guard.release().await.unwrap();
+        tokio::time::sleep(ms(100)).await;
+    }
+    servers[1].thaw();
+    assert!(readers.try_join_next().is_none(), "none has failed");
+    readers.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_lock_of_a_quorum_becomes_a_readers_share_also_with_a_node_frozen() {
+    let servers = start::<3>();
+    let (locker, rival) = (locker(&servers).await, locker(&servers).await);
+    let guard = lock_on_all(&servers, || locker.lock("k").metadata("host-3").ttl(ms(20_000))).await;
+    servers[2].freeze();
+    let (token, fence) = (guard.token().clone(), guard.fencing_token());
+    let reader = guard.downgrade().await.unwrap();
+    assert_eq!((reader.token(), reader.fencing_token(), reader.metadata()), (&token, fence, &b"host-3"[..]));
+    servers[2].thaw();
+    is_reader_on(&servers, &token, 3).await;
+    assert!(matches!(decided(|| rival.try_lock("k")).await, Err(Error::NotObtained { .. })));
+    let beside = decided(|| rival.try_read("k")).await.unwrap();
+    assert!(beside.fencing_token() > fence);
+    decided(|| reader.renew()).await.unwrap();
+    reader.release().await.unwrap();
+    beside.release().await.unwrap();
+    nothing_is_left(&servers).await;
+}
+
+#[tokio::test]
+async fn each_node_keeps_a_readers_share_for_its_least_time() {
+    let servers = start::<3>();
+    let (locker, rival) = (locker(&servers).await, locker(&servers).await);
+    let guard = soon(locker.read("k").hold_at_least(ms(2_000))).await.unwrap();
+    let obtained = Instant::now();
+    guard.release().await.unwrap();
+    assert!(matches!(decided(|| rival.try_lock("k")).await, Err(Error::NotObtained { .. })));
+    decided(|| rival.try_read("k")).await.unwrap().release().await.unwrap();
+    let writer = soon(rival.lock("k")).await.unwrap();
+    assert!(obtained.elapsed() >= ms(1_990), "{:?}", obtained.elapsed());
+    writer.release().await.unwrap();
+    nothing_is_left(&servers).await;
+}
+
+#[tokio::test]
+async fn a_readers_share_costs_each_node_one_call_and_its_release_another() {
+    let servers = start::<3>();
+    let locker = locker(&servers).await;
+    soon(locker.read("warm")).await.unwrap().release().await.unwrap();
+    tokio::time::sleep(ms(100)).await;
+    let before = script_runs(&servers);
+    for _ in 0..100 {
+        soon(locker.read("k").no_renewal()).await.unwrap().release().await.unwrap();
+    }
+    nothing_is_left(&servers).await;
+    let runs: Vec<u32> = script_runs(&servers).iter().zip(&before).map(|(after, before)| after - before).collect();
+    assert!(runs.iter().all(|runs| (100..=210).contains(runs)), "{runs:?}");
+}

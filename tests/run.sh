@@ -72,9 +72,13 @@ trap cleanup EXIT
 
 # compile SET ARGUMENTS: compiles test programs with cargo's arguments, and remembers where each of them is.
 compile() {
-    local set=$1
-    shift
-    cargo test --package tenure --no-run --message-format json-render-diagnostics "$@" | python3 -c '
+    compile_package tenure "$@"
+}
+
+compile_package() {
+    local package=$1 set=$2
+    shift 2
+    cargo test --package "$package" --no-run --message-format json-render-diagnostics "$@" | python3 -c '
 import json, sys
 for line in sys.stdin:
     unit = json.loads(line)
@@ -123,6 +127,9 @@ join_lanes() {
 heading "format"
 cargo fmt --all --check
 
+heading "mutants"
+bash tests/mutants.sh --check
+
 heading "compile, all features"
 compile all --all-features --lib --tests
 
@@ -132,6 +139,8 @@ compile redis --no-default-features --features redis --lib --test it --test quor
     --test watchdog --test seeds --test turns
 heading "compile, no feature"
 compile none --no-default-features --lib
+heading "compile, the command"
+compile_package tenure-cli cli
 heading "compiled in $SECONDS s"
 
 # Many operations at a time: they take the whole machine, and would be late beside others.
@@ -145,7 +154,7 @@ promises() {
 }
 
 # Left out on the other server: programs that say nothing about a server, or no more than these do (seeds, turns, soak,
-# exclusion, many, tls), and the tests that take longest: many operations at a time, requests that are late by up to
+# exclusion, many, tls, chaos), and the tests that take longest: many operations at a time, requests that are late by up to
 # 30 s, runtimes and connections that fall silent.
 other_server() {
     TENURE_LOG=$scratch/reported.redis run redis "$other" it "${many[@]}" --skip late:: --skip listening::
@@ -169,6 +178,9 @@ several_servers() {
     run redis "$installed" seeds
     run redis "$installed" turns
     run all "$installed" properties
+    run all "$installed" chaos_checker
+    # The command: its own tests, and those on servers.
+    for program in tenure run others; do run cli "$installed" "$program"; done
 }
 
 processor() {
@@ -191,6 +203,7 @@ processor() {
     cargo test --package tenure --all-features --doc
     run all "$installed" model
     run all "$installed" line_model
+    run all "$installed" shared_model
     run all "$installed" tenure
     run none "$installed" tenure
 }
@@ -212,13 +225,15 @@ heading "tests that need the machine for themselves"
 for program in it quorum combined; do
     run all "$installed" "$program" a_hundred_thousand_ ten_thousand_ thousands_of_ a_lock_costs_
 done
-for program in many turns watchdog exclusion; do
+for program in many turns watchdog exclusion permits; do
     run all "$installed" "$program"
 done
 run rustls "$installed" tls
 # What is rare takes longer to find (CONTRIBUTING.md).
 TENURE_SOAK_SECONDS=60 run all "$installed" soak --skip tasks_and
 TENURE_SOAK_SECONDS=20 run all "$installed" soak tasks_and
+# A short share of each topology, with the same faults in each run.
+run all "$installed" chaos --seed 1 --seconds 15
 
 # They wait more than they work, so all run at once: by itself, and on a server.
 redis-server --port 0 --unixsocket "$scratch/socket" --save "" --dir "$scratch" >"$scratch/log" &
@@ -227,7 +242,7 @@ for _ in {1..100}; do
     redis-cli -s "$scratch/socket" ping >/dev/null 2>&1 && break
     sleep 0.1
 done
-for name in minimal quickstart lost_in_select scope hand_over watchdog; do
+for name in minimal quickstart lost_in_select scope hand_over reader_writer permits watchdog; do
     lane "example $name" env -u REDIS_URL cargo run --quiet --example "$name"
     lane "example $name, on a server" env REDIS_URL="redis+unix://$scratch/socket" cargo run --quiet --example "$name"
 done

@@ -77,7 +77,7 @@ mod bsm_redislock {
         assert!(first(Retry::none()).is_empty());
         assert_eq!(first(Retry::linear(ms(7))), [ms(7); 4]);
         assert_eq!(first(Retry::exponential(ms(16), ms(100))), [ms(16), ms(32), ms(64), ms(100)]);
-        assert_eq!(first(Retry::linear(ms(7)).limit(2)), [ms(7); 2]);
+        assert_eq!(first(Retry::linear(ms(7)).max_retries(2)), [ms(7); 2]);
     }
 
     #[tokio::test]
@@ -85,7 +85,7 @@ mod bsm_redislock {
         let (_server, locker) = locker().await;
         let _guard = locker.obtain("k").await.unwrap();
         let fibonacci = std::iter::successors(Some((ms(1), ms(1))), |&(a, b)| Some((b, a + b))).map(|(pause, _)| pause);
-        let refused = locker.obtain("k").retry(Retry::from_iter(fibonacci).limit(6)).await.unwrap_err();
+        let refused = locker.obtain("k").retry(Retry::from_iter(fibonacci).max_retries(6)).await.unwrap_err();
         assert!(
             matches!(refused, Error::NotObtained { attempts: 7, waited, .. } if waited >= ms(1 + 1 + 2 + 3 + 5 + 8))
         );
@@ -232,7 +232,7 @@ mod amyangfei_redlock_go {
     #[tokio::test]
     async fn row_17_retry_count_delay_and_drift() {
         let server = Server::start();
-        let builder = Locker::builder().retry(Retry::linear(ms(10)).limit(10)).drift(0.1, ms(100));
+        let builder = Locker::builder().retry(Retry::linear(ms(10)).max_retries(10)).drift(0.1, ms(100));
         let locker = builder.connect(&server.url()).await.unwrap();
         let guard = locker.obtain("k").ttl(ms(10_000)).await.unwrap();
         assert!(guard.remaining() <= ms(10_000 - 1_000 - 100));
@@ -307,7 +307,7 @@ mod trviph_redlock {
     async fn row_22_retries_pause_and_jitter() {
         let (_server, locker) = locker().await;
         let _guard = locker.lock("k").await.unwrap();
-        let retry = Retry::linear(ms(10)).jitter(ms(5)).limit(3);
+        let retry = Retry::linear(ms(10)).jitter(ms(5)).max_retries(3);
         let refused = locker.obtain("k").retry(retry).await.unwrap_err();
         assert!(matches!(refused, Error::NotObtained { attempts: 4, waited, .. } if waited >= ms(30)));
     }
@@ -364,7 +364,7 @@ mod trviph_redlock {
         let locker = Locker::builder()
             .drift(0.1, ms(100))
             .command_timeout(ms(500))
-            .retry(Retry::linear(ms(5)).limit(4).jitter(ms(5)))
+            .retry(Retry::linear(ms(5)).max_retries(4).jitter(ms(5)))
             .restart_window(Duration::ZERO)
             .quorum(servers.iter().map(Server::url))
             .await
@@ -539,7 +539,7 @@ mod trviph_redlock {
     async fn row_35_errors_that_say_what_a_caller_needs() {
         let (_server, locker) = locker().await;
         let _guard = locker.lock("k").await.unwrap();
-        let refused = locker.obtain("k").retry(Retry::linear(ms(5)).limit(2)).await.unwrap_err();
+        let refused = locker.obtain("k").retry(Retry::linear(ms(5)).max_retries(2)).await.unwrap_err();
         let Error::NotObtained { key, attempts, waited } = refused else { unreachable!("{refused}") };
         assert_eq!((key, attempts), ("k".into(), 3));
         assert!(waited >= ms(10));
@@ -587,7 +587,7 @@ mod distlock {
     async fn row_40_retry_strategies() {
         let (_server, locker) = locker().await;
         let _guard = locker.obtain("k").await.unwrap();
-        let backoff = Retry::exponential(ms(1), ms(4)).limit(3);
+        let backoff = Retry::exponential(ms(1), ms(4)).max_retries(3);
         assert!(matches!(locker.obtain("k").retry(backoff).await, Err(Error::NotObtained { attempts: 4, .. })));
     }
 

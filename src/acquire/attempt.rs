@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::acquire::answer::Held;
 use crate::acquire::context::Context;
-use crate::hold::{Grant, GrantId, Hold, Terms};
+use crate::hold::{Grant, GrantId, Hold, Owned, Terms};
 use crate::locker::cleanups::{Cleanup, PendingCleanup};
 use crate::locker::shared::Shared;
 use crate::store::{Acquired, InLine, Wanted};
@@ -155,8 +155,12 @@ impl Attempt {
     /// where the server can't be asked.
     pub(crate) async fn is_held_already(&self) -> bool {
         let Context { wanted, shared, .. } = &self.context;
-        let owned = &wanted.owned;
-        !owned.own_token && matches!(shared.store.remaining(owned, shared.command_timeout).await, Ok(Some(_)))
+        if wanted.owned.own_token {
+            return false;
+        }
+        // Any grant of the token will do.
+        let owned = Owned { grant: Some(GrantId::UNKNOWN), ..wanted.owned.clone() };
+        matches!(shared.store.remaining(&owned, shared.command_timeout).await, Ok(Some(_)))
     }
 
     /// Gives up the token, and what it may have left, for a new one. The lock was handed over and taken back: what the

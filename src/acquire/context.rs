@@ -42,9 +42,28 @@ impl Context {
         self.shared.store.capabilities().has_line
     }
 
+    /// Returns whether the store hears of the places of waiters.
+    pub(crate) fn has_places(&self) -> bool {
+        self.shared.store.capabilities().has_places()
+    }
+
     /// Returns whether a waiter before this one can hand the lock over to it, so that it need not be in the line.
     pub(crate) fn can_be_handed_over(&self) -> bool {
+        if self.is_shared() {
+            return false;
+        }
         !self.has_line() || self.shared.store.capabilities().hands_over && self.wanted.owned.own_token
+    }
+
+    /// Returns whether others may hold the key together with this request.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.wanted.owned.mode.is_shared()
+    }
+
+    /// Returns whether others of this process wait for the key, so that a request for a shared grant, which could be
+    /// granted before them, has to wait behind them.
+    pub(crate) fn is_held_back(&self) -> bool {
+        self.is_shared() && self.shared.queues.has_waiters(&self.key())
     }
 
     /// Returns whether several servers decide, each by itself.

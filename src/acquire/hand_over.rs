@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout_at};
-use tracing::debug;
 
 use super::queue::HandOver;
 use crate::Error;
 use crate::hold::{Grant, Owned};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
+use crate::report::debug;
 use crate::store::{Ending, HandedOver, Verdict, Wanted};
 
 impl Shared {

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
-use tracing::debug;
 
 use crate::Key;
 use crate::acquire::attempt::GRACE;
 use crate::acquire::context::Context;
 use crate::acquire::queue::{HEARTBEAT, Leftovers, Ticket};
+use crate::report::debug;
 use crate::store::{InLine, LinePlace, Queueing};
 
 /// Where a request stands. A request for several keys is in no queue, and one that doesn't wait stands nowhere.
@@ -73,29 +73,37 @@ impl Position {
     /// Returns how the next attempt stands in the line: with the place that the request has, or takes by this attempt.
     pub(crate) fn in_line(&mut self, context: &Context) -> InLine {
         let queueing = context.wanted.queueing;
-        if !context.has_line() || queueing == Queueing::None {
+        if !context.has_places() || queueing == Queueing::None {
             return InLine::No;
         }
+        // What is free for one who shares it may be what another waits for.
+        let no = if context.is_shared() { InLine::Behind } else { InLine::No };
         match (&self.ticket, context.only_key()) {
             // It asks before its turn, by a token that may hold the lock already. The place is for those before it.
-            (Some(ticket), Some(_)) if queueing == Queueing::Shared && !ticket.is_first() => InLine::No,
-            (Some(ticket), Some(key)) if queueing == Queueing::Own || self.was_refused || ticket.may_be_in_line() => {
+            (Some(ticket), Some(_)) if queueing == Queueing::Shared && !ticket.is_first() => no,
+            (Some(ticket), Some(key))
+                if queueing == Queueing::Own
+                    || self.was_refused
+                    || ticket.may_be_in_line()
+                    // Then the place costs nothing until the store finds a use for it.
+                    || !context.has_line() =>
+            {
                 ticket.enters_line();
                 let place = ticket.line_place();
                 if !place.is_shared {
                     self.own_place = Some(OwnPlace::new(key, place));
                 }
-                InLine::At { key: 0, place }
+                InLine::At { key: 0, place, stays: ticket.keeps_place() }
             }
             (None, Some(_)) if queueing == Queueing::Behind => InLine::Behind,
             (None, None) => match &self.own_place {
                 Some(OwnPlace { key, place, .. }) => {
                     let at = context.wanted.owned.keys.iter().position(|other| other == key);
-                    InLine::At { key: at.unwrap_or_default(), place: *place }
+                    InLine::At { key: at.unwrap_or_default(), place: *place, stays: false }
                 }
-                None => InLine::No,
+                None => no,
             },
-            _ => InLine::No,
+            _ => no,
         }
     }
 
@@ -130,7 +138,7 @@ impl Position {
     /// Enters the line for that key of several which another holds, and leaves the line for the one before. Does
     /// nothing for a request of one key.
     pub(crate) async fn enter_line_for(&mut self, context: &Context, key: &Key) {
-        if context.only_key().is_some() || !context.wanted.queueing.waits() || !context.has_line() {
+        if context.only_key().is_some() || !context.wanted.queueing.waits() || !context.has_places() {
             return;
         }
         let before = self.own_place.as_ref().filter(|own| own.key == *key).map(|own| own.place);
@@ -237,7 +245,7 @@ impl Position {
 }
 
 fn leave(context: &Context, key: Key, place: LinePlace, again: bool) {
-    if context.has_line() {
+    if context.has_places() {
         context.shared.leave_line(key, place, again, &context.runtime);
     }
 }

@@ -6,6 +6,12 @@
 //! goes on for [`IN_A_ROW`] hand-overs or for [`TURN`], whichever is over first; then the server gives the lock to the
 //! next process in its line.
 //!
+//! A request that may share the key ([`Mode`](crate::mode::Mode)) enters the queue when it is refused, or when others
+//! are there already ([`Queues::has_waiters`]): so it passes nobody who waits here. It is handed nothing, and asks when
+//! it is the first. Once it is granted, the next one asks, and may share the key with it: those who waited one after
+//! another enter together. While they do, the place that they share [stays](Ticket::keeps_place) in the server's line,
+//! for as many turns as there may be hand-overs.
+//!
 //! 1. Each waiter is the first of its lane, or behind another one. A waiter that leaves the front of its lane, in
 //!    whatever way, wakes the one that is first after it.
 //! 2. A lock is handed over only to a waiter that is in the queue at that moment, and is the first of its lane. If that
@@ -29,7 +35,7 @@ use std::collections::btree_map::Entry;
 use std::fmt;
 use std::iter;
 use std::ops::Bound;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -39,7 +45,7 @@ use tokio::time::Instant;
 pub(crate) use self::abandoned::Abandoned;
 pub(crate) use self::hand_over::HandOver;
 use self::hand_over::HandOverState;
-pub(crate) use self::ticket::{By, Claim, Inherited, Leftovers, Obtained, TakenOver, Ticket, Wakeup};
+pub(crate) use self::ticket::{By, Claim, Inherited, Leftovers, Obtained, Place, TakenOver, Ticket, Wakeup};
 use crate::acquire::answer::LastAnswer;
 use crate::hold::Owned;
 use crate::store::notifications::Subscription;
@@ -93,6 +99,8 @@ struct State {
     in_a_row: u32,
     /// When the first of these hand-overs began.
     turn_began: Option<Instant>,
+    /// The last shared grant has left the place in the line for the next waiter. It counts as a turn as hand-overs do.
+    keeps_place: bool,
     /// When a request last found the lock held by another.
     last_held: Option<Instant>,
     /// What the last of these requests that asked the server learned. It is for those whose time runs out before they
@@ -114,6 +122,8 @@ struct Lane {
     in_line: bool,
     /// A request of unknown outcome may still enter that place into the line.
     may_enter_late: bool,
+    /// How many of the waiters were found parked and have not been the first since (invariant 3).
+    parked: usize,
     /// When the first waiter has to be polled again, at the latest (invariant 3).
     expected: Option<Instant>,
     /// When the next heartbeat is due.
@@ -122,6 +132,8 @@ struct Lane {
     subscription: Option<Subscription>,
     /// The end of the ttl of the last waiter that obtained the lock, for the one that takes over the subscription.
     held_until: Option<Instant>,
+    /// That waiter shares the key, and hands nothing over.
+    is_shared: bool,
 }
 
 struct QueueEntry {
@@ -129,6 +141,8 @@ struct QueueEntry {
     place: LinePlace,
     /// Its number in its lane. Changes under the queue's mutex alone.
     number: AtomicI64,
+    /// It counts as parked in its lane. Changes under the queue's mutex alone.
+    is_parked: AtomicBool,
     hand_over: Mutex<HandOverState>,
     /// Notified when this waiter becomes the first, and when the outcome of a hand-over is there.
     changed: Notify,
@@ -148,8 +162,8 @@ impl Queues {
         let place = if own_place.is_shared { *lane.place.get_or_insert(own_place) } else { own_place };
         lane.last_number += 1;
         let number = AtomicI64::new(lane.last_number);
-        let (hand_over, changed) = (Mutex::default(), Notify::new());
-        let waiter = Arc::new(QueueEntry { wanted, place, number, hand_over, changed });
+        let (is_parked, hand_over, changed) = (AtomicBool::new(false), Mutex::default(), Notify::new());
+        let waiter = Arc::new(QueueEntry { wanted, place, number, is_parked, hand_over, changed });
         lane.waiters.insert(lane.last_number, waiter.clone());
         drop(state);
         Ticket::new(self.by_key.clone(), queue, waiter)
@@ -176,9 +190,34 @@ impl Queues {
         places
     }
 
+    /// Returns whether anybody here waits for the key. One whose future is not polled doesn't count.
+    pub(crate) fn has_waiters(&self, key: &Key) -> bool {
+        let Some(queue) = lock(&self.by_key).get(key).cloned() else { return false };
+        let (state, now) = (lock(&queue.state), Instant::now());
+        state.plain.has_waiters(now) || state.fair.has_waiters(now)
+    }
+
+    /// Makes the first waiter for the key ask, as the holder that would have handed the lock over to it has none any
+    /// longer: without that, the waiter need not be in the line.
+    pub(crate) fn ask_again(&self, key: &Key) {
+        let Some(queue) = lock(&self.by_key).get(key).cloned() else { return };
+        let state = lock(&queue.state);
+        let Some(first) = state.plain.free() else { return };
+        drop(state);
+        let mut hand_over = lock(&first.hand_over);
+        if hand_over.is_over() {
+            *hand_over = HandOverState::NotGranted;
+        }
+        drop(hand_over);
+        first.changed.notify_one();
+    }
+
     /// Begins to hand the lock over, if anybody here waits for it and can take it (invariant 2).
     pub(crate) fn next(&self, owned: &Owned) -> Option<HandOver> {
         let [key] = &*owned.keys else { return None };
+        if owned.mode.is_shared() {
+            return None;
+        }
         let queue = lock(&self.by_key).get(key)?.clone();
         let mut state = lock(&queue.state);
         let has_turn = state.has_turn(Instant::now());
@@ -266,6 +305,19 @@ impl State {
         (self.in_a_row, self.turn_began) = (1, Some(now));
     }
 
+    /// Notes that a request of this process was granted. If it has kept the place, its turn goes on with the next one.
+    fn has_asked(&mut self, keeps_place: bool, now: Instant) {
+        match std::mem::replace(&mut self.keeps_place, keeps_place) && keeps_place {
+            true => self.in_a_row += 1,
+            false => self.begin_turn(now),
+        }
+    }
+
+    /// Returns whether a shared grant may keep the place in the line.
+    fn may_keep_place(&mut self, now: Instant) -> bool {
+        !self.keeps_place || self.has_turn(now)
+    }
+
     fn is_empty(&self) -> bool {
         self.plain.waiters.is_empty() && self.fair.waiters.is_empty()
     }
@@ -287,11 +339,44 @@ impl Lane {
 
     /// Returns the first waiter, if the lock can be handed over to it.
     fn next(&self) -> Option<Arc<QueueEntry>> {
+        // A shared grant is one of several, and nobody's to hand over.
+        self.free().filter(|waiter| !waiter.wanted.owned.mode.is_shared())
+    }
+
+    /// Returns the first waiter, if no hand-over to it is on its way, and none could be in doubt.
+    fn free(&self) -> Option<Arc<QueueEntry>> {
         let waiter = self.first()?;
         // While the waiter hasn't taken the outcome of an earlier hand-over, its token may have the lock already. And
         // a token from elsewhere may hold another grant of this key: what it got by a hand-over couldn't be undone.
         let is_free = lock(&waiter.hand_over).is_over();
         (is_free && waiter.wanted.owned.own_token).then(|| waiter.clone())
+    }
+
+    /// Returns whether a waiter is here that isn't parked, as far as that is known by now.
+    fn has_waiters(&self, now: Instant) -> bool {
+        let is_known = |first: &Arc<QueueEntry>| first.is_parked.load(Ordering::Relaxed);
+        let is_first_parked = self.is_first_late(now) && !self.first().is_some_and(is_known);
+        self.waiters.len() > self.parked + usize::from(is_first_parked)
+    }
+
+    /// Returns whether the first waiter was not polled when it had to be.
+    fn is_first_late(&self, now: Instant) -> bool {
+        self.expected.is_some_and(|expected| now.saturating_duration_since(expected) >= LATE)
+    }
+
+    fn remove(&mut self, waiter: &QueueEntry) {
+        if self.waiters.remove(&waiter.number()).is_some() {
+            self.set_parked(waiter, false);
+        }
+    }
+
+    /// Notes that a waiter is parked, or no longer.
+    fn set_parked(&mut self, waiter: &QueueEntry, is_parked: bool) {
+        match (waiter.is_parked.swap(is_parked, Ordering::Relaxed), is_parked) {
+            (false, true) => self.parked += 1,
+            (true, false) => self.parked = self.parked.saturating_sub(1),
+            _ => {}
+        }
     }
 
     fn is_first(&self, waiter: &QueueEntry) -> bool {

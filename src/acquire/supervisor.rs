@@ -10,11 +10,11 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep};
 use tokio_util::task::AbortOnDropHandle;
-use tracing::debug;
 
 use crate::acquire::queue::Abandoned;
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
+use crate::report::debug;
 use crate::store::Ending;
 
 /// How often the supervisor checks the queues.

@@ -6,8 +6,8 @@
 //!
 //! - The locker has not switched it off and is not being closed, and the store hands locks over at all: a quorum does
 //!   not, nor does a server whose replicas have to acknowledge each grant.
-//! - The lock has one key, no metadata, and a random token that was made for its one request and that no user has read:
-//!   not from the guard, not in a lease. No watchdog observes it, and no attempt of its request has an unknown outcome.
+//! - The lock is no share of a key. It has one key, no metadata, and a random token that was made for its one request and
+//!   that no user has read: not from the guard, not in a lease. No watchdog observes it, and no attempt of its request has an unknown outcome.
 //!   ([`Hold::can_be_taken_over`], [`Hold::take_over`].)
 //! - The lock is held, at least half of its ttl is left, and no request that sets another ttl may still be run.
 //! - The next waiter is not a fair one, has the same ttl, no metadata, no token of its own, and renews its lock
@@ -47,11 +47,10 @@ mod tests;
 
 use std::sync::Arc;
 
-use tracing::{debug, info};
-
 use crate::hold::{FinalStep, Hold};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
+use crate::report::debug;
 use crate::store::Wanted;
 
 impl Shared {
@@ -79,7 +78,7 @@ impl Shared {
         self.supervise_queues(&runtime);
         let key = hold.owned.key();
         debug!(name: "tenure.handed_over", %key, "handed over");
-        info!(name: "tenure.released", %key, "released");
+        debug!(name: "tenure.released", %key, "released");
         true
     }
 }

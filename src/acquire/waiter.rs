@@ -14,14 +14,14 @@ use tokio::time::{Instant, sleep_until};
 use crate::acquire::answer::Held;
 use crate::acquire::attempt::{Attempt, Outcome};
 use crate::acquire::position::Position;
-use crate::acquire::queue::{By, Claim, HEARTBEAT, Inherited, Obtained, TakenOver, Ticket, Wakeup};
+use crate::acquire::queue::{By, Claim, HEARTBEAT, Inherited, Obtained, Place, TakenOver, Ticket, Wakeup};
 use crate::acquire::step::{Step, WaitFor};
 use crate::hold::timing::{self, Drift};
 use crate::hold::{Grant, Terms};
 use crate::locker::cleanups::PendingCleanup;
 use crate::retry::Pauses;
-use crate::store::InLine;
 use crate::store::notifications::Subscription;
+use crate::store::{InLine, Queueing};
 use crate::{Error, Key, LockGuard};
 
 /// The waiter of one request. When it is dropped, it leaves the queue and the line, and then undoes what is pending.
@@ -40,19 +40,29 @@ pub(crate) struct Waiter {
     took: Duration,
     /// It is asking with its place in the line, so that it may enter the line after it has left.
     is_entering: bool,
-    /// It has last asked with its place in the line.
-    asked_with_place: bool,
+    /// What its last request has done to its place in the line, if it was granted.
+    place: Place,
 }
 
 impl Waiter {
     pub(crate) fn new(attempt: Attempt, limit: Option<Instant>) -> Self {
         let (position, asked, took) = (Position::default(), Instant::now(), Duration::ZERO);
-        let (is_first, is_entering, asked_with_place) = (false, false, false);
-        Self { attempt, position, limit, subscription: None, is_first, asked, took, is_entering, asked_with_place }
+        let (is_first, is_entering, place) = (false, false, Place::default());
+        Self { attempt, position, limit, subscription: None, is_first, asked, took, is_entering, place }
     }
 
     /// Enters the queue of this process, and waits behind those who came before.
+    ///
+    /// A request that may share the key with others asks at once, if nobody here waits. It enters the queue when it was
+    /// refused: so those who find the key open to them don't wait for each other.
     pub(crate) async fn start(&mut self) -> Step {
+        if self.attempt.context.is_shared() && !self.attempt.context.is_held_back() {
+            return Step::Ask;
+        }
+        self.start_in_queue().await
+    }
+
+    async fn start_in_queue(&mut self) -> Step {
         self.position.enter_queue(&self.attempt.context);
         if !self.position.ticket().is_none_or(Ticket::is_first) {
             return Box::pin(self.wait_in_queue()).await;
@@ -74,6 +84,15 @@ impl Waiter {
         self.start().await
     }
 
+    /// Returns what a request that doesn't wait is refused with, without asking the server: others of this process wait
+    /// for the key.
+    pub(crate) async fn held_back(&self) -> Option<Held> {
+        let context = &self.attempt.context;
+        let is_held_back = !context.wanted.queueing.waits() && context.is_held_back();
+        // Like a lock, a share is granted again to a token that has it, whoever waits.
+        (is_held_back && !self.attempt.is_held_already().await).then(|| Held { key: context.key(), until: None })
+    }
+
     /// Asks the server once.
     pub(crate) async fn ask(&mut self) -> Outcome {
         self.asked = Instant::now();
@@ -84,7 +103,7 @@ impl Waiter {
         self.is_entering = matches!(in_line, InLine::At { .. });
         let outcome = self.attempt.send(&sending, &in_line).await;
         let has_entered = std::mem::take(&mut self.is_entering);
-        self.asked_with_place = has_entered;
+        self.place = Place::after(in_line);
         match &outcome {
             Outcome::Unknown(_) | Outcome::Closed if has_entered => self.position.may_enter_late(),
             Outcome::Held(_) => {
@@ -98,7 +117,7 @@ impl Waiter {
 
     /// Returns by what the waiter has obtained the lock, if the server has granted its last request.
     pub(crate) fn by_asking(&self) -> By {
-        By::Asking { with_place: self.asked_with_place }
+        By::Asking(self.place)
     }
 
     /// Returns the request's place among the waiters of this process, if it has one.
@@ -143,6 +162,19 @@ impl Waiter {
 
     /// Waits until it makes sense to ask again.
     pub(crate) async fn wait(&mut self, wait_for: WaitFor) -> Step {
+        if self.attempt.context.is_shared() && self.position.ticket().is_none() {
+            // It has asked before it entered the queue.
+            self.position.enter_queue(&self.attempt.context);
+            self.position.refused(&self.attempt.context);
+            if !self.position.ticket().is_none_or(Ticket::is_first) {
+                return self.wait_in_queue().await;
+            }
+            self.is_first = true;
+            if self.attempt.context.wanted.queueing == Queueing::Own {
+                // Its place is not in the line yet.
+                return Step::Ask;
+            }
+        }
         self.is_first &= self.position.ticket().is_some_and(Ticket::is_first);
         match wait_for {
             WaitFor::Release(held) => self.wait_for_release(held).await,
@@ -209,15 +241,16 @@ impl Waiter {
             if let Some(step) = self.wait_to_be_first().await {
                 return step;
             }
-            let Inherited { subscription, held_until } =
+            let Inherited { subscription, held_until, is_shared } =
                 self.position.ticket().map(Ticket::inherit).unwrap_or_default();
             if let (Some(subscription), Some(key)) = (subscription, self.attempt.context.only_key()) {
                 // The waiter before has obtained the lock, and has left what it knew.
                 held = Some(Held { key: key.clone(), until: held_until });
                 self.subscription = Some((key, subscription));
             }
-            // A holder that can't hand the lock over to this waiter gives it to the line, which this one is not in.
-            if !self.attempt.context.can_be_handed_over() && self.mark() {
+            // A holder that can't hand the lock over to this waiter gives it to the line, which this one is not in. And
+            // a waiter that shares the key may enter beside the one before.
+            if (is_shared || !self.attempt.context.can_be_handed_over()) && self.mark() {
                 return Step::Ask;
             }
         }

@@ -120,6 +120,12 @@ impl RedisError {
         is_code.then_some(word)
     }
 
+    /// Returns whether the server has refused the connection because it has as many clients as it may. That has no code
+    /// of its own.
+    pub(crate) fn is_about_too_many_clients(&self) -> bool {
+        self.text.starts_with("ERR max number of clients")
+    }
+
     /// Returns the text, without the kind.
     pub(crate) fn details(&self) -> &str {
         &self.text

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::mode::Mode;
 use crate::{Key, Token};
 
 /// The keys of a held lock, and the token that they hold at the server.
@@ -14,6 +15,8 @@ pub(crate) struct Owned {
     pub(crate) own_token: bool,
     /// Distinguishes this grant from others of the same token. `None` is the grant of the request that made the token.
     pub(crate) grant: Option<GrantId>,
+    /// Who else may hold the keys meanwhile.
+    pub(crate) mode: Mode,
 }
 
 impl Owned {

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
-use tracing::{info, warn};
 
 use super::{Hold, Owned, timing};
 use crate::Error;
 use crate::locker::shared::Shared;
+use crate::report::{debug, warn};
 use crate::store::{Ending, Verdict};
 
 impl Shared {
@@ -77,8 +77,14 @@ impl Shared {
             // Until the longest ttl that was ever requested has freed the lock; at least for one call.
             let until = hold.kept_until().max(Instant::now() + self.command_timeout);
             match self.release(&hold.owned, Ending::Grant, hold.stays_until(), until).await {
-                Ok(outcome) => info!(name: "tenure.released", ?outcome, "released in the background"),
+                Ok(outcome) => debug!(name: "tenure.released", ?outcome, "released in the background"),
                 Err(error) => {
+                    warn!(name: "tenure.release_failed", %error, "could not release; the ttl will free the lock");
+                }
+            }
+            if let Some(reader) = hold.as_reader() {
+                let released = self.release_until(&reader, Ending::Grant, hold.stays_until(), until, true).await;
+                if let Err(error) = released {
                     warn!(name: "tenure.release_failed", %error, "could not release; the ttl will free the lock");
                 }
             }

@@ -12,12 +12,13 @@ use std::time::Duration;
 use tokio::runtime::Handle as Runtime;
 use tokio::select;
 use tokio::time::{Instant, sleep_until, timeout_at};
-use tracing::{Instrument, Span, debug, info_span, warn};
+use tracing::{Instrument, Span, info_span};
 
 use super::scheduler::Handle;
 use super::{FinalStep, Hold, Renewing, timing};
 use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
+use crate::report::{debug, warn};
 use crate::store::Verdict;
 use crate::{Error, Loss};
 
@@ -133,7 +134,8 @@ impl Renewer {
     /// A renewal that could outlast the deadline is not sent together: its renewer has to watch the deadline as well.
     pub(super) fn due_renewal(&self, now: Instant) -> Option<DueRenewal> {
         let Self { hold, shared } = self;
-        if !shared.store.capabilities().renews_batches || hold.owned.keys.len() != 1 {
+        let is_alike = hold.owned.keys.len() == 1 && !hold.owned.mode.is_shared();
+        if !shared.store.capabilities().renews_batches || !is_alike {
             return None;
         }
         // The time for two calls, so that another try fits in before the deadline.

@@ -18,7 +18,8 @@ impl Hold {
 
     /// Returns whether a waiter could take the lock over, whoever it is, as far as this can be told without the state.
     pub(crate) fn can_be_taken_over(&self) -> bool {
-        let is_plain = self.owned.own_token && !self.has_parts && self.metadata.is_empty();
+        let is_plain =
+            self.owned.own_token && !self.owned.mode.is_shared() && !self.has_parts && self.metadata.is_empty();
         // What its requests have asked for, the limit may have cut.
         let is_unlimited = self.bounds.at_most.is_none();
         is_plain

@@ -1,10 +1,15 @@
 //! Deadlines, losses and final steps of a hold, under paused time.
 
-use tokio::time::{advance, pause};
+use std::future::Future;
+use std::pin::pin;
+use std::task::{Context, Wake, Waker};
+
+use tokio::time::advance;
 
 use super::suspension::suspend;
 use super::timing::Renewal;
 use super::*;
+use crate::mode::Mode;
 use crate::{Key, Token};
 
 const fn ms(n: u64) -> Duration {
@@ -22,7 +27,7 @@ fn of(keys: &[&'static str]) -> Hold {
 
 fn from(keys: &[&'static str], grant: &Grant) -> Hold {
     let keys = keys.iter().copied().map(Key::from).collect();
-    let owned = Owned { keys, token: Token::random(), own_token: true, grant: None };
+    let owned = Owned { keys, token: Token::random(), own_token: true, grant: None, mode: Mode::Exclusive };
     let drift = Drift { factor: 0.0, margin: Duration::ZERO };
     Hold::new(owned, Box::default(), grant, drift, Renewal::Third.into(), Instant::now(), false)
 }
@@ -86,6 +91,20 @@ async fn a_shorter_ttl_counts_from_its_send_and_outdates_what_was_sent_before() 
     let after = hold.renewing(None, Duration::ZERO);
     hold.renewed(after).unwrap();
     assert_eq!(hold.deadline(), after.sent + ms(200), "later renewals follow the new ttl");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_sent_before_an_exact_ttl_counts_for_nothing_also_when_another_one_follows() {
+    let hold = hold();
+    let before = hold.renewing(None, Duration::ZERO);
+    advance(ms(100)).await;
+    let shorter = hold.setting_ttl(ms(200), ms(500));
+    hold.renewed(shorter).unwrap();
+    advance(ms(50)).await;
+    // The server may have run both of the others, and not this one yet.
+    hold.setting_ttl(ms(900), ms(500));
+    hold.renewed(before).unwrap();
+    assert_eq!(hold.deadline(), shorter.sent + ms(200));
 }
 
 #[tokio::test(start_paused = true)]
@@ -189,20 +208,24 @@ fn the_clock_decides_even_where_no_runtime_runs() {
     assert_eq!(hold.check(), Ok(()));
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn the_reason_is_there_when_the_token_fires() {
-    pause();
-    let hold = Arc::new(hold());
-    let waiter = tokio::spawn({
-        let hold = hold.clone();
-        async move {
-            hold.over().cancelled().await;
-            hold.check()
+    /// Looks at the hold at the moment when the token wakes it.
+    struct Looking {
+        hold: Hold,
+        seen: Mutex<Option<Result<(), Loss>>>,
+    }
+    impl Wake for Looking {
+        fn wake(self: Arc<Self>) {
+            *self.seen.lock().unwrap() = Some(self.hold.check());
         }
-    });
-    tokio::task::yield_now().await;
-    hold.end(Loss::Missing);
-    assert_eq!(waiter.await.unwrap(), Err(Loss::Missing));
+    }
+    let looking = Arc::new(Looking { hold: hold(), seen: Mutex::default() });
+    let waker = Waker::from(looking.clone());
+    let mut over = pin!(looking.hold.over().cancelled());
+    assert!(over.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+    looking.hold.end(Loss::Missing);
+    assert_eq!(*looking.seen.lock().unwrap(), Some(Err(Loss::Missing)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -266,7 +289,13 @@ async fn whoever_waits_for_the_loss_is_told_when_a_suspension_is_found() {
 
 #[tokio::test(start_paused = true)]
 async fn the_limit_of_a_hold_counts_while_the_machine_is_suspended() {
-    let owned = Owned { keys: [Key::from("k")].into(), token: Token::random(), own_token: true, grant: None };
+    let owned = Owned {
+        keys: [Key::from("k")].into(),
+        token: Token::random(),
+        own_token: true,
+        grant: None,
+        mode: Mode::Exclusive,
+    };
     let bounds = Bounds { at_most: Some(ms(10_000)), ..Bounds::default() };
     let grant = Grant::new(Instant::now(), ms(60_000), None);
     let terms = Terms { bounds, ..Renewal::Third.into() };

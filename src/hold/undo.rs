@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until, timeout_at};
-use tracing::{debug, warn};
 
 use super::{Owned, timing};
 use crate::Error;
 use crate::locker::shared::Shared;
+use crate::report::{debug, warn};
 use crate::store::{Latest, Undone};
 
 /// The timeout of the last call, which is made when the time for all of them is over.

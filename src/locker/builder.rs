@@ -4,7 +4,7 @@ use std::time::Duration;
 
 #[cfg(feature = "fred")]
 use fred::clients::Client;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -19,12 +19,15 @@ use crate::hold::timing::{Drift, MAX_TTL, Renewal};
 use crate::locker::cleanups::Cleanups;
 use crate::locker::isolated::Isolated;
 use crate::metrics::Labels;
+use crate::report::debug;
 use crate::store::Store;
+use crate::store::embedded::EmbeddedStore;
 use crate::store::memory::MemoryStore;
 use crate::store::quorum::{self, QuorumStore};
 #[cfg(feature = "redis")]
 use crate::store::redis::RedisConnection;
 use crate::store::redis::{self, Driver, RedisStore};
+use crate::testing::EmbeddedServer;
 use crate::{Error, Locker, Retry};
 
 /// The settings of a [`Locker`]; created by [`Locker::builder`].
@@ -39,7 +42,7 @@ use crate::{Error, Locker, Retry};
 ///
 /// let locker = Locker::builder()
 ///     .ttl(Duration::from_secs(15))
-///     .retry(Retry::exponential(Duration::from_millis(20), Duration::from_secs(1)).limit(8))
+///     .retry(Retry::exponential(Duration::from_millis(20), Duration::from_secs(1)).max_retries(8))
 ///     .command_timeout(Duration::from_millis(500))
 ///     .in_memory();
 /// ```
@@ -53,6 +56,8 @@ pub struct LockerBuilder {
     restart_window: Duration,
     min_replicas: usize,
     driver: Driver,
+    fence_ttl: Duration,
+    wait_for_server: Duration,
 }
 
 /// How long a node of a quorum doesn't vote after a restart; for [`LockerBuilder::restart_window`].
@@ -100,6 +105,8 @@ impl Default for LockerBuilder {
             restart_window: Duration::from_secs(60),
             min_replicas: 0,
             driver: Driver::default(),
+            fence_ttl: redis::FENCE_TTL,
+            wait_for_server: Duration::ZERO,
         }
     }
 }
@@ -132,7 +139,7 @@ impl LockerBuilder {
     /// ```
     /// # use std::time::Duration;
     /// let locker =
-    /// tenure::Locker::builder().retry(tenure::Retry::linear(Duration::from_millis(100)).limit(9)).in_memory();
+    /// tenure::Locker::builder().retry(tenure::Retry::linear(Duration::from_millis(100)).max_retries(9)).in_memory();
     /// ```
     pub fn retry(mut self, retry: Retry) -> Self {
         self.settings.retry = Some(retry);
@@ -332,6 +339,50 @@ impl LockerBuilder {
         self
     }
 
+    /// Sets how long the server remembers the last fencing token of a key after that was last obtained: from 60 s to 365
+    /// days. Default: 24 h.
+    ///
+    /// Each key that was locked with a fencing token leaves a key beside it, `{key}:fence`, for that time. On Redis 7.0 it
+    /// takes 133 bytes (of 100,000 locked keys of 15 bytes), so that a million different keys a day take 133 MB by
+    /// default, and 6 MB with an hour.
+    ///
+    /// Fencing tokens are times of the server's clock, and greater than the last one that the server remembers. So they
+    /// grow even if nothing is remembered, unless the clock was set back, or a replica takes over whose clock is behind.
+    /// Set more than that can be. A shorter time than 60 s counts as 60 s, and for each lock than twice its
+    /// [ttl](crate::LockRequest::ttl), or twice the [restart window](Self::restart_window) on a quorum, as those.
+    ///
+    /// The embedded store ignores it: it has one counter for all keys.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// let locker = tenure::Locker::builder().fence_ttl(Duration::from_secs(3600)).in_memory();
+    /// ```
+    pub fn fence_ttl(mut self, ttl: Duration) -> Self {
+        self.fence_ttl = ttl.min(MAX_TTL);
+        self
+    }
+
+    /// Sets how long [`connect`](Self::connect) and [`quorum`](Self::quorum) go on trying while the server can't be
+    /// reached, is loading, or the like. Default: no time, so that one failure is final.
+    ///
+    /// For a program that may start before its server does. They try again after pauses of 50 ms to 1 s. What waiting
+    /// doesn't help against is reported at once: a malformed URL, a wrong password, a certificate that isn't accepted.
+    /// When the time is over, they return the last error; so that may take up to this and twice the [command
+    /// timeout](Self::command_timeout).
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # async fn example() -> Result<(), tenure::Error> {
+    /// let builder = tenure::Locker::builder().wait_for_server(Duration::from_secs(30));
+    /// let locker = builder.connect("redis://127.0.0.1:6379").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn wait_for_server(mut self, limit: Duration) -> Self {
+        self.wait_for_server = limit;
+        self
+    }
+
     /// Connects to the server at the URL; see [`Locker::connect`].
     ///
     /// # Errors
@@ -353,12 +404,63 @@ impl LockerBuilder {
         Shared::check_runtime()?;
         let isolated = self.isolated.then(Isolated::start).transpose()?;
         let (url, prefix, timeout) = (url.to_owned(), self.prefix.clone(), self.connection_timeout());
-        let (driver, replicas) = (self.driver, self.min_replicas);
-        let connecting = async move { RedisStore::connect(driver, &url, prefix, timeout, replicas).await };
+        let (driver, replicas, patience) = (self.driver, self.min_replicas, self.wait_for_server);
+        let connect = move || {
+            let (url, prefix) = (url.clone(), prefix.clone());
+            async move { RedisStore::connect(driver, &url, prefix, timeout, replicas).await }
+        };
+        let connecting = patiently(patience, connect);
         let store = match &isolated {
             Some(isolated) => isolated.handle().spawn(connecting).await.unwrap_or(Err(Error::NoRuntime))?,
             None => connecting.await?,
         };
+        let store = store.with_fence_ttl(self.fence_ttl);
+        Ok(self.build(Box::new(store), isolated))
+    }
+
+    /// Returns a locker at once, and connects to the server at the URL in the background, now or when the server comes
+    /// up. The URL is that of [`Locker::connect`].
+    ///
+    /// For a program that has to start, and serve what needs no lock, while the server is away. Until there is a
+    /// connection, each operation waits for it, up to the [command timeout](Self::command_timeout), and then fails with
+    /// the reason why there is none; [`lock`](Locker::lock) waits on. A wrong password is no error here, but of each
+    /// operation.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidUrl`] if the URL is malformed or unsupported. [`Error::Unsupported`] for a
+    /// [driver](Self::driver) that is not compiled in, and [`min_replicas`](Self::min_replicas) on a cluster.
+    /// [`Error::NoRuntime`] outside a tokio runtime.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// use std::time::Duration;
+    /// use tenure::Locker;
+    ///
+    /// # if cfg!(any(feature = "fred", feature = "redis")) {
+    /// // Nothing listens there.
+    /// let builder = Locker::builder().command_timeout(Duration::from_millis(100));
+    /// let locker = builder.connect_lazily("redis://127.0.0.1:1")?;
+    /// let error = locker.try_lock("k").await.unwrap_err();
+    /// assert!(error.is_transient());
+    /// # }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn connect_lazily(self, url: &str) -> Result<Locker, Error> {
+        redis::url::parse(url)?;
+        Shared::check_runtime()?;
+        let isolated = self.isolated.then(Isolated::start).transpose()?;
+        let (prefix, timeout) = (self.prefix.clone(), self.connection_timeout());
+        let store = {
+            // The connection lives on the runtime that is entered here.
+            let _entered = isolated.as_ref().map(|isolated| isolated.handle().enter());
+            RedisStore::connect_lazily(self.driver, url, prefix, timeout, self.min_replicas)?
+        };
+        let store = store.with_fence_ttl(self.fence_ttl);
         Ok(self.build(Box::new(store), isolated))
     }
 
@@ -393,8 +495,13 @@ impl LockerBuilder {
         Shared::check_runtime()?;
         let isolated = self.isolated.then(Isolated::start).transpose()?;
         let (prefix, timeout) = (self.prefix.clone(), self.connection_timeout());
-        let (driver, never_forget) = (self.driver, self.restart_window.is_zero());
-        let connecting = async move { quorum::connect(driver, &urls, &prefix, timeout, never_forget).await };
+        let (driver, never_forget, fence_ttl) = (self.driver, self.restart_window.is_zero(), self.fence_ttl);
+        let patience = self.wait_for_server;
+        let connect = move || {
+            let (urls, prefix) = (urls.clone(), prefix.clone());
+            async move { quorum::connect(driver, &urls, &prefix, timeout, never_forget, fence_ttl).await }
+        };
+        let connecting = patiently(patience, connect);
         let nodes = match &isolated {
             Some(isolated) => isolated.handle().spawn(connecting).await.unwrap_or(Err(Error::NoRuntime))?,
             None => connecting.await?,
@@ -423,6 +530,7 @@ impl LockerBuilder {
     #[cfg_attr(docsrs, doc(cfg(feature = "fred")))]
     pub fn client(self, client: Client) -> Locker {
         let store = RedisStore::with_client(client, self.prefix.clone(), self.min_replicas);
+        let store = store.with_fence_ttl(self.fence_ttl);
         self.on_own_thread_if_wanted(Box::new(store))
     }
 
@@ -437,6 +545,7 @@ impl LockerBuilder {
     #[cfg_attr(docsrs, doc(cfg(feature = "redis")))]
     pub fn with_redis(self, connection: impl Into<RedisConnection>) -> Locker {
         let store = RedisStore::with_redis(connection.into(), self.prefix.clone(), self.min_replicas);
+        let store = store.with_fence_ttl(self.fence_ttl);
         self.on_own_thread_if_wanted(Box::new(store))
     }
 
@@ -447,6 +556,20 @@ impl LockerBuilder {
     /// ```
     pub fn in_memory(self) -> Locker {
         self.on_own_thread_if_wanted(Box::new(MemoryStore::new()))
+    }
+
+    /// Uses an embedded server that others may use as well, and that a test can take away: see
+    /// [`testing`](crate::testing).
+    ///
+    /// ```
+    /// use tenure::Locker;
+    /// use tenure::testing::EmbeddedServer;
+    ///
+    /// let server = EmbeddedServer::new();
+    /// let [here, there] = [(); 2].map(|()| Locker::builder().in_memory_with(&server));
+    /// ```
+    pub fn in_memory_with(self, server: &EmbeddedServer) -> Locker {
+        self.on_own_thread_if_wanted(Box::new(EmbeddedStore(server.embedded().clone())))
     }
 
     /// Isolates the locker if that is set. If the system has no thread left for it, the caller's runtime does the work.
@@ -477,6 +600,30 @@ impl LockerBuilder {
             settings: self.settings,
             closed: CancellationToken::new(),
         })
+    }
+}
+
+/// Tries to connect for this long, as long as another attempt may succeed.
+async fn patiently<T, F: Future<Output = Result<T, Error>>>(
+    limit: Duration,
+    connect: impl Fn() -> F,
+) -> Result<T, Error> {
+    const PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(1)];
+    let started = Instant::now();
+    let [mut pause, longest] = PAUSES;
+    loop {
+        // Boxed: what follows a failure is rare, and would make the future of every connection larger.
+        let connected = Box::pin(connect()).await;
+        let left = limit.saturating_sub(started.elapsed());
+        match connected {
+            Err(error) if error.is_transient() && !left.is_zero() => {
+                debug!(name: "tenure.server_away", %error, ?left, "could not connect; trying again");
+                // Programs that start together don't ask together.
+                sleep(left.min(pause.mul_f64(0.75 + 0.25 * fastrand::f64()))).await;
+                pause = longest.min(pause * 2);
+            }
+            connected => return connected,
+        }
     }
 }
 

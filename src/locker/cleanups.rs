@@ -17,11 +17,11 @@ use tokio::select;
 use tokio::time::{Instant, sleep};
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
-use tracing::debug;
 
 use crate::Key;
 use crate::hold::{GrantId, Hold, Owned};
 use crate::locker::shared::Shared;
+use crate::report::debug;
 use crate::store::{LinePlace, Wanted};
 
 /// How long closing leaves a cleanup to the code that registered it.
@@ -135,7 +135,7 @@ impl Shared {
         if Self::check_runtime().is_err() {
             return self.releases.wait().await;
         }
-        if self.store.capabilities().has_line {
+        if self.store.capabilities().has_places() {
             // Waiters leave the line when they learn that the locker is closed, which may be after the end of the
             // program.
             for (key, place) in self.queues.line_places() {

@@ -9,7 +9,8 @@ use std::time::Duration;
 use tokio::time::{Instant, advance, sleep, timeout};
 
 use super::ms;
-use super::oracle::{Doing, World, doing};
+use super::oracle::{Asking, Doing, World, doing};
+use crate::mode::Mode;
 use crate::{Error, Key, Lease, LockGuard, LockRequest, Locker, Loss, Retry, Token, WatchDog};
 
 /// The timeout of a call to the server, with which the lockers of a universe are built.
@@ -30,6 +31,7 @@ pub(super) struct Habits {
     tokens: Vec<Token>,
     /// How many of ten requests bring their own token.
     named: u8,
+    sharing: Sharing,
     /// How many of ten calls are given up before they end.
     given_up: u8,
     keys: Vec<Key>,
@@ -38,6 +40,15 @@ pub(super) struct Habits {
     pub(super) alike: Alike,
     /// True if calls take real time.
     in_real_time: bool,
+}
+
+/// How requests share their keys.
+#[derive(Debug)]
+struct Sharing {
+    /// How many of ten do so.
+    shared: u8,
+    modes: Vec<Mode>,
+    limits: Vec<usize>,
 }
 
 /// Whether requests are alike and wait for one key.
@@ -70,6 +81,8 @@ enum Step {
     Adopt,
     EnsureLease,
     Inspect,
+    Holders,
+    Downgrade,
     Watch,
     WatchLease,
     Unwatch,
@@ -98,6 +111,8 @@ impl Step {
                 | Self::Release
                 | Self::Drop
                 | Self::Inspect
+                | Self::Holders
+                | Self::Downgrade
                 | Self::Rest
         )
     }
@@ -115,6 +130,8 @@ const THEMES: &[&[Step]] = &[
     &[Step::RenewFor, Step::Protect],
     // The same token, again and again.
     &[Step::Twins, Step::IntoLease, Step::Adopt],
+    // Writers that become readers.
+    &[Step::Downgrade, Step::Holders, Step::Renew],
     // Watchdogs.
     &[Step::Watch, Step::WatchLease, Step::Unwatch, Step::DogReleases, Step::DogShutsDown, Step::DogIsDropped],
 ];
@@ -136,6 +153,8 @@ impl Habits {
             (Step::Adopt, 3, 3),
             (Step::EnsureLease, 1, 3),
             (Step::Inspect, 1, 3),
+            (Step::Holders, 1, 3),
+            (Step::Downgrade, 2, 3),
             (Step::Watch, 3, 3),
             (Step::WatchLease, 3, 3),
             (Step::Unwatch, 1, 3),
@@ -165,7 +184,25 @@ impl Habits {
         let named = *rng.choice(&[0, 3, 8]).unwrap();
         let given_up = *rng.choice(&[0, 2, 5]).unwrap();
         let rest = *rng.choice(&[50, 800, 4_000]).unwrap();
-        Self { steps, ttls, tokens, named, given_up, keys: keys.to_vec(), rest, alike: Alike::No, in_real_time: false }
+        let shared = *rng.choice(&[0, 3, 6, 9]).unwrap();
+        let modes = rng.choice(&[&[Mode::Read][..], &[Mode::Permit], &[Mode::Read, Mode::Permit]]).unwrap().to_vec();
+        let mut limits = vec![rng.usize(1..=3)];
+        if rng.u8(..4) == 0 {
+            limits.push(rng.usize(1..=4));
+        }
+        let sharing = Sharing { shared, modes, limits };
+        Self {
+            steps,
+            ttls,
+            tokens,
+            named,
+            sharing,
+            given_up,
+            keys: keys.to_vec(),
+            rest,
+            alike: Alike::No,
+            in_real_time: false,
+        }
     }
 
     /// Makes requests alike, so that locks change hands within a process, also by futures that are kept and not polled.
@@ -252,7 +289,7 @@ pub(super) struct Actor {
 /// A request that is kept and not polled.
 pub(super) struct Parked {
     request: Pin<Box<dyn Future<Output = Result<LockGuard, Error>> + Send>>,
-    from: Instant,
+    asking: Asking,
 }
 
 /// When to give a call up.
@@ -297,6 +334,11 @@ impl Actor {
                 let (locker, key) = (self.process.locker.clone(), self.key());
                 drop(self.bounded(COMMAND_TIMEOUT, Doing::default(), "inspect", locker.inspect(key)).await);
             }
+            Step::Holders => {
+                let (locker, key) = (self.process.locker.clone(), self.key());
+                drop(self.bounded(COMMAND_TIMEOUT, Doing::default(), "holders", locker.holders(key)).await);
+            }
+            Step::Downgrade => self.downgrade().await,
             Step::Watch => self.watch(),
             Step::WatchLease => self.watch_lease().await,
             Step::Unwatch => {
@@ -373,7 +415,9 @@ impl Actor {
                 request = request.hold_at_least(ms(self.rng.u64(..least)));
                 request = request.hold_at_most(ms(self.rng.u64(5..3_000)));
             }
-            8 if !waits => request = request.retry(Retry::linear(ms(self.rng.u64(10..300))).limit(self.rng.usize(..5))),
+            8 if !waits => {
+                request = request.retry(Retry::linear(ms(self.rng.u64(10..300))).max_retries(self.rng.usize(..5)));
+            }
             _ => {}
         }
         let limit = match self.rng.u8(..4) {
@@ -388,8 +432,8 @@ impl Actor {
         (request, None, token)
     }
 
-    async fn ask(&mut self, request: LockRequest, limit: Option<Duration>, token: Option<Token>) {
-        let from = Instant::now();
+    async fn ask(&mut self, request: LockRequest, mode: Mode, limit: Option<Duration>, token: Option<Token>) {
+        let (from, asking) = (Instant::now(), self.world.asks(mode));
         let limit = limit.unwrap_or(ms(4_000));
         let asked = request.into_future();
         let answer = self.bounded(limit.max(COMMAND_TIMEOUT.min(ms(30))), Doing::default(), "a request", asked).await;
@@ -398,18 +442,37 @@ impl Actor {
         }
         match answer {
             Some(Ok(guard)) => self.guards.push(guard),
-            Some(Err(error)) => self.told(&error, from, token.as_ref()),
+            Some(Err(error)) => self.told(&error, &asking, token.as_ref()),
             None => {}
         }
     }
 
+    /// Returns a request for a key of one's own, or for a share of it, and its mode.
+    fn request(&mut self, locker: &Locker, key: Key, waits: bool) -> (LockRequest, Mode) {
+        let Sharing { shared, modes, limits } = &self.habits.sharing;
+        let is_shared = self.rng.u8(..10) < *shared;
+        let mode = if is_shared { *self.rng.choice(modes).unwrap() } else { Mode::Exclusive };
+        let limit = *self.rng.choice(limits).unwrap();
+        let request = match (mode, waits) {
+            (Mode::Exclusive, true) => locker.lock(key),
+            (Mode::Exclusive, false) if self.rng.bool() => locker.try_lock(key),
+            (Mode::Exclusive, false) => locker.obtain(key),
+            (Mode::Read, true) => locker.read(key),
+            (Mode::Read, false) => locker.try_read(key),
+            (Mode::Permit, true) => locker.permit(key, limit),
+            (Mode::Permit, false) => locker.try_permit(key, limit),
+        };
+        (request, mode)
+    }
+
     async fn park(&mut self) {
-        let request = self.process.locker.clone().lock(self.key());
+        let (locker, key) = (self.process.locker.clone(), self.key());
+        let (request, mode) = self.request(&locker, key, true);
         let (request, _, _) = self.set(request, true);
-        let mut parked = Parked { request: Box::pin(request.into_future()), from: Instant::now() };
+        let mut parked = Parked { request: Box::pin(request.into_future()), asking: self.world.asks(mode) };
         match until(GivenUp::Polls(self.rng.u32(1..6)), &mut parked.request).await {
             Some(Ok(guard)) => self.guards.push(guard),
-            Some(Err(error)) => self.told(&error, parked.from, None),
+            Some(Err(error)) => self.told(&error, &parked.asking, None),
             None => self.parked.push(parked),
         }
     }
@@ -419,7 +482,7 @@ impl Actor {
         let mut parked = self.parked.swap_remove(place);
         match until(self.given_up(), &mut parked.request).await {
             Some(Ok(guard)) => self.guards.push(guard),
-            Some(Err(error)) => self.told(&error, parked.from, None),
+            Some(Err(error)) => self.told(&error, &parked.asking, None),
             None if self.rng.bool() => self.parked.push(parked),
             None => {}
         }
@@ -427,14 +490,10 @@ impl Actor {
 
     async fn obtain(&mut self) {
         let (locker, key) = (self.process.locker.clone(), self.key());
-        let (request, waits) = match self.rng.u8(..4) {
-            _ if self.habits.alike != Alike::No => (locker.lock(key), true),
-            0 => (locker.try_lock(key), false),
-            1 => (locker.obtain(key), false),
-            _ => (locker.lock(key), true),
-        };
+        let waits = self.habits.alike != Alike::No || self.rng.bool();
+        let (request, mode) = self.request(&locker, key, waits);
         let (request, limit, token) = self.set(request, waits);
-        self.ask(request, limit, token).await;
+        self.ask(request, mode, limit, token).await;
     }
 
     async fn obtain_all(&mut self) {
@@ -445,23 +504,27 @@ impl Actor {
         let waits = self.rng.bool();
         let request = if waits { locker.lock_all(keys) } else { locker.obtain_all(keys) };
         let (request, limit, token) = self.set(request, waits);
-        self.ask(request, limit, token).await;
+        self.ask(request, Mode::Exclusive, limit, token).await;
     }
 
     /// Requests the same token twice at once.
     async fn twins(&mut self) {
-        let (locker, key, from) = (self.process.locker.clone(), self.key(), Instant::now());
+        let (locker, key) = (self.process.locker.clone(), self.key());
         let token = self.rng.choice(&self.habits.tokens).unwrap().clone();
-        let (one, _, _) = self.set(locker.lock(key.clone()), true);
-        let (other, _, _) = self.set(locker.obtain(key), false);
+        let (one, mode) = self.request(&locker, key.clone(), true);
+        let (other, other_mode) = self.request(&locker, key, false);
+        let (asking, other_asking) = (self.world.asks(mode), self.world.asks(other_mode));
+        let (one, _, _) = self.set(one, true);
+        let (other, _, _) = self.set(other, false);
         let one = one.token(token.clone()).into_future();
         let other = other.token(token.clone()).into_future();
         let (one_given_up, other_given_up) = (self.given_up(), self.given_up());
         let (one, other) = tokio::join!(until(one_given_up, one), until(other_given_up, other));
-        for answer in [one, other].into_iter().flatten() {
+        for (answer, asking) in [(one, asking), (other, other_asking)] {
             match answer {
-                Ok(guard) => self.guards.push(guard),
-                Err(error) => self.told(&error, from, Some(&token)),
+                None => {}
+                Some(Ok(guard)) => self.guards.push(guard),
+                Some(Err(error)) => self.told(&error, &asking, Some(&token)),
             }
         }
     }
@@ -473,7 +536,7 @@ impl Actor {
             sleep(work).await;
             guard.is_held()
         });
-        let given_up = self.given_up();
+        let (given_up, _asking) = (self.given_up(), self.world.asks(Mode::Exclusive));
         let what = Doing { release: true, guard: None };
         drop(timeout(patience, until(given_up, doing(what, scope))).await);
     }
@@ -539,6 +602,16 @@ impl Actor {
         }
     }
 
+    async fn downgrade(&mut self) {
+        let Some(place) = self.rng.choice(0..self.guards.len()) else { return };
+        let guard = self.guards.swap_remove(place);
+        let what = Doing { release: false, guard: self.world.id(&guard) };
+        self.world.trace(|| format!("  guard {:?} becomes a reader", what.guard));
+        if let Some(Ok(guard)) = self.bounded(COMMAND_TIMEOUT, what, "downgrade", guard.downgrade()).await {
+            self.guards.push(guard);
+        }
+    }
+
     async fn use_lease(&mut self, step: Step) {
         let locker = self.process.locker.clone();
         let Some((place, lease)) = self.world.some_lease(&mut self.rng) else { return };
@@ -575,6 +648,7 @@ impl Actor {
                 (None, Lease::new(self.key(), token, self.ttl()))
             }
         };
+        let _asking = self.world.asks(Mode::Exclusive);
         let request = dog.watch_lease(lease.clone()).obtain_when_free(self.rng.bool()).into_future();
         let watched = self.bounded(COMMAND_TIMEOUT, Doing::default(), "watch_lease", request).await;
         if let Some(Ok(())) = watched {
@@ -597,11 +671,11 @@ impl Actor {
         self.world.releasing_all(number, false);
     }
 
-    fn told(&self, error: &Error, from: Instant, own: Option<&Token>) {
+    fn told(&self, error: &Error, asking: &Asking, own: Option<&Token>) {
         self.world.trace(|| format!("  failed: {error}"));
         // Notifications take some time, and those behind a waiter that is not polled don't get them.
         let heard = if self.habits.alike == Alike::No { ms(25) } else { IDLE };
-        self.world.failed(error, from, own, heard);
+        self.world.failed(error, asking, own, heard);
     }
 
     /// Does the work, unless it is given up earlier. Promise 6: it ends in time.

@@ -2,10 +2,11 @@
 //!
 //! At every event (a call is run at the server, a lock is obtained, an actor has done something):
 //!
-//! 1. Two guards of one key are not both held, unless a user has given them the same token.
+//! 1. Two guards of one key are not both held, unless a user has given them the same token, or both are readers, or both
+//!    have a permit. Never more tokens have a permit than the limit allows.
 //! 2. A guard that is held has its keys at the server until its deadline. The exception is a guard whose lock was ended
 //!    on purpose: by an explicit release with the same token, or by deleting the key by hand. It learns of that later.
-//! 3. Fencing tokens grow in the order of grants.
+//! 3. Fencing tokens grow in the order of grants. A token that shares a key keeps its own.
 //!
 //! Whenever a call fails, and at the end:
 //!
@@ -32,9 +33,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::hold::{GrantId, Hold, Owned, Peek};
+use crate::mode::Mode;
 use crate::store::faulty::{Fault, Operation, Ran};
 use crate::store::memory::MemoryStore;
-use crate::store::{Acquired, Ending, Extending, HandedOver, Holder, Verdict};
+use crate::store::{Acquired, Downgraded, Ending, Extending, HandedOver, Holder, Verdict, Wanted};
 use crate::{Error, Key, Lease, LockGuard, Loss, Token};
 
 /// The operation that the current calls are part of.
@@ -97,6 +99,8 @@ struct State {
     lockers: Vec<usize>,
     /// The holders of each key at the server.
     history: BTreeMap<Key, Vec<Span>>,
+    /// The greatest limit of permits that was asked for.
+    limit: usize,
     /// The last event of a key that a token held.
     last: HashMap<(Key, Token), Last>,
     /// Locks that were ended on purpose: all that the token had requested before that instant.
@@ -114,6 +118,8 @@ struct State {
     /// Tokens of guards that somebody uses for other requests, as if they had been read at the server.
     seen: HashSet<Token>,
     leases: Vec<Left>,
+    /// From when until when requests went on.
+    requests: Vec<(Instant, Option<Instant>)>,
     labels: HashMap<Token, String>,
     /// How many tasks are about to release all that a locker's watchdogs watch.
     releasing_all: HashMap<usize, usize>,
@@ -132,6 +138,7 @@ struct Tracked {
     at: usize,
     client: usize,
     keys: Box<[Key]>,
+    mode: Mode,
     token: Token,
     sent: Instant,
     born: Instant,
@@ -169,8 +176,11 @@ struct Call {
     fault: Fault,
 }
 
+/// A time for which a token held a key, or one of its grants had a share of it.
 struct Span {
+    mode: Mode,
     token: Token,
+    grant: Option<GrantId>,
     from: Instant,
     until: Instant,
 }
@@ -181,6 +191,20 @@ enum Last {
     Granted(u64),
     SetTtl(u64),
     Released(u64),
+}
+
+/// A request that goes on.
+pub(super) struct Asking {
+    world: Arc<World>,
+    number: usize,
+    from: Instant,
+    mode: Mode,
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.world.state().requests[self.number].1 = Some(Instant::now());
+    }
 }
 
 struct Left {
@@ -268,8 +292,9 @@ impl World {
                 // Promise 3.
                 for key in &*keys {
                     let before = state.fences.insert(key.clone(), fence);
-                    // A lease that is taken up has that of the guard that it came from.
-                    let is_repeated = hold.owned.grant.is_some() && before == Some(fence);
+                    // A lease that is taken up, and a reader that was the writer, have that of the guard before.
+                    let is_again = hold.owned.grant.is_some() || hold.owned.mode == Mode::Read;
+                    let is_repeated = is_again && before == Some(fence);
                     let is_greater = is_repeated || before.is_none_or(|before| before < fence);
                     if !is_greater && !state.deleted.contains(key) {
                         state.violate(self.start, "fencing tokens don't grow".into(), format!("guard {id}"));
@@ -282,6 +307,10 @@ impl World {
         }
         let now = Instant::now();
         let own_token = hold.owned.own_token;
+        let mode = hold.owned.mode;
+        // A reader that was the writer goes on with its bounds.
+        let was_it = |guard: &&mut Tracked| guard.token == token && guard.mode == Mode::Exclusive && mode == Mode::Read;
+        state.guards.iter_mut().filter(was_it).for_each(|guard| guard.has_no_bounds = true);
         // Promise 9. By the same token, it has taken the lock over.
         let before = |guard: &Tracked| own_token && guard.own_token && guard.token == token && guard.is_to_stay(now);
         if state.guards.iter().any(before) {
@@ -292,6 +321,7 @@ impl World {
             at,
             client,
             keys,
+            mode,
             token,
             sent,
             born: now,
@@ -337,6 +367,7 @@ impl World {
         match ran {
             Ran::Acquire(wanted, acquired) => {
                 if let Acquired::Granted { fencing_token } = acquired {
+                    state.admitted(self, call, wanted);
                     if wanted.owned.grant.is_none() {
                         state.own.insert(wanted.owned.token.clone());
                     }
@@ -345,7 +376,8 @@ impl World {
                 let (label, first) = (state.label(&wanted.owned.token), state.first_fence);
                 state.note_with(self.start, || {
                     let acquired = relative(&format!("{acquired:?}"), first);
-                    format!("  call {call}: {label} acquires {:?} for {:?}: {acquired}", wanted.owned.keys, wanted.ttl)
+                    let Owned { keys, mode, .. } = &wanted.owned;
+                    format!("  call {call}: {label} acquires {keys:?} for {:?}, {mode:?}: {acquired}", wanted.ttl)
                 });
             }
             Ran::Renew(owned, ttl, how, renewed) => {
@@ -396,6 +428,16 @@ impl World {
                     format!("  call {call}: {one} hands {:?} over to {other}, {ending:?}: {handed_over}", from.keys)
                 });
             }
+            Ran::Downgrade(owned, downgraded) => {
+                if let Downgraded::Done = downgraded {
+                    for key in &owned.keys {
+                        state.last.insert((key.clone(), owned.token.clone()), Last::Granted(call));
+                    }
+                }
+                let label = state.label(&owned.token);
+                let note = || format!("  call {call}: {label} downgrades {:?}: {downgraded:?}", owned.keys);
+                state.note_with(self.start, note);
+            }
         }
         state.look(self);
         drop(state);
@@ -405,7 +447,7 @@ impl World {
     /// Deletes a key, as a user might by hand.
     pub(super) fn delete(&self, key: &Key) {
         let mut state = self.state();
-        if let Some((token, _)) = self.store.holder(key) {
+        for (_, token, ..) in self.store.held_by(key) {
             state.ended.push((key.clone(), token, Instant::now()));
         }
         state.deleted.insert(key.clone());
@@ -421,7 +463,7 @@ impl World {
     /// Checks promises 1 and 2.
     pub(super) fn check(&self) {
         let mut state = self.state();
-        let mut holders: HashMap<Key, (usize, Token)> = HashMap::new();
+        let mut holders: HashMap<Key, Vec<(usize, Mode, Token)>> = HashMap::new();
         let now = Instant::now();
         for id in 0..state.guards.len() {
             let Some(hold) = state.guards[id].hold.upgrade() else {
@@ -446,23 +488,35 @@ impl World {
             if state.guards[id].limit.is_some_and(|limit| limit <= now || limit < seen.deadline) {
                 state.violate(self.start, "a guard is held beyond its limit".into(), format!("guard {id}"));
             }
-            let Tracked { keys, token, sent, own_token, .. } = &state.guards[id];
-            let is_own = *own_token && !state.seen.contains(token);
+            let Tracked { keys, mode, token, sent, own_token, grant, .. } = &state.guards[id];
+            let (mode, grant, is_own) = (*mode, *grant, *own_token && !state.seen.contains(token));
             for key in keys.clone() {
                 let ended = |(of, by, at): &(Key, Token, Instant)| *of == key && by == token && sent <= at;
                 if state.ended.iter().any(ended) {
                     continue;
                 }
-                let holder = self.store.holder(&key);
-                let is_there = matches!(&holder, Some((by, until)) if by == token && *until >= seen.deadline);
+                let at_server = self.store.held_by(&key);
+                let is_its = |(in_mode, by, of, _): &(Mode, Token, Option<GrantId>, Instant)| {
+                    *in_mode == mode && by == token && (mode == Mode::Exclusive || *of == grant)
+                };
+                let is_there = at_server.iter().any(|held| is_its(held) && held.3 >= seen.deadline);
                 let mut violations = Vec::new();
-                if let Some((other, by)) = holders.get(&key).filter(|(_, by)| by != token || is_own) {
+                let others = holders.entry(key.clone()).or_default();
+                let excludes = |(_, other, by): &&(usize, Mode, Token)| {
+                    *other != mode || mode == Mode::Exclusive && (by != token || is_own)
+                };
+                if let Some((other, _, by)) = others.iter().find(excludes) {
                     let labels = (state.peek_label(by), state.peek_label(token));
                     violations.push(("two holders at once".to_owned(), format!("guards {other} and {id}: {labels:?}")));
                 } else {
-                    holders.insert(key.clone(), (id, token.clone()));
+                    others.push((id, mode, token.clone()));
+                    let permits: HashSet<_> = others.iter().map(|(_, _, by)| by).collect();
+                    if mode == Mode::Permit && permits.len() > state.limit && !self.is_outside {
+                        violations.push(("too many permits at once".to_owned(), format!("guards {others:?}")));
+                    }
                 }
                 if !is_there && !self.is_outside {
+                    let holder = at_server.into_iter().find(is_its).map(|(_, by, _, until)| (by, until));
                     violations.push(state.why_not_there(id, &key, seen.deadline, self.start, holder));
                 }
                 if !violations.is_empty() {
@@ -478,10 +532,23 @@ impl World {
         }
     }
 
-    /// Checks promise 5. Until a request has `heard` of the present, it only knows the server's last reply.
-    pub(super) fn failed(&self, error: &Error, from: Instant, own: Option<&Token>, heard: Duration) {
+    /// Records that a request begins. It goes on until what is returned is dropped.
+    pub(super) fn asks(self: &Arc<Self>, mode: Mode) -> Asking {
+        let (from, mut state) = (Instant::now(), self.state());
+        state.requests.push((from, None));
+        Asking { world: self.clone(), number: state.requests.len() - 1, from, mode }
+    }
+
+    /// Checks promise 5. Until a request has `heard` of the present, it only knows the server's last reply. A share is
+    /// refused while somebody else waits, too.
+    pub(super) fn failed(&self, error: &Error, asking: &Asking, own: Option<&Token>, heard: Duration) {
         let Error::NotObtained { key, attempts, .. } = error else { return };
+        let Asking { from, mode, number, .. } = *asking;
         let mut state = self.state();
+        let mut others = state.requests.iter().enumerate().filter(|(other, _)| *other != number);
+        if mode.is_shared() && others.any(|(_, (_, until))| until.is_none_or(|until| until >= from)) {
+            return;
+        }
         // Nobody is notified of a deletion by hand: the server's last reply is all that is known.
         if self.is_outside || state.deleted.contains(key) {
             return;
@@ -494,7 +561,7 @@ impl World {
                 format!("NotObtained though nobody held it, {}", if *attempts == 0 { "never asked" } else { "asked" })
             }
             // A request that the server told so. Other requests may not have been able to ask.
-            Some(own) if during.iter().all(|span| span.token == *own) && *attempts > 0 => {
+            Some(own) if during.iter().all(|span| span.token == *own && span.mode == mode) && *attempts > 0 => {
                 "NotObtained though only its own token held it".into()
             }
             _ => return,
@@ -506,7 +573,11 @@ impl World {
     pub(super) fn not_released(&self, id: usize, error: &Error) {
         let Error::NotHeld { loss: Loss::Taken | Loss::Missing, .. } = error else { return };
         let mut state = self.state();
-        let Tracked { keys, token, .. } = &state.guards[id];
+        let Tracked { keys, token, mode, own_token, .. } = &state.guards[id];
+        if mode.is_shared() && !own_token {
+            // Its own share may have been over, and the release ends the others of its token all the same.
+            return;
+        }
         let by_itself = |key: &Key| match state.last.get(&(key.clone(), token.clone())) {
             Some(&Last::Released(call)) => state.calls[call as usize].doing.guard == Some(id),
             _ => false,
@@ -593,7 +664,8 @@ impl World {
     pub(super) fn taken_over(&self) -> usize {
         let state = self.state();
         let mut before = HashSet::new();
-        state.guards.iter().filter(|guard| guard.own_token && !before.insert(&guard.token)).count()
+        let alone = state.guards.iter().filter(|guard| guard.own_token && guard.mode == Mode::Exclusive);
+        alone.filter(|guard| !before.insert(&guard.token)).count()
     }
 
     /// Records that everything these tokens hold is about to be ended on purpose; for `None`, everything that any token
@@ -623,7 +695,7 @@ impl World {
 
     /// Checks promise 2 after the server was asked, when these claims had been made, who holds the key. Guards that are
     /// still held were held when it replied.
-    pub(super) fn compare(&self, key: &Key, claims: Vec<(usize, Instant)>, holder: Option<&Holder>) {
+    pub(super) fn compare(&self, key: &Key, claims: Vec<(usize, Instant)>, holders: &[Holder]) {
         let mut state = self.state();
         for (id, deadline) in claims {
             let guard = &state.guards[id];
@@ -633,7 +705,8 @@ impl World {
             if seen.verdict.is_err() || state.ended.iter().any(ended) {
                 continue;
             }
-            let remaining = holder.filter(|holder| holder.token == guard.token).and_then(|holder| holder.remaining);
+            let holder = holders.iter().find(|holder| holder.token == guard.token);
+            let remaining = holder.and_then(|holder| holder.remaining);
             // The server counts in milliseconds.
             let until = remaining.map(|remaining| Instant::now() + remaining + Duration::from_millis(1));
             if until.is_none_or(|until| until < deadline.min(seen.deadline)) {
@@ -662,25 +735,26 @@ impl World {
     pub(super) fn look_for_leftovers(&self) {
         let mut state = self.state();
         for key in &self.keys {
-            let Some((token, until)) = self.store.holder(key) else { continue };
-            let left = |left: &Left| left.left && *left.lease.token() == token && left.lease.keys().contains(key);
-            if state.leases.iter().any(left) {
-                continue;
+            for (_, token, _, until) in self.store.held_by(key) {
+                let left = |left: &Left| left.left && *left.lease.token() == token && left.lease.keys().contains(key);
+                if state.leases.iter().any(left) {
+                    continue;
+                }
+                let label = state.label(&token);
+                let (how, call) = match state.last.get(&(key.clone(), token.clone())) {
+                    Some(&(Last::Granted(call) | Last::SetTtl(call))) => (state.how_left(call, &token), Some(call)),
+                    _ => ("otherwise".to_owned(), None),
+                };
+                let details = format!("{key} of {label} for another {:?}; by call {call:?}", until - Instant::now());
+                state.violate(self.start, format!("a key is left behind: {how}"), details);
             }
-            let label = state.label(&token);
-            let (how, call) = match state.last.get(&(key.clone(), token.clone())) {
-                Some(&(Last::Granted(call) | Last::SetTtl(call))) => (state.how_left(call, &token), Some(call)),
-                _ => ("otherwise".to_owned(), None),
-            };
-            let details = format!("{key} of {label} for another {:?}; by call {call:?}", until - Instant::now());
-            state.violate(self.start, format!("a key is left behind: {how}"), details);
         }
     }
 
     /// Checks promise 4: the leases that were left have expired too.
     pub(super) fn look_for_anything(&self, lockers: &str) {
         for key in &self.keys {
-            if self.store.holder(key).is_some() {
+            if !self.store.held_by(key).is_empty() {
                 self.violate("a key outlives its ttl", key.to_string());
             }
         }
@@ -733,15 +807,43 @@ impl State {
             let Some(fence) = fence else { continue };
             self.first_fence.get_or_insert(fence);
             self.granted.entry(token.clone()).or_default().insert(fence);
-            let spans = self.history.get(key).map(Vec::as_slice).unwrap_or_default();
-            // Promise 3. A grant to the current holder may repeat its number.
-            let repeated = spans.last().is_some_and(|span| span.until > Instant::now() && span.token == *token);
-            let before = self.fences.insert(key.clone(), fence);
-            if before.is_some_and(|before| before > fence || before == fence && !repeated) {
+            // Promise 3. A grant to a current holder may repeat its number.
+            let repeated = self.has(key, token);
+            let before = self.fences.get(key).copied();
+            let is_repeat = repeated && before.is_some_and(|before| before >= fence);
+            if !is_repeat && before.is_some_and(|before| before >= fence) {
                 let label = self.label(token);
                 self.violate(world.start, "fencing tokens don't grow".into(), format!("{key} by {label}"));
             }
+            self.fences.insert(key.clone(), before.map_or(fence, |before| before.max(fence)));
         }
+    }
+
+    /// Checks promise 1 for a permit: whoever gets it is one of no more than its own request allows.
+    fn admitted(&mut self, world: &World, call: u64, wanted: &Wanted) {
+        let Owned { mode: Mode::Permit, token, .. } = &wanted.owned else { return };
+        self.limit = self.limit.max(wanted.limit);
+        for key in &wanted.owned.keys {
+            let others = world.store.held_by(key).into_iter().map(|(_, by, ..)| by).filter(|by| by != token);
+            let (nobodys, others): (Vec<_>, Vec<_>) = others.partition(|by| *by == Token::nobody());
+            let count = nobodys.len() + others.into_iter().collect::<HashSet<_>>().len();
+            if count >= wanted.limit && !self.has(key, token) {
+                let details = format!("call {call}: {count} others have one, of {}", wanted.limit);
+                self.violate(world.start, "a permit too many".into(), details);
+            }
+        }
+    }
+
+    /// Returns whether a token held the key before the present event.
+    fn has(&self, key: &Key, token: &Token) -> bool {
+        self.span(key, token).is_some()
+    }
+
+    /// Returns the last time for which a token holds the key, if it still did before the present event.
+    fn span(&self, key: &Key, token: &Token) -> Option<&Span> {
+        let now = Instant::now();
+        let spans = self.history.get(key).map(Vec::as_slice).unwrap_or_default();
+        spans.iter().rev().find(|span| span.until > now && span.token == *token)
     }
 
     /// Checks promise 8 for a renewal.
@@ -770,21 +872,19 @@ impl State {
                 of_it.for_each(|guard| guard.has_no_bounds = true);
             }
             // Promise 9. A guard that is older than what the token holds now has lost its own lock before.
-            let holder = world.store.holder(key).map(|(holder, _)| holder);
-            let spans = self.history.get(key).map(Vec::as_slice).unwrap_or_default();
-            let span = spans.last().filter(|span| span.until > now && span.token == *token);
+            let span = self.span(key, token);
             let has_to_stay = |guard: &Tracked| {
                 let is_its = guard.token == *token && guard.keys.contains(key);
                 is_its && span.is_some_and(|span| span.from <= guard.born) && guard.is_to_stay(now)
             };
-            let is_taken = holder.is_some_and(|holder| holder == *token || holder == Token::nobody());
+            let mut at_server = world.store.held_by(key).into_iter().map(|(_, by, ..)| by);
+            let is_taken = at_server.any(|by| by == *token || by == Token::nobody());
             if !is_taken && self.guards.iter().any(has_to_stay) {
                 let label = self.label(token);
                 self.violate(world.start, "a key is freed that has to stay taken".into(), format!("{key} of {label}"));
             }
-            let spans = self.history.get(key).map(Vec::as_slice).unwrap_or_default();
-            let is_gone = world.store.holder(key).is_none_or(|(holder, _)| holder != *token);
-            if is_gone && spans.last().is_some_and(|span| span.until > now && span.token == *token) {
+            let is_gone = world.store.held_by(key).iter().all(|(_, by, ..)| by != token);
+            if is_gone && self.has(key, token) {
                 self.last.insert((key.clone(), token.clone()), Last::Released(call));
             }
         }
@@ -795,28 +895,32 @@ impl State {
         let now = Instant::now();
         for key in &world.keys {
             let spans = self.history.entry(key.clone()).or_default();
-            let holder = world.store.holder(key);
-            if let Some(last) = spans.last_mut() {
-                match &holder {
-                    Some((token, until)) if *token == last.token && last.until > now => {
-                        last.until = *until;
-                        continue;
-                    }
-                    _ => last.until = last.until.min(now),
-                }
+            let mut at_server = world.store.held_by(key);
+            for span in spans.iter_mut().filter(|span| span.until > now) {
+                let is_it = |(mode, token, grant, _): &(Mode, Token, Option<GrantId>, Instant)| {
+                    (*mode, token, *grant) == (span.mode, &span.token, span.grant)
+                };
+                span.until = match at_server.iter().position(is_it) {
+                    Some(place) => at_server.swap_remove(place).3,
+                    None => now,
+                };
             }
-            spans.extend(holder.map(|(token, until)| Span { token, from: now, until }));
+            let begin = |(mode, token, grant, until)| Span { mode, token, grant, from: now, until };
+            spans.extend(at_server.into_iter().map(begin));
         }
     }
 
     /// Returns whether the lock has been held at the server without a gap, as far as was seen.
     fn has_been_there(&self, id: usize) -> bool {
-        let Tracked { keys, token, sent, born, .. } = &self.guards[id];
+        let Tracked { keys, mode, token, grant, sent, born, .. } = &self.guards[id];
         let now = Instant::now();
         keys.iter().all(|key| {
             let ended = self.ended.iter().any(|(of, by, at)| of == key && by == token && sent <= at);
-            let last = self.history.get(key).and_then(|spans| spans.last());
-            !ended && last.is_some_and(|last| last.token == *token && last.from <= *born && now < last.until)
+            let is_its = |span: &&Span| {
+                span.mode == *mode && span.token == *token && (*mode == Mode::Exclusive || span.grant == *grant)
+            };
+            let last = self.history.get(key).and_then(|spans| spans.iter().rev().find(is_its));
+            !ended && last.is_some_and(|last| last.from <= *born && now < last.until)
         })
     }
 

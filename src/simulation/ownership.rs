@@ -58,6 +58,18 @@ async fn an_explicit_release_that_comes_late_does_not_end_what_its_token_obtaine
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_explicit_release_that_is_tried_again_does_not_end_what_its_token_obtained_meanwhile() {
+    let locker = locker(first(Operation::Release, Fault::AnswerLost));
+    let released = locker.obtain("k").token(token()).await.unwrap();
+    let releasing = tokio::spawn(released.release());
+    // The server has freed the lock, and the release is about to be tried again.
+    tokio::task::yield_now().await;
+    let guard = locker.try_lock("k").token(token()).ttl(ms(60_000)).await.unwrap();
+    assert_eq!(releasing.await.unwrap().ok(), Some(()));
+    guard.renew().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_attempt_that_comes_late_is_undone_after_the_release_of_its_request() {
     // The call has 500 ms: the server refuses it later.
     for late in [1, 100, 499, 501, 10_000] {

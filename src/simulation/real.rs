@@ -42,8 +42,8 @@ async fn observe(world: Arc<World>, observer: Locker) {
     loop {
         for key in &world.keys {
             let claims = world.claims(key);
-            if let Ok(holder) = observer.inspect(key.clone()).await {
-                world.compare(key, claims, holder.as_ref());
+            if let Ok(holders) = observer.holders(key.clone()).await {
+                world.compare(key, claims, &holders);
             }
         }
         sleep(ms(5)).await;
@@ -120,7 +120,7 @@ async fn history(seed: u64, forgets: bool) -> Vec<Violation> {
         () = forget(&server), if forgets => {}
     }
     for key in &world.keys {
-        if let Ok(Some(holder)) = observer.inspect(key.clone()).await {
+        for holder in observer.holders(key.clone()).await.unwrap_or_default() {
             world.left_outside(key, &holder);
         }
     }

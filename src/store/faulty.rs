@@ -1,5 +1,6 @@
 //! A store for tests, whose calls fail as planned.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,8 +10,8 @@ use tokio::time::{Instant, sleep};
 use super::memory::MemoryStore;
 use super::notifications::Subscription;
 use super::{
-    Acquired, Answer, Answers, Capabilities, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Store,
-    Undone, Verdict, Wanted,
+    Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, Next,
+    Store, Undone, Verdict, Wanted,
 };
 use crate::hold::Owned;
 use crate::{Error, Key};
@@ -47,7 +48,8 @@ pub(crate) enum Operation {
     Renew,
     /// Also one that hands the lock over.
     Release,
-    /// A read: of the ttl that is left, or of the holder.
+    Downgrade,
+    /// A read: of the ttl that is left, or of the holders.
     Read,
 }
 
@@ -59,6 +61,7 @@ pub(crate) enum Ran<'a> {
     Linger(&'a Owned, Ending, Duration, &'a Verdict),
     Undo(&'a Owned, &'a Undone),
     HandOver(&'a Owned, Ending, &'a Wanted, &'a HandedOver),
+    Downgrade(&'a Owned, &'a Downgraded),
 }
 
 /// Learns when calls are sent, and what the server does for them and when.
@@ -279,6 +282,15 @@ impl Store for FaultyStore {
         }))
     }
 
+    fn downgrade<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Downgraded> {
+        let owned = owned.clone();
+        Box::pin(self.call(Operation::Downgrade, timeout, move |store, ran| {
+            let downgraded = store.downgrade_now(&owned);
+            ran(Ran::Downgrade(&owned, &downgraded));
+            downgraded
+        }))
+    }
+
     fn subscribe(&self, key: &Key) -> Subscription {
         let subscription = self.store.subscribe_now(key);
         match &self.witness {
@@ -290,6 +302,20 @@ impl Store for FaultyStore {
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
         let owned = owned.clone();
         Box::pin(self.call(Operation::Read, timeout, move |store, _| store.remaining_now(&owned)))
+    }
+
+    fn find_keys<'a>(&'a self, prefix: &'a [u8], timeout: Duration) -> Answer<'a, BTreeSet<Key>> {
+        self.store.find_keys(prefix, timeout)
+    }
+
+    fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {
+        let key = key.clone();
+        Box::pin(self.call(Operation::Release, timeout, move |store, _| store.force_release_now(&key)))
+    }
+
+    fn holders<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Vec<Holder>> {
+        let key = key.clone();
+        Box::pin(self.call(Operation::Read, timeout, move |store, _| store.holders_now(&key)))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {

@@ -1,6 +1,9 @@
 //! The embedded store: the same contract within one process, on tokio's clock.
 
-use std::collections::HashMap;
+mod share;
+
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -8,12 +11,15 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::task::consume_budget;
 use tokio::time::Instant;
 
+use self::share::{Member, Share};
 use super::notifications::{ChannelState, Subscription, Subscriptions};
 use super::{
-    Acquired, Answer, Answers, Capabilities, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Store,
-    Undone, Verdict, Wanted,
+    Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, Next,
+    Store, Undone, Verdict, Wanted,
 };
+use crate::hold::timing::MAX_TTL;
 use crate::hold::{GrantId, Owned};
+use crate::mode::Mode;
 use crate::{Key, Loss, Token};
 
 /// A map of locks. Operations wait only for tokio's cooperative budget, so none can time out.
@@ -24,9 +30,11 @@ pub(crate) struct MemoryStore {
 
 struct Held {
     locks: HashMap<Key, Entry>,
+    /// The keys that several share. No key is live in both maps.
+    shares: HashMap<Key, Share>,
     /// One counter for all keys, so fencing tokens grow for each key.
     last_fence: u64,
-    /// The size of the map at which expired entries are removed next: twice its size after the last time.
+    /// The size of both maps at which expired entries are removed next: twice their size after the last time.
     sweep_at: usize,
     /// Maps tokio's clock, which tests may pause, to the wall clock, from which fencing tokens start.
     epoch: (Instant, Duration),
@@ -98,8 +106,8 @@ impl MemoryStore {
     pub(crate) fn new() -> Self {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let epoch = (Instant::now(), since_1970);
-        let held = Mutex::new(Held { locks: HashMap::new(), last_fence: 0, sweep_at: 64, epoch });
-        Self { held, subscriptions: Subscriptions::new() }
+        let held = Held { locks: HashMap::new(), shares: HashMap::new(), last_fence: 0, sweep_at: 64, epoch };
+        Self { held: Mutex::new(held), subscriptions: Subscriptions::new() }
     }
 
     pub(super) fn acquire_now(&self, wanted: &Wanted) -> Acquired {
@@ -155,12 +163,28 @@ impl MemoryStore {
         }
     }
 
+    pub(super) fn downgrade_now(&self, owned: &Owned) -> Downgraded {
+        let downgraded = self.held().downgrade(owned);
+        owned.keys.iter().for_each(|key| self.subscriptions.notify(key.as_bytes()));
+        downgraded
+    }
+
     pub(super) fn remaining_now(&self, owned: &Owned) -> Option<Duration> {
         self.held().remaining(owned)
     }
 
-    pub(super) fn inspect_now(&self, key: &Key) -> Option<Holder> {
+    pub(super) fn force_release_now(&self, key: &Key) -> bool {
+        let was_there = self.delete(key);
+        self.subscriptions.notify(key.as_bytes());
+        was_there
+    }
+
+    pub(crate) fn inspect_now(&self, key: &Key) -> Option<Holder> {
         self.held().inspect(key)
+    }
+
+    pub(super) fn holders_now(&self, key: &Key) -> Vec<Holder> {
+        self.held().holders(key)
     }
 
     pub(super) fn subscribe_now(&self, key: &Key) -> Subscription {
@@ -173,10 +197,40 @@ impl MemoryStore {
         self.held().live(key, Instant::now()).map(|entry| (entry.token.clone(), entry.expires))
     }
 
-    /// Deletes a key without a notification, as a user might by hand.
+    /// Returns who holds the key, in any mode, with what stays for nobody: mode, token, grant of a share, and when it
+    /// expires unless it is renewed.
     #[cfg(test)]
-    pub(crate) fn delete(&self, key: &Key) {
-        self.held().locks.remove(key);
+    pub(crate) fn held_by(&self, key: &Key) -> Vec<(Mode, Token, Option<GrantId>, Instant)> {
+        let (held, now) = (self.held(), Instant::now());
+        let alone = held.live(key, now).map(|entry| (Mode::Exclusive, entry.token.clone(), None, entry.expires));
+        let shares = held.shares.get(key).into_iter().flat_map(|share| {
+            share.live(now).map(|member| (share.mode, member.token.clone(), member.grant, member.expires))
+        });
+        alone.into_iter().chain(shares).collect()
+    }
+
+    /// Returns what others may share the key as, and when the last share ends.
+    #[cfg(test)]
+    pub(crate) fn shared(&self, key: &Key) -> Option<(Mode, Instant)> {
+        let (held, now) = (self.held(), Instant::now());
+        Some(held.shares.get(key)?.mode).zip(held.shared_until(key, now))
+    }
+
+    /// Deletes a key without a notification, as a user might by hand. Returns whether it was there.
+    pub(crate) fn delete(&self, key: &Key) -> bool {
+        let (mut held, now) = (self.held(), Instant::now());
+        let was_shared = held.shared_until(key, now).is_some();
+        held.shares.remove(key);
+        held.locks.remove(key).is_some_and(|entry| now < entry.expires) || was_shared
+    }
+
+    /// Makes this token the holder of a key, whoever holds it.
+    pub(crate) fn give(&self, key: &Key, token: Token, ttl: Duration) {
+        let mut held = self.held();
+        let (metadata, fence) = (Box::default(), Some(held.next_fence(Instant::now())));
+        let expires = Instant::now() + ttl.min(MAX_TTL);
+        held.shares.remove(key);
+        held.locks.insert(key.clone(), Entry { token, metadata, expires, fence, grants: Vec::new(), kept: None });
     }
 
     /// Returns how many keys have subscriptions.
@@ -186,9 +240,10 @@ impl MemoryStore {
     }
 
     /// Forgets all locks, like a server that is restarted without its data.
-    #[cfg(test)]
     pub(crate) fn forget(&self) {
-        self.held().locks.clear();
+        let mut held = self.held();
+        held.locks.clear();
+        held.shares.clear();
     }
 
     fn held(&self) -> MutexGuard<'_, Held> {
@@ -201,6 +256,11 @@ impl Held {
         self.locks.get(key).filter(|entry| now < entry.expires)
     }
 
+    /// Returns until when others share the key, if they do.
+    fn shared_until(&self, key: &Key, now: Instant) -> Option<Instant> {
+        self.shares.get(key).and_then(|share| share.expires(now))
+    }
+
     /// Returns the loss that explains why not all keys hold the token, if they don't.
     fn not_ours(&self, owned: &Owned, now: Instant) -> Option<Loss> {
         let mut loss = None;
@@ -208,10 +268,92 @@ impl Held {
             match self.live(key, now) {
                 Some(entry) if entry.token == owned.token => {}
                 Some(_) => return Some(Loss::Taken),
+                None if self.shared_until(key, now).is_some() => return Some(Loss::Taken),
                 None => loss = Some(Loss::Missing),
             }
         }
         loss
+    }
+
+    /// Returns the share in which the grant may be, or the loss that explains why it is in none.
+    fn share(&mut self, owned: &Owned, now: Instant) -> Result<&mut Share, Loss> {
+        let [key] = &*owned.keys else { return Err(Loss::Missing) };
+        if self.live(key, now).is_some() {
+            return Err(Loss::Taken);
+        }
+        match self.shares.get_mut(key) {
+            Some(share) if share.mode == owned.mode => Ok(share),
+            Some(share) if share.expires(now).is_some() => Err(Loss::Taken),
+            _ => Err(Loss::Missing),
+        }
+    }
+
+    fn acquire_share(&mut self, wanted: &Wanted) -> Acquired {
+        let now = Instant::now();
+        let held = |until: Instant| Acquired::Held { place: 0, remaining: Some(until - now) };
+        // A request that shares a key has no other.
+        let key = wanted.owned.key();
+        if let Some(entry) = self.live(&key, now) {
+            return held(entry.expires);
+        }
+        let mode = wanted.owned.mode;
+        let before = self.shares.remove(&key);
+        let until = before.as_ref().and_then(|share| share.expires(now));
+        let mut share = match (before, until) {
+            (Some(share), _) if share.mode == mode => share,
+            (Some(share), Some(until)) => {
+                self.shares.insert(key, share);
+                return held(until);
+            }
+            _ => Share::new(mode),
+        };
+        let acquired = share.acquire(wanted, now, || self.next_fence(now));
+        self.shares.insert(key, share);
+        self.sweep(now);
+        acquired
+    }
+
+    /// Ends a shared grant, or all of its token.
+    fn end_share(&mut self, owned: &Owned, ending: Ending, rest: Option<Duration>) -> Verdict {
+        let now = Instant::now();
+        let ended = match self.share(owned, now) {
+            Ok(share) => share.end(owned, ending, rest, now),
+            Err(loss) => return Verdict::NotOurs(loss),
+        };
+        if self.shared_until(&owned.key(), now).is_none() {
+            self.shares.remove(&owned.key());
+        }
+        ended
+    }
+
+    fn downgrade(&mut self, owned: &Owned) -> Downgraded {
+        let now = Instant::now();
+        let reader = Owned { mode: Mode::Read, ..owned.clone() };
+        if self.share(&reader, now).is_ok_and(|share| share.has(&reader, now)) {
+            return Downgraded::Done;
+        }
+        if let Some(loss) = self.not_ours(owned, now) {
+            return Downgraded::NotOurs(loss);
+        }
+        if self.is_shared(owned) {
+            return Downgraded::NotNow;
+        }
+        let key = owned.key();
+        if let Some(Entry { token, metadata, expires, fence, .. }) = self.locks.remove(&key) {
+            let mut share = Share::new(Mode::Read);
+            share.add(Member { token, grant: owned.grant, metadata, expires, fence });
+            self.shares.insert(key, share);
+        }
+        Downgraded::Done
+    }
+
+    /// Removes expired entries, if there are many entries.
+    fn sweep(&mut self, now: Instant) {
+        if self.locks.len() + self.shares.len() >= self.sweep_at {
+            self.locks.retain(|_, entry| now < entry.expires);
+            self.shares.retain(|_, share| share.expires(now).is_some());
+            self.sweep_at = ((self.locks.len() + self.shares.len()) * 2).max(64);
+        }
     }
 
     /// Returns whether other grants rely on one of the keys, or an earlier grant wants it to stay taken.
@@ -223,6 +365,9 @@ impl Held {
     }
 
     fn acquire(&mut self, wanted: &Wanted) -> Acquired {
+        if wanted.owned.mode.is_shared() {
+            return self.acquire_share(wanted);
+        }
         let now = Instant::now();
         let Owned { keys, token, grant, .. } = &wanted.owned;
         // The greatest fencing token of the keys, as some may have been granted later than others; none if any key has
@@ -234,7 +379,11 @@ impl Held {
                     repeated = repeated.zip(entry.fence).map(|(one, other)| one.max(other));
                 }
                 Some(entry) => return Acquired::Held { place, remaining: Some(entry.expires - now) },
-                None => {}
+                None => {
+                    if let Some(until) = self.shared_until(key, now) {
+                        return Acquired::Held { place, remaining: Some(until - now) };
+                    }
+                }
             }
         }
         // A holder has one fencing token: a repeated request returns the same one.
@@ -255,10 +404,7 @@ impl Held {
             }
             self.locks.insert(key.clone(), entry);
         }
-        if self.locks.len() >= self.sweep_at {
-            self.locks.retain(|_, entry| now < entry.expires);
-            self.sweep_at = (self.locks.len() * 2).max(64);
-        }
+        self.sweep(now);
         Acquired::Granted { fencing_token: fence }
     }
 
@@ -271,6 +417,12 @@ impl Held {
 
     fn renew(&mut self, owned: &Owned, ttl: Duration, how: Extending) -> Verdict {
         let (how, now) = (how.of(owned), Instant::now());
+        if owned.mode.is_shared() {
+            return match self.share(owned, now) {
+                Ok(share) => share.renew(owned, ttl, how, now),
+                Err(loss) => Verdict::NotOurs(loss),
+            };
+        }
         if let Some(loss) = self.not_ours(owned, now) {
             return Verdict::NotOurs(loss);
         }
@@ -307,6 +459,9 @@ impl Held {
     }
 
     fn release(&mut self, owned: &Owned, ending: Ending) -> Verdict {
+        if owned.mode.is_shared() {
+            return self.end_share(owned, ending, None);
+        }
         let now = Instant::now();
         let loss = self.not_ours(owned, now);
         for key in &owned.keys {
@@ -325,6 +480,9 @@ impl Held {
     }
 
     fn linger(&mut self, owned: &Owned, ending: Ending, rest: Duration) -> Verdict {
+        if owned.mode.is_shared() {
+            return self.end_share(owned, ending, Some(rest));
+        }
         let now = Instant::now();
         let loss = self.not_ours(owned, now);
         for key in &owned.keys {
@@ -346,6 +504,10 @@ impl Held {
 
     fn remaining(&self, owned: &Owned) -> Option<Duration> {
         let now = Instant::now();
+        if owned.mode.is_shared() {
+            let share = self.shares.get(&owned.key()).filter(|share| share.mode == owned.mode)?;
+            return share.remaining(owned, now);
+        }
         if self.not_ours(owned, now).is_some() {
             return None;
         }
@@ -353,19 +515,36 @@ impl Held {
     }
 
     fn inspect(&self, key: &Key) -> Option<Holder> {
+        self.holders(key).into_iter().next()
+    }
+
+    fn holders(&self, key: &Key) -> Vec<Holder> {
         let now = Instant::now();
-        self.live(key, now).filter(|entry| entry.token != Token::nobody()).map(|entry| Holder {
+        let exclusive = self.live(key, now).filter(|entry| entry.token != Token::nobody()).map(|entry| Holder {
             token: entry.token.clone(),
             metadata: entry.metadata.to_vec(),
             remaining: Some(entry.expires - now),
             fencing_token: entry.fence,
-        })
+        });
+        let shared = self.shares.get(key).into_iter().flat_map(|share| share.holders(now));
+        let mut holders: Vec<_> = exclusive.into_iter().chain(shared).collect();
+        holders.sort_by_key(|holder| Reverse(holder.remaining));
+        // A token counts once, by whichever of its grants stays longest.
+        let mut seen = HashSet::new();
+        holders.retain(|holder| seen.insert(holder.token.clone()));
+        holders
     }
 }
 
 impl Store for MemoryStore {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { hands_over: true, renews_batches: true, ..Capabilities::default() }
+        Capabilities {
+            hands_over: true,
+            renews_batches: true,
+            has_readers: true,
+            has_permits: true,
+            ..Capabilities::default()
+        }
     }
 
     fn acquire<'a>(&'a self, wanted: &'a Wanted, _: InLine, _: Duration) -> Answer<'a, Acquired> {
@@ -406,12 +585,33 @@ impl Store for MemoryStore {
         in_turn(move || self.hand_over_now(from, ending, to, next))
     }
 
+    fn downgrade<'a>(&'a self, owned: &'a Owned, _: Duration) -> Answer<'a, Downgraded> {
+        in_turn(move || self.downgrade_now(owned))
+    }
+
     fn subscribe(&self, key: &Key) -> Subscription {
         self.subscribe_now(key)
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, _: Duration) -> Answer<'a, Option<Duration>> {
         in_turn(move || self.remaining_now(owned))
+    }
+
+    fn find_keys<'a>(&'a self, prefix: &'a [u8], _: Duration) -> Answer<'a, BTreeSet<Key>> {
+        in_turn(move || {
+            let (held, now) = (self.held(), Instant::now());
+            let locks = held.locks.iter().filter(|(_, entry)| now < entry.expires).map(|(key, _)| key);
+            let shares = held.shares.keys().filter(|key| held.shared_until(key, now).is_some());
+            locks.chain(shares).filter(|key| key.as_bytes().starts_with(prefix)).cloned().collect()
+        })
+    }
+
+    fn force_release<'a>(&'a self, key: &'a Key, _: Duration) -> Answer<'a, bool> {
+        in_turn(move || self.force_release_now(key))
+    }
+
+    fn holders<'a>(&'a self, key: &'a Key, _: Duration) -> Answer<'a, Vec<Holder>> {
+        in_turn(move || self.holders_now(key))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, _: Duration) -> Answer<'a, Option<Holder>> {

@@ -3,8 +3,9 @@
 
 use std::time::Duration;
 
+use crate::Key;
 use crate::hold::Owned;
-use crate::store::{Answer, Extending, Store, Verdict, Wanted};
+use crate::store::{Answer, Extending, LinePlace, Store, Verdict, Wanted};
 
 /// A store that can be a node of a quorum.
 pub(crate) trait Node: Store {
@@ -21,7 +22,20 @@ pub(crate) trait Node: Store {
         window: Duration,
         timeout: Duration,
     ) -> Answer<'a, Verdict>;
+
+    /// Returns what the grant has stored beside its token; `None` if the grant holds the key no longer.
+    fn metadata<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Box<[u8]>>>;
+
+    /// Notes that a writer waits for the readers of the key to leave. For [`ANNOUNCED`], the node lets no other reader
+    /// in.
+    fn announce<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, ()>;
+
+    /// Takes back what [`announce`](Self::announce) has noted for this place, and notifies those who waited for that.
+    fn withdraw<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, ()>;
 }
+
+/// For how long a writer that waits for readers holds new ones back after it was last heard of.
+pub(crate) const ANNOUNCED: Duration = Duration::from_millis(1_500);
 
 /// What a quorum asks all of its nodes to agree on.
 #[derive(Clone, Debug)]
@@ -34,6 +48,10 @@ pub(crate) struct Ballot {
     pub(crate) window: Duration,
     /// How far ahead of a node's clock the number may be.
     pub(crate) ahead: Duration,
+    /// The place of the request among those that wait. It doesn't wait for what was announced for this place.
+    pub(crate) place: Option<LinePlace>,
+    /// It brings a lock back that is held. Nobody who waits comes before it.
+    pub(crate) heals: bool,
 }
 
 /// What a node has decided, and what its reply shows of its memory.
@@ -47,8 +65,8 @@ pub(crate) struct VoteReply {
 pub(crate) enum Vote {
     /// With the ballot's number, or an earlier one where the token held the keys already.
     Granted { number: Option<u64> },
-    /// Another holds one of the keys, which is given by its index.
-    Held { place: usize, remaining: Option<Duration> },
+    /// Another holds one of the keys, which is given by its index; or, for a reader, a writer waits for that.
+    Held { place: usize, remaining: Option<Duration>, by: HeldBy },
     /// The number must be greater.
     Behind,
     /// The number must be smaller.
@@ -64,4 +82,12 @@ pub(crate) struct Seen {
     pub(crate) now: u64,
     /// The highest number that it knows, or assumes, for the keys; 0 if the ballot has no number.
     pub(crate) last: u64,
+}
+
+/// Whom a request has to wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HeldBy {
+    Readers,
+    /// One who holds the key alone, or a writer that waits.
+    Another,
 }

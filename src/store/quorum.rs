@@ -37,6 +37,25 @@
 //! reply to a guard's renewal counts: the guard has held the lock without a gap, so no majority can have granted it to
 //! another.
 //!
+//! # Readers
+//!
+//! A reader's share of a key is obtained by the votes of a majority, with a number of its own, as a lock is. A node that
+//! has granted one has the key taken for everybody but other readers, for as long as one of their shares lasts. So a
+//! reader and a writer, whose majorities share a node, never hold the key together. All that follows holds for shares,
+//! too: a node counts for a reader if it has that reader's own share, whatever others it has. So each renewal renews
+//! that share, or finds it missing and has it brought back, beside others or where the key is free; and each release,
+//! on every node, ends it alone.
+//!
+//! A node that has granted a number grants only greater ones, also to other readers. So numbers prove the order of
+//! readers as well, and readers that ask at once may outbid each other. Numbers are made by what the clients know of the
+//! nodes' clocks, so they grow about as the requests are sent, and a reader that was outbid waits for a moment before its
+//! next ballot. Of 16 readers whose requests overtook each other at random, each needed 1 to 6 ballots (2.6 on average,
+//! `cargo test --lib readers_that_ask_at_once`); of those that ask one after the other, one.
+//!
+//! Writers come first, if they wait ([`announcements`]). A lock becomes a reader's share on each node by itself
+//! ([`downgrade`]). There are no permits: two majorities have only one node in common for sure, which knows that both
+//! are there, but not how many others hold permits on the nodes that it hasn't heard from.
+//!
 //! # Renewals
 //!
 //! A renewal counts the nodes that confirm it, and moves the guard's deadline when they are a majority. A node without
@@ -58,9 +77,11 @@
 //!    grants have ids instead, and a node undoes only what the grant with this id alone holds.
 //! 4. A renewal that reaches a node after the release of its grant is undone there ([`renewal`]).
 
+mod announcements;
 mod calls;
 mod catch_up;
 mod clocks;
+mod downgrade;
 mod heal;
 mod identity;
 mod nodes;
@@ -75,14 +96,16 @@ mod shortened;
 mod simulated;
 mod tally;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::task::TaskTracker;
 
+use self::announcements::Announcements;
 use self::calls::Calls;
 use self::clocks::Clocks;
 use self::identity::Identity;
@@ -93,11 +116,12 @@ use self::tally::{Outcome, Tally};
 use super::node::Node;
 use super::notifications::Subscription;
 use super::{
-    Acquired, Answer, Capabilities, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Store, Undone,
-    Verdict, Wanted,
+    Acquired, Answer, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, LinePlace, Next,
+    Store, Undone, Verdict, Wanted,
 };
 use crate::hold::Owned;
-use crate::{Error, Key, Loss, NodeError};
+use crate::mode::Mode;
+use crate::{Diagnosis, Error, Key, Loss, NodeError};
 
 /// How far ahead numbers may be without a restart window: less than the time for which nodes remember them.
 const AHEAD: Duration = Duration::from_secs(60);
@@ -107,6 +131,10 @@ const CALLS: usize = 4_096;
 
 /// How many more calls may wait for those. If a node hangs, all further calls to it fail at once.
 const WAITING: usize = 4 * CALLS;
+
+/// Why a quorum has no permits.
+const NO_PERMITS: &str = "a quorum counts no permits: two majorities of its nodes have only one node in common, which \
+                          knows some of the holders of each; use one server, Sentinels or a cluster";
 
 /// A lock store over an odd number of independent nodes.
 pub(crate) struct QuorumStore {
@@ -125,6 +153,7 @@ struct Quorum {
     releases: TaskTracker,
     rounds: OpenRounds,
     shortened: Shortened,
+    announcements: Announcements,
 }
 
 struct Member {
@@ -178,13 +207,48 @@ impl QuorumStore {
                 releases,
                 rounds: OpenRounds::default(),
                 shortened: Shortened::default(),
+                announcements: Announcements::default(),
             }),
         }
     }
 
-    async fn acquire(&self, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
+    async fn acquire(&self, wanted: &Wanted, in_line: InLine, timeout: Duration) -> Result<Acquired, Error> {
+        if wanted.owned.mode == Mode::Permit {
+            return Err(Error::Unsupported(NO_PERMITS));
+        }
         self.quorum.check_ttl(wanted.ttl)?;
-        round::attempt(&self.quorum, wanted, timeout).await
+        round::attempt(&self.quorum, wanted, in_line, timeout).await
+    }
+
+    /// Ends the lock of a key on all nodes, whoever holds it. Once a majority has ended it, no renewal of its holder is
+    /// confirmed, so none restores it on the other nodes either. These end it when they get their call, or with its ttl.
+    async fn force_release(&self, key: &Key, timeout: Duration) -> Result<bool, Error> {
+        let (quorum, timeout) = (&self.quorum, first(timeout));
+        let started = Instant::now();
+        let mut answers = quorum.ask(timeout, |node| {
+            let key = key.clone();
+            Box::pin(async move { node.force_release(&key, timeout).await })
+        })?;
+        let (mut tally, mut was_held, mut replied) = (Tally::new(quorum), false, 0);
+        let mut until = started + timeout + calls::GRACE;
+        while let Ok(Some((place, answer))) = timeout_at(until, answers.next()).await {
+            match answer {
+                Ok(ended) => {
+                    tally.yes();
+                    replied += 1;
+                    was_held |= ended;
+                }
+                Err(error) => tally.failed(place, error),
+            }
+            if replied == quorum.needed {
+                // The others may have a lock that no majority has.
+                until = until.min(Instant::now() + grace(started.elapsed()));
+            }
+        }
+        match replied >= quorum.needed {
+            true => Ok(was_held),
+            false => Err(tally.into_error()),
+        }
     }
 
     /// Releases the lock; where the keys stay taken for a `rest`, leaves them to nobody for that time.
@@ -201,12 +265,7 @@ impl QuorumStore {
         let releasing = quorum.rounds.release(owned, ending);
         answers.send_to_all(quorum, timeout, |node| {
             let owned = owned.clone();
-            Box::pin(async move {
-                match rest.is_zero() {
-                    true => node.release(&owned, ending, timeout).await,
-                    false => node.linger(&owned, ending, rest, timeout).await,
-                }
-            })
+            Box::pin(async move { catch_up::end_on(&*node, &owned, ending, stays_until, timeout).await })
         });
         releasing.is_sent();
         let mut tally = Tally::new(quorum);
@@ -302,11 +361,11 @@ impl Quorum {
 impl Store for QuorumStore {
     /// It doesn't hand over: the votes for the next owner would have to arrive while those for the last are taken back.
     fn capabilities(&self) -> Capabilities {
-        Capabilities { undoes_attempts: true, ..Capabilities::default() }
+        Capabilities { undoes_attempts: true, has_readers: true, ..Capabilities::default() }
     }
 
-    fn acquire<'a>(&'a self, wanted: &'a Wanted, _: InLine, timeout: Duration) -> Answer<'a, Acquired> {
-        Box::pin(self.acquire(wanted, timeout))
+    fn acquire<'a>(&'a self, wanted: &'a Wanted, in_line: InLine, timeout: Duration) -> Answer<'a, Acquired> {
+        Box::pin(self.acquire(wanted, in_line, timeout))
     }
 
     fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Verdict> {
@@ -346,6 +405,21 @@ impl Store for QuorumStore {
         Box::pin(async { Ok(HandedOver::NotOurs(Loss::Missing)) })
     }
 
+    fn downgrade<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Downgraded> {
+        Box::pin(downgrade::downgrade(&self.quorum, owned, timeout))
+    }
+
+    /// There is no line. A writer that waits for readers says so to the nodes again.
+    fn heartbeat<'a>(&'a self, key: &'a Key, place: LinePlace, _: Duration) -> Answer<'a, bool> {
+        self.quorum.still_waits(key, place);
+        Box::pin(async { Ok(true) })
+    }
+
+    fn leave<'a>(&'a self, key: &'a Key, place: LinePlace, _: Duration) -> Answer<'a, ()> {
+        self.quorum.withdraw(key, place);
+        Box::pin(async { Ok(()) })
+    }
+
     /// A release on any node notifies.
     fn subscribe(&self, key: &Key) -> Subscription {
         Subscription::join(self.quorum.members.iter().map(|member| member.node.subscribe(key)))
@@ -353,6 +427,38 @@ impl Store for QuorumStore {
 
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
         Box::pin(self.remaining(owned, timeout))
+    }
+
+    fn diagnose(&self, _: Option<Duration>, timeout: Duration) -> Answer<'_, Diagnosis> {
+        Box::pin(self.diagnose(timeout))
+    }
+
+    /// Returns the keys of all nodes. It is an error if a majority can't be asked.
+    fn find_keys<'a>(&'a self, prefix: &'a [u8], timeout: Duration) -> Answer<'a, BTreeSet<Key>> {
+        Box::pin(async move {
+            let (mut tally, mut all) = (Tally::new(&self.quorum), BTreeSet::new());
+            for (place, member) in self.quorum.members.iter().enumerate() {
+                match member.node.find_keys(prefix, timeout).await {
+                    Ok(keys) => {
+                        all.extend(keys);
+                        tally.yes();
+                    }
+                    Err(error) => tally.failed(place, error),
+                }
+            }
+            match tally.outcome() {
+                Some(Outcome::Yes) => Ok(all),
+                _ => Err(tally.into_error()),
+            }
+        })
+    }
+
+    fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {
+        Box::pin(self.force_release(key, timeout))
+    }
+
+    fn holders<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Vec<Holder>> {
+        Box::pin(self.holders(key, timeout))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {

@@ -10,7 +10,9 @@ mod clock;
 mod differential;
 mod dispatch;
 mod driver;
+mod examination;
 mod line;
+mod listing;
 mod names;
 mod operation;
 mod owned;
@@ -21,22 +23,27 @@ mod router;
 mod script;
 mod server;
 mod server_info;
+mod shared;
 mod slot;
 mod subscriber;
 pub(crate) mod url;
 mod vote;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::time::Instant;
 
 use self::batcher::Batcher;
-use self::driver::Connection;
 pub use self::driver::Driver;
 #[cfg(feature = "redis")]
 pub use self::driver::RedisConnection;
+use self::driver::{Connection, WithoutConnection};
+use self::examination::Circumstances;
+use self::replies::Inspected;
 use self::script::Call;
 use self::server::Server;
 pub(crate) use self::server_info::ServerInfo;
@@ -44,11 +51,11 @@ use self::slot::slot_of;
 use self::subscriber::Subscriber;
 use super::notifications::Subscription;
 use super::{
-    Acquired, Answer, Answers, Capabilities, Ending, Extending, HandedOver, Holder, InLine, Latest, LinePlace, Next,
-    Store, Undone, Verdict, Wanted,
+    Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest,
+    LinePlace, Next, Store, Undone, Verdict, Wanted,
 };
 use crate::hold::Owned;
-use crate::{Error, Key};
+use crate::{Diagnosis, Error, Key};
 
 #[derive(Debug)]
 pub(crate) struct RedisStore {
@@ -60,7 +67,18 @@ pub(crate) struct RedisStore {
     /// Operations on one key share calls. All others are sent by themselves.
     batcher: Batcher<Server>,
     subscriber: Subscriber,
+    /// How long the last fencing token of a key is remembered, at least.
+    fence_ttl: Duration,
 }
+
+/// How long the last fencing token of a key is remembered unless that is set.
+///
+/// Should the server forget it after that, its clock takes over. It has passed the token by then, unless it was set back
+/// by more than this since the token was granted; or another server takes over whose clock is that much behind.
+pub(crate) const FENCE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+/// The shortest time for which it may be set to be remembered: more than servers' clocks are corrected by, and more than
+/// those of a primary and its replicas differ by.
+pub(crate) const SHORTEST_FENCE_TTL: Duration = Duration::from_secs(60);
 
 impl RedisStore {
     /// Connects to the URL with a client of our own, whose settings suit locks.
@@ -72,6 +90,24 @@ impl RedisStore {
         min_replicas: usize,
     ) -> Result<Self, Error> {
         let store = Self::on(driver::open(driver, &url::parse(url)?, timeout).await?, prefix, min_replicas);
+        store.check_replicas()?;
+        Ok(store)
+    }
+
+    /// Connects to the URL in the background, now or when the server comes up. Until then, calls wait for it.
+    ///
+    /// # Errors
+    ///
+    /// Never fails because of the server or the network.
+    pub(crate) fn connect_lazily(
+        driver: Driver,
+        url: &str,
+        prefix: String,
+        timeout: Duration,
+        min_replicas: usize,
+    ) -> Result<Self, Error> {
+        let connection = driver::open_lazily(driver, &url::parse(url)?, timeout, WithoutConnection::CallsWait)?;
+        let store = Self::on(connection, prefix, min_replicas);
         store.check_replicas()?;
         Ok(store)
     }
@@ -92,7 +128,17 @@ impl RedisStore {
         let process = format!("{:016x}", fastrand::u64(..));
         let subscriber = Subscriber::new(connection.pub_sub(), process.clone());
         let batcher = Batcher::new(Server::new(connection, min_replicas));
-        Self { prefix, process, without_line: AtomicBool::new(false), batcher, subscriber }
+        Self { prefix, process, without_line: AtomicBool::new(false), batcher, subscriber, fence_ttl: FENCE_TTL }
+    }
+
+    /// Sets for how long the last fencing token of a key is remembered, at least.
+    pub(crate) fn with_fence_ttl(self, fence_ttl: Duration) -> Self {
+        Self { fence_ttl: fence_ttl.max(SHORTEST_FENCE_TTL), ..self }
+    }
+
+    /// Returns the ttl of the fence key of a lock with this ttl.
+    fn fence_ttl(&self, ttl: Duration) -> i64 {
+        args::millis(self.fence_ttl.max(ttl.saturating_mul(2)))
     }
 
     fn has_line(&self) -> bool {
@@ -131,11 +177,16 @@ impl RedisStore {
     }
 
     async fn inspect(&self, key: &Key, timeout: Duration) -> Result<Option<Holder>, Error> {
-        let name = self.name(key);
+        let (until, name) = (Instant::now() + timeout, self.name(key));
         let fence = names::fence_of(&name);
         let call = Call::new([name, fence].into_iter(), []);
         let reply = self.server().run(&self.server().scripts.inspect, || call.clone(), |_| {}, timeout).await?;
-        replies::holder(reply.value()?)
+        match replies::inspected(reply.value()?)? {
+            Inspected::Holder(holder) => Ok(holder),
+            Inspected::Shared => {
+                Box::pin(self.longest_holder(key, until.saturating_duration_since(Instant::now()))).await
+            }
+        }
     }
 
     /// Refuses keys in several slots of a cluster, before anything is sent: a script can only touch one slot.
@@ -167,6 +218,8 @@ impl Store for RedisStore {
             // Not where a call takes keys of one slot only, or must not last longer than what it renews.
             renews_batches: !waits_for_replicas && !server.takes_one_slot(),
             undoes_attempts: false,
+            has_readers: true,
+            has_permits: true,
         }
     }
 
@@ -178,6 +231,9 @@ impl Store for RedisStore {
     }
 
     fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Verdict> {
+        if owned.mode.is_shared() {
+            return Box::pin(self.renew_shared(owned, ttl, how, timeout));
+        }
         Box::pin(self.renew(owned, ttl, how, timeout))
     }
 
@@ -186,6 +242,9 @@ impl Store for RedisStore {
     }
 
     fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Verdict> {
+        if owned.mode.is_shared() {
+            return Box::pin(self.release_shared(owned, ending, Duration::ZERO, timeout));
+        }
         Box::pin(self.release(owned, ending, timeout))
     }
 
@@ -196,10 +255,16 @@ impl Store for RedisStore {
         rest: Duration,
         timeout: Duration,
     ) -> Answer<'a, Verdict> {
+        if owned.mode.is_shared() {
+            return Box::pin(self.release_shared(owned, ending, rest, timeout));
+        }
         Box::pin(self.linger(owned, ending, rest, timeout))
     }
 
     fn undo<'a>(&'a self, owned: &'a Owned, latest: &'a Latest, timeout: Duration) -> Answer<'a, Undone> {
+        if owned.mode.is_shared() {
+            return Box::pin(self.undo_shared(owned, latest, timeout));
+        }
         Box::pin(self.undo(owned, latest, timeout))
     }
 
@@ -212,6 +277,10 @@ impl Store for RedisStore {
         timeout: Duration,
     ) -> Answer<'a, HandedOver> {
         Box::pin(self.hand_over(from, ending, to, next, timeout))
+    }
+
+    fn downgrade<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Downgraded> {
+        Box::pin(self.downgrade(owned, timeout))
     }
 
     fn enter<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, ()> {
@@ -231,7 +300,27 @@ impl Store for RedisStore {
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
+        if owned.mode.is_shared() {
+            return Box::pin(router::patiently(timeout, move |left| self.remaining_shared(owned, left)));
+        }
         Box::pin(router::patiently(timeout, move |left| self.remaining(owned, left)))
+    }
+
+    fn find_keys<'a>(&'a self, prefix: &'a [u8], timeout: Duration) -> Answer<'a, BTreeSet<Key>> {
+        Box::pin(self.find_keys(prefix, timeout))
+    }
+
+    fn diagnose(&self, window: Option<Duration>, timeout: Duration) -> Answer<'_, Diagnosis> {
+        Box::pin(self.diagnose(Circumstances { window, ..Circumstances::default() }, timeout))
+    }
+
+    /// What got `TRYAGAIN` has not run.
+    fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {
+        Box::pin(router::patiently(timeout, move |left| self.force_release(key, left)))
+    }
+
+    fn holders<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Vec<Holder>> {
+        Box::pin(self.holders(key, timeout))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {

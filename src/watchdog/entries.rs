@@ -45,7 +45,7 @@ impl Entries {
     /// Refuses a lock of which a key is already entered.
     pub(super) fn admits(&self, owned: &Owned) -> Result<(), Error> {
         if self.closed {
-            return Err(Error::Closed);
+            return Err(Error::ShutDown);
         }
         match owned.keys.iter().find(|&key| self.ids.contains_key(key)) {
             Some(key) => Err(Error::AlreadyWatched { key: key.clone() }),

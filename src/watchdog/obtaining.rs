@@ -12,6 +12,7 @@ use super::observer::RenewalObserver;
 use super::outbox::Id;
 use super::registry::End;
 use crate::hold::timing::{self, Renewal};
+use crate::mode::Mode;
 use crate::{Error, Lease, LockGuard};
 
 impl Inner {
@@ -21,6 +22,9 @@ impl Inner {
         renewal: Renewal,
         obtain_when_free: bool,
     ) -> Result<(), Error> {
+        if obtain_when_free && lease.owned().mode == Mode::Permit {
+            return Err(Error::Unsupported("a lease doesn't know how many permits there are, so it can't obtain one"));
+        }
         self.registry.outbox.call_back_here();
         let reservation = Reservation::new(self, &lease)?;
         let id = reservation.id;
@@ -33,7 +37,7 @@ impl Inner {
         }
         let runtime = self.locker.shared().runtime()?;
         self.registry.change(|entries| match entries.closed {
-            true => Err(Error::Closed),
+            true => Err(Error::ShutDown),
             false => Ok(entries.replace(id, Keeping::Obtaining(None))),
         })?;
         // Outside the mutex (invariant 3): a runtime that has shut down drops the task, and with it the reservation,
@@ -72,6 +76,7 @@ impl Reservation {
             let attempt = match &failed {
                 Error::NotHeld { .. } => {
                     let request = locker.lock_all(lease.keys().to_vec()).token(lease.token().clone());
+                    let request = request.sharing(lease.owned().mode, 0);
                     request.ttl(lease.ttl()).renewal(renewal).await.map(|guard| (guard, None))
                 }
                 passing if may_pass(passing) => {
@@ -101,7 +106,7 @@ impl Reservation {
                 Some(Entry { keeping: Keeping::Reserved | Keeping::Obtaining(_), .. }) if !entries.closed
             );
             if !wanted {
-                return Err((Error::Closed, guard));
+                return Err((Error::ShutDown, guard));
             }
             if let Err(loss) = hold.observe(RenewalObserver::new(registry, id)) {
                 return Err((Error::NotHeld { key, loss }, guard));

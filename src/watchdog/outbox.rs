@@ -15,9 +15,9 @@ use std::thread;
 
 use tokio::runtime::Handle;
 use tokio::sync::{broadcast, watch};
-use tracing::error;
 
 use super::events::WatchEvent;
+use crate::report::error;
 
 /// The function that is called with every event.
 pub(super) type Callback = Box<dyn Fn(&WatchEvent) + Send + Sync>;

@@ -64,6 +64,7 @@ fn short(event: &WatchEvent) -> String {
         WatchEvent::Released { .. } => "released".to_owned(),
         WatchEvent::Stopped { reason: Some(reason), .. } => match &**reason {
             Error::Closed => "stopped: closed".to_owned(),
+            Error::ShutDown => "stopped: shut down".to_owned(),
             Error::NoRuntime => "stopped: no runtime".to_owned(),
             reason => format!("stopped: {reason}"),
         },
@@ -471,8 +472,8 @@ async fn shutdown_keeps_the_locks_and_closes_the_watchdog_for_all() {
     leases.sort_by_key(Lease::key);
     assert_eq!(leases.iter().map(Lease::key).collect::<Vec<_>>(), ["guard".into(), "lease".into()]);
     assert!(other.is_empty());
-    assert!(matches!(other.watch(locker.lock("new").await.unwrap()), Err(Error::Closed)));
-    assert!(matches!(other.watch_lease(lease("new")).obtain_when_free(true).await, Err(Error::Closed)));
+    assert!(matches!(other.watch(locker.lock("new").await.unwrap()), Err(Error::ShutDown)));
+    assert!(matches!(other.watch_lease(lease("new")).obtain_when_free(true).await, Err(Error::ShutDown)));
     sleep(ms(2_900)).await;
     for lease in leases {
         locker.adopt(lease).await.unwrap().release().await.unwrap();

@@ -112,6 +112,20 @@ async fn an_attempt_that_timed_out_and_is_run_later_is_undone() {
 }
 
 #[tokio::test]
+async fn an_attempt_that_was_run_in_time_and_answered_too_late_is_undone() {
+    let server = Server::start();
+    let proxy = Proxy::start(server.port()).await;
+    let locker = Locker::builder().command_timeout(ms(300)).connect(&proxy.url()).await.unwrap();
+    drop(soon(locker.lock("warm")).await.unwrap());
+    proxy.set(Mode::Delay(ms(600)));
+    let failed = soon(locker.try_lock("k").ttl(ms(60_000))).await.unwrap_err();
+    assert!(failed.is_transient(), "{failed}");
+    proxy.set(Mode::Pass);
+    soon(locker.close()).await;
+    assert_eq!(server.cli(&["EXISTS", "k"]), "0");
+}
+
+#[tokio::test]
 async fn a_dropped_or_failed_attempt_by_a_token_from_elsewhere_takes_the_lock_from_nobody() {
     let server = Server::start();
     let proxy = Proxy::start(server.port()).await;

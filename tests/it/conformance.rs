@@ -1,5 +1,7 @@
 //! One contract that every store keeps.
 
+mod sharing;
+
 use std::time::{Duration, Instant};
 
 use tenure::{Error, Lease, LockGuard, LockRequest, Locker, Loss, Retry, Token};
@@ -114,7 +116,7 @@ async fn quorum(servers: &[Server]) -> Locker {
 #[tokio::test]
 async fn a_quorum_of_three_conforms() {
     let servers = [(); 3].map(|()| Server::start());
-    all(&quorum(&servers).await).await;
+    all_of_a_quorum(&quorum(&servers).await).await;
 }
 
 #[tokio::test]
@@ -123,12 +125,12 @@ async fn a_quorum_of_five_two_of_which_are_gone_conforms() {
     servers[1].kill();
     let locker = quorum(&servers).await;
     servers[4].kill();
-    all(&locker).await;
+    all_of_a_quorum(&locker).await;
 }
 
 #[tokio::test]
 async fn a_quorum_of_one_conforms() {
-    all(&quorum(&[Server::start()]).await).await;
+    all_of_a_quorum(&quorum(&[Server::start()]).await).await;
 }
 
 /// Repeats a call whose outcome is unknown: a node of a quorum has a fraction of a second, too little on a busy
@@ -148,17 +150,38 @@ async fn has_at_least(guard: &LockGuard, least: Duration) {
     eventually("the servers have the ttl", look).await;
 }
 
-/// Runs every case, one after the other, each on its own keys.
+/// Runs cases, one after the other.
+macro_rules! run {
+    ($locker:expr; $($case:path),* $(,)?) => {
+        $(
+            eprintln!("case: {}", stringify!($case));
+            soon(async { $case($locker).await }).await;
+        )*
+    };
+}
+
+/// Runs every case, each on its own keys.
 async fn all(locker: &Locker) {
-    macro_rules! run {
-        ($($case:ident),* $(,)?) => {
-            $(
-                eprintln!("case: {}", stringify!($case));
-                soon(async { $case(locker).await }).await;
-            )*
-        };
-    }
+    all_but_permits(locker).await;
     run!(
+        locker;
+        sharing::no_more_hold_a_permit_than_the_limit_says,
+        sharing::a_limit_of_no_permits_is_refused,
+        sharing::the_permit_of_a_dead_holder_comes_back,
+        sharing::a_token_counts_once,
+        sharing::a_permit_that_lingers_still_counts,
+        sharing::the_lease_of_a_permit_is_taken_up_again,
+    );
+}
+
+async fn all_of_a_quorum(locker: &Locker) {
+    all_but_permits(locker).await;
+    run!(locker; sharing::a_permit_of_a_quorum_is_refused_with_the_reason);
+}
+
+async fn all_but_permits(locker: &Locker) {
+    run!(
+        locker;
         a_lock_excludes_all_others_until_it_is_released,
         a_token_obtains_its_lock_again_and_keeps_its_fencing_token,
         a_token_is_compared_whole,
@@ -186,6 +209,23 @@ async fn all(locker: &Locker) {
         ensuring_a_lease_only_ever_lengthens,
         bounds_are_kept,
         bounds_that_cannot_work_are_refused,
+        a_lock_is_ended_whoever_holds_it,
+        locks_are_listed_and_nothing_else,
+        sharing::readers_share_a_key_and_exclude_writers,
+        sharing::all_readers_are_listed,
+        sharing::a_writer_that_waits_holds_readers_back,
+        sharing::a_request_that_gives_up_or_is_dropped_holds_nobody_back,
+        sharing::a_reader_is_renewed_and_its_ttl_is_its_own,
+        sharing::a_key_is_free_when_the_last_reader_has_expired,
+        sharing::a_token_that_reads_already_is_admitted_and_its_guards_end_one_by_one,
+        sharing::a_reader_whose_share_is_gone_is_lost,
+        sharing::a_dropped_reader_is_released,
+        sharing::the_lease_of_a_reader_is_taken_up_again,
+        sharing::the_bounds_of_a_reader_are_kept,
+        sharing::a_writer_becomes_a_reader_in_one_step,
+        sharing::a_writer_that_waits_is_not_passed_by_a_downgrade,
+        sharing::a_lock_that_others_rely_on_is_not_downgraded,
+        sharing::many_that_share_end_with_nothing_left,
     );
 }
 
@@ -382,7 +422,8 @@ async fn waiting_ends_when_it_is_said_to(locker: &Locker) {
 
 async fn a_strategy_counts_its_attempts(locker: &Locker) {
     let guard = locker.lock("strategy").await.unwrap();
-    for (retry, expected) in [(Retry::none(), 1), (Retry::linear(ms(2)).limit(3), 4), (Retry::from_iter([ms(1); 6]), 7)]
+    for (retry, expected) in
+        [(Retry::none(), 1), (Retry::linear(ms(2)).max_retries(3), 4), (Retry::from_iter([ms(1); 6]), 7)]
     {
         let refused = decided(|| locker.obtain("strategy").retry(retry.clone())).await.unwrap_err();
         assert!(matches!(refused, Error::NotObtained { attempts, .. } if attempts == expected), "{refused}");
@@ -614,4 +655,72 @@ async fn bounds_that_cannot_work_are_refused(locker: &Locker) {
     let guard = locker.lock("bounds").hold_at_least(Duration::ZERO).hold_at_most(Duration::MAX).await.unwrap();
     guard.release().await.unwrap();
     assert_eq!(locker.inspect("bounds").await.unwrap(), None);
+}
+
+async fn a_lock_is_ended_whoever_holds_it(locker: &Locker) {
+    assert!(!locker.force_release("forced").await.unwrap());
+    // A lock that only its own token could have ended, with a waiter behind it.
+    let held = locker.lock("forced").ttl(ms(3_000)).await.unwrap();
+    let waiter = tokio::spawn(locker.lock("forced").into_future());
+    tokio::time::sleep(ms(50)).await;
+    // The waiter may get its turn, and the lock, from the first call.
+    assert!(locker.force_release("forced").await.unwrap());
+    let next = waiter.await.unwrap().unwrap();
+    assert!(next.fencing_token() > held.fencing_token());
+    let loss = held.lost().await;
+    assert_eq!(loss, Loss::Taken);
+    next.release().await.unwrap();
+    // One that two guards rely on.
+    let (one, other) = (locker.lock("forced").token(token("twin")), locker.lock("forced").token(token("twin")));
+    let (one, other) = (one.ttl(ms(3_000)).await.unwrap(), other.ttl(ms(3_000)).await.unwrap());
+    assert!(locker.force_release("forced").await.unwrap());
+    assert_eq!((one.lost().await, other.lost().await), (Loss::Missing, Loss::Missing));
+    // One that is left to nobody, after which a new holder is the only one.
+    locker.lock("forced").token(token("twin")).hold_at_least(ms(60_000)).await.unwrap().release().await.unwrap();
+    assert!(matches!(decided(|| locker.try_lock("forced")).await, Err(Error::NotObtained { .. })));
+    assert!(locker.force_release("forced").await.unwrap());
+    let alone = locker.lock("forced").token(token("twin")).await.unwrap();
+    drop(alone);
+    eventually("its drop frees the key", async || locker.inspect("forced").await.unwrap().is_none().then_some(()))
+        .await;
+    assert!(!locker.force_release("forced").await.unwrap());
+    // Those who share the key, and after whom a writer is alone.
+    let readers = [locker.read("forced").ttl(ms(3_000)).await.unwrap(), locker.read("forced").await.unwrap()];
+    assert!(locker.force_release("forced").await.unwrap());
+    let writer = locker.lock("forced").await.unwrap();
+    let [one, other] = readers;
+    assert_eq!(one.lost().await, Loss::Taken);
+    assert!(matches!(decided(|| other.renew()).await, Err(Error::NotHeld { .. })));
+    writer.release().await.unwrap();
+    assert!(matches!(locker.force_release("").await, Err(Error::InvalidKey(_))));
+}
+
+async fn locks_are_listed_and_nothing_else(locker: &Locker) {
+    let prefix = "list[*]:";
+    let keys = |locks: Vec<(tenure::Key, tenure::Holder)>| -> Vec<String> {
+        locks.into_iter().map(|(key, _)| key.to_string()).collect()
+    };
+    match locker.list(prefix, 100).await {
+        // A connection of the user's own to a cluster.
+        Err(Error::Unsupported(_)) => return,
+        none => assert!(none.unwrap().is_empty()),
+    }
+    let name = |rest: &str| format!("{prefix}{rest}");
+    let plain = locker.lock(name("b")).metadata("host-3").await.unwrap();
+    let chosen = decided(|| locker.obtain(name("{c}")).token(token("mine"))).await.unwrap();
+    let unfenced = locker.lock(name("a")).fenced(false).await.unwrap();
+    // Its record of grants, and its fence key, are no locks.
+    let twin = decided(|| locker.obtain(name("{c}")).token(token("mine"))).await.unwrap();
+    let elsewhere = locker.lock("list:elsewhere").await.unwrap();
+    let found = locker.list(prefix, 100).await.unwrap();
+    assert_eq!(found[1].1.metadata, b"host-3");
+    assert_eq!(found[1].1.fencing_token, plain.fencing_token());
+    assert_eq!(keys(found), ["a", "b", "{c}"].map(name));
+    assert_eq!(keys(locker.list(prefix, 2).await.unwrap()), ["a", "b"].map(name));
+    plain.release().await.unwrap();
+    unfenced.release().await.unwrap();
+    assert_eq!(keys(locker.list(prefix, 100).await.unwrap()), [name("{c}")]);
+    twin.release().await.unwrap();
+    drop(chosen);
+    elsewhere.release().await.unwrap();
 }

@@ -4,7 +4,7 @@ use std::future::IntoFuture;
 use std::time::{Duration, Instant};
 
 use tenure::{Error, Locker};
-use tenure_test_support::{Mode, Proxy, Server, soon, within};
+use tenure_test_support::{Mode, Proxy, Server, eventually, soon, within};
 use tokio::time::timeout;
 
 const fn ms(n: u64) -> Duration {
@@ -192,7 +192,7 @@ async fn a_loading_server_refuses_by_name_and_is_waited_out() {
     server.kill();
     // Loading takes a tenth of a second for each key.
     server.restart_without_waiting(&["--key-load-delay", "100000"]);
-    let named = tenure_test_support::eventually("LOADING", async || {
+    let named = eventually("LOADING", async || {
         let refused = locker.try_lock("k").await.err();
         refused.filter(|error| error.code() == Some("LOADING"))
     });
@@ -208,7 +208,7 @@ async fn a_busy_server_refuses_by_name_and_is_waited_out() {
     let mut endless = std::process::Command::new("redis-cli");
     endless.args(["-p", &server.port().to_string(), "EVAL", "while true do end", "0"]);
     let mut endless = endless.stdout(std::process::Stdio::null()).spawn().unwrap();
-    let named = tenure_test_support::eventually("BUSY", async || {
+    let named = eventually("BUSY", async || {
         let refused = locker.try_lock("k").await.err();
         refused.filter(|error| error.code() == Some("BUSY"))
     });
@@ -264,6 +264,31 @@ async fn a_client_that_was_never_initialised_is_an_error_and_no_wait() {
     let locker = Locker::builder().command_timeout(ms(200)).client(client);
     let refused = soon(locker.try_lock("k")).await.unwrap_err();
     assert!(matches!(refused, Error::Redis(_)), "{refused}");
+}
+
+/// A reply that is garbage says nothing about the lock, and breaks its connection.
+#[tokio::test]
+async fn garbage_in_the_place_of_a_reply_is_waited_out_and_leaves_nothing_behind() {
+    for driver in enabled_drivers() {
+        let server = Server::start();
+        let proxy = Proxy::start(server.port()).await;
+        let builder = Locker::builder().driver(driver).command_timeout(ms(1_000));
+        let locker = builder.connect(&proxy.url()).await.unwrap();
+        locker.lock("warm").await.unwrap().release().await.unwrap();
+        proxy.set(Mode::GarbleNext);
+        let unknown = soon(locker.try_lock("once")).await.unwrap_err();
+        assert!(unknown.is_transient(), "{driver:?}: {unknown}");
+        eventually("it is undone", async || (server.cli(&["EXISTS", "once"]) == "0").then_some(())).await;
+        proxy.set(Mode::GarbleNext);
+        let guard = soon(locker.lock("waited")).await.unwrap();
+        assert_eq!(server.cli(&["GET", "waited"]), guard.token().as_str());
+        soon(guard.release()).await.unwrap();
+    }
+}
+
+fn enabled_drivers() -> Vec<tenure::Driver> {
+    let enabled = [(tenure::Driver::Fred, cfg!(feature = "fred")), (tenure::Driver::Redis, cfg!(feature = "redis"))];
+    enabled.into_iter().filter_map(|(driver, is_enabled)| is_enabled.then_some(driver)).collect()
 }
 
 /// A client library that hands a reply to the wrong caller must not cause a wrong result.
@@ -380,7 +405,7 @@ async fn a_call_that_cannot_be_made_names_the_server_and_why() {
     assert!(text.contains(&format!("{at} did not answer in time")), "{text}");
     server.thaw();
     server.kill();
-    tenure_test_support::eventually("refused", async || {
+    eventually("refused", async || {
         let text = told(&soon(locker.try_lock("k")).await.unwrap_err());
         assert!(text.contains(&at), "{text}");
         text.contains("connection refused").then_some(())

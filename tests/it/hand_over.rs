@@ -1,7 +1,7 @@
 //! Locks that change hands in one process without the server: what the server sees of it, on real servers.
 
 use std::future::IntoFuture;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tenure::Locker;
 use tenure_test_support::{Cluster, Server, eventually, soon};
@@ -47,6 +47,21 @@ async fn a_lock_goes_round_in_a_process_at_few_calls_and_fencing_tokens_grow() {
     let calls = scripts_run(&server) - before;
     assert!(calls <= (TASKS * TURNS / 5) as u64, "{calls} calls");
     let next = soon(locker.lock("k").into_future()).await.unwrap();
+    assert!(next.fencing_token() > tokens.last().copied());
+}
+
+/// Otherwise its clock alone would make them grow.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fencing_tokens_grow_also_where_the_servers_clock_was_set_back() {
+    let server = Server::start();
+    let (locker, other) =
+        (Locker::connect(&server.url()).await.unwrap(), Locker::connect(&server.url()).await.unwrap());
+    let hour = Duration::from_secs(3_600).as_micros();
+    let ahead = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() + hour;
+    server.cli(&["SET", "{k}:fence", &ahead.to_string()]);
+    let tokens = take_turns(&locker).await;
+    assert!(u128::from(tokens[0]) > ahead && tokens.is_sorted_by(|a, b| a < b), "{tokens:?}");
+    let next = soon(other.lock("k").into_future()).await.unwrap();
     assert!(next.fencing_token() > tokens.last().copied());
 }
 

@@ -96,6 +96,31 @@ async fn a_key_of_another_type_is_taken_and_left_alone() {
 }
 
 #[tokio::test]
+async fn fencing_tokens_grow_also_where_the_servers_clock_was_set_back() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    // By an hour, since the last holder.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let mut last = u64::try_from(now.as_micros()).unwrap() + 3_600_000_000;
+    server.cli(&["SET", "{k}:fence", &last.to_string()]);
+    let token = "worker-7".parse().unwrap();
+    // Each is decided by another script.
+    for request in [
+        locker.try_lock("k"),
+        locker.lock("k").fair(true),
+        locker.lock("k").token(token),
+        locker.lock_all(["k", "{k}:other"]),
+        locker.try_lock("k"),
+    ] {
+        let guard = soon(request).await.unwrap();
+        let fence = guard.fencing_token().unwrap();
+        assert!(fence > last, "{fence} after {last}");
+        last = fence;
+        soon(guard.release()).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_server_restarted_empty_has_lost_the_lock_but_its_fencing_tokens_grow_on() {
     let mut server = Server::start();
     let locker = Locker::connect(&server.url()).await.unwrap();

@@ -5,14 +5,18 @@
 #![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 
+mod abuse;
 mod auto_traits;
 mod bounds;
 mod cancellation;
 mod closing;
 mod conformance;
+mod connecting;
+mod diagnosis;
 mod drops;
 mod errors;
 mod failover;
+mod guarantees;
 mod hand_over;
 mod interop;
 mod late;
@@ -28,4 +32,5 @@ mod replicas;
 mod runtimes;
 mod secrets;
 mod servers;
+mod sharing_line;
 mod waiting;

@@ -40,7 +40,7 @@ impl Documented {
                 (case, words(parts.next().unwrap()))
             })
             .collect();
-        assert_eq!(cases.len(), 7, "{cases:?}");
+        assert_eq!(cases.len(), 8, "{cases:?}");
         let news_on_a_cluster = words(rest.trim_end_matches(')'));
         Self { base: words(base), news: words(news), news_on_a_cluster, fair: words(fair), cases }
     }
@@ -167,6 +167,59 @@ async fn who_may_not_stand_in_line_does_not_ask_for_it_at_every_turn() {
     guard.release().await.unwrap();
 }
 
+/// Does what those do who share keys.
+async fn share_locks(locker: &Locker, key: &str) -> Result<(), Error> {
+    let token = || "own".parse().unwrap();
+    let reader = soon(locker.read(key).metadata("m")).await?;
+    let again = soon(locker.read(key).token(token())).await?;
+    soon(locker.read(key).token(token())).await?.renew_for(ms(5_000)).await?;
+    reader.renew().await?;
+    reader.server_ttl().await?;
+    assert_eq!(locker.holders(key).await?.len(), 2);
+    assert!(locker.inspect(key).await?.is_some());
+    let reader = locker.adopt(reader.into_lease()).await?;
+    reader.release().await?;
+    again.release().await?;
+    soon(locker.lock(key)).await?.downgrade().await?.release().await?;
+    let one = soon(locker.permit(key, 1)).await?;
+    match locker.try_permit(key, 1).await {
+        Err(Error::NotObtained { .. }) => one.release().await,
+        other => other.map(drop),
+    }
+}
+
+/// Waits with a permit that another has.
+async fn wait_for_a_permit(here: &Locker, there: &Locker, key: &str) {
+    let guard = soon(here.permit(key, 1)).await.unwrap();
+    let waiter = tokio::spawn(there.permit(key, 1).into_future());
+    tokio::time::sleep(ms(50)).await;
+    guard.release().await.unwrap();
+    soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn with_the_documented_permissions_keys_can_be_shared_and_each_is_needed() {
+    let (server, documented) = (Server::start(), Documented::read());
+    let shares = documented.case("readers and permits");
+    let all = [documented.base_and(&documented.news), documented.fair.clone(), shares.to_vec()].concat();
+    allow(&server, &all);
+    let here = builder().connect(&url(&server)).await.unwrap();
+    let there = builder().connect(&url(&server)).await.unwrap();
+    share_locks(&here, "k").await.unwrap();
+    wait_for_a_permit(&here, &there, "k").await;
+    let denied = server.cli(&["ACL", "LOG"]);
+    assert!(!denied.lines().any(|line| line == "lua"), "{denied}");
+    for needless in shares {
+        let rules: Vec<&str> = all.iter().copied().filter(|rule| rule != needless).collect();
+        allow(&server, &rules);
+        server.cli(&["FLUSHALL"]);
+        let locker = builder().connect(&url(&server)).await.unwrap();
+        let refused = share_locks(&locker, "k").await.expect_err(needless);
+        assert_eq!(refused.code(), Some("NOPERM"), "without {needless}: {refused}");
+        assert!(refused.to_string().contains("{app:k}:holders"), "{refused}");
+    }
+}
+
 #[tokio::test]
 async fn with_the_documented_permissions_a_database_can_be_chosen() {
     let (server, documented) = (Server::start(), Documented::read());
@@ -194,6 +247,16 @@ async fn with_the_documented_permissions_a_cluster_can_be_used() {
         use_locks(&here, key).await.unwrap();
         if hears {
             wait(&here, &there, key, false).await;
+        }
+    }
+    rules.extend(&documented.fair);
+    rules.extend(documented.case("readers and permits"));
+    cluster.nodes.iter().for_each(|node| allow(node, &rules));
+    let (here, there) = (builder().connect(&url).await.unwrap(), builder().connect(&url).await.unwrap());
+    for key in ["a", "b", "c"] {
+        share_locks(&here, key).await.unwrap();
+        if hears {
+            wait_for_a_permit(&here, &there, key).await;
         }
     }
 }

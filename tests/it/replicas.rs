@@ -36,6 +36,31 @@ async fn what_is_held_is_on_the_replica() {
 }
 
 #[tokio::test]
+async fn what_is_shared_is_on_the_replica() {
+    let (primary, replica) = start();
+    let locker = builder().connect(&primary.url()).await.unwrap();
+    for request in [locker.read("k"), locker.read("k").token("mine".parse().unwrap()), locker.permit("l", 2)] {
+        let guard = soon(request).await.unwrap();
+        let (key, token) = (guard.key().to_string(), guard.token().as_str().to_owned());
+        let holders = format!("{{{key}}}:holders");
+        assert_eq!(replica.cli(&["ZRANGE", &holders, "0", "-1"]), token);
+        guard.renew_for(ms(60_000)).await.unwrap();
+        guard.renew().await.unwrap();
+        assert!(replica.cli(&["PTTL", &key]).parse::<u64>().unwrap() > 50_000);
+        guard.release().await.unwrap();
+    }
+    let reader = soon(locker.read("k")).await.unwrap();
+    replica.freeze();
+    let refused = locker.try_read("k").await.unwrap_err();
+    assert!(matches!(refused, Error::NotReplicated { needed: 1, acknowledged: 0 }), "{refused}");
+    let refused = reader.renew().await.unwrap_err();
+    assert!(refused.is_transient(), "{refused}");
+    // Releases wait for nobody.
+    reader.release().await.unwrap();
+    eventually("nobody reads", async || (primary.cli(&["EXISTS", "k"]) == "0").then_some(())).await;
+}
+
+#[tokio::test]
 async fn what_is_obtained_and_renewed_in_one_call_is_on_the_replica() {
     let (primary, replica) = start();
     let locker = builder().connect(&primary.url()).await.unwrap();

@@ -8,6 +8,7 @@
 mod check;
 mod leftovers;
 mod protocol;
+pub mod shared;
 mod state;
 
 pub use leftovers::{Leftovers, LeftoversState, Rules, Step, UNDONE, UNTOUCHED, Which};
@@ -33,5 +34,15 @@ pub fn nothing_is_left(model: Leftovers, floor: usize) {
 
 /// The same as [`falls`], for leftovers.
 pub fn leaves_something(promise: &'static str, model: Leftovers) {
+    check::falls(promise, model);
+}
+
+/// The same as [`holds`], for shares.
+pub fn shares_hold(model: shared::Shares, floor: usize) {
+    check::holds(model, floor);
+}
+
+/// The same as [`falls`], for shares.
+pub fn shares_fall(promise: &'static str, model: shared::Shares) {
     check::falls(promise, model);
 }

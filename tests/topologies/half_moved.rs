@@ -277,6 +277,51 @@ async fn waits_for_all(cluster: Cluster, locker: Locker) {
     soon(second.release()).await.unwrap();
 }
 
+/// Asserts that keys are shared while their slot moves, but for the moment at which they are on two nodes.
+async fn shares(cluster: Cluster, locker: Locker) {
+    let other = builder().connect(&cluster.url()).await.unwrap();
+    let read = || locker.read("{moves}:read").ttl(ms(60_000));
+    let (reader, leaves) = (soon(read()).await.unwrap(), soon(read()).await.unwrap());
+    let permit = soon(other.permit("{moves}:permit", 1).ttl(ms(60_000))).await.unwrap();
+    let from = cluster.place_of(MOVES);
+    let migration = cluster.begin_migration(MOVES, from, (from + 1) % 3);
+    // Still on the old node, and on neither.
+    soon(reader.renew()).await.unwrap();
+    soon(leaves.release()).await.unwrap();
+    let new = soon(locker.try_read("{moves}:new")).await.unwrap();
+    let also_new = soon(other.try_read("{moves}:new")).await.unwrap();
+    refuses(&locker, "{moves}:new").await;
+    soon(new.release()).await.unwrap();
+    soon(also_new.release()).await.unwrap();
+    // On two nodes.
+    migration.move_key("{moves}:read");
+    let refused = soon(reader.renew()).await.unwrap_err();
+    assert!(refused.is_transient(), "{refused}");
+    assert_eq!(reader.check(), Ok(()));
+    // On the new node.
+    migration.move_all(ms(0));
+    soon(reader.renew()).await.unwrap();
+    soon(permit.renew()).await.unwrap();
+    assert_eq!(soon(locker.holders("{moves}:read")).await.unwrap().len(), 1);
+    assert!(soon(locker.inspect("{moves}:permit")).await.unwrap().is_some());
+    refuses(&other, "{moves}:read").await;
+    let second = soon(other.try_read("{moves}:read")).await.unwrap();
+    let full = soon(locker.try_permit("{moves}:permit", 1)).await;
+    assert!(matches!(full, Err(Error::NotObtained { .. })), "{full:?}");
+    let waiter = tokio::spawn(locker.permit("{moves}:permit", 1).into_future());
+    sleep(ms(100)).await;
+    soon(permit.release()).await.unwrap();
+    soon(soon(waiter).await.unwrap().unwrap().release()).await.unwrap();
+    let writer = soon(locker.lock("{moves}:down")).await.unwrap();
+    soon(soon(writer.downgrade()).await.unwrap().release()).await.unwrap();
+    soon(reader.release()).await.unwrap();
+    soon(second.release()).await.unwrap();
+    migration.finish();
+    for key in ["{moves}:read", "{moves}:permit", "{moves}:new", "{moves}:down"] {
+        soon(soon(locker.try_lock(key)).await.unwrap().release()).await.unwrap();
+    }
+}
+
 /// Asserts that operations on keys of one slot share calls. If the keys are on two nodes, no call is decided as a
 /// whole, but each operation is.
 async fn shares_calls(cluster: Cluster, locker: Locker) {
@@ -403,5 +448,6 @@ with_either_client! {
     keys_are_decided_on_as_ever: decides within ms(2_000),
     operations_that_share_calls_are_decided_one_by_one: shares_calls within ms(2_000),
     forty_locks_survive_the_slow_migration_of_their_slot: survive within ms(500),
+    keys_are_shared: shares within ms(500),
     several_keys_of_which_one_has_moved_are_waited_for: waits_for_all within ms(500),
 }

@@ -69,7 +69,7 @@ impl Lane {
             {
                 abandoned.push(Abandoned { wanted: held_by.clone(), pending: pending.take(), is_confirmed });
                 *hand_over = HandOverState::TakenBack;
-                self.waiters.remove(&first.number());
+                self.remove(&first);
                 true
             }
             // The release that hands the lock over is not polled.
@@ -78,8 +78,9 @@ impl Lane {
                 true
             }
             HandOverState::None | HandOverState::NotGranted if self.waiters.len() > 1 => {
-                let is_parked = self.expected.is_some_and(|expected| has_passed(expected, LATE));
+                let is_parked = self.is_first_late(now);
                 if is_parked {
+                    self.set_parked(&first, true);
                     self.waiters.remove(&first.number());
                     self.last_number += 1;
                     first.number.store(self.last_number, Ordering::Relaxed);

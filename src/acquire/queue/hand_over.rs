@@ -174,7 +174,7 @@ impl HandOver {
             (lane.in_line, lane.heartbeat) = (true, lane.heartbeat.or(heartbeat));
         }
         // The plain lane is not in the line yet, if the lock was to go to the fair one: its first waiter has to ask.
-        let to_ask = (!place.is_shared && !state.plain.in_line).then(|| state.plain.next()).flatten();
+        let to_ask = (!place.is_shared && !state.plain.in_line).then(|| state.plain.free()).flatten();
         if let Some(first) = &to_ask {
             *lock(&first.hand_over) = HandOverState::NotGranted;
         }

@@ -9,13 +9,18 @@ use super::*;
 use crate::acquire::answer::Held;
 use crate::hold::Grant;
 use crate::locker::cleanups::{Cleanup, Cleanups};
+use crate::mode::Mode;
 use crate::{Error, Token};
 
 fn wanted(queueing: Queueing) -> Arc<Wanted> {
-    let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true, grant: None };
+    wanted_for(queueing, Mode::Exclusive)
+}
+
+fn wanted_for(queueing: Queueing, mode: Mode) -> Arc<Wanted> {
+    let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true, grant: None, mode };
     let ttl = Duration::from_secs(1);
     let (metadata, latest) = (Box::default(), Arc::default());
-    Arc::new(Wanted { owned, metadata, ttl, fenced: false, queueing, takes_over: false, latest })
+    Arc::new(Wanted { owned, metadata, ttl, fenced: false, queueing, takes_over: false, latest, limit: 0 })
 }
 
 fn grant() -> Grant {
@@ -79,7 +84,7 @@ fn a_hand_over_whose_outcome_comes_late_does_not_take_those_after_it_out_of_the_
     let late = queues.next(&wanted(Queueing::None).owned).unwrap();
     // It has the lock by asking, before the release learns that it has handed the lock over.
     assert!(matches!(a.claim(), Claim::Kept(None)));
-    let (at, obtained) = (Instant::now(), |at| Obtained { at, held_until: at, by: By::Asking { with_place: true } });
+    let (at, obtained) = (Instant::now(), |at| Obtained { at, held_until: at, by: By::Asking(Place::TakenOut) });
     a.pass_on(None, obtained(at));
     a.leave();
     assert!(!b.may_be_in_line());
@@ -100,7 +105,7 @@ fn a_hand_over_that_a_waiter_learns_of_by_asking_is_a_turn_in_a_row() {
         may_keep.push(hand_over.next().may_keep);
         ticket.claim();
         let at = Instant::now();
-        ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking { with_place: true } });
+        ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking(Place::TakenOut) });
         ticket.leave();
         assert!(hand_over.granted(grant(), false));
     }
@@ -116,7 +121,7 @@ fn a_hand_over_to_another_process_that_is_heard_of_late_begins_no_turn_here() {
     // The other process has had its turn, and it is the turn of this one again.
     a.claim();
     let at = Instant::now();
-    a.pass_on(None, Obtained { at, held_until: at, by: By::Asking { with_place: true } });
+    a.pass_on(None, Obtained { at, held_until: at, by: By::Asking(Place::TakenOut) });
     a.leave();
     let next = queues.next(&from).unwrap();
     let queue = lock(&queues.by_key)[&Key::from("k")].clone();
@@ -135,7 +140,7 @@ fn a_request_without_the_place_takes_none_out_of_the_line() {
     assert!(queues.next(&wanted(Queueing::None).owned).unwrap().passed_by().is_none());
     ticket.claim();
     let at = Instant::now();
-    ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking { with_place: false } });
+    ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking(Place::Untouched) });
     assert!(ticket.leave().line.is_some());
 }
 
@@ -332,4 +337,115 @@ fn a_token_from_elsewhere_is_handed_nothing() {
     wanted.owned.own_token = false;
     let _ticket = queues.enter(Key::from("k"), Arc::new(wanted.clone()));
     assert!(queues.next(&wanted.owned).is_none());
+}
+
+fn reader(queues: &Queues) -> Ticket {
+    queues.enter("k".into(), wanted_for(Queueing::Shared, Mode::Read))
+}
+
+/// Ends the turn of the first waiter as a grant that it has asked for does.
+fn is_granted(ticket: &Ticket, place: Place) {
+    let at = Instant::now();
+    assert!(matches!(ticket.claim(), Claim::Kept(None)));
+    ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking(place) });
+    ticket.leave();
+}
+
+#[tokio::test(start_paused = true)]
+async fn readers_keep_the_place_for_each_other_for_as_many_turns_as_hand_overs_have() {
+    for pause in [Duration::ZERO, TURN / 3] {
+        let queues = Queues::default();
+        let readers: Vec<_> = (0..40).map(|_| reader(&queues)).collect();
+        let mut kept = Vec::new();
+        for ticket in &readers {
+            ticket.enters_line();
+            let keeps = ticket.keeps_place();
+            kept.push(keeps);
+            is_granted(ticket, if keeps { Place::Kept } else { Place::TakenOut });
+            advance(pause).await;
+        }
+        let in_a_row = if pause.is_zero() { IN_A_ROW as usize } else { 4 };
+        assert!(kept[..in_a_row].iter().all(|kept| *kept) && !kept[in_a_row], "{kept:?}");
+        // The next turn begins with a new place at the end of the line.
+        assert!(kept[in_a_row + 1] && !kept[39], "{kept:?}");
+    }
+}
+
+#[test]
+fn a_place_is_kept_for_no_writer_and_by_none() {
+    let queues = Queues::default();
+    let (first, second) = (reader(&queues), reader(&queues));
+    let (writer, last) = (enter(&queues, Queueing::Shared), reader(&queues));
+    assert!(first.keeps_place());
+    is_granted(&first, Place::Kept);
+    assert!(!second.keeps_place());
+    is_granted(&second, Place::TakenOut);
+    assert!(!writer.keeps_place() && !last.keeps_place());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_place_is_kept_for_no_reader_that_is_not_polled() {
+    let queues = Queues::default();
+    let (parked, next) = (reader(&queues), reader(&queues));
+    parked.expect(Instant::now());
+    advance(LATE).await;
+    assert_eq!(queues.find_abandoned(Instant::now()).unwrap().len(), 0);
+    assert!(next.is_first() && !next.keeps_place());
+    // Nor does it keep those behind it from keeping the place for each other.
+    is_granted(&next, Place::TakenOut);
+    parked.expect(Instant::now());
+    let _behind = reader(&queues);
+    assert!(parked.is_first() && parked.keeps_place());
+}
+
+#[test]
+fn a_kept_place_is_left_with_the_last_who_waits() {
+    let queues = Queues::default();
+    let (first, second) = (reader(&queues), reader(&queues));
+    first.enters_line();
+    is_granted(&first, Place::Kept);
+    assert!(second.may_be_in_line());
+    assert_eq!(second.leave().line, Some(second.line_place()));
+}
+
+#[test]
+fn nothing_is_handed_over_to_who_shares_the_key_nor_by_them() {
+    let queues = Queues::default();
+    let ticket = reader(&queues);
+    assert!(queues.next(&wanted(Queueing::None).owned).is_none());
+    ticket.leave();
+    let writer = enter(&queues, Queueing::Shared);
+    assert!(queues.next(&wanted_for(Queueing::None, Mode::Read).owned).is_none());
+    // After a downgrade it has to ask, as nobody will hand the lock over to it.
+    queues.ask_again(&"k".into());
+    assert!(matches!(writer.take_outcome(), Some(Wakeup::NotHandedOver)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiters_that_are_not_polled_do_not_count() {
+    let queues = Queues::default();
+    let has_waiters = || queues.has_waiters(&"k".into());
+    assert!(!has_waiters());
+    let one = enter(&queues, Queueing::Shared);
+    one.expect(Instant::now() + HEARTBEAT);
+    assert!(has_waiters());
+    advance(HEARTBEAT + LATE).await;
+    assert!(!has_waiters());
+    let other = enter(&queues, Queueing::Shared);
+    assert!(has_waiters());
+    // Each of them is found out when it is the first.
+    for _ in 0..2 {
+        queues.find_abandoned(Instant::now());
+        assert!(has_waiters() == one.is_first() || has_waiters() == other.is_first());
+        advance(LATE).await;
+    }
+    queues.find_abandoned(Instant::now());
+    assert!(!has_waiters());
+    let first = if one.is_first() { &one } else { &other };
+    first.expect(Instant::now() + HEARTBEAT);
+    assert!(has_waiters());
+    one.leave();
+    other.leave();
+    assert!(!has_waiters());
+    assert_eq!(queues.queues().count(), 0);
 }

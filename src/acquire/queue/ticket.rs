@@ -1,6 +1,7 @@
 //! A waiter's handle to its queue.
 
 use std::fmt;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard};
 
 use tokio::time::Instant;
@@ -11,7 +12,7 @@ use crate::acquire::answer::{Held, LastAnswer};
 use crate::hold::Grant;
 use crate::locker::cleanups::PendingCleanup;
 use crate::store::notifications::Subscription;
-use crate::store::{LinePlace, Wanted};
+use crate::store::{InLine, LinePlace, Wanted};
 
 /// A waiter's handle to its queue. Its owner calls [`leave`](Ticket::leave) before it drops it.
 pub(crate) struct Ticket {
@@ -59,6 +60,8 @@ pub(crate) struct Inherited {
     pub(crate) subscription: Option<Subscription>,
     /// When the ttl ends with which the waiter before obtained the lock.
     pub(crate) held_until: Option<Instant>,
+    /// The waiter before shares the key: it won't hand it over.
+    pub(crate) is_shared: bool,
 }
 
 /// How a waiter has obtained the lock.
@@ -73,12 +76,35 @@ pub(crate) struct Obtained {
 /// By what a waiter has obtained the lock.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum By {
-    /// Its own request. One with the place has taken this out of the line.
-    Asking { with_place: bool },
+    /// Its own request.
+    Asking(Place),
     /// A hand-over by the server. [`HandOver`](super::HandOver) knows what this did to the place.
     HandOver,
     /// A hand-over that the server doesn't know of, so that it took no place out of the line.
     TakeOver,
+}
+
+/// What a request that was granted has done to the place in the line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Nothing.
+    #[default]
+    Untouched,
+    /// It has taken it out of the line.
+    TakenOut,
+    /// It has left it there for the next waiter.
+    Kept,
+}
+
+impl Place {
+    /// Returns what a request does to its place if it is granted.
+    pub(crate) fn after(in_line: InLine) -> Self {
+        match in_line {
+            InLine::At { stays: true, .. } => Self::Kept,
+            InLine::At { stays: false, .. } => Self::TakenOut,
+            InLine::No | InLine::Behind => Self::Untouched,
+        }
+    }
 }
 
 /// What a waiter that has left the queue still has to clean up.
@@ -129,6 +155,19 @@ impl Ticket {
         });
     }
 
+    /// Returns whether the place stays in the line if this waiter, the first, gets a shared grant: the next one may share
+    /// the key with it. That goes on for as many grants as hand-overs may follow each other.
+    pub(crate) fn keeps_place(&self) -> bool {
+        let mode = self.waiter.wanted.owned.mode;
+        let mut state = self.state();
+        let lane = state.lane_of(self.waiter.place);
+        let next = lane.waiters.values().nth(1).filter(|_| self.waiter.place.is_shared && lane.is_first(&self.waiter));
+        // One that isn't polled would keep the place from the others, and do nothing with it.
+        let is_polled = |next: &&Arc<QueueEntry>| !next.is_parked.load(Ordering::Relaxed);
+        let is_alike = next.filter(is_polled).is_some_and(|next| next.wanted.owned.mode == mode);
+        mode.is_shared() && is_alike && state.may_keep_place(Instant::now())
+    }
+
     /// Returns whether the shared place may be in the line already.
     pub(crate) fn may_be_in_line(&self) -> bool {
         self.with_lane(|lane| lane.in_line)
@@ -149,6 +188,7 @@ impl Ticket {
         self.with_lane(|lane| {
             if lane.is_first(&self.waiter) {
                 lane.expected = Some(until);
+                lane.set_parked(&self.waiter, false);
             }
         });
     }
@@ -231,7 +271,11 @@ impl Ticket {
 
     /// Takes what the waiter before has left.
     pub(crate) fn inherit(&self) -> Inherited {
-        self.with_lane(|lane| Inherited { subscription: lane.subscription.take(), held_until: lane.held_until.take() })
+        self.with_lane(|lane| Inherited {
+            subscription: lane.subscription.take(),
+            held_until: lane.held_until.take(),
+            is_shared: lane.is_shared,
+        })
     }
 
     /// Stores what a request has learned. `None`: what was stored is no longer true.
@@ -266,8 +310,8 @@ impl Ticket {
         let before = {
             let mut state = self.state();
             let by_hand_over = matches!(*lock(&self.waiter.hand_over), HandOverState::Claimed { by_hand_over: true });
-            if matches!(by, By::Asking { .. }) && !by_hand_over {
-                state.begin_turn(at);
+            if let (By::Asking(place), false) = (by, by_hand_over) {
+                state.has_asked(place == Place::Kept, at);
             }
             let held = Held { key: self.queue.key.clone(), until: Some(held_until) };
             state.last_answer = Some(LastAnswer::Held(held));
@@ -275,10 +319,11 @@ impl Ticket {
             let lane = state.lane_of(self.waiter.place);
             if lane.is_first(&self.waiter) {
                 // A hand-over may have put the place into the line while a request without it was on its way.
-                lane.in_line &= !(self.waiter.place.is_shared && by == By::Asking { with_place: true });
+                lane.in_line &= !(self.waiter.place.is_shared && by == By::Asking(Place::TakenOut));
                 // A waiter that got the lock before it ran as the first has not taken the subscription of the lane.
                 let subscription = subscription.or_else(|| lane.subscription.take());
                 lane.held_until = subscription.is_some().then_some(held_until);
+                lane.is_shared = self.waiter.wanted.owned.mode.is_shared();
                 std::mem::replace(&mut lane.subscription, subscription)
             } else {
                 // It got the lock by a token that had it already. The first still waits, in the line.
@@ -296,7 +341,7 @@ impl Ticket {
         let (may_hold, taken_over, abandoned) = self.abandon_hand_over();
         let lane = state.lane_of(self.waiter.place);
         let was_first = lane.is_first(&self.waiter);
-        lane.waiters.remove(&self.waiter.number());
+        lane.remove(&self.waiter);
         let next = lane.first().filter(|_| was_first).cloned();
         if was_first {
             lane.expected = next.is_some().then(Instant::now);

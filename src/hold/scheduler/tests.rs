@@ -11,6 +11,7 @@ use super::*;
 use crate::hold::timing::{Drift, Renewal};
 use crate::hold::{FinalStep, Grant, Hold, Observer, Owned};
 use crate::locker::shared::Shared;
+use crate::mode::Mode;
 use crate::store::faulty::{Fault, FaultyStore, Operation, Ran, Witness};
 use crate::store::memory::MemoryStore;
 use crate::store::notifications::Subscription;
@@ -126,7 +127,7 @@ impl World {
 
     fn lock_for(&self, ttl: Duration, keys: &[&str], renewal: Renewal, runtime: &Runtime) -> Lock {
         let keys = keys.iter().map(|key| Key::from(*key)).collect();
-        let owned = Owned { keys, token: Token::random(), own_token: true, grant: None };
+        let owned = Owned { keys, token: Token::random(), own_token: true, grant: None, mode: Mode::Exclusive };
         let (queueing, latest) = (Queueing::None, Arc::new(Latest::default()));
         let wanted = Wanted {
             owned: owned.clone(),
@@ -136,6 +137,7 @@ impl World {
             queueing,
             takes_over: false,
             latest,
+            limit: 0,
         };
         at_once(self.store.acquire(&wanted, InLine::No, ms(500)));
         let drift = Drift { factor: 0.0, margin: Duration::ZERO };

@@ -11,21 +11,23 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
-use tracing::debug;
 
 use super::Quorum;
 use super::calls::{Calls, GRACE};
 use super::open_rounds::Releasing;
-use crate::Error;
 use crate::hold::Owned;
 use crate::hold::timing;
+use crate::mode::Mode;
+use crate::report::debug;
+use crate::store::node::Node;
 use crate::store::{Answer, Ending, Latest, Undone, Verdict};
+use crate::{Error, Loss};
 
 /// For how many locks at a time a node that fails is tried again. For any more, it is tried once.
 pub(super) const LOCKS: usize = 1_024;
 
 /// How long a node that is away is tried again.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long it is tried again from the moment when the locker is closed, which waits for it.
 const PATIENCE_WHEN_CLOSED: Duration = Duration::from_secs(3);
@@ -97,10 +99,7 @@ impl Quorum {
                 let until = Instant::now() + PATIENCE.max(timeout);
                 let releases = quorum.releases.clone();
                 quorum.releases.spawn(async move {
-                    let release = |timeout| match timing::rest_until(stays_until, Instant::now()) {
-                        Some(rest) => node.linger(&owned, Ending::Grant, rest, timeout),
-                        None => node.release(&owned, Ending::Grant, timeout),
-                    };
+                    let release = |timeout| end_on(&*node, &owned, Ending::Grant, stays_until, timeout);
                     let released = retry(&catching_up, &releases, until, release).await;
                     if let Err(error) = released {
                         let key = owned.key();
@@ -113,8 +112,40 @@ impl Quorum {
     }
 }
 
+/// Releases on one node. Until `stays_until`, the node leaves its keys to nobody.
+///
+/// A node that has missed a downgrade keeps the lock of a reader's grant. That ends as well.
+pub(super) fn end_on<'a>(
+    node: &'a dyn Node,
+    owned: &'a Owned,
+    ending: Ending,
+    stays_until: Instant,
+    timeout: Duration,
+) -> Answer<'a, Verdict> {
+    let until = Instant::now() + timeout;
+    let end = move |owned: Owned, ending, timeout| async move {
+        match timing::rest_until(stays_until, Instant::now()) {
+            Some(rest) => node.linger(&owned, ending, rest, timeout).await,
+            None => node.release(&owned, ending, timeout).await,
+        }
+    };
+    Box::pin(async move {
+        let ended = end(owned.clone(), ending, timeout).await?;
+        if ended != Verdict::NotOurs(Loss::Taken) || owned.mode != Mode::Read {
+            return Ok(ended);
+        }
+        let left = || until.saturating_duration_since(Instant::now());
+        let lock = Owned { mode: Mode::Exclusive, ..owned.clone() };
+        match end(lock, Ending::Grant, left()).await? {
+            // It may have run the downgrade in between.
+            Verdict::NotOurs(Loss::Taken) => end(owned.clone(), ending, left()).await,
+            ended => Ok(ended),
+        }
+    })
+}
+
 /// Calls a node until it replies or refuses for good, or until the time is over.
-async fn retry<'a, T>(
+pub(super) async fn retry<'a, T>(
     catching_up: &Semaphore,
     releases: &TaskTracker,
     mut until: Instant,

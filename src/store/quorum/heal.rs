@@ -29,11 +29,11 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
-use tracing::debug;
 
 use super::calls::{Calls, may_run_until};
 use super::renewal::Renewal;
 use super::{Member, node_timeout};
+use crate::report::debug;
 use crate::store::node::{Ballot, Vote};
 use crate::store::{Latest, Queueing, Wanted};
 
@@ -57,9 +57,10 @@ impl Renewal {
             queueing: Queueing::None,
             takes_over: false,
             latest: latest.clone(),
+            limit: 0,
         };
         let (window, ahead) = (quorum.window, quorum.ahead());
-        let ballot = Ballot { number: None, exactly: false, window, ahead };
+        let ballot = Ballot { number: None, exactly: false, window, ahead, place: None, heals: true };
         let node = member.node.clone();
         let call = Box::pin(async move { node.vote(&wanted, &ballot, timeout).await });
         let Ok(mut calls) = Calls::new(quorum) else { return };
@@ -98,6 +99,9 @@ impl Renewal {
     /// Returns what the holder has stored beside its token, from a node that has it.
     async fn metadata(&self) -> Option<Box<[u8]>> {
         let node = &self.quorum.members.get(self.confirmed?)?.node;
+        if self.owned.mode.is_shared() {
+            return node.metadata(&self.owned, self.timeout()).await.ok()?;
+        }
         let holder = node.inspect(&self.owned.key(), self.timeout()).await.ok()??;
         (holder.token == self.owned.token).then(|| holder.metadata.into())
     }

@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
-use tracing::warn;
 
 use crate::error::NOT_SENT;
+use crate::report::warn;
 use crate::store::Answer;
 use crate::store::redis::{RedisStore, ServerInfo};
 use crate::{Error, RedisError, RedisErrorKind};

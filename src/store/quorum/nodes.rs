@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
-use tracing::warn;
 
 use super::identity::{Identities, Identity};
+use crate::report::warn;
 use crate::store::node::Node;
 use crate::store::redis::url::{self, Servers, Target};
 use crate::store::redis::{Driver, RedisStore};
@@ -42,12 +42,13 @@ pub(crate) async fn connect(
     prefix: &str,
     timeout: Duration,
     nodes_never_forget: bool,
+    fence_ttl: Duration,
 ) -> Result<Vec<Connected>, Error> {
     let targets = check(urls)?;
     let databases: Vec<u8> = targets.iter().map(|(_, target)| target.database.unwrap_or(0)).collect();
     let mut nodes: Vec<(String, Arc<RedisStore>)> = Vec::with_capacity(targets.len());
     for (address, target) in targets {
-        let store = RedisStore::open_lazily(driver, &target, prefix.to_owned(), timeout)?;
+        let store = RedisStore::open_lazily(driver, &target, prefix.to_owned(), timeout)?.with_fence_ttl(fence_ttl);
         nodes.push((address, Arc::new(store)));
     }
     let stores: Vec<Arc<RedisStore>> = nodes.iter().map(|(_, node)| node.clone()).collect();

@@ -6,26 +6,37 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
-use tracing::debug;
 
 use super::calls::{Calls, may_run_until};
 use super::catch_up::Undo;
 use super::open_rounds::OpenRound;
 use super::tally::{Decision, decide};
 use super::{Quorum, first, grace, node_timeout};
-use crate::Error;
-use crate::store::node::{Ballot, Vote, VoteReply};
-use crate::store::{Acquired, Latest, Wanted};
+use crate::report::debug;
+use crate::store::node::{Ballot, HeldBy, Vote, VoteReply};
+use crate::store::{Acquired, InLine, Latest, LinePlace, Wanted};
+use crate::{Error, Key};
 
 /// The most ballots of one attempt. The second suffices unless others obtain the same keys in between.
 const BALLOTS: usize = 4;
+
+/// The same for a reader, with whom other readers may obtain the key in between.
+const BALLOTS_OF_READERS: usize = 16;
+
+/// The longest pause of a reader before its next ballot.
+const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
 /// How long to wait for the reply to a release that may make another release unnecessary.
 const ANSWER: Duration = Duration::from_secs(1);
 
 /// Tries once to obtain the lock.
-pub(super) async fn attempt(quorum: &Arc<Quorum>, wanted: &Wanted, timeout: Duration) -> Result<Acquired, Error> {
-    let mut asking = Asking(Some(Round::new(quorum.clone(), wanted.clone(), timeout)?));
+pub(super) async fn attempt(
+    quorum: &Arc<Quorum>,
+    wanted: &Wanted,
+    in_line: InLine,
+    timeout: Duration,
+) -> Result<Acquired, Error> {
+    let mut asking = Asking(Some(Round::new(quorum.clone(), wanted.clone(), in_line, timeout)?));
     let Some(round) = &mut asking.0 else { return Err(Error::NoRuntime) };
     let outcome = round.ballots().await;
     let granted = matches!(outcome, Ok(Acquired::Granted { .. }));
@@ -54,6 +65,8 @@ struct Round {
     quorum: Arc<Quorum>,
     open: OpenRound,
     wanted: Arc<Wanted>,
+    /// The place of a request that waits, and the key that it has this place for.
+    place: Option<(Key, LinePlace)>,
     until: Instant,
     /// Until when a node may run a vote that it has not replied to.
     may_run_until: Instant,
@@ -80,20 +93,30 @@ struct NodeState {
 }
 
 impl Round {
-    fn new(quorum: Arc<Quorum>, wanted: Wanted, timeout: Duration) -> Result<Self, Error> {
+    fn new(quorum: Arc<Quorum>, wanted: Wanted, in_line: InLine, timeout: Duration) -> Result<Self, Error> {
         let calls = Calls::new(&quorum)?;
+        let place = match in_line {
+            InLine::At { key, place, .. } => wanted.owned.keys.get(key).cloned().map(|key| (key, place)),
+            InLine::No | InLine::Behind => None,
+        };
         let members = quorum.members.iter().map(|_| NodeState::default()).collect();
         let open = quorum.rounds.open(&wanted.owned);
         let until = Instant::now() + first(timeout);
         let may_run_until = Instant::now();
-        Ok(Self { quorum, open, wanted: Arc::new(wanted), until, may_run_until, members, calls, split: None })
+        let wanted = Arc::new(wanted);
+        Ok(Self { quorum, open, wanted, place, until, may_run_until, members, calls, split: None })
     }
 
     async fn ballots(&mut self) -> Result<Acquired, Error> {
+        if let Some((key, place)) = self.place.as_ref().filter(|_| self.wanted.owned.mode.is_shared()) {
+            // A writer that waited with this place has gone.
+            self.quorum.withdraw(key, *place);
+        }
         let mut votes: Vec<Option<Result<VoteReply, Error>>> = Vec::new();
         // Calls that wait to be sent to a node arrive later than the clock that their number was made for.
         let mut took = Duration::ZERO;
-        for ballot in 0..BALLOTS {
+        let is_shared = self.wanted.owned.mode.is_shared();
+        for ballot in 0..if is_shared { BALLOTS_OF_READERS } else { BALLOTS } {
             let started = Instant::now();
             let asked = self.quorum.clocks.now();
             let last = votes.iter().flatten().flatten().map(|reply| reply.seen.last);
@@ -103,6 +126,7 @@ impl Round {
             votes = self.members.iter().map(|_| None).collect();
             let decision = self.collect_votes(ballot, asked, started, &mut votes).await;
             took = started.elapsed();
+            self.announce(&decision, &votes);
             match decision {
                 Decision::Granted { number } => return Ok(Acquired::Granted { fencing_token: number }),
                 Decision::Held { place, remaining } => return Ok(Acquired::Held { place, remaining }),
@@ -116,6 +140,9 @@ impl Round {
                 }
                 Decision::Again => {
                     debug!(name: "tenure.ballot", ballot, "the nodes want another number");
+                    if is_shared {
+                        let_readers_go_first(ballot, took, self.until).await;
+                    }
                 }
                 Decision::Failed => break,
             }
@@ -124,6 +151,24 @@ impl Round {
             }
         }
         Err(self.failure(votes))
+    }
+
+    /// Announces a writer that waits for readers to leave, or takes that back.
+    fn announce(&self, decision: &Decision, votes: &[Option<Result<VoteReply, Error>>]) {
+        let Some((key, place)) = self.place.as_ref().filter(|_| !self.wanted.owned.mode.is_shared()) else { return };
+        match decision {
+            Decision::Granted { .. } => self.quorum.withdraw(key, *place),
+            Decision::Held { .. } | Decision::Split { .. } if self.wanted.queueing.waits() => {
+                let waits_for_readers = |reply: &VoteReply| match reply.vote {
+                    Vote::Held { place, by: HeldBy::Readers, .. } => self.wanted.owned.keys.get(place) == Some(key),
+                    _ => false,
+                };
+                if votes.iter().flatten().flatten().any(waits_for_readers) {
+                    self.quorum.announce(key, *place);
+                }
+            }
+            Decision::Held { .. } | Decision::Split { .. } | Decision::Again | Decision::Failed => {}
+        }
     }
 
     /// Collects the votes of a ballot until they decide it. `asked` is what our clock showed when the nodes were asked.
@@ -171,7 +216,14 @@ impl Round {
         let left = self.until.saturating_duration_since(Instant::now());
         let timeout = node_timeout(self.wanted.ttl, left);
         self.may_run_until = may_run_until(Instant::now(), timeout);
-        let wish = Ballot { number, exactly: ballot > 0, window: self.quorum.window, ahead: self.quorum.ahead() };
+        let wish = Ballot {
+            number,
+            exactly: ballot > 0,
+            window: self.quorum.window,
+            ahead: self.quorum.ahead(),
+            place: self.place.as_ref().map(|(_, place)| *place),
+            heals: false,
+        };
         for (place, (member, state)) in self.quorum.members.iter().zip(&mut self.members).enumerate() {
             state.calls += 1;
             state.asked += 1;
@@ -300,4 +352,11 @@ impl Round {
         }
         Error::Quorum { needed: self.quorum.needed, granted, nodes }
     }
+}
+
+/// Waits for a moment of random length, which grows with the ballots. Numbers grow with the time at which they are made.
+/// So readers that ask one after the other, further apart than their calls take, don't outbid each other.
+async fn let_readers_go_first(ballot: usize, took: Duration, until: Instant) {
+    let longest = took.saturating_mul(1 << ballot.min(8)).min(LONGEST_PAUSE);
+    sleep(longest.mul_f64(fastrand::f64()).min(until.saturating_duration_since(Instant::now()))).await;
 }

@@ -1,6 +1,9 @@
 //! Quorums of simulated nodes on tokio's clock. Each node's own clock is wrong by a given amount, and connections fail
 //! as planned: exact timing to the millisecond, and thousands of random histories.
 
+mod readers;
+mod sharing;
+
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -11,16 +14,18 @@ use tokio::runtime::{Builder, Handle};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::TaskTracker;
 
+use self::readers::{Readers, Writers};
 use super::QuorumStore;
 use crate::hold::{GrantId, Hold, Owned};
+use crate::mode::Mode;
 use crate::store::faulty::{Fault, call_within};
-use crate::store::node::{Ballot, Node, Seen, Vote, VoteReply};
+use crate::store::node::{Ballot, HeldBy, Node, Seen, Vote, VoteReply};
 use crate::store::notifications::Subscription;
 use crate::store::{
-    Acquired, Answer, Capabilities, Ending, Extending, HandedOver, Holder, InLine, Latest, Next, Queueing, Store,
-    Undone, Verdict, Wanted,
+    Acquired, Answer, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, LinePlace, Next,
+    Queueing, Store, Undone, Verdict, Wanted,
 };
-use crate::{Error, Key, Locker, Loss, Token};
+use crate::{Error, Key, LockGuard, Locker, Loss, Token};
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -45,6 +50,8 @@ struct Server {
 struct State {
     started: Instant,
     locks: HashMap<Key, (Token, Instant)>,
+    readers: HashMap<Key, Readers>,
+    writers: HashMap<Key, Writers>,
     fences: HashMap<Key, u64>,
     /// The grants that rely on a lock; if there are none, only that of the request that created the token.
     grants: HashMap<Key, Vec<Option<GrantId>>>,
@@ -104,24 +111,56 @@ impl Server {
             match state.live(key) {
                 Some((held, _)) if held == token => {}
                 Some((_, until)) => {
-                    return reply(Vote::Held { place, remaining: Some(*until - Instant::now()) }, last);
+                    let (remaining, by) = (Some(*until - Instant::now()), HeldBy::Another);
+                    return reply(Vote::Held { place, remaining, by }, last);
                 }
                 None => all_ours = false,
             }
         }
+        let is_shared = wanted.owned.mode.is_shared();
+        let readers = keys.iter().enumerate().find_map(|(place, key)| Some((place, state.readers_of(key)?.until()?)));
+        let shares = is_shared && state.readers_of(&wanted.owned.key()).is_some_and(|readers| readers.has(token));
+        match readers {
+            Some((place, until)) if !is_shared => {
+                let (remaining, by) = (Some(until - Instant::now()), HeldBy::Readers);
+                return reply(Vote::Held { place, remaining, by }, last);
+            }
+            _ if is_shared && all_ours => {
+                // The token has the key alone.
+                return reply(Vote::Held { place: 0, remaining: None, by: HeldBy::Another }, last);
+            }
+            _ if is_shared && !shares && !ballot.heals => {
+                let waits = state.writers.get(&wanted.owned.key()).and_then(|writers| writers.wait_for(ballot.place));
+                if waits.is_some() {
+                    return reply(Vote::Held { place: 0, remaining: waits, by: HeldBy::Another }, last);
+                }
+            }
+            _ => {}
+        }
         let mut granted = ballot.number;
         if let Some(number) = ballot.number {
             let same = known.iter().all(|&fence| fence == Some(last));
-            if all_ours && same && last > before && (!ballot.exactly || last == number) {
-                granted = Some(last);
+            let before_this = match state.readers_of(&wanted.owned.key()) {
+                Some(readers) if is_shared => readers.number_of(token),
+                _ => Some(last).filter(|_| all_ours && same),
+            };
+            if let Some(again) = before_this.filter(|&again| again > before && (!ballot.exactly || again == number)) {
+                granted = Some(again);
             } else if number <= bar {
                 return reply(Vote::Behind, bar);
             } else if number > now + ahead {
                 return reply(Vote::Ahead, last);
             }
             for key in keys {
-                state.fences.extend(granted.map(|granted| (key.clone(), granted)));
+                state.fences.extend(granted.map(|granted| (key.clone(), granted.max(last))));
             }
+        }
+        if is_shared {
+            // Those of an earlier time no longer count.
+            let key = wanted.owned.key();
+            state.readers.retain(|of, readers| *of != key || readers.until().is_some());
+            state.readers.entry(key).or_default().enter(wanted, granted);
+            return reply(Vote::Granted { number: granted }, last.max(granted.unwrap_or(0)));
         }
         for key in keys {
             let expires = Instant::now() + wanted.ttl;
@@ -144,6 +183,9 @@ impl Server {
     fn renew(&self, owned: &Owned, ttl: Duration, how: Extending) -> Verdict {
         let how = how.of(owned);
         let mut state = self.state.lock().unwrap();
+        if owned.mode.is_shared() {
+            return state.share(owned, |readers| readers.renew(owned, ttl, how));
+        }
         if let Some(loss) = state.not_ours(owned) {
             return Verdict::NotOurs(loss);
         }
@@ -177,6 +219,9 @@ impl Server {
 
     fn release(&self, owned: &Owned, ending: Ending) -> Verdict {
         let mut state = self.state.lock().unwrap();
+        if owned.mode.is_shared() {
+            return state.share(owned, |readers| readers.end(owned, ending, None));
+        }
         let loss = state.not_ours(owned);
         for key in &owned.keys {
             if !state.live(key).is_some_and(|(held, _)| *held == owned.token) {
@@ -195,6 +240,10 @@ impl Server {
 
     /// Other grants that rely on the lock just go on.
     fn linger(&self, owned: &Owned, ending: Ending, rest: Duration) -> Verdict {
+        if owned.mode.is_shared() {
+            let mut state = self.state.lock().unwrap();
+            return state.share(owned, |readers| readers.end(owned, ending, Some(rest)));
+        }
         let are_ours: Vec<Key> = {
             let state = self.state.lock().unwrap();
             let is_ours = |key: &&Key| state.live(key).is_some_and(|(held, _)| *held == owned.token);
@@ -212,14 +261,57 @@ impl Server {
 
     fn remaining(&self, owned: &Owned) -> Option<Duration> {
         let state = self.state.lock().unwrap();
+        if owned.mode.is_shared() {
+            return state.readers_of(&owned.key())?.remaining(owned);
+        }
         if state.not_ours(owned).is_some() {
             return None;
         }
         owned.keys.iter().filter_map(|key| state.live(key)).map(|(_, until)| *until - Instant::now()).min()
     }
 
+    fn force_release(&self, key: &Key) -> bool {
+        let mut state = self.state.lock().unwrap();
+        let was_held = state.live(key).is_some() || state.readers_of(key).is_some();
+        state.locks.remove(key);
+        state.grants.remove(key);
+        state.readers.remove(key);
+        was_held
+    }
+
+    /// Turns a lock into a reader's share, unless other grants rely on it.
+    fn downgrade(&self, owned: &Owned) -> Downgraded {
+        let mut state = self.state.lock().unwrap();
+        let key = owned.key();
+        if state.readers_of(&key).is_some_and(|readers| readers.has(&owned.token)) {
+            return Downgraded::Done;
+        }
+        if let Some(loss) = state.not_ours(owned) {
+            return Downgraded::NotOurs(loss);
+        }
+        if !state.others(&key, owned.grant).is_empty() {
+            return Downgraded::NotNow;
+        }
+        let (Some((token, until)), number) = (state.locks.remove(&key), state.fences.get(&key).copied()) else {
+            return Downgraded::NotOurs(Loss::Missing);
+        };
+        state.grants.remove(&key);
+        let mut readers = Readers::default();
+        readers.add(&token, owned.grant, until, number);
+        state.readers.insert(key, readers);
+        Downgraded::Done
+    }
+
+    fn holders(&self, key: &Key) -> Vec<Holder> {
+        let readers = self.state.lock().unwrap().readers_of(key).map(Readers::holders).unwrap_or_default();
+        self.inspect(key).into_iter().filter(|_| readers.is_empty()).chain(readers.clone()).collect()
+    }
+
     fn inspect(&self, key: &Key) -> Option<Holder> {
         let state = self.state.lock().unwrap();
+        if let Some(readers) = state.readers_of(key) {
+            return readers.holders().into_iter().next();
+        }
         state.live(key).filter(|(token, _)| *token != Token::nobody()).map(|(token, until)| Holder {
             token: token.clone(),
             metadata: Vec::new(),
@@ -229,18 +321,36 @@ impl Server {
     }
 
     fn is_free(&self, key: &str) -> bool {
-        self.state.lock().unwrap().live(&key.into()).is_none()
+        let state = self.state.lock().unwrap();
+        state.live(&key.into()).is_none() && state.readers_of(&key.into()).is_none()
     }
 }
 
 impl State {
     fn started_at(started: Instant) -> Self {
-        let (locks, fences) = (HashMap::new(), HashMap::new());
-        Self { started, locks, fences, grants: HashMap::new(), saved: HashMap::new() }
+        let (locks, readers, writers) = (HashMap::new(), HashMap::new(), HashMap::new());
+        let (fences, grants, saved) = (HashMap::new(), HashMap::new(), HashMap::new());
+        Self { started, locks, readers, writers, fences, grants, saved }
     }
 
     fn live(&self, key: &Key) -> Option<&(Token, Instant)> {
         self.locks.get(key).filter(|(_, expires)| Instant::now() < *expires)
+    }
+
+    fn readers_of(&self, key: &Key) -> Option<&Readers> {
+        self.readers.get(key).filter(|readers| readers.until().is_some())
+    }
+
+    /// Renews or ends a reader's share.
+    fn share(&mut self, owned: &Owned, what: impl FnOnce(&mut Readers) -> Verdict) -> Verdict {
+        let key = owned.key();
+        if self.live(&key).is_some() {
+            return Verdict::NotOurs(Loss::Taken);
+        }
+        match self.readers.get_mut(&key) {
+            Some(readers) if readers.until().is_some() => what(readers),
+            _ => Verdict::NotOurs(Loss::Missing),
+        }
     }
 
     fn others(&self, key: &Key, grant: Option<GrantId>) -> Vec<Option<GrantId>> {
@@ -254,6 +364,7 @@ impl State {
             match self.live(key) {
                 Some((held, _)) if *held == owned.token => {}
                 Some(_) => return Some(Loss::Taken),
+                None if self.readers_of(key).is_some() => return Some(Loss::Taken),
                 None => loss = Some(Loss::Missing),
             }
         }
@@ -271,12 +382,18 @@ type Plan = Arc<dyn Fn(usize) -> Fault + Send + Sync>;
 /// One client's connection to one server.
 struct Link {
     place: usize,
+    client: u64,
     server: Arc<Server>,
     plan: Plan,
     lives: u32,
 }
 
 impl Link {
+    /// Returns the place as the servers know it: no other client has the same.
+    fn place_of(&self, place: LinePlace) -> LinePlace {
+        LinePlace { number: self.client << 32 | place.number, ..place }
+    }
+
     async fn call<T: Send + 'static>(
         &self,
         timeout: Duration,
@@ -289,7 +406,8 @@ impl Link {
 
 impl Node for Link {
     fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, VoteReply> {
-        let (wanted, ballot) = (wanted.clone(), ballot.clone());
+        let (wanted, mut ballot) = (wanted.clone(), ballot.clone());
+        ballot.place = ballot.place.map(|place| self.place_of(place));
         wanted.latest.extend(self.server.millis(Instant::now() + timeout * self.lives));
         Box::pin(self.call(timeout, move |server| server.vote(&wanted, &ballot)))
     }
@@ -308,6 +426,25 @@ impl Node for Link {
             None => Ok(server.renew(&owned, ttl, how)),
         });
         Box::pin(async move { renewed.await? })
+    }
+
+    fn metadata<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Box<[u8]>>> {
+        let owned = owned.clone();
+        Box::pin(self.call(timeout, move |server| server.remaining(&owned).map(|_| Box::default())))
+    }
+
+    fn announce<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, ()> {
+        let (key, place) = (key.clone(), self.place_of(place));
+        Box::pin(self.call(timeout, move |server| {
+            server.state.lock().unwrap().writers.entry(key.clone()).or_default().announce(place);
+        }))
+    }
+
+    fn withdraw<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, ()> {
+        let (key, place) = (key.clone(), self.place_of(place));
+        Box::pin(self.call(timeout, move |server| {
+            server.state.lock().unwrap().writers.entry(key.clone()).or_default().withdraw(place);
+        }))
     }
 }
 
@@ -362,6 +499,16 @@ impl Store for Link {
         unreachable!("a quorum doesn't")
     }
 
+    fn downgrade<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Downgraded> {
+        let owned = owned.clone();
+        Box::pin(self.call(timeout, move |server| server.downgrade(&owned)))
+    }
+
+    fn holders<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Vec<Holder>> {
+        let key = key.clone();
+        Box::pin(self.call(timeout, move |server| server.holders(&key)))
+    }
+
     /// Returns a subscription that never gets a notification.
     fn subscribe(&self, _: &Key) -> Subscription {
         Subscription::join([])
@@ -370,6 +517,15 @@ impl Store for Link {
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>> {
         let owned = owned.clone();
         Box::pin(self.call(timeout, move |server| server.remaining(&owned)))
+    }
+
+    fn find_keys<'a>(&'a self, _: &'a [u8], _: Duration) -> Answer<'a, std::collections::BTreeSet<Key>> {
+        unreachable!("no test lists locks")
+    }
+
+    fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {
+        let key = key.clone();
+        Box::pin(self.call(timeout, move |server| server.force_release(&key)))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {
@@ -391,21 +547,24 @@ struct World {
     window: Duration,
     /// For how many of its timeouts a call may run: clocks are not known exactly.
     lives: u32,
+    clients: AtomicU64,
 }
 
 impl World {
     fn new(skews: &[i64], window: Duration) -> Self {
         let origin = Instant::now();
         let servers = skews.iter().map(|&skew| Arc::new(Server::new(origin, skew))).collect();
-        Self { origin, servers, window, lives: 1 }
+        Self { origin, servers, window, lives: 1, clients: AtomicU64::new(0) }
     }
 
     /// Returns a client whose clock is wrong by `skew`. `plan` returns the fault of each call to the server at that
     /// index.
     fn client(&self, skew: i64, plan: impl Fn(usize) -> Fault + Send + Sync + 'static) -> Locker {
         let plan: Plan = Arc::new(plan);
+        let client = self.clients.fetch_add(1, Ordering::Relaxed);
         let nodes = self.servers.iter().enumerate().map(|(place, server)| {
-            let line = Link { place, server: server.clone(), plan: plan.clone(), lives: self.lives };
+            let (server, plan) = (server.clone(), plan.clone());
+            let line = Link { place, client, server, plan, lives: self.lives };
             (format!("node-{place}"), Arc::new(line) as Arc<dyn Node>)
         });
         let (origin, releases) = (self.origin, TaskTracker::new());
@@ -803,7 +962,13 @@ async fn a_node_that_another_holds_is_not_healed() {
     let world = World::new(&[0; 3], Duration::ZERO);
     let guard = world.client(0, |_| Fault::None).lock("k").no_renewal().await.unwrap();
     world.servers[2].forget();
-    let other = Owned { keys: ["k".into()].into(), token: "other".parse().unwrap(), own_token: false, grant: None };
+    let other = Owned {
+        keys: ["k".into()].into(),
+        token: "other".parse().unwrap(),
+        own_token: false,
+        grant: None,
+        mode: Mode::Exclusive,
+    };
     let wanted = Wanted {
         owned: other.clone(),
         metadata: Box::default(),
@@ -812,8 +977,10 @@ async fn a_node_that_another_holds_is_not_healed() {
         queueing: Queueing::None,
         takes_over: false,
         latest: Arc::default(),
+        limit: 0,
     };
-    let ballot = Ballot { number: None, exactly: false, window: Duration::ZERO, ahead: ms(60_000) };
+    let (window, ahead) = (Duration::ZERO, ms(60_000));
+    let ballot = Ballot { number: None, exactly: false, window, ahead, place: None, heals: false };
     world.servers[2].vote(&wanted, &ballot);
     for _ in 0..3 {
         guard.renew().await.unwrap();

@@ -80,27 +80,52 @@ impl<'a> Tally<'a> {
 /// wants to know.
 const PATIENCE: Duration = Duration::from_millis(50);
 
+/// How long to wait for replies that could tell more, once a majority has replied.
+pub(super) struct Patience {
+    needed: usize,
+    started: Instant,
+    replies: usize,
+    until: Option<Instant>,
+}
+
+impl Patience {
+    pub(super) fn new(needed: usize) -> Self {
+        Self { needed, started: Instant::now(), replies: 0, until: None }
+    }
+
+    pub(super) fn has_reply(&mut self) {
+        self.replies += 1;
+        if self.replies == self.needed {
+            self.until = Some(Instant::now() + grace(self.started.elapsed()).max(PATIENCE));
+        }
+    }
+
+    /// Returns the next reply, but waits for it only shortly once a majority has replied.
+    pub(super) async fn in_time<T>(&self, next: impl Future<Output = Option<T>>) -> Option<T> {
+        match self.until {
+            None => next.await,
+            Some(until) => timeout_at(until, next).await.unwrap_or(None),
+        }
+    }
+}
+
 /// How long nodes keep a lock, by their replies: it is held on a majority until too many of them have lost it.
 pub(super) struct Kept {
     needed: usize,
-    started: Instant,
     /// In descending order.
     remaining: Vec<Duration>,
-    /// Until when to wait for more replies.
-    until: Option<Instant>,
+    patience: Patience,
 }
 
 impl Kept {
     pub(super) fn new(needed: usize) -> Self {
-        Self { needed, started: Instant::now(), remaining: Vec::new(), until: None }
+        Self { needed, remaining: Vec::new(), patience: Patience::new(needed) }
     }
 
     pub(super) fn push(&mut self, remaining: Duration) {
         let place = self.remaining.partition_point(|other| *other >= remaining);
         self.remaining.insert(place, remaining);
-        if self.until.is_none() && self.remaining.len() >= self.needed {
-            self.until = Some(Instant::now() + grace(self.started.elapsed()).max(PATIENCE));
-        }
+        self.patience.has_reply();
     }
 
     pub(super) fn by_majority(&self) -> Option<Duration> {
@@ -117,12 +142,9 @@ impl Kept {
         at_most - known <= known / 16
     }
 
-    /// Returns the next reply, but waits for it only shortly once a majority has replied.
+    /// Returns the next reply, as [`Patience::in_time`] does.
     pub(super) async fn in_time<T>(&self, next: impl Future<Output = Option<T>>) -> Option<T> {
-        match self.until {
-            None => next.await,
-            Some(until) => timeout_at(until, next).await.unwrap_or(None),
-        }
+        self.patience.in_time(next).await
     }
 }
 
@@ -157,7 +179,7 @@ pub(super) fn decide(votes: &[Option<Result<VoteReply, Error>>], needed: usize, 
                 willing += 1;
             }
             Some(Ok(Vote::Behind | Vote::Ahead)) => willing += 1,
-            Some(Ok(Vote::Held { place, remaining })) => held.push((remaining.unwrap_or(Duration::MAX), place)),
+            Some(Ok(Vote::Held { place, remaining, .. })) => held.push((remaining.unwrap_or(Duration::MAX), place)),
             Some(Ok(Vote::Silent { .. }) | Err(_)) => failed += 1,
         }
     }
@@ -193,7 +215,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::store::node::Seen;
+    use crate::store::node::{HeldBy, Seen};
 
     fn vote(vote: Vote) -> Option<Result<VoteReply, Error>> {
         Some(Ok(VoteReply { vote, seen: Seen { now: 0, last: 0 } }))
@@ -204,7 +226,7 @@ mod tests {
     }
 
     fn held(ms: u64) -> Option<Result<VoteReply, Error>> {
-        vote(Vote::Held { place: 0, remaining: Some(Duration::from_millis(ms)) })
+        vote(Vote::Held { place: 0, remaining: Some(Duration::from_millis(ms)), by: HeldBy::Another })
     }
 
     fn failed() -> Option<Result<VoteReply, Error>> {
@@ -237,7 +259,7 @@ mod tests {
         assert_eq!(told(&[held(5), held(9), None], 2), (Some(9), false));
         assert_eq!(told(&[held(5), held(9), granted(1)], 2), (Some(5), false));
         assert_eq!(told(&[held(5), granted(1), failed()], 2), (Some(5), true));
-        let for_ever = || vote(Vote::Held { place: 0, remaining: None });
+        let for_ever = || vote(Vote::Held { place: 0, remaining: None, by: HeldBy::Another });
         assert_eq!(told(&[for_ever(), held(9), for_ever()], 2), (None, false));
     }
 

@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::Instant;
-use tracing::debug;
 
-use super::args::{count_of, decimal, fence_ttl, flag, id_of, id_or_empty, millis, record_ttl, value_of};
+use super::args::{count_of, decimal, flag, id_of, id_or_empty, millis, record_ttl, value_of};
 use super::operation::{Operation, What};
 use super::replicas::within;
 use super::script::Call;
 use super::{RedisStore, line, names, replies};
 use crate::hold::Owned;
+use crate::report::debug;
 use crate::store::{Acquired, Ending, HandedOver, InLine, LinePlace, Next, Store, Wanted};
 use crate::{Error, Loss};
 
@@ -33,7 +33,10 @@ impl RedisStore {
     }
 
     async fn try_acquire(&self, wanted: &Wanted, in_line: InLine, timeout: Duration) -> Result<Acquired, Error> {
-        let Owned { keys, token, grant, .. } = &wanted.owned;
+        let Owned { keys, token, grant, mode, .. } = &wanted.owned;
+        if mode.is_shared() {
+            return Box::pin(self.acquire_shared(wanted, in_line, timeout)).await;
+        }
         let place = match in_line {
             InLine::At { place, .. } => Some(place),
             InLine::No | InLine::Behind => None,
@@ -55,7 +58,7 @@ impl RedisStore {
                 }
             }
         }
-        let (ttl, fence_ttl) = (millis(wanted.ttl), fence_ttl(wanted.ttl));
+        let (ttl, fence_ttl) = (millis(wanted.ttl), self.fence_ttl(wanted.ttl));
         if let ([key], None) = (&**keys, grant) {
             let name = self.name(key);
             let fence = wanted.fenced.then(|| (names::fence_of(&name), fence_ttl));
@@ -87,7 +90,7 @@ impl RedisStore {
             value_of(wanted),
             decimal(millis(wanted.ttl)),
             count_of(&wanted.owned),
-            decimal(fence_ttl(wanted.ttl)),
+            decimal(self.fence_ttl(wanted.ttl)),
             id_or_empty(*grant),
             decimal(record_ttl(wanted.ttl)),
             place.map_or_else(|| "".into(), |place| self.place(place)),
@@ -127,7 +130,7 @@ impl RedisStore {
             from.token.to_bytes(),
             value_of(to),
             decimal(millis(to.ttl)),
-            decimal(fence_ttl(to.ttl)),
+            decimal(self.fence_ttl(to.ttl)),
             self.place(next.place),
             line::alive(),
             flag(next.may_keep || !has_line),

@@ -10,10 +10,6 @@ use crate::store::{Extending, Wanted};
 /// What scripts call a grant that has no id.
 pub(super) const NO_ID: &str = "-";
 
-/// The shortest ttl of a fence key. Should the server forget the last fencing token after that, its clock takes over:
-/// the memory only matters where that clock is set back, by less than this.
-pub(super) const FENCE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
-
 /// The shortest ttl of a record of grants. The record is deleted with the lock; the ttl is for locks whose holder died.
 const RECORD_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -24,11 +20,6 @@ pub(super) fn value_of(wanted: &Wanted) -> Bytes {
         [] => token.to_bytes(),
         metadata => [token.as_str().as_bytes(), b"\n", metadata].concat().into(),
     }
-}
-
-/// Returns the ttl of the fence key of a lock with this ttl.
-pub(super) fn fence_ttl(ttl: Duration) -> i64 {
-    millis(FENCE_TTL.max(ttl.saturating_mul(2)))
 }
 
 /// Returns the ttl of the record of grants of a lock with this ttl.

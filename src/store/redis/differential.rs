@@ -91,7 +91,7 @@ async fn interfere(rng: &mut fastrand::Rng, sides: &[Side; 2], forbidden: &[&str
     let lock = *rng.choice(&LOCKS).unwrap();
     let fence = String::from_utf8(names::fence_of(&Bytes::from(lock)).to_vec()).unwrap();
     let token = *rng.choice(&TOKENS).unwrap();
-    let held = [token.to_owned(), format!("{token}\nmeta"), format!("{token}\n"), String::new()];
+    let held = [token.to_owned(), format!("{token}\nmeta"), format!("{token}\n"), String::new(), "\n\nr".to_owned()];
     let held = rng.choice(&held).unwrap().as_str();
     let poison = [
         "9007199254740992",

@@ -89,6 +89,9 @@ pub(super) trait Connection: fmt::Debug + Send + Sync + 'static {
     /// Sends a command and returns the server's reply. Not for a cluster.
     fn send(&self, command: &'static str, args: Vec<Bytes>, until: Instant) -> Calling<'_, Value>;
 
+    /// Returns the address of the server, as errors show it.
+    fn address(&self) -> String;
+
     /// Returns the nodes, if this is a cluster.
     fn nodes(&self) -> Option<Arc<dyn Nodes>>;
 
@@ -140,6 +143,15 @@ pub(super) trait Connection: fmt::Debug + Send + Sync + 'static {
 
 /// `WAIT` would have to follow its write to the same node, through every migration of its slot.
 const NOT_IN_A_CLUSTER: &str = "a cluster can't be asked how many replicas have acknowledged one write";
+
+/// What becomes of a call while there is no connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WithoutConnection {
+    /// It waits for one, until its time is over.
+    CallsWait,
+    /// It fails at once, so that none pile up.
+    CallsFail,
+}
 
 /// The state of the connection when a call was about to be sent.
 #[derive(Clone, Copy)]
@@ -258,18 +270,22 @@ pub(super) async fn open(driver: Driver, target: &Target, timeout: Duration) -> 
     }
 }
 
-/// Connects in the background, now or when the server comes up. Until then, and whenever the server is away, calls fail
-/// at once, so none pile up.
+/// Connects in the background, now or when the server comes up.
 ///
 /// # Errors
 ///
 /// Fails for a client that is not compiled in, never because of the server or the network.
-pub(super) fn open_lazily(driver: Driver, target: &Target, timeout: Duration) -> Result<Arc<dyn Connection>, Error> {
+pub(super) fn open_lazily(
+    driver: Driver,
+    target: &Target,
+    timeout: Duration,
+    without: WithoutConnection,
+) -> Result<Arc<dyn Connection>, Error> {
     match driver {
         #[cfg(feature = "fred")]
-        Driver::Fred => fred::open_lazily(target, timeout),
+        Driver::Fred => fred::open_lazily(target, timeout, without),
         #[cfg(feature = "redis")]
-        Driver::Redis => redis::open_lazily(target, timeout),
+        Driver::Redis => redis::open_lazily(target, timeout, without),
         #[cfg(not(all(feature = "fred", feature = "redis")))]
         missing => Err(missing.is_missing()),
     }

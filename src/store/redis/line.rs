@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::args::{decimal, fence_ttl, id_or_empty, millis, record_ttl, value_of};
+use super::args::{decimal, id_or_empty, millis, record_ttl, value_of};
 use super::script::Call;
 use super::{RedisStore, names, replies};
 use crate::store::{Acquired, LinePlace, Wanted};
@@ -28,7 +28,7 @@ impl RedisStore {
         timeout: Duration,
     ) -> Result<Acquired, Error> {
         let name = self.name(key);
-        let (ttl, fence_ttl) = (millis(wanted.ttl), fence_ttl(wanted.ttl));
+        let (ttl, fence_ttl) = (millis(wanted.ttl), self.fence_ttl(wanted.ttl));
         let fence = wanted.fenced.then(|| names::fence_of(&name));
         let keys = lock_and_line(&name).into_iter().chain([names::grants_of(&name)]).chain(fence);
         let keys: Vec<Bytes> = keys.collect();

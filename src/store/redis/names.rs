@@ -16,6 +16,7 @@
 //!
 //! The second line leaves the names of the first to the keys without braces: `{job}` would have `{job}:fence`, too.
 
+use std::borrow::Cow;
 use std::sync::LazyLock;
 
 use bytes::Bytes;
@@ -41,6 +42,41 @@ pub(super) fn line_of(key: &Bytes) -> Bytes {
 /// line's.
 pub(super) fn alive_of(key: &Bytes) -> Bytes {
     beside(key, ":alive")
+}
+
+/// Returns the name of the set of those who share a lock key.
+pub(super) fn holders_of(key: &Bytes) -> Bytes {
+    beside(key, ":holders")
+}
+
+/// Returns the name of the records of their shares.
+pub(super) fn shares_of(key: &Bytes) -> Bytes {
+    beside(key, ":shares")
+}
+
+/// Returns the name of the set of writers that wait for the readers of a lock key, on a node of a quorum.
+pub(super) fn intent_of(key: &Bytes) -> Bytes {
+    beside(key, ":intent")
+}
+
+/// Returns whether this is the name of a key that belongs to a lock key.
+pub(super) fn is_beside(name: &[u8]) -> bool {
+    let (name, has_mark) = name.strip_suffix(b"~").map_or((name, false), |name| (name, true));
+    let suffixes = [":fence", ":grants", ":queue", ":alive", ":holders", ":shares", ":intent"];
+    let Some((key, suffix)) = suffixes.iter().find_map(|suffix| Some((name.strip_suffix(suffix.as_bytes())?, *suffix)))
+    else {
+        return false;
+    };
+    let is_of = |key: &[u8]| !key.is_empty() && beside(&Bytes::copy_from_slice(key), suffix) == *whole(name, has_mark);
+    // One for each line of the table above.
+    let in_braces = key.strip_prefix(b"{").and_then(|key| key.strip_suffix(b"}"));
+    let before_braces = key.strip_suffix(b"{}");
+    let behind_stand_in = key.get(6..);
+    [in_braces, before_braces, Some(key), behind_stand_in].into_iter().flatten().any(is_of)
+}
+
+fn whole(name: &[u8], has_mark: bool) -> Cow<'_, [u8]> {
+    if has_mark { [name, b"~"].concat().into() } else { name.into() }
 }
 
 fn beside(key: &Bytes, suffix: &str) -> Bytes {
@@ -147,7 +183,7 @@ mod tests {
 
     use super::*;
 
-    const KINDS: [fn(&Bytes) -> Bytes; 4] = [fence_of, grants_of, line_of, alive_of];
+    const KINDS: [fn(&Bytes) -> Bytes; 7] = [fence_of, grants_of, line_of, alive_of, holders_of, shares_of, intent_of];
 
     #[test]
     fn derived_names_are_as_documented() {
@@ -168,8 +204,10 @@ mod tests {
 
     /// Of whatever is special in a name, and little else, so that names are close to each other.
     fn hostile_key(rng: &mut fastrand::Rng) -> Bytes {
-        let parts =
-            ["{", "}", "{}", ":", "~", "a", "b", "h", ":fence", ":queue", ":alive", ":grants", "hhhh", "\u{ff}"];
+        let parts = [
+            "{", "}", "{}", ":", "~", "a", "b", "h", ":fence", ":queue", ":alive", ":grants", ":holders", ":shares",
+            ":intent", "hhhh", "\u{ff}",
+        ];
         let key: String = (0..rng.usize(1..6)).filter_map(|_| rng.choice(parts)).collect();
         key.into()
     }
@@ -191,6 +229,21 @@ mod tests {
                 let owner = owners.entry(name_of(&key)).or_insert_with(|| (key.clone(), kind));
                 assert_eq!(*owner, (key.clone(), kind), "both have {:?}, seed {seed}", name_of(&key));
             }
+        }
+    }
+
+    #[test]
+    fn what_belongs_to_a_lock_key_is_told_from_lock_keys() {
+        let seed = fastrand::u64(..);
+        let mut rng = fastrand::Rng::with_seed(seed);
+        for _ in 0..20_000 {
+            let key = hostile_key(&mut rng);
+            for name_of in KINDS.iter().filter(|_| !key.is_empty()) {
+                assert!(is_beside(&name_of(&key)), "{:?} of {key:?}, seed {seed}", name_of(&key));
+            }
+        }
+        for key in ["job", "job:fence", "a:grants~", ":queue", "{}:fence", "{job}:other", "{job}", "jnhla}b:fence~"] {
+            assert!(!is_beside(key.as_bytes()), "{key}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! Renewing, releasing and undoing locks that an owner has, or may have.
+//! Renewing, releasing and undoing locks that an owner has, or may have; and ending those of any owner.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use super::dispatch::SHARED_LANE;
 use super::operation::{self, Operation, What};
 use super::replicas::within;
 use super::script::Call;
-use super::{RedisStore, names, replies};
+use super::{RedisStore, names, replies, router};
 use crate::hold::Owned;
 use crate::store::{Ending, Extending, Latest, Store, Undone, Verdict};
 use crate::{Error, Key, Token};
@@ -72,6 +72,10 @@ impl RedisStore {
         locks: &[(&Owned, Duration)],
         timeout: Duration,
     ) -> Vec<Result<Verdict, Error>> {
+        if locks.iter().any(|(owned, _)| owned.mode.is_shared()) {
+            let each = locks.iter().map(|(owned, ttl)| Store::renew(self, owned, *ttl, Extending::AtLeast, timeout));
+            return router::all(each).await;
+        }
         let renewal = |&(owned, ttl): &(&Owned, Duration)| {
             Operation::new(self.name(&owned.key()), &owned.token, What::Renew { ttl: millis(ttl) })
         };
@@ -160,6 +164,17 @@ impl RedisStore {
     pub(super) async fn undo(&self, owned: &Owned, latest: &Latest, timeout: Duration) -> Result<Undone, Error> {
         let (_, now) = self.release_whole(owned, Ending::Grant, timeout).await?;
         Ok(latest.remaining(now).map_or(Undone::Complete, Undone::MayRun))
+    }
+
+    /// Ends the lock of a key, whoever holds it.
+    pub(super) async fn force_release(&self, key: &Key, timeout: Duration) -> Result<bool, Error> {
+        let name = self.name(key);
+        let beside = [names::grants_of(&name), names::holders_of(&name), names::shares_of(&name)];
+        let keys: Vec<Bytes> = [name.clone(), names::line_of(&name)].into_iter().chain(beside).collect();
+        let call = Call::new(keys.into_iter(), self.notify(&name));
+        let script = &self.server().scripts.force_release;
+        let reply = self.server().run(script, || call.clone(), |_| {}, timeout).await?;
+        replies::has_ended(&reply.value()?)
     }
 
     /// Returns the lock keys, then their records of grants.

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
+
 use super::driver::Value;
 use super::refusal::normalize;
 use super::script::Returned;
-use crate::store::node::{Seen, Vote, VoteReply};
-use crate::store::{Acquired, HandedOver, Holder, Verdict};
+use crate::store::node::{HeldBy, Seen, Vote, VoteReply};
+use crate::store::{Acquired, Downgraded, HandedOver, Holder, Verdict};
 use crate::{Error, Loss, RedisError, RedisErrorKind, Token};
 
 /// What the server has decided about an operation on one key.
@@ -150,9 +152,25 @@ pub(super) fn handed_over(returned: &Returned) -> Result<HandedOver, Error> {
     })
 }
 
+/// Parses what `downgrade.lua` has returned.
+pub(super) fn downgraded(reply: &Value) -> Result<Downgraded, Error> {
+    Ok(match integer(reply)? {
+        1 => Downgraded::Done,
+        0 => Downgraded::NotOurs(Loss::Missing),
+        -1 => Downgraded::NotOurs(Loss::Taken),
+        -3 => Downgraded::NotNow,
+        _ => return Err(unexpected()),
+    })
+}
+
 /// Parses what `heartbeat.lua` has returned: whether the place is in the line.
 pub(super) fn is_in_line(reply: &Value) -> bool {
     *reply == Value::Integer(1)
+}
+
+/// Parses what `force_release.lua` has returned: whether there was a lock.
+pub(super) fn has_ended(reply: &Value) -> Result<bool, Error> {
+    Ok(integer(reply)? == 1)
 }
 
 /// Parses what `remaining.lua` has returned.
@@ -165,23 +183,73 @@ pub(super) fn remaining(reply: &Value) -> Result<Option<Duration>, Error> {
     })
 }
 
+/// What `inspect.lua` has found.
+pub(super) enum Inspected {
+    Holder(Option<Holder>),
+    /// Several may share the key.
+    Shared,
+}
+
 /// Parses what `inspect.lua` has returned.
-pub(super) fn holder(reply: Value) -> Result<Option<Holder>, Error> {
+pub(super) fn inspected(reply: Value) -> Result<Inspected, Error> {
+    match reply {
+        Value::Nil => Ok(Inspected::Holder(None)),
+        Value::Bytes(text) if text == SHARED => Ok(Inspected::Shared),
+        Value::Array(parts) => holder(parts).map(|holder| Inspected::Holder(Some(holder))),
+        _ => Err(unexpected()),
+    }
+}
+
+/// A part of those who hold a key.
+#[derive(Default)]
+pub(super) struct Holders {
+    pub(super) holders: Vec<Holder>,
+    /// Where to go on, if there may be more.
+    pub(super) next: Option<Bytes>,
+}
+
+/// Parses what `holders.lua` has returned.
+pub(super) fn holders(reply: Value) -> Result<Holders, Error> {
     let parts = match reply {
-        Value::Nil => return Ok(None),
+        Value::Nil => return Ok(Holders::default()),
         Value::Array(parts) => parts,
         _ => return Err(unexpected()),
     };
+    match <[Value; 2]>::try_from(parts) {
+        Ok([Value::Bytes(next), Value::Array(shares)]) => {
+            let holders = shares.into_iter().map(share).collect::<Result<_, _>>()?;
+            Ok(Holders { holders, next: (next != "0").then_some(next) })
+        }
+        Ok(_) => Err(unexpected()),
+        Err(parts) => Ok(Holders { holders: vec![holder(parts)?], next: None }),
+    }
+}
+
+/// Parses one of those who share a key.
+fn share(parts: Value) -> Result<Holder, Error> {
+    let Value::Array(parts) = parts else { return Err(unexpected()) };
+    let Ok([Value::Bytes(token), ttl, fence, Value::Bytes(metadata)]) = <[Value; 4]>::try_from(parts) else {
+        return Err(unexpected());
+    };
+    Ok(Holder {
+        token: Token::from_server(&token),
+        metadata: metadata.to_vec(),
+        remaining: from_millis(integer(&ttl)?),
+        fencing_token: fencing_token(integer(&fence)?),
+    })
+}
+
+fn holder(parts: Vec<Value>) -> Result<Holder, Error> {
     let Ok([Value::Bytes(held), ttl, fence]) = <[Value; 3]>::try_from(parts) else { return Err(unexpected()) };
     let mut parts = held.splitn(2, |&b| b == b'\n');
     let (token, metadata) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
-    Ok(Some(Holder {
+    Ok(Holder {
         // What other libraries store there may be no text at all.
         token: Token::from_server(token),
         metadata: metadata.to_vec(),
         remaining: from_millis(integer(&ttl)?),
         fencing_token: fence.to_text().and_then(|fence| fence.parse().ok()),
-    }))
+    })
 }
 
 /// Parses what `vote.lua` has returned.
@@ -192,8 +260,9 @@ pub(super) fn vote(reply: &Value) -> Result<VoteReply, Error> {
     let vote = match (kind, rest) {
         (1, &[0]) => Vote::Granted { number: None },
         (1, &[granted]) => Vote::Granted { number: Some(number(granted)?) },
-        (0, &[ttl, place]) => {
-            Vote::Held { place: usize::try_from(place - 1).unwrap_or_default(), remaining: from_millis(ttl) }
+        (0, &[ttl, place, by]) => {
+            let by = if by == 1 { HeldBy::Readers } else { HeldBy::Another };
+            Vote::Held { place: usize::try_from(place - 1).unwrap_or_default(), remaining: from_millis(ttl), by }
         }
         (2, []) => Vote::Behind,
         (3, []) => Vote::Ahead,
@@ -203,12 +272,24 @@ pub(super) fn vote(reply: &Value) -> Result<VoteReply, Error> {
     Ok(VoteReply { vote, seen: Seen { now: number(*now)?, last: number(*last)? } })
 }
 
+/// Parses what `metadata.lua` has returned.
+pub(super) fn metadata(reply: Value) -> Result<Option<Box<[u8]>>, Error> {
+    match reply {
+        Value::Nil => Ok(None),
+        Value::Bytes(metadata) => Ok(Some(metadata.to_vec().into())),
+        _ => Err(unexpected()),
+    }
+}
+
 pub(super) fn unexpected() -> Error {
     RedisError::new(RedisErrorKind::Protocol, "the script answered what it never answers").into()
 }
 
 /// What a script returns of an operation that another script has to decide.
 const LEFT_TO_ANOTHER: &str = "ALONE";
+
+/// What `inspect.lua` returns of a key that several may share.
+const SHARED: &str = "SHARED";
 
 /// One number for an acquire of one key: the fencing token, or 0; held by another, -1 without a ttl, and -2 - ttl with
 /// one.

@@ -39,12 +39,24 @@ pub(super) struct Scripts {
     pub(super) release: Script,
     pub(super) release_one: Script,
     pub(super) end_grant: Script,
+    pub(super) force_release: Script,
     pub(super) linger: Script,
     pub(super) hand_over: Script,
+    pub(super) probe: Script,
     pub(super) remaining: Script,
     pub(super) inspect: Script,
     pub(super) many: Script,
     pub(super) vote: Script,
+    pub(super) vote_shared: Script,
+    pub(super) metadata: Script,
+    pub(super) announce: Script,
+    pub(super) withdraw: Script,
+    pub(super) acquire_shared: Script,
+    pub(super) renew_shared: Script,
+    pub(super) end_share: Script,
+    pub(super) downgrade: Script,
+    pub(super) remaining_shared: Script,
+    pub(super) holders: Script,
     /// Counts the stamps, from a random number on.
     mark: AtomicU32,
 }
@@ -58,7 +70,10 @@ const GRANTS: &str = include_str!("scripts/grants.lua");
 const EXTEND: &str = include_str!("scripts/extend.lua");
 const LINE: &str = include_str!("scripts/line.lua");
 const NOBODY: &str = include_str!("scripts/nobody.lua");
+const MARKER: &str = include_str!("scripts/marker.lua");
+const SHARES: &str = include_str!("scripts/shares.lua");
 const UPTIME: &str = include_str!("scripts/uptime.lua");
+const ANNOUNCED: &str = include_str!("scripts/announced.lua");
 
 impl Scripts {
     pub(super) fn new() -> Self {
@@ -67,8 +82,8 @@ impl Scripts {
             acquire_one: Script::for_one_key(&[include_str!("scripts/acquire_one.lua")]),
             acquire_in_line: Script::new(&[OWNER, FENCE, GRANTS, LINE, include_str!("scripts/acquire_in_line.lua")]),
             enter: Script::after(include_str!("scripts/enter_one.lua"), &[LINE, include_str!("scripts/enter.lua")]),
-            heartbeat: Script::new(&[LINE, include_str!("scripts/heartbeat.lua")]),
-            leave: Script::new(&[LINE, include_str!("scripts/leave.lua")]),
+            heartbeat: Script::new(&[MARKER, LINE, include_str!("scripts/heartbeat.lua")]),
+            leave: Script::new(&[MARKER, LINE, include_str!("scripts/leave.lua")]),
             renew: Script::new(&[OWNER, EXTEND, include_str!("scripts/renew.lua")]),
             renew_one: Script::for_one_key(&[OURS_ONE, include_str!("scripts/renew_one.lua")]),
             renew_grant: Script::new(&[OWNER, HELD, GRANTS, EXTEND, UPTIME, include_str!("scripts/renew_grant.lua")]),
@@ -80,15 +95,30 @@ impl Scripts {
                 include_str!("scripts/pass_on_one.lua"),
             ]),
             end_grant: Script::new(&[OWNER, HELD, GRANTS, NOBODY, LINE, include_str!("scripts/end_grant.lua")]),
+            force_release: Script::new(&[LINE, include_str!("scripts/force_release.lua")]),
             linger: Script::new(&[OWNER, HELD, GRANTS, NOBODY, include_str!("scripts/linger.lua")]),
             hand_over: Script::after(
                 include_str!("scripts/hand_over_one.lua"),
                 &[OWNER, HELD, FENCE, GRANTS, LINE, include_str!("scripts/hand_over.lua")],
             ),
+            probe: Script::new(&[include_str!("scripts/probe.lua")]),
             remaining: Script::new(&[OWNER, HELD, include_str!("scripts/remaining.lua")]),
-            inspect: Script::new(&[include_str!("scripts/inspect.lua")]),
+            inspect: Script::new(&[MARKER, include_str!("scripts/inspect.lua")]),
             many: Script { is_batch: true, ..Script::whole([STAMP, OWNER, include_str!("scripts/many.lua")].concat()) },
-            vote: Script::new(&[OWNER, FENCE, GRANTS, UPTIME, include_str!("scripts/vote.lua")]),
+            vote: Script::new(&[OWNER, FENCE, GRANTS, UPTIME, MARKER, include_str!("scripts/vote.lua")]),
+            vote_shared: Script::new(&[FENCE, SHARES, ANNOUNCED, UPTIME, include_str!("scripts/vote_shared.lua")]),
+            metadata: Script::new(&[SHARES, include_str!("scripts/metadata.lua")]),
+            announce: Script::new(&[include_str!("scripts/announce.lua")]),
+            withdraw: Script::new(&[include_str!("scripts/withdraw.lua")]),
+            acquire_shared: Script::new(&[FENCE, SHARES, LINE, include_str!("scripts/acquire_shared.lua")]),
+            renew_shared: Script::after(
+                include_str!("scripts/renew_shared_one.lua"),
+                &[HELD, SHARES, UPTIME, include_str!("scripts/renew_shared.lua")],
+            ),
+            end_share: Script::new(&[HELD, MARKER, SHARES, LINE, include_str!("scripts/end_share.lua")]),
+            downgrade: Script::new(&[OWNER, HELD, GRANTS, SHARES, LINE, include_str!("scripts/downgrade.lua")]),
+            remaining_shared: Script::new(&[HELD, SHARES, include_str!("scripts/remaining_shared.lua")]),
+            holders: Script::new(&[MARKER, SHARES, include_str!("scripts/holders.lua")]),
             // Other lockers may use the same connection, and must not use the same marks.
             mark: AtomicU32::new(fastrand::u32(..)),
         }

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::time::Instant;
-use tracing::{debug, warn};
 
 use super::batcher::{BatchRefused, BatchResults, Executor};
 use super::clock::ServerClock;
@@ -16,6 +15,7 @@ use super::replicas::Writing;
 use super::replies::{self, Decision, Kind};
 use super::router::{self, Router};
 use super::script::{Call, Reply, Script, Scripts, is_mixed_up};
+use crate::report::{debug, warn};
 use crate::{Error, metrics};
 
 /// A server, and the scripts that it is asked to run.

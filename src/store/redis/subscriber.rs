@@ -35,10 +35,10 @@ use tokio::select;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::task::AbortOnDropHandle;
-use tracing::{debug, warn};
 
 use super::driver::{Listener, PubSub, SUBSCRIBING as TIMEOUT};
 use super::names;
+use crate::report::{debug, warn};
 use crate::store::notifications::{CHECK_EVERY, ChannelState, Feed, Subscription, Subscriptions};
 
 /// How long the connection is kept without subscriptions, and how long after a refusal the subscriber tries again.

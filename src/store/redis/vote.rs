@@ -4,15 +4,17 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::args::{FENCE_TTL, count_of, decimal, id_or_empty, millis, record_ttl, seconds, value_of};
-use super::driver::{self, Driver};
+use super::args::{count_of, decimal, flag, id_of, id_or_empty, millis, record_ttl, seconds, value_of};
+use super::driver::{self, Driver, WithoutConnection};
 use super::script::Call;
+use super::shared::{lock_and_beside, marker_of};
 use super::url::Target;
 use super::{RedisStore, names, replies};
-use crate::Error;
 use crate::hold::Owned;
-use crate::store::node::{Ballot, Node, VoteReply};
-use crate::store::{Answer, Extending, Verdict, Wanted};
+use crate::mode::Mode;
+use crate::store::node::{ANNOUNCED, Ballot, Node, VoteReply};
+use crate::store::{Answer, Extending, LinePlace, Verdict, Wanted};
+use crate::{Error, Key};
 
 impl RedisStore {
     /// Connects in the background, now or when the server comes up.
@@ -22,7 +24,8 @@ impl RedisStore {
         prefix: String,
         command_timeout: Duration,
     ) -> Result<Self, Error> {
-        Ok(Self::on(driver::open_lazily(driver, target, command_timeout)?, prefix, 0))
+        let without = WithoutConnection::CallsFail;
+        Ok(Self::on(driver::open_lazily(driver, target, command_timeout, without)?, prefix, 0))
     }
 
     /// Waits until it is connected.
@@ -35,6 +38,16 @@ impl RedisStore {
     }
 
     async fn vote(&self, wanted: &Wanted, ballot: &Ballot, timeout: Duration) -> Result<VoteReply, Error> {
+        let (script, call) = match wanted.owned.mode.is_shared() {
+            true => (&self.server().scripts.vote_shared, self.vote_for_reader(wanted, ballot)),
+            false => (&self.server().scripts.vote, self.vote_for_writer(wanted, ballot)),
+        };
+        let sending = |until| wanted.latest.extend(until);
+        let reply = self.server().run(script, || call.clone(), sending, timeout).await?.value()?;
+        replies::vote(&reply)
+    }
+
+    fn vote_for_writer(&self, wanted: &Wanted, ballot: &Ballot) -> Call {
         let Owned { keys, token, grant, .. } = &wanted.owned;
         let mut names: Vec<Bytes> = keys.iter().map(|key| self.name(key)).collect();
         let locks = names.clone();
@@ -44,28 +57,77 @@ impl RedisStore {
         if grant.is_some() {
             names.extend(locks.iter().map(names::grants_of));
         }
-        let number = ballot.number.map_or(0, |number| i64::try_from(number).unwrap_or(i64::MAX));
-        let fence_ttl = FENCE_TTL.max(wanted.ttl.saturating_mul(2)).max(ballot.window.saturating_mul(2));
-        let call = Call::new(
+        Call::new(
             names.into_iter(),
             [
                 token.to_bytes(),
                 value_of(wanted),
                 decimal(millis(wanted.ttl)),
                 count_of(&wanted.owned),
-                decimal(millis(fence_ttl)),
+                self.fence_ttl_of(wanted, ballot),
                 seconds(ballot.window),
                 decimal(i64::try_from(ballot.ahead.as_micros()).unwrap_or(i64::MAX)),
-                decimal(number),
-                decimal(ballot.exactly.into()),
+                number_of(ballot),
+                flag(ballot.exactly),
                 id_or_empty(*grant),
                 decimal(record_ttl(wanted.ttl)),
             ],
-        );
-        let sending = |until| wanted.latest.extend(until);
-        let script = &self.server().scripts.vote;
-        let reply = self.server().run(script, || call.clone(), sending, timeout).await?.value()?;
-        replies::vote(&reply)
+        )
+    }
+
+    /// Returns the ttl of the fence keys, as an argument.
+    fn fence_ttl_of(&self, wanted: &Wanted, ballot: &Ballot) -> Bytes {
+        // A number may be that much ahead of the clock, which must have passed it when it is forgotten.
+        let ahead = ballot.ahead.max(ballot.window).saturating_mul(2);
+        decimal(millis(self.fence_ttl.max(wanted.ttl.saturating_mul(2)).max(ahead)))
+    }
+
+    fn vote_for_reader(&self, wanted: &Wanted, ballot: &Ballot) -> Call {
+        let name = self.name(&wanted.owned.key());
+        let fence = ballot.number.map(|_| names::fence_of(&name));
+        let keys: Vec<Bytes> =
+            lock_and_beside(&name).into_iter().chain([names::intent_of(&name)]).chain(fence).collect();
+        Call::new(
+            keys.into_iter(),
+            [
+                wanted.owned.token.to_bytes(),
+                wanted.metadata.to_vec().into(),
+                decimal(millis(wanted.ttl)),
+                self.fence_ttl_of(wanted, ballot),
+                seconds(ballot.window),
+                decimal(i64::try_from(ballot.ahead.as_micros()).unwrap_or(i64::MAX)),
+                number_of(ballot),
+                flag(ballot.exactly),
+                id_of(wanted.owned.grant),
+                marker_of(Mode::Read),
+                ballot.place.map_or_else(Bytes::new, |place| self.place(place)),
+                flag(ballot.heals),
+            ],
+        )
+    }
+
+    async fn metadata(&self, owned: &Owned, timeout: Duration) -> Result<Option<Box<[u8]>>, Error> {
+        let args = [owned.token.to_bytes(), id_of(owned.grant), marker_of(Mode::Read)];
+        let call = Call::new(lock_and_beside(&self.name(&owned.key())).into_iter(), args);
+        let script = &self.server().scripts.metadata;
+        let reply = self.server().run(script, || call.clone(), |_| {}, timeout).await?.value()?;
+        replies::metadata(reply)
+    }
+
+    async fn announce(&self, key: &Key, place: LinePlace, timeout: Duration) -> Result<(), Error> {
+        let intent = names::intent_of(&self.name(key));
+        let call = Call::new([intent].into_iter(), [self.place(place), decimal(millis(ANNOUNCED))]);
+        let script = &self.server().scripts.announce;
+        self.server().run(script, || call.clone(), |_| {}, timeout).await?.value().map(drop)
+    }
+
+    async fn withdraw(&self, key: &Key, place: LinePlace, timeout: Duration) -> Result<(), Error> {
+        let name = self.name(key);
+        let [publish, channel] = self.notify(&name);
+        let args = [self.place(place), marker_of(Mode::Read), publish, channel];
+        let call = Call::new([name.clone(), names::intent_of(&name)].into_iter(), args);
+        let script = &self.server().scripts.withdraw;
+        self.server().run(script, || call.clone(), |_| {}, timeout).await?.value().map(drop)
     }
 
     async fn renew_if_it_votes(
@@ -76,8 +138,11 @@ impl RedisStore {
         window: Duration,
         timeout: Duration,
     ) -> Result<Verdict, Error> {
-        let call = self.renewal_of_grant(owned, ttl, how.of(owned), window);
-        let script = &self.server().scripts.renew_grant;
+        let scripts = &self.server().scripts;
+        let (script, call) = match owned.mode.is_shared() {
+            true => (&scripts.renew_shared, self.renewal_of_share(owned, ttl, how, window)?),
+            false => (&scripts.renew_grant, self.renewal_of_grant(owned, ttl, how.of(owned), window)),
+        };
         let reply = self.server().run(script, || call.clone(), |_| {}, timeout).await?.value();
         replies::verdict_of_node(reply)
     }
@@ -98,4 +163,21 @@ impl Node for RedisStore {
     fn vote<'a>(&'a self, wanted: &'a Wanted, ballot: &'a Ballot, timeout: Duration) -> Answer<'a, VoteReply> {
         Box::pin(self.vote(wanted, ballot, timeout))
     }
+
+    fn metadata<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Box<[u8]>>> {
+        Box::pin(self.metadata(owned, timeout))
+    }
+
+    fn announce<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, ()> {
+        Box::pin(self.announce(key, place, timeout))
+    }
+
+    fn withdraw<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, ()> {
+        Box::pin(self.withdraw(key, place, timeout))
+    }
+}
+
+/// Returns the ballot's number, as an argument.
+fn number_of(ballot: &Ballot) -> Bytes {
+    decimal(ballot.number.map_or(0, |number| i64::try_from(number).unwrap_or(i64::MAX)))
 }

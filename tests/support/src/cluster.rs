@@ -11,6 +11,7 @@ use crate::{PATIENCE, Server};
 pub struct Cluster {
     /// Its nodes, in the order of their slots.
     pub nodes: Vec<Server>,
+    args: Vec<String>,
 }
 
 impl Cluster {
@@ -20,7 +21,17 @@ impl Cluster {
     ///
     /// When they don't agree within 60 seconds.
     pub fn start() -> Self {
-        let (nodes, buses): (Vec<Server>, Vec<String>) = (0..3).map(|_| start_node()).unzip();
+        Self::start_with(&[])
+    }
+
+    /// The same with further arguments, for replicas as well.
+    ///
+    /// # Panics
+    ///
+    /// When they don't agree within 60 seconds.
+    pub fn start_with(args: &[&str]) -> Self {
+        let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
+        let (nodes, buses): (Vec<Server>, Vec<String>) = (0..3).map(|_| start_node(&args)).unzip();
         for (node, (first, last)) in nodes.iter().zip([(0_u16, 5460_u16), (5461, 10922), (10923, 16383)]) {
             // ADDSLOTSRANGE does the same, from Redis 7 on.
             let slots: Vec<String> = (first..=last).map(|slot| slot.to_string()).collect();
@@ -32,7 +43,7 @@ impl Cluster {
         for (node, (next, bus)) in nodes.iter().zip(nodes.iter().zip(&buses).skip(1)) {
             assert_eq!(node.cli(&["CLUSTER", "MEET", "127.0.0.1", &next.port().to_string(), bus]), "OK");
         }
-        let cluster = Self { nodes };
+        let cluster = Self { nodes, args };
         let patience = Instant::now() + PATIENCE;
         while !cluster.is_formed() {
             assert!(Instant::now() < patience, "the nodes never became a cluster");
@@ -55,7 +66,7 @@ impl Cluster {
     pub fn start_replica(&self, place: usize) -> Server {
         let primary = self.nodes.get(place).expect("a node");
         primary.cli(&["CONFIG", "SET", "repl-diskless-sync-delay", "0"]);
-        let (replica, bus) = start_node();
+        let (replica, bus) = start_node(&self.args);
         assert_eq!(primary.cli(&["CLUSTER", "MEET", "127.0.0.1", &replica.port().to_string(), &bus]), "OK");
         let id = primary.cli(&["CLUSTER", "MYID"]);
         let patience = Instant::now() + PATIENCE;
@@ -191,8 +202,9 @@ impl Migration<'_> {
 }
 
 /// A node and the port of its bus.
-fn start_node() -> (Server, String) {
-    let node = Server::start_with(&["--cluster-enabled", "yes"]);
+fn start_node(args: &[String]) -> (Server, String) {
+    let args: Vec<&str> = ["--cluster-enabled", "yes"].into_iter().chain(args.iter().map(String::as_str)).collect();
+    let node = Server::start_with(&args);
     let bus = node.port() + BUS;
     (node, bus.to_string())
 }

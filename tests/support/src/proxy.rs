@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -34,6 +34,12 @@ pub enum Mode {
     },
     /// Silently loses all replies on the present connections; new connections work.
     Silence,
+    /// Sends this instead of each of them.
+    Instead(&'static [u8]),
+    /// Passes nothing on, in either direction. What is held back is passed on once the mode is another.
+    Hold,
+    /// Puts garbage in the place of the next one, and passes all others on.
+    GarbleNext,
 }
 
 /// Forwards connections to a server, as its mode says. Ends when dropped.
@@ -41,7 +47,26 @@ pub enum Mode {
 pub struct Proxy {
     port: u16,
     control: Arc<Mutex<Control>>,
+    switches: Switches,
     task: AbortHandle,
+}
+
+/// What takes effect on connections while they wait.
+#[derive(Clone, Debug)]
+struct Switches {
+    held: watch::Sender<bool>,
+    /// Cuts all connections when it changes.
+    cuts: watch::Sender<u64>,
+    /// Closes all connections in the direction of the client when it changes.
+    half_cuts: watch::Sender<u64>,
+}
+
+impl Switches {
+    /// Waits while nothing is to be passed on.
+    async fn passable(&self) {
+        // There is a sender, which is `self`.
+        drop(self.held.subscribe().wait_for(|held| !held).await);
+    }
 }
 
 #[derive(Debug)]
@@ -66,8 +91,10 @@ impl Proxy {
         let own_port = listener.local_addr().expect("its address").port();
         let control =
             Arc::new(Mutex::new(Control { mode: Mode::Pass, connections: 0, silenced: 0, lost: 0, late: Vec::new() }));
-        let task = tokio::spawn(accept(listener, port, control.clone())).abort_handle();
-        Self { port: own_port, control, task }
+        let new = || watch::channel(0).0;
+        let switches = Switches { held: watch::channel(false).0, cuts: new(), half_cuts: new() };
+        let task = tokio::spawn(accept(listener, port, control.clone(), switches.clone())).abort_handle();
+        Self { port: own_port, control, switches, task }
     }
 
     /// For [`Locker::connect`].
@@ -82,6 +109,17 @@ impl Proxy {
         if mode == Mode::Silence {
             control.silenced = control.connections;
         }
+        self.switches.held.send_replace(mode == Mode::Hold);
+    }
+
+    /// Cuts all present connections.
+    pub fn cut(&self) {
+        self.switches.cuts.send_modify(|cuts| *cuts += 1);
+    }
+
+    /// Closes all present connections in the direction of the client. Requests still pass.
+    pub fn half_close(&self) {
+        self.switches.half_cuts.send_modify(|cuts| *cuts += 1);
     }
 
     /// Returns the last request that is delivered late, or was.
@@ -105,7 +143,7 @@ fn lock(control: &Mutex<Control>) -> std::sync::MutexGuard<'_, Control> {
     control.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn accept(listener: TcpListener, port: u16, control: Arc<Mutex<Control>>) {
+async fn accept(listener: TcpListener, port: u16, control: Arc<Mutex<Control>>, switches: Switches) {
     // Ends all connections with the proxy.
     let mut connections = JoinSet::new();
     while let Ok((client, _)) = listener.accept().await {
@@ -116,17 +154,23 @@ async fn accept(listener: TcpListener, port: u16, control: Arc<Mutex<Control>>) 
             control.connections
         };
         let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
-        let control = control.clone();
+        let (control, switches, mut cuts) = (control.clone(), switches.clone(), switches.cuts.subscribe());
         connections.spawn(async move {
             tokio::select! {
-                () = forward_requests(from_client, to_server, control.clone()) => {}
-                () = forward_answers(from_server, to_client, number, control) => {}
+                () = forward_requests(from_client, to_server, control.clone(), switches.clone()) => {}
+                () = forward_answers(from_server, to_client, number, control, switches) => {}
+                _ = cuts.changed() => {}
             }
         });
     }
 }
 
-async fn forward_requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, control: Arc<Mutex<Control>>) {
+async fn forward_requests(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    control: Arc<Mutex<Control>>,
+    switches: Switches,
+) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(length) = from.read(&mut buffer).await {
         let Some(request) = buffer.get(..length).filter(|request| !request.is_empty()) else { return };
@@ -155,24 +199,40 @@ async fn forward_requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, contr
             sleep(cut).await;
             return;
         }
+        switches.passable().await;
         if to.write_all(request).await.is_err() {
             return;
         }
     }
 }
 
-async fn forward_answers(from: OwnedReadHalf, mut to: OwnedWriteHalf, number: u64, control: Arc<Mutex<Control>>) {
+async fn forward_answers(
+    from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    number: u64,
+    control: Arc<Mutex<Control>>,
+    switches: Switches,
+) {
+    let mut half_cuts = switches.half_cuts.subscribe();
     // Those that are on their way overlap, as on a long line.
     let (sender, mut under_way) = mpsc::unbounded_channel::<(Instant, Vec<u8>)>();
     let arrivals = async {
         while let Some((at, answer)) = under_way.recv().await {
             sleep_until(at).await;
+            switches.passable().await;
             if to.write_all(&answer).await.is_err() {
                 return;
             }
         }
     };
-    tokio::join!(read_answers(from, sender, number, control), arrivals);
+    let forward = async { tokio::join!(read_answers(from, sender, number, control), arrivals) };
+    tokio::select! {
+        _ = forward => return,
+        _ = half_cuts.changed() => {}
+    }
+    // The client may have closed it already.
+    drop(to.shutdown().await);
+    std::future::pending::<()>().await;
 }
 
 /// Puts what the server says under way, until the connection is to end.
@@ -191,21 +251,31 @@ async fn read_answers(
                 continue;
             }
             let mode = control.mode;
-            if mode == Mode::LoseNext || mode == Mode::SwallowNext {
+            if matches!(mode, Mode::LoseNext | Mode::SwallowNext | Mode::GarbleNext) {
                 control.lost += 1;
                 control.mode = Mode::Pass;
             }
             mode
         };
+        let mut answer = answer.to_vec();
         let delay = match mode {
             Mode::LoseNext => return,
             Mode::SwallowNext => continue,
+            Mode::GarbleNext => {
+                // Neither the beginning of a reply nor a digit.
+                answer.fill(0xff);
+                Duration::ZERO
+            }
+            Mode::Instead(other) => {
+                answer = other.to_vec();
+                Duration::ZERO
+            }
             Mode::Delay(delay) => delay,
-            Mode::Pass | Mode::Silence | Mode::DeliverNextLate(_) | Mode::DeliverNextLateAndCut { .. } => {
+            Mode::Pass | Mode::Silence | Mode::Hold | Mode::DeliverNextLate(_) | Mode::DeliverNextLateAndCut { .. } => {
                 Duration::ZERO
             }
         };
-        if under_way.send((Instant::now() + delay, answer.to_vec())).is_err() {
+        if under_way.send((Instant::now() + delay, answer)).is_err() {
             return;
         }
     }

@@ -26,7 +26,30 @@ impl Sentinel {
     pub fn start() -> Self {
         let primary = Server::start();
         let replica = primary.start_replica();
+        Self::watch(primary, replica, tempfile::tempdir().expect("a temporary directory"))
+    }
+
+    /// The same with further arguments for the primary and its replica. Each has a configuration file, in which the
+    /// Sentinel has it note its role, so it still has that when it is restarted.
+    ///
+    /// # Panics
+    ///
+    /// When that takes more than 60 seconds.
+    pub fn start_with(args: &[&str]) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
+        let start = |name: &str| {
+            let file = dir.path().join(name);
+            std::fs::write(&file, "").expect("a file");
+            Server::start_with(&[&[&*file.display().to_string()], args].concat())
+        };
+        let (primary, replica) = (start("first.conf"), start("second.conf"));
+        replica.cli(&["REPLICAOF", "127.0.0.1", &primary.port().to_string()]);
+        primary.wait_until_followed_by(&replica);
+        replica.cli(&["CONFIG", "REWRITE"]);
+        Self::watch(primary, replica, dir)
+    }
+
+    fn watch(primary: Server, replica: Server, dir: tempfile::TempDir) -> Self {
         let sentinel = start_sentinel(&dir, &primary, 1, 1);
         let watched = Self { primary, replica, sentinel, _dir: dir };
         until("the Sentinel never found the replica", || {

@@ -101,6 +101,11 @@ impl Server {
         self.cli(&["CONFIG", "SET", "repl-diskless-sync-delay", "0"]);
         let port = self.port().to_string();
         let replica = Self::start_with(&["--replicaof", "127.0.0.1", &port, "--repl-diskless-sync-delay", "0"]);
+        self.wait_until_followed_by(&replica);
+        replica
+    }
+
+    pub(crate) fn wait_until_followed_by(&self, replica: &Self) {
         // It is called online up to a second before it is sent anything. So: until it has what was written after that.
         let patience = Instant::now() + PATIENCE;
         let wait_until = |caught_up: &dyn Fn() -> bool| {
@@ -113,7 +118,6 @@ impl Server {
         self.cli(&["SET", "caught-up", "1"]);
         wait_until(&|| replica.cli(&["EXISTS", "caught-up"]) == "1");
         self.cli(&["DEL", "caught-up"]);
-        replica
     }
 
     /// Stops the process where it stands: it accepts connections and replies nothing.

@@ -27,6 +27,10 @@ impl Peer {
         Self { address, has_password, has_tls: target.has_tls, secrets }
     }
 
+    pub(super) fn address(&self) -> &str {
+        &self.address
+    }
+
     /// Returns why there is no connection. `server` is the one of several that the client has named, if it has.
     pub(super) fn unreachable(&self, error: RedisError, server: Option<&Address>) -> RedisError {
         let at: Cow<'_, str> = match server {
@@ -48,7 +52,12 @@ impl Peer {
         match error.kind() {
             ErrorKind::Timeout => self.silent(),
             ErrorKind::Io | ErrorKind::Tls => self.unreachable(error, None),
-            kind @ (ErrorKind::Canceled | ErrorKind::Routing | ErrorKind::Protocol) => {
+            // What replied before now sends garbage: the connection is of no more use, and its client replaces it. The
+            // garbage may contain anything, and is not shown.
+            ErrorKind::Parse | ErrorKind::Protocol => {
+                RedisError::new(ErrorKind::Io, format!("the connection to {at} broke: what it brought is no reply"))
+            }
+            kind @ (ErrorKind::Canceled | ErrorKind::Routing) => {
                 RedisError::new(kind, format!("{} ({at})", self.without_secrets(error.details())))
             }
             _ => error,
@@ -115,6 +124,7 @@ impl Peer {
             "WRONGPASS" => Some("look at the user and the password in the URL"),
             "ERR" if said.contains("DB index") => Some("look at the database in the URL"),
             "ERR" if said.contains("AUTH") && self.has_password => Some("look at the user and the password in the URL"),
+            "ERR" if said.contains("max number of clients") => Some("look at its maxclients"),
             "ERR" if said.contains("cluster support disabled") => Some("it is no cluster: use redis://"),
             _ => None,
         }
@@ -288,6 +298,16 @@ mod tests {
             let text = error.to_string();
             assert!(text.contains("10.0.0.1:6380") && text.contains(about), "{text}");
             assert!(!error.is_transient());
+        }
+    }
+
+    #[test]
+    fn garbage_is_final_from_what_was_never_a_server_and_a_broken_connection_from_what_was() {
+        assert!(!explained(ErrorKind::Parse, "Unexpected `72`").is_transient());
+        for kind in [ErrorKind::Parse, ErrorKind::Protocol] {
+            let garbled = RedisError::new(kind, "Unexpected `255`");
+            let error = crate::Error::from(peer("redis://10.0.0.1:6380").unanswered(garbled));
+            assert!(error.is_transient() && error.to_string().contains("10.0.0.1:6380"), "{error}");
         }
     }
 

@@ -36,7 +36,7 @@ use self::pub_sub::FredPubSub;
 use super::failure::Peer;
 use super::liveness::Liveness;
 use super::task::{DriverTask, Home};
-use super::{Calling, Connection, Nodes, PubSub, Sent, Value, not_sent};
+use super::{Calling, Connection, Nodes, PubSub, Sent, Value, WithoutConnection, not_sent};
 use crate::store::redis::url::Target;
 use crate::{RedisError, RedisErrorKind};
 
@@ -69,17 +69,16 @@ impl FredConnection {
         Ok(connection)
     }
 
-    /// Connects in the background, now or when the server comes up. Until then, and whenever the server is away, calls
-    /// fail at once, so none pile up.
+    /// Connects in the background, now or when the server comes up.
     ///
     /// # Errors
     ///
     /// Never fails because of the server or the network.
-    fn open_lazily(target: &Target, timeout: Duration) -> Result<Self, crate::Error> {
+    fn open_lazily(target: &Target, timeout: Duration, without: WithoutConnection) -> Result<Self, crate::Error> {
         let config = Config { fail_fast: false, ..convert::config_of(target)? };
         let connection = Self::ours(build(config, timeout)?, timeout);
         let driver = connection.driven_by(AbortOnDropHandle::new(connection.client.connect()))?;
-        Ok(Self { driver: Some(driver), waits: false, ..connection })
+        Ok(Self { driver: Some(driver), waits: without == WithoutConnection::CallsWait, ..connection })
     }
 
     /// Wraps a client of our own that doesn't connect yet.
@@ -161,6 +160,10 @@ impl FredConnection {
 impl Connection for FredConnection {
     fn send(&self, command: &'static str, args: Vec<Bytes>, until: Instant) -> Calling<'_, Value> {
         Box::pin(once(&self.client, command, args, until))
+    }
+
+    fn address(&self) -> String {
+        self.peer.address().to_owned()
     }
 
     fn nodes(&self) -> Option<Arc<dyn Nodes>> {
@@ -250,7 +253,7 @@ impl Connection for FredConnection {
         let mut request = Box::pin(self.client.force_reconnection());
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
         if request.as_mut().poll(&mut context).is_ready() {
-            tracing::debug!(name: "tenure.reconnect", "the connection could not be asked to reopen");
+            crate::report::debug!(name: "tenure.reconnect", "the connection could not be asked to reopen");
         }
     }
 
@@ -269,8 +272,12 @@ pub(super) async fn open(target: &Target, timeout: Duration) -> Result<Arc<dyn C
 }
 
 /// Connects in the background, now or when the server comes up.
-pub(super) fn open_lazily(target: &Target, timeout: Duration) -> Result<Arc<dyn Connection>, crate::Error> {
-    Ok(Arc::new(FredConnection::open_lazily(target, timeout)?))
+pub(super) fn open_lazily(
+    target: &Target,
+    timeout: Duration,
+    without: WithoutConnection,
+) -> Result<Arc<dyn Connection>, crate::Error> {
+    Ok(Arc::new(FredConnection::open_lazily(target, timeout, without)?))
 }
 
 /// Uses the caller's client. Assumes nothing of its settings: each call brings its own.

@@ -54,7 +54,7 @@ use self::origin::Origin;
 use self::pub_sub::RedisPubSub;
 use super::liveness::Liveness;
 use super::task::{DriverTask, Home};
-use super::{Calling, Connection, Ended, Nodes, PubSub, Sent, Value, not_sent};
+use super::{Calling, Connection, Ended, Nodes, PubSub, Sent, Value, WithoutConnection, not_sent};
 use crate::error::NOT_SENT;
 use crate::store::redis::url::{Servers, Target};
 use crate::{Error, RedisError, RedisErrorKind};
@@ -75,8 +75,16 @@ pub(super) async fn open(target: &Target, timeout: Duration) -> Result<Arc<dyn C
 }
 
 /// Connects in the background, now or when the server comes up.
-pub(super) fn open_lazily(target: &Target, timeout: Duration) -> Result<Arc<dyn Connection>, Error> {
-    Ok(Arc::new(RedisConnection::new(Origin::of(target, timeout)?, false, None)?))
+pub(super) fn open_lazily(
+    target: &Target,
+    timeout: Duration,
+    without: WithoutConnection,
+) -> Result<Arc<dyn Connection>, Error> {
+    let origin = Origin::of(target, timeout)?;
+    match target.servers {
+        Servers::Cluster(_) => Ok(Arc::new(ClusterConnection::open_lazily(origin)?)),
+        _ => Ok(Arc::new(RedisConnection::new(origin, without == WithoutConnection::CallsWait, None)?)),
+    }
 }
 
 #[cfg(test)]
@@ -183,6 +191,10 @@ impl RedisConnection {
 impl Connection for RedisConnection {
     fn send(&self, command: &'static str, args: Vec<Bytes>, until: Instant) -> Calling<'_, Value> {
         Box::pin(self.call(command, args, until))
+    }
+
+    fn address(&self) -> String {
+        self.shared.origin.peer.address().to_owned()
     }
 
     fn nodes(&self) -> Option<Arc<dyn Nodes>> {

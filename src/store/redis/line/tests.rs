@@ -5,6 +5,7 @@ use tenure_test_support::Server;
 use super::super::Driver;
 use super::*;
 use crate::hold::Owned;
+use crate::mode::Mode;
 use crate::store::{Ending, HandedOver, InLine, Next, Queueing, Store};
 use crate::{Key, Token};
 
@@ -15,9 +16,15 @@ async fn store(server: &Server) -> RedisStore {
 }
 
 fn wanted() -> Wanted {
-    let owned = Owned { keys: [Key::from("k")].into(), token: Token::random(), own_token: true, grant: None };
+    let owned = Owned {
+        keys: [Key::from("k")].into(),
+        token: Token::random(),
+        own_token: true,
+        grant: None,
+        mode: Mode::Exclusive,
+    };
     let (metadata, ttl, latest) = (Box::default(), PATIENCE, Arc::default());
-    Wanted { owned, metadata, ttl, fenced: false, queueing: Queueing::Own, takes_over: false, latest }
+    Wanted { owned, metadata, ttl, fenced: false, queueing: Queueing::Own, takes_over: false, latest, limit: 0 }
 }
 
 fn own(number: u64) -> LinePlace {
@@ -25,7 +32,7 @@ fn own(number: u64) -> LinePlace {
 }
 
 async fn asks(store: &RedisStore, wanted: &Wanted, number: u64) -> bool {
-    let in_line = InLine::At { key: 0, place: own(number) };
+    let in_line = InLine::At { key: 0, place: own(number), stays: false };
     matches!(Store::acquire(store, wanted, in_line, PATIENCE).await.unwrap(), Acquired::Granted { .. })
 }
 
@@ -67,4 +74,61 @@ async fn a_process_that_asks_has_no_more_turns_than_it_has_places() {
     Store::release(&near, &second.owned, Ending::Lock, PATIENCE).await.unwrap();
     assert!(!asks(&near, &third, 4).await, "it is the turn of another process");
     assert!(asks(&far, &other, 1).await);
+}
+
+/// Its holder has died, say, and its ttl has ended.
+#[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
+async fn a_lock_that_nobody_has_released_goes_to_the_head_of_the_line_whoever_asks_first() {
+    let server = Server::start();
+    let (near, far, key) = (store(&server).await, store(&server).await, Key::from("k"));
+    let (first, other, behind) = (wanted(), wanted(), wanted());
+    near.enter(&key, own(1), PATIENCE).await.unwrap();
+    let held = Store::acquire(&far, &behind, InLine::Behind, PATIENCE).await.unwrap();
+    assert!(matches!(held, Acquired::Held { .. }), "it is the turn of another: {held:?}");
+    server.cli(&["DEL", "k"]);
+    assert!(asks(&near, &first, 1).await, "its place was reserved");
+    near.enter(&key, own(2), PATIENCE).await.unwrap();
+    server.cli(&["DEL", "k"]);
+    assert!(!asks(&far, &other, 1).await, "it is the turn of another");
+}
+
+#[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
+async fn a_release_gives_the_lock_to_the_head_of_the_line_in_the_same_step() {
+    let server = Server::start();
+    let (near, far, key) = (store(&server).await, store(&server).await, Key::from("k"));
+    let (first, next, passing) = (wanted(), wanted(), wanted());
+    assert!(asks(&near, &first, 1).await);
+    assert!(!asks(&far, &next, 1).await);
+    let mut listening = Store::subscribe(&far, &key);
+    listening.opened().await;
+    Store::release(&near, &first.owned, Ending::Lock, PATIENCE).await.unwrap();
+    assert!(server.cli(&["GET", "k"]).starts_with('\n'), "it is reserved");
+    let refused = Store::acquire(&near, &passing, InLine::No, PATIENCE).await.unwrap();
+    assert!(matches!(refused, Acquired::Held { .. }), "{refused:?}");
+    assert!(asks(&far, &next, 1).await);
+}
+
+#[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
+async fn places_of_a_process_that_has_died_cost_the_others_nothing() {
+    let server = Server::start();
+    let (dead, alive, key) = (store(&server).await, store(&server).await, Key::from("k"));
+    for number in 1..=3 {
+        dead.enter(&key, own(number), PATIENCE).await.unwrap();
+    }
+    // It said last that it would be alive until then.
+    server.cli(&["HSET", "{k}:alive", &server.cli(&["HKEYS", "{k}:alive"]), "1"]);
+    assert!(asks(&alive, &wanted(), 1).await);
+    assert_eq!(server.cli(&["EXISTS", "{k}:queue", "{k}:alive"]), "0");
+}
+
+#[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
+async fn a_heartbeat_without_a_place_enters_none() {
+    let server = Server::start();
+    let (store, key) = (store(&server).await, Key::from("k"));
+    assert!(!store.heartbeat(&key, own(1), PATIENCE).await.unwrap());
+    assert_eq!(server.cli(&["EXISTS", "{k}:queue", "{k}:alive"]), "0");
 }

@@ -168,7 +168,7 @@ impl Cluster {
         let answer = node.ask(asking, command, args, until).await;
         match &answer {
             Err(error) if node.has_failed(&answer) => {
-                tracing::debug!(name: "tenure.node_failed", %server, %error, "a connection to a node is dropped");
+                crate::report::debug!(name: "tenure.node_failed", %server, %error, "a connection to a node is dropped");
                 self.forget(server, asking, &node, error);
             }
             _ => {}

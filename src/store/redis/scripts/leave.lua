@@ -5,12 +5,17 @@
 -- Reply 1.
 --
 -- Idempotent: a repeat finds nothing to remove. If the lock was reserved for this place, or is free, it goes to the
--- next place, whose process is notified.
+-- next place, whose process is notified. So is that of the head if several share the key, which may be open to it now.
 
 check_line(KEYS[2])
 leave_line(KEYS[2], ARGV[1])
 local held = redis.call('GET', KEYS[1])
 if not held and redis.call('EXISTS', KEYS[2]) == 1 or held == '\n' .. ARGV[1] then
     pass_on(KEYS[1], KEYS[2], ARGV[2], ARGV[3])
+elseif held == READERS or held == PERMITS then
+    local head = head_of(KEYS[2])
+    if head then
+        redis.pcall(ARGV[2], ARGV[3], head)
+    end
 end
 return 1

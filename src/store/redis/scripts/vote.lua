@@ -6,7 +6,8 @@
 --       restart window in s (0: none), how far in us a number may be ahead, the number (0: no fencing token wanted),
 --       '1' to have this number and no earlier one, id of the grant or '', ttl of the records in ms.
 -- Reply {1, now, last, number}   granted, with this number or, if the keys hold the token already, an earlier one.
---       {0, now, last, ttl, i}   another holds the ith key, for this long in ms; -1: without a ttl.
+--       {0, now, last, ttl, i, by}   another holds the ith key, for this long in ms; -1: without a ttl. by is 1 if
+--                                readers hold it, and 0 if not.
 --       {2, now, last}           the number is behind: it must be greater than last.
 --       {3, now, last}           the number is ahead: it must not exceed now by more than is allowed.
 --       {4, now, 0, seconds}     restarted lately: it doesn't vote for this long, as it may have forgotten grants.
@@ -64,7 +65,7 @@ for i = 1, n do
     elseif is_owner(token, held) then
         ours[i] = math.max(ttl, redis.call('PTTL', KEYS[i]))
     else
-        return {0, now, last, redis.call('PTTL', KEYS[i]), i}
+        return {0, now, last, redis.call('PTTL', KEYS[i]), i, held == READERS and 1 or 0}
     end
 end
 

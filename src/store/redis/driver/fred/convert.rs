@@ -95,6 +95,8 @@ impl From<Error> for RedisError {
         let kind = match error.kind() {
             // Of a client whose `init` was never called. Waiting doesn't help.
             ErrorKind::Unknown if error.details() == NOT_INITIALIZED => RedisErrorKind::Config,
+            // Of a node for which the cluster is down, as for each that has just started.
+            ErrorKind::Protocol if error.details() == CLUSTER_DOWN => RedisErrorKind::Cluster,
             // fred's kind of some refusals.
             ErrorKind::InvalidCommand | ErrorKind::InvalidArgument if has_code(&error) => RedisErrorKind::Unknown,
             ErrorKind::Config | ErrorKind::InvalidCommand | ErrorKind::InvalidArgument | ErrorKind::Url => {
@@ -125,6 +127,9 @@ fn has_code(error: &Error) -> bool {
     RedisError::new(RedisErrorKind::Unknown, error.details().to_owned()).code().is_some()
 }
 
+/// fred's error for a node that is asked when it takes the cluster for down.
+const CLUSTER_DOWN: &str = "Invalid or missing cluster state.";
+
 /// fred's error for a client whose `init` was never called.
 pub(super) const NOT_INITIALIZED: &str = "Client is not initialized.";
 
@@ -143,6 +148,12 @@ mod tests {
         let said = |details: &'static str| crate::Error::from(Error::new(ErrorKind::Unknown, details));
         assert!(!said(NOT_INITIALIZED).is_transient());
         assert!(said("Whatever else.").is_transient());
+    }
+
+    #[test]
+    fn a_cluster_that_is_down_is_waited_for() {
+        assert!(crate::Error::from(Error::new(ErrorKind::Protocol, CLUSTER_DOWN)).is_transient());
+        assert!(!crate::Error::from(Error::new(ErrorKind::Protocol, "Whatever else.")).is_transient());
     }
 
     #[test]

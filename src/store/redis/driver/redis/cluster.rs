@@ -54,6 +54,17 @@ impl ClusterConnection {
     pub(super) async fn open(origin: Origin) -> Result<Self, Error> {
         let nodes = Arc::new(RedisNodes::new(origin));
         nodes.load().await.map_err(|error| nodes.origin.peer.unreachable(error, None))?;
+        Self::on(nodes)
+    }
+
+    /// Learns of the nodes in the background. Until then, those that the user has named redirect to the others.
+    pub(super) fn open_lazily(origin: Origin) -> Result<Self, Error> {
+        let nodes = Arc::new(RedisNodes::new(origin));
+        nodes.refresh();
+        Self::on(nodes)
+    }
+
+    fn on(nodes: Arc<RedisNodes>) -> Result<Self, Error> {
         let here = Handle::try_current().map_err(|_| Error::NoRuntime)?;
         let task = AbortOnDropHandle::new(here.spawn(nodes.clone().keep()));
         let again = nodes.clone();
@@ -66,6 +77,10 @@ impl Connection for ClusterConnection {
     fn send(&self, _: &'static str, _: Vec<Bytes>, _: Instant) -> Calling<'_, Value> {
         let several = || RedisError::new(RedisErrorKind::Routing, "a cluster has several servers");
         Box::pin(async move { Err(several()) })
+    }
+
+    fn address(&self) -> String {
+        self.nodes.origin.peer.address().to_owned()
     }
 
     fn nodes(&self) -> Option<Arc<dyn Nodes>> {
@@ -136,7 +151,7 @@ impl RedisNodes {
         loop {
             self.is_stale.notified().await;
             if let Err(error) = self.load().await {
-                tracing::debug!(name: "tenure.slots_failed", %error, "no node tells who owns the slots");
+                crate::report::debug!(name: "tenure.slots_failed", %error, "no node tells who owns the slots");
                 self.is_stale.notify_one();
             }
             sleep(REFRESH).await;

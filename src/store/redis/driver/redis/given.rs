@@ -140,6 +140,11 @@ impl Connection for Borrowed {
     }
 
     /// A cluster's client sends to the nodes by itself.
+    fn address(&self) -> String {
+        // The connection doesn't tell.
+        "the server of the given connection".to_owned()
+    }
+
     fn nodes(&self) -> Option<Arc<dyn Nodes>> {
         None
     }

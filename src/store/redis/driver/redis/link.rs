@@ -113,8 +113,8 @@ impl Link {
         Ok((link, Box::pin(driver)))
     }
 
-    /// Logs in, and makes sure that the server replies, if only with a refusal other than that it wants a password. All
-    /// in one round trip.
+    /// Logs in, and makes sure that the server replies, if only with a refusal that is not about the connection. All in
+    /// one round trip.
     async fn log_in(&mut self, login: &Login) -> Result<(), RedisError> {
         let mut all = Pipeline::new();
         let mut checks: Vec<fn(redis::Value) -> Result<(), RedisError>> = Vec::new();
@@ -126,7 +126,9 @@ impl Link {
             };
             checks.push(|answer| {
                 convert::reply(answer).map(drop).map_err(|mut error| {
-                    error.change_kind(RedisErrorKind::Auth);
+                    if !error.is_about_too_many_clients() {
+                        error.change_kind(RedisErrorKind::Auth);
+                    }
                     error
                 })
             });
@@ -141,7 +143,8 @@ impl Link {
         }
         all.cmd("PING");
         checks.push(|answer| match convert::reply(answer) {
-            Err(error) if error.code() == Some("NOAUTH") => Err(error),
+            // Then the server closes the connection.
+            Err(error) if error.code() == Some("NOAUTH") || error.is_about_too_many_clients() => Err(error),
             _ => Ok(()),
         });
         let answers = self.connection.send_packed_commands(&all, 0, checks.len()).await;

@@ -99,8 +99,15 @@ const ENDING: Duration = Duration::from_millis(50);
 /// What a reply begins with, whatever its form.
 const FORMS: &[u8] = b"+-:$*_#,(!=%~>|";
 
-/// The error of a peer whose first byte begins no reply.
-const FOREIGN: &str = "it speaks another protocol";
+/// Returns the error of a peer whose first bytes begin no reply, or which refuses the connection by them.
+fn refusal(first: &[u8]) -> Option<RedisError> {
+    if !first.first().is_some_and(|form| FORMS.contains(form)) {
+        return Some(RedisError::new(RedisErrorKind::Protocol, "it speaks another protocol"));
+    }
+    let line = first.strip_prefix(b"-")?.split(|&byte| byte == b'\r').next()?;
+    let refused = RedisError::new(RedisErrorKind::Unknown, String::from_utf8_lossy(line).into_owned());
+    refused.is_about_too_many_clients().then_some(refused)
+}
 
 pub(super) struct End(Arc<Meter>);
 
@@ -146,9 +153,8 @@ impl AsyncRead for CountedStream {
             Ok(()) => {
                 self.has_read = true;
                 // redis-rs tells nobody if nothing is in flight.
-                let first = into.filled().get(before).copied().unwrap_or_default();
-                if !FORMS.contains(&first) {
-                    self.meter.cause.get_or_init(|| RedisError::new(RedisErrorKind::Protocol, FOREIGN));
+                if let Some(error) = refusal(into.filled().get(before..).unwrap_or_default()) {
+                    self.meter.cause.get_or_init(|| error);
                 }
             }
             Err(error) => self.meter.ends_by(format!("{error:?}")),

@@ -115,7 +115,7 @@ async fn what_was_asked_for_before_there_is_a_connection_waits_for_it_or_was_not
     assert_eq!(echoed.unwrap(), Value::Integer(1));
     let (listener, target) = listen().await;
     drop(listener);
-    let fails = open_lazily(&target, LONG).unwrap();
+    let fails = open_lazily(&target, LONG, WithoutConnection::CallsFail).unwrap();
     let refused = eventually_refused(&*fails).await;
     assert!(refused.was_not_sent() && refused.to_string().contains("connection refused"), "{refused}");
 }

@@ -1,0 +1,311 @@
+//! The options, and the manual that `--help` prints.
+
+use std::ffi::OsString;
+use std::time::Duration;
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+use clap_complete::Shell;
+
+/// Run commands under distributed locks on Redis and Valkey
+///
+/// Of all machines that run `tenure run KEY -- COMMAND` with the same key and server, one at a time runs its command.
+/// The lock is renewed while the command runs. If it is lost, the command is ended before another machine can start.
+#[derive(Debug, Parser)]
+#[command(name = "tenure", version, propagate_version = true, arg_required_else_help = true, after_long_help = AFTER)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+
+    /// Print results, events and errors as JSON, one object a line
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a command while holding a lock
+    #[command(long_about = RUN, after_long_help = AFTER_RUN)]
+    Run(RunOptions),
+
+    /// Show who holds locks
+    ///
+    /// Prints for each key whether it is held, what for, for how long unless it is renewed, and the fencing token. Where
+    /// readers or permits share a key, each has a line. The tokens by which keys are held are secret, and never shown.
+    #[command(after_long_help = AFTER_STATUS)]
+    Status(StatusOptions),
+
+    /// List the locks whose keys begin with a prefix
+    ///
+    /// Looks through all keys of the server with SCAN, in steps between which the server serves others. Lists strings
+    /// with a ttl that have a fencing token beside them, or begin with a random token. So most locks of other libraries
+    /// are left out; `tenure status KEY` shows those too.
+    List(ListOptions),
+
+    /// End a lock, whoever holds it
+    ///
+    /// Shows the holder, and asks before it ends the lock. The holder isn't asked, and goes on until its next renewal,
+    /// up to a third of its ttl: so for that long there may be two holders. Ending the process that holds the lock is
+    /// safer, where it can be reached; `tenure run` releases the lock when it gets SIGTERM.
+    #[command(after_long_help = AFTER_BREAK)]
+    Break(BreakOptions),
+
+    /// Look for what endangers locks on a server
+    ///
+    /// Looks at eviction, persistence, replicas, the clock, the version, and at what the user may do. Says what is
+    /// wrong, what that does to locks, and what to do. To find out what the user may do, it writes keys that begin with
+    /// `tenure-probe-`, and deletes them.
+    #[command(after_long_help = AFTER_DOCTOR)]
+    Doctor(DoctorOptions),
+
+    /// Print a script that completes commands and options in a shell
+    ///
+    /// For bash: tenure completions bash > /etc/bash_completion.d/tenure
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+/// The server, and how it is used.
+#[derive(Debug, ClapArgs)]
+#[command(next_help_heading = "Server")]
+pub(crate) struct ServerOptions {
+    /// The URL of the server; several for a quorum
+    ///
+    /// redis:// or valkey:// for one server, rediss:// with TLS, redis+unix:///path/to.sock,
+    /// redis-sentinel://host:26379?sentinelServiceName=name, redis-cluster://host:port. With several URLs, or one
+    /// argument with commas, a lock is held on a majority of independent servers. In a password, a comma is written as
+    /// %2C. A password in an argument is seen by every user of the machine: put it in TENURE_URL. [default: redis://127.0.0.1:6379]
+    #[arg(long, short = 'u', env = "TENURE_URL", hide_env_values = true, value_delimiter = ',', value_name = "URL")]
+    pub(crate) url: Vec<String>,
+
+    /// A prefix for every key at the server
+    #[arg(long, env = "TENURE_PREFIX", default_value = "", hide_default_value = true)]
+    pub(crate) prefix: String,
+
+    /// How long to wait for the server's reply to one command, and for a connection
+    #[arg(long, value_parser = humantime::parse_duration, default_value = "2s", value_name = "TIME")]
+    pub(crate) command_timeout: Duration,
+
+    /// How long to go on trying to connect while the server is away
+    #[arg(long, value_parser = humantime::parse_duration, default_value = "0s", value_name = "TIME")]
+    pub(crate) wait_for_server: Duration,
+
+    /// How many replicas must have a lock before it is held
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) min_replicas: usize,
+
+    /// For how long a node of a quorum doesn't vote after a restart; 0s: it never forgets [default: 60s]
+    ///
+    /// All that share locks must use the same. No ttl may be longer.
+    #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub(crate) restart_window: Option<Duration>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct RunOptions {
+    /// The key of the lock
+    pub(crate) key: String,
+
+    /// The command and its arguments, after `--`
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<OsString>,
+
+    /// For how long the server keeps the lock unless it is renewed
+    ///
+    /// At least 1s. It is renewed every third of that. If this machine dies, others wait this long.
+    #[arg(long, value_parser = humantime::parse_duration, default_value = "30s", value_name = "TIME")]
+    pub(crate) ttl: Duration,
+
+    /// Wait for the lock no longer than this [default: without limit]
+    #[arg(long, short, value_parser = humantime::parse_duration, value_name = "TIME", conflicts_with = "no_wait")]
+    pub(crate) wait: Option<Duration>,
+
+    /// Don't wait: exit at once if another has the lock
+    #[arg(long, short)]
+    pub(crate) no_wait: bool,
+
+    /// Wait in strict order of arrival, across all processes
+    #[arg(long)]
+    pub(crate) fair: bool,
+
+    /// Hold the key as a reader: together with other readers, and while nobody holds it without --read
+    ///
+    /// While somebody waits who is no reader, further readers wait behind.
+    #[arg(long)]
+    pub(crate) read: bool,
+
+    /// Run at most so many commands at a time, rather than one
+    ///
+    /// Each counts those that run already, whatever number they came with. Not on a quorum.
+    #[arg(long, value_name = "N", conflicts_with = "read", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) permits: Option<u32>,
+
+    /// Keep the lock taken until this time has passed since it was obtained, even if the command ends before
+    ///
+    /// For a job that runs once per period on one of many machines, whose clocks disagree: longer than they are apart,
+    /// shorter than the period.
+    #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub(crate) at_least: Option<Duration>,
+
+    /// End the command, so that the lock is held no longer than this
+    #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub(crate) at_most: Option<Duration>,
+
+    /// How long the command has between SIGTERM and SIGKILL
+    ///
+    /// At most half of --ttl and --at-most. [default: 5s, or a quarter of these if that is less]
+    #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub(crate) grace: Option<Duration>,
+
+    /// What `tenure status` shows of the holder [default: host, process and program]
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) metadata: Option<String>,
+
+    /// Exit with this if the lock is not obtained
+    #[arg(long, default_value_t = 75, value_name = "CODE")]
+    pub(crate) not_obtained_code: u8,
+
+    /// Exit with this if the lock is lost while the command runs
+    #[arg(long, default_value_t = 76, value_name = "CODE")]
+    pub(crate) lost_code: u8,
+
+    #[command(flatten)]
+    pub(crate) server: ServerOptions,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct StatusOptions {
+    /// The keys of the locks
+    #[arg(required = true)]
+    pub(crate) keys: Vec<String>,
+
+    /// Exit with 75 if one of them is held
+    #[arg(long)]
+    pub(crate) exit_code: bool,
+
+    #[command(flatten)]
+    pub(crate) server: ServerOptions,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ListOptions {
+    /// What the keys begin with; all locks if it is left out
+    #[arg(default_value = "", hide_default_value = true)]
+    pub(crate) starting_with: String,
+
+    /// List no more than this
+    #[arg(long, default_value_t = 1_000, value_name = "N")]
+    pub(crate) limit: usize,
+
+    #[command(flatten)]
+    pub(crate) server: ServerOptions,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct BreakOptions {
+    /// The key of the lock
+    pub(crate) key: String,
+
+    /// Don't ask
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+
+    #[command(flatten)]
+    pub(crate) server: ServerOptions,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct DoctorOptions {
+    /// The URL of the server, as for --url, which it replaces; several for a quorum
+    #[arg(value_name = "URL")]
+    pub(crate) urls: Vec<String>,
+
+    #[command(flatten)]
+    pub(crate) server: ServerOptions,
+}
+
+const AFTER: &str = "\
+Times are written as 500ms, 30s, 5m, 1h or 2days. `tenure help COMMAND` tells more, with the exit codes.
+
+Examples:
+  A job of cron that runs on one of many machines:
+    */10 * * * * tenure run nightly-import --no-wait --at-least 1m -- /usr/local/bin/import
+  Deploy one at a time, in order, and wait for up to an hour:
+    tenure run deploy --wait 1h --fair -- ./deploy.sh
+  No more than three at a time:
+    tenure run render --permits 3 -- ./render.sh
+  Who has it?
+    tenure status deploy";
+
+const RUN: &str = "\
+Run a command while holding a lock
+
+Waits for the lock, runs the command, and releases the lock when the command has ended. The command runs in a process \
+group of its own, and the whole group is under the lock: when the command ends, what it has left running in its group \
+is ended, too, before the lock is released.
+
+The lock is renewed while the command runs. If the server can't be reached, renewals are repeated. The group gets \
+SIGTERM so early that the grace time, after which it gets SIGKILL, is over before the server frees the lock. So the \
+whole group is gone before another machine has the lock. If the server says that the lock is gone or taken already, \
+because it was deleted or the server has lost its memory, the group gets SIGTERM at once, and SIGKILL when the grace \
+time is over, or the lock would have ended, whichever is earlier.
+
+What leaves its process group, such as a daemon that calls setsid, is not ended. What the command has sent to other \
+systems can't be called back: have them check the fencing token.";
+
+const AFTER_RUN: &str = "\
+Environment of the command:
+  TENURE_KEY            the key
+  TENURE_FENCING_TOKEN  a number that is greater for every holder: send it along, and have the receiver refuse lower ones
+
+Signals:
+  SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 are passed on to the command's process group. Before the command
+  has started, the first four end the wait. If tenure itself is killed, or stopped for so long that the lock is about to
+  be lost, a second process of it (`tenure __watch`) ends the group.
+
+Exit codes:
+  the command's own    it has run and ended
+  128 + N              the command was ended by the signal N; or tenure was, before it started the command
+  64                   the arguments are wrong
+  69                   the server can't be reached, refuses, or has failed
+  75                   not obtained: another has the lock (--not-obtained-code)
+  76                   lost: the lock was lost while the command ran, and its process group was ended (--lost-code)
+  124                  the command ran for as long as --at-most allows, and its process group was ended
+  126, 127             the command can't be executed; it doesn't exist
+
+  A command may exit with any of these, too. With --json, the last line on stderr says which it was.";
+
+const AFTER_STATUS: &str = "\
+Exit codes:
+  0    the locks were looked at
+  64   the arguments are wrong
+  69   the server can't be reached, refuses, or has failed
+  75   with --exit-code: one of the locks is held";
+
+const AFTER_BREAK: &str = "\
+Exit codes:
+  0    the lock was ended
+  1    there was no lock, the answer was no, or the holder has changed since it was shown
+  64   the arguments are wrong; without a terminal, --yes is needed
+  69   the server can't be reached, refuses, or has failed: look with `tenure status` before you try again";
+
+const AFTER_DOCTOR: &str = "\
+Exit codes:
+  0    nothing was found, or only what is good to know
+  1    warnings: locks may be lost, or held twice, after a restart or a failover
+  2    dangers: locks can't be obtained, or are lost or held twice in normal operation
+  64   the arguments are wrong
+  69   the server can't be reached, refuses, or has failed";
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_options_are_consistent() {
+        Args::command().debug_assert();
+    }
+}

@@ -1,0 +1,58 @@
+//! `tenure break`: ends a lock, whoever holds it.
+
+use std::io::{self, BufRead, IsTerminal, Write};
+
+use serde_json::json;
+use tenure::{Holder, Locker};
+
+use crate::args::BreakOptions;
+use crate::connect::{connect, exit_of};
+use crate::exit::Exit;
+use crate::output::Output;
+use crate::status::{Shown, holders};
+
+pub(crate) async fn break_lock(options: BreakOptions, output: &Output) -> Exit {
+    if !options.yes && !io::stdin().is_terminal() {
+        return output.fail(Exit::Usage, &"there is no terminal to ask on: use --yes");
+    }
+    let locker = match connect(&options.server, output).await {
+        Ok(locker) => locker,
+        Err(exit) => return exit,
+    };
+    let ended = if options.yes { Ok(true) } else { ask(&locker, &options.key).await };
+    let ended = match ended {
+        Ok(true) => locker.force_release(options.key.as_str()).await,
+        other => other,
+    };
+    match ended {
+        Ok(ended) => {
+            let text = if ended { "ended" } else { "nothing was ended" };
+            output.result(format_args!("{}  {text}", options.key), json!({ "key": options.key, "ended": ended }));
+            if ended { Exit::Success } else { Exit::Minor }
+        }
+        Err(error) => output.fail(exit_of(&error), &error),
+    }
+}
+
+/// Shows the holders, and asks whether to end their lock. False if there are others by then.
+async fn ask(locker: &Locker, key: &str) -> Result<bool, tenure::Error> {
+    let before = holders(locker, key).await?;
+    match &before[..] {
+        [] => eprintln!("{key}  has no holder, but may stay taken for a time after its last one"),
+        holders => eprintln!("{}", Shown::new(key, holders).text()),
+    }
+    eprint!("End it? The holder goes on until its next renewal. [y/N] ");
+    drop(io::stderr().flush());
+    let mut answer = String::new();
+    // Nothing else has to go on meanwhile.
+    if io::stdin().lock().read_line(&mut answer).is_err() || !matches!(answer.trim(), "y" | "Y" | "yes") {
+        return Ok(false);
+    }
+    let now = holders(locker, key).await?;
+    let is_known = |holder: &Holder| before.iter().any(|known| known.token == holder.token);
+    if now.iter().all(is_known) {
+        return Ok(true);
+    }
+    eprintln!("another holds it now: look again");
+    Ok(false)
+}

@@ -1,0 +1,45 @@
+//! The locker that the options describe.
+
+use tenure::{Error, Locker};
+
+use crate::args::ServerOptions;
+use crate::exit::Exit;
+use crate::output::Output;
+
+/// Where servers are looked for unless a URL is given.
+pub(crate) const DEFAULT_URL: &str = "redis://127.0.0.1:6379";
+
+/// Connects to the server, or to a quorum if there are several.
+pub(crate) async fn connect(options: &ServerOptions, output: &Output) -> Result<Locker, Exit> {
+    let mut builder = Locker::builder()
+        .prefix(&options.prefix)
+        .command_timeout(options.command_timeout)
+        .wait_for_server(options.wait_for_server)
+        .min_replicas(options.min_replicas);
+    if let Some(window) = options.restart_window {
+        builder = builder.restart_window(window);
+    }
+    let urls: Vec<&str> = options.url.iter().map(String::as_str).filter(|url| !url.is_empty()).collect();
+    let connected = match &urls[..] {
+        [] => builder.connect(DEFAULT_URL).await,
+        [url] => builder.connect(url).await,
+        urls => builder.quorum(urls).await,
+    };
+    connected.map_err(|error| output.fail(exit_of(&error), &error))
+}
+
+/// Returns what to exit with after this error.
+pub(crate) fn exit_of(error: &Error) -> Exit {
+    match error {
+        Error::NotObtained { .. } => Exit::NotObtained,
+        Error::InvalidUrl(_)
+        | Error::InvalidNodes(_)
+        | Error::InvalidKey(_)
+        | Error::InvalidTtl(_)
+        | Error::InvalidRenewal(_)
+        | Error::InvalidHold(_)
+        | Error::InvalidLimit(_)
+        | Error::Unsupported(_) => Exit::Usage,
+        _ => Exit::Unavailable,
+    }
+}

@@ -1,0 +1,63 @@
+//! The command `tenure`: runs commands under distributed locks, and looks after the locks.
+//!
+//! `args.rs` is what users read: the options, and the manual that `--help` prints. Each command has a file of its own.
+//! What all of them print, for people or as JSON, goes through `output.rs`; what they exit with is in `exit.rs`.
+
+#![cfg(unix)]
+
+mod args;
+mod breaking;
+mod connect;
+mod doctor;
+mod exit;
+mod list;
+mod output;
+mod run;
+mod status;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+use tokio::runtime::Builder;
+
+use self::args::{Args, Command};
+use self::exit::Exit;
+use self::output::Output;
+
+fn main() -> ExitCode {
+    // Before the arguments are read: it is no command for users.
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == run::watcher::COMMAND) {
+        run::watcher::watch();
+        return ExitCode::SUCCESS;
+    }
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => {
+            // Help and the version are no errors. Where they can't be printed, nothing else can.
+            drop(error.print());
+            return if error.use_stderr() { Exit::Usage } else { Exit::Success }.into();
+        }
+    };
+    let output = Output::new(args.json);
+    // One thread: whatever it waits for, it waits for together with the lock.
+    let runtime = match Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return output.fail(Exit::Unavailable, &format!("could not start: {error}")).into(),
+    };
+    let exit = runtime.block_on(async {
+        match args.command {
+            Command::Run(options) => run::run(options, &output).await,
+            Command::Status(options) => status::status(options, &output).await,
+            Command::List(options) => list::list(options, &output).await,
+            Command::Break(options) => breaking::break_lock(options, &output).await,
+            Command::Doctor(options) => doctor::doctor(options, &output).await,
+            Command::Completions { shell } => {
+                clap_complete::generate(shell, &mut Args::command(), "tenure", &mut std::io::stdout());
+                Exit::Success
+            }
+        }
+    });
+    // What still reads from a terminal must not hold it up.
+    runtime.shutdown_background();
+    exit.into()
+}

@@ -1,0 +1,311 @@
+//! `tenure run`: runs a command while holding a lock.
+//!
+//! 1. The command starts when the lock is held, in a process group of its own (`run/group.rs`).
+//! 2. The group gets SIGTERM so early before the guard's deadline that the grace time is over before it, too; then
+//!    SIGKILL. The deadline is before the server frees the lock (`run/ending.rs`).
+//! 3. Where we are killed or stopped ourselves, a watcher does that (`run/watcher.rs`).
+//! 4. The lock is released when the group is gone, not when the command has ended.
+
+mod ending;
+mod group;
+mod signals;
+mod terminal;
+pub(crate) mod watcher;
+
+use std::pin::pin;
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+use tenure::{Error, LockGuard, LockRequest, Locker, Loss};
+use tokio::process::Child;
+use tokio::select;
+use tokio::time::{Instant, sleep_until};
+
+use self::ending::{Plan, Why};
+use self::group::Group;
+use self::signals::{Received, Signals};
+use self::terminal::Terminal;
+use self::watcher::Watcher;
+use crate::args::RunOptions;
+use crate::connect::{connect, exit_of};
+use crate::exit::Exit;
+use crate::output::Output;
+
+/// How long the releases may take that are left when the command has ended.
+const CLOSING: Duration = Duration::from_secs(5);
+/// How often the deadline is compared with the clock at least: no timer counts the time of a machine's suspension.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// The shortest pause between two looks at a group that ends.
+const MINIMUM: Duration = Duration::from_millis(1);
+
+pub(crate) async fn run(options: RunOptions, output: &Output) -> Exit {
+    let plan = match Plan::new(&options) {
+        Ok(plan) => plan,
+        Err(why) => return output.fail(Exit::Usage, &why),
+    };
+    // Before anything that they could interrupt.
+    let mut signals = match Signals::new() {
+        Ok(signals) => signals,
+        Err(error) => return output.fail(Exit::Unavailable, &format_args!("could not handle signals: {error}")),
+    };
+    let connecting = connect(&options.server, output);
+    let locker = select! {
+        locker = connecting => match locker {
+            Ok(locker) => locker,
+            Err(exit) => return exit,
+        },
+        signal = signals.next_deadly() => return interrupted(signal, output),
+    };
+    let began = Instant::now();
+    let obtained = select! {
+        obtained = request(&locker, &options) => obtained,
+        // Dropping the request leaves nothing behind: close() waits for that.
+        signal = signals.next_deadly() => {
+            locker.close_within(CLOSING).await;
+            return interrupted(signal, output);
+        }
+    };
+    let guard = match obtained {
+        Ok(guard) => guard,
+        Err(error) => {
+            locker.close_within(CLOSING).await;
+            let exit = match exit_of(&error) {
+                Exit::NotObtained => Exit::OfCommand(options.not_obtained_code),
+                exit => exit,
+            };
+            return output.fail(exit, &error);
+        }
+    };
+    let waited_ms = millis(began.elapsed());
+    let fencing_token = guard.fencing_token();
+    output.detail("obtained", json!({ "key": options.key, "fencing_token": fencing_token, "waited_ms": waited_ms }));
+    let plan = plan.begun(Instant::now());
+    let exit = hold(guard, &options, plan, &mut signals, output).await;
+    locker.close_within(CLOSING).await;
+    exit
+}
+
+/// Ends before the command has started.
+fn interrupted(signal: Signal, output: &Output) -> Exit {
+    let exit = Exit::Signal(signal as i32);
+    output.detail("ended", json!({ "reason": "interrupted", "exit_code": exit.code() }));
+    exit
+}
+
+fn request(locker: &Locker, options: &RunOptions) -> LockRequest {
+    let key = options.key.as_str();
+    let permits = options.permits.map(|permits| usize::try_from(permits).unwrap_or(usize::MAX));
+    let mut request = match (options.read, permits, options.no_wait) {
+        (true, _, false) => locker.read(key),
+        (true, _, true) => locker.try_read(key),
+        (false, Some(permits), false) => locker.permit(key, permits),
+        (false, Some(permits), true) => locker.try_permit(key, permits),
+        (false, None, false) => locker.lock(key),
+        (false, None, true) => locker.try_lock(key),
+    };
+    if let Some(wait) = options.wait {
+        request = request.wait_at_most(wait);
+    }
+    if let Some(least) = options.at_least {
+        request = request.hold_at_least(least);
+    }
+    if let Some(most) = options.at_most {
+        request = request.hold_at_most(most);
+    }
+    let metadata = options.metadata.clone().unwrap_or_else(|| described(options));
+    request.ttl(options.ttl).fair(options.fair).metadata(metadata)
+}
+
+/// Returns who holds the lock: no arguments, as they may be secret.
+fn described(options: &RunOptions) -> String {
+    let host = nix::unistd::gethostname().map(|host| host.to_string_lossy().into_owned()).unwrap_or_default();
+    let program = options.command.first().map(|program| program.to_string_lossy()).unwrap_or_default();
+    format!("{host}, process {}: {program}", std::process::id())
+}
+
+/// Runs the command for as long as the lock is held, and releases the lock when all of its group is gone.
+async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut Signals, output: &Output) -> Exit {
+    let (terminal, watcher) = (Terminal::ours(), Watcher::start());
+    let (child, group) = match group::start(&options.command, &environment(&guard, options)) {
+        Ok(started) => started,
+        Err(error) => {
+            if let Some(watcher) = watcher {
+                watcher.done();
+            }
+            drop(guard.release().await);
+            let is_missing = error.kind() == std::io::ErrorKind::NotFound;
+            let exit = if is_missing { Exit::NotFound } else { Exit::NotExecutable };
+            let program = options.command.first().map(|program| program.to_string_lossy()).unwrap_or_default();
+            return output.fail(exit, &format_args!("could not run {program}: {error}"));
+        }
+    };
+    output.detail("started", json!({ "process": group.id() }));
+    let foreground = terminal.map(|terminal| terminal.give_to(&group));
+    let deadline = guard.deadline();
+    let mut running = Running { child, group, plan, deadline, watcher, has_terminal: foreground.is_some() };
+    let (why, status) = match running.attend(&guard, signals).await {
+        Ended::ByItself(status) => (None, Some(status)),
+        Ended::Because(why) => {
+            output.event("ending", format_args!("{why}: ending the command"), json!({ "reason": why.name() }));
+            (Some(why), None)
+        }
+    };
+    let status = running.end(status, output).await;
+    drop(foreground);
+    release(guard, why.is_some(), output).await;
+    let exit = match &why {
+        None => status.map_or(Exit::Lost, of_status),
+        Some(Why::LimitReached) => Exit::LimitReached,
+        Some(_) => Exit::OfCommand(options.lost_code),
+    };
+    let reason = why.as_ref().map_or("ended", Why::name);
+    output.detail("ended", json!({ "reason": reason, "exit_code": exit.code() }));
+    exit
+}
+
+fn environment(guard: &LockGuard, options: &RunOptions) -> Vec<(&'static str, String)> {
+    let fencing_token = guard.fencing_token().map(|token| ("TENURE_FENCING_TOKEN", token.to_string()));
+    [("TENURE_KEY", options.key.clone())].into_iter().chain(fencing_token).collect()
+}
+
+/// The command, and what it has started.
+struct Running {
+    child: Child,
+    group: Group,
+    plan: Plan,
+    /// The guard's deadline while it was last held.
+    deadline: Instant,
+    /// Ends the group if we can't.
+    watcher: Option<Watcher>,
+    has_terminal: bool,
+}
+
+/// How it came that the command ends.
+enum Ended {
+    ByItself(ExitStatus),
+    Because(Why),
+}
+
+impl Running {
+    /// Waits until the command has ended, or has to be ended. Passes signals on meanwhile.
+    async fn attend(&mut self, guard: &LockGuard, signals: &mut Signals) -> Ended {
+        let mut lost = pin!(guard.lost());
+        loop {
+            if guard.is_held() {
+                self.deadline = guard.deadline();
+            }
+            self.tell_watcher();
+            let now = Instant::now();
+            if guard.is_held() && self.plan.is_over(self.deadline, now) {
+                return Ended::Because(self.plan.why(self.deadline, now));
+            }
+            let look_at = self.plan.end_at(self.deadline).min(now + LOOK_EVERY);
+            select! {
+                // A loss comes first: what has ended meanwhile may have gone on without the lock.
+                biased;
+                loss = &mut lost => return Ended::Because(Why::from(loss)),
+                status = self.child.wait() => match status {
+                    Ok(status) => return Ended::ByItself(status),
+                    Err(error) => return Ended::Because(Why::Unknown(error.to_string())),
+                },
+                received = signals.next() => match received {
+                    Received::PassOn(signal) => self.group.signal(signal),
+                    Received::ChildChanged if self.has_terminal => self.group.go_on_if_stopped(),
+                    Received::ChildChanged => {}
+                },
+                () = sleep_until(look_at) => {}
+            }
+        }
+    }
+
+    fn tell_watcher(&mut self) {
+        if let Some(watcher) = &mut self.watcher {
+            watcher.tell(&self.group, &self.plan, self.deadline);
+        }
+    }
+
+    /// Ends what is left of the group. Returns the status of the command.
+    async fn end(mut self, mut status: Option<ExitStatus>, output: &Output) -> Option<ExitStatus> {
+        let began = Instant::now();
+        let kill_at = self.plan.kill_at(self.deadline, began);
+        let (mut was_asked, mut was_killed) = (false, false);
+        loop {
+            if status.is_none() {
+                status = self.child.try_wait().ok().flatten();
+            }
+            if status.is_some() {
+                // Those that it has left behind are ours since then, and nobody else reaps them.
+                self.group.reap();
+                if !self.group.exists() {
+                    break;
+                }
+            }
+            let now = Instant::now();
+            if !was_asked {
+                self.group.terminate();
+                was_asked = true;
+            }
+            if now >= kill_at {
+                self.group.kill();
+                if !was_killed {
+                    let after = began.elapsed();
+                    output.event(
+                        "killed",
+                        format_args!("what is left of the command did not end within {after:.1?}: killed"),
+                        json!({ "after_ms": millis(after) }),
+                    );
+                }
+                was_killed = true;
+            }
+            if now >= kill_at + CLOSING {
+                output.event("not_gone", "some of its processes can't be killed", json!({}));
+                break;
+            }
+            sleep_until((now + ending::LOOK_EVERY).min(kill_at.max(now + MINIMUM))).await;
+        }
+        if was_asked {
+            output.detail("gone", json!({ "killed": was_killed, "after_ms": millis(began.elapsed()) }));
+        }
+        if let Some(watcher) = self.watcher.take() {
+            watcher.done();
+        }
+        status
+    }
+}
+
+/// Releases the lock. What is lost already needs no release.
+async fn release(guard: LockGuard, is_over: bool, output: &Output) {
+    match guard.release().await {
+        Ok(()) => {}
+        Err(Error::NotHeld { .. }) if is_over => {}
+        Err(error) => output.event(
+            "release_failed",
+            format_args!("the lock may stay taken until its ttl ends: {error}"),
+            json!({ "error": error.to_string() }),
+        ),
+    }
+}
+
+fn of_status(status: ExitStatus) -> Exit {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => Exit::OfCommand(u8::try_from(code).unwrap_or(u8::MAX)),
+        (None, Some(signal)) => Exit::Signal(signal),
+        (None, None) => Exit::OfCommand(u8::MAX),
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl From<Loss> for Why {
+    fn from(loss: Loss) -> Self {
+        match loss {
+            Loss::LimitReached => Self::LimitReached,
+            loss => Self::Lost(loss),
+        }
+    }
+}

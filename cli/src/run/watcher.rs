@@ -1,0 +1,199 @@
+//! A process of our own that ends the group where we can't: when we are killed, or stopped for too long.
+//!
+//! It reads from a pipe, line by line, what it has to know; and learns of our end by the end of the pipe. It is in a
+//! process group of its own, so that what is sent to ours doesn't reach it.
+//!
+//! 1. It is started before the command, and told of the group right after that has started.
+//! 2. A line is written whole or not at all, and never waited for: a watcher that hangs must hold up nothing.
+//! 3. It acts a little later than we would, so that it does nothing while we are well.
+
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::AsFd;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::time::{ClockId, clock_gettime};
+use tokio::time::Instant;
+
+use super::ending::{LOOK_EVERY, Plan};
+use super::group::Group;
+
+/// The name of the hidden command that a watcher is.
+pub(crate) const COMMAND: &str = "__watch";
+
+/// How much later than us it asks the group to end.
+const LATER: Duration = Duration::from_millis(200);
+
+/// What we tell the watcher.
+const DONE: &str = "done";
+
+/// Our end of it.
+pub(super) struct Watcher {
+    process: Child,
+    pipe: Option<ChildStdin>,
+    /// The deadline that it was told.
+    told: Option<Instant>,
+}
+
+impl Watcher {
+    /// Starts one. The group is ended by us alone where that fails.
+    pub(super) fn start() -> Option<Self> {
+        use std::os::unix::process::CommandExt;
+        let program = std::env::current_exe().ok()?;
+        let mut command = Command::new(program);
+        command.arg(COMMAND).stdin(Stdio::piped()).stdout(Stdio::null()).process_group(0);
+        // The URL may have a password, and it needs none.
+        command.env_remove("TENURE_URL");
+        let mut process = command.spawn().ok()?;
+        let pipe = process.stdin.take().filter(is_without_waiting);
+        Some(Self { process, pipe, told: None })
+    }
+
+    /// Tells it of the group, and until when that may run.
+    pub(super) fn tell(&mut self, group: &Group, plan: &Plan, deadline: Instant) {
+        if self.told == Some(deadline) {
+            return;
+        }
+        let (now, clock) = (Instant::now(), clock());
+        let at = |instant: Instant| (clock + instant.saturating_duration_since(now)).as_millis();
+        let end_at = plan.end_at(deadline);
+        let line = Orders {
+            group: group.id(),
+            grace_ms: plan.grace().as_millis(),
+            end_at_ms: at(end_at + LATER),
+            kill_at_ms: at(plan.kill_at(deadline, end_at)),
+        };
+        if self.write(&line.to_text()) {
+            self.told = Some(deadline);
+        }
+    }
+
+    /// Ends it, as the group is gone.
+    pub(super) fn done(mut self) {
+        self.write(DONE);
+        self.pipe = None;
+        drop(self.process.wait());
+    }
+
+    fn write(&mut self, line: &str) -> bool {
+        let Some(pipe) = &mut self.pipe else { return false };
+        // A short line is written whole to a pipe, or not at all.
+        pipe.write_all(format!("{line}\n").as_bytes()).is_ok()
+    }
+}
+
+/// Has writes fail that would have to wait. Returns whether they do.
+fn is_without_waiting(pipe: &ChildStdin) -> bool {
+    fcntl(pipe.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).is_ok()
+}
+
+/// What a watcher has to do: times are in ms by its clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Orders {
+    group: i32,
+    grace_ms: u128,
+    end_at_ms: u128,
+    kill_at_ms: u128,
+}
+
+impl Orders {
+    fn to_text(self) -> String {
+        format!("{} {} {} {}", self.group, self.grace_ms, self.end_at_ms, self.kill_at_ms)
+    }
+
+    fn read(line: &str) -> Option<Self> {
+        let mut parts = line.split(' ');
+        let group = parts.next()?.parse().ok()?;
+        let mut next = || parts.next()?.parse().ok();
+        Some(Self { group, grace_ms: next()?, end_at_ms: next()?, kill_at_ms: next()? })
+    }
+}
+
+/// What every process of the machine sees alike. It counts the time of a suspension.
+fn clock() -> Duration {
+    #[cfg(any(target_os = "android", target_os = "linux"))]
+    let id = ClockId::CLOCK_BOOTTIME;
+    #[cfg(not(any(target_os = "android", target_os = "linux")))]
+    let id = ClockId::CLOCK_MONOTONIC;
+    clock_gettime(id).map(Duration::from).unwrap_or_default()
+}
+
+/// Watches, as a process of its own.
+pub(crate) fn watch() {
+    let (mut orders, mut unread) = (None::<Orders>, Vec::new());
+    loop {
+        let left = orders.map(|orders| orders.end_at_ms.saturating_sub(clock().as_millis()));
+        if left == Some(0) {
+            break;
+        }
+        match read(&mut unread, left) {
+            // We have ended without a word.
+            Ok(false) => break,
+            Ok(true) => {}
+            Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => continue,
+            Err(_) => break,
+        }
+        while let Some(end) = unread.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = unread.drain(..=end).collect();
+            match std::str::from_utf8(&line).unwrap_or_default().trim_end() {
+                DONE => return,
+                line => orders = Orders::read(line).or(orders),
+            }
+        }
+    }
+    if let Some(orders) = orders {
+        end(orders);
+    }
+}
+
+/// Waits for what is written to the pipe, but no longer than this. Returns false at its end.
+fn read(unread: &mut Vec<u8>, limit_ms: Option<u128>) -> io::Result<bool> {
+    let stdin = io::stdin();
+    let timeout = limit_ms.map_or(PollTimeout::NONE, |ms| {
+        // In steps: a suspension of the machine doesn't count for this timeout.
+        PollTimeout::from(u16::try_from(ms.min(1_000)).unwrap_or(1_000))
+    });
+    let mut polled = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+    if poll(&mut polled, timeout)? == 0 {
+        return Ok(true);
+    }
+    let mut bytes = [0; 512];
+    let count = nix::unistd::read(&stdin, &mut bytes)?;
+    unread.extend_from_slice(bytes.get(..count).unwrap_or_default());
+    Ok(count > 0)
+}
+
+/// Ends the group: as we would, but that nobody renews the lock.
+fn end(orders: Orders) {
+    let group = Group::of(orders.group);
+    let now = clock().as_millis();
+    let kill_at = orders.kill_at_ms.min(now + orders.grace_ms);
+    group.terminate();
+    while group.exists() {
+        let now = clock().as_millis();
+        if now >= kill_at {
+            group.kill();
+        }
+        if now >= kill_at + 5_000 {
+            return;
+        }
+        sleep(LOOK_EVERY);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_are_read_as_they_are_written() {
+        let orders = Orders { group: 7, grace_ms: 5_000, end_at_ms: 123_456_789, kill_at_ms: 123_461_789 };
+        assert_eq!(Orders::read(&orders.to_text()), Some(orders));
+        for line in ["", "done", "7 1 2", "7 1 2 x", "x 1 2 3"] {
+            assert_eq!(Orders::read(line), None, "{line}");
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! `tenure status`, `list`, `break`, `doctor` and `completions` on real servers.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
+
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+use tenure_test_support::Server;
+
+const TENURE: &str = env!("CARGO_BIN_EXE_tenure");
+
+fn tenure(server: &Server, args: &[&str]) -> (i32, String, String) {
+    let output = Command::new(TENURE).env("TENURE_URL", server.url()).stdin(Stdio::null()).args(args).output();
+    let Output { status, stdout, stderr } = output.unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (status.code().unwrap(), text(stdout), text(stderr))
+}
+
+fn json(text: &str) -> Vec<Value> {
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Locks, as tenure keeps them on the server.
+fn lock(server: &Server, key: &str, value: &str) {
+    server.cli(&["SET", key, value, "PX", "60000"]);
+    server.cli(&["SET", &format!("{{{key}}}:fence"), "1790000000000000", "PX", "60000"]);
+}
+
+#[test]
+fn status_shows_holders_and_no_tokens() {
+    let server = Server::start();
+    lock(&server, "held", "secret-token\nhost-3\u{1b}[31m");
+    server.cli(&["SET", "foreign", "another-secret"]);
+    let (code, text, _) = tenure(&server, &["status", "held", "free", "foreign"]);
+    assert_eq!(code, 0);
+    let lines: Vec<_> = text.lines().collect();
+    assert!(
+        lines[0].starts_with("held  held by host-3") && lines[0].contains("fencing token 1790000000000000"),
+        "{text}"
+    );
+    assert!(lines[1] == "free  free" && lines[2].contains("without a ttl"), "{text}");
+    assert!(!text.contains("secret") && !text.contains('\u{1b}'), "{text}");
+    let (code, text, _) = tenure(&server, &["status", "--json", "--exit-code", "held", "free"]);
+    assert_eq!(code, 75);
+    let [held, free] = &json(&text)[..] else { panic!("{text}") };
+    let holder = &held["holders"][0];
+    assert!(held["held"] == true && holder["remaining_ms"].as_u64().is_some_and(|ms| ms > 50_000), "{held}");
+    assert_eq!(free["held"], false);
+    assert_eq!(tenure(&server, &["status", "--exit-code", "free"]).0, 0);
+}
+
+#[test]
+fn list_shows_locks_and_nothing_else_and_the_server_runs_no_keys() {
+    let server = Server::start();
+    for n in 0..5 {
+        lock(&server, &format!("app:{n}"), "chosen");
+    }
+    server.cli(&["SET", "app:unfenced", "0123456789abcdef0123456789abcdef", "PX", "60000"]);
+    server.cli(&["SET", "app:cache", "value", "PX", "60000"]);
+    server.cli(&["SET", "app:for-ever", "0123456789abcdef0123456789abcdef"]);
+    server.cli(&["RPUSH", "app:list", "1"]);
+    lock(&server, "other", "chosen");
+    server.cli(&["CONFIG", "RESETSTAT"]);
+    let (code, text, _) = tenure(&server, &["list", "app:", "--json"]);
+    let keys: Vec<_> = json(&text).iter().map(|lock| lock["key"].as_str().unwrap().to_owned()).collect();
+    assert_eq!((code, keys.join(" ")), (0, "app:0 app:1 app:2 app:3 app:4 app:unfenced".to_owned()));
+    let stats = server.cli(&["INFO", "commandstats"]);
+    assert!(stats.contains("cmdstat_scan") && !stats.contains("cmdstat_keys"), "{stats}");
+    let (_, text, told) = tenure(&server, &["list", "app:", "--limit", "2"]);
+    assert!(text.lines().count() == 2 && told.contains("more than 2"), "{text}{told}");
+    let (_, text, _) = tenure(&server, &["list", "--prefix", "app:"]);
+    assert!(text.starts_with("0  held"), "{text}");
+}
+
+#[test]
+fn break_ends_a_lock_and_asks_first() {
+    let server = Server::start();
+    lock(&server, "held", "token");
+    let (code, _, told) = tenure(&server, &["break", "held"]);
+    assert!(code == 64 && told.contains("--yes") && server.cli(&["EXISTS", "held"]) == "1", "{told}");
+    let (code, text, _) = tenure(&server, &["break", "held", "--yes", "--json"]);
+    assert_eq!(
+        (code, &json(&text)[0]["ended"], server.cli(&["EXISTS", "held"]).as_str()),
+        (0, &Value::Bool(true), "0")
+    );
+    assert_eq!(tenure(&server, &["break", "held", "--yes"]).0, 1);
+    server.cli(&["RPUSH", "list", "1"]);
+    let (code, _, told) = tenure(&server, &["break", "list", "--yes"]);
+    assert!(code == 69 && told.contains("WRONGTYPE"), "{told}");
+}
+
+#[test]
+fn doctor_tells_by_its_exit_code_how_bad_it_is() {
+    let server = Server::start_with(&["--appendonly", "yes", "--appendfsync", "always"]);
+    let (code, text, _) = tenure(&server, &["doctor", &server.url()]);
+    assert!(code == 0 && text.contains("nothing was found"), "{text}");
+    server.cli(&["CONFIG", "SET", "appendonly", "no"]);
+    assert_eq!(tenure(&server, &["doctor"]).0, 1);
+    server.cli(&["CONFIG", "SET", "maxmemory", "100mb", "maxmemory-policy", "allkeys-lru"]);
+    let (code, text, _) = tenure(&server, &["doctor", "--json"]);
+    assert_eq!((code, json(&text)[0]["findings"][0]["topic"].as_str()), (2, Some("memory")));
+    assert_eq!(tenure(&server, &["doctor", "http://nonsense"]).0, 64);
+}
+
+#[test]
+fn completions_and_help_are_there_for_every_command() {
+    let server = Server::start();
+    for shell in ["bash", "zsh", "fish"] {
+        let (code, text, _) = tenure(&server, &["completions", shell]);
+        assert!(code == 0 && text.contains("no-wait"), "{shell}: {text}");
+    }
+    for command in ["run", "status", "list", "break", "doctor", "completions"] {
+        let (code, text, _) = tenure(&server, &[command, "--help"]);
+        assert!(code == 0 && text.contains("--json"), "{command}: {text}");
+    }
+    let (_, text, _) = tenure(&server, &["run", "--help"]);
+    assert!(text.contains("TENURE_FENCING_TOKEN") && text.contains("Exit codes:"), "{text}");
+    assert!(!text.contains(&server.url()), "{text}");
+}

@@ -1,0 +1,483 @@
+//! Readers, permits and writers of one process, on the embedded store, under paused time. What every store keeps is in
+//! `tests/it/conformance`.
+
+use std::future::{Future, IntoFuture};
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::task::{Context, Waker};
+use std::time::Duration;
+
+use tokio::task::{JoinHandle, yield_now};
+use tokio::time::{Instant, sleep};
+
+use crate::store::faulty::{Fault, FaultyStore, Operation};
+use crate::store::memory::MemoryStore;
+use crate::{Error, LockGuard, LockRequest, Locker};
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// A locker whose calls of a kind fail as planned, and what the server was asked.
+struct Counted {
+    locker: Locker,
+    store: Arc<MemoryStore>,
+    acquires: Arc<AtomicU32>,
+}
+
+fn counted(plan: impl Fn(Operation) -> Fault + Send + Sync + 'static) -> Counted {
+    let (store, acquires) = (Arc::new(MemoryStore::new()), Arc::new(AtomicU32::new(0)));
+    let count = acquires.clone();
+    let faulty = FaultyStore::new(store.clone(), move |operation| {
+        count.fetch_add(u32::from(operation == Operation::Acquire), Ordering::Relaxed);
+        plan(operation)
+    });
+    let locker = Locker::builder().command_timeout(ms(500)).poll_every(ms(60_000)).build(Box::new(faulty), None);
+    Counted { locker, store, acquires }
+}
+
+impl Counted {
+    /// Returns how often the server was asked for the key since this was last called.
+    fn acquires(&self) -> u32 {
+        self.acquires.swap(0, Ordering::Relaxed)
+    }
+}
+
+/// Waits in a task. The request is in the queue when this returns.
+async fn waits(request: LockRequest) -> JoinHandle<Result<LockGuard, Error>> {
+    let waiter = tokio::spawn(request.into_future());
+    settle().await;
+    waiter
+}
+
+/// Lets the other tasks do what they can do now.
+async fn settle() {
+    for _ in 0..50 {
+        yield_now().await;
+    }
+}
+
+fn is_refused(refused: &Result<LockGuard, Error>) -> bool {
+    matches!(refused, Err(Error::NotObtained { .. }))
+}
+
+/// Polls a request once, and never again.
+fn poll_once(waiting: std::pin::Pin<&mut crate::Obtaining>) {
+    assert!(waiting.poll(&mut Context::from_waker(Waker::noop())).is_pending());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiting_writer_holds_new_readers_back() {
+    let locker = Locker::in_memory();
+    let reader = locker.read("k").await.unwrap();
+    let writer = waits(locker.lock("k")).await;
+    assert!(is_refused(&locker.try_read("k").await));
+    let behind = waits(locker.read("k")).await;
+    reader.release().await.unwrap();
+    let writing = writer.await.unwrap().unwrap();
+    settle().await;
+    assert!(!behind.is_finished());
+    let released = Instant::now();
+    writing.release().await.unwrap();
+    drop(behind.await.unwrap().unwrap());
+    assert_eq!(released.elapsed(), ms(0), "it was notified");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fair_writer_holds_new_readers_back() {
+    let locker = Locker::in_memory();
+    let reader = locker.read("k").await.unwrap();
+    let writer = waits(locker.lock("k").fair(true)).await;
+    assert!(is_refused(&locker.try_read("k").await));
+    let behind = waits(locker.read("k")).await;
+    reader.release().await.unwrap();
+    writer.await.unwrap().unwrap().release().await.unwrap();
+    drop(behind.await.unwrap().unwrap());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_writer_that_gives_up_or_is_dropped_holds_nobody_back() {
+    let locker = Locker::in_memory();
+    let _reader = locker.read("k").await.unwrap();
+    let writer = waits(locker.lock("k").wait_at_most(ms(100))).await;
+    let behind = waits(locker.read("k")).await;
+    assert!(!behind.is_finished() && is_refused(&writer.await.unwrap()));
+    let other = behind.await.unwrap().unwrap();
+    let writer = waits(locker.lock("k")).await;
+    let behind = waits(locker.read("k")).await;
+    writer.abort();
+    behind.await.unwrap().unwrap().release().await.unwrap();
+    locker.try_read("k").await.unwrap().release().await.unwrap();
+    drop(other);
+}
+
+#[tokio::test(start_paused = true)]
+async fn writers_that_are_not_polled_hold_nobody_back_for_long() {
+    for writers in 1..4 {
+        let locker = Locker::in_memory();
+        let _reader = locker.read("k").await.unwrap();
+        let mut parked = Vec::new();
+        for _ in 0..writers {
+            let mut waiting = Box::pin(locker.lock("k").into_future());
+            poll_once(waiting.as_mut());
+            parked.push(waiting);
+        }
+        let started = Instant::now();
+        drop(locker.read("k").await.unwrap());
+        assert!(started.elapsed() < ms(1_500 * writers), "{writers}: {:?}", started.elapsed());
+        sleep(ms(1_000)).await;
+        drop(locker.try_read("k").await.unwrap());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reader_or_permit_that_is_not_polled_holds_nobody_back_for_long() {
+    let requests: [fn(&Locker) -> LockRequest; 2] = [|locker| locker.read("k"), |locker| locker.permit("k", 2)];
+    for request in requests {
+        let locker = Locker::in_memory();
+        let writer = locker.lock("k").await.unwrap();
+        let mut waiting = Box::pin(request(&locker).into_future());
+        poll_once(waiting.as_mut());
+        settle().await;
+        let behind = waits(request(&locker)).await;
+        let started = Instant::now();
+        writer.release().await.unwrap();
+        drop(behind.await.unwrap().unwrap());
+        assert!(started.elapsed() < ms(1_500), "{:?}", started.elapsed());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn readers_that_waited_enter_together_and_ask_once_each() {
+    let counted = counted(|_| Fault::None);
+    let writer = counted.locker.lock("k").await.unwrap();
+    let mut waiters = Vec::new();
+    for _ in 0..200 {
+        waiters.push(waits(counted.locker.read("k")).await);
+    }
+    // The first has asked, and others may have before it was refused.
+    assert!(counted.acquires() < 6, "those behind the first don't ask");
+    sleep(ms(20_000)).await;
+    assert!(counted.acquires() < 6, "nor do they poll");
+    let released = Instant::now();
+    writer.release().await.unwrap();
+    let mut readers = Vec::new();
+    for waiter in waiters {
+        readers.push(waiter.await.unwrap().unwrap());
+    }
+    assert_eq!(released.elapsed(), ms(0));
+    assert!((200..=205).contains(&counted.acquires()));
+    assert_eq!(counted.locker.holders("k").await.unwrap().len(), 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn readers_that_find_the_key_open_do_not_wait_for_each_other() {
+    let counted = counted(|operation| match operation {
+        Operation::Acquire => Fault::AnsweredAfter(ms(100)),
+        _ => Fault::None,
+    });
+    let started = Instant::now();
+    let mut waiters = Vec::new();
+    for _ in 0..50 {
+        waiters.push(waits(counted.locker.read("k")).await);
+    }
+    for waiter in waiters {
+        drop(waiter.await.unwrap().unwrap());
+    }
+    assert_eq!(started.elapsed(), ms(100));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_permit_comes_back_by_release_drop_and_ttl() {
+    let locker = Locker::in_memory();
+    let request = || locker.permit("k", 2);
+    let one = request().await.unwrap();
+    let another = request().ttl(ms(1_000)).no_renewal().await.unwrap();
+    let (third, fourth, fifth) = (waits(request()).await, waits(request()).await, waits(request()).await);
+    one.release().await.unwrap();
+    let third = third.await.unwrap().unwrap();
+    settle().await;
+    assert!(!fourth.is_finished());
+    drop(third);
+    let _fourth = fourth.await.unwrap().unwrap();
+    let started = Instant::now();
+    another.into_lease();
+    let _fifth = fifth.await.unwrap().unwrap();
+    assert!(started.elapsed() >= ms(990) && started.elapsed() < ms(1_100), "{:?}", started.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_downgrade_readers_enter_and_a_writer_that_waits_is_not_passed() {
+    let locker = Locker::in_memory();
+    let writer = locker.lock("k").await.unwrap();
+    let waiting = waits(locker.read("k")).await;
+    let other = waits(locker.lock("k")).await;
+    let behind = waits(locker.read("k")).await;
+    let started = Instant::now();
+    let (fence, deadline) = (writer.fencing_token(), writer.deadline());
+    let lost = writer.lost();
+    let reader = writer.downgrade().await.unwrap();
+    assert_eq!(lost.await, crate::Loss::Released);
+    assert_eq!((reader.fencing_token(), reader.deadline()), (fence, deadline));
+    let second = waiting.await.unwrap().unwrap();
+    settle().await;
+    assert!(!other.is_finished() && !behind.is_finished());
+    assert!(is_refused(&locker.try_read("k").await));
+    sleep(ms(60_000)).await;
+    assert!(reader.is_held() && second.is_held());
+    reader.release().await.unwrap();
+    second.release().await.unwrap();
+    other.await.unwrap().unwrap().release().await.unwrap();
+    behind.await.unwrap().unwrap().release().await.unwrap();
+    assert_eq!(started.elapsed(), ms(60_000));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_downgrade_of_unknown_outcome_is_tried_again() {
+    for fault in [Fault::AnswerLost, Fault::Refused, Fault::Lost, Fault::RunAfter(ms(450)), Fault::Doubled(ms(100))] {
+        let calls = AtomicU32::new(0);
+        let counted = counted(move |operation| match operation {
+            Operation::Downgrade if calls.fetch_add(1, Ordering::Relaxed) == 0 => fault,
+            _ => Fault::None,
+        });
+        let guard = counted.locker.lock("k").ttl(ms(2_000)).metadata("m").await.unwrap();
+        // It takes the lot of the time: the reader is held for no longer than the lock was, until it is renewed.
+        let deadline = guard.deadline();
+        match guard.downgrade().await {
+            Ok(reader) => {
+                assert!(reader.is_held() && reader.deadline() == deadline && reader.metadata() == b"m", "{fault:?}");
+                counted.locker.try_read("k").await.unwrap().release().await.unwrap();
+                sleep(ms(10_000)).await;
+                reader.release().await.unwrap();
+            }
+            // A call that never returns takes all of the time.
+            Err(error) => assert!(error.is_timeout() && matches!(fault, Fault::Lost), "{fault:?}: {error}"),
+        }
+        sleep(ms(1_000)).await;
+        assert!(counted.store.holder(&"k".into()).is_none());
+        drop(counted.locker.try_lock("k").await.unwrap());
+    }
+}
+
+/// Whatever the server has made of it, it is released.
+#[tokio::test(start_paused = true)]
+async fn a_downgrade_that_fails_or_is_dropped_leaves_nothing() {
+    for fault in [Fault::AnswerLost, Fault::Refused, Fault::Hung, Fault::RunAfter(ms(300)), Fault::RunAfter(ms(490))] {
+        for dropped in [false, true] {
+            let counted = counted(move |operation| match operation {
+                Operation::Downgrade => fault,
+                _ => Fault::None,
+            });
+            let guard = counted.locker.lock("k").await.unwrap();
+            let lost = guard.lost();
+            {
+                let mut downgrading = pin!(guard.downgrade());
+                match dropped {
+                    true => {
+                        let once = downgrading.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+                        assert!(once.is_pending(), "{fault:?}");
+                    }
+                    false => match downgrading.await {
+                        Ok(reader) => reader.release().await.unwrap(),
+                        Err(error) => assert!(error.is_timeout(), "{error}"),
+                    },
+                }
+            }
+            assert_eq!(lost.await, crate::Loss::Released);
+            sleep(ms(1_000)).await;
+            counted.locker.try_lock("k").await.unwrap().release().await.unwrap();
+            assert_eq!(counted.locker.holders("k").await.unwrap().len(), 0);
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_can_not_be_downgraded_says_why() {
+    let locker = Locker::in_memory();
+    let token = || "me".parse::<crate::Token>().unwrap();
+    let set = locker.lock_all(["a", "b"]).await.unwrap();
+    let permit = locker.permit("p", 1).await.unwrap();
+    let one = locker.lock("k").token(token()).await.unwrap();
+    let twin = locker.lock("k").token(token()).await.unwrap();
+    for guard in [set, permit, one] {
+        let refused = guard.downgrade().await.unwrap_err();
+        assert!(matches!(refused, Error::Unsupported(_)), "{refused}");
+    }
+    sleep(ms(100_000)).await;
+    let reader = twin.downgrade().await.unwrap();
+    let again = reader.downgrade().await.unwrap();
+    assert!(again.is_held());
+    assert_eq!(locker.holders("k").await.unwrap().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_shares_the_key_already_waits_behind_nobody() {
+    let requests: [fn(&Locker) -> LockRequest; 2] = [|locker| locker.read("k"), |locker| locker.permit("k", 1)];
+    for request in requests {
+        let locker = Locker::in_memory();
+        let one = || request(&locker).token("me".parse().unwrap());
+        let first = one().await.unwrap();
+        let writer = waits(locker.lock("k")).await;
+        let second = one().await.unwrap();
+        let third = one().wait_at_most(ms(0)).await.unwrap();
+        assert_eq!([&second, &third].map(LockGuard::fencing_token), [first.fencing_token(); 2]);
+        drop((first, second));
+        settle().await;
+        assert!(!writer.is_finished() && third.is_held());
+        third.release().await.unwrap();
+        drop(writer.await.unwrap().unwrap());
+    }
+}
+
+/// The first in the queue leaves, and the one that it has woken leaves before it has run.
+#[tokio::test(start_paused = true)]
+async fn of_waiters_that_are_dropped_at_once_nothing_is_left() {
+    let counted = counted(|_| Fault::None);
+    let writer = counted.locker.lock("k").await.unwrap();
+    for requests in [1, 2, 3] {
+        let mut waiters = Vec::new();
+        for n in 0..requests {
+            waiters.push(waits(if n == 1 { counted.locker.permit("k", 1) } else { counted.locker.read("k") }).await);
+        }
+        waiters.iter().for_each(JoinHandle::abort);
+        settle().await;
+        assert!(!counted.locker.shared().queues.has_waiters(&"k".into()));
+    }
+    writer.release().await.unwrap();
+    let reader = counted.locker.try_read("k").await.unwrap();
+    reader.release().await.unwrap();
+    sleep(ms(2_000)).await;
+    assert!(format!("{:?}", counted.locker.shared().queues).contains("keys: 0"));
+    assert_eq!(counted.store.subscriptions(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_attempts_of_unknown_outcome_of_a_reader_are_undone() {
+    for fault in [Fault::AnswerLost, Fault::RunAfter(ms(400)), Fault::Lost] {
+        for limit in [ms(0), ms(600)] {
+            let calls = AtomicU32::new(0);
+            let counted = counted(move |operation| match operation {
+                Operation::Acquire if calls.fetch_add(1, Ordering::Relaxed) == 0 => fault,
+                _ => Fault::None,
+            });
+            if let Ok(reader) = counted.locker.read("k").wait_at_most(limit).await {
+                reader.release().await.unwrap();
+            }
+            sleep(ms(2_000)).await;
+            assert_eq!(counted.locker.holders("k").await.unwrap(), [], "{fault:?}");
+            counted.locker.try_lock("k").await.unwrap().release().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn closing_ends_those_who_wait_and_releases_what_was_dropped() {
+    let locker = Locker::in_memory();
+    let reader = locker.read("k").await.unwrap();
+    let dropped = locker.read("k").await.unwrap();
+    let (writer, behind) = (waits(locker.lock("k")).await, waits(locker.read("k")).await);
+    drop(dropped);
+    locker.close().await;
+    for waiter in [writer, behind] {
+        assert!(matches!(waiter.await.unwrap(), Err(Error::Closed)));
+    }
+    assert!(matches!(locker.try_read("k").await, Err(Error::Closed)));
+    assert!(matches!(locker.holders("k").await, Err(Error::Closed)));
+    sleep(ms(60_000)).await;
+    assert!(reader.is_held());
+    // What is held stays held, and can be made less of.
+    reader.downgrade().await.unwrap().release().await.unwrap();
+}
+
+/// The reader is held for no longer than the lock was known to be, and isn't renewed as a lock.
+#[tokio::test(start_paused = true)]
+async fn a_downgrade_keeps_the_bounds_and_a_longer_deadline() {
+    let locker = Locker::in_memory();
+    let writer = locker.lock("k").ttl(ms(3_000)).hold_at_most(ms(120_000)).hold_at_least(ms(30_000)).await.unwrap();
+    let started = Instant::now();
+    writer.ensure(ms(60_000)).await.unwrap();
+    let deadline = writer.deadline();
+    let reader = writer.downgrade().await.unwrap();
+    assert_eq!((reader.deadline(), reader.ttl()), (deadline, ms(3_000)));
+    assert!(reader.server_ttl().await.unwrap().unwrap() > ms(59_000));
+    sleep(ms(10_000)).await;
+    reader.release().await.unwrap();
+    locker.try_read("k").await.unwrap().release().await.unwrap();
+    locker.lock("k").await.unwrap().release().await.unwrap();
+    let after = started.elapsed();
+    assert!(after >= ms(30_000) && after < ms(30_200), "{after:?}");
+    let writer = locker.lock("k").hold_at_most(ms(20_000)).await.unwrap();
+    let started = Instant::now();
+    let reader = writer.downgrade().await.unwrap();
+    assert_eq!(reader.lost().await, crate::Loss::LimitReached);
+    assert!(started.elapsed() <= ms(20_000));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lock_that_is_gone_is_not_downgraded() {
+    let counted = counted(|_| Fault::None);
+    let request = || counted.locker.lock("k").ttl(ms(1_000)).no_renewal();
+    let expired = request().await.unwrap();
+    sleep(ms(2_000)).await;
+    let refused = expired.downgrade().await.unwrap_err();
+    assert!(matches!(refused, Error::NotHeld { loss: crate::Loss::Expired, .. }), "{refused}");
+    let missing = request().await.unwrap();
+    counted.store.delete(&"k".into());
+    let refused = missing.downgrade().await.unwrap_err();
+    assert!(matches!(refused, Error::NotHeld { loss: crate::Loss::Missing, .. }), "{refused}");
+    let taken = request().await.unwrap();
+    counted.store.delete(&"k".into());
+    let other = counted.locker.read("k").await.unwrap();
+    let refused = taken.downgrade().await.unwrap_err();
+    assert!(matches!(refused, Error::NotHeld { loss: crate::Loss::Taken, .. }), "{refused}");
+    sleep(ms(5_000)).await;
+    assert!(other.is_held());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reader_is_lost_like_a_lock() {
+    let counted = counted(|operation| if operation == Operation::Renew { Fault::Hung } else { Fault::None });
+    let expires = counted.locker.read("k").ttl(ms(3_000)).await.unwrap();
+    assert_eq!(expires.lost().await, crate::Loss::Expired);
+    let counted = self::counted(|_| Fault::None);
+    let missing = counted.locker.read("k").ttl(ms(3_000)).await.unwrap();
+    counted.store.delete(&"k".into());
+    assert_eq!(missing.lost().await, crate::Loss::Missing);
+    let (one, other) = (counted.locker.permit("k", 2).await.unwrap(), counted.locker.permit("k", 2).await.unwrap());
+    counted.store.delete(&"k".into());
+    let lock = counted.locker.lock("k").await.unwrap();
+    assert_eq!((one.lost().await, other.lost().await), (crate::Loss::Taken, crate::Loss::Taken));
+    assert!(lock.is_held());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watchdog_keeps_readers_and_permits_and_obtains_a_share_when_it_is_free() {
+    let locker = Locker::in_memory();
+    let dog = crate::WatchDog::builder(&locker).build();
+    dog.watch(locker.read("r").await.unwrap()).unwrap();
+    dog.watch(locker.permit("p", 2).await.unwrap()).unwrap();
+    let refused = dog.watch(locker.permit("p", 2).await.unwrap()).unwrap_err();
+    assert!(matches!(refused, Error::AlreadyWatched { .. }));
+    sleep(ms(100_000)).await;
+    assert!(locker.try_lock("r").await.is_err() && locker.try_lock("p").await.is_err());
+    let permit = dog.unwatch("p").unwrap();
+    dog.watch_lease(permit.clone()).await.unwrap();
+    assert_eq!(locker.holders("p").await.unwrap().len(), 1);
+    dog.release_all().await;
+    locker.try_lock("p").await.unwrap().release().await.unwrap();
+    let refused = dog.watch_lease(permit).obtain_when_free(true).await.unwrap_err();
+    assert!(matches!(refused, Error::Unsupported(_)), "{refused}");
+
+    let lease = locker.read("r").await.unwrap().into_lease();
+    locker.adopt(lease.clone()).await.unwrap().release().await.unwrap();
+    let writer = locker.lock("r").await.unwrap();
+    dog.watch_lease(lease).obtain_when_free(true).await.unwrap();
+    settle().await;
+    assert!(!dog.status("r").unwrap().held);
+    writer.release().await.unwrap();
+    settle().await;
+    assert!(dog.status("r").unwrap().held);
+    locker.try_read("r").await.unwrap().release().await.unwrap();
+    assert_eq!(dog.shutdown().await.len(), 1);
+}
