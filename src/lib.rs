@@ -59,7 +59,7 @@
 //! use tenure::Error;
 //!
 //! match locker.try_lock("reports").await {
-//!     Ok(guard) => guard.protect(send_reports()).await?, // the lock is released as the guard is dropped
+//!     Ok(guard) => guard.protect(send_reports()).await?, // and the drop of the guard releases it
 //!     Err(Error::NotObtained { .. }) => println!("another machine sends them"),
 //!     Err(error) => return Err(error), // nobody knows: the server can't be reached, say
 //! }

@@ -3,12 +3,10 @@
 //! A few waiters want one key, each again as soon as it has released it, in one process or in several. The program
 //! starts itself for every process. The copies log their turns by a clock that all of them share; all logs together
 //! show how long each hand-off took. Contenders take turns, in rounds and in random order. The program prints medians
-//! over the rounds. `-- --quick` runs one short round, and `-- --svg FILE` draws the turns per second.
+//! over the rounds. `-- --quick` runs one short round.
 
 #![expect(clippy::expect_used, reason = "a benchmark that can't measure can only panic")]
 
-#[path = "../common/chart.rs"]
-mod chart;
 #[path = "../common/counters.rs"]
 mod counters;
 #[path = "../common/machine.rs"]
@@ -21,13 +19,11 @@ mod turns;
 mod waiters;
 
 use std::env;
-use std::fmt;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use tenure_test_support::Server;
 
-use self::chart::{Chart, Panel};
 use self::counters::Observer;
 use self::statistics::median;
 use self::turns::Sample;
@@ -71,30 +67,13 @@ struct Crowd {
     hold: Duration,
 }
 
-impl fmt::Display for Crowd {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { processes, waiters, hold } = self;
-        write!(f, "{waiters} waiters in ")?;
-        match processes {
-            1 => write!(f, "one process")?,
-            _ => write!(f, "each of {processes} processes")?,
-        }
-        write!(f, " that hold the lock for {hold:?}")
-    }
-}
-
 const HOLDS: [Duration; 2] = [Duration::ZERO, Duration::from_millis(1)];
 const SIZES: [(usize, usize); 3] = [(1, 8), (1, 64), (4, 8)];
 const CROWDS: [usize; 2] = [10, 100_000];
 
 fn benchmark(args: Vec<String>) -> Result<(), String> {
-    let (is_quick, svg) = chart::arguments(args.into_iter())?;
-    let plan = if is_quick { Plan::QUICK } else { Plan::FULL };
-    let machine = machine::describe()?;
-    print_header(plan, &machine);
-    let title = "How often a contended lock is obtained per second".to_owned();
-    let notes = vec![machine, format!("Medians of {} rounds of {:?}, in turn.", plan.rounds, plan.length)];
-    let mut chart = Chart { title, notes, panels: Vec::new() };
+    let plan = if machine::is_quick(args.into_iter())? { Plan::QUICK } else { Plan::FULL };
+    print_header(plan, &machine::describe()?);
     let server = Server::start();
     let mut observer = Observer::connect(&server.url());
     let mut random = fastrand::Rng::with_seed(plan.seed);
@@ -111,14 +90,7 @@ fn benchmark(args: Vec<String>) -> Result<(), String> {
                 }
             }
             print_table(crowd, &samples);
-            let bars = Contender::ALL.iter().zip(&samples).map(|(contender, samples)| {
-                (contender.name.to_owned(), median(samples.iter().map(|sample| sample.turns_a_second)))
-            });
-            chart.panels.push(Panel { title: crowd.to_string(), bars: bars.collect() });
         }
-    }
-    if let Some(file) = svg {
-        chart.write(&file)?;
     }
     compare_crowds(plan, &server, &mut observer)
 }
@@ -169,7 +141,10 @@ fn print_header(plan: Plan, machine: &str) {
 }
 
 fn print_table(crowd: Crowd, samples: &[Vec<Sample>]) {
-    println!("\n{crowd}");
+    let Crowd { processes, waiters, hold } = crowd;
+    let of_processes =
+        if processes == 1 { "in one process".to_owned() } else { format!("in each of {processes} processes") };
+    println!("\n{waiters} waiters {of_processes} that hold the lock for {hold:?}");
     println!(
         "  {:<21} | {:>7} | {:>11} | {:>8} | {:>8} | {:>6} | {:>8} | {:>10} | {:>9} | {:>8} | {:>9} | {:>11}",
         "",

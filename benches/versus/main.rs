@@ -1,13 +1,11 @@
 //! The cost of a lock: obtain + release pairs on distinct keys, compared to the raw clients and the nearest rival.
 //!
 //! One server, one process, one run: each rival in turn, in rounds and in random order, so that a noisy machine affects
-//! all of them alike. The server has a core of its own. The program prints medians over the rounds; ratios are taken
-//! within a round. `-- --quick` runs one short round, and `-- --svg FILE` draws the pairs per second.
+//! all of them alike. The server has a core of its own. The program prints medians over the rounds; ratios are taken within a round. `-- --quick` runs
+//! one short round.
 
 #![expect(clippy::expect_used, reason = "a benchmark that can't measure can only panic")]
 
-#[path = "../common/chart.rs"]
-mod chart;
 mod cores;
 #[path = "../common/machine.rs"]
 mod machine;
@@ -33,9 +31,8 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use self::chart::{Chart, Panel};
 use self::cores::Cores;
-use self::rivals::{CONTROL, RAW_FRED, RSLOCK, Rival};
+use self::rivals::{RAW_FRED, RSLOCK, Rival};
 use self::statistics::median;
 use self::targets::TARGETS;
 
@@ -47,15 +44,14 @@ fn main() -> ExitCode {
 }
 
 fn benchmark() -> Result<(), String> {
-    let (is_quick, svg) = chart::arguments(env::args().skip(1))?;
-    let plan = if is_quick { Plan::QUICK } else { Plan::FULL };
+    let plan = if machine::is_quick(env::args().skip(1))? { Plan::QUICK } else { Plan::FULL };
     let machine = machine::describe()?;
     let cores = Cores::of_this_process();
     cores.keep_to_the_last();
     let server = Server::start();
     cores.keep_to_the_others();
-    let chart = Runtime::new().expect("a runtime").block_on(compare(plan, &machine, &server.url()));
-    svg.map_or(Ok(()), |file| chart.write(&file))
+    Runtime::new().expect("a runtime").block_on(compare(plan, &machine, &server.url()));
+    Ok(())
 }
 
 /// How long to measure.
@@ -74,26 +70,15 @@ impl Plan {
     const QUICK: Self = Self { rounds: 1, length: Duration::from_millis(100), seed: 1 };
 }
 
-/// Measures all rivals, and prints a table for each number of tasks. Returns the same as a chart.
-async fn compare(plan: Plan, machine: &str, url: &str) -> Chart {
+/// Measures all rivals, and prints a table for each number of tasks.
+async fn compare(plan: Plan, machine: &str, url: &str) {
     let rivals = Rival::all(url).await;
     print_header(plan, machine);
-    let title = "Locks obtained and released per second, each task with a key of its own".to_owned();
-    let notes = vec![machine.to_owned(), format!("Medians of {} rounds of {:?}, in turn.", plan.rounds, plan.length)];
-    let mut chart = Chart { title, notes, panels: Vec::new() };
     for tasks in TASKS {
         let samples = measure_in_turn(&rivals, tasks, plan).await;
         print_table(&rivals, tasks, &samples);
         print_targets(tasks, &samples);
-        let shown = rivals.iter().map(Rival::name).filter(|name| *name != CONTROL);
-        let bars = shown.map(|name| (name.to_owned(), median(samples[name].iter().map(|sample| sample.rate))));
-        chart.panels.push(Panel { title: of_tasks(tasks), bars: bars.collect() });
     }
-    chart
-}
-
-fn of_tasks(tasks: usize) -> String {
-    format!("{tasks} task{}", if tasks == 1 { "" } else { "s" })
 }
 
 /// The samples of each rival, in the order of the rounds: the nth samples of all rivals belong together.
@@ -164,7 +149,7 @@ fn print_header(plan: Plan, machine: &str) {
 }
 
 fn print_table(rivals: &[Rival], tasks: usize, samples: &Samples) {
-    println!("\n{}", of_tasks(tasks));
+    println!("\n{tasks} task{}", if tasks == 1 { "" } else { "s" });
     println!(
         "  rival                     |  pairs/s | us/pair | time / raw fred | pairs/s / rslock | client CPU us/pair"
     );
