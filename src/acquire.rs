@@ -254,7 +254,7 @@ impl Acquisition {
                 Step::Take(grant) => self.take(grant, By::HandOver)?,
                 Step::Wait(wait_for) => match &mut self.pacing {
                     Pacing::Once => Step::GiveUp,
-                    Pacing::Wait => Box::pin(self.waiter.wait(wait_for)).await,
+                    Pacing::Wait => Box::pin(self.waiter.wait(wait_for, self.last_answer.as_ref())).await,
                     Pacing::Pauses(pauses) => Box::pin(self.waiter.pause(pauses)).await,
                 },
                 Step::StartOver => Box::pin(self.waiter.start_over()).await,

@@ -76,7 +76,7 @@ impl History {
 }
 
 fn run() -> Run {
-    Run { assumptions_hold: true, calm: 10_000, patience: 1_000, killed: [7].into() }
+    Run { nobody_forgets: true, calm: 10_000, patience: 1_000, killed: [7].into() }
 }
 
 const ALONE: Mode = Mode::Exclusive;
@@ -154,9 +154,9 @@ fn whoever_was_ended_by_the_server_was_held_when_it_last_said_so() {
 }
 
 #[test]
-fn a_verdict_of_the_server_is_no_violation_where_assumptions_are_broken() {
+fn a_verdict_of_the_server_is_no_violation_where_one_may_forget() {
     let history = History::new().attempt(0, 1).granted(1, 1, 10).held(100, 101, 1).lost(900, 1, "Missing", 5_000);
-    let run = Run { assumptions_hold: false, ..run() };
+    let run = Run { nobody_forgets: false, ..run() };
     assert_eq!(check(history.events, &[], &run).violations, []);
 }
 

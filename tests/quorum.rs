@@ -258,7 +258,9 @@ async fn a_failed_attempt_leaves_nothing_on_the_minority() {
     for server in &servers[..2] {
         server.cli(&["SET", "k", "another", "PX", "60000"]);
     }
-    let (try_lock, with_token) = (|| locker.try_lock("k"), || locker.try_lock("k").token("mine".parse().unwrap()));
+    // Their ttl doesn't free the key in time.
+    let try_lock = || locker.try_lock("k").ttl(ms(60_000));
+    let with_token = || try_lock().token("mine".parse().unwrap());
     let requests: [&dyn Fn() -> LockRequest; 2] = [&try_lock, &with_token];
     for request in requests {
         assert!(matches!(decided(request).await, Err(Error::NotObtained { .. })));

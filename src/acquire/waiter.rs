@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::select;
 use tokio::time::{Instant, sleep_until};
 
-use crate::acquire::answer::Held;
+use crate::acquire::answer::{Held, LastAnswer};
 use crate::acquire::attempt::{Attempt, Outcome};
 use crate::acquire::position::Position;
 use crate::acquire::queue::{By, Claim, HEARTBEAT, Inherited, Obtained, Place, TakenOver, Ticket, Wakeup};
@@ -160,12 +160,14 @@ impl Waiter {
         Ok(guard)
     }
 
-    /// Waits until it makes sense to ask again.
-    pub(crate) async fn wait(&mut self, wait_for: WaitFor) -> Step {
+    /// Waits until it makes sense to ask again. `learned` is what the request has learned itself.
+    pub(crate) async fn wait(&mut self, wait_for: WaitFor, learned: Option<&LastAnswer>) -> Step {
         if self.attempt.context.is_shared() && self.position.ticket().is_none() {
             // It has asked before it entered the queue.
             self.position.enter_queue(&self.attempt.context);
             self.position.refused(&self.attempt.context);
+            // What others there have learned before is older.
+            self.position.ticket().inspect(|ticket| ticket.set_last_answer(learned.cloned()));
             if !self.position.ticket().is_none_or(Ticket::is_first) {
                 return self.wait_in_queue().await;
             }

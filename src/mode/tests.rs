@@ -481,3 +481,24 @@ async fn a_watchdog_keeps_readers_and_permits_and_obtains_a_share_when_it_is_fre
     locker.try_read("r").await.unwrap().release().await.unwrap();
     assert_eq!(dog.shutdown().await.len(), 1);
 }
+
+/// What the queue knows is of before: then, a writer held the key.
+#[tokio::test(start_paused = true)]
+async fn a_reader_that_gets_no_reply_is_not_told_that_another_holds_the_key() {
+    let is_away = Arc::new(AtomicU32::new(0));
+    let counted = counted({
+        let is_away = is_away.clone();
+        move |operation| match operation {
+            Operation::Acquire if is_away.load(Ordering::Relaxed) > 0 => Fault::Lost,
+            _ => Fault::None,
+        }
+    });
+    let writer = counted.locker.lock("k").await.unwrap();
+    assert!(is_refused(&counted.locker.read("k").wait_at_most(ms(10)).await));
+    writer.release().await.unwrap();
+    is_away.store(1, Ordering::Relaxed);
+    for limit in [100, 700] {
+        let failed = counted.locker.read("k").wait_at_most(ms(limit)).await.unwrap_err();
+        assert!(failed.is_timeout(), "{failed}");
+    }
+}

@@ -251,11 +251,13 @@ pub(super) struct Process {
 pub(super) struct Dog {
     dog: WatchDog,
     leases: Vec<Lease>,
+    /// It goes on requesting them.
+    asks: Vec<Asking>,
 }
 
 impl Dog {
     pub(super) fn new(locker: &Locker) -> Self {
-        Self { dog: WatchDog::builder(locker).build(), leases: Vec::new() }
+        Self { dog: WatchDog::builder(locker).build(), leases: Vec::new(), asks: Vec::new() }
     }
 
     /// Drops the watchdog. The leases that it watched are left to expire.
@@ -349,7 +351,7 @@ impl Actor {
             }
             Step::DogReleases | Step::DogReleasesAll => self.dog_releases(step).await,
             Step::DogShutsDown => {
-                let Dog { dog, leases } = self.process.next_dog();
+                let Dog { dog, leases, .. } = self.process.next_dog();
                 for lease in leases {
                     self.world.leave(lease);
                 }
@@ -648,7 +650,8 @@ impl Actor {
                 (None, Lease::new(self.key(), token, self.ttl()))
             }
         };
-        let _asking = self.world.asks(Mode::Exclusive);
+        let asking = self.world.asks(Mode::Exclusive);
+        self.process.dog.lock().unwrap().asks.push(asking);
         let request = dog.watch_lease(lease.clone()).obtain_when_free(self.rng.bool()).into_future();
         let watched = self.bounded(COMMAND_TIMEOUT, Doing::default(), "watch_lease", request).await;
         if let Some(Ok(())) = watched {

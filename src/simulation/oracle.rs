@@ -157,6 +157,12 @@ struct Tracked {
 }
 
 impl Tracked {
+    /// Returns whether this was a time for which it held a key.
+    fn has_had(&self, span: &Span) -> bool {
+        let is_its = (span.mode, &span.token) == (self.mode, &self.token);
+        is_its && (self.mode == Mode::Exclusive || span.grant == self.grant)
+    }
+
     /// Returns whether its keys have to stay taken although it has ended.
     fn is_to_stay(&self, now: Instant) -> bool {
         let loss = self.loss.or_else(|| self.hold.upgrade()?.peek().verdict.err());
@@ -872,10 +878,11 @@ impl State {
                 of_it.for_each(|guard| guard.has_no_bounds = true);
             }
             // Promise 9. A guard that is older than what the token holds now has lost its own lock before.
-            let span = self.span(key, token);
+            let spans = self.history.get(key).map(Vec::as_slice).unwrap_or_default();
             let has_to_stay = |guard: &Tracked| {
                 let is_its = guard.token == *token && guard.keys.contains(key);
-                is_its && span.is_some_and(|span| span.from <= guard.born) && guard.is_to_stay(now)
+                let of_it = spans.iter().any(|span| span.until > now && guard.has_had(span) && span.from <= guard.born);
+                is_its && of_it && guard.is_to_stay(now)
             };
             let mut at_server = world.store.held_by(key).into_iter().map(|(_, by, ..)| by);
             let is_taken = at_server.any(|by| by == *token || by == Token::nobody());
@@ -912,14 +919,12 @@ impl State {
 
     /// Returns whether the lock has been held at the server without a gap, as far as was seen.
     fn has_been_there(&self, id: usize) -> bool {
-        let Tracked { keys, mode, token, grant, sent, born, .. } = &self.guards[id];
+        let guard = &self.guards[id];
+        let Tracked { keys, token, sent, born, .. } = guard;
         let now = Instant::now();
         keys.iter().all(|key| {
             let ended = self.ended.iter().any(|(of, by, at)| of == key && by == token && sent <= at);
-            let is_its = |span: &&Span| {
-                span.mode == *mode && span.token == *token && (*mode == Mode::Exclusive || span.grant == *grant)
-            };
-            let last = self.history.get(key).and_then(|spans| spans.iter().rev().find(is_its));
+            let last = self.history.get(key).and_then(|spans| spans.iter().rev().find(|span| guard.has_had(span)));
             !ended && last.is_some_and(|last| last.from <= *born && now < last.until)
         })
     }

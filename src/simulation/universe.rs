@@ -80,9 +80,9 @@ impl Climate {
 impl Line {
     fn plan(&self, operation: Operation) -> Fault {
         match (operation, self.whatever()) {
-            // No network sends a request again that has a reply, and nobody would undo what such a repeat obtained.
-            // Harmless calls stay doubled.
-            (Operation::Acquire, Fault::Doubled(delay)) => Fault::Twice(delay),
+            // No network sends a request again that has a reply. Nobody would undo what such a repeat obtained, or the
+            // ttl that it set exactly. Harmless calls stay doubled.
+            (Operation::Acquire | Operation::Renew, Fault::Doubled(delay)) => Fault::Twice(delay),
             (_, fault) => fault,
         }
     }

@@ -19,8 +19,8 @@
 //! And **no overlap is hidden**, except for what lies outside the certain parts: at the beginning, the time between the
 //! grant and the return of the request, in which nobody can ask; at the end nothing for a guard that expired, a few
 //! microseconds for one that was released or dropped, and the time between two samples ([`worker`](crate::worker)) for
-//! one that died with its process, or was ended by the server (`Taken`, `Missing`). The last can't happen while the
-//! assumptions hold, except through somebody's release, so then it is a violation by itself ([`Violation::Verdict`]).
+//! one that died with its process, or was ended by the server (`Taken`, `Missing`). The last can't happen where no server
+//! forgets, except through somebody's release, so there it is a violation by itself ([`Violation::Verdict`]).
 //!
 //! # Fencing tokens
 //!
@@ -37,8 +37,9 @@ use crate::history::{Event, GUARDS_PER_WORKER, GuardId, Mode, Nanos};
 /// What the checker has to know about a run.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Run {
-    /// No fault has broken what the locks rest on.
-    pub(crate) assumptions_hold: bool,
+    /// No server loses what it has granted. A guard of a quorum may be ended by the nodes' reply that no majority has it,
+    /// and none can: one node had refused it, and another has forgotten it.
+    pub(crate) nobody_forgets: bool,
     /// When the faults had ended.
     pub(crate) calm: Nanos,
     /// How long a waiter may wait from then on.
@@ -255,7 +256,7 @@ fn check_end(guard: &Guard, run: &Run, report: &mut Report) {
         }
         _ => {}
     }
-    if let Some(loss) = guard.loss.as_ref().filter(|loss| run.assumptions_hold && *loss != "Expired") {
+    if let Some(loss) = guard.loss.as_ref().filter(|loss| run.nobody_forgets && *loss != "Expired") {
         report.violations.push(Violation::Verdict { guard: guard.id, loss: loss.clone() });
     }
 }

@@ -161,7 +161,8 @@ fn run(kind: Kind, options: &Options) -> bool {
         violations.extend(pool.join(Duration::from_secs(10)).into_iter().map(Violation::Broken));
     }
 
-    let run = Run { assumptions_hold: !breaks, calm, patience: nanos(kind.patience()), killed: pool.killed.clone() };
+    let nobody_forgets = !breaks && !kind.is_quorum();
+    let run = Run { nobody_forgets, calm, patience: nanos(kind.patience()), killed: pool.killed.clone() };
     let events = pool.histories().into_iter().flat_map(|path| history::read(&path));
     let mut report = checker::check(events, &register.accepted(), &run);
     report.violations.extend(violations);

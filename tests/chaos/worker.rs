@@ -3,10 +3,10 @@
 //! While a guard is held, it is asked every [`SAMPLE`], right after the grant, and right before it is ended. The checker
 //! says what follows from that.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use fastrand::Rng;
@@ -316,13 +316,15 @@ impl Worker {
     /// Gives a guard to the watchdog.
     fn watch(&self, guard: LockGuard, name: &Name) -> Option<Kept> {
         let key = name.keys.first()?.clone();
-        self.watched.begin(&key, name.id);
+        if !self.watched.begin(&key, name.id) {
+            return Some(Kept::Guard(guard));
+        }
         let at = now();
         if self.dog.watch(guard).is_ok() {
             return Some(Kept::Watched(key));
         }
-        // It is lost already, or the watchdog has not yet noticed the end of the last one.
-        self.watched.refused(&key, name.id);
+        // It is lost already.
+        self.watched.refused(&key);
         self.recorder.write(&Event::Ending { at, guard: name.id, how: "not watched".to_owned() });
         None
     }
@@ -362,13 +364,12 @@ impl Worker {
                 let (guard, before) = (name.id, now());
                 let status = self.dog.status(key.as_str());
                 let after = now();
-                // The next guard of this process may be watched under the same key already, and the status be of that one.
-                let is_ours = self.watched.is_alone(key, guard);
                 // Its loss is recorded by the callback.
-                let deadline = status.filter(|status| is_ours && status.held).and_then(|status| status.deadline);
-                let Some(deadline) = deadline else { return false };
-                let deadline = self.recorder.nanos(deadline);
-                self.watched.held(key, guard, deadline);
+                let deadline = status.filter(|status| status.held).and_then(|status| status.deadline);
+                let Some(deadline) = deadline.map(|deadline| self.recorder.nanos(deadline)) else { return false };
+                if !self.watched.held(key, guard, deadline) {
+                    return false;
+                }
                 self.recorder.write(&Event::Held { before, after, guard, deadline });
                 true
             }
@@ -442,40 +443,46 @@ impl Worker {
     }
 }
 
-/// The guards that the watchdog keeps, by key, in the order in which they were given to it. Each ends with one event, and
-/// the events of a key come in order.
+/// The guards that the watchdog keeps, by key, with the deadlines that were last seen.
+///
+/// The status and the events of a key are those of whatever guard is watched under it. So a guard is only given to the
+/// watchdog once the end of the last one was reported, and a status is only believed if that has not happened meanwhile.
 #[derive(Default)]
 struct Watched {
-    guards: Mutex<HashMap<String, VecDeque<(GuardId, Nanos)>>>,
+    guards: Mutex<HashMap<String, (GuardId, Nanos)>>,
 }
 
 impl Watched {
-    fn change(&self, key: &str, change: impl FnOnce(&mut VecDeque<(GuardId, Nanos)>)) {
-        change(self.guards.lock().expect("nobody panics with it").entry(key.to_owned()).or_default());
+    fn guards(&self) -> MutexGuard<'_, HashMap<String, (GuardId, Nanos)>> {
+        self.guards.lock().expect("nobody panics with it")
     }
 
-    fn begin(&self, key: &str, guard: GuardId) {
-        self.change(key, |guards| guards.push_back((guard, 0)));
+    /// Returns false if another guard is watched, or its end was not reported yet.
+    fn begin(&self, key: &str, guard: GuardId) -> bool {
+        let mut guards = self.guards();
+        let is_free = !guards.contains_key(key);
+        if is_free {
+            guards.insert(key.to_owned(), (guard, 0));
+        }
+        is_free
     }
 
-    fn refused(&self, key: &str, guard: GuardId) {
-        self.change(key, |guards| guards.retain(|(other, _)| *other != guard));
+    /// Of a guard that was refused, no end is reported.
+    fn refused(&self, key: &str) {
+        self.guards().remove(key);
     }
 
-    /// Returns whether no other guard was given to the watchdog since, and the end of this one is not known.
-    fn is_alone(&self, key: &str, guard: GuardId) -> bool {
-        let mut is_alone = false;
-        self.change(key, |guards| is_alone = guards.iter().map(|(guard, _)| *guard).eq([guard]));
-        is_alone
+    /// Notes a deadline from a status that was read just now. Returns false if that may be the status of another guard.
+    fn held(&self, key: &str, guard: GuardId, deadline: Nanos) -> bool {
+        match self.guards().get_mut(key) {
+            Some((watched, latest)) if *watched == guard => {
+                *latest = deadline;
+                true
+            }
+            _ => false,
+        }
     }
 
-    fn held(&self, key: &str, guard: GuardId, deadline: Nanos) {
-        self.change(key, |guards| {
-            guards.iter_mut().filter(|(other, _)| *other == guard).for_each(|(_, latest)| *latest = deadline);
-        });
-    }
-
-    /// Records a loss, which is of the first guard of its key.
     fn ended(&self, event: &WatchEvent, recorder: &Recorder) {
         let loss = match event {
             WatchEvent::Lost { loss, .. } => Some(loss),
@@ -483,11 +490,11 @@ impl Watched {
             _ => return,
         };
         let key = String::from_utf8_lossy(event.key().as_bytes()).into_owned();
-        self.change(&key, |guards| {
-            if let (Some((guard, deadline)), Some(loss)) = (guards.pop_front(), loss) {
-                recorder.write(&Event::Lost { at: now(), guard, loss: format!("{loss:?}"), deadline });
-            }
-        });
+        let mut guards = self.guards();
+        if let (Some((guard, deadline)), Some(loss)) = (guards.remove(&key), loss) {
+            // Before the next guard can be given to the watchdog.
+            recorder.write(&Event::Lost { at: now(), guard, loss: format!("{loss:?}"), deadline });
+        }
     }
 }
 

@@ -403,7 +403,7 @@ async fn waiting_ends_when_it_is_said_to(locker: &Locker) {
             let refused = request().wait_at_most(ms(600)).await.unwrap_err();
             let waited = started.elapsed();
             // The simulation checks this to the millisecond; here the machine may be busy.
-            assert!(waited >= ms(600) && waited < ms(2_300), "{waited:?}");
+            assert!(waited >= ms(600) && waited < ms(5_000), "{waited:?}");
             assert!(matches!(&refused, Error::NotObtained { .. }) || refused.is_transient(), "{refused}");
             matches!(refused, Error::NotObtained { attempts: 2.., .. }).then_some(())
         })

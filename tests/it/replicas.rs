@@ -110,7 +110,8 @@ async fn one_replica_of_two_is_enough_for_one_and_not_for_two() {
     // On a busy machine the other replica may be late, too.
     eventually("one acknowledges in time", async || {
         let refused = both.try_lock("k").await.unwrap_err();
-        assert!(refused.is_transient(), "{refused}");
+        // What the attempt before has left may not be undone yet.
+        assert!(refused.is_transient() || matches!(refused, Error::NotObtained { .. }), "{refused}");
         matches!(refused, Error::NotReplicated { needed: 2, acknowledged: 1 }).then_some(())
     })
     .await;

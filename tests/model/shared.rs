@@ -364,9 +364,11 @@ impl Shares {
     fn is_undone(&self, state: &SharedState) -> bool {
         let is_gone = |(client, known): (usize, &Client)| {
             let is_over = known.phase == Phase::Over && known.acquire == 0;
-            let has_lock = matches!(state.lock, Lock::Held { token, .. } if token == self.clients[client].token);
+            let has_lock = matches!(state.lock, Lock::Held { token, .. } if token == self.clients[client].token)
+                && !self.has_twin(client);
             let has_share = state.members[client].is_some_and(|member| member.left > 0 && !member.is_stale);
-            !is_over || !(has_share || state.line.contains(&(client as u8)) || has_lock && !self.has_twin(client))
+            let is_there = has_share || has_lock || state.line.contains(&(client as u8));
+            !is_over || !is_there
         };
         state.clients.iter().enumerate().take(self.clients.len()).all(is_gone)
     }

@@ -12,6 +12,9 @@
 //! request that is about to become the holder. If the node has granted it a vote, the key is not free (1). If the node
 //! has forgotten that vote, the request has given up by the time that the node may vote again (3).
 //!
+//! A reader's share is brought back where the key is free, and also where other readers share it: that takes nothing from
+//! them, and the key is no writer's. It doesn't wait for writers that wait, as it is held.
+//!
 //! Why tokens grow: healing writes no number, and each number still needs a majority that granted it. The number that a
 //! node granted last remains the one that a later number must exceed. A node that holds the key by such a vote may
 //! return an old number to a request with the same token. But it could only be a majority's number if nodes had
@@ -19,7 +22,7 @@
 //!
 //! `tests/model.rs` shows that all of these are needed:
 //!
-//! 1. The key is brought back only where it is free.
+//! 1. The key is brought back only where it is free, or readers share it and it is a reader's.
 //! 2. Only by a renewal that a majority has confirmed, and before the deadline that this has set.
 //! 3. Only on nodes that vote.
 //! 4. What takes effect after a release is undone. To know of releases, the renewal is an open round from before it is

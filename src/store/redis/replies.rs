@@ -36,7 +36,7 @@ impl Decision {
 }
 
 /// The kinds of operations, as far as their replies differ.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Acquire,
     /// A renewal or a release.
@@ -99,7 +99,7 @@ pub(super) fn acquired(reply: &Value) -> Result<Acquired, Error> {
     match integers(reply)?[..] {
         [1, fence] => Ok(granted(fence)),
         [0, ttl, place] => {
-            let place = usize::try_from(place - 1).unwrap_or_default();
+            let place = usize::try_from(place.saturating_sub(1)).unwrap_or_default();
             Ok(Acquired::Held { place, remaining: from_millis(ttl) })
         }
         _ => Err(unexpected()),
@@ -262,7 +262,11 @@ pub(super) fn vote(reply: &Value) -> Result<VoteReply, Error> {
         (1, &[granted]) => Vote::Granted { number: Some(number(granted)?) },
         (0, &[ttl, place, by]) => {
             let by = if by == 1 { HeldBy::Readers } else { HeldBy::Another };
-            Vote::Held { place: usize::try_from(place - 1).unwrap_or_default(), remaining: from_millis(ttl), by }
+            Vote::Held {
+                place: usize::try_from(place.saturating_sub(1)).unwrap_or_default(),
+                remaining: from_millis(ttl),
+                by,
+            }
         }
         (2, []) => Vote::Behind,
         (3, []) => Vote::Ahead,
@@ -333,3 +337,6 @@ pub(super) fn integers(reply: &Value) -> Result<Vec<i64>, Error> {
 fn from_millis(ttl: i64) -> Option<Duration> {
     u64::try_from(ttl).ok().map(Duration::from_millis)
 }
+
+#[cfg(test)]
+pub(super) mod tests;

@@ -451,7 +451,7 @@ async fn readers_at_once(seed: u64, skew: i64) -> (BTreeMap<u32, u32>, u32) {
     let world = World::new(&[0, 5 * SECOND / 1_000, -5 * SECOND / 1_000], ms(60_000));
     sleep(ms(60_000)).await;
     let mut clients = Vec::new();
-    for _ in 0..16 {
+    for client in 0..16 {
         let (calls, lines) = (Arc::new(AtomicU32::new(0)), Mutex::new(rng.fork()));
         let locker = world.client(rng.i64(-skew..=skew), {
             let calls = calls.clone();
@@ -461,7 +461,7 @@ async fn readers_at_once(seed: u64, skew: i64) -> (BTreeMap<u32, u32>, u32) {
             }
         });
         // It knows the clocks of the nodes.
-        locker.lock("another").await.unwrap().release().await.unwrap();
+        locker.lock(format!("of client {client}")).await.unwrap().into_lease();
         clients.push((locker, calls, ms(rng.u64(..10))));
     }
     sleep(ms(1_000)).await;

@@ -129,6 +129,7 @@ async fn places_of_a_process_that_has_died_cost_the_others_nothing() {
 async fn a_heartbeat_without_a_place_enters_none() {
     let server = Server::start();
     let (store, key) = (store(&server).await, Key::from("k"));
-    assert!(!store.heartbeat(&key, own(1), PATIENCE).await.unwrap());
+    assert!(asks(&store, &wanted(), 1).await);
+    assert!(!store.heartbeat(&key, own(2), PATIENCE).await.unwrap());
     assert_eq!(server.cli(&["EXISTS", "{k}:queue", "{k}:alive"]), "0");
 }

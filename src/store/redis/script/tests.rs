@@ -213,3 +213,35 @@ fn without_clock(text: &str) -> String {
     let number_of = |part: &str| part.trim_end_matches(|c: char| !c.is_ascii_digit()).to_owned();
     parts.map(|part| if is_clock(&number_of(part)) { "clock ".to_owned() } else { part.to_owned() }).collect()
 }
+
+proptest::proptest! {
+    /// A client library that mixes up replies, or a server that makes them up.
+    #[test]
+    fn a_reply_without_the_mark_of_its_request_counts_for_nothing(
+        reply in super::super::replies::tests::replies(),
+        latest in proptest::prelude::any::<u64>(),
+    ) {
+        let stamp = Scripts::new().stamp(latest);
+        let has_mark = match &reply {
+            Value::Integer(number @ ..0) => (number.unsigned_abs() & u64::from(u32::MAX)) as i64 == stamp.mark(),
+            Value::Integer(number) => number >> 2 == stamp.mark(),
+            Value::Array(parts) => parts.first() == Some(&Value::Integer(stamp.mark())),
+            Value::Nil | Value::Bytes(_) => false,
+        };
+        let read = Reply::read(reply, stamp);
+        proptest::prop_assert!(has_mark || read.is_err_and(|error| is_mixed_up(&error)));
+    }
+
+    /// And with the mark, whatever follows is read or refused.
+    #[test]
+    fn a_reply_with_the_mark_of_its_request_may_still_be_anything(
+        parts in proptest::collection::vec(super::super::replies::tests::replies(), 0..4),
+        latest in proptest::prelude::any::<u64>(),
+    ) {
+        let stamp = Scripts::new().stamp(latest);
+        let reply = Value::Array([Value::Integer(stamp.mark())].into_iter().chain(parts).collect());
+        drop(Reply::read(reply, stamp).map(Reply::value));
+        let early = i64::try_from(latest >> 34).unwrap_or_default();
+        drop(Reply::read(Value::Integer(-(early << 32) - stamp.mark()), stamp));
+    }
+}
