@@ -1,30 +1,93 @@
 //! Distributed locks on Redis and Valkey, as RAII guards that **know when they are lost**.
 //!
-//! Run the same service on many machines, and have one of them at a time do a piece of work:
+//! Run the same service on many machines, and have one of them at a time charge the card, run the migration, rebuild
+//! the index. The one that works stops before another starts, whatever becomes of the network, the server or the
+//! process.
+//!
+//! # One at a time
+//!
+//! A [`Locker`] is a connection to the server that keeps the locks. [`lock`](Locker::lock) waits for its turn and
+//! returns a guard. The lock is the guard's for as long as that lives, as it is renewed in the background:
 //!
 //! ```
-//! # async fn rebuild_invoices() -> std::io::Result<()> { Ok(()) }
 //! # #[tokio::main(flavor = "current_thread")]
-//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # async fn main() -> Result<(), tenure::Error> {
 //! use tenure::Locker;
 //!
-//! # let locker = Locker::in_memory();
-//! # if false {
-//! let locker = Locker::connect("redis://127.0.0.1:6379").await?;
-//! # }
-//! let guard = locker.lock("invoices:42").await?; // waits for its turn
-//! tokio::select! {
-//!     done = rebuild_invoices() => done?,
-//!     loss = guard.lost() => return Err(loss.into()), // stop before anyone else starts
-//! }
-//! guard.release().await?; // or drop it: released in the background
+//! let locker = Locker::in_memory(); // or Locker::connect("redis://127.0.0.1:6379").await?
+//! let guard = locker.lock("invoices:42").await?;
+//! println!("nobody else works on invoice 42 now");
+//! guard.release().await?; // or drop it
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! The background release needs a running runtime. A guard that is dropped as `main` returns is not released: its key
-//! stays until the ttl ends. [`Locker::scope`] releases the lock before it returns, [`Locker::close`] waits for the
-//! releases of dropped guards, and [`Locker::close_on_drop`] does the same at the end of a scope.
+//! # And only while it has the lock
+//!
+//! A lock on a network can be lost: the cable is cut, the server restarts without its memory, somebody deletes the key.
+//! Then another may have it soon. [`protect`](LockGuard::protect) drops your work before that:
+//!
+//! ```
+//! # async fn rebuild_invoices() {}
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), tenure::Error> {
+//! # let locker = tenure::Locker::in_memory();
+//! let guard = locker.lock("invoices:42").await?;
+//! guard.protect(rebuild_invoices()).await?; // or an error, if the lock was lost meanwhile
+//! guard.release().await?;
+//!
+//! // The same in one call:
+//! locker.scope("invoices:42", async |_guard| rebuild_invoices().await).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Or you look yourself, with [`lost`](LockGuard::lost) in a `select!`, [`check`](LockGuard::check) between two steps,
+//! or a [`cancellation_token`](LockGuard::cancellation_token) for work elsewhere. What no lock can stop is a write that
+//! is on its way when the lock is lost. Against that, send the [`fencing_token`](LockGuard::fencing_token) along, and
+//! let your database refuse smaller ones.
+//!
+//! # Or leave it to another
+//!
+//! Often there is nothing to wait for: if another machine does the work, fine.
+//!
+//! ```
+//! # async fn send_reports() {}
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), tenure::Error> {
+//! # let locker = tenure::Locker::in_memory();
+//! use tenure::Error;
+//!
+//! match locker.try_lock("reports").await {
+//!     Ok(guard) => guard.protect(send_reports()).await?, // and the drop of the guard releases it
+//!     Err(Error::NotObtained { .. }) => println!("another machine sends them"),
+//!     Err(error) => return Err(error), // nobody knows: the server can't be reached, say
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # And leave nothing behind
+//!
+//! Every future here may be dropped at any point. What a dropped request may have left at the server, and a guard that
+//! is dropped, are cleaned up in the background. That needs a runtime that still runs, and at the end of `main` there
+//! is none. So a program ends with [`close`](Locker::close), which waits for it:
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() {
+//! # let locker = tenure::Locker::in_memory();
+//! locker.close().await;
+//! # }
+//! ```
+//!
+//! # Where to go from here
+//!
+//! - [`docs::guide`]: what one needs to know, in that order, with a picture of a guard's life.
+//! - [`docs::production`]: what to check before a lock guards something that matters.
+//! - [`docs::guarantees`]: what each kind of server promises, on what that rests, and which test shows it.
+//! - [`docs::migrating_from_rslock`] and [`docs::migrating_from_go`]: what you know, and what it is called here.
+//! - [Recipes](https://github.com/tenure-rs/tenure/tree/main/recipes): programs to copy from.
 //!
 //! # The promise
 //!
@@ -70,9 +133,9 @@
 //!   that was behind, configured to evict, or flushed) may let a second holder in before the first one notices at its
 //!   next renewal. Fencing tokens grow even then. [`Locker::quorum`] survives this, as long as it happens to fewer than
 //!   half of the nodes.
-//! - Code that goes on after its machine was suspended checks first: [`LockGuard::is_held`] and [`LockGuard::check`] know
-//!   it at once on Linux, Android and Windows, while timers, and with them [`LockGuard::lost`], may be told only at the
-//!   next check or renewal. On other systems, as on macOS, the time of a suspension isn't counted.
+//! - Code that goes on after its machine was suspended checks first: [`LockGuard::is_held`] and [`LockGuard::check`]
+//!   know it at once on Linux, Android and Windows, while timers, and with them [`LockGuard::lost`], may be told only
+//!   at the next check or renewal. On other systems, as on macOS, the time of a suspension isn't counted.
 //!
 //! # Observing
 //!

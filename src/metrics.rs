@@ -1,8 +1,8 @@
 //! What the crate counts and measures; with the feature `metrics`.
 //!
-//! Everything goes to the recorder of the [`metrics`](https://docs.rs/metrics/0.24) facade (0.24): to Prometheus, StatsD,
-//! or whatever the program has installed. Install the recorder before the first lock is requested, and then call
-//! [`describe`]. With no recorder, or without the feature, nothing is measured.
+//! Everything goes to the recorder of the [`metrics`](https://docs.rs/metrics/0.24) facade (0.24): to Prometheus,
+//! StatsD, or whatever the program has installed. Install the recorder before the first lock is requested, and then
+//! call [`describe`]. With no recorder, or without the feature, nothing is measured.
 //!
 //! | metric | kind | labels | what it is |
 //! | --- | --- | --- | --- |
@@ -17,8 +17,8 @@
 //! | [`tenure_renewal_left_seconds`](RENEWAL_LEFT) | histogram | | how long the lock would have been held without it |
 //! | [`tenure_batch_size`](BATCH_SIZE) | histogram | | operations in one call to a server |
 //!
-//! Labels have few values, and no metric shows a key. To tell kinds of locks apart, give the locker a function from keys
-//! to labels: [`LockerBuilder::metrics_label`](crate::LockerBuilder::metrics_label).
+//! Labels have few values, and no metric shows a key. To tell kinds of locks apart, give the locker a function from
+//! keys to labels: [`LockerBuilder::metrics_label`](crate::LockerBuilder::metrics_label).
 //!
 //! # Alerts worth having
 //!
@@ -30,8 +30,8 @@
 //!    default ttl of 30 s, renewed every 10 s, that is
 //!    `histogram_quantile(0.01, sum by (le) (rate(tenure_renewal_left_seconds_bucket[5m]))) < 10`.
 //! 3. Waiters don't get their turn: `histogram_quantile(0.99, sum by (le) (rate(tenure_wait_seconds_bucket[5m]))) > 60`
-//!    with the time that your callers can bear, or `tenure_waiting > 0 and on (instance) rate(tenure_requests_total[10m])
-//!    == 0` for those that wait without a limit.
+//!    with the time that your callers can bear, or `tenure_waiting > 0 and on (instance)
+//!    rate(tenure_requests_total[10m]) == 0` for those that wait without a limit.
 //!
 //! # Examples
 //!

@@ -198,6 +198,8 @@ processor() {
     compile rustls --features rustls --test tls
     heading "examples"
     cargo build --package tenure-examples --examples
+    heading "recipes"
+    cargo test --package tenure-recipes --examples
     heading "examples in the documentation"
     cargo test --package tenure --all-features --doc
     run all "$installed" model

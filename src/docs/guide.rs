@@ -74,16 +74,16 @@
 //! # }
 //! ```
 //!
-//! [`scope`](crate::Locker::scope) does the whole of it for one block: it waits for the lock, drops the block if the lock is
-//! lost, and releases the lock before it returns.
+//! [`scope`](crate::Locker::scope) does the whole of it for one block: it waits for the lock, drops the block if the
+//! lock is lost, and releases the lock before it returns.
 //!
 //! # What no lock can do
 //!
 //! A process can stand still between its last look at the guard and the write that it then sends: a page fault, a
-//! snapshot of the virtual machine, a slow packet. When it arrives, the lock may be another's. No lock can prevent that,
-//! but the store that is written to can. Each holder has a [*fencing token*](crate::LockGuard::fencing_token), greater
-//! than those of all holders before it. Send it along, and let the store refuse a write whose token is smaller than one
-//! that it has seen:
+//! snapshot of the virtual machine, a slow packet. When it arrives, the lock may be another's. No lock can prevent
+//! that, but the store that is written to can. Each holder has a [*fencing token*](crate::LockGuard::fencing_token),
+//! greater than those of all holders before it. Send it along, and let the store refuse a write whose token is smaller
+//! than one that it has seen:
 //!
 //! ```sql
 //! UPDATE accounts SET balance = :balance, fence = :fence WHERE id = :id AND fence <= :fence
@@ -95,8 +95,9 @@
 //! # How long a ttl
 //!
 //! The ttl is how long others wait after a holder's machine has died, and also how long the server may be away without
-//! costing you the lock. It has nothing to do with how long the work takes, as a guard renews its lock for as long as it
-//! lives. Stay with 30 s unless you know better; 10 s is fine on a good network, and less than 2 s only on one machine.
+//! costing you the lock. It has nothing to do with how long the work takes, as a guard renews its lock for as long as
+//! it lives. Stay with 30 s unless you know better; 10 s is fine on a good network, and less than 2 s only on one
+//! machine.
 //!
 //! # Waiting
 //!
@@ -165,8 +166,8 @@
 //!
 //! # Tests of your own code
 //!
-//! Code that takes a `&Locker` runs on [`Locker::in_memory`](crate::Locker::in_memory) in its tests: same rules, no server. It keeps to tokio's
-//! clock, so under `#[tokio::test(start_paused = true)]` an hour passes in a millisecond, and a loss comes at exactly
-//! its time. `recipes/own_tests.rs` shows that, and a locker that many tests share.
+//! Code that takes a `&Locker` runs on [`Locker::in_memory`](crate::Locker::in_memory) in its tests: same rules, no
+//! server. It keeps to tokio's clock, so under `#[tokio::test(start_paused = true)]` an hour passes in a millisecond,
+//! and a loss comes at exactly its time. `recipes/own_tests.rs` shows that, and a locker that many tests share.
 //!
 //! [`Locker`]: crate::Locker

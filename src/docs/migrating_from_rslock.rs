@@ -31,8 +31,8 @@
 //!
 //! Four things differ:
 //!
-//! - A guard that is dropped, by an early return, a panic or a cancelled future, releases its lock. There, the key stays
-//!   until the ttl ends.
+//! - A guard that is dropped, by an early return, a panic or a cancelled future, releases its lock. There, the key
+//!   stays until the ttl ends.
 //! - The ttl is how long others wait when this machine dies. It need not be as long as the work.
 //! - [`release`](crate::LockGuard::release) returns whether the lock was still held.
 //! - Waiters are notified of a release and served in turn. There, they ask again after up to 200 ms, and whoever asks
@@ -81,7 +81,7 @@
 //! ```
 //!
 //! Both renew the lock meanwhile, and drop the block if that fails. There, the block stands still while the lock is
-//! extended, and an extension that fails three times gives the lock up, although its ttl may have time left. Here, the
+//! extended, and an extension that gets no majority gives the lock up, although its ttl may have time left. Here, the
 //! block goes on meanwhile, renewals are tried again until the deadline, and it is dropped then at the latest.
 //!
 //! # Several servers

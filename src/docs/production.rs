@@ -9,8 +9,8 @@
 //!   `appendfsync always` forgets nothing, with `everysec` a second's worth. If it forgets, let it stay down for longer
 //!   than your longest ttl.
 //! - **It has replicas for a reason.** Replication is asynchronous: a failover forgets what the new primary hadn't
-//!   received. With [`min_replicas`](crate::LockerBuilder::min_replicas), a lock counts when that many replicas have it.
-//!   In front of one replica, use 1. In front of more, no number makes a failover safe, as another may be promoted.
+//!   received. With [`min_replicas`](crate::LockerBuilder::min_replicas), a lock counts when that many replicas have
+//!   it. In front of one replica, use 1. In front of more, no number makes a failover safe, as another may be promoted.
 //! - **Or it is one of several.** [`Locker::quorum`](crate::Locker::quorum) needs 3 or 5 servers that share no power
 //!   line, and no replicas of them. Restart them one by one, and leave a
 //!   [restart window](crate::LockerBuilder::restart_window) (60 s) between two.
@@ -19,16 +19,16 @@
 //! - **It isn't busy with others.** A script of another client that runs for seconds, `KEYS`, or a fork of a large
 //!   memory delays renewals. They are retried until the deadline; the metric
 //!   `tenure_renewal_left_seconds` shows how close that gets (feature `metrics`).
-//! - **The user may do what is needed, and nothing else.** The README lists the rights of an ACL user. Without those for
-//!   pub/sub and the line, waiting works but checks only every second.
+//! - **The user may do what is needed, and nothing else.** The README lists the rights of an ACL user. Without those
+//!   for pub/sub and the line, waiting works but checks only every second.
 //!
 //! # The locker
 //!
 //! - **One for the process**, cloned. It holds one connection for commands and one for notifications.
 //! - **A prefix for the application**: `Locker::builder().prefix("billing:")`. It keeps keys of different services
 //!   apart, and an ACL can be written for it.
-//! - **The ttl** is what you can wait for after a machine has died, and longer than the server may be away: a restart or
-//!   failover that takes 15 s costs every lock with a ttl of 10 s. 30 s is a good default.
+//! - **The ttl** is what you can wait for after a machine has died, and longer than the server may be away: a restart
+//!   or failover that takes 15 s costs every lock with a ttl of 10 s. 30 s is a good default.
 //! - **The command timeout** (2 s) is at most a third of the ttl, so that a renewal can fail once and be tried again.
 //! - **A runtime that isn't blocked.** Code that computes for seconds without an await holds up renewals like any other
 //!   task. Put it on `spawn_blocking`, or let the locker have
@@ -40,15 +40,15 @@
 //!
 //! - **It notices a loss.** Every piece of work under a lock is in [`protect`](crate::LockGuard::protect), watches
 //!   [`lost`](crate::LockGuard::lost) or a [token](crate::LockGuard::cancellation_token), or calls
-//!   [`check`](crate::LockGuard::check) between its steps. How long does it take at most from one such point to the next?
-//!   The deadline lies before the end of the ttl by 1 % of it and 2 ms, so a step that takes longer than that may still
-//!   run when another has the lock.
+//!   [`check`](crate::LockGuard::check) between its steps. How long does it take at most from one such point to the
+//!   next? The deadline lies before the end of the ttl by 1 % of it and 2 ms, so a step that takes longer than that may
+//!   still run when another has the lock.
 //! - **What must never happen twice is fenced.** The store refuses a write with a smaller
 //!   [fencing token](crate::LockGuard::fencing_token) than one that it has seen.
 //! - **It has a limit**, if it can hang: [`hold_at_most`](crate::LockRequest::hold_at_most).
 //! - **Waiting has a limit**, if a caller is waiting: [`wait_at_most`](crate::LockRequest::wait_at_most).
-//! - **It says who it is**: [`metadata`](crate::LockRequest::metadata) with the host and the job, for whoever looks with
-//!   [`inspect`](crate::Locker::inspect) at night.
+//! - **It says who it is**: [`metadata`](crate::LockRequest::metadata) with the host and the job, for whoever looks
+//!   with [`inspect`](crate::Locker::inspect) at night.
 //!
 //! # The end
 //!
