@@ -14,7 +14,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Incremental compilation would only help the next change.
 export CARGO_INCREMENTAL=${CARGO_INCREMENTAL:-0}
 
-heading() { printf '\n== %s\n' "$*"; }
+# Headings show the seconds since the run, or the lane, began.
+heading() { printf '\n== %s (%s s)\n' "$*" "$SECONDS"; }
 
 # Installs Debian packages. Their services are not started, as every test starts its own servers.
 install() {
@@ -107,7 +108,7 @@ lane() {
         set -e
         SECONDS=0
         "$@"
-        heading "$name: passed in $SECONDS s"
+        heading "$name: passed"
     ) >"$scratch/$name.log" 2>&1 </dev/null &
     set +m
     lanes+=("$! $name")
@@ -137,11 +138,8 @@ compile all --all-features --lib --tests
 heading "compile, feature redis"
 compile redis --no-default-features --features redis --lib --test it --test quorum --test topologies --test combined \
     --test watchdog --test seeds --test turns
-heading "compile, no feature"
-compile none --no-default-features --lib
 heading "compile, the command"
 compile_package tenure-cli cli
-heading "compiled in $SECONDS s"
 
 # Many operations at a time: they take the whole machine, and would be late beside others.
 many=(--skip a_hundred_thousand_ --skip ten_thousand_ --skip thousands_of_ --skip a_lock_costs_)
@@ -165,12 +163,12 @@ other_server() {
     run redis "$other" tenure store::redis::
     # The crate's own tests that need a server: what tests/internals.rs runs.
     run redis "$other" tenure --ignored --skip differential::
-    run all "$installed" tenure --ignored
 }
 
 several_servers() {
     # They wait for ttls, each on a server of its own.
     run all "$other" it conformance:: --test-threads 6
+    run all "$installed" tenure --ignored
     run all "$installed" topologies
     run redis "$other" topologies
     run redis "$other" quorum "${many[@]}"
@@ -206,6 +204,8 @@ processor() {
     run all "$installed" line_model
     run all "$installed" shared_model
     run all "$installed" tenure
+    heading "compile, no feature"
+    compile none --no-default-features --lib
     run none "$installed" tenure
 }
 
@@ -242,8 +242,10 @@ for _ in {1..100}; do
     sleep 0.1
 done
 for name in minimal quickstart lost_in_select scope hand_over reader_writer permits watchdog; do
-    lane "example $name" env -u REDIS_URL cargo run --quiet --example "$name"
-    lane "example $name, on a server" env REDIS_URL="redis+unix://$scratch/socket" cargo run --quiet --example "$name"
+    # As the lane of the processor has built them.
+    example=(cargo run --quiet --package tenure-examples --example "$name")
+    lane "example $name" env -u REDIS_URL "${example[@]}"
+    lane "example $name, on a server" env REDIS_URL="redis+unix://$scratch/socket" "${example[@]}"
 done
 join_lanes
 
@@ -257,4 +259,4 @@ if [[ ${1:-} == --all-servers ]]; then
     done
 fi
 
-heading "all passed in $SECONDS s"
+heading "all passed"
