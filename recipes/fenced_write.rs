@@ -4,7 +4,7 @@
 //!
 //! A process can stand still between its last look at the lock and a write that it sends: then the write arrives late,
 //! and no lock can prevent that. So each row remembers the greatest fencing token that has written it, and is not
-//! changed by a smaller one.
+//! changed by a smaller one. This is SQLite; `fenced_write_postgresql.rs` does the same with PostgreSQL.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use tenure::{LockGuard, Locker};
 
 const TABLE: &str = "CREATE TABLE accounts (id BIGINT PRIMARY KEY, balance BIGINT NOT NULL, fence BIGINT NOT NULL)";
 
-/// Inserts a row, or changes one that has no greater token. PostgreSQL takes the same statement as it is.
+/// Inserts a row, or changes one that has no greater token.
 const WRITE: &str = "
     INSERT INTO accounts (id, balance, fence) VALUES ($1, $2, $3)
     ON CONFLICT (id) DO UPDATE SET balance = excluded.balance, fence = excluded.fence

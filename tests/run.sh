@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs every check of the project. Installs what is missing: redis-server, Python with redis-py (whose locks must
-# exclude ours), what the TLS features compile against, and a Valkey server for the tests alone.
+# exclude ours), what the TLS features compile against, PostgreSQL for a recipe, and a Valkey server for the tests
+# alone.
 #     bash tests/run.sh                  on the installed redis-server, and on Valkey 9.1
 #     bash tests/run.sh --all-servers    and then on Redis 6.2 and 7.4
 #
@@ -33,6 +34,8 @@ command -v redis-server >/dev/null && command -v redis-cli >/dev/null || missing
 command -v cc >/dev/null || missing+=(build-essential)
 command -v pkg-config >/dev/null || missing+=(pkg-config)
 pkg-config --exists openssl 2>/dev/null || missing+=(libssl-dev)
+# For a recipe.
+command -v initdb >/dev/null || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
 python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3 python3-venv)
 if [[ ${#missing[@]} -gt 0 ]]; then
     heading "install ${missing[*]}"

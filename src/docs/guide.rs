@@ -90,7 +90,8 @@
 //! -- No row was updated: there is a newer holder. Stop.
 //! ```
 //!
-//! `recipes/fenced_write.rs` in the repository is a program that does this.
+//! `recipes/fenced_write.rs` in the repository is a program that does this with SQLite, and
+//! `recipes/fenced_write_postgresql.rs` with PostgreSQL.
 //!
 //! # How long a ttl
 //!
