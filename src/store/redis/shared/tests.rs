@@ -188,6 +188,12 @@ async fn a_share_ends_by_its_own_ttl_whatever_the_others_renew() {
     assert_eq!(ends(&store, &dies, Ending::Grant).await, MISSING);
     assert_eq!(left(&store, &dies).await, None);
     assert_eq!(Store::holders(&store, &Key::from("k"), PATIENCE).await.unwrap().len(), 2);
+    // Also where nobody has come since, who would have forgotten it.
+    let late = for_ttl(permit(3), Duration::from_millis(100));
+    fence(&store, &late).await;
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    assert_eq!(renews(&store, &late, TTL, Extending::AtLeast).await, MISSING);
+    assert_eq!(left(&store, &late).await, None);
 }
 
 #[tokio::test]
