@@ -273,3 +273,25 @@ async fn those_who_wait_for_the_same_keys_in_different_lines_are_all_served() {
     one.and(other).unwrap();
     soon(waiters.join_all()).await;
 }
+
+/// Each is given the key that is released, can't use it, and passes it on.
+#[tokio::test]
+async fn those_who_wait_for_several_keys_meet_in_the_line_for_the_one_that_is_held() {
+    let server = Server::start();
+    let [here, there] = [patient(&server.url()).await, patient(&server.url()).await];
+    let (one, other) = (here.lock("a").await.unwrap(), there.lock("b").await.unwrap());
+    let mut waiters = JoinSet::new();
+    for waiter in 0..16 {
+        let keys = if waiter % 2 == 0 { ["a", "b"] } else { ["b", "a"] };
+        let waiting = if waiter < 8 { &here } else { &there }.lock_all(keys).into_future();
+        waiters.spawn(async move { waiting.await.unwrap().release().await.unwrap() });
+    }
+    wait_for_places(&server, "a", 8).await;
+    wait_for_places(&server, "b", 8).await;
+    one.release().await.unwrap();
+    wait_for_places(&server, "b", 16).await;
+    wait_for_places(&server, "a", 0).await;
+    eventually("it is free", async || (server.cli(&["EXISTS", "a"]) == "0").then_some(())).await;
+    other.release().await.unwrap();
+    soon(waiters.join_all()).await;
+}

@@ -200,7 +200,9 @@ async fn one_that_waits_for_several_keys_keeps_its_place_while_it_has_to_wait_th
         server.cli(&["SET", held, "another", "PX", "60000"]);
     }
     assert_eq!([refused(&near, &all, 1, 1).await, refused(&near, &all, 2, 1).await], [Some(1), Some(0)]);
+    // And while it is the turn of another, there or elsewhere.
     server.cli(&["DEL", "b"]);
     has_its_turn(&far, "b", 2).await;
-    assert_eq!([refused(&near, &all, 1, 1).await, refused(&near, &all, 2, 1).await], [Some(1), Some(0)]);
+    assert_eq!([refused(&near, &all, 0, 1).await, refused(&near, &all, 1, 1).await], [Some(0), Some(1)]);
+    assert_eq!(refused(&near, &all, 2, 1).await, Some(0));
 }
