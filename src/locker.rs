@@ -246,12 +246,13 @@ impl Locker {
     /// - A process that has the lock serves its own waiters for up to 16 turns or 100 ms in a row, whichever is over
     ///   first, before it goes to the end of the line ([`fair`](LockRequest::fair) requests have one turn each).
     /// - When a lock expires, or another library releases it, the next process that asks may get it.
+    /// - A request for [several keys](Locker::lock_all) that is given one of them may take the others at the moment at
+    ///   which they are given to other waiters, which then come next.
     /// - On a quorum there is no line: the process that asks at the right moment gets the lock.
     ///
     /// A process that dies in the line, or doesn't poll its request, costs the others 1.5 s when its turn comes, once;
     /// up to 3 s if it had several places. Another library sees an ordinary key all the while, also in the moment
-    /// between the release and the next holder's confirmation. A request for [several keys](Locker::lock_all) waits in
-    /// line for one of them at a time.
+    /// between the release and the next holder's confirmation.
     ///
     /// The request keeps waiting through lost connections, failovers and servers that are loading. See [`LockRequest`]
     /// for options, errors and cancel safety.
@@ -312,9 +313,12 @@ impl Locker {
     /// whole set.
     ///
     /// The server takes them in one step, so requests for overlapping sets can't deadlock, in whatever order they name
-    /// their keys. On a cluster, all keys must lie in one slot; a common hash tag ensures that: `{invoices}:1`,
-    /// `{invoices}:2`. See [`LockRequest`] for options, errors and cancel safety; no keys, or the same key twice, is
-    /// [`Error::InvalidKey`].
+    /// their keys. A request waits in the line for one of its keys that another holds, and holds none meanwhile. When it
+    /// is its turn there, and another of its keys is held, it goes to the end of that key's line. So it may be overtaken
+    /// by those who want fewer keys.
+    ///
+    /// On a cluster, all keys must lie in one slot; a common hash tag ensures that: `{invoices}:1`, `{invoices}:2`. See
+    /// [`LockRequest`] for options, errors and cancel safety; no keys, or the same key twice, is [`Error::InvalidKey`].
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]

@@ -251,3 +251,47 @@ async fn a_server_that_is_full_or_holds_something_else_in_place_of_a_line_still_
     server.cli(&["CONFIG", "SET", "maxmemory", "0"]);
     timeout(ms(5_000), waiter).await.unwrap().unwrap().unwrap().release().await.unwrap();
 }
+
+/// The heads of two lines are given one key each, and each wants the other's as well.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn those_who_wait_for_the_same_keys_in_different_lines_are_all_served() {
+    let server = Server::start();
+    let mut lockers = Vec::new();
+    for _ in 0..4 {
+        lockers.push(patient(&server.url()).await);
+    }
+    let (one, other) = (lockers[0].lock("a").await.unwrap(), lockers[1].lock("b").await.unwrap());
+    let mut waiters = JoinSet::new();
+    for waiter in 0..32 {
+        let keys = if waiter % 2 == 0 { ["a", "b"] } else { ["b", "a"] };
+        let waiting = lockers[waiter / 2 % 4].lock_all(keys).into_future();
+        waiters.spawn(async move { waiting.await.unwrap().release().await.unwrap() });
+    }
+    wait_for_places(&server, "a", 16).await;
+    wait_for_places(&server, "b", 16).await;
+    let (one, other) = tokio::join!(one.release(), other.release());
+    one.and(other).unwrap();
+    soon(waiters.join_all()).await;
+}
+
+/// Each is given the key that is released, can't use it, and passes it on.
+#[tokio::test]
+async fn those_who_wait_for_several_keys_meet_in_the_line_for_the_one_that_is_held() {
+    let server = Server::start();
+    let [here, there] = [patient(&server.url()).await, patient(&server.url()).await];
+    let (one, other) = (here.lock("a").await.unwrap(), there.lock("b").await.unwrap());
+    let mut waiters = JoinSet::new();
+    for waiter in 0..16 {
+        let keys = if waiter % 2 == 0 { ["a", "b"] } else { ["b", "a"] };
+        let waiting = if waiter < 8 { &here } else { &there }.lock_all(keys).into_future();
+        waiters.spawn(async move { waiting.await.unwrap().release().await.unwrap() });
+    }
+    wait_for_places(&server, "a", 8).await;
+    wait_for_places(&server, "b", 8).await;
+    one.release().await.unwrap();
+    wait_for_places(&server, "b", 16).await;
+    wait_for_places(&server, "a", 0).await;
+    eventually("it is free", async || (server.cli(&["EXISTS", "a"]) == "0").then_some(())).await;
+    other.release().await.unwrap();
+    soon(waiters.join_all()).await;
+}

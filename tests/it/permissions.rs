@@ -167,6 +167,18 @@ async fn who_may_not_stand_in_line_does_not_ask_for_it_at_every_turn() {
     guard.release().await.unwrap();
 }
 
+#[tokio::test]
+async fn who_may_not_stand_in_line_waits_for_several_keys_all_the_same() {
+    let (server, documented) = (Server::start(), Documented::read());
+    allow(&server, &documented.base_and(&documented.news));
+    let locker = builder().connect(&url(&server)).await.unwrap();
+    let guard = locker.lock("l").await.unwrap();
+    let waiter = tokio::spawn(locker.lock_all(["k", "l"]).into_future());
+    eventually("it listens", async || server.cli(&["PUBSUB", "CHANNELS"]).contains("app:l").then_some(())).await;
+    guard.release().await.unwrap();
+    soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+}
+
 /// Does what those do who share keys.
 async fn share_locks(locker: &Locker, key: &str) -> Result<(), Error> {
     let token = || "own".parse().unwrap();

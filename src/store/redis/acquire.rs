@@ -50,10 +50,7 @@ impl RedisStore {
                 match Box::pin(self.acquire_in_line(wanted, key, place, timeout)).await {
                     // Without permission for the line's keys, requests wait without a line, unless the user has asked
                     // for one.
-                    Err(error) if error.code() == Some("NOPERM") => {
-                        debug!(name: "tenure.without_line", %error, "may not stand in line");
-                        self.without_line.store(true, Ordering::Relaxed);
-                    }
+                    Err(error) if error.code() == Some("NOPERM") => self.stop_using_lines(&error),
                     acquired => return acquired,
                 }
             }
@@ -65,20 +62,39 @@ impl RedisStore {
             let what = What::Acquire { value: value_of(wanted), ttl, fence, latest: wanted.latest.clone() };
             return self.run(Operation::new(name, token, what), timeout).await?.acquired();
         }
-        Box::pin(self.acquire_whole(wanted, place, timeout)).await
+        match in_line {
+            InLine::At { key, place, .. } if keys.len() > 1 && self.has_line() => {
+                match Box::pin(self.acquire_whole(wanted, Some((key, place)), timeout)).await {
+                    Err(error) if error.code() == Some("NOPERM") => self.stop_using_lines(&error),
+                    acquired => return acquired,
+                }
+            }
+            _ => {}
+        }
+        Box::pin(self.acquire_whole(wanted, None, timeout)).await
     }
 
-    /// Acquires by the script that handles every case.
+    fn stop_using_lines(&self, error: &Error) {
+        debug!(name: "tenure.without_line", %error, "may not stand in line");
+        self.without_line.store(true, Ordering::Relaxed);
+    }
+
+    /// Acquires by the script that handles every case. `place` is the one that a request for several keys has in the
+    /// line for one of them, with the number of that key.
     pub(super) async fn acquire_whole(
         &self,
         wanted: &Wanted,
-        place: Option<LinePlace>,
+        place: Option<(usize, LinePlace)>,
         timeout: Duration,
     ) -> Result<Acquired, Error> {
         let Owned { keys, token, grant, .. } = &wanted.owned;
         let mut names: Vec<Bytes> = keys.iter().map(|key| self.name(key)).collect();
         self.check_slots(&names)?;
         let locks = names.clone();
+        if place.is_some() {
+            names.extend(locks.iter().map(names::line_of));
+            names.extend(locks.iter().map(names::alive_of));
+        }
         if grant.is_some() {
             names.extend(locks.iter().map(names::grants_of));
         }
@@ -93,7 +109,8 @@ impl RedisStore {
             decimal(self.fence_ttl(wanted.ttl)),
             id_or_empty(*grant),
             decimal(record_ttl(wanted.ttl)),
-            place.map_or_else(|| "".into(), |place| self.place(place)),
+            place.map_or_else(|| "".into(), |(_, place)| self.place(place)),
+            place.map_or_else(|| "".into(), |(key, _)| decimal(i64::try_from(key + 1).unwrap_or_default())),
         ];
         let call = Call::new(names.into_iter(), args);
         let (until, writing) = self.server().writing(timeout);

@@ -79,7 +79,7 @@ impl Operation {
             What::Acquire { value, ttl, fence, .. } => {
                 let args = |fence_ttl: i64| {
                     let ttls = [decimal(*ttl), Bytes::from_static(b"1"), decimal(fence_ttl)];
-                    [token(), value.clone()].into_iter().chain(ttls).chain(["".into(), "".into(), "".into()])
+                    [token(), value.clone()].into_iter().chain(ttls).chain([const { Bytes::new() }; 4])
                 };
                 match fence {
                     None => Call::new([key].into_iter(), args(0)),

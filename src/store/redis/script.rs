@@ -78,7 +78,7 @@ const ANNOUNCED: &str = include_str!("scripts/announced.lua");
 impl Scripts {
     pub(super) fn new() -> Self {
         Self {
-            acquire: Script::new(&[OWNER, FENCE, GRANTS, include_str!("scripts/acquire.lua")]),
+            acquire: Script::new(&[OWNER, FENCE, GRANTS, LINE, include_str!("scripts/acquire.lua")]),
             acquire_one: Script::for_one_key(&[include_str!("scripts/acquire_one.lua")]),
             acquire_in_line: Script::new(&[OWNER, FENCE, GRANTS, LINE, include_str!("scripts/acquire_in_line.lua")]),
             enter: Script::after(include_str!("scripts/enter_one.lua"), &[LINE, include_str!("scripts/enter.lua")]),

@@ -133,3 +133,76 @@ async fn a_heartbeat_without_a_place_enters_none() {
     assert!(!store.heartbeat(&key, own(2), PATIENCE).await.unwrap());
     assert_eq!(server.cli(&["EXISTS", "{k}:queue", "{k}:alive"]), "0");
 }
+
+/// Returns a request for these keys.
+fn wanted_all<const N: usize>(keys: [&str; N]) -> Wanted {
+    let owned = Owned { keys: keys.map(Key::from).into(), ..wanted().owned };
+    Wanted { owned, fenced: true, ..wanted() }
+}
+
+/// Asks with this place, which is in the line for the `at`th key. Returns which key another holds, if one does.
+async fn refused(store: &RedisStore, wanted: &Wanted, at: usize, number: u64) -> Option<usize> {
+    let in_line = InLine::At { key: at, place: own(number), stays: false };
+    match Store::acquire(store, wanted, in_line, PATIENCE).await.unwrap() {
+        Acquired::Granted { .. } => None,
+        Acquired::Held { place, .. } => Some(place),
+    }
+}
+
+/// Enters the line for a free key, and is given it.
+async fn has_its_turn(store: &RedisStore, key: &str, number: u64) {
+    store.enter(&Key::from(key), own(number), PATIENCE).await.unwrap();
+    assert!(!store.heartbeat(&Key::from(key), own(number), PATIENCE).await.unwrap(), "it is its turn");
+}
+
+#[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
+async fn of_those_whose_turn_it_is_at_one_key_each_the_first_that_asks_has_all() {
+    let server = Server::start();
+    let (near, far) = (store(&server).await, store(&server).await);
+    let (first, second) = (wanted_all(["a", "b"]), wanted_all(["b", "a"]));
+    has_its_turn(&near, "a", 1).await;
+    has_its_turn(&far, "b", 2).await;
+    near.enter(&Key::from("b"), own(3), PATIENCE).await.unwrap();
+    assert_eq!(refused(&near, &first, 0, 1).await, None);
+    // Before it has asked, and also where its process has no other place.
+    assert_eq!(server.cli(&["ZCARD", "{b}:queue"]), "2");
+    assert_eq!(refused(&far, &second, 0, 2).await, Some(0), "another has it now");
+    assert_eq!(server.cli(&["EXISTS", "{a}:queue"]), "0");
+    Store::release(&near, &first.owned, Ending::Lock, PATIENCE).await.unwrap();
+    assert_eq!(refused(&near, &first, 1, 3).await, Some(1), "the other comes first, as before");
+    assert_eq!(refused(&far, &second, 0, 2).await, None);
+}
+
+#[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
+async fn a_turn_at_one_key_is_no_reason_to_take_another_that_is_held_or_a_turn_of_nobody() {
+    let server = Server::start();
+    let (near, far) = (store(&server).await, store(&server).await);
+    let both = wanted_all(["a", "b"]);
+    has_its_turn(&far, "b", 2).await;
+    assert_eq!(refused(&near, &both, 0, 1).await, Some(1), "it is no turn of its own");
+    has_its_turn(&near, "a", 1).await;
+    // What other libraries hold may look like anything.
+    for held in ["mine", "\nmine", "\n\nr", "\n\nh"] {
+        server.cli(&["SET", "b", held, "PX", "60000"]);
+        assert_eq!(refused(&near, &both, 0, 1).await, Some(1), "{held:?}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
+async fn one_that_waits_for_several_keys_keeps_its_place_while_it_has_to_wait_there() {
+    let server = Server::start();
+    let (near, far) = (store(&server).await, store(&server).await);
+    let all = wanted_all(["a", "b", "c"]);
+    for held in ["a", "b"] {
+        server.cli(&["SET", held, "another", "PX", "60000"]);
+    }
+    assert_eq!([refused(&near, &all, 1, 1).await, refused(&near, &all, 2, 1).await], [Some(1), Some(0)]);
+    // And while it is the turn of another, there or elsewhere.
+    server.cli(&["DEL", "b"]);
+    has_its_turn(&far, "b", 2).await;
+    assert_eq!([refused(&near, &all, 0, 1).await, refused(&near, &all, 1, 1).await], [Some(0), Some(1)]);
+    assert_eq!(refused(&near, &all, 2, 1).await, Some(0));
+}

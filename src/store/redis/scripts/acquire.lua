@@ -1,11 +1,17 @@
 -- Takes all keys for one token, or none.
 --
--- KEYS  n lock keys; if the grant has an id, their n records of grants; if a fencing token is wanted, their n fence
---       keys.
+-- KEYS  n lock keys; if a place is given, their n lines, and the n hashes of processes that are alive; if the grant has
+--       an id, their n records of grants; if a fencing token is wanted, their n fence keys.
 -- ARGV  token, value (the token; with metadata: token, newline, metadata), ttl in ms, n, ttl of the fence keys in ms,
---       id of the grant or '', ttl of the records in ms, the place whose turn it may be at one of the keys, or ''.
+--       id of the grant or '', ttl of the records in ms, the place that the request has in one of the lines, or '';
+--       and in which.
 -- Reply {1, fencing token or 0}  granted.
---       {0, ttl in ms, i}        another holds the ith key, for this long; -1: without a ttl.
+--       {0, ttl in ms, i}        another holds the ith key, for this long; -1: without a ttl. The key in whose line the
+--                                place is comes first: a waiter that goes to another line loses its place.
+--
+-- A request whose turn it is at one of its keys takes the others also from those whose turn it is there, who haven't
+-- taken them yet and go back to the head of the line. Otherwise those who have their turns at one key each, and want the
+-- other's as well, would refuse each other, and all who come after them, for as long as there are enough in both lines.
 --
 -- Idempotent: keys that all hold the token already are taken again, with the same fencing token. They live for the ttl
 -- from now, or as long as they would have, whichever is longer.
@@ -15,26 +21,43 @@
 
 local token, value, ttl, n = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local fence_ttl, grant, record_ttl = ARGV[5], ARGV[6], ARGV[7]
+local place, stands = ARGV[8], tonumber(ARGV[9])
+local before_records = place ~= '' and 3 * n or n
 local records = grant ~= '' and n or 0
-local fences = n + records
+local fences = before_records + records
 -- How long each key will live that holds the token already.
 local ours = {}
-local missing = 0
+-- The places whose turn it is at the other keys, and how long that would last.
+local turns, last = {}, {}
+local missing, is_its_turn = 0, false
+local taken, reserved
 
 for i = 1, n do
     local held = redis.call('GET', KEYS[i])
-    if not held or ARGV[8] ~= '' and held == '\n' .. ARGV[8] then
+    local turn = held and place ~= '' and turn_of(held)
+    if not held or turn == place then
         missing = missing + 1
+        is_its_turn = is_its_turn or held
     elseif is_owner(token, held) then
         ours[i] = math.max(ttl, redis.call('PTTL', KEYS[i]))
-    else
-        return {0, redis.call('PTTL', KEYS[i]), i}
+    elseif turn then
+        missing = missing + 1
+        turns[i], last[i] = turn, redis.call('PTTL', KEYS[i])
+        reserved = (i == stands or not reserved) and i or reserved
+    elseif not taken or i == stands then
+        taken = i
     end
+end
+if not is_its_turn and reserved and (not taken or reserved == stands) then
+    taken = reserved
+end
+if taken then
+    return {0, redis.call('PTTL', KEYS[taken]), taken}
 end
 
 local grants = {}
 for i = 1, records do
-    local before = grants_of(KEYS[n + i], token)
+    local before = grants_of(KEYS[before_records + i], token)
     grants[i] = with(ours[i] and before or NONE, grant, ARGV[3])
 end
 
@@ -43,9 +66,9 @@ end
 local fence = 0
 if #KEYS > fences then
     for i = fences + 1, #KEYS do
-        local last = fence_in(KEYS[i])
-        if last then
-            fence = math.max(fence, missing == 0 and last or last + 1)
+        local known = fence_in(KEYS[i])
+        if known then
+            fence = math.max(fence, missing == 0 and known or known + 1)
         end
     end
     if missing > 0 or fence == 0 then
@@ -58,7 +81,11 @@ if #KEYS > fences then
 end
 
 for i = 1, records do
-    write_grants(KEYS[n + i], token, grants[i], record_ttl)
+    write_grants(KEYS[before_records + i], token, grants[i], record_ttl)
+end
+-- If that fails, its waiter is in no line, which its next heartbeat finds out.
+local function give_back(i)
+    return turns[i] and pcall(return_turn, KEYS[n + i], turns[i], last[i])
 end
 for i = 1, n do
     local done = redis.pcall('SET', KEYS[i], value, 'PX', string.format('%.0f', ours[i] or ttl))
@@ -66,12 +93,16 @@ for i = 1, n do
         for j = 1, n do
             if not ours[j] and j < i then
                 redis.call('DEL', KEYS[j])
+                give_back(j)
             end
             if not ours[j] and records > 0 then
-                redis.call('DEL', KEYS[n + j])
+                redis.call('DEL', KEYS[before_records + j])
             end
         end
         return done
     end
+end
+for i = 1, n do
+    give_back(i)
 end
 return {1, fence}

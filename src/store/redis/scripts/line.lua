@@ -13,6 +13,8 @@
 -- 3. A reservation expires after CONFIRM. The next heartbeat or acquire of any process in the line passes the lock on
 --    then.
 -- 4. A place at the head is dropped if its process has sent no heartbeat for as long as it said it would be alive.
+-- 5. A request for several keys whose turn it is at one of them takes the others from reservations, too. Their places
+--    go back to the head of their lines (acquire.lua).
 
 local CONFIRM = 1000
 -- How many places of dead processes one call drops: the server has other clients.
@@ -24,6 +26,11 @@ end
 
 local function process_of(place)
     return string.match(place, '^[^:]*')
+end
+
+-- Returns the place for which a lock key that holds this is reserved, if it is.
+local function turn_of(held)
+    return string.match(held, '^\n([^\n:]+:[sw]%d+)$')
 end
 
 -- Removes a place from the line, and with the last place the line. `others` is true if the line is known to have other
@@ -95,6 +102,14 @@ local function take_turn(line_key, turn, place, alive, others)
         sign_of_life(line_key, turn, alive, alive_until_of(line_key, turn))
     end
     leave_line(line_key, place, others or turn ~= place)
+end
+
+-- Puts a place whose turn it was back at the head of the line, as another has taken the lock meanwhile. Its process
+-- counts as alive for no longer than the turn would have lasted (in ms), unless it is known to be.
+local function return_turn(line_key, place, lasts)
+    local first = redis.call('ZRANGE', line_key, 0, 0, 'WITHSCORES')
+    redis.call('ZADD', line_key, 'NX', string.format('%.0f', first[2] and first[2] - 1 or now), place)
+    sign_of_life(line_key, place, math.max(lasts, 1), alive_until_of(line_key, place))
 end
 
 -- Frees a lock that is free already or was ours. It goes to the head of the line. If the line is empty, it is free for
