@@ -111,6 +111,8 @@ struct State {
     /// The first fencing token. It comes from the clock, so the trace counts from it.
     first_fence: Option<u64>,
     granted: HashMap<Token, HashSet<u64>>,
+    /// The fencing tokens of guards that took the lock over without the server.
+    taken_over: HashMap<Token, HashSet<u64>>,
     /// How many calls with a token were granted, or adopted its lease.
     grants: HashMap<Token, usize>,
     /// Tokens that one request created for itself, and for which it was granted a lock.
@@ -295,16 +297,17 @@ impl World {
             let is_spare =
                 granted.is_some_and(|fences| fences.iter().any(|first| (1..=16).contains(&fence.wrapping_sub(*first))));
             if !is_granted && is_spare {
-                // Promise 3.
+                // Promise 3. A lease that is taken up, and a reader that was the writer, have that of the guard before;
+                // other readers may have entered since.
+                let is_known = !state.taken_over.entry(token.clone()).or_default().insert(fence);
+                let is_repeated = is_known && (hold.owned.grant.is_some() || hold.owned.mode == Mode::Read);
                 for key in &*keys {
-                    let before = state.fences.insert(key.clone(), fence);
-                    // A lease that is taken up, and a reader that was the writer, have that of the guard before.
-                    let is_again = hold.owned.grant.is_some() || hold.owned.mode == Mode::Read;
-                    let is_repeated = is_again && before == Some(fence);
+                    let before = state.fences.get(key).copied();
                     let is_greater = is_repeated || before.is_none_or(|before| before < fence);
                     if !is_greater && !state.deleted.contains(key) {
                         state.violate(self.start, "fencing tokens don't grow".into(), format!("guard {id}"));
                     }
+                    state.fences.insert(key.clone(), before.map_or(fence, |before| before.max(fence)));
                 }
             }
             if !self.is_outside && !is_granted && !is_spare {
