@@ -1,7 +1,7 @@
 //! Obtaining a lock: attempts, and what is waited for between them.
 //!
 //! [`Options::obtain`] decides what comes next. The [`Waiter`] asks and waits: it has an [`Attempt`], which asks the
-//! server and undoes what it may have left, and a position in the [queue](queue) of this process and in the server's
+//! server and undoes what it may have left, and a position in the [queue] of this process and in the server's
 //! line.
 
 mod answer;

@@ -381,18 +381,22 @@ impl Locker {
     ///
     /// # Who comes first
     ///
-    /// **Writers are preferred**: while a writer waits, further readers wait behind it, those of
-    /// [`try_read`](Locker::try_read) are refused, and it gets the key when the readers that hold it have gone. So
-    /// readers starve where writers come without end, as everybody waits in one line. Readers that wait there one after
-    /// another enter together. A writer that dies while it waits holds readers back for up to 2 s. A
+    /// **Writers come first**: while a writer waits, readers that come later wait behind it. It gets the key when the
+    /// readers that hold it have left. A writer that dies while it waits holds readers back for up to 2 s. A
     /// [`try_lock`](Locker::try_lock) doesn't wait, and holds nobody back; neither does, on the embedded store, a request
     /// for [several keys](Locker::lock_all).
     ///
-    /// On a [quorum](Locker::quorum) there is no line: a writer that waits announces itself to the nodes, which admit no
-    /// reader until then, and forget a writer that died as fast.
+    /// **Nobody who waits starves**: readers and writers wait in one line. However many writers come, the readers in the
+    /// line get their turn, and those that wait there one after another enter together. A [`try_read`](Locker::try_read)
+    /// takes no place in the line. It is refused for as long as others wait.
+    ///
+    /// **A [quorum](Locker::quorum) has no line**, and readers can starve there. A writer that waits announces itself to
+    /// the nodes, which admit no reader until it has had the key, or has died. So readers get the key only when no
+    /// writer of another process waits.
     ///
     /// A [token](LockRequest::token) that is a reader already is admitted at once, as it would wait for itself
-    /// otherwise; its guards end one by one, and an explicit [`release`](LockGuard::release) of any of them ends all.
+    /// otherwise. Its guards end one by one when they are dropped or expire; an explicit
+    /// [`release`](LockGuard::release) of any of them ends all.
     ///
     /// A writer becomes a reader by [`downgrade`](LockGuard::downgrade). Readers of other libraries are not known here,
     /// nor are these to them: to another library, the key is taken by one holder.

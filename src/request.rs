@@ -179,6 +179,11 @@ impl LockRequest {
     /// holder that died counts until its own ttl has passed: if its token is used again before that, the key stays for
     /// that long after a drop.
     ///
+    /// The guards of a [reader](Locker::read), or of a [permit](Locker::permit), have a share of the key each. If the
+    /// server no longer has the share of a guard that is released explicitly, the release ends the other shares of the
+    /// token all the same, and returns [`Error::NotHeld`] with
+    /// [`Loss::Missing`](crate::Loss::Missing).
+    ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() -> Result<(), tenure::Error> {

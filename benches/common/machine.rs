@@ -12,7 +12,7 @@ pub(crate) fn is_quick(args: impl Iterator<Item = String>) -> Result<bool, Strin
             // Added by Cargo.
             "--bench" => {}
             "--quick" => quick = true,
-            unknown => return Err(format!("unknown argument `{unknown}`; use `--quick` or none")),
+            unknown => return Err(format!("unknown argument `{unknown}`; this benchmark's main.rs lists them")),
         }
     }
     Ok(quick)

@@ -3,10 +3,13 @@
 //! A few waiters want one key, each again as soon as it has released it, in one process or in several. The program
 //! starts itself for every process. The copies log their turns by a clock that all of them share; all logs together
 //! show how long each hand-off took. Contenders take turns, in rounds and in random order. The program prints medians
-//! over the rounds. `-- --quick` runs one short round.
+//! over the rounds. `-- --quick` runs one short round, and `-- --svg FILE` draws how often per second the lock passes
+//! from one waiter to another.
 
 #![expect(clippy::expect_used, reason = "a benchmark that can't measure can only panic")]
 
+#[path = "../common/chart.rs"]
+mod chart;
 #[path = "../common/counters.rs"]
 mod counters;
 #[path = "../common/machine.rs"]
@@ -19,11 +22,13 @@ mod turns;
 mod waiters;
 
 use std::env;
+use std::fmt;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use tenure_test_support::Server;
 
+use self::chart::{Chart, Panel};
 use self::counters::Observer;
 use self::statistics::median;
 use self::turns::Sample;
@@ -67,13 +72,35 @@ struct Crowd {
     hold: Duration,
 }
 
+impl fmt::Display for Crowd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { processes, waiters, hold } = self;
+        write!(f, "{waiters} waiters in ")?;
+        match processes {
+            1 => write!(f, "one process")?,
+            _ => write!(f, "each of {processes} processes")?,
+        }
+        write!(f, " that hold the lock for {hold:?}")
+    }
+}
+
 const HOLDS: [Duration; 2] = [Duration::ZERO, Duration::from_millis(1)];
 const SIZES: [(usize, usize); 3] = [(1, 8), (1, 64), (4, 8)];
 const CROWDS: [usize; 2] = [10, 100_000];
 
 fn benchmark(args: Vec<String>) -> Result<(), String> {
-    let plan = if machine::is_quick(args.into_iter())? { Plan::QUICK } else { Plan::FULL };
-    print_header(plan, &machine::describe()?);
+    let (is_quick, svg) = chart::arguments(args.into_iter())?;
+    let plan = if is_quick { Plan::QUICK } else { Plan::FULL };
+    let machine = machine::describe()?;
+    print_header(plan, &machine);
+    let mut chart = Chart {
+        title: "How often per second a contended lock passes from one waiter to another",
+        notes: vec![
+            machine,
+            format!("Medians of {} round(s) of {:?}, in turn. Longer is better.", plan.rounds, plan.length),
+        ],
+        panels: Vec::new(),
+    };
     let server = Server::start();
     let mut observer = Observer::connect(&server.url());
     let mut random = fastrand::Rng::with_seed(plan.seed);
@@ -90,8 +117,14 @@ fn benchmark(args: Vec<String>) -> Result<(), String> {
                 }
             }
             print_table(crowd, &samples);
+            let bars = Contender::ALL
+                .iter()
+                .zip(&samples)
+                .map(|(contender, samples)| (contender.name, median(samples.iter().map(Sample::handed_over_a_second))));
+            chart.panels.push(Panel { title: crowd.to_string(), bars: bars.collect() });
         }
     }
+    svg.map_or(Ok(()), |file| chart.write(&file))?;
     compare_crowds(plan, &server, &mut observer)
 }
 
@@ -141,10 +174,7 @@ fn print_header(plan: Plan, machine: &str) {
 }
 
 fn print_table(crowd: Crowd, samples: &[Vec<Sample>]) {
-    let Crowd { processes, waiters, hold } = crowd;
-    let of_processes =
-        if processes == 1 { "in one process".to_owned() } else { format!("in each of {processes} processes") };
-    println!("\n{waiters} waiters {of_processes} that hold the lock for {hold:?}");
+    println!("\n{crowd}");
     println!(
         "  {:<21} | {:>7} | {:>11} | {:>8} | {:>8} | {:>6} | {:>8} | {:>10} | {:>9} | {:>8} | {:>9} | {:>11}",
         "",

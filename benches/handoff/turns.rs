@@ -79,6 +79,11 @@ impl Sample {
     pub(crate) fn p50_to_ping(&self) -> f64 {
         self.p50_micros / self.ping_micros
     }
+
+    /// Turns a second that went to another waiter than the last one.
+    pub(crate) fn handed_over_a_second(&self) -> f64 {
+        self.turns_a_second * self.handed_over_percent / 100.0
+    }
 }
 
 /// The time before counting starts, to warm up connections, scripts, caches and a queue.

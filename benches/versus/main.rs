@@ -1,11 +1,13 @@
 //! The cost of a lock: obtain + release pairs on distinct keys, compared to the raw clients and the nearest rival.
 //!
 //! One server, one process, one run: each rival in turn, in rounds and in random order, so that a noisy machine affects
-//! all of them alike. The server has a core of its own. The program prints medians over the rounds; ratios are taken within a round. `-- --quick` runs
-//! one short round.
+//! all of them alike. The server has a core of its own. The program prints medians over the rounds; ratios are taken
+//! within a round. `-- --quick` runs one short round, and `-- --svg FILE` draws the pairs per second.
 
 #![expect(clippy::expect_used, reason = "a benchmark that can't measure can only panic")]
 
+#[path = "../common/chart.rs"]
+mod chart;
 mod cores;
 #[path = "../common/machine.rs"]
 mod machine;
@@ -31,8 +33,9 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
+use self::chart::{Chart, Panel};
 use self::cores::Cores;
-use self::rivals::{RAW_FRED, RSLOCK, Rival};
+use self::rivals::{CONTROL, RAW_FRED, RSLOCK, Rival};
 use self::statistics::median;
 use self::targets::TARGETS;
 
@@ -44,14 +47,15 @@ fn main() -> ExitCode {
 }
 
 fn benchmark() -> Result<(), String> {
-    let plan = if machine::is_quick(env::args().skip(1))? { Plan::QUICK } else { Plan::FULL };
+    let (is_quick, svg) = chart::arguments(env::args().skip(1))?;
+    let plan = if is_quick { Plan::QUICK } else { Plan::FULL };
     let machine = machine::describe()?;
     let cores = Cores::of_this_process();
     cores.keep_to_the_last();
     let server = Server::start();
     cores.keep_to_the_others();
-    Runtime::new().expect("a runtime").block_on(compare(plan, &machine, &server.url()));
-    Ok(())
+    let chart = Runtime::new().expect("a runtime").block_on(compare(plan, &machine, &server.url()));
+    svg.map_or(Ok(()), |file| chart.write(&file))
 }
 
 /// How long to measure.
@@ -70,15 +74,35 @@ impl Plan {
     const QUICK: Self = Self { rounds: 1, length: Duration::from_millis(100), seed: 1 };
 }
 
-/// Measures all rivals, and prints a table for each number of tasks.
-async fn compare(plan: Plan, machine: &str, url: &str) {
+/// Measures all rivals, and prints a table for each number of tasks. Returns the same as a chart.
+async fn compare(plan: Plan, machine: &str, url: &str) -> Chart {
     let rivals = Rival::all(url).await;
     print_header(plan, machine);
+    let mut chart = Chart {
+        title: "Locks obtained and released per second, each task with a key of its own",
+        notes: vec![
+            machine.to_owned(),
+            format!("Medians of {} round(s) of {:?}, in turn. Longer is better.", plan.rounds, plan.length),
+        ],
+        panels: Vec::new(),
+    };
     for tasks in TASKS {
         let samples = measure_in_turn(&rivals, tasks, plan).await;
         print_table(&rivals, tasks, &samples);
         print_targets(tasks, &samples);
+        chart.panels.push(panel(&rivals, tasks, &samples));
     }
+    chart
+}
+
+fn panel(rivals: &[Rival], tasks: usize, samples: &Samples) -> Panel {
+    let shown = rivals.iter().map(Rival::name).filter(|name| *name != CONTROL);
+    let bars = shown.map(|name| (name, median(samples[name].iter().map(|sample| sample.rate))));
+    Panel { title: of_tasks(tasks), bars: bars.collect() }
+}
+
+fn of_tasks(tasks: usize) -> String {
+    format!("{tasks} task{}", if tasks == 1 { "" } else { "s" })
 }
 
 /// The samples of each rival, in the order of the rounds: the nth samples of all rivals belong together.
@@ -149,7 +173,7 @@ fn print_header(plan: Plan, machine: &str) {
 }
 
 fn print_table(rivals: &[Rival], tasks: usize, samples: &Samples) {
-    println!("\n{tasks} task{}", if tasks == 1 { "" } else { "s" });
+    println!("\n{}", of_tasks(tasks));
     println!(
         "  rival                     |  pairs/s | us/pair | time / raw fred | pairs/s / rslock | client CPU us/pair"
     );

@@ -16,7 +16,7 @@ pub(crate) const ON_FRED_UNFENCED: &str = "tenure on fred, unfenced";
 pub(crate) const ON_REDIS: &str = "tenure on redis";
 pub(crate) const ON_REDIS_UNFENCED: &str = "tenure on redis, unfenced";
 /// raw fred, once more. The distance of its ratio from 1 shows how precise the other ratios are.
-const CONTROL: &str = "raw fred, again";
+pub(crate) const CONTROL: &str = "raw fred, again";
 
 const TTL: Duration = Duration::from_secs(30);
 

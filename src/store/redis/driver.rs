@@ -44,7 +44,7 @@ use crate::{Error, RedisError};
 ///
 /// The promises are the same with either. What differs is cost, and what else a program uses: see the
 /// [features](crate#features). Connecting with a client whose feature is not enabled is
-/// [`Error::Unsupported`](crate::Error::Unsupported).
+/// [`Error::Unsupported`].
 ///
 /// # Examples
 ///
