@@ -247,7 +247,7 @@ impl Locker {
     ///   first, before it goes to the end of the line ([`fair`](LockRequest::fair) requests have one turn each).
     /// - When a lock expires, or another library releases it, the next process that asks may get it.
     /// - A request for [several keys](Locker::lock_all) that is given one of them may take the others at the moment at
-    ///   which they are given to other waiters, which then come next.
+    ///   which they are given to other waiters, which then come next. That happens to a waiter once.
     /// - On a quorum there is no line: the process that asks at the right moment gets the lock.
     ///
     /// A process that dies in the line, or doesn't poll its request, costs the others 1.5 s when its turn comes, once;

@@ -31,7 +31,8 @@
 //!   none arrives, so heartbeats and a rare poll find everything.
 //! - Clocks. What ends by time may end at any time; `tests/model.rs` covers the order of a deadline and the end of its
 //!   lock. The rule that a request isn't run after its stamp is why the calm may find nothing in flight.
-//! - Metadata, fencing tokens, records of grants, several keys, tokens that are used twice.
+//! - Metadata, fencing tokens, records of grants, tokens that are used twice.
+//! - Several keys: `tests/several_model.rs` covers those who wait for them.
 //! - Locks that are taken back (`TakenBack`): the same as a lock that is taken, and released at once.
 //! - A waiter that comes again does so with another place; one at a time is enough to tell them apart.
 //!

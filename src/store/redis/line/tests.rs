@@ -184,7 +184,7 @@ async fn a_turn_at_one_key_is_no_reason_to_take_another_that_is_held_or_a_turn_o
     assert_eq!(refused(&near, &both, 0, 1).await, Some(1), "it is no turn of its own");
     has_its_turn(&near, "a", 1).await;
     // What other libraries hold may look like anything.
-    for held in ["mine", "\nmine", "\n\nr", "\n\nh"] {
+    for held in ["mine", "\nmine", "\nmine:w1", "\n\nr", "\n\nh"] {
         server.cli(&["SET", "b", held, "PX", "60000"]);
         assert_eq!(refused(&near, &both, 0, 1).await, Some(1), "{held:?}");
     }
@@ -205,4 +205,61 @@ async fn one_that_waits_for_several_keys_keeps_its_place_while_it_has_to_wait_th
     has_its_turn(&far, "b", 2).await;
     assert_eq!([refused(&near, &all, 0, 1).await, refused(&near, &all, 1, 1).await], [Some(0), Some(1)]);
     assert_eq!(refused(&near, &all, 2, 1).await, Some(0));
+}
+
+/// Gives `far`'s turn at one key to a request of `near` for both, which releases them.
+async fn loses_its_turn(near: &RedisStore, far: &RedisStore) {
+    let both = wanted_all(["a", "b"]);
+    has_its_turn(near, "a", 1).await;
+    has_its_turn(far, "b", 2).await;
+    assert_eq!(refused(near, &both, 0, 1).await, None);
+    Store::release(near, &both.owned, Ending::Lock, PATIENCE).await.unwrap();
+}
+
+/// Otherwise those who are near the server are always there before one that is far from it.
+#[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
+async fn one_that_has_lost_its_turn_loses_it_no_second_time() {
+    let server = Server::start();
+    let (near, far) = (store(&server).await, store(&server).await);
+    loses_its_turn(&near, &far).await;
+    has_its_turn(&near, "a", 3).await;
+    assert_eq!(refused(&near, &wanted_all(["a", "b"]), 0, 3).await, Some(1));
+    assert_eq!(refused(&far, &wanted_all(["b"]), 0, 2).await, None);
+}
+
+#[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
+async fn one_that_has_lost_its_turn_passes_the_next_on_when_it_leaves() {
+    let server = Server::start();
+    let (near, far) = (store(&server).await, store(&server).await);
+    loses_its_turn(&near, &far).await;
+    far.leave(&Key::from("b"), own(2), PATIENCE).await.unwrap();
+    assert_eq!(server.cli(&["EXISTS", "b", "{b}:queue", "{b}:alive"]), "0");
+}
+
+#[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
+async fn the_others_in_a_line_keep_their_places_when_a_turn_that_is_almost_over_goes_back_there() {
+    let server = Server::start();
+    let (near, far) = (store(&server).await, store(&server).await);
+    has_its_turn(&near, "a", 1).await;
+    has_its_turn(&far, "b", 2).await;
+    near.enter(&Key::from("b"), own(3), PATIENCE).await.unwrap();
+    server.cli(&["PEXPIRE", "b", "300"]);
+    assert_eq!(refused(&near, &wanted_all(["a", "b"]), 0, 1).await, None);
+    let left: u64 = server.cli(&["PTTL", "{b}:queue"]).parse().unwrap();
+    assert!(left > 5_000, "{left} ms");
+}
+
+#[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
+async fn a_turn_that_cannot_go_back_leaves_nothing_in_the_line() {
+    let server = Server::start();
+    let (near, far) = (store(&server).await, store(&server).await);
+    has_its_turn(&near, "a", 1).await;
+    has_its_turn(&far, "b", 2).await;
+    server.cli(&["SET", "{b}:alive", "no hash"]);
+    assert_eq!(refused(&near, &wanted_all(["a", "b"]), 0, 1).await, None);
+    assert_eq!(server.cli(&["EXISTS", "{b}:queue"]), "0");
 }

@@ -12,6 +12,7 @@
 -- A request whose turn it is at one of its keys takes the others also from those whose turn it is there, who haven't
 -- taken them yet and go back to the head of the line. Otherwise those who have their turns at one key each, and want the
 -- other's as well, would refuse each other, and all who come after them, for as long as there are enough in both lines.
+-- A place loses its turn once: those who are near the server would always be there before one that is far from it.
 --
 -- Idempotent: keys that all hold the token already are taken again, with the same fencing token. They live for the ttl
 -- from now, or as long as they would have, whichever is longer.
@@ -34,15 +35,19 @@ local taken, reserved
 
 for i = 1, n do
     local held = redis.call('GET', KEYS[i])
-    local turn = held and place ~= '' and turn_of(held)
-    if not held or turn == place then
+    local turn, again
+    if held and place ~= '' then
+        turn, again = turn_of(held)
+    end
+    local left = turn and redis.call('PTTL', KEYS[i])
+    if not held or turn and turn == place then
         missing = missing + 1
         is_its_turn = is_its_turn or held
     elseif is_owner(token, held) then
         ours[i] = math.max(ttl, redis.call('PTTL', KEYS[i]))
-    elseif turn then
+    elseif turn and again == '' and left > 0 and left <= CONFIRM then
         missing = missing + 1
-        turns[i], last[i] = turn, redis.call('PTTL', KEYS[i])
+        turns[i], last[i] = turn, left
         reserved = (i == stands or not reserved) and i or reserved
     elseif not taken or i == stands then
         taken = i

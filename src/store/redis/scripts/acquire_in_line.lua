@@ -39,7 +39,7 @@ if held and is_owner(token, held) then
 end
 local turn, others
 if held then
-    turn = place ~= '' and string.sub(held, 1, 1) == '\n' and string.sub(held, 2)
+    turn = place ~= '' and turn_of(held)
 else
     turn, others = head_of(line_key)
     turn = turn or place

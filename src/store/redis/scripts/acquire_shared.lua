@@ -47,7 +47,7 @@ elseif not held or is_shared then
     turn, others = on_line(head_of, line_key)
     turn = turn or place
 else
-    turn = place ~= '' and string.sub(held, 1, 1) == '\n' and string.sub(held, 2)
+    turn = place ~= '' and turn_of(held)
 end
 local first = nil
 if is_shared and not share and limit > 0 then

@@ -10,7 +10,7 @@
 check_line(KEYS[2])
 leave_line(KEYS[2], ARGV[1])
 local held = redis.call('GET', KEYS[1])
-if not held and redis.call('EXISTS', KEYS[2]) == 1 or held == '\n' .. ARGV[1] then
+if not held and redis.call('EXISTS', KEYS[2]) == 1 or held and turn_of(held) == ARGV[1] then
     pass_on(KEYS[1], KEYS[2], ARGV[2], ARGV[3])
 elseif held == READERS or held == PERMITS then
     local head = head_of(KEYS[2])

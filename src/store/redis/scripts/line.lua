@@ -6,6 +6,7 @@
 --
 -- When the lock goes to the head of the line, the lock key holds a reservation until the process confirms: a newline
 -- and the place. No token is empty, so a reservation belongs to no token, and every other library takes it for a lock.
+-- A place that has lost its turn has a score below zero, and its next reservation ends with `!`.
 --
 -- 1. The script that frees a lock gives it to the head of the line in the same step (`pass_on`), and notifies that
 --    process alone.
@@ -14,7 +15,7 @@
 --    then.
 -- 4. A place at the head is dropped if its process has sent no heartbeat for as long as it said it would be alive.
 -- 5. A request for several keys whose turn it is at one of them takes the others from reservations, too. Their places
---    go back to the head of their lines (acquire.lua).
+--    go back to the head of their lines (acquire.lua). That happens to a place once.
 
 local CONFIRM = 1000
 -- How many places of dead processes one call drops: the server has other clients.
@@ -28,9 +29,9 @@ local function process_of(place)
     return string.match(place, '^[^:]*')
 end
 
--- Returns the place for which a lock key that holds this is reserved, if it is.
+-- Returns the place for which a lock key that holds this is reserved, if it is; then '!' if it had lost its turn before.
 local function turn_of(held)
-    return string.match(held, '^\n([^\n:]+:[sw]%d+)$')
+    return string.match(held, '^\n([^\n:]+:[sw]%d+)(!?)$')
 end
 
 -- Removes a place from the line, and with the last place the line. `others` is true if the line is known to have other
@@ -42,17 +43,18 @@ local function leave_line(line_key, place, others)
     end
 end
 
--- Returns the head of the line, if there is one, and whether others are behind it. Reads both keys before it writes.
+-- Returns the head of the line, if there is one, whether others are behind it, and '!' if it has lost its turn before,
+-- otherwise ''. Reads both keys before it writes.
 local function head_of(line_key)
     for _ = 1, MOST_DROPPED do
-        local first = redis.call('ZRANGE', line_key, 0, 1)
-        local head, others = first[1], first[2] ~= nil
+        local first = redis.call('ZRANGE', line_key, 0, 1, 'WITHSCORES')
+        local head, others = first[1], first[3] ~= nil
         if not head then
             return nil
         end
         local alive_until = redis.call('HGET', alive_key_of(line_key), process_of(head))
         if alive_until and tonumber(alive_until) > now / 1000 then
-            return head, others
+            return head, others, tonumber(first[2]) < 0 and '!' or ''
         end
         leave_line(line_key, head, others)
     end
@@ -79,7 +81,7 @@ local function sign_of_life(line_key, place, alive, alive_until)
             end
         end
     end
-    local kept = string.format('%.0f', 10 * alive)
+    local kept = string.format('%.0f', 10 * math.max(alive, CONFIRM))
     redis.call('HSET', alive_key, process, string.format('%.0f', math.floor(now / 1000) + alive))
     redis.call('PEXPIRE', alive_key, kept)
     redis.call('PEXPIRE', line_key, kept)
@@ -105,19 +107,21 @@ local function take_turn(line_key, turn, place, alive, others)
 end
 
 -- Puts a place whose turn it was back at the head of the line, as another has taken the lock meanwhile. Its process
--- counts as alive for no longer than the turn would have lasted (in ms), unless it is known to be.
+-- counts as alive for no longer than the turn would have lasted (in ms), unless it is known to be. Finds keys of other
+-- types before it writes.
 local function return_turn(line_key, place, lasts)
+    local alive_until = alive_until_of(line_key, place)
     local first = redis.call('ZRANGE', line_key, 0, 0, 'WITHSCORES')
-    redis.call('ZADD', line_key, 'NX', string.format('%.0f', first[2] and first[2] - 1 or now), place)
-    sign_of_life(line_key, place, math.max(lasts, 1), alive_until_of(line_key, place))
+    redis.call('ZADD', line_key, 'NX', string.format('%.0f', math.min(first[2] or 0, 0) - 1), place)
+    sign_of_life(line_key, place, math.max(lasts, 1), alive_until)
 end
 
 -- Frees a lock that is free already or was ours. It goes to the head of the line. If the line is empty, it is free for
 -- all, and all subscribers are notified.
 local function pass_on(lock_key, line_key, publish, channel)
-    local looked, head, others = pcall(head_of, line_key)
+    local looked, head, others, again = pcall(head_of, line_key)
     if looked and head then
-        local done = redis.pcall('SET', lock_key, '\n' .. head, 'PX', CONFIRM)
+        local done = redis.pcall('SET', lock_key, '\n' .. head .. again, 'PX', CONFIRM)
         if not done.err then
             leave_line(line_key, head, others)
             redis.pcall(publish, channel, head)
