@@ -46,7 +46,7 @@ pub(crate) use self::abandoned::Abandoned;
 pub(crate) use self::hand_over::HandOver;
 use self::hand_over::HandOverState;
 pub(crate) use self::ticket::{By, Claim, Inherited, Leftovers, Obtained, Place, TakenOver, Ticket, Wakeup};
-use crate::acquire::answer::LastAnswer;
+use crate::acquire::answer::{Held, LastAnswer};
 use crate::hold::Owned;
 use crate::store::notifications::Subscription;
 use crate::store::{LinePlace, Next, Queueing, Wanted};
@@ -212,14 +212,24 @@ impl Queues {
         first.changed.notify_one();
     }
 
-    /// Begins to hand the lock over, if anybody here waits for it and can take it (invariant 2).
+    /// Notes that a lock of this process has ended, or is about to end. That it is held is no answer for requests that
+    /// begin after this.
+    pub(crate) fn ended(&self, owned: &Owned) {
+        let [key] = &*owned.keys else { return };
+        let Some(queue) = lock(&self.by_key).get(key).cloned() else { return };
+        lock(&queue.state).ended(owned);
+    }
+
+    /// Begins to hand the lock over, which is about to [end](Self::ended), if anybody here waits for it and can take it
+    /// (invariant 2).
     pub(crate) fn next(&self, owned: &Owned) -> Option<HandOver> {
         let [key] = &*owned.keys else { return None };
+        let queue = lock(&self.by_key).get(key)?.clone();
+        let mut state = lock(&queue.state);
+        state.ended(owned);
         if owned.mode.is_shared() {
             return None;
         }
-        let queue = lock(&self.by_key).get(key)?.clone();
-        let mut state = lock(&queue.state);
         let has_turn = state.has_turn(Instant::now());
         let (waiter, may_keep) = match (state.plain.next(), state.fair.next()) {
             (Some(waiter), _) if has_turn => (waiter, true),
@@ -316,6 +326,21 @@ impl State {
     /// Returns whether a shared grant may keep the place in the line.
     fn may_keep_place(&mut self, now: Instant) -> bool {
         !self.keeps_place || self.has_turn(now)
+    }
+
+    /// Ends the last answer, if it is that this lock is held.
+    fn ended(&mut self, owned: &Owned) {
+        if self.obtained_by.as_ref() == Some(&owned.token) {
+            self.end_last_answer();
+        }
+    }
+
+    /// Notes that the lock may be free from now on, if the last answer is that it is held.
+    fn end_last_answer(&mut self) {
+        if let Some(LastAnswer::Held(Held { until, .. })) = &mut self.last_answer {
+            let now = Instant::now();
+            *until = Some(until.map_or(now, |until| until.min(now)));
+        }
     }
 
     fn is_empty(&self) -> bool {

@@ -81,7 +81,8 @@ impl Shared {
     /// Gives the lock back to the lease from which the grant `owned` took it over.
     pub(crate) async fn return_claim(&self, owned: &Owned, earlier: Option<GrantId>, ttl: Duration) {
         let until = Instant::now() + ttl;
-        // Until then the server may still run the claim itself. So the lock is given back once more after that.
+        // Until then the server may still run the claim itself. So the lock is given back once more after that, also if
+        // it was not ours: its token may obtain it meanwhile, and the claim would join that grant.
         let claim_expires = Instant::now() + self.patience();
         let mut failures = 0;
         loop {
@@ -89,9 +90,8 @@ impl Shared {
             let given_back = self.store.renew(owned, ttl, Extending::GiveBack { earlier }, timeout).await;
             let remaining = until.saturating_duration_since(Instant::now());
             let pause = match given_back {
-                Ok(Verdict::NotOurs(_)) => return,
-                Ok(Verdict::Done) if Instant::now() >= claim_expires => return,
-                Ok(Verdict::Done) => claim_expires.saturating_duration_since(Instant::now()),
+                Ok(Verdict::Done | Verdict::NotOurs(_)) if Instant::now() >= claim_expires => return,
+                Ok(Verdict::Done | Verdict::NotOurs(_)) => claim_expires.saturating_duration_since(Instant::now()),
                 Err(error) if !error.is_transient() => return,
                 Err(_) => {
                     failures += 1;

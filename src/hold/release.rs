@@ -26,8 +26,16 @@ impl Shared {
     ) -> Result<Verdict, Error> {
         Self::check_runtime()?;
         let mut handed_over = None;
-        let hands_over = stays_until.is_none() && self.store.capabilities().hands_over;
-        if let Some(hand_over) = hands_over.then(|| self.queues.next(owned)).flatten() {
+        let next = match stays_until {
+            None if self.store.capabilities().hands_over => self.queues.next(owned),
+            None => {
+                self.queues.ended(owned);
+                None
+            }
+            // The keys stay taken.
+            Some(_) => None,
+        };
+        if let Some(hand_over) = next {
             let patience = self.command_timeout.min(until.saturating_duration_since(Instant::now()));
             handed_over = Some(self.hand_over(owned, ending, hand_over, patience).await);
         }

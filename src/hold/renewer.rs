@@ -255,6 +255,10 @@ impl Renewer {
         if loss == Loss::Released {
             return;
         }
+        if matches!(loss, Loss::Taken | Loss::Missing) {
+            // Nothing will be released that would note this.
+            self.shared.queues.ended(&self.hold.owned);
+        }
         let cause = self.hold.cause_of(loss);
         let cause = cause.as_deref().map(tracing::field::display);
         warn!(name: "tenure.lost", key = %self.hold.owned.key(), %loss, cause, "lost");

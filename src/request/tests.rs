@@ -137,6 +137,37 @@ async fn what_was_true_only_before_a_request_began_is_not_what_it_is_told() {
     first.abort();
 }
 
+/// The first waiter is still asking whether its token has the lock, and listens to nothing yet.
+#[tokio::test(start_paused = true)]
+async fn a_lock_that_this_process_has_released_or_lost_is_not_what_a_request_that_begins_then_is_told_of() {
+    // A lock without a fencing token is handed over without the server.
+    for (is_lost, fenced) in [(false, true), (true, true), (false, false), (true, false)] {
+        let store = Arc::new(MemoryStore::new());
+        let plan = |operation| if operation == Operation::Read { Fault::Lost } else { Fault::None };
+        let faulty = FaultyStore::new(store.clone(), plan);
+        let locker = Locker::builder().fenced(fenced).command_timeout(ms(500)).build(Box::new(faulty), None);
+        let held = locker.lock("k").await.unwrap();
+        let next = waits(locker.lock("k")).await;
+        let first = waits(locker.lock("k").token("worker-7".parse().unwrap())).await;
+        held.release().await.unwrap();
+        let guard = next.await.unwrap().unwrap();
+        let before = waits(locker.lock("k").wait_at_most(ms(100))).await;
+        tokio::time::sleep(ms(10)).await;
+        match is_lost {
+            false => guard.release().await.unwrap(),
+            true => {
+                store.delete(&"k".into());
+                guard.renew().await.unwrap_err();
+            }
+        }
+        tokio::time::sleep(ms(10)).await;
+        let after = locker.lock("k").wait_at_most(ms(50)).await.unwrap_err();
+        assert!(after.is_timeout(), "{after}");
+        assert!(matches!(before.await.unwrap(), Err(Error::NotObtained { .. })), "it was held while this one waited");
+        first.abort();
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_token_that_holds_the_lock_already_waits_behind_nobody() {
     let locker = locker(|_| Fault::None);

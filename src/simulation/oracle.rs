@@ -10,8 +10,9 @@
 //!
 //! Whenever a call fails, and at the end:
 //!
-//! 4. When all delays have passed, only the leases remain that were left on purpose: no key that would stay for long,
-//!    no queue, no subscription, no task. When those leases have expired, nothing remains at all.
+//! 4. When all delays have passed, only the leases remain that were left on purpose, or that an adoption which failed has
+//!    given the lock back to: no key that would stay for long, no queue, no subscription, no task. When those leases
+//!    have expired, nothing remains at all.
 //! 5. `NotObtained` is returned only if another held the lock at some time during the call.
 //! 6. Every call ends in time.
 //! 7. No lock is idle for long while somebody waits for it, whoever isn't polled.
@@ -120,6 +121,8 @@ struct State {
     /// Tokens of guards that somebody uses for other requests, as if they had been read at the server.
     seen: HashSet<Token>,
     leases: Vec<Left>,
+    /// The grants of leases that locks were given back to, with their tokens: nobody else had those locks then.
+    given_back: HashSet<(Token, GrantId)>,
     /// From when until when requests went on.
     requests: Vec<(Instant, Option<Instant>)>,
     labels: HashMap<Token, String>,
@@ -395,6 +398,11 @@ impl World {
                 }
                 if let (Extending::Claim { .. }, Verdict::Done) = (how, renewed) {
                     *state.grants.entry(owned.token.clone()).or_default() += 1;
+                }
+                if let (Extending::GiveBack { earlier: earlier @ Some(grant) }, Verdict::Done) = (how, renewed) {
+                    if owned.keys.iter().any(|key| self.store.grants_of(key) == [*earlier]) {
+                        state.given_back.insert((owned.token.clone(), *grant));
+                    }
                 }
                 if let (Extending::Exactly, Verdict::Done) = (how, renewed) {
                     for key in &owned.keys {
@@ -747,6 +755,15 @@ impl World {
             for (_, token, _, until) in self.store.held_by(key) {
                 let left = |left: &Left| left.left && *left.lease.token() == token && left.lease.keys().contains(key);
                 if state.leases.iter().any(left) {
+                    continue;
+                }
+                // An adoption that fails leaves the lock to its lease. So it does if another grant of the token had the
+                // lock, and has ended meanwhile.
+                let is_of_lease = |grant: &Option<GrantId>| {
+                    grant.is_some_and(|grant| state.given_back.contains(&(token.clone(), grant)))
+                };
+                let grants = self.store.grants_of(key);
+                if !grants.is_empty() && grants.iter().all(is_of_lease) {
                     continue;
                 }
                 let label = state.label(&token);

@@ -3,8 +3,8 @@
 use std::future::IntoFuture;
 
 use super::*;
-use crate::Token;
 use crate::store::Store;
+use crate::{Lease, Token};
 
 fn token() -> Token {
     "worker-7".parse().unwrap()
@@ -157,4 +157,21 @@ async fn an_adoption_that_failed_takes_nothing_from_the_next() {
         locker.close().await;
         assert_eq!(store.inspect(&"k".into(), ms(500)).await.unwrap(), None, "{fault:?}");
     }
+}
+
+/// The lease is over when it is adopted, so that the first try to give the lock back finds nothing.
+#[tokio::test(start_paused = true)]
+async fn an_adoption_that_comes_late_is_taken_back_although_the_lease_was_over() {
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), first(Operation::Renew, Fault::RunAfter(ms(300))));
+    let lease = Lease::new("k", token(), ms(600_000));
+    let given_up = timeout(ms(100), locker.adopt(lease)).await;
+    assert!(given_up.is_err());
+    sleep(ms(100)).await;
+    let guard = locker.obtain("k").token(token()).await.unwrap();
+    sleep(ms(1_500)).await;
+    guard.renew().await.unwrap();
+    drop(guard);
+    locker.close().await;
+    assert_eq!(store.inspect(&"k".into(), ms(500)).await.unwrap(), None);
 }

@@ -209,6 +209,14 @@ impl MemoryStore {
         alone.into_iter().chain(shares).collect()
     }
 
+    /// Returns the grants that rely on a key which is not shared.
+    #[cfg(test)]
+    pub(crate) fn grants_of(&self, key: &Key) -> Vec<Option<GrantId>> {
+        let held = self.held();
+        let entry = held.live(key, Instant::now());
+        entry.map(Entry::grants).unwrap_or_default().iter().map(|reliance| reliance.grant).collect()
+    }
+
     /// Returns what others may share the key as, and when the last share ends.
     #[cfg(test)]
     pub(crate) fn shared(&self, key: &Key) -> Option<(Mode, Instant)> {

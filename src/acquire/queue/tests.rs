@@ -6,7 +6,6 @@ use tokio::time::{advance, timeout};
 use tokio_util::task::TaskTracker;
 
 use super::*;
-use crate::acquire::answer::Held;
 use crate::hold::Grant;
 use crate::locker::cleanups::{Cleanup, Cleanups};
 use crate::mode::Mode;
@@ -328,6 +327,25 @@ fn what_the_first_learned_is_known_to_those_behind_it_and_after_it() {
     assert!(matches!(c.last_answer(), Some(LastAnswer::Held(Held { key, .. })) if key == "k".into()));
     c.set_last_answer(None);
     assert!(c.last_answer().is_none());
+}
+
+#[test]
+fn an_answer_ends_with_the_lock_that_it_is_about_and_with_no_other() {
+    let queues = Queues::default();
+    let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
+    let now = Instant::now();
+    let held_until = now + Duration::from_secs(1);
+    a.pass_on(None, Obtained { at: now, held_until, by: By::HandOver });
+    assert!(!a.leave().may_hold);
+    let until = || match b.last_answer() {
+        Some(LastAnswer::Held(Held { until, .. })) => until.unwrap(),
+        other => panic!("{other:?}"),
+    };
+    // One that was held before is only released now.
+    queues.next(&wanted(Queueing::None).owned).unwrap().not_tried();
+    assert_eq!(until(), held_until);
+    queues.next(&a.waiter.wanted.owned).unwrap().not_tried();
+    assert!(until() < held_until);
 }
 
 #[test]

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::hand_over::HandOverState;
 use super::{ByKey, HEARTBEAT, Lane, Queue, QueueEntry, State, lock, remove};
+use crate::Token;
 use crate::acquire::answer::{Held, LastAnswer};
 use crate::hold::Grant;
 use crate::locker::cleanups::PendingCleanup;
@@ -298,10 +299,7 @@ impl Ticket {
 
     /// Notes that the server is about to be asked: from now on, the last answer says nothing about the present.
     pub(crate) fn asks_again(&self) {
-        if let Some(LastAnswer::Held(Held { until, .. })) = &mut self.state().last_answer {
-            let now = Instant::now();
-            *until = Some(until.map_or(now, |until| until.min(now)));
-        }
+        self.state().end_last_answer();
     }
 
     /// Notes that this waiter has obtained the lock, and leaves to the next one what it can use.
@@ -332,6 +330,14 @@ impl Ticket {
         };
         // A subscription locks the list of listeners when it is dropped: not under the queue's mutex (invariant 5).
         drop(before);
+    }
+
+    /// Notes by which token this waiter has the lock that it has [passed on](Self::pass_on), if that is not its own.
+    pub(crate) fn has_taken_over(&self, token: &Token) {
+        let mut state = self.state();
+        if state.obtained_by.as_ref() == Some(&self.waiter.wanted.owned.token) {
+            state.obtained_by = Some(token.clone());
+        }
     }
 
     /// Leaves the queue, and wakes the waiter that is the first after that (invariant 1).
