@@ -238,6 +238,7 @@ mod hold;
 mod mode;
 mod report;
 mod store;
+mod sync;
 
 #[cfg(any(doc, doctest))]
 pub mod docs;

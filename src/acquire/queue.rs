@@ -36,7 +36,7 @@ use std::fmt;
 use std::iter;
 use std::ops::Bound;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -50,6 +50,7 @@ use crate::acquire::answer::LastAnswer;
 use crate::hold::Owned;
 use crate::store::notifications::Subscription;
 use crate::store::{LinePlace, Next, Queueing, Wanted};
+use crate::sync::{Mutex, MutexGuard};
 use crate::{Key, Token};
 
 /// How many times in a row a process hands the lock over to its own waiters while another process waits. More would be
