@@ -15,7 +15,8 @@
 //! 1. Each waiter is the first of its lane, or behind another one. A waiter that leaves the front of its lane, in
 //!    whatever way, wakes the one that is first after it.
 //! 2. A lock is handed over only to a waiter that is in the queue at that moment, and is the first of its lane. If that
-//!    waiter leaves before it has learned the outcome, it assumes that its token may hold the lock.
+//!    waiter leaves before it has learned the outcome, it assumes that its token may hold the lock, until the hand-over
+//!    has ended and what it sent can no longer be run.
 //! 3. The first of a lane is polled by the instant that it has [announced](Ticket::expect), or it is *parked*: its
 //!    future is kept somewhere and not polled. A parked waiter goes to the end of its lane, if others wait there
 //!    ([`Queues::find_abandoned`]).
@@ -402,5 +403,7 @@ impl fmt::Debug for Queues {
     }
 }
 
+#[cfg(all(test, shuttle))]
+mod interleaved;
 #[cfg(test)]
 mod tests;
