@@ -54,6 +54,8 @@ use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep};
 
 use self::cluster::Cluster;
+#[cfg(any(test, fuzzing))]
+pub(super) use self::redirection::elsewhere;
 use super::driver::{Connection, Value};
 use super::script::into_ours;
 #[cfg(feature = "redis")]
