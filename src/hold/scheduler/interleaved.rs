@@ -14,12 +14,7 @@ use super::*;
 use crate::Loss;
 use crate::hold::FinalStep;
 use crate::store::faulty::Fault;
-
-/// Lets another thread go on, or the same.
-fn turn() {
-    // Shuttle has no time.
-    thread::sleep(Duration::ZERO);
-}
+use crate::sync::turn;
 
 /// What a thread does to its locks.
 #[derive(Clone, Copy)]
