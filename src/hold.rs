@@ -43,7 +43,7 @@ mod undo;
 
 use std::fmt;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -57,6 +57,7 @@ use self::state::{Limit, State, Unresolved};
 use self::timing::Drift;
 use crate::metrics::{self, Held};
 use crate::store::{Latest, Verdict};
+use crate::sync::{Mutex, MutexGuard};
 use crate::{Error, Loss};
 
 /// A grant of the server, and when it was requested.

@@ -238,6 +238,7 @@ mod hold;
 mod mode;
 mod report;
 mod store;
+mod sync;
 
 #[cfg(any(doc, doctest))]
 pub mod docs;
@@ -250,6 +251,9 @@ pub use fred;
 #[cfg(feature = "redis")]
 pub use redis;
 
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod testing;
 
 pub use self::diagnosis::{Diagnosis, Finding, ServerReport, Severity, Topic};

@@ -20,7 +20,7 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use self::notifications::Subscription;
@@ -175,26 +175,53 @@ pub(crate) struct Wanted {
 /// A server refuses what arrives later. So once its clock has passed this time, and what the request left until then is
 /// undone, nothing of the request can take effect any longer.
 #[derive(Debug, Default)]
-pub(crate) struct Latest(AtomicU64);
+pub(crate) struct Latest {
+    until: AtomicU64,
+    /// How many calls are under way that others make for the request. Until they end, they may be sent, or sent again.
+    by_others: AtomicUsize,
+}
+
+/// A call that others make for a request, until it ends.
+#[derive(Debug)]
+pub(crate) struct ByOthers(Arc<Latest>);
 
 impl Latest {
     /// Notes that the next call, which the server may run until this time, is about to be sent.
     pub(crate) fn extend(&self, until: u64) {
-        self.0.fetch_max(until, Ordering::Relaxed);
+        self.until.fetch_max(until, Ordering::Relaxed);
+    }
+
+    /// Notes that another than the request itself begins a call for it.
+    pub(crate) fn begin_by_others(self: Arc<Self>) -> ByOthers {
+        self.by_others.fetch_add(1, Ordering::Relaxed);
+        ByOthers(self)
     }
 
     #[cfg(test)]
     pub(crate) fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.until.load(Ordering::Relaxed)
     }
 
-    /// Returns for how long a server whose clock shows `now` may still run what was sent.
+    /// Returns for how long a server whose clock shows `now` may still run what was sent. Not shorter than [`LOOK_AGAIN`]
+    /// while anything may still be sent.
     pub(crate) fn remaining(&self, now: u64) -> Option<Duration> {
-        let latest = self.0.load(Ordering::Relaxed);
+        // In this order: what a call that has ended noted is there.
+        let may_be_sent = self.by_others.load(Ordering::Acquire) > 0;
+        let latest = self.until.load(Ordering::Relaxed);
         // The server still runs it in that very millisecond.
-        (now <= latest).then(|| Duration::from_millis(latest - now + 1))
+        let remaining = (now <= latest).then(|| Duration::from_millis(latest - now + 1));
+        if may_be_sent { remaining.max(Some(LOOK_AGAIN)) } else { remaining }
     }
 }
+
+impl Drop for ByOthers {
+    fn drop(&mut self) {
+        self.0.by_others.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// The time after which to look again whether a call that others make has ended.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// What a release ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

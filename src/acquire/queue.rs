@@ -15,7 +15,8 @@
 //! 1. Each waiter is the first of its lane, or behind another one. A waiter that leaves the front of its lane, in
 //!    whatever way, wakes the one that is first after it.
 //! 2. A lock is handed over only to a waiter that is in the queue at that moment, and is the first of its lane. If that
-//!    waiter leaves before it has learned the outcome, it assumes that its token may hold the lock.
+//!    waiter leaves before it has learned the outcome, it assumes that its token may hold the lock, until the hand-over
+//!    has ended and what it sent can no longer be run.
 //! 3. The first of a lane is polled by the instant that it has [announced](Ticket::expect), or it is *parked*: its
 //!    future is kept somewhere and not polled. A parked waiter goes to the end of its lane, if others wait there
 //!    ([`Queues::find_abandoned`]).
@@ -36,7 +37,7 @@ use std::fmt;
 use std::iter;
 use std::ops::Bound;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -50,6 +51,7 @@ use crate::acquire::answer::{Held, LastAnswer};
 use crate::hold::Owned;
 use crate::store::notifications::Subscription;
 use crate::store::{LinePlace, Next, Queueing, Wanted};
+use crate::sync::{Mutex, MutexGuard};
 use crate::{Key, Token};
 
 /// How many times in a row a process hands the lock over to its own waiters while another process waits. More would be
@@ -426,5 +428,7 @@ impl fmt::Debug for Queues {
     }
 }
 
+#[cfg(all(test, shuttle))]
+mod interleaved;
 #[cfg(test)]
 mod tests;

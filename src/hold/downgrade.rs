@@ -15,6 +15,7 @@ use crate::locker::shared::Shared;
 use crate::metrics::Held;
 use crate::mode::Mode;
 use crate::store::Downgraded;
+use crate::sync::Mutex;
 use crate::{Error, Loss};
 
 impl Shared {
@@ -103,7 +104,7 @@ impl Hold {
             stays_until: self.stays_until,
             drift: self.drift,
             origin: self.origin,
-            state: state.into(),
+            state: Mutex::new(state),
             over: CancellationToken::new(),
         })
     }

@@ -15,13 +15,15 @@
 //! 4. No entry is dropped under the mutex, and no renewer woken: dropping an entry ends its hold, which runs wakers of
 //!    users. Lock order: the list of schedulers, the state of one of them, the state of a hold.
 
+#[cfg(all(test, shuttle))]
+mod interleaved;
 mod state;
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
 use std::future::poll_fn;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::task::Waker;
 use std::time::Duration;
 
@@ -33,6 +35,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use self::state::{Due, EntryId, Rest, State};
 use super::renewer::{AfterBatch, DueRenewal, Renewer, send_together};
 use crate::Error;
+use crate::sync::{Mutex, MutexGuard};
 
 /// How long the task sleeps at most before it looks whether an entry is left. If it ended with the last entry, a
 /// program that takes one lock after another would start a task for each, which cost more than everything else for a

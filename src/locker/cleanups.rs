@@ -8,7 +8,7 @@
 //! [`Locker::close`]: crate::Locker::close
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use slab::Slab;
@@ -23,6 +23,7 @@ use crate::hold::{GrantId, Hold, Owned};
 use crate::locker::shared::Shared;
 use crate::report::debug;
 use crate::store::{LinePlace, Wanted};
+use crate::sync::{Mutex, MutexGuard};
 
 /// How long closing leaves a cleanup to the code that registered it.
 const PATIENCE: Duration = Duration::from_millis(250);

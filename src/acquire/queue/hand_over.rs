@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::{HEARTBEAT, Queue, QueueEntry, lock};
 use crate::hold::Grant;
 use crate::locker::cleanups::PendingCleanup;
-use crate::store::{LinePlace, Next, Wanted};
+use crate::store::{ByOthers, LinePlace, Next, Wanted};
 
 /// What has become of the last hand-over to a waiter. What is `pending` undoes it, until the waiter takes the lock.
 #[derive(Default)]
@@ -52,6 +52,8 @@ pub(crate) struct HandOver {
     waiter: Arc<QueueEntry>,
     next: Next,
     is_complete: bool,
+    /// A waiter that leaves goes on undoing this hand-over until it has ended.
+    _by_others: ByOthers,
 }
 
 /// Whom an outcome has reached.
@@ -67,7 +69,8 @@ enum Delivery {
 
 impl HandOver {
     pub(super) fn new(queue: Arc<Queue>, waiter: Arc<QueueEntry>, next: Next) -> Self {
-        Self { queue, waiter, next, is_complete: false }
+        let by_others = waiter.wanted.latest.clone().begin_by_others();
+        Self { queue, waiter, next, is_complete: false, _by_others: by_others }
     }
 
     pub(crate) fn wanted(&self) -> &Arc<Wanted> {

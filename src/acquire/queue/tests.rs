@@ -11,7 +11,7 @@ use crate::locker::cleanups::{Cleanup, Cleanups};
 use crate::mode::Mode;
 use crate::{Error, Token};
 
-fn wanted(queueing: Queueing) -> Arc<Wanted> {
+pub(super) fn wanted(queueing: Queueing) -> Arc<Wanted> {
     wanted_for(queueing, Mode::Exclusive)
 }
 
@@ -22,7 +22,7 @@ fn wanted_for(queueing: Queueing, mode: Mode) -> Arc<Wanted> {
     Arc::new(Wanted { owned, metadata, ttl, fenced: false, queueing, takes_over: false, latest, limit: 0 })
 }
 
-fn grant() -> Grant {
+pub(super) fn grant() -> Grant {
     Grant::new(Instant::now(), Duration::from_secs(1), None)
 }
 
@@ -54,6 +54,21 @@ fn a_hand_over_is_for_the_first_and_one_at_a_time() {
     assert!(matches!(a.take_outcome(), Some(Wakeup::HandedOver(..))));
     assert!(!a.leave().may_hold);
     assert!(b.is_first() && queues.next(&from).is_some());
+}
+
+/// Its reply may get lost: then only the waiter knows that there is something to undo.
+#[test]
+fn a_waiter_that_leaves_undoes_a_hand_over_until_that_can_no_longer_be_sent() {
+    let queues = Queues::default();
+    let waiter = enter(&queues, Queueing::Shared);
+    let latest = waiter.waiter.wanted.latest.clone();
+    let hand_over = queues.next(&wanted(Queueing::None).owned).unwrap();
+    assert!(waiter.leave().may_hold);
+    assert!(latest.remaining(7).is_some(), "it is about to be sent");
+    latest.extend(10);
+    assert!(latest.remaining(11).is_some(), "it may be sent again, if the server's clock was not as expected");
+    drop(hand_over);
+    assert!(latest.remaining(10).is_some() && latest.remaining(11).is_none());
 }
 
 /// Two holds of one process may both end, if the server has lost the first of their locks: neither lock may get lost.

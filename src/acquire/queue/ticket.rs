@@ -1,8 +1,8 @@
 //! A waiter's handle to its queue.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, MutexGuard};
 
 use tokio::time::Instant;
 
@@ -14,6 +14,7 @@ use crate::hold::Grant;
 use crate::locker::cleanups::PendingCleanup;
 use crate::store::notifications::Subscription;
 use crate::store::{InLine, LinePlace, Wanted};
+use crate::sync::MutexGuard;
 
 /// A waiter's handle to its queue. Its owner calls [`leave`](Ticket::leave) before it drops it.
 pub(crate) struct Ticket {

@@ -18,14 +18,14 @@ use crate::store::notifications::Subscription;
 use crate::store::{Answer, Ending, InLine, Latest, Queueing, Store, Wanted};
 use crate::{Key, Locker, Loss, Token};
 
-const fn ms(n: u64) -> Duration {
+pub(super) const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-const EVERY_200: Renewal = Renewal::Every(ms(200));
+pub(super) const EVERY_200: Renewal = Renewal::Every(ms(200));
 
 /// What has happened, and when: "200: renew 0 1" for a call that renews two locks.
-struct Log {
+pub(super) struct Log {
     start: Instant,
     lines: Mutex<Vec<(Instant, u64, String)>>,
     calls: AtomicU64,
@@ -46,7 +46,7 @@ impl Log {
     }
 
     /// Takes the lines since the last time.
-    fn take(&self) -> Vec<String> {
+    pub(super) fn take(&self) -> Vec<String> {
         let lines = mem::take(&mut *self.lines.lock().unwrap());
         lines.into_iter().map(|(at, _, line)| format!("{}: {line}", (at - self.start).as_millis())).collect()
     }
@@ -94,21 +94,21 @@ impl Observer for Reports {
 }
 
 /// A locker whose store logs what it runs.
-struct World {
-    log: Arc<Log>,
+pub(super) struct World {
+    pub(super) log: Arc<Log>,
     store: Arc<MemoryStore>,
     shared: Arc<Shared>,
 }
 
 /// A lock as its guard has it.
-struct Lock {
-    hold: Arc<Hold>,
-    handle: Handle,
+pub(super) struct Lock {
+    pub(super) hold: Arc<Hold>,
+    pub(super) handle: Handle,
 }
 
 impl World {
     /// `plan` says what goes wrong with the nth call that renews.
-    fn new(plan: impl Fn(u64) -> Fault + Send + Sync + 'static) -> Self {
+    pub(super) fn new(plan: impl Fn(u64) -> Fault + Send + Sync + 'static) -> Self {
         let log = Arc::new(Log { start: Instant::now(), lines: Mutex::default(), calls: AtomicU64::new(0) });
         let (store, renewals) = (Arc::new(MemoryStore::new()), AtomicU64::new(0));
         let plan = move |operation| match operation {
@@ -121,7 +121,7 @@ impl World {
     }
 
     /// Locks the keys for a minute.
-    fn lock(&self, keys: &[&str], renewal: Renewal) -> Lock {
+    pub(super) fn lock(&self, keys: &[&str], renewal: Renewal) -> Lock {
         self.lock_for(ms(60_000), keys, renewal, &Runtime::current())
     }
 
@@ -167,7 +167,7 @@ impl World {
 
 impl Lock {
     /// As a guard that is dropped.
-    fn drop_guard(&self) {
+    pub(super) fn drop_guard(&self) {
         self.hold.end(Loss::Released);
         assert!(self.hold.set_final_step(FinalStep::Release(None)));
         self.handle.call();
