@@ -75,7 +75,8 @@ struct Turns {
 
 impl Turns {
     fn new() -> Self {
-        Self { count: 0, waits: Histogram::new(3).expect("three digits") }
+        // Up to an hour. One without bounds would record what is longer than two milliseconds as that.
+        Self { count: 0, waits: Histogram::new_with_bounds(1, 3_600_000_000, 3).expect("sound bounds") }
     }
 
     fn add(&mut self, wait: Duration) {
