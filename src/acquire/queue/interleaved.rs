@@ -19,13 +19,8 @@ use super::{By, Claim, Obtained, Place, Queueing, Queues, Ticket, Wakeup};
 use crate::hold::Owned;
 use crate::locker::cleanups::{Cleanup, Cleanups};
 use crate::store::Wanted;
+use crate::sync::turn;
 use crate::{Key, Token};
-
-/// Lets another task go on, or the same.
-fn turn() {
-    // Shuttle has no time.
-    thread::sleep(Duration::ZERO);
-}
 
 /// For how long by the server's clock, which counts its steps, it may run a request.
 const PATIENCE: u64 = 6;

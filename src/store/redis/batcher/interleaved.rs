@@ -2,7 +2,6 @@
 //! goes on. An operation that nobody sends is waited for until shuttle has counted too many steps.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use shuttle::future::block_on;
@@ -13,6 +12,7 @@ use tokio::select;
 use tokio::sync::Notify;
 
 use super::*;
+use crate::sync::turn;
 
 /// Longer than any schedule: time stands still.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -20,15 +20,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How many operations each caller runs, one call after the other.
 const EACH: usize = 4;
 
-/// Lets another thread go on, or the same.
-fn turn() {
-    // Shuttle has no time.
-    thread::sleep(Duration::ZERO);
-}
-
 /// Counts how often it has run each operation.
 #[derive(Debug, Default)]
-struct Counting(Mutex<HashMap<usize, usize>>);
+struct Counting(std::sync::Mutex<HashMap<usize, usize>>);
 
 impl Counting {
     async fn run(&self, operations: &[usize]) {
