@@ -251,6 +251,9 @@ pub use fred;
 #[cfg(feature = "redis")]
 pub use redis;
 
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod testing;
 
 pub use self::diagnosis::{Diagnosis, Finding, ServerReport, Severity, Topic};

@@ -125,7 +125,12 @@ proptest! {
     }
 
     #[test]
-    fn any_text_is_a_lease_or_an_error(text in "(tenure:[0-9]:)?.{0,80}") {
+    fn any_text_is_a_lease_or_an_error(
+        text in prop_oneof![
+            "(tenure:[0-9]:)?.{0,80}",
+            "tenure:[12]:(read:|permit:)?[0-9]{1,20}:[0-9]{0,20}(~-|~[0-9a-f]{0,17})?(:[a-z%0-9A-F]{0,6}){0,4}",
+        ],
+    ) {
         if let Ok(lease) = text.parse::<Lease>() {
             prop_assert_eq!(lease.to_string().parse::<Lease>().unwrap(), lease);
         }

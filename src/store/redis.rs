@@ -26,6 +26,8 @@ mod server_info;
 mod shared;
 mod slot;
 mod subscriber;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod untrusted;
 pub(crate) mod url;
 mod vote;
 

@@ -33,6 +33,8 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
+#[cfg(any(test, fuzzing))]
+pub(super) use self::failure::Peer;
 #[cfg(feature = "redis")]
 pub use self::redis::GivenConnection as RedisConnection;
 pub(super) use self::value::Value;

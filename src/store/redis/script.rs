@@ -150,6 +150,12 @@ impl Stamp {
     /// Lua's numbers are exact below 2^53. As a time in ms, this is in the year 2109.
     const LATEST: u64 = (1 << 42) - 1;
 
+    /// Returns a stamp with this mark.
+    #[cfg(fuzzing)]
+    pub(super) fn of(mark: u32) -> Self {
+        Self(mark.into())
+    }
+
     /// Returns the mark that the reply repeats.
     fn mark(self) -> i64 {
         i64::try_from(self.0 & u64::from(u32::MAX)).unwrap_or_default()
@@ -230,7 +236,7 @@ impl Reply {
     /// # Errors
     ///
     /// [`mixed_up`] if this is not the reply to the request with this stamp. The outcome of that request is unknown.
-    fn read(answer: Value, stamp: Stamp) -> Result<Self, Error> {
+    pub(super) fn read(answer: Value, stamp: Stamp) -> Result<Self, Error> {
         let is_ours = |of: i64| if of == stamp.mark() { Ok(()) } else { Err(mixed_up()) };
         let granted =
             |token: i64| Self { now: u64::try_from(token / 1_000).ok(), outcome: Ok(Returned::FencingToken(token)) };

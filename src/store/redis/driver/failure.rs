@@ -9,7 +9,7 @@ use crate::store::redis::url::{Address, Servers, Target};
 use crate::{RedisError, RedisErrorKind as ErrorKind};
 
 /// The server, or the servers, at the other end.
-pub(super) struct Peer {
+pub(in super::super) struct Peer {
     address: String,
     has_password: bool,
     has_tls: bool,
@@ -18,7 +18,7 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    pub(super) fn of(target: &Target) -> Self {
+    pub(in super::super) fn of(target: &Target) -> Self {
         let mut secrets: Vec<String> = target.password.iter().cloned().collect();
         if let Servers::Sentinels { password, .. } = &target.servers {
             secrets.extend(password.clone());
@@ -32,7 +32,7 @@ impl Peer {
     }
 
     /// Returns why there is no connection. `server` is the one of several that the client has named, if it has.
-    pub(super) fn unreachable(&self, error: RedisError, server: Option<&Address>) -> RedisError {
+    pub(in super::super) fn unreachable(&self, error: RedisError, server: Option<&Address>) -> RedisError {
         let at: Cow<'_, str> = match server {
             Some(server) if server.port != 0 => server.to_string().into(),
             _ => (&*self.address).into(),
@@ -47,7 +47,7 @@ impl Peer {
     }
 
     /// Returns why a call has failed, unless the server has replied with an error.
-    pub(super) fn unanswered(&self, error: RedisError) -> RedisError {
+    pub(in super::super) fn unanswered(&self, error: RedisError) -> RedisError {
         let at = &self.address;
         match error.kind() {
             ErrorKind::Timeout => self.silent(),

@@ -5,13 +5,13 @@ use crate::Error;
 
 /// Which node to send a command to instead.
 #[derive(Debug, PartialEq)]
-pub(super) enum Elsewhere {
+pub(in super::super) enum Elsewhere {
     Moved(Address),
     Ask(Address),
 }
 
 /// Reads a redirection out of the error with which the server `here` replied.
-pub(super) fn elsewhere(error: &Error, here: &Address) -> Option<Elsewhere> {
+pub(in super::super) fn elsewhere(error: &Error, here: &Address) -> Option<Elsewhere> {
     let Error::Redis(error) = error else { return None };
     let mut words = error.details().split_ascii_whitespace();
     let redirection = match words.next()? {
