@@ -9,12 +9,23 @@ use tokio::runtime::Builder;
 use tokio::task::yield_now;
 use tokio::time::advance;
 
-use super::tests::{EVERY_200, Lock, World, ms};
+use super::tests::{Lock, World, ms};
 use super::*;
 use crate::Loss;
 use crate::hold::FinalStep;
+use crate::hold::timing::Renewal;
 use crate::store::faulty::Fault;
 use crate::sync::turn;
+
+/// How often locks are renewed. One of the former may come while the task sleeps until one of the latter is due.
+const OFTEN: Duration = ms(60);
+const RARELY: Duration = ms(450);
+
+/// The steps in which the time moves.
+const STEP: Duration = ms(40);
+
+/// A call of another lock's renewal may be under way, and takes 20 ms.
+const LATE: Duration = ms(60);
 
 /// What a thread does to its locks.
 #[derive(Clone, Copy)]
@@ -39,7 +50,9 @@ fn guards(world: &World, name: &str) -> Vec<(Lock, Guard)> {
         // A lock of two keys is not renewed in a batch.
         let keys =
             if thread_rng().gen_bool(0.3) { vec![first.as_str(), second.as_str()] } else { vec![first.as_str()] };
-        let lock = world.lock(&keys, EVERY_200);
+        let every = if thread_rng().gen_bool(0.5) { OFTEN } else { RARELY };
+        let lock = world.lock(&keys, Renewal::Every(every));
+        world.log.note("locked", &first);
         (0..thread_rng().gen_range(0..40)).for_each(|_| turn());
         let guard = [Guard::Dropped, Guard::Removed, Guard::Kept][thread_rng().gen_range(0..3)];
         match guard {
@@ -61,10 +74,13 @@ fn schedule() {
         let (runtime, is_over) = (runtime.clone(), is_over.clone());
         move || {
             while !is_over.load(Ordering::Relaxed) {
-                let step = if thread_rng().gen_bool(0.2) { ms(40) } else { ms(0) };
+                let step = if thread_rng().gen_bool(0.2) { STEP } else { Duration::ZERO };
                 runtime.block_on(async {
                     advance(step).await;
-                    yield_now().await;
+                    // So that what wakes up at this time has started before the time moves on.
+                    for _ in 0..6 {
+                        yield_now().await;
+                    }
                 });
                 turn();
             }
@@ -89,14 +105,22 @@ fn schedule() {
             Guard::Kept => assert!(lock.hold.check().is_ok(), "{key}: {happened:?}"),
         }
     }
-    for step in 0..60 {
-        runtime.block_on(advance(ms(10)));
-        (0..8).for_each(|_| runtime.block_on(yield_now()));
-        // What was due during the longer steps needs some time.
-        let kept = locks.iter().filter(|(_, guard)| step > 10 && matches!(guard, Guard::Kept));
-        for (lock, _) in kept {
-            // A call lasts for 20 ms, and the next one of another lock may come between.
-            assert!(runtime.block_on(async { Instant::now() }) <= lock.hold.next_duty() + ms(50), "forgotten");
+    world.log.note("over", "");
+    let end = world.log.take();
+    for (lock, _) in locks.iter().filter(|(_, guard)| matches!(guard, Guard::Kept)) {
+        let (key, every) = (lock.hold.owned.key().to_string(), lock.hold.renewal_interval().unwrap());
+        let mut last = None;
+        for line in happened.iter().chain(&end) {
+            let (at, what) = line.split_once(": ").unwrap();
+            let (at, mut words) = (ms(at.parse().unwrap()), what.split(' '));
+            let is_about_it = match words.next().unwrap() {
+                "locked" | "renew" => words.any(|lock| lock == key),
+                what => what == "over",
+            };
+            if is_about_it {
+                let since = last.replace(at).map_or(Duration::ZERO, |last| at - last);
+                assert!(since <= every + STEP + LATE, "{key} was forgotten for {since:?}: {happened:?}");
+            }
         }
     }
     locks.iter().for_each(|(lock, _)| remove(lock));

@@ -41,7 +41,7 @@ impl Log {
         }
     }
 
-    fn note(&self, what: &str, lock: &str) {
+    pub(super) fn note(&self, what: &str, lock: &str) {
         self.add(self.calls.fetch_add(1, Ordering::Relaxed), what, lock);
     }
 

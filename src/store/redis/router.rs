@@ -41,7 +41,7 @@
 
 mod cluster;
 mod node;
-mod redirection;
+pub(super) mod redirection;
 
 use std::fmt;
 use std::future::{Future, poll_fn};

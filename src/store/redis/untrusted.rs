@@ -6,7 +6,7 @@ use super::replies::{
     Kind, acquired, acquired_in_line, batch, downgraded, handed_over, has_ended, holders, inspected, is_in_line,
     metadata, refused, remaining, single, verdict, verdict_of_node, vote,
 };
-use super::router::elsewhere;
+use super::router::redirection::elsewhere;
 use super::script::{Returned, into_ours};
 use super::url::{self, Address};
 use crate::store::{Acquired, HandedOver};
