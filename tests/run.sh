@@ -206,6 +206,7 @@ processor() {
     run all "$installed" model
     run all "$installed" line_model
     run all "$installed" shared_model
+    run all "$installed" several_model
     run all "$installed" tenure
     heading "compile, no feature"
     compile none --no-default-features --lib
