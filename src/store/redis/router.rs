@@ -54,7 +54,6 @@ use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep};
 
 use self::cluster::Cluster;
-pub(super) use self::redirection::elsewhere;
 use super::driver::{Connection, Value};
 use super::script::into_ours;
 #[cfg(feature = "redis")]
@@ -159,7 +158,7 @@ pub(super) async fn patiently<T, F: Future<Output = Result<T, Error>>>(
 /// Returns the node to which a `MOVED` of the node `here` leads.
 #[cfg(feature = "redis")]
 pub(super) fn moved_to(error: &RedisError, here: &Address) -> Option<Address> {
-    match elsewhere(&Error::Redis(error.clone()), here) {
+    match redirection::elsewhere(&Error::Redis(error.clone()), here) {
         Some(redirection::Elsewhere::Moved(to)) => Some(to),
         _ => None,
     }
