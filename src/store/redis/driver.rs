@@ -83,6 +83,11 @@ impl Driver {
     }
 }
 
+/// How many operations are [few](Connection::few), as redis-rs needs it. With the server on a core of its own, pairs a
+/// second against 8: 1.6 times as many with 16 tasks, 1.5 with 24, 1.1 with 32 and 48, and 0.98 to 1.00 with 64 and 96.
+/// If 40 were few, it would be 0.9 with 64.
+const FEW: usize = 32;
+
 /// A call in progress.
 pub(super) type Calling<'a, T> = Pin<Box<dyn Future<Output = Result<T, RedisError>> + Send + 'a>>;
 
@@ -135,6 +140,13 @@ pub(super) trait Connection: fmt::Debug + Send + Sync + 'static {
 
     /// Replaces a connection that hands out replies to other requests. All calls in flight on it fail.
     fn replace(&self);
+
+    /// Returns the number of operations in flight below which each is a call of its own. Few calls overlap at the
+    /// client, on the way and at the server, which gains more than sharing them does; many cost the client more than a
+    /// shared one. Where that turns depends on the client. `benches/versus` measures it.
+    fn few(&self) -> usize {
+        FEW
+    }
 
     /// Returns the runtime that the connection is driven on, if the connection is ours.
     fn runtime(&self) -> Option<Handle>;

@@ -32,11 +32,6 @@ pub(super) struct Server {
     takes_one_slot: AtomicBool,
 }
 
-/// While fewer operations than this are in flight, each is a call of its own. They overlap at the client, on the way and
-/// at the server, which gains more than sharing calls does. On Redis 7.0 and 2 cores, against two calls at a time, a
-/// pair takes 0.60 of the time with fred and 4 tasks, and 0.73 with 8 (redis-rs: 0.89 and 0.93); with more tasks as
-/// long. If 24 were few, it would take longer with 64 tasks. `benches/versus` measures the pairs.
-const FEW: usize = 8;
 /// How often a request is sent again because the server's clock differs from what was known of it.
 const CLOCKS: u32 = 3;
 
@@ -197,7 +192,7 @@ impl Executor for Server {
     }
 
     fn few(&self) -> usize {
-        FEW
+        self.connection.few()
     }
 
     fn begin_waiting(&self, now: Instant) -> impl FnOnce() -> Error + Send {
