@@ -643,6 +643,37 @@ async fn a_slow_node_holds_up_no_turns_of_those_who_wait() {
     assert!(sum > 200, "{turns:?}");
 }
 
+/// A node that has replied before and now sends garbage, also to new connections, is away, and not something else than a
+/// server: what waits goes on waiting.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn garbage_from_most_nodes_is_waited_out() {
+    for driver in enabled_drivers() {
+        let servers = start::<3>();
+        let proxies = [Proxy::start(servers[1].port()).await, Proxy::start(servers[2].port()).await];
+        let urls = [servers[0].url(), proxies[0].url(), proxies[1].url()];
+        let builder = Locker::builder().driver(driver).restart_window(Duration::ZERO);
+        let locker = builder.quorum(&urls).await.unwrap();
+        lock(&locker, "warm").await.release().await.unwrap();
+        proxies.iter().for_each(|proxy| proxy.set(Mode::Instead(b"\xff\xfe is no reply\r\n")));
+        // The first ones break the connections. The next ones are refused because there is none.
+        for _ in 0..20 {
+            let refused = soon(locker.try_lock("k")).await.unwrap_err();
+            assert!(refused.is_transient(), "{driver:?}: {refused}");
+            tokio::time::sleep(ms(20)).await;
+        }
+        let waiting = tokio::spawn(locker.lock("waited").into_future());
+        tokio::time::sleep(ms(500)).await;
+        assert!(!waiting.is_finished(), "{driver:?}: {:?}", waiting.await);
+        proxies.iter().for_each(|proxy| proxy.set(Mode::Pass));
+        soon(waiting).await.unwrap().unwrap().release().await.unwrap();
+    }
+}
+
+fn enabled_drivers() -> Vec<tenure::Driver> {
+    let enabled = [(tenure::Driver::Fred, cfg!(feature = "fred")), (tenure::Driver::Redis, cfg!(feature = "redis"))];
+    enabled.into_iter().filter_map(|(driver, is_enabled)| is_enabled.then_some(driver)).collect()
+}
+
 async fn locker_of(urls: &[String]) -> Locker {
     Locker::builder().restart_window(Duration::ZERO).quorum(urls).await.unwrap()
 }

@@ -52,16 +52,27 @@ impl Peer {
         match error.kind() {
             ErrorKind::Timeout => self.silent(),
             ErrorKind::Io | ErrorKind::Tls => self.unreachable(error, None),
-            // What replied before now sends garbage: the connection is of no more use, and its client replaces it. The
-            // garbage may contain anything, and is not shown.
-            ErrorKind::Parse | ErrorKind::Protocol => {
-                RedisError::new(ErrorKind::Io, format!("the connection to {at} broke: what it brought is no reply"))
-            }
+            ErrorKind::Parse | ErrorKind::Protocol => self.broken(),
             kind @ (ErrorKind::Canceled | ErrorKind::Routing) => {
                 RedisError::new(kind, format!("{} ({at})", self.without_secrets(error.details())))
             }
             _ => error,
         }
+    }
+
+    /// Returns why there is no connection to a server that was reached before.
+    pub(super) fn lost(&self, error: RedisError, server: Option<&Address>) -> RedisError {
+        match error.kind() {
+            ErrorKind::Parse | ErrorKind::Protocol => self.broken(),
+            _ => self.unreachable(error, server),
+        }
+    }
+
+    /// Returns the error for what replied before and now sends garbage: the connection is of no more use, and its client
+    /// replaces it. The garbage may contain anything, and is not shown.
+    fn broken(&self) -> RedisError {
+        let at = &self.address;
+        RedisError::new(ErrorKind::Io, format!("the connection to {at} broke: what it brought is no reply"))
     }
 
     /// Returns the error for a server that has not replied.

@@ -157,7 +157,11 @@ impl FredConnection {
         }
         let (error, server) = events.last.as_ref()?;
         let server = server.as_ref().map(convert::address_of);
-        Some(self.peer.unreachable(error.clone().into(), server.as_ref()))
+        let error = error.clone().into();
+        Some(match events.made() {
+            0 => self.peer.unreachable(error, server.as_ref()),
+            _ => self.peer.lost(error, server.as_ref()),
+        })
     }
 }
 

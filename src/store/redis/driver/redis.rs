@@ -377,7 +377,10 @@ impl Shared {
             return None;
         }
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        last.map(|error| self.origin.peer.unreachable(error, None))
+        last.map(|error| match self.made.load(Ordering::Acquire) {
+            0 => self.origin.peer.unreachable(error, None),
+            _ => self.origin.peer.lost(error, None),
+        })
     }
 
     fn liveness(&self) -> MutexGuard<'_, Liveness> {
