@@ -6,9 +6,10 @@
 #     bash tests/run.sh --all-servers    and then on Redis 6.2 and 7.4
 #
 # Most tests wait for something, and use about a tenth of the time of two cores. So they run in three lanes beside each
-# other, each with libtest's own two threads. Behind them, at the lowest priority, runs what needs the processor and
-# measures no time: clippy, the documentation, the models, the simulations. Last come, one after the other, the programs
-# that need the machine for themselves.
+# other, each with libtest's own two threads, from when their programs are compiled. Behind them, at the lowest priority,
+# runs what needs the processor and measures no time, in two more: what cargo does (clippy, the documentation, the
+# examples), and the searches (the models, the simulations). Last come, one after the other, the programs that need the
+# machine for themselves.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -134,16 +135,6 @@ cargo fmt --all --check
 heading "mutants"
 bash tests/mutants.sh --check
 
-heading "compile, all features"
-compile all --all-features --lib --tests
-
-# The run on the other server is the one on redis-rs, which is the client where fred is not enabled.
-heading "compile, feature redis"
-compile redis --no-default-features --features redis --lib --test it --test quorum --test topologies --test combined \
-    --test watchdog --test seeds --test turns
-heading "compile, the command"
-compile_package tenure-cli cli
-
 # Many operations at a time: they take the whole machine, and would be late beside others.
 many=(--skip a_hundred_thousand_ --skip ten_thousand_ --skip thousands_of_ --skip a_lock_costs_)
 
@@ -183,9 +174,10 @@ several_servers() {
     run all "$installed" chaos_checker
     # The command: its own tests, and those on servers.
     for program in tenure run others; do run cli "$installed" "$program"; done
+    run all "$installed" exclusion
 }
 
-processor() {
+builds() {
     renice -n 19 "$BASHPID" >/dev/null
     heading "clippy"
     cargo clippy --workspace --all-targets --all-features -- -D warnings
@@ -203,19 +195,30 @@ processor() {
     cargo test --package tenure-recipes --examples
     heading "examples in the documentation"
     cargo test --package tenure --all-features --doc
-    run all "$installed" model
-    run all "$installed" line_model
-    run all "$installed" shared_model
-    run all "$installed" several_model
-    run all "$installed" tenure
     heading "compile, no feature"
     compile none --no-default-features --lib
     # The random histories are the same with all features.
     TENURE_HISTORIES=100 run none "$installed" tenure
 }
 
-heading "tests in lanes: about five minutes"
-for name in promises other_server several_servers processor; do lane "$name" "$name"; done
+searches() {
+    renice -n 19 "$BASHPID" >/dev/null
+    run all "$installed" tenure
+    for program in model line_model shared_model several_model; do run all "$installed" "$program"; done
+}
+
+heading "compile, all features"
+compile all --all-features --lib --tests
+lane promises promises
+lane searches searches
+# The run on the other server is the one on redis-rs, which is the client where fred is not enabled.
+heading "compile, feature redis, beside the first lanes"
+compile redis --no-default-features --features redis --lib --test it --test quorum --test topologies --test combined \
+    --test watchdog --test seeds --test turns
+heading "compile, the command"
+compile_package tenure-cli cli
+heading "all lanes: about seven minutes"
+for name in other_server several_servers builds; do lane "$name" "$name"; done
 join_lanes
 
 heading "no secret in what was reported"
@@ -231,7 +234,7 @@ heading "tests that need the machine for themselves"
 for program in it quorum combined; do
     run all "$installed" "$program" a_hundred_thousand_ ten_thousand_ thousands_of_ a_lock_costs_
 done
-for program in many turns watchdog exclusion permits; do
+for program in many turns watchdog permits; do
     run all "$installed" "$program"
 done
 run rustls "$installed" tls
@@ -247,7 +250,7 @@ for _ in {1..100}; do
     sleep 0.1
 done
 for name in minimal quickstart lost_in_select scope hand_over reader_writer permits watchdog; do
-    # As the lane of the processor has built them.
+    # As lane `builds` has compiled them.
     example=(cargo run --quiet --package tenure-examples --example "$name")
     lane "example $name" env -u REDIS_URL "${example[@]}"
     lane "example $name, on a server" env REDIS_URL="redis+unix://$scratch/socket" "${example[@]}"
