@@ -1,0 +1,7 @@
+//! Starts `benches/handoff`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    tenure_bench_launcher::start("handoff")
+}
