@@ -17,11 +17,12 @@
 //!    one of them has the lock by then, that this hold relies on it. So the grant is ended once more when the server no
 //!    longer runs that renewal.
 //! 8. No deadline is later than the limit of a hold that has one, and nothing is asked of the server beyond that: the
-//!    ttl of each request ends there, or with the least time of the hold (9) if that is longer. It is the limit that
+//!    ttl of each request ends there, or with the minimum of the hold (9) if that is longer. It is the limit that
 //!    ends the hold if no request could have moved the deadline further; otherwise the hold expires.
-//! 9. A hold with a least time, counted from when its grant was known, has its keys stay taken until that has passed:
-//!    after a release, a drop, or the end at its limit. A hold that expires leaves its keys taken for no longer than the
-//!    last confirmed ttl, but doesn't free them before that. After any other loss, nobody may touch what another may hold.
+//! 9. A hold with a minimum, counted from when its grant was known, has its keys stay taken until that has passed:
+//!    after a release, a drop, or the end at its limit. A hold that expires leaves its keys taken for no longer than
+//!    the last confirmed ttl, but doesn't free them before that. After any other loss, nobody may touch what another
+//!    may hold.
 //! 10. The server's clock goes on while this machine is suspended. All times that a hold compares with now are made
 //!     earlier by that first: [`Hold::current`] returns them so.
 

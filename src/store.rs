@@ -406,8 +406,8 @@ pub struct Holder {
     pub token: Token,
     /// What the holder stored beside its token; empty if it stored nothing.
     pub metadata: Vec<u8>,
-    /// How long the server keeps the key unless it is renewed; `None` for a key without a ttl, which no lock of this
-    /// crate is.
+    /// How long the server keeps the key unless it is renewed. `None` for a key without a ttl; locks of this crate
+    /// always have one.
     pub remaining: Option<Duration>,
     /// The last fencing token that was granted for this key: the holder's, unless it asked for none.
     ///

@@ -20,7 +20,7 @@
 //! Of locks with bounds:
 //!
 //! 8. No guard is held beyond its limit, and none of its renewals asks for more than what is left until then.
-//! 9. After a release, a drop, or the end at its limit, the keys of a guard stay taken until its least time is over: no
+//! 9. After a release, a drop, or the end at its limit, the keys of a guard stay taken until its minimum is over: no
 //!    call frees them, none hands them over, and nobody in the process gets them. Not promised where somebody else has
 //!    ended the lock on purpose, or a lease was made of it.
 
