@@ -245,7 +245,7 @@ fn when_the_lock_is_taken_or_gone_the_group_is_ended_at_once() {
         server.cli(break_it);
         let began = Instant::now();
         eventually(|| (is_gone(child) && is_gone(grandchild)).then_some(()));
-        // The next renewal finds it out, and the grace time follows.
+        // The next renewal finds it out, and the grace period follows.
         assert!(began.elapsed() < ms(5_000), "{:?}", began.elapsed());
         let (code, _, events) = running.ended();
         let ending = events.iter().find(|event| event["event"] == "ending").unwrap();

@@ -1,4 +1,4 @@
-//! The seam between the store and the Redis client that carries its commands.
+//! The interface between the store and the Redis client that carries its commands.
 //!
 //! Everything beside this folder is the same for every client: scripts and their replies, batches, the router of a
 //! cluster, the subscriptions, the quorum. It knows a client only by the traits in this file, and no type of any. What
