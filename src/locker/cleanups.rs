@@ -151,7 +151,7 @@ impl Shared {
                 () = sleep(PATIENCE) => {}
             }
             for (work, token) in self.cleanups.take_over(Instant::now()) {
-                debug!(name: "tenure.taken_over", "done while closing, as nobody else does");
+                debug!(name: "tenure.taken_over", "close() does a cleanup that its own task left undone");
                 let shared = self.clone();
                 // Closing waits for its token, here or in another call.
                 tokio::spawn(async move {
@@ -187,7 +187,7 @@ impl Shared {
             Cleanup::GiveBack { owned, earlier, ttl } => self.return_claim(&owned, earlier, ttl).await,
             Cleanup::Leave(key, place) => {
                 if let Err(error) = self.store.leave(&key, place, self.command_timeout).await {
-                    debug!(name: "tenure.leave_failed", %key, %error, "the place in the line ends by its time");
+                    debug!(name: "tenure.leave_failed", %key, %error, "could not leave the line; the place expires");
                 }
             }
         }

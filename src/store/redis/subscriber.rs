@@ -152,7 +152,7 @@ impl Shared {
         let before = running.task.take();
         let stalled = before.as_ref().filter(|task| !task.handle.is_finished()).map(|task| task.runtime.id());
         if before.is_some() {
-            debug!(name: "tenure.revive", stalled = stalled.is_some(), "somebody listens to releases again");
+            debug!(name: "tenure.revive", stalled = stalled.is_some(), "restarted the subscriber to releases");
         }
         self.subscriptions.close(ChannelState::Opening);
         let home = self.pub_sub.runtime().filter(|home| Some(home.id()) != stalled);
@@ -217,9 +217,9 @@ impl Task {
             failures = if was_open { 0 } else { failures + 1 };
             // After the first failure of a connection that has worked, it is replaced at once.
             if warned || failures == 0 {
-                debug!(name: "tenure.no_news", %error, "releases are not heard of");
+                debug!(name: "tenure.no_news", %error, "no subscription to releases");
             } else {
-                warn!(name: "tenure.no_news", %error, "releases are not heard of; waiting goes by time");
+                warn!(name: "tenure.no_news", %error, "no subscription to releases; waiters poll");
                 warned = true;
             }
             let [shortest, longest] = RETRY;
