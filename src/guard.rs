@@ -665,12 +665,12 @@ impl LockGuard {
         Shared::check_runtime()?;
         let renewing = match ttl {
             Some(ttl) if exact => {
-                let renewing = self.hold.setting_ttl(ttl, self.shared.patience());
+                let renewing = self.hold.setting_ttl(ttl, self.shared.may_run_for());
                 // With a shorter ttl, the next renewal may be due sooner.
                 self.renewer.call();
                 renewing
             }
-            ttl => self.hold.renewing(ttl, self.shared.patience()),
+            ttl => self.hold.renewing(ttl, self.shared.may_run_for()),
         };
         let renewed = self.shared.renew(&self.hold, renewing).await;
         match renewed.inspect_err(|error| self.hold.failed(&Arc::new(error.clone())))? {

@@ -172,7 +172,7 @@
 //! | `tenure.released` | debug | `key`, `outcome` | The lock was released; with `outcome`, in the background. |
 //! | `tenure.force_released` | debug | `key`, `ended` | `force_release()` has ended the lock, if there was one. |
 //! | `tenure.release_failed` | debug, warn | `key`, `error` | It could not be released; the ttl will free it. |
-//! | `tenure.taken_over` | debug | | `close()` does what a stalled runtime has left undone. |
+//! | `tenure.cleanup_adopted` | debug | | `close()` does a cleanup that its own task left undone. |
 //! | `tenure.no_news` | debug, warn | `error` | There is no subscription. Until there is, waiters poll. |
 //! | `tenure.heartbeat_failed` | debug | `key`, `error` | A waiter could not report that it is alive. |
 //! | `tenure.leave_failed` | debug | `key`, `error` | A waiter could not leave the line; its place expires. |

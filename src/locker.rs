@@ -19,7 +19,7 @@ pub use self::builder::{LockerBuilder, RestartWindow};
 pub use self::close_on_drop::CloseOnDrop;
 #[cfg(doc)]
 use crate::Token;
-use crate::acquire::Patience;
+use crate::acquire::WhenRefused;
 use crate::hold::timing::Renewal;
 use crate::hold::{Grant, GrantId, Hold, Owned, suspension};
 use crate::locker::shared::Shared;
@@ -267,7 +267,7 @@ impl Locker {
     /// # }
     /// ```
     pub fn lock(&self, key: impl Into<Key>) -> LockRequest {
-        LockRequest::new(self.shared.clone(), vec![key.into()], Patience::Wait)
+        LockRequest::new(self.shared.clone(), vec![key.into()], WhenRefused::Wait)
     }
 
     /// Requests a lock once, and fails with [`Error::NotObtained`] if another holds it.
@@ -286,7 +286,7 @@ impl Locker {
     /// # }
     /// ```
     pub fn try_lock(&self, key: impl Into<Key>) -> LockRequest {
-        LockRequest::new(self.shared.clone(), vec![key.into()], Patience::Once)
+        LockRequest::new(self.shared.clone(), vec![key.into()], WhenRefused::GiveUp)
     }
 
     /// Requests a lock as configured: with the builder's [`retry`](LockerBuilder::retry), or once. The request can
@@ -332,7 +332,7 @@ impl Locker {
     /// # }
     /// ```
     pub fn lock_all<I: IntoIterator<Item: Into<Key>>>(&self, keys: I) -> LockRequest {
-        LockRequest::new(self.shared.clone(), keys.into_iter().map(Into::into).collect(), Patience::Wait)
+        LockRequest::new(self.shared.clone(), keys.into_iter().map(Into::into).collect(), WhenRefused::Wait)
     }
 
     /// Requests several locks once, all or none, and fails with [`Error::NotObtained`] if another holds one of them.
@@ -352,7 +352,7 @@ impl Locker {
     /// # }
     /// ```
     pub fn try_lock_all<I: IntoIterator<Item: Into<Key>>>(&self, keys: I) -> LockRequest {
-        LockRequest::new(self.shared.clone(), keys.into_iter().map(Into::into).collect(), Patience::Once)
+        LockRequest::new(self.shared.clone(), keys.into_iter().map(Into::into).collect(), WhenRefused::GiveUp)
     }
 
     /// Requests several locks like [`lock_all`](Locker::lock_all), and waits as [`obtain`](Locker::obtain) does.
@@ -925,9 +925,9 @@ impl Locker {
         releases
     }
 
-    /// Returns the patience of `obtain`.
-    fn obtains(&self) -> Patience {
-        self.shared.settings.retry.clone().map_or(Patience::Once, Patience::Retry)
+    /// Returns what a request of `obtain` does when it is refused.
+    fn obtains(&self) -> WhenRefused {
+        self.shared.settings.retry.clone().map_or(WhenRefused::GiveUp, WhenRefused::Retry)
     }
 
     /// Refuses a lease that can't work. Returns the ttl in the server's unit.

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tracing::{Instrument, info_span};
 
-use crate::acquire::{Options, Patience};
+use crate::acquire::{Options, WhenRefused};
 use crate::hold::timing::Renewal;
 use crate::locker::shared::Shared;
 use crate::mode::Mode;
@@ -80,8 +80,8 @@ pub struct LockRequest {
 }
 
 impl LockRequest {
-    pub(crate) fn new(shared: Arc<Shared>, keys: Vec<Key>, patience: Patience) -> Self {
-        Self { options: Box::new(Options::new(shared, keys, patience)) }
+    pub(crate) fn new(shared: Arc<Shared>, keys: Vec<Key>, when_refused: WhenRefused) -> Self {
+        Self { options: Box::new(Options::new(shared, keys, when_refused)) }
     }
 
     /// Requests a share of the key instead of a lock: with a permit, as one of so many.
@@ -130,8 +130,8 @@ impl LockRequest {
     /// ```
     pub fn wait_at_most(mut self, limit: Duration) -> Self {
         self.options.wait_at_most = Some(limit);
-        if let Patience::Once = self.options.patience {
-            self.options.patience = Patience::Wait;
+        if let WhenRefused::GiveUp = self.options.when_refused {
+            self.options.when_refused = WhenRefused::Wait;
         }
         self
     }
@@ -151,7 +151,7 @@ impl LockRequest {
     /// # }
     /// ```
     pub fn retry(mut self, retry: Retry) -> Self {
-        self.options.patience = Patience::Retry(retry);
+        self.options.when_refused = WhenRefused::Retry(retry);
         self
     }
 
@@ -424,7 +424,7 @@ impl fmt::Debug for LockRequest {
         f.debug_struct("LockRequest")
             .field("store", &self.options.shared.store)
             .field("keys", &self.options.keys)
-            .field("patience", &self.options.patience)
+            .field("when_refused", &self.options.when_refused)
             .field("wait_at_most", &self.options.wait_at_most)
             .field("ttl", &self.options.ttl)
             .field("renewal", &self.options.renewal)

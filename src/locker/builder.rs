@@ -404,12 +404,12 @@ impl LockerBuilder {
         Shared::check_runtime()?;
         let isolated = self.isolated.then(Isolated::start).transpose()?;
         let (url, prefix, timeout) = (url.to_owned(), self.prefix.clone(), self.connection_timeout());
-        let (driver, replicas, patience) = (self.driver, self.min_replicas, self.wait_for_server);
+        let (driver, replicas, wait_for_server) = (self.driver, self.min_replicas, self.wait_for_server);
         let connect = move || {
             let (url, prefix) = (url.clone(), prefix.clone());
             async move { RedisStore::connect(driver, &url, prefix, timeout, replicas).await }
         };
-        let connecting = patiently(patience, connect);
+        let connecting = patiently(wait_for_server, connect);
         let store = match &isolated {
             Some(isolated) => isolated.handle().spawn(connecting).await.unwrap_or(Err(Error::NoRuntime))?,
             None => connecting.await?,
@@ -496,12 +496,12 @@ impl LockerBuilder {
         let isolated = self.isolated.then(Isolated::start).transpose()?;
         let (prefix, timeout) = (self.prefix.clone(), self.connection_timeout());
         let (driver, never_forget, fence_ttl) = (self.driver, self.restart_window.is_zero(), self.fence_ttl);
-        let patience = self.wait_for_server;
+        let wait_for_server = self.wait_for_server;
         let connect = move || {
             let (urls, prefix) = (urls.clone(), prefix.clone());
             async move { quorum::connect(driver, &urls, &prefix, timeout, never_forget, fence_ttl).await }
         };
-        let connecting = patiently(patience, connect);
+        let connecting = patiently(wait_for_server, connect);
         let nodes = match &isolated {
             Some(isolated) => isolated.handle().spawn(connecting).await.unwrap_or(Err(Error::NoRuntime))?,
             None => connecting.await?,

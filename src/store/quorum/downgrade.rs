@@ -26,7 +26,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep_until};
 
 use super::calls::{Calls, may_run_until};
-use super::catch_up::{PATIENCE, Undo, retry};
+use super::catch_up::{RETRY_FOR, Undo, retry};
 use super::open_rounds::OpenRound;
 use super::tally::{Outcome, Tally};
 use super::{Quorum, first, worse};
@@ -118,7 +118,7 @@ impl Downgrading {
             let downgrading = shared.clone();
             shared.quorum.releases.spawn(async move {
                 let Some(member) = downgrading.quorum.members.get(place) else { return };
-                let (until, releases) = (Instant::now() + PATIENCE, &downgrading.quorum.releases);
+                let (until, releases) = (Instant::now() + RETRY_FOR, &downgrading.quorum.releases);
                 let downgrade = |timeout| member.node.downgrade(&downgrading.owned, timeout);
                 if let Err(error) = retry(&member.catching_up, releases, until, downgrade).await {
                     let key = downgrading.owned.key();
@@ -139,7 +139,7 @@ impl Downgrading {
     async fn undo(&self, place: usize) {
         self.open.release_is_sent().await;
         let owned = Owned { mode: Mode::Read, ..self.owned.clone() };
-        drop(self.quorum.undo(place, Undo { owned, latest: None, ttl: PATIENCE }));
+        drop(self.quorum.undo(place, Undo { owned, latest: None, ttl: RETRY_FOR }));
     }
 }
 

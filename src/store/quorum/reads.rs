@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::tally::{Kept, Outcome, Patience, Tally};
+use super::tally::{Kept, Outcome, StragglerWait, Tally};
 use super::{QuorumStore, first};
 use crate::hold::Owned;
 use crate::store::Holder;
@@ -148,11 +148,11 @@ impl QuorumStore {
         })?;
         let mut tally = Tally::new(quorum);
         let mut all: HashMap<Token, Vec<Holder>> = HashMap::new();
-        let mut patience = Patience::new(quorum.needed);
-        while let Some((place, answer)) = patience.in_time(answers.next()).await {
+        let mut stragglers = StragglerWait::new(quorum.needed);
+        while let Some((place, answer)) = stragglers.in_time(answers.next()).await {
             match answer {
                 Ok(holders) => {
-                    patience.has_reply();
+                    stragglers.has_reply();
                     tally.no();
                     // A node names each holder once, whatever it lists.
                     let mut named = HashSet::new();

@@ -36,7 +36,7 @@ use tokio::time::Instant;
 #[cfg(any(test, fuzzing))]
 pub(super) use self::failure::Peer;
 #[cfg(feature = "redis")]
-pub use self::redis::GivenConnection as RedisConnection;
+pub use self::redis::RedisConnection;
 pub(super) use self::value::Value;
 use super::url::{Address, Target};
 use crate::error::NOT_SENT;

@@ -39,8 +39,8 @@ impl Writing {
     /// primary has the write all the same.
     pub(super) async fn acknowledged(self, connection: &dyn Connection, until: Instant) -> Result<(), Error> {
         let left = until.saturating_duration_since(Instant::now());
-        let patience = left.mul_f64(PATIENCE);
-        let Ok(millis @ 1..) = i64::try_from(patience.as_millis()) else {
+        let waits_for = left.mul_f64(SHARE_FOR_WAIT);
+        let Ok(millis @ 1..) = i64::try_from(waits_for.as_millis()) else {
             // To the server, zero means to wait for ever.
             return Err(Error::NotReplicated { needed: self.needed, acknowledged: 0 });
         };
@@ -59,7 +59,7 @@ impl Writing {
 }
 
 /// The part of a call's time that replicas have (invariant 2).
-const PATIENCE: f64 = 0.8;
+const SHARE_FOR_WAIT: f64 = 0.8;
 
 /// Returns how long a call may take that waits for replicas: what it obtains is of no use after the ttl.
 pub(super) fn within(timeout: Duration, ttl: Duration, needed: usize) -> Duration {
