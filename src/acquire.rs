@@ -168,8 +168,8 @@ impl Options {
             Mode::Permit if self.limit == 0 => Err(Error::InvalidLimit("nobody could ever hold a permit of none")),
             Mode::Permit if !capabilities.has_permits => Err(Error::Unsupported(match capabilities.undoes_attempts {
                 true => {
-                    "a quorum counts no permits: of two majorities of its nodes, each may count fewer holders than there \
-                     are; use one server, Sentinels or a cluster"
+                    "a quorum counts no permits: of two majorities of its nodes, each may count fewer holders than \
+                     there are; use one server, Sentinels or a cluster"
                 }
                 false => "this store counts no permits",
             })),

@@ -30,10 +30,10 @@
 //! 2. Locks will be lost if it gets any worse: less than half of the usual time is left when renewals arrive. With the
 //!    default ttl of 30 s, renewed every 10 s, that is
 //!    `histogram_quantile(0.01, sum by (le) (rate(tenure_renewal_left_seconds_bucket[5m]))) < 10`.
-//! 3. Waiters don't get their turn: `histogram_quantile(0.99, sum by (le) (rate(tenure_wait_seconds_bucket[5m]))) > 60`,
-//!    with the longest wait that your callers accept; or, for requests that wait without a limit,
-//!    `max_over_time(tenure_waiting[10m]) > 0 and on (instance) sum by (instance)
-//!    (increase(tenure_requests_total[10m])) == 0`.
+//! 3. Waiters don't get their turn:
+//!    `histogram_quantile(0.99, sum by (le) (rate(tenure_wait_seconds_bucket[5m]))) > 60`, with the longest wait that
+//!    your callers accept; or, for requests that wait without a limit, `max_over_time(tenure_waiting[10m]) > 0 and on
+//!    (instance) sum by (instance) (increase(tenure_requests_total[10m])) == 0`.
 //!
 //! # Examples
 //!

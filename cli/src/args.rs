@@ -248,9 +248,9 @@ group of its own, and the whole group is under the lock: when the command ends, 
 is ended, too, before the lock is released.
 
 The lock is renewed while the command runs. If the server can't be reached, renewals are retried. If none succeeds in \
-time, the group gets SIGTERM and, after the grace period, SIGKILL, early enough that the whole group is gone before the \
-server frees the lock. If the server replies that the lock is gone or taken, because it was deleted or the server lost \
-its memory, the group gets SIGTERM at once, and SIGKILL after the grace period or when the lock would have ended, \
+time, the group gets SIGTERM and, after the grace period, SIGKILL, early enough that the whole group is gone before \
+the server frees the lock. If the server replies that the lock is gone or taken, because it was deleted or the server \
+lost its memory, the group gets SIGTERM at once, and SIGKILL after the grace period or when the lock would have ended, \
 whichever is earlier.
 
 What leaves its process group, such as a daemon that calls setsid, is not ended. What the command has sent to other \

@@ -69,8 +69,8 @@ impl Quorum {
         Some(self.releases.spawn_on(task, &runtime))
     }
 
-    /// Releases on the nodes that failed, or fail later, after a majority has decided on a release. Until `stays_until`,
-    /// a node leaves its keys to nobody.
+    /// Releases on the nodes that failed, or fail later, after a majority has decided on a release. Until
+    /// `stays_until`, a node leaves its keys to nobody.
     ///
     /// By then the same token may hold the lock again, so each of these ends its own grant alone.
     pub(super) fn release_the_rest(

@@ -1,7 +1,7 @@
 //! Turning a lock into a reader's share, on each node by itself.
 //!
-//! Why no writer gets in meanwhile: each node that has the lock turns it into a share in one step, and keeps that for as
-//! long as it would have kept the lock. So whether a node has run this or not, it is no writer's, and the nodes that
+//! Why no writer gets in meanwhile: each node that has the lock turns it into a share in one step, and keeps that for
+//! as long as it would have kept the lock. So whether a node has run this or not, it is no writer's, and the nodes that
 //! confirmed the last renewal are a majority until the deadline, which stays as it is. From then on, only a renewal of
 //! the share moves it, which a majority of shares has to confirm.
 //!
@@ -10,8 +10,8 @@
 //! majority of the nodes, and these refuse.
 //!
 //! What a minority has not run: a node that didn't have the lock gets the share like any other reader's
-//! ([`heal`](super::heal)). One that was away is asked again for a while; until then it keeps the lock as it was, for no
-//! longer than its ttl, and confirms no renewal. The release of a share ends it there as well ([`end_on`]).
+//! ([`heal`](super::heal)). One that was away is asked again for a while; until then it keeps the lock as it was, for
+//! no longer than its ttl, and confirms no renewal. The release of a share ends it there as well ([`end_on`]).
 //!
 //! What is run after the release of the share finds a node's lock gone, or makes a share of what came late, too. That
 //! share is undone: a downgrade is an open round from before it is sent.

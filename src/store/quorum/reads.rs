@@ -1,4 +1,5 @@
-//! What a majority of the nodes replies about a lock, without a change to it; and what all of them tell about themselves.
+//! What a majority of the nodes replies about a lock, without a change to it; and what all of them tell about
+//! themselves.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -74,8 +75,8 @@ impl QuorumStore {
         kept.by_majority().map(Some).ok_or_else(|| tally.into_error())
     }
 
-    /// Returns the holder of the key on a majority; `None` once no one can hold it on a majority. Of several readers, the
-    /// one that stays longest.
+    /// Returns the holder of the key on a majority; `None` once no one can hold it on a majority. Of several readers,
+    /// the one that stays longest.
     pub(super) async fn inspect(&self, key: &Key, timeout: Duration) -> Result<Option<Holder>, Error> {
         let until = Instant::now() + timeout;
         let inspected = self.inspect_one(key, timeout).await;

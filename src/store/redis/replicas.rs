@@ -2,8 +2,8 @@
 //!
 //! 1. `WAIT` counts the replicas that have everything that was written on its own connection. On another connection it
 //!    may count a replica that lacks the write. So a count is valid only if the connection was the same from before the
-//!    write until after the reply, and if there was a write: from Redis 7.2 on, what others wrote doesn't count. So what
-//!    obtains or renews a lock always writes it, even as it is.
+//!    write until after the reply, and if there was a write: from Redis 7.2 on, what others wrote doesn't count. So
+//!    what obtains or renews a lock always writes it, even as it is.
 //! 2. It blocks its connection, and everything that is sent after it. So it waits for a part of the call's time only,
 //!    which leaves time to undo what was not replicated.
 //! 3. Refusals and releases wait for no replica.

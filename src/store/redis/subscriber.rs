@@ -9,8 +9,8 @@
 //! 2. Whenever messages may have been missed (a new connection, a full buffer), all waiters are notified and check.
 //! 3. If the server refuses subscriptions (no permission, an old cluster), the channels are refused, and waiters poll.
 //!    The subscriber tries again as long as anybody waits.
-//! 4. One task serves all waiters. It lives where the connection of the store lives ([`PubSub::runtime`]), or, if the client is
-//!    the caller's, on the runtime of a waiter. Its own connection lives with it.
+//! 4. One task serves all waiters. It lives where the connection of the store lives ([`PubSub::runtime`]), or, if the
+//!    client is the caller's, on the runtime of a waiter. Its own connection lives with it.
 //! 5. Waiters make sure that it runs, every [`CHECK_EVERY`]. If its runtime has ended, or has run nothing for
 //!    [`STALLED`], it starts again on one that runs. Only the last start counts: an earlier task that wakes up later
 //!    changes no channel.
