@@ -109,7 +109,8 @@ mod tests {
 
     impl Drop for Server {
         fn drop(&mut self) {
-            // It waits for all processes of the server, which write to the directory. What has ended already is as well.
+            // It waits for all processes of the server, which write to the directory. What has ended already is as
+            // well.
             drop(command("pg_ctl").args(["stop", "-m", "immediate", "-D"]).arg(self.dir.path().join("data")).output());
             drop(self.process.kill());
             drop(self.process.wait());

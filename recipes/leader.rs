@@ -19,7 +19,8 @@ where
     F: Future<Output = ()>,
 {
     loop {
-        // For as long as the server is away, this waits. The ttl is how long the others wait when a leader's machine dies.
+        // For as long as the server is away, this waits. The ttl is how long the others wait when a leader's machine
+        // dies.
         let guard = locker.lock(KEY).ttl(Duration::from_secs(6)).metadata(address).await?;
         let term = guard.fencing_token().unwrap_or_default();
         match guard.protect(lead(term)).await {

@@ -1,5 +1,5 @@
-//! How to test code that uses locks: on the embedded store, under time that is paused, and with a locker that many tests
-//! share.
+//! How to test code that uses locks: on the embedded store, under time that is paused, and with a locker that many
+//! tests share.
 //!
 //!     cargo test -p tenure-recipes --example own_tests
 //!
@@ -64,8 +64,8 @@ mod without_a_server {
     }
 }
 
-/// One locker for all tests of a program. Each `#[tokio::test]` has a runtime of its own, and a locker may be used on all
-/// of them. With `REDIS_URL` set, it is on that server.
+/// One locker for all tests of a program. Each `#[tokio::test]` has a runtime of its own, and a locker may be used on
+/// all of them. With `REDIS_URL` set, it is on that server.
 #[cfg(test)]
 mod with_a_shared_locker {
     use tokio::sync::OnceCell;

@@ -46,7 +46,7 @@ const LATE_GRANTS: u32 = 3;
 pub(crate) struct Options {
     pub(crate) shared: Arc<Shared>,
     pub(crate) keys: Vec<Key>,
-    pub(crate) patience: Patience,
+    pub(crate) when_refused: WhenRefused,
     pub(crate) wait_at_most: Option<Duration>,
     pub(crate) ttl: Duration,
     pub(crate) renewal: Renewal,
@@ -62,9 +62,9 @@ pub(crate) struct Options {
 
 /// What a request does when it can't have the lock at once.
 #[derive(Clone, Debug)]
-pub(crate) enum Patience {
+pub(crate) enum WhenRefused {
     /// It gives up.
-    Once,
+    GiveUp,
     /// It asks again when there is reason to, for as long as it may wait.
     Wait,
     /// It asks again after each of the strategy's pauses.
@@ -72,14 +72,14 @@ pub(crate) enum Patience {
 }
 
 impl Options {
-    pub(crate) fn new(shared: Arc<Shared>, keys: Vec<Key>, patience: Patience) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, keys: Vec<Key>, when_refused: WhenRefused) -> Self {
         let settings = &shared.settings;
         let (ttl, renewal, fenced) = (settings.ttl, settings.renewal, settings.fenced);
         let (wait_at_most, bounds, metadata, token, fair) = (None, Bounds::default(), Vec::new(), None, false);
         Self {
             shared,
             keys,
-            patience,
+            when_refused,
             wait_at_most,
             ttl,
             renewal,
@@ -109,7 +109,7 @@ impl Options {
         let started = Instant::now();
         let (ttl, runtime) = self.validate()?;
         let queueing = self.queueing();
-        let Self { shared, keys, patience, wait_at_most, renewal, bounds, metadata, token, mode, limit, .. } = self;
+        let Self { shared, keys, when_refused, wait_at_most, renewal, bounds, metadata, token, mode, limit, .. } = self;
         let wants_token = self.fenced;
         let own_token = token.is_none();
         let token = token.unwrap_or_else(Token::random);
@@ -133,7 +133,7 @@ impl Options {
         let give_up_at = wait_at_most.map(|limit| timing::after(started, limit));
         Ok(Acquisition {
             waiter: Waiter::new(Attempt::new(wanted, shared, runtime), give_up_at),
-            pacing: Pacing::from(patience),
+            pacing: Pacing::from(when_refused),
             terms: Terms { renewal, bounds },
             wants_token,
             started,
@@ -168,8 +168,8 @@ impl Options {
             Mode::Permit if self.limit == 0 => Err(Error::InvalidLimit("nobody could ever hold a permit of none")),
             Mode::Permit if !capabilities.has_permits => Err(Error::Unsupported(match capabilities.undoes_attempts {
                 true => {
-                    "a quorum counts no permits: of two majorities of its nodes, each may count fewer holders than there \
-                     are; use one server, Sentinels or a cluster"
+                    "a quorum counts no permits: of two majorities of its nodes, each may count fewer holders than \
+                     there are; use one server, Sentinels or a cluster"
                 }
                 false => "this store counts no permits",
             })),
@@ -180,11 +180,11 @@ impl Options {
 
     fn queueing(&self) -> Queueing {
         let has_line = self.shared.store.capabilities().has_line;
-        match self.patience {
-            Patience::Wait if self.fair && has_line => Queueing::Own,
-            Patience::Wait => Queueing::Shared,
-            Patience::Once | Patience::Retry(_) if self.fair || self.mode.is_shared() => Queueing::Behind,
-            Patience::Once | Patience::Retry(_) => Queueing::None,
+        match self.when_refused {
+            WhenRefused::Wait if self.fair && has_line => Queueing::Own,
+            WhenRefused::Wait => Queueing::Shared,
+            WhenRefused::GiveUp | WhenRefused::Retry(_) if self.fair || self.mode.is_shared() => Queueing::Behind,
+            WhenRefused::GiveUp | WhenRefused::Retry(_) => Queueing::None,
         }
     }
 }
@@ -217,12 +217,12 @@ enum Pacing {
     Pauses(Pauses),
 }
 
-impl From<Patience> for Pacing {
-    fn from(patience: Patience) -> Self {
-        match patience {
-            Patience::Once => Self::Once,
-            Patience::Wait => Self::Wait,
-            Patience::Retry(retry) => Self::Pauses(retry.pauses()),
+impl From<WhenRefused> for Pacing {
+    fn from(when_refused: WhenRefused) -> Self {
+        match when_refused {
+            WhenRefused::GiveUp => Self::Once,
+            WhenRefused::Wait => Self::Wait,
+            WhenRefused::Retry(retry) => Self::Pauses(retry.pauses()),
         }
     }
 }

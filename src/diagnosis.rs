@@ -30,7 +30,7 @@ pub struct Diagnosis {
     pub findings: Vec<Finding>,
 }
 
-/// What a server has told about itself.
+/// What a server has told about itself. See [`Diagnosis`] for an example.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct ServerReport {
@@ -45,7 +45,7 @@ pub struct ServerReport {
     pub clock_ahead_ms: Option<i64>,
 }
 
-/// Something that endangers locks, or that an operator should know.
+/// Something that endangers locks, or that an operator should know. See [`Diagnosis`] for an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Finding {
@@ -61,7 +61,7 @@ pub struct Finding {
     pub advice: String,
 }
 
-/// How much something endangers locks. Later ones are worse.
+/// How much something endangers locks. Later ones are worse. See [`Diagnosis`] for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Severity {
@@ -73,7 +73,7 @@ pub enum Severity {
     Danger,
 }
 
-/// What a [`Finding`] is about.
+/// What a [`Finding`] is about. See [`Diagnosis`] for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Topic {

@@ -1,6 +1,6 @@
 //! Guides: from the first lock to a fleet in production, and for those who come from another library.
 //!
-//! - [`guide`]: locks from the first line of code to the last, in the order in which one needs to know.
+//! - [`guide`]: locks from the first line of code to production, in the order in which you need to know things.
 //! - [`guarantees`]: what each kind of server promises, on what that rests, and which test shows it.
 //! - [`production`]: what to check before a lock guards something that matters.
 //! - [`readers_and_permits`]: sharing a key, for users of Redisson and of DistributedLock.

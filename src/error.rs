@@ -200,8 +200,10 @@ impl From<RedisError> for Error {
 impl Error {
     /// Returns whether the same call may succeed a little later, without a change to anything but the server's state.
     ///
-    /// That is so for timeouts, lost connections, servers that are loading, read-only, busy, out of memory, electing a
-    /// primary or without room for another client, and replicas that are behind. It is not so for a certificate or a password that is not accepted.
+    /// That is so for timeouts, lost connections, replicas that are behind, and servers that are loading, read-only,
+    /// busy, out of memory, electing a primary or at their limit of clients. It is not so for a certificate or a
+    /// password that is not accepted.
+    ///
     /// [`Locker::lock`](crate::Locker::lock) keeps waiting through all transient errors. The failure of a quorum is
     /// transient if a majority is possible without the nodes whose own errors are not.
     ///

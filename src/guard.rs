@@ -187,7 +187,7 @@ impl LockGuard {
         self.hold.ttl()
     }
 
-    /// Returns until when the lock is certainly held if no further renewal succeeds.
+    /// Returns the instant until which the lock counts as held if no further renewal succeeds.
     ///
     /// `instant just before the last confirmed request was sent + ttl - drift`, on the monotonic clock. That clock
     /// stands still while the whole machine is suspended. On Linux and Android, this deadline is that much earlier once
@@ -361,7 +361,9 @@ impl LockGuard {
     /// # Errors
     ///
     /// [`Error::NotHeld`] if the lock was lost before, or the server says so now. [`Error::Redis`] if the server could
-    /// not be asked; the lock may still be held, until its deadline.
+    /// not be asked; the lock may still be held, until its deadline. [`Error::NotReplicated`] if too few
+    /// [replicas](crate::LockerBuilder::min_replicas) confirmed the renewal. [`Error::NoRuntime`] outside a tokio
+    /// runtime.
     ///
     /// # Cancel safety
     ///
@@ -417,13 +419,13 @@ impl LockGuard {
         self.send_renewal(Some(ttl), true).await
     }
 
-    /// The name of [`renew`](LockGuard::renew) until now. It goes with the first release.
+    /// The former name of [`renew`](LockGuard::renew); to be removed before the first release.
     #[doc(hidden)]
     pub async fn refresh(&self) -> Result<(), Error> {
         self.renew().await
     }
 
-    /// The name of [`renew_for`](LockGuard::renew_for) until now. It goes with the first release.
+    /// The former name of [`renew_for`](LockGuard::renew_for); to be removed before the first release.
     #[doc(hidden)]
     pub async fn refresh_for(&self, ttl: Duration) -> Result<(), Error> {
         self.renew_for(ttl).await
@@ -465,7 +467,7 @@ impl LockGuard {
     ///
     /// # Errors
     ///
-    /// [`Error::Redis`] if the server could not be asked.
+    /// [`Error::Redis`] if the server could not be asked. [`Error::NoRuntime`] outside a tokio runtime.
     ///
     /// # Cancel safety
     ///
@@ -484,14 +486,14 @@ impl LockGuard {
         self.shared.store.remaining(&self.hold.owned, self.shared.command_timeout).await
     }
 
-    /// Releases the lock and waits for the server to confirm it. Futures and tokens of this guard fire first. If the
-    /// lock is to be held for [at least](crate::LockRequest::hold_at_least) some time, its key stays taken for the rest.
+    /// Releases the lock and waits for the server to confirm it. Futures and tokens of this guard fire first. With
+    /// [`hold_at_least`](crate::LockRequest::hold_at_least), the key stays taken for the rest of that time.
     ///
     /// # Errors
     ///
     /// [`Error::NotHeld`] if the lock was lost before, or the server says so now: another may have held it in the
     /// meantime. [`Error::Redis`] if the server could not be asked within the command timeout; then the release is
-    /// tried again in the background until the ttl has freed the lock.
+    /// tried again in the background until the ttl has freed the lock. [`Error::NoRuntime`] outside a tokio runtime.
     ///
     /// The server is not asked if the lock is [handed over in this
     /// process](crate::LockerBuilder::local_hand_over). A loss that only the server knows of is then found by the next
@@ -542,7 +544,8 @@ impl LockGuard {
     /// the key. A reader's guard is returned as it is.
     ///
     /// There is no way back: two readers that both waited to become the writer would wait for each other. Release the
-    /// guard and [`lock`](crate::Locker::lock) the key; another writer may come first, so read again what you have read.
+    /// guard and [`lock`](crate::Locker::lock) the key; another writer may come first, so read again what you have
+    /// read.
     ///
     /// # Errors
     ///
@@ -552,6 +555,7 @@ impl LockGuard {
     /// - [`Error::Unsupported`]: the lock has several keys, or is a permit; others hold it by the same
     ///   [token](crate::LockRequest::token), or it has to stay taken for one of them; or the store has no readers.
     /// - [`Error::Redis`]: the server could not be asked within the command timeout.
+    /// - [`Error::NoRuntime`]: the caller is outside a tokio runtime.
     ///
     /// # Cancel safety
     ///
@@ -661,12 +665,12 @@ impl LockGuard {
         Shared::check_runtime()?;
         let renewing = match ttl {
             Some(ttl) if exact => {
-                let renewing = self.hold.setting_ttl(ttl, self.shared.patience());
+                let renewing = self.hold.setting_ttl(ttl, self.shared.may_run_for());
                 // With a shorter ttl, the next renewal may be due sooner.
                 self.renewer.call();
                 renewing
             }
-            ttl => self.hold.renewing(ttl, self.shared.patience()),
+            ttl => self.hold.renewing(ttl, self.shared.may_run_for()),
         };
         let renewed = self.shared.renew(&self.hold, renewing).await;
         match renewed.inspect_err(|error| self.hold.failed(&Arc::new(error.clone())))? {

@@ -17,11 +17,12 @@
 //!    one of them has the lock by then, that this hold relies on it. So the grant is ended once more when the server no
 //!    longer runs that renewal.
 //! 8. No deadline is later than the limit of a hold that has one, and nothing is asked of the server beyond that: the
-//!    ttl of each request ends there, or with the least time of the hold (9) if that is longer. It is the limit that
+//!    ttl of each request ends there, or with the minimum of the hold (9) if that is longer. It is the limit that
 //!    ends the hold if no request could have moved the deadline further; otherwise the hold expires.
-//! 9. A hold with a least time, counted from when its grant was known, has its keys stay taken until that has passed:
-//!    after a release, a drop, or the end at its limit. A hold that expires leaves its keys taken for no longer than the
-//!    last confirmed ttl, but doesn't free them before that. After any other loss, nobody may touch what another may hold.
+//! 9. A hold with a minimum, counted from when its grant was known, has its keys stay taken until that has passed:
+//!    after a release, a drop, or the end at its limit. A hold that expires leaves its keys taken for no longer than
+//!    the last confirmed ttl, but doesn't free them before that. After any other loss, nobody may touch what another
+//!    may hold.
 //! 10. The server's clock goes on while this machine is suspended. All times that a hold compares with now are made
 //!     earlier by that first: [`Hold::current`] returns them so.
 
@@ -260,13 +261,13 @@ impl Hold {
     }
 
     /// Notes that a renewal is about to be sent: for the current ttl, or for at least `ttl`. The server refuses to run
-    /// it after `patience`.
-    pub(crate) fn renewing(&self, ttl: Option<Duration>, patience: Duration) -> Renewing {
+    /// it after `may_run_for`.
+    pub(crate) fn renewing(&self, ttl: Option<Duration>, may_run_for: Duration) -> Renewing {
         let mut state = self.current();
         let (sent, unlimited) = (Instant::now(), ttl.unwrap_or(state.ttl));
         let ttl = state.within_limit(sent, unlimited);
-        state.kept_until = state.kept_until.max(sent + patience + ttl);
-        self.will_record(&mut state, sent, patience);
+        state.kept_until = state.kept_until.max(sent + may_run_for + ttl);
+        self.will_record(&mut state, sent, may_run_for);
         Renewing { sent, ttl, unlimited, exact: false, epoch: state.epoch }
     }
 
@@ -289,8 +290,8 @@ impl Hold {
     }
 
     /// Notes that a renewal is about to be sent that sets the ttl to exactly `ttl` (invariant 4). The server refuses to
-    /// run it after `patience`.
-    pub(crate) fn setting_ttl(&self, ttl: Duration, patience: Duration) -> Renewing {
+    /// run it after `may_run_for`.
+    pub(crate) fn setting_ttl(&self, ttl: Duration, may_run_for: Duration) -> Renewing {
         let mut state = self.current();
         let (sent, unlimited) = (Instant::now(), ttl);
         let ttl = state.within_limit(sent, unlimited);
@@ -299,12 +300,12 @@ impl Hold {
         if deadline < state.deadline {
             (state.deadline, state.ends_at_limit) = (deadline, ends_at_limit);
         }
-        state.kept_until = state.kept_until.max(sent + patience + ttl);
+        state.kept_until = state.kept_until.max(sent + may_run_for + ttl);
         state.ttl = state.ttl.min(unlimited);
         let epoch = state.epoch;
         state.unresolved.retain(|earlier| sent < earlier.until);
-        state.unresolved.push(Unresolved { epoch, ttl, until: sent + patience });
-        self.will_record(&mut state, sent, patience);
+        state.unresolved.push(Unresolved { epoch, ttl, until: sent + may_run_for });
+        self.will_record(&mut state, sent, may_run_for);
         let shortened = state.shortened.take();
         drop(state);
         // Outside the mutex, as it runs wakers of users.
@@ -316,10 +317,10 @@ impl Hold {
 
     /// Notes that a renewal is about to be sent which records the grant, if there is a record: of a shared grant, the
     /// server keeps nothing else, so that a late renewal finds it gone.
-    fn will_record(&self, state: &mut State, sent: Instant, patience: Duration) {
+    fn will_record(&self, state: &mut State, sent: Instant, may_run_for: Duration) {
         if self.owned.grant.is_some() && !self.owned.mode.is_shared() {
             state.recording.retain(|(_, until)| sent < *until);
-            state.recording.push((sent, sent + patience));
+            state.recording.push((sent, sent + may_run_for));
         }
     }
 

@@ -45,10 +45,11 @@ use crate::Error;
 pub struct Key(Bytes);
 
 impl Key {
-    /// The greatest length of a key in bytes: the server's limit, less room for the names beside it.
+    /// The greatest length of a key in bytes: the server's limit, less room for the names beside it. See [`Key`] for an
+    /// example.
     pub const MAX_LEN: usize = 512 * 1024 * 1024 - 1024;
 
-    /// Returns the key's bytes.
+    /// Returns the key's bytes. See [`Key`] for an example.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }

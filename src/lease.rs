@@ -137,8 +137,8 @@ const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'
 
 impl fmt::Display for Lease {
     /// Writes `tenure:1:` ttl in ms `:` fencing token or nothing `:` token `:` key, and more keys, each after a colon.
-    /// The fencing token is followed by `~` and the id of the grant, unless that is unknown. The lease of a reader begins
-    /// with `tenure:2:read:` instead, that of a permit with `tenure:2:permit:`.
+    /// The fencing token is followed by `~` and the id of the grant, unless that is unknown. The lease of a reader
+    /// begins with `tenure:2:read:` instead, that of a permit with `tenure:2:permit:`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.owned.mode {
             Mode::Exclusive => f.write_str(OF_LOCK)?,

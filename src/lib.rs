@@ -1,13 +1,13 @@
 //! Distributed locks on Redis and Valkey, as RAII guards that **know when they are lost**.
 //!
 //! Run the same service on many machines, and have one of them at a time charge the card, run the migration, rebuild
-//! the index. The one that works stops before another starts, whatever becomes of the network, the server or the
-//! process.
+//! the index. The holder stops before another one starts, even if the network fails, the server stops replying or the
+//! process stalls.
 //!
 //! # One at a time
 //!
 //! A [`Locker`] is a connection to the server that keeps the locks. [`lock`](Locker::lock) waits for its turn and
-//! returns a guard. The lock is the guard's for as long as that lives, as it is renewed in the background:
+//! returns a guard. The guard holds the lock for as long as it lives, and renews it in the background:
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")]
@@ -42,7 +42,7 @@
 //! # }
 //! ```
 //!
-//! Or you look yourself, with [`lost`](LockGuard::lost) in a `select!`, [`check`](LockGuard::check) between two steps,
+//! Or check yourself, with [`lost`](LockGuard::lost) in a `select!`, [`check`](LockGuard::check) between two steps,
 //! or a [`cancellation_token`](LockGuard::cancellation_token) for work elsewhere. What no lock can stop is a write that
 //! is on its way when the lock is lost. Against that, send the [`fencing_token`](LockGuard::fencing_token) along, and
 //! let your database refuse smaller ones.
@@ -69,9 +69,9 @@
 //!
 //! # And leave nothing behind
 //!
-//! Every future here may be dropped at any point. What a dropped request may have left at the server, and a guard that
-//! is dropped, are cleaned up in the background. That needs a runtime that still runs, and at the end of `main` there
-//! is none. So a program ends with [`close`](Locker::close), which waits for it:
+//! Every future here may be dropped at any point. In the background, a dropped request is undone, and the lock of a
+//! dropped guard is released. Both need a runtime that is still running, and at the end of `main` there is none. So end
+//! a program with [`close`](Locker::close), which waits for them:
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")]
@@ -83,7 +83,7 @@
 //!
 //! # Where to go from here
 //!
-//! - [`docs::guide`]: what one needs to know, in that order, with a picture of a guard's life.
+//! - [`docs::guide`]: what you need to know, in order, with a picture of a guard's life.
 //! - [`docs::production`]: what to check before a lock guards something that matters.
 //! - [`docs::guarantees`]: what each kind of server promises, on what that rests, and which test shows it.
 //! - [`docs::migrating_from_rslock`] and [`docs::migrating_from_go`]: what you know, and what it is called here.
@@ -115,7 +115,7 @@
 //! | stop work when the lock is lost | [`LockGuard::protect`], [`LockGuard::lost`], [`LockGuard::cancellation_token`] |
 //! | hold several locks, all or none | [`Locker::lock_all`], [`Locker::try_lock_all`], [`Locker::obtain_all`] |
 //! | let many read, and one write | [`Locker::read`] beside [`Locker::lock`]; [`LockGuard::downgrade`] |
-//! | let so many in at a time | [`Locker::permit`], [`Locker::holders`] |
+//! | limit a key to n holders at a time | [`Locker::permit`], [`Locker::holders`] |
 //! | run a job once per period in a fleet | [`LockRequest::hold_at_least`] |
 //! | free a lock whose work hangs | [`LockRequest::hold_at_most`] |
 //! | hand a lock to another process | [`LockGuard::into_lease`], [`Locker::adopt`] |
@@ -133,9 +133,10 @@
 //!   that was behind, configured to evict, or flushed) may let a second holder in before the first one notices at its
 //!   next renewal. Fencing tokens grow even then. [`Locker::quorum`] survives this, as long as it happens to fewer than
 //!   half of the nodes.
-//! - Code that goes on after its machine was suspended checks first: [`LockGuard::is_held`] and [`LockGuard::check`]
-//!   know it at once on Linux, Android and Windows, while timers, and with them [`LockGuard::lost`], may be told only
-//!   at the next check or renewal. On other systems, as on macOS, the time of a suspension isn't counted.
+//! - After its machine was suspended, code checks the guard before it goes on. On Linux, Android and Windows,
+//!   [`LockGuard::is_held`] and [`LockGuard::check`] count the suspension at once; timers don't, so
+//!   [`LockGuard::lost`] may complete only at the next check or renewal. On other systems, such as macOS, the time of
+//!   a suspension isn't counted.
 //!
 //! # Observing
 //!
@@ -171,7 +172,7 @@
 //! | `tenure.released` | debug | `key`, `outcome` | The lock was released; with `outcome`, in the background. |
 //! | `tenure.force_released` | debug | `key`, `ended` | `force_release()` has ended the lock, if there was one. |
 //! | `tenure.release_failed` | debug, warn | `key`, `error` | It could not be released; the ttl will free it. |
-//! | `tenure.taken_over` | debug | | `close()` does what a stalled runtime has left undone. |
+//! | `tenure.cleanup_adopted` | debug | | `close()` does a cleanup that its own task left undone. |
 //! | `tenure.no_news` | debug, warn | `error` | There is no subscription. Until there is, waiters poll. |
 //! | `tenure.heartbeat_failed` | debug | `key`, `error` | A waiter could not report that it is alive. |
 //! | `tenure.leave_failed` | debug | `key`, `error` | A waiter could not leave the line; its place expires. |
@@ -198,11 +199,11 @@
 //!
 //! | feature | adds |
 //! | --- | --- |
-//! | `fred` | [fred](https://docs.rs/fred) as the client under tenure, or one of your own; enabled by default |
-//! | `redis` | [redis-rs](https://docs.rs/redis) as the client ([`LockerBuilder::driver`]), or one of your own; needs Rust 1.88 |
+//! | `fred` | [fred](https://docs.rs/fred) as the client, ours or yours; enabled by default |
+//! | `redis` | [redis-rs](https://docs.rs/redis) as the client, ours ([`LockerBuilder::driver`]) or yours; needs Rust 1.88 |
 //! | `rustls` | `rediss://` URLs, with [rustls](https://docs.rs/rustls) on ring |
 //! | `native-tls` | `rediss://` URLs, with the platform's TLS library; with both features, this one is used |
-//! | `metrics` | counters, gauges and histograms for the [metrics facade](https://docs.rs/metrics): the module of that name |
+//! | `metrics` | counters, gauges and histograms for the [metrics facade](https://docs.rs/metrics); see the module `metrics` |
 //! | `serde` | `Serialize` and `Deserialize` for [`Lease`], `Serialize` for [`Diagnosis`] |
 //!
 //! With neither client, there is the embedded store of [`Locker::in_memory`].

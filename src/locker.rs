@@ -19,7 +19,7 @@ pub use self::builder::{LockerBuilder, RestartWindow};
 pub use self::close_on_drop::CloseOnDrop;
 #[cfg(doc)]
 use crate::Token;
-use crate::acquire::Patience;
+use crate::acquire::WhenRefused;
 use crate::hold::timing::Renewal;
 use crate::hold::{Grant, GrantId, Hold, Owned, suspension};
 use crate::locker::shared::Shared;
@@ -60,7 +60,8 @@ impl Locker {
     /// The URL's scheme names the kind of server: `redis://` or `valkey://` for one server, `rediss://` with TLS
     /// (features `rustls` or `native-tls`), `redis+unix:///path/to.sock`,
     /// `redis-sentinel://host:26379?sentinelServiceName=name` (more with `&node=host:port`),
-    /// `redis-cluster://host:port?node=host:port`. Credentials and database are part of it as usual:
+    /// `redis-cluster://host:port?node=host:port`. `rediss-sentinel://` and `rediss-cluster://` use TLS as well, and
+    /// `valkey` may stand for `redis` in each of them. Credentials and database are part of it as usual:
     /// `redis://user:password@host:6379/1`. Other schemes and parameters are refused.
     ///
     /// Behind Sentinels and in a cluster, a server that dies takes with it the locks that none of its replicas has yet;
@@ -220,9 +221,9 @@ impl Locker {
         Self::builder().quorum(urls).await
     }
 
-    /// Returns a builder with the default settings; end it with one of [`connect`](LockerBuilder::connect),
-    /// [`quorum`](LockerBuilder::quorum), [`client`](LockerBuilder::client) and
-    /// [`in_memory`](LockerBuilder::in_memory).
+    /// Returns a builder with the default settings; end it with [`connect`](LockerBuilder::connect),
+    /// [`connect_lazily`](LockerBuilder::connect_lazily), [`quorum`](LockerBuilder::quorum), `client`, `with_redis`,
+    /// [`in_memory`](LockerBuilder::in_memory) or [`in_memory_with`](LockerBuilder::in_memory_with).
     ///
     /// ```
     /// use std::time::Duration;
@@ -237,11 +238,11 @@ impl Locker {
     ///
     /// # Turns
     ///
-    /// Waiters are notified of releases; they don't poll ([`poll_every`](LockerBuilder::poll_every) is for locks of
-    /// other libraries, which send no notification). Within a process, waiters are served first in, first out. Between
-    /// processes there is a line at the server, in which each waiting process has one place, in order of arrival. A
-    /// release gives the lock to the head of the line in the same step, so no newcomer overtakes a waiter, with these
-    /// exceptions:
+    /// Waiters are notified of releases. As a fallback, the first waiter for a key in each process also checks the lock
+    /// about once a second ([`poll_every`](LockerBuilder::poll_every)), since other libraries send no notification.
+    /// Within a process, waiters are served first in, first out. Between processes, the server keeps a second queue,
+    /// called the *line* here, in which each waiting process has one place, in order of arrival. A release gives the
+    /// lock to the head of the line in the same step, so no newcomer overtakes a waiter, with these exceptions:
     ///
     /// - A process that has the lock serves its own waiters for up to 16 turns or 100 ms in a row, whichever is over
     ///   first, before it goes to the end of the line ([`fair`](LockRequest::fair) requests have one turn each).
@@ -266,7 +267,7 @@ impl Locker {
     /// # }
     /// ```
     pub fn lock(&self, key: impl Into<Key>) -> LockRequest {
-        LockRequest::new(self.shared.clone(), vec![key.into()], Patience::Wait)
+        LockRequest::new(self.shared.clone(), vec![key.into()], WhenRefused::Wait)
     }
 
     /// Requests a lock once, and fails with [`Error::NotObtained`] if another holds it.
@@ -285,7 +286,7 @@ impl Locker {
     /// # }
     /// ```
     pub fn try_lock(&self, key: impl Into<Key>) -> LockRequest {
-        LockRequest::new(self.shared.clone(), vec![key.into()], Patience::Once)
+        LockRequest::new(self.shared.clone(), vec![key.into()], WhenRefused::GiveUp)
     }
 
     /// Requests a lock as configured: with the builder's [`retry`](LockerBuilder::retry), or once. The request can
@@ -313,9 +314,9 @@ impl Locker {
     /// whole set.
     ///
     /// The server takes them in one step, so requests for overlapping sets can't deadlock, in whatever order they name
-    /// their keys. A request waits in the line for one of its keys that another holds, and holds none meanwhile. When it
-    /// is its turn there, and another of its keys is held, it goes to the end of that key's line. So it may be overtaken
-    /// by those who want fewer keys.
+    /// their keys. A request waits in the line for one of its keys that another holds, and holds none meanwhile. When
+    /// it is its turn there, and another of its keys is held, it goes to the end of that key's line. So it may be
+    /// overtaken by those who want fewer keys.
     ///
     /// On a cluster, all keys must lie in one slot; a common hash tag ensures that: `{invoices}:1`, `{invoices}:2`. See
     /// [`LockRequest`] for options, errors and cancel safety; no keys, or the same key twice, is [`Error::InvalidKey`].
@@ -331,7 +332,7 @@ impl Locker {
     /// # }
     /// ```
     pub fn lock_all<I: IntoIterator<Item: Into<Key>>>(&self, keys: I) -> LockRequest {
-        LockRequest::new(self.shared.clone(), keys.into_iter().map(Into::into).collect(), Patience::Wait)
+        LockRequest::new(self.shared.clone(), keys.into_iter().map(Into::into).collect(), WhenRefused::Wait)
     }
 
     /// Requests several locks once, all or none, and fails with [`Error::NotObtained`] if another holds one of them.
@@ -351,10 +352,12 @@ impl Locker {
     /// # }
     /// ```
     pub fn try_lock_all<I: IntoIterator<Item: Into<Key>>>(&self, keys: I) -> LockRequest {
-        LockRequest::new(self.shared.clone(), keys.into_iter().map(Into::into).collect(), Patience::Once)
+        LockRequest::new(self.shared.clone(), keys.into_iter().map(Into::into).collect(), WhenRefused::GiveUp)
     }
 
-    /// Requests several locks like [`lock_all`](Locker::lock_all), with the patience of [`obtain`](Locker::obtain).
+    /// Requests several locks like [`lock_all`](Locker::lock_all), and waits as [`obtain`](Locker::obtain) does.
+    ///
+    /// See [`LockRequest`] for options, errors and cancel safety.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -374,24 +377,25 @@ impl Locker {
     }
 
     /// Requests a share of the key as a reader, and waits for it: any number of readers hold a key together, and no
-    /// writer holds it meanwhile. A writer is who [locks](Locker::lock) the key, through this or another library.
+    /// writer holds it meanwhile. A writer is whoever [locks](Locker::lock) the key, through this or another library.
     ///
-    /// Each reader has a guard with a ttl and renewals of its own, so a reader that dies keeps writers waiting until its
-    /// own ttl ends, and for no longer. All else is as for a lock: [options, errors and cancel safety](LockRequest).
+    /// Each reader has a guard with a ttl and renewals of its own, so a reader that dies keeps writers waiting until
+    /// its own ttl ends, and for no longer. All else is as for a lock: [options, errors and cancel
+    /// safety](LockRequest).
     ///
     /// # Who comes first
     ///
     /// **Writers come first**: while a writer waits, readers that come later wait behind it. It gets the key when the
     /// readers that hold it have left. A writer that dies while it waits holds readers back for up to 2 s. A
-    /// [`try_lock`](Locker::try_lock) doesn't wait, and holds nobody back; neither does, on the embedded store, a request
-    /// for [several keys](Locker::lock_all).
+    /// [`try_lock`](Locker::try_lock) doesn't wait, and holds nobody back; neither does, on the embedded store, a
+    /// request for [several keys](Locker::lock_all).
     ///
-    /// **Nobody who waits starves**: readers and writers wait in one line. However many writers come, the readers in the
-    /// line get their turn, and those that wait there one after another enter together. A [`try_read`](Locker::try_read)
-    /// takes no place in the line. It is refused for as long as others wait.
+    /// **Nobody who waits starves**: readers and writers wait in one line. However many writers come, the readers in
+    /// the line get their turn, and those that wait there one after another enter together. A
+    /// [`try_read`](Locker::try_read) takes no place in the line. It is refused for as long as others wait.
     ///
-    /// **A [quorum](Locker::quorum) has no line**, and readers can starve there. A writer that waits announces itself to
-    /// the nodes, which admit no reader until it has had the key, or has died. So readers get the key only when no
+    /// **A [quorum](Locker::quorum) has no line**, and readers can starve there. A writer that waits announces itself
+    /// to the nodes, which admit no reader until it has had the key, or has died. So readers get the key only when no
     /// writer of another process waits.
     ///
     /// A [token](LockRequest::token) that is a reader already is admitted at once, as it would wait for itself
@@ -420,6 +424,8 @@ impl Locker {
     /// Requests a share of the key as a [reader](Locker::read) once, and fails with [`Error::NotObtained`] if a writer
     /// holds the key, or others wait for it.
     ///
+    /// See [`LockRequest`] for options, errors and cancel safety.
+    ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() -> Result<(), tenure::Error> {
@@ -435,17 +441,17 @@ impl Locker {
         self.try_lock(key).sharing(Mode::Read, 0)
     }
 
-    /// Requests one of `limit` permits for the key, and waits for it: at most so many hold the key together, each with a
-    /// guard of its own. The permit of a holder that dies comes back when its ttl ends.
+    /// Requests one of `limit` permits for the key, and waits for it: at most `limit` holders have the key at a time,
+    /// each with a guard of its own. The permit of a holder that dies comes back when its ttl ends.
     ///
     /// The caller brings the limit; the server stores none. A request counts those who hold a permit, whatever limit
     /// they came with, and is admitted if there are fewer than its own limit. So a limit can be changed at any time: a
     /// smaller one admits nobody until enough have gone, and ends no permit. [`holders`](Locker::holders) lists who has
     /// one.
     ///
-    /// Nobody who [locks](Locker::lock) or [reads](Locker::read) the key holds it at the same time. Waiters stand in one
-    /// line, as for a lock. A [token](LockRequest::token) that has a permit gets it again at once; its guards count as
-    /// one holder.
+    /// Nobody who [locks](Locker::lock) or [reads](Locker::read) the key holds it at the same time. Waiters stand in
+    /// one line, as for a lock. A [token](LockRequest::token) that has a permit gets it again at once; its guards count
+    /// as one holder.
     ///
     /// A [quorum](Locker::quorum) has no permits: counting doesn't compose, as each of two majorities of its nodes may
     /// count fewer holders than there are.
@@ -453,7 +459,7 @@ impl Locker {
     /// # Errors
     ///
     /// Those of any [`LockRequest`], and [`Error::InvalidLimit`] for a limit of 0; [`Error::Unsupported`] on a quorum.
-    /// Nothing was sent in both cases.
+    /// In either case, nothing was sent.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -471,8 +477,11 @@ impl Locker {
         self.lock(key).sharing(Mode::Permit, limit)
     }
 
-    /// Requests one of `limit` [permits](Locker::permit) once, and fails with [`Error::NotObtained`] if none is free, or
-    /// others wait for one.
+    /// Requests one of `limit` [permits](Locker::permit) once, and fails with [`Error::NotObtained`] if none is free,
+    /// or others wait for one.
+    ///
+    /// See [`LockRequest`] for options, errors and cancel safety; [`Error::InvalidLimit`] and [`Error::Unsupported`] as
+    /// for [`permit`](Locker::permit).
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -493,9 +502,9 @@ impl Locker {
     ///
     /// The guard has no metadata, and no bounds ([`hold_at_least`](LockRequest::hold_at_least),
     /// [`hold_at_most`](LockRequest::hold_at_most)). It is renewed at the [locker's
-    /// interval](LockerBuilder::renew_every). When it is dropped, the lock is released in the background, unless another
-    /// guard relies on it by the same token, or the lease was [created from a token](Lease::new) rather than from a
-    /// guard: then only an explicit release ends it.
+    /// interval](LockerBuilder::renew_every). When it is dropped, the lock is released in the background, unless
+    /// another guard relies on it by the same token, or the lease was [created from a token](Lease::new) rather than
+    /// from a guard: then only an explicit release ends it.
     ///
     /// # Errors
     ///
@@ -672,7 +681,8 @@ impl Locker {
         Ok(key)
     }
 
-    /// Returns the locks whose keys begin with this, with their holders, in the order of their keys; at most so many.
+    /// Returns the locks whose keys begin with this, with their holders, in the order of their keys; at most `at_most`
+    /// of them.
     ///
     /// It is for people and their tools: it looks at every key of every server, by `SCAN`, in steps between which the
     /// server serves others. A key is taken for a lock if it holds a string with a ttl, and has a fencing token beside
@@ -684,8 +694,8 @@ impl Locker {
     /// # Errors
     ///
     /// [`Error::Redis`] if a server could not be reached, or failed: then no locks are returned, rather than some of
-    /// them. On a quorum a majority is enough. [`Error::Unsupported`] through a [connection](Locker::with_redis) of your own
-    /// to a cluster, which doesn't tell its nodes. [`Error::Closed`].
+    /// them. On a quorum a majority is enough. [`Error::Unsupported`] through a [connection](Locker::with_redis) of
+    /// your own to a cluster, which doesn't tell its nodes. [`Error::Closed`].
     ///
     /// # Cancel safety
     ///
@@ -728,11 +738,13 @@ impl Locker {
     }
 
     /// Looks for what endangers locks on the servers behind this locker: a policy that evicts keys, no persistence,
-    /// replicas that locks don't wait for, a clock that is far off, missing permissions, a version that was never tested.
+    /// replicas that locks don't wait for, a clock that is far off, missing permissions, a version that was never
+    /// tested.
     ///
-    /// Run it when a service starts, or by hand with the command `tenure doctor`. What it may not ask for is a finding, too; only whether the
-    /// user may subscribe to notifications can't be found out. It looks at each primary of a cluster and at each node of
-    /// a quorum. Those that can't be reached are among the findings. On the embedded store it finds nothing.
+    /// Run it when a service starts, or by hand with the command `tenure doctor`. A command that the user may not run
+    /// is a finding as well. Whether the user may subscribe to notifications can't be checked. It looks at each primary
+    /// of a cluster and at each node of a quorum. Those that can't be reached are among the findings. On the embedded
+    /// store it finds nothing.
     ///
     /// To find out what the user may do, it writes keys that begin with the locker's prefix and `tenure-probe-`, and
     /// deletes them; should that fail, they expire within a second. It takes no longer than the
@@ -745,7 +757,7 @@ impl Locker {
     ///
     /// # Cancel safety
     ///
-    /// The future may be dropped.
+    /// Dropping the future leaves at most probe keys, which expire within a second.
     ///
     /// # Examples
     ///
@@ -765,8 +777,8 @@ impl Locker {
         self.shared.store.diagnose(None, self.shared.command_timeout).await
     }
 
-    /// Ends the lock of this key, whoever holds it: a holder that hangs, say, or one of another library. Returns whether
-    /// there was anything to end.
+    /// Ends the lock of this key, whoever holds it: a holder that hangs, say, or one of another library. Returns
+    /// whether there was anything to end.
     ///
     /// All [readers](Locker::read), or all who have a [permit](Locker::permit), lose the key together.
     ///
@@ -787,9 +799,9 @@ impl Locker {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidKey`]; [`Error::Redis`] if the server could not be reached, or failed; [`Error::Closed`]. After a
-    /// timeout or a lost connection the lock may have ended all the same, and a repeat would end the next holder's: look
-    /// with [`inspect`](Locker::inspect) first.
+    /// [`Error::InvalidKey`]; [`Error::Redis`] if the server could not be reached, or failed; [`Error::Closed`]. After
+    /// a timeout or a lost connection the lock may have ended all the same, and a repeat would end the next holder's:
+    /// look with [`inspect`](Locker::inspect) first.
     ///
     /// # Cancel safety
     ///
@@ -913,9 +925,9 @@ impl Locker {
         releases
     }
 
-    /// Returns the patience of `obtain`.
-    fn obtains(&self) -> Patience {
-        self.shared.settings.retry.clone().map_or(Patience::Once, Patience::Retry)
+    /// Returns what a request of `obtain` does when it is refused.
+    fn obtains(&self) -> WhenRefused {
+        self.shared.settings.retry.clone().map_or(WhenRefused::GiveUp, WhenRefused::Retry)
     }
 
     /// Refuses a lease that can't work. Returns the ttl in the server's unit.

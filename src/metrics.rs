@@ -25,13 +25,15 @@
 //! For Prometheus; `recipes/prometheus` in the repository is a program that exports all of this, with these rules as a
 //! file and a dashboard for Grafana.
 //!
-//! 1. Work was cut off, or was not exclusive: `increase(tenure_lost_total[10m]) > 0`.
+//! 1. Work was cut off, or was not exclusive:
+//!    `sum by (instance, loss) (increase(tenure_lost_total{loss!="limit_reached"}[10m])) > 0`.
 //! 2. Locks will be lost if it gets any worse: less than half of the usual time is left when renewals arrive. With the
 //!    default ttl of 30 s, renewed every 10 s, that is
 //!    `histogram_quantile(0.01, sum by (le) (rate(tenure_renewal_left_seconds_bucket[5m]))) < 10`.
-//! 3. Waiters don't get their turn: `histogram_quantile(0.99, sum by (le) (rate(tenure_wait_seconds_bucket[5m]))) > 60`
-//!    with the time that your callers can bear, or `tenure_waiting > 0 and on (instance)
-//!    rate(tenure_requests_total[10m]) == 0` for those that wait without a limit.
+//! 3. Waiters don't get their turn:
+//!    `histogram_quantile(0.99, sum by (le) (rate(tenure_wait_seconds_bucket[5m]))) > 60`, with the longest wait that
+//!    your callers accept; or, for requests that wait without a limit, `max_over_time(tenure_waiting[10m]) > 0 and on
+//!    (instance) sum by (instance) (increase(tenure_requests_total[10m])) == 0`.
 //!
 //! # Examples
 //!
@@ -100,7 +102,8 @@ pub const RENEWAL_LEFT: &str = "tenure_renewal_left_seconds";
 /// A histogram of how many operations one call to a server had: those of many tasks share calls.
 pub const BATCH_SIZE: &str = "tenure_batch_size";
 
-/// Gives the recorder the unit and a description of each metric. Call it once, after the recorder is installed.
+/// Gives the recorder the unit and a description of each metric. Call it once, after the recorder is installed. The
+/// [module](self) has an example.
 pub fn describe() {
     describe_counter!(REQUESTS, Unit::Count, "Requests for a lock that have ended, by outcome");
     describe_histogram!(WAIT, Unit::Seconds, "How long requests for a lock took, by outcome");

@@ -1,5 +1,5 @@
-//! What the crate reports through `tracing`. The name of each event is its target as well, as formatters show targets and
-//! no names. It begins with the name of the crate, by which filters choose.
+//! What the crate reports through `tracing`. The name of each event is its target as well, as formatters show targets
+//! and no names. It begins with the name of the crate, by which filters choose.
 
 /// Reports an event at level debug.
 macro_rules! at_debug {

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tracing::{Instrument, info_span};
 
-use crate::acquire::{Options, Patience};
+use crate::acquire::{Options, WhenRefused};
 use crate::hold::timing::Renewal;
 use crate::locker::shared::Shared;
 use crate::mode::Mode;
@@ -22,10 +22,11 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 
 /// A request for a lock: set what you need, then `.await` it for the [`LockGuard`].
 ///
-/// Created by [`Locker::lock`], [`Locker::try_lock`] and [`Locker::obtain`], which differ only in their patience, and
-/// by [`Locker::lock_all`], [`Locker::try_lock_all`] and [`Locker::obtain_all`] for several keys. A request of
-/// [`Locker::read`] or [`Locker::permit`], or of its twin that tries once, is for a share of a key: what is said of a
-/// lock is true of that, too. Nothing happens before it is awaited. Options that are not set here are those of the [`Locker`].
+/// Created by [`Locker::lock`], [`Locker::try_lock`] and [`Locker::obtain`], which differ only in how long they wait,
+/// and by [`Locker::lock_all`], [`Locker::try_lock_all`] and [`Locker::obtain_all`] for several keys. A request of
+/// [`Locker::read`] or [`Locker::permit`], or of their `try_` forms, is for a share of a key: what is said of a lock is
+/// true of a share, too. Nothing happens before it is awaited. Options that are not set here are those of the
+/// [`Locker`].
 ///
 /// # Cancel safety
 ///
@@ -48,8 +49,8 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 /// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`], [`Error::InvalidHold`]: no such lock can
 ///   work; nothing was sent.
 /// - [`Error::InvalidLimit`]: nobody could ever hold such a [permit](Locker::permit); nothing was sent.
-/// - [`Error::Unsupported`]: the locker requires replicas on a server that can't have any, or the store counts no permits;
-///   nothing was sent.
+/// - [`Error::Unsupported`]: the locker requires replicas on a server that can't have any, or the store counts no
+///   permits; nothing was sent.
 /// - [`Error::CrossSlot`]: the keys lie in different slots of a cluster; nothing was sent.
 /// - [`Error::Closed`]: the locker was closed before or meanwhile.
 /// - [`Error::NoRuntime`]: the future was polled outside a tokio runtime.
@@ -79,8 +80,8 @@ pub struct LockRequest {
 }
 
 impl LockRequest {
-    pub(crate) fn new(shared: Arc<Shared>, keys: Vec<Key>, patience: Patience) -> Self {
-        Self { options: Box::new(Options::new(shared, keys, patience)) }
+    pub(crate) fn new(shared: Arc<Shared>, keys: Vec<Key>, when_refused: WhenRefused) -> Self {
+        Self { options: Box::new(Options::new(shared, keys, when_refused)) }
     }
 
     /// Requests a share of the key instead of a lock: with a permit, as one of so many.
@@ -129,8 +130,8 @@ impl LockRequest {
     /// ```
     pub fn wait_at_most(mut self, limit: Duration) -> Self {
         self.options.wait_at_most = Some(limit);
-        if let Patience::Once = self.options.patience {
-            self.options.patience = Patience::Wait;
+        if let WhenRefused::GiveUp = self.options.when_refused {
+            self.options.when_refused = WhenRefused::Wait;
         }
         self
     }
@@ -150,7 +151,7 @@ impl LockRequest {
     /// # }
     /// ```
     pub fn retry(mut self, retry: Retry) -> Self {
-        self.options.patience = Patience::Retry(retry);
+        self.options.when_refused = WhenRefused::Retry(retry);
         self
     }
 
@@ -237,9 +238,9 @@ impl LockRequest {
 
     /// Sets whether the guard has a [fencing token](LockGuard::fencing_token). Default: the locker's, true.
     ///
-    /// If a lock was obtained without a fencing token, and its guard's random [token](LockGuard::token) obtains it
-    /// again with one, that is the fencing token of the previous holder. If the token was [chosen](LockRequest::token)
-    /// each time, the lock gets a fencing token of its own.
+    /// If a lock was obtained by a random [token](LockGuard::token) and without a fencing token, and its token then
+    /// obtains it again with one, the guard gets the previous holder's fencing token. A lock whose token was
+    /// [chosen](LockRequest::token) always gets a fencing token of its own.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -280,29 +281,30 @@ impl LockRequest {
     /// Keeps the key taken until this time has passed since the lock was obtained, even if the guard is released or
     /// dropped before. Default: no time; at most 365 days.
     ///
-    /// Use it for a job that runs once per period in a fleet: the machines' clocks disagree, and one that is late must
-    /// not find the lock free again because the job took only a moment. The least time has to be longer than the clocks
-    /// are apart, and shorter than the period.
+    /// Use it for a job that runs once per period in a fleet: the machines' clocks disagree, and a late machine must
+    /// not find the lock free because the job took only a moment. Choose a minimum longer than the difference between
+    /// the clocks, and shorter than the period.
     ///
-    /// The release returns at once. It leaves the key to nobody, for exactly the rest of the time: no token gets it
-    /// before, not even the guard's, and [`inspect`](Locker::inspect) finds no holder. Waiters are notified, so that
-    /// they ask again when the time is over. Until then the lock isn't handed over within the process either.
+    /// A release returns at once, and the key stays taken without a holder for exactly the rest of the minimum: no
+    /// token can obtain it, not even the guard's, and [`inspect`](Locker::inspect) finds no holder. Waiters are
+    /// notified, so that they ask again when it ends. The lock isn't handed over within the process before that either.
     ///
-    /// The rest may be longer than the ttl. Until the release there is only the ttl: if this process dies, or is cut
-    /// off until the lock has [expired](crate::Loss::Expired), the key is free when the ttl ends, however much is left
-    /// of the least time. To cover that, use a [ttl](LockRequest::ttl) that is as long: a lock that expires is not freed
-    /// before its last confirmed ttl or the least time has ended, whichever is earlier.
+    /// The rest may be longer than the ttl. Before the release, only the ttl protects the key: if this process dies, or
+    /// is cut off until the lock has [expired](crate::Loss::Expired), the key is free when its last confirmed ttl ends.
+    /// It is not freed before that, unless the minimum has passed. To cover the whole minimum, use a
+    /// [ttl](LockRequest::ttl) that is as long.
     ///
     /// - With [`hold_at_most`](LockRequest::hold_at_most), the key stays taken after the end at the limit, too.
     /// - A [reader](Locker::read)'s share is left to nobody, too: others may read meanwhile, and nobody writes. A
     ///   [permit](Locker::permit) still counts as taken.
     /// - If several guards hold the lock by one [token](LockRequest::token), the key is left to nobody when the last of
-    ///   them is dropped. An explicit [`release`](LockGuard::release) of one without a least time ends the lock for all,
+    ///   them is dropped. An explicit [`release`](LockGuard::release) of one without a minimum ends the lock for all,
     ///   at once.
-    /// - A [lease](LockGuard::into_lease) has no least time: who adopts it may release it at once.
+    /// - A [lease](LockGuard::into_lease) has no minimum: who adopts it may release it at once.
     /// - In a [quorum](Locker::quorum), a node that is restarted forgets the time, as it forgets locks.
     /// - A server that is out of memory can't replace the token: the key stays taken by it for the rest of the time. So
-    ///   [`inspect`](Locker::inspect) returns a holder, and a [chosen token](LockRequest::token) can get the lock again.
+    ///   [`inspect`](Locker::inspect) returns a holder, and a [chosen token](LockRequest::token) can get the lock
+    ///   again.
     ///
     /// ```
     /// # async fn send_report() {}
@@ -312,7 +314,7 @@ impl LockRequest {
     /// use tenure::{Error, Locker};
     ///
     /// let locker = Locker::in_memory();
-    /// // On every machine, when its own clock shows the full hour.
+    /// // On every machine, on the hour, by its own clock.
     /// let hourly = || locker.try_lock("hourly-report").hold_at_least(Duration::from_secs(600));
     /// match hourly().await {
     ///     Ok(guard) => {
@@ -342,9 +344,9 @@ impl LockRequest {
     ///
     /// The key's ttl is cut so that it ends at the limit. The guard's [deadline](LockGuard::deadline) lies before that
     /// by the allowance for clock drift, so it is a little earlier than the limit: by 2 ms, and by 1 % of what was left
-    /// at the last renewal. [`renew_for`](LockGuard::renew_for) and [`ensure`](LockGuard::ensure) can't move it further.
-    /// With a longer [`hold_at_least`](LockRequest::hold_at_least), the ttl may go on until that is over, and the
-    /// deadline is the limit itself.
+    /// at the last renewal. [`renew_for`](LockGuard::renew_for) and [`ensure`](LockGuard::ensure) can't move it
+    /// further. With a longer [`hold_at_least`](LockRequest::hold_at_least), the ttl may go on until that is over, and
+    /// the deadline is the limit itself.
     ///
     /// The limit is the guard's. It does not go along with a [lease](LockGuard::into_lease), which has no more of the
     /// lock than what is left of the ttl: who adopts the lease renews it without a limit.
@@ -422,7 +424,7 @@ impl fmt::Debug for LockRequest {
         f.debug_struct("LockRequest")
             .field("store", &self.options.shared.store)
             .field("keys", &self.options.keys)
-            .field("patience", &self.options.patience)
+            .field("when_refused", &self.options.when_refused)
             .field("wait_at_most", &self.options.wait_at_most)
             .field("ttl", &self.options.ttl)
             .field("renewal", &self.options.renewal)

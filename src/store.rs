@@ -112,8 +112,8 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     /// there are as many as the server has keys.
     fn find_keys<'a>(&'a self, prefix: &'a [u8], timeout: Duration) -> Answer<'a, BTreeSet<Key>>;
 
-    /// Looks for what endangers locks on this server. A node of a quorum also gets the restart window. The embedded store
-    /// has no server.
+    /// Looks for what endangers locks on this server. A node of a quorum also gets the restart window. The embedded
+    /// store has no server.
     fn diagnose(&self, _window: Option<Duration>, _timeout: Duration) -> Answer<'_, Diagnosis> {
         Box::pin(async { Ok(Diagnosis::default()) })
     }
@@ -202,8 +202,8 @@ impl Latest {
         self.until.load(Ordering::Relaxed)
     }
 
-    /// Returns for how long a server whose clock shows `now` may still run what was sent. Not shorter than [`LOOK_AGAIN`]
-    /// while anything may still be sent.
+    /// Returns for how long a server whose clock shows `now` may still run what was sent. Not shorter than
+    /// [`LOOK_AGAIN`] while anything may still be sent.
     pub(crate) fn remaining(&self, now: u64) -> Option<Duration> {
         // In this order: what a call that has ended noted is there.
         let may_be_sent = self.by_others.load(Ordering::Acquire) > 0;
@@ -241,11 +241,11 @@ pub(crate) enum Extending {
     Exactly,
     /// To at least this, and the owner's grant replaces the earlier one.
     Claim { earlier: Option<GrantId> },
-    /// To at least this, and adds the grant to the record: what the two for at least a ttl become where the grant has an
-    /// id ([`of`](Self::of)).
+    /// To at least this, and adds the grant to the record: what the two for at least a ttl become where the grant has
+    /// an id ([`of`](Self::of)).
     KeepRecord,
-    /// To at least this, for the lock of a lease. Unlike the renewal of a guard, it doesn't imply that the lock was held
-    /// until now.
+    /// To at least this, for the lock of a lease. Unlike the renewal of a guard, it doesn't imply that the lock was
+    /// held until now.
     Ensure,
     /// Leaves the ttl alone. The owner's grant ends, and the earlier one, which it had replaced, gets its place back
     /// where no other grant relies on the lock. The ttl is that of the earlier one.
@@ -406,8 +406,8 @@ pub struct Holder {
     pub token: Token,
     /// What the holder stored beside its token; empty if it stored nothing.
     pub metadata: Vec<u8>,
-    /// How long the server keeps the key unless it is renewed; `None` for a key without a ttl, which no lock of this
-    /// crate is.
+    /// How long the server keeps the key unless it is renewed. `None` for a key without a ttl; locks of this crate
+    /// always have one.
     pub remaining: Option<Duration>,
     /// The last fencing token that was granted for this key: the holder's, unless it asked for none.
     ///

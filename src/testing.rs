@@ -1,8 +1,8 @@
 //! A server for your own tests: what your code does when the server is away, when a lock is lost, when another has it.
 //!
-//! [`EmbeddedServer`] is the embedded store of [`Locker::in_memory`](crate::Locker::in_memory) with a handle on it. Each
-//! [locker](crate::LockerBuilder::in_memory_with) on it is like a process of its own. Everything happens on tokio's
-//! clock, so a test under `tokio::time::pause` takes no time, whatever the ttls are.
+//! [`EmbeddedServer`] is the embedded store of [`Locker::in_memory`](crate::Locker::in_memory) with a handle on it.
+//! Each [locker](crate::LockerBuilder::in_memory_with) on it is like a process of its own. Everything happens on
+//! tokio's clock, so a test under `tokio::time::pause` takes no time, whatever the ttls are.
 //!
 //! # Examples
 //!
@@ -171,7 +171,8 @@ impl EmbeddedServer {
         self.embedded.store.forget();
     }
 
-    /// Gives the lock of a key to this token, for this ttl, whoever holds it, as after a failover that forgot the holder.
+    /// Gives the lock of a key to this token, for this ttl, whoever holds it, as after a failover that forgot the
+    /// holder.
     ///
     /// Its holder finds that out at its next renewal, and reports [`Loss::Taken`](crate::Loss::Taken). The ttl counts
     /// from now, in whole milliseconds; one of zero ends at once.

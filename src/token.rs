@@ -35,10 +35,11 @@ use crate::Error;
 pub struct Token(Bytes);
 
 impl Token {
-    /// The greatest length of a token in bytes.
+    /// The greatest length of a token in bytes. See [`Token`] for an example.
     pub const MAX_LEN: usize = 1024;
 
-    /// Creates a token of 128 random bits from the operating system, as 32 hexadecimal digits.
+    /// Creates a token of 128 random bits from the operating system, as 32 hexadecimal digits. See [`Token`] for an
+    /// example.
     pub fn random() -> Self {
         let mut bits = [0; 16];
         if getrandom::fill(&mut bits).is_err() {
@@ -73,7 +74,7 @@ impl Token {
         self.0.clone()
     }
 
-    /// Returns the token as the server stores it.
+    /// Returns the token as the server stores it. See [`Token`] for an example.
     pub fn as_str(&self) -> &str {
         // It was made of text.
         std::str::from_utf8(&self.0).unwrap_or_default()

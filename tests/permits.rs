@@ -1,9 +1,9 @@
 //! Four processes of eight tasks share three permits, and are killed at random: never a fourth holder, and all permits
 //! come back.
 //!
-//! The witness is a file apart from the server, to which every holder appends a line after it has obtained a permit, and
-//! another one before it releases it. The order of the lines is that in which they were written. Before the test kills
-//! a process, it appends that this one no longer counts.
+//! The witness is a file apart from the server, to which every holder appends a line after it has obtained a permit,
+//! and another one before it releases it. The order of the lines is that in which they were written. Before the test
+//! kills a process, it appends that this one no longer counts.
 //!
 //! A program of its own, as it starts itself as workers. `TENURE_PERMITS_SECONDS=60` runs it for longer.
 

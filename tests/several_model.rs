@@ -8,8 +8,8 @@
 //! | `Phase::Refused`, `Moves`       | `Position::enter_line_for`: leaves one line, and enters another     |
 //! | `pass_on` by one that waits     | `heartbeat.lua`                                                     |
 //!
-//! A waiter that goes to another line has left the first before it asks again, which holds unless a request is on its way
-//! for longer than the next two are. Otherwise it may be refused by a turn of its own, and go back.
+//! A waiter that goes to another line has left the first before it asks again, which holds unless a request is on its
+//! way for longer than the next two are. Otherwise it may be refused by a turn of its own, and go back.
 //!
 //! The promises: whatever happens is over at some time, without a fair schedule; then all have been served, and nothing
 //! is left behind.
@@ -33,8 +33,8 @@ enum Rule {
 struct World {
     rule: Rule,
     waiters: &'static [&'static [usize]],
-    /// Those who are served come again, but for the last waiter, which is in line from the start. All is over once that is
-    /// served.
+    /// Those who are served come again, but for the last waiter, which is in line from the start. All is over once that
+    /// is served.
     come_again: bool,
 }
 

@@ -21,8 +21,8 @@
 //! more permits than the limit; whoever believes to hold the key holds it at the server for as long; the key is taken
 //! for no longer than somebody alive has asked for; nobody shares it while a waiter before it lives; whoever waits is
 //! served, from any state, if nothing more goes wrong; nobody is held back by a dead waiter for longer than a process
-//! counts as alive, nor by a dead share that was not swept; nothing is left of whoever has ended; nobody is told of a loss
-//! of what it holds.
+//! counts as alive, nor by a dead share that was not swept; nothing is left of whoever has ended; nobody is told of a
+//! loss of what it holds.
 //!
 //! These are left out, without a loss:
 //! - Notifications. They only make a waiter ask, and here it may ask at any time. In the calm that ends a behaviour

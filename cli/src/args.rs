@@ -16,7 +16,7 @@ pub(crate) struct Args {
     #[command(subcommand)]
     pub(crate) command: Command,
 
-    /// Print results, events and errors as JSON, one object a line
+    /// Print results, events and errors as JSON, one object per line
     #[arg(long, global = true)]
     pub(crate) json: bool,
 }
@@ -29,8 +29,9 @@ pub(crate) enum Command {
 
     /// Show who holds locks
     ///
-    /// Prints for each key whether it is held, what for, for how long unless it is renewed, and the fencing token. Where
-    /// readers or permits share a key, each has a line. The tokens by which keys are held are secret, and never shown.
+    /// Prints for each key whether it is held, what for, for how long unless it is renewed, and the fencing token.
+    /// Where readers or permits share a key, each has a line. The tokens by which keys are held are secret, and never
+    /// shown.
     #[command(after_long_help = AFTER_STATUS)]
     Status(StatusOptions),
 
@@ -75,7 +76,8 @@ pub(crate) struct ServerOptions {
     /// redis:// or valkey:// for one server, rediss:// with TLS, redis+unix:///path/to.sock,
     /// redis-sentinel://host:26379?sentinelServiceName=name, redis-cluster://host:port. With several URLs, or one
     /// argument with commas, a lock is held on a majority of independent servers. In a password, a comma is written as
-    /// %2C. A password in an argument is seen by every user of the machine: put it in TENURE_URL. [default: redis://127.0.0.1:6379]
+    /// %2C. A password in an argument is seen by every user of the machine: put it in TENURE_URL. [default:
+    /// redis://127.0.0.1:6379]
     #[arg(long, short = 'u', env = "TENURE_URL", hide_env_values = true, value_delimiter = ',', value_name = "URL")]
     pub(crate) url: Vec<String>,
 
@@ -95,9 +97,9 @@ pub(crate) struct ServerOptions {
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) min_replicas: usize,
 
-    /// For how long a node of a quorum doesn't vote after a restart; 0s: it never forgets [default: 60s]
+    /// How long a node of a quorum doesn't vote after a restart; 0s if nodes never forget [default: 60s]
     ///
-    /// All that share locks must use the same. No ttl may be longer.
+    /// All clients that share locks must use the same window. No ttl may be longer.
     #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
     pub(crate) restart_window: Option<Duration>,
 }
@@ -131,13 +133,13 @@ pub(crate) struct RunOptions {
 
     /// Hold the key as a reader: together with other readers, and while nobody holds it without --read
     ///
-    /// While somebody waits who is no reader, further readers wait behind.
+    /// While a writer (a run without --read) waits, later readers wait behind it.
     #[arg(long)]
     pub(crate) read: bool,
 
-    /// Run at most so many commands at a time, rather than one
+    /// Run at most N commands at a time instead of one
     ///
-    /// Each counts those that run already, whatever number they came with. Not on a quorum.
+    /// A run counts the commands already running, whatever N they were started with. Not available on a quorum.
     #[arg(long, value_name = "N", conflicts_with = "read", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) permits: Option<u32>,
 
@@ -162,11 +164,11 @@ pub(crate) struct RunOptions {
     #[arg(long, value_name = "TEXT")]
     pub(crate) metadata: Option<String>,
 
-    /// Exit with this if the lock is not obtained
+    /// The exit code if the lock is not obtained
     #[arg(long, default_value_t = 75, value_name = "CODE")]
     pub(crate) not_obtained_code: u8,
 
-    /// Exit with this if the lock is lost while the command runs
+    /// The exit code if the lock is lost while the command runs
     #[arg(long, default_value_t = 76, value_name = "CODE")]
     pub(crate) lost_code: u8,
 
@@ -190,8 +192,8 @@ pub(crate) struct StatusOptions {
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct ListOptions {
-    /// What the keys begin with; all locks if it is left out
-    #[arg(default_value = "", hide_default_value = true)]
+    /// List only keys that begin with this; all if omitted
+    #[arg(default_value = "", hide_default_value = true, value_name = "PREFIX")]
     pub(crate) starting_with: String,
 
     /// List no more than this
@@ -226,10 +228,10 @@ pub(crate) struct DoctorOptions {
 }
 
 const AFTER: &str = "\
-Times are written as 500ms, 30s, 5m, 1h or 2days. `tenure help COMMAND` tells more, with the exit codes.
+Times are written as 500ms, 30s, 5m, 1h or 2days. `tenure help COMMAND` prints more, including exit codes.
 
 Examples:
-  A job of cron that runs on one of many machines:
+  A cron job that runs on one of many machines:
     */10 * * * * tenure run nightly-import --no-wait --at-least 1m -- /usr/local/bin/import
   Deploy one at a time, in order, and wait for up to an hour:
     tenure run deploy --wait 1h --fair -- ./deploy.sh
@@ -245,11 +247,11 @@ Waits for the lock, runs the command, and releases the lock when the command has
 group of its own, and the whole group is under the lock: when the command ends, what it has left running in its group \
 is ended, too, before the lock is released.
 
-The lock is renewed while the command runs. If the server can't be reached, renewals are repeated. The group gets \
-SIGTERM so early that the grace time, after which it gets SIGKILL, is over before the server frees the lock. So the \
-whole group is gone before another machine has the lock. If the server says that the lock is gone or taken already, \
-because it was deleted or the server has lost its memory, the group gets SIGTERM at once, and SIGKILL when the grace \
-time is over, or the lock would have ended, whichever is earlier.
+The lock is renewed while the command runs. If the server can't be reached, renewals are retried. If none succeeds in \
+time, the group gets SIGTERM and, after the grace period, SIGKILL, early enough that the whole group is gone before \
+the server frees the lock. If the server replies that the lock is gone or taken, because it was deleted or the server \
+lost its memory, the group gets SIGTERM at once, and SIGKILL after the grace period or when the lock would have ended, \
+whichever is earlier.
 
 What leaves its process group, such as a daemon that calls setsid, is not ended. What the command has sent to other \
 systems can't be called back: have them check the fencing token.";
@@ -257,7 +259,7 @@ systems can't be called back: have them check the fencing token.";
 const AFTER_RUN: &str = "\
 Environment of the command:
   TENURE_KEY            the key
-  TENURE_FENCING_TOKEN  a number that is greater for every holder: send it along, and have the receiver refuse lower ones
+  TENURE_FENCING_TOKEN  a number that is greater for every holder: send it along, and let the receiver refuse lower ones
 
 Signals:
   SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 are passed on to the command's process group. Before the command

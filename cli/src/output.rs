@@ -1,4 +1,4 @@
-//! What is printed: for people, or as JSON, one object a line.
+//! What is printed: for people, or as JSON, one object per line.
 
 use std::fmt::Display;
 use std::io::{self, Write};

@@ -1,8 +1,8 @@
 //! `tenure run`: runs a command while holding a lock.
 //!
 //! 1. The command starts when the lock is held, in a process group of its own (`run/group.rs`).
-//! 2. The group gets SIGTERM so early before the guard's deadline that the grace time is over before it, too; then
-//!    SIGKILL. The deadline is before the server frees the lock (`run/ending.rs`).
+//! 2. The group gets SIGTERM so early that the grace period ends before the guard's deadline; then SIGKILL. The
+//!    deadline is before the server frees the lock (`run/ending.rs`).
 //! 3. Where we are killed or stopped ourselves, a watcher does that (`run/watcher.rs`).
 //! 4. The lock is released when the group is gone, not when the command has ended.
 

@@ -151,7 +151,8 @@ fn one_runs_at_a_time_and_who_does_not_wait_is_told_so() {
 fn signals_are_passed_on_to_the_whole_group_and_end_a_wait() {
     let server = Server::start();
     let script = "trap 'echo usr1 >> heard' USR1; trap 'echo term >> heard; exit 4' TERM; \
-                  sh -c 'trap \"\" USR1; trap \"echo term > grandchild; exit\" TERM; echo > up; while :; do sleep 0.05; done' & \
+                  sh -c 'trap \"\" USR1; trap \"echo term > grandchild; exit\" TERM; echo > up; \
+                  while :; do sleep 0.05; done' & \
                   while ! [ -f up ]; do sleep 0.01; done; echo > began; while :; do sleep 0.05; done";
     let running = Running::start(&server, "job", &[], script);
     running.written("began");
@@ -177,7 +178,8 @@ fn signals_are_passed_on_to_the_whole_group_and_end_a_wait() {
 #[test]
 fn what_the_command_leaves_behind_is_gone_before_the_lock_is_released() {
     let server = Server::start();
-    let script = "(trap '' TERM; echo $$ > ignored; sh -c 'echo $$ > left; trap \"\" TERM; while :; do sleep 0.05; done') & \
+    let script = "(trap '' TERM; echo $$ > ignored; \
+                  sh -c 'echo $$ > left; trap \"\" TERM; while :; do sleep 0.05; done') & \
                   while ! [ -s left ]; do sleep 0.01; done; exit 5";
     let running = Running::start(&server, "job", &["--grace", "2s"], script);
     let left = running.process_of("left");
@@ -245,7 +247,7 @@ fn when_the_lock_is_taken_or_gone_the_group_is_ended_at_once() {
         server.cli(break_it);
         let began = Instant::now();
         eventually(|| (is_gone(child) && is_gone(grandchild)).then_some(()));
-        // The next renewal finds it out, and the grace time follows.
+        // The next renewal finds it out, and the grace period follows.
         assert!(began.elapsed() < ms(5_000), "{:?}", began.elapsed());
         let (code, _, events) = running.ended();
         let ending = events.iter().find(|event| event["event"] == "ending").unwrap();

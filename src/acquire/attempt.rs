@@ -75,9 +75,9 @@ impl Attempt {
             self.renew_token();
         }
         let sent = Instant::now();
-        let patience = limit.map_or(Duration::MAX, |limit| limit.saturating_duration_since(sent));
+        let to_limit = limit.map_or(Duration::MAX, |limit| limit.saturating_duration_since(sent));
         let Context { wanted, shared, .. } = &self.context;
-        let timeout = shared.command_timeout.min(patience.max(FIRST_ATTEMPT));
+        let timeout = shared.command_timeout.min(to_limit.max(FIRST_ATTEMPT));
         let is_only_one = self.pending.is_none();
         if is_only_one {
             self.pending = Some(shared.cleanups.register_since(sent, Cleanup::Undo(wanted.clone())));

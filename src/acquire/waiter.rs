@@ -298,8 +298,8 @@ impl Waiter {
     async fn subscribe(&mut self, key: Key) -> Option<Step> {
         let shared = &self.attempt.context.shared;
         let mut subscription = shared.store.subscribe(&key);
-        let patience = Instant::now() + shared.command_timeout;
-        self.position.expect(patience);
+        let open_by = Instant::now() + shared.command_timeout;
+        self.position.expect(open_by);
         let opened = select! {
             biased;
             () = shared.closed.cancelled() => Err(Step::Close),
@@ -307,7 +307,7 @@ impl Waiter {
             () = at(self.limit) => Err(Step::GiveUp),
             () = subscription.opened() => Ok(()),
             // Then it listens to what comes, and polls.
-            () = sleep_until(patience) => Ok(()),
+            () = sleep_until(open_by) => Ok(()),
         };
         subscription.mark();
         // What was released before it was open is found by asking.

@@ -70,7 +70,7 @@
 //!
 //! | not guaranteed | instead | shown by |
 //! | --- | --- | --- |
-//! | A server that forgets lets nobody in. | there can be two holders until the first one's next renewal; fencing tokens tell them apart | `lib simulation::a_server_that_forgets_has_two_holders_at_once_or_the_histories_are_toothless`, `lib simulation::real::a_real_server_that_forgets_is_found_out_or_the_histories_are_toothless` |
+//! | A server that forgets lets no second holder in. | there can be two holders until the first one's next renewal; fencing tokens tell them apart | `lib simulation::a_server_that_forgets_has_two_holders_at_once_or_the_histories_are_toothless`, `lib simulation::real::a_real_server_that_forgets_is_found_out_or_the_histories_are_toothless` |
 //! | Waiters are notified of what other libraries release. | they look every second ([`poll_every`](crate::LockerBuilder::poll_every)) | `it waiting::what_another_library_releases_is_found_by_a_slow_look` |
 //! | A lock that changes hands within its process is checked at the server each time. | the next renewal checks it; [`local_hand_over(false)`](crate::LockerBuilder::local_hand_over) | `lib acquire::take_over::tests::a_lock_that_the_server_has_lost_is_found_out_by_the_successor` |
 //!
@@ -89,7 +89,7 @@
 //! | not guaranteed | instead | shown by |
 //! | --- | --- | --- |
 //! | Without `min_replicas`, a lock outlives a failover. | it may be [`Missing`](crate::Loss::Missing) afterwards, and there can be two holders until its next renewal | `it failover::a_lock_that_was_not_replicated_is_missing_and_fencing_tokens_grow_on` |
-//! | With fewer than all replicas in `min_replicas`, a failover forgets nothing. | one of the others may be promoted: `WAIT` is no consensus | `it failover::a_lock_that_was_not_replicated_is_missing_and_fencing_tokens_grow_on` |
+//! | With fewer than all replicas in `min_replicas`, a failover forgets nothing. | one of the others may be promoted: `WAIT` is not consensus | `it failover::a_lock_that_was_not_replicated_is_missing_and_fencing_tokens_grow_on` |
 //!
 //! # A cluster
 //!
@@ -128,7 +128,7 @@
 //!
 //! | not guaranteed | instead | shown by |
 //! | --- | --- | --- |
-//! | Without the restart window, a node that forgets lets nobody in. | there can be two holders | `lib store::quorum::simulated::without_the_restart_window_there_are_such_histories_or_they_are_toothless`, `model without_the_restart_window_a_node_votes_twice` |
+//! | Without the restart window, a node that forgets lets no second holder in. | there can be two holders | `lib store::quorum::simulated::without_the_restart_window_there_are_such_histories_or_they_are_toothless`, `model without_the_restart_window_a_node_votes_twice` |
 //! | A lock survives the memory of a majority. | it is lost at the next renewal | `quorum a_guard_outlives_the_memory_of_a_minority_and_not_that_of_a_majority` |
 //! | Waiters of different processes are served in order. | whoever asks first after a release gets the lock; contenders pause for random times | `quorum split_votes_resolve` |
 //! | Nodes' clocks may differ by more than the restart window. | fencing tokens may fall | `model clocks_a_window_apart_are_too_far_apart` |
@@ -154,5 +154,5 @@
 //! | not guaranteed | instead | shown by |
 //! | --- | --- | --- |
 //! | Permits exist on a quorum. | they are refused, with the reason | `lib store::quorum::simulated::sharing::a_quorum_has_no_permits_and_says_why` |
-//! | A permit is to be had although the set of holders was deleted or evicted. | none is granted until the marker's ttl ends, as nobody knows who has the others | `lib store::redis::shared::tests::nobody_gets_a_permit_while_it_is_not_known_who_has_the_others` |
+//! | A permit can be obtained even if the set of holders was deleted or evicted. | none is granted until the marker's ttl ends, as nobody knows who has the others | `lib store::redis::shared::tests::nobody_gets_a_permit_while_it_is_not_known_who_has_the_others` |
 //! | Without the restart window, a node of a quorum that forgets lets no writer in beside readers. | a writer may be beside them | `lib store::quorum::simulated::sharing::without_the_restart_window_some_history_has_a_writer_beside_others` |

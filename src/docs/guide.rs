@@ -1,4 +1,4 @@
-//! From the first lock to the last: what one needs to know, in the order in which one needs it.
+//! A guide from the first lock to the end of a program: what you need to know, in order.
 //!
 //! # A lock
 //!
@@ -22,7 +22,7 @@
 //! ```
 //!
 //! [`lock`](crate::Locker::lock) waits for its turn. [`try_lock`](crate::Locker::try_lock) doesn't wait:
-//! [`Error::NotObtained`](crate::Error::NotObtained) says that another has the lock, which is often all one wants to
+//! [`Error::NotObtained`](crate::Error::NotObtained) says that another has the lock, which is often all you want to
 //! know. Between the two are [`wait_at_most`](crate::LockRequest::wait_at_most), and
 //! [`obtain`](crate::Locker::obtain) with a [`Retry`](crate::Retry).
 //!
@@ -124,28 +124,27 @@
 //! A service that holds a changing set of locks, such as the shards that it serves, gives their guards to a
 //! [`WatchDog`](crate::WatchDog), which keeps them by key and reports what happens to each.
 //!
-//! # Jobs by the clock
+//! # Scheduled jobs
 //!
-//! "Every machine of the fleet runs this at full hours, and one of them should do it" needs a little more than a lock:
+//! "Every machine of the fleet starts this on the hour, and one of them should run it" needs a little more than a lock:
 //! the job may take a second, and the clocks of the machines differ by more. With
 //! [`hold_at_least`](crate::LockRequest::hold_at_least) the key stays taken after the release, so a machine that comes
 //! late finds that it has come too late. `recipes/once_per_period.rs` is such a job.
 //!
-//! Against a job that hangs, and would keep its lock for ever, there is
-//! [`hold_at_most`](crate::LockRequest::hold_at_most).
+//! For a job that might hang and keep its lock for ever, set [`hold_at_most`](crate::LockRequest::hold_at_most).
 //!
 //! # Errors, and what to do about them
 //!
 //! | error | what it means | what to do |
 //! | --- | --- | --- |
 //! | [`NotObtained`](crate::Error::NotObtained) | another has the lock | what your job does then: skip, or come back |
-//! | [`Redis`](crate::Error::Redis), [`Quorum`](crate::Error::Quorum) | nobody knows whether the request was run | nothing: what it may have left is cleaned up. Try again while [`is_transient`](crate::Error::is_transient) |
+//! | [`Redis`](crate::Error::Redis), [`Quorum`](crate::Error::Quorum) | the server refused, failed or could not be reached; the request may have run | leave the clean-up to the locker; retry if [`is_transient`](crate::Error::is_transient) |
 //! | [`Lost`](crate::Error::Lost) | the work was stopped, as the lock had ended | what you do when work fails half-way |
 //! | [`NotHeld`](crate::Error::NotHeld) | the lock had ended before the call | the same |
 //! | [`ValidityExpired`](crate::Error::ValidityExpired) | the server replied so late that the lock was of no use | a longer ttl, or a closer server |
 //! | [`Closed`](crate::Error::Closed) | the program is ending | end |
 //!
-//! An error is never the answer "somebody else has it": that is `NotObtained`, whose reason is a reply of the server.
+//! Only `NotObtained` means that somebody else has the lock, and it always rests on a reply of the server.
 //!
 //! # The end of a program
 //!

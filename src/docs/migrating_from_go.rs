@@ -1,8 +1,8 @@
 //! A guide for users of the Go libraries that tenure learned from: their first example, and the same in tenure.
 //!
 //! Only differences in kind are explained. What all of them leave to the caller, tenure does by itself: it renews the
-//! lock in the background, tells the work of a loss, releases a lock that is forgotten about, and distinguishes a
-//! server that can't be reached from one that refuses.
+//! lock in the background, stops the work on a loss, releases a lock that the caller forgot, and distinguishes a server
+//! that can't be reached from one that refuses.
 //!
 //! # bsm/redislock
 //!
@@ -45,7 +45,7 @@
 //! | --- | --- |
 //! | `RetryStrategy` | [`Retry`] |
 //! | `LinearBackoff`, `ExponentialBackoff` | `linear`, `exponential`, or any iterator |
-//! | `LimitRetry`, `NoRetry` | `limit`, `none` |
+//! | `LimitRetry`, `NoRetry` | `max_retries`, `none` |
 //! | the context's deadline | [`wait_at_most`] |
 //! | `Options.Token`, `Options.Metadata` | [`token`], [`metadata`] |
 //! | `ObtainMulti` | [`obtain_all`] |
@@ -187,8 +187,8 @@
 //! # trviph/redlock, on several servers
 //!
 //! ```text
-//! dl := redlock.NewDistributedLock([]*redlock.Lock{redlock.NewLock(redis1), redlock.NewLock(redis2),
-//! redlock.NewLock(redis3)},
+//! dl := redlock.NewDistributedLock(
+//!     []*redlock.Lock{redlock.NewLock(redis1), redlock.NewLock(redis2), redlock.NewLock(redis3)},
 //!     redlock.WithClockDriftFactor(0.01), redlock.WithClockDriftBuffer(2*time.Millisecond),
 //!     redlock.WithReleaseTimeout(5*time.Second))
 //! fencing, err := dl.Acquire(ctx, "my-resource", 30*time.Second)
@@ -232,8 +232,9 @@
 //! # amyangfei/redlock-go
 //!
 //! ```text
-//! lockMgr, err := redlock.NewRedLock(ctx, []string{"tcp://127.0.0.1:6379", "tcp://127.0.0.1:6380",
-//! "tcp://127.0.0.1:6381"}) expiry, err := lockMgr.Lock(ctx, "resource_name", 200*time.Millisecond)
+//! lockMgr, err := redlock.NewRedLock(ctx,
+//!     []string{"tcp://127.0.0.1:6379", "tcp://127.0.0.1:6380", "tcp://127.0.0.1:6381"})
+//! expiry, err := lockMgr.Lock(ctx, "resource_name", 200*time.Millisecond)
 //! err = lockMgr.UnLock(ctx, "resource_name")
 //! ```
 //!

@@ -34,7 +34,7 @@
 //! - A guard that is dropped, by an early return, a panic or a cancelled future, releases its lock. There, the key
 //!   stays until the ttl ends.
 //! - The ttl is how long others wait when this machine dies. It need not be as long as the work.
-//! - [`release`](crate::LockGuard::release) returns whether the lock was still held.
+//! - [`release`](crate::LockGuard::release) fails with [`NotHeld`](crate::Error::NotHeld) if the lock was lost before.
 //! - Waiters are notified of a release and served in turn. There, they ask again after up to 200 ms, and whoever asks
 //!   first gets the lock.
 //!

@@ -10,10 +10,11 @@
 //!   than your longest ttl.
 //! - **It has replicas for a reason.** Replication is asynchronous: a failover forgets what the new primary hadn't
 //!   received. With [`min_replicas`](crate::LockerBuilder::min_replicas), a lock counts when that many replicas have
-//!   it. In front of one replica, use 1. In front of more, no number makes a failover safe, as another may be promoted.
-//! - **Or it is one of several.** [`Locker::quorum`](crate::Locker::quorum) needs 3 or 5 servers that share no power
-//!   line, and no replicas of them. Restart them one by one, and leave a
-//!   [restart window](crate::LockerBuilder::restart_window) (60 s) between two.
+//!   it. A failover is safe only if that is the number of all replicas, and then nothing can be locked while one of
+//!   them is away. With a smaller number, a replica that lacks the lock may be promoted.
+//! - **Or it is one of several.** [`Locker::quorum`](crate::Locker::quorum) needs 3 or 5 servers with separate power
+//!   and no replicas. Restart them one by one, and leave a [restart window](crate::LockerBuilder::restart_window)
+//!   (60 s) between two.
 //! - **Its clock is steady.** It need not be right, but a step forwards ends locks early, and a step backwards makes
 //!   them last. NTP should slew it, not set it.
 //! - **It isn't busy with others.** A script of another client that runs for seconds, `KEYS`, or a fork of a large
@@ -41,8 +42,8 @@
 //! - **It notices a loss.** Every piece of work under a lock is in [`protect`](crate::LockGuard::protect), watches
 //!   [`lost`](crate::LockGuard::lost) or a [token](crate::LockGuard::cancellation_token), or calls
 //!   [`check`](crate::LockGuard::check) between its steps. How long does it take at most from one such point to the
-//!   next? The deadline lies before the end of the ttl by 1 % of it and 2 ms, so a step that takes longer than that may
-//!   still run when another has the lock.
+//!   next? The deadline lies 1 % of the ttl and 2 ms before the ttl ends, so a step between two such points that takes
+//!   longer than that may still run when another has the lock.
 //! - **What must never happen twice is fenced.** The store refuses a write with a smaller
 //!   [fencing token](crate::LockGuard::fencing_token) than one that it has seen.
 //! - **It has a limit**, if it can hang: [`hold_at_most`](crate::LockRequest::hold_at_most).
@@ -58,11 +59,12 @@
 //!
 //! # Watching
 //!
-//! - **Losses are an alert.** The event `tenure.lost` (level warn) has the key, and the reason why renewals failed. The
+//! - **Alert on losses.** The event `tenure.lost` (level warn) has the key, and the reason why renewals failed. The
 //!   module `metrics` has three alerts worth having (feature `metrics`).
-//! - **A restart of the server is drilled**, once, under load: what do your jobs do?
+//! - **Rehearse a restart of the server** once, under load: what do your jobs do?
 //!
 //! # What it needs
 //!
-//! Redis 6.2 or later, or Valkey; standalone, under Sentinels, as a cluster, or as a quorum. Hosted offers work if they
-//! run Lua scripts. A proxy that spreads keys over servers works if it keeps keys with the same hash tag together.
+//! Redis 6.2 or later, or Valkey; standalone, under Sentinels, as a cluster, or as a quorum. Hosted services work if
+//! they allow Lua scripts. A proxy that spreads keys over servers works if it keeps keys with the same hash tag
+//! together.

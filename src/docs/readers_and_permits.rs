@@ -19,19 +19,19 @@
 //! # }
 //! ```
 //!
-//! The writer is whoever holds the [`lock`]. It excludes readers, and is excluded by them, as by any holder: also by those
-//! of other libraries that set the same key.
+//! The writer is whoever holds the [`lock`]. It excludes readers, and is excluded by them, as by any holder: also by
+//! those of other libraries that set the same key.
 //!
-//! - **Writers come first.** While a `lock` of the key waits, readers that come later wait behind it, however many there
-//!   are. If that waiter dies, they go on after at most two seconds. All wait in one line, so readers get their turns
-//!   among writers, those that have waited together at once; [`try_read`](crate::Locker::try_read) is refused for as long
-//!   as anybody waits. A quorum has no line: there, writers without end starve readers.
+//! - **Writers come first.** While a `lock` of the key waits, readers that come later wait behind it, however many
+//!   there are. If that waiter dies, they go on after at most two seconds. All wait in one line, so readers get their
+//!   turns among writers, those that have waited together at once; [`try_read`](crate::Locker::try_read) is refused for
+//!   as long as anybody waits. A quorum has no line: there, writers without end starve readers.
 //! - **Each reader has its own ttl.** A reader that dies holds writers up until its own ttl ends, whatever the others
 //!   renew, and no reader's ttl shortens or prolongs another's.
 //! - **A reader is a guard like any other**: renewed, lost, released when dropped, with a fencing token that is greater
 //!   than those before.
-//! - **No upgrade.** Two readers that both waited to become the writer would wait for each other. Release, [`lock`], and
-//!   read again: another writer may have come first.
+//! - **No upgrade.** Two readers that both waited to become the writer would wait for each other. Release, [`lock`],
+//!   and read again: another writer may have come first.
 //!
 //! # Permits
 //!
@@ -47,8 +47,8 @@
 //! ```
 //!
 //! - **The permit of a holder that dies comes back** when its ttl ends. Nothing has to be set up, reset or cleaned up.
-//! - **The caller brings the limit.** Nothing is stored but the holders. A smaller limit than the number of holders admits
-//!   nobody until enough have gone; callers with different limits each keep to their own.
+//! - **The caller brings the limit.** Nothing is stored but the holders. A smaller limit than the number of holders
+//!   admits nobody until enough have gone; callers with different limits each keep to their own.
 //! - **A token counts once**, however many guards it has.
 //! - Those who hold a permit exclude the [`lock`] and readers of the same key.
 //!
@@ -86,8 +86,8 @@
 //! # Quorum
 //!
 //! Readers and writers work on a [`quorum`](crate::Locker::quorum), since any two majorities share a node. Permits
-//! don't, and are [`Error::Unsupported`](crate::Error::Unsupported): each of two majorities can count fewer holders than
-//! there are.
+//! don't, and are [`Error::Unsupported`](crate::Error::Unsupported): each of two majorities can count fewer holders
+//! than there are.
 //!
 //! [`downgrade`]: crate::LockGuard::downgrade
 //! [`fair`]: crate::LockRequest::fair

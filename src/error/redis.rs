@@ -32,7 +32,7 @@ pub struct RedisError {
     source: Option<Arc<dyn Error + Send + Sync>>,
 }
 
-/// What kind of failure a [`RedisError`] is.
+/// What kind of failure a [`RedisError`] is. See there for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RedisErrorKind {
@@ -108,12 +108,13 @@ impl RedisError {
         Self { source: Some(Arc::new(source)), ..self }
     }
 
-    /// Returns the kind of the failure.
+    /// Returns the kind of the failure. See [`RedisError`] for an example.
     pub fn kind(&self) -> RedisErrorKind {
         self.kind
     }
 
-    /// Returns the code of the server's refusal, such as `WRONGTYPE`, `NOPERM`, `READONLY` or `OOM`.
+    /// Returns the code of the server's refusal, such as `WRONGTYPE`, `NOPERM`, `READONLY` or `OOM`. See [`RedisError`]
+    /// for an example.
     pub fn code(&self) -> Option<&str> {
         let word = self.text.split_ascii_whitespace().next()?;
         let is_code = word.len() > 1 && word.bytes().all(|b| b.is_ascii_uppercase());

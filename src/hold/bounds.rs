@@ -33,7 +33,7 @@ impl Bounds {
     }
 
     /// Returns the ttl of the request for a lock that would have this one, in whole milliseconds as that one. The key
-    /// has to live for the least time in any case.
+    /// has to live for the minimum in any case.
     pub(crate) fn cut(self, ttl: Duration) -> Duration {
         self.at_most.map_or(ttl, |limit| ttl.min(whole_millis(limit.max(self.at_least))))
     }

@@ -83,7 +83,7 @@ impl Shared {
         let until = Instant::now() + ttl;
         // Until then the server may still run the claim itself. So the lock is given back once more after that, also if
         // it was not ours: its token may obtain it meanwhile, and the claim would join that grant.
-        let claim_expires = Instant::now() + self.patience();
+        let claim_expires = Instant::now() + self.may_run_for();
         let mut failures = 0;
         loop {
             let timeout = timing::call_timeout(self.command_timeout, Instant::now(), until);

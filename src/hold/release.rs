@@ -36,8 +36,8 @@ impl Shared {
             Some(_) => None,
         };
         if let Some(hand_over) = next {
-            let patience = self.command_timeout.min(until.saturating_duration_since(Instant::now()));
-            handed_over = Some(self.hand_over(owned, ending, hand_over, patience).await);
+            let timeout = self.command_timeout.min(until.saturating_duration_since(Instant::now()));
+            handed_over = Some(self.hand_over(owned, ending, hand_over, timeout).await);
         }
         if let Some(Ok(Some(released))) = handed_over {
             return Ok(released);

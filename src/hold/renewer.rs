@@ -193,7 +193,7 @@ impl Renewer {
             if Instant::now() >= hold.deadline() {
                 continue;
             }
-            let renewing = hold.renewing(None, self.shared.patience());
+            let renewing = hold.renewing(None, self.shared.may_run_for());
             let renewal = select! {
                 // In this order: a release is not held up by a renewal. The renewal is given up; if the server runs it
                 // all the same, it finds the lock released, or extends it once more.

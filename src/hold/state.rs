@@ -55,8 +55,8 @@ pub(super) struct State {
 #[derive(Clone, Copy)]
 pub(super) struct Limit {
     pub(super) of_hold: Instant,
-    /// Until when the server may be asked to keep the key: as long as the lock may be held, or has to stay taken. In the
-    /// latter case the release at the limit has time to arrive.
+    /// Until when the server may be asked to keep the key: as long as the lock may be held, or has to stay taken. In
+    /// the latter case the release at the limit has time to arrive.
     pub(super) of_key: Instant,
 }
 

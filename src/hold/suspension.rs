@@ -1,8 +1,8 @@
 //! The time for which this machine was suspended. The server's clock goes on meanwhile, but [`Instant`] stands still.
 //!
-//! Linux has a clock that counts this time, `CLOCK_BOOTTIME`. Where it has moved away from `CLOCK_MONOTONIC`, the machine
-//! was suspended since both were read last. Nothing tells when, so whatever was before the reading that found it is taken
-//! to have been before the suspension: a deadline may come too early by that, and never too late.
+//! Linux has a clock that counts this time, `CLOCK_BOOTTIME`. Where it has moved away from `CLOCK_MONOTONIC`, the
+//! machine was suspended since both were read last. Nothing tells when, so whatever was before the reading that found
+//! it is taken to have been before the suspension: a deadline may come too early by that, and never too late.
 //!
 //! Elsewhere no suspension is found. On Windows, [`Instant`] counts the time by itself.
 
@@ -124,8 +124,8 @@ mod real {
         }
     }
 
-    /// Returns by how much the clock that counts suspensions is ahead of the other. Read in this order, it is never more
-    /// than that.
+    /// Returns by how much the clock that counts suspensions is ahead of the other. Read in this order, it is never
+    /// more than that.
     #[cfg(any(target_os = "android", target_os = "linux"))]
     pub(super) fn lead() -> Duration {
         use nix::time::{ClockId, clock_gettime};

@@ -46,7 +46,7 @@ impl Drift {
         ttl.saturating_sub(self.of(ttl))
     }
 
-    /// Returns until when the lock is certainly held if a request with this ttl, sent at `sent`, succeeds.
+    /// Returns until when the lock is held if a request with this ttl, sent at `sent`, succeeds.
     ///
     /// The deadline counts from before the request was sent: the server's own count can't have started earlier. Counted
     /// from the reply, the deadline would be too late by the time that the reply took.

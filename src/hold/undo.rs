@@ -50,7 +50,7 @@ impl Shared {
         };
         warn!(
             name: "tenure.undo_failed", key = %owned.key(), %error,
-            "could not undo an attempt of unknown outcome; its ttl will"
+            "could not undo an attempt of unknown outcome; its ttl will free the lock"
         );
     }
 }

@@ -138,8 +138,8 @@ impl LockerBuilder {
     ///
     /// ```
     /// # use std::time::Duration;
-    /// let locker =
-    /// tenure::Locker::builder().retry(tenure::Retry::linear(Duration::from_millis(100)).max_retries(9)).in_memory();
+    /// let retry = tenure::Retry::linear(Duration::from_millis(100)).max_retries(9);
+    /// let locker = tenure::Locker::builder().retry(retry).in_memory();
     /// ```
     pub fn retry(mut self, retry: Retry) -> Self {
         self.settings.retry = Some(retry);
@@ -211,18 +211,18 @@ impl LockerBuilder {
         self
     }
 
-    /// Whether a lock that is released while other tasks of this locker wait for it may be handed over to the next of
-    /// them without asking the server. Default: true.
+    /// Sets whether a released lock that other tasks of this locker wait for may go to the next of them without asking
+    /// the server. Default: true.
     ///
-    /// The successor gets the lock as it is at the server: under the token of the holder before, with its deadline, and
-    /// with a fencing token of its own. The lock goes through the server again after 16 turns in a row or 100 ms, so
-    /// other processes wait for it no longer than without this ([turns](Locker::lock)).
+    /// The successor gets the lock as the server has it, under the previous holder's token and deadline, but with a
+    /// fencing token of its own. The lock goes through the server again after 16 turns in a row or 100 ms, so other
+    /// processes wait for it no longer than without this ([turns](Locker::lock)).
     ///
     /// Locks are handed over like this only between plain requests: [`lock`](Locker::lock) for one key, with the same
     /// ttl, without [metadata](crate::LockRequest::metadata), a [token](crate::LockRequest::token) of their own or
-    /// [`fair`](crate::LockRequest::fair). The successor must renew its lock, and the holder before must not have read
-    /// its [token](crate::LockGuard::token) nor given the guard to a [`WatchDog`](crate::WatchDog). At least half of
-    /// the ttl must be left. On a quorum, and with [`min_replicas`](Self::min_replicas), every lock goes through the
+    /// [`fair`](crate::LockRequest::fair). The successor must renew its lock, and the previous holder must not have
+    /// read its [token](crate::LockGuard::token) nor given the guard to a [`WatchDog`](crate::WatchDog). At least half
+    /// of the ttl must be left. On a quorum, and with [`min_replicas`](Self::min_replicas), every lock goes through the
     /// servers.
     ///
     /// The price: not every [`release`](crate::LockGuard::release) asks the server, so a lock that it has lost
@@ -238,8 +238,8 @@ impl LockerBuilder {
         self
     }
 
-    /// Adds a label `lock` to the [metrics](crate::metrics) of this locker's requests, locks and renewals, with what the
-    /// function returns for the key (for several keys, for the first). Default: no such label.
+    /// Adds a label `lock` to the [metrics](crate::metrics) of this locker's requests, locks and renewals, with what
+    /// the function returns for the key (for several keys, for the first). Default: no such label.
     ///
     /// Return few different labels, such as the kind of a key: a recorder keeps what it measures for each of them, for
     /// as long as the program runs. The function is called with each request, so it should be fast.
@@ -339,17 +339,17 @@ impl LockerBuilder {
         self
     }
 
-    /// Sets how long the server remembers the last fencing token of a key after that was last obtained: from 60 s to 365
+    /// Sets how long the server remembers the last fencing token of a key after the key was last locked, at most 365
     /// days. Default: 24 h.
     ///
-    /// Each key that was locked with a fencing token leaves a key beside it, `{key}:fence`, for that time. On Redis 7.0 it
-    /// takes 133 bytes (of 100,000 locked keys of 15 bytes), so that a million different keys a day take 133 MB by
-    /// default, and 6 MB with an hour.
+    /// For that time, each key that was locked with a fencing token leaves a key beside it, `{key}:fence`. On Redis 7.0
+    /// it takes 133 bytes (measured with 100,000 keys of 15 bytes): a million different keys a day take 133 MB by
+    /// default, and 6 MB with one hour.
     ///
-    /// Fencing tokens are times of the server's clock, and greater than the last one that the server remembers. So they
-    /// grow even if nothing is remembered, unless the clock was set back, or a replica takes over whose clock is behind.
-    /// Set more than that can be. A shorter time than 60 s counts as 60 s, and for each lock than twice its
-    /// [ttl](crate::LockRequest::ttl), or twice the [restart window](Self::restart_window) on a quorum, as those.
+    /// A fencing token is the server's time, or one more than the last token if that is greater. So tokens grow even if
+    /// nothing is remembered, unless the clock was set back, or a replica whose clock is behind took over. Choose a
+    /// time longer than either difference. The server remembers a token for at least 60 s, for twice the lock's
+    /// [ttl](crate::LockRequest::ttl), and on a quorum for twice the [restart window](Self::restart_window).
     ///
     /// The embedded store ignores it: it has one counter for all keys.
     ///
@@ -365,9 +365,9 @@ impl LockerBuilder {
     /// Sets how long [`connect`](Self::connect) and [`quorum`](Self::quorum) go on trying while the server can't be
     /// reached, is loading, or the like. Default: no time, so that one failure is final.
     ///
-    /// For a program that may start before its server does. They try again after pauses of 50 ms to 1 s. What waiting
-    /// doesn't help against is reported at once: a malformed URL, a wrong password, a certificate that isn't accepted.
-    /// When the time is over, they return the last error; so that may take up to this and twice the [command
+    /// For a program that may start before its server does. They try again after pauses of 50 ms to 1 s. Errors that
+    /// waiting can't fix are returned at once: a malformed URL, a wrong password, a certificate that isn't accepted.
+    /// When the time is up, they return the last error. In all, that takes at most this time plus twice the [command
     /// timeout](Self::command_timeout).
     ///
     /// ```no_run
@@ -404,12 +404,12 @@ impl LockerBuilder {
         Shared::check_runtime()?;
         let isolated = self.isolated.then(Isolated::start).transpose()?;
         let (url, prefix, timeout) = (url.to_owned(), self.prefix.clone(), self.connection_timeout());
-        let (driver, replicas, patience) = (self.driver, self.min_replicas, self.wait_for_server);
+        let (driver, replicas, wait_for_server) = (self.driver, self.min_replicas, self.wait_for_server);
         let connect = move || {
             let (url, prefix) = (url.clone(), prefix.clone());
             async move { RedisStore::connect(driver, &url, prefix, timeout, replicas).await }
         };
-        let connecting = patiently(patience, connect);
+        let connecting = patiently(wait_for_server, connect);
         let store = match &isolated {
             Some(isolated) => isolated.handle().spawn(connecting).await.unwrap_or(Err(Error::NoRuntime))?,
             None => connecting.await?,
@@ -423,8 +423,8 @@ impl LockerBuilder {
     ///
     /// For a program that has to start, and serve what needs no lock, while the server is away. Until there is a
     /// connection, each operation waits for it, up to the [command timeout](Self::command_timeout), and then fails with
-    /// the reason why there is none; [`lock`](Locker::lock) waits on. A wrong password is no error here, but of each
-    /// operation.
+    /// the reason why there is none; [`lock`](Locker::lock) waits on. A wrong password fails each operation rather than
+    /// this call.
     ///
     /// # Errors
     ///
@@ -496,12 +496,12 @@ impl LockerBuilder {
         let isolated = self.isolated.then(Isolated::start).transpose()?;
         let (prefix, timeout) = (self.prefix.clone(), self.connection_timeout());
         let (driver, never_forget, fence_ttl) = (self.driver, self.restart_window.is_zero(), self.fence_ttl);
-        let patience = self.wait_for_server;
+        let wait_for_server = self.wait_for_server;
         let connect = move || {
             let (urls, prefix) = (urls.clone(), prefix.clone());
             async move { quorum::connect(driver, &urls, &prefix, timeout, never_forget, fence_ttl).await }
         };
-        let connecting = patiently(patience, connect);
+        let connecting = patiently(wait_for_server, connect);
         let nodes = match &isolated {
             Some(isolated) => isolated.handle().spawn(connecting).await.unwrap_or(Err(Error::NoRuntime))?,
             None => connecting.await?,

@@ -26,7 +26,7 @@ use crate::store::{LinePlace, Wanted};
 use crate::sync::{Mutex, MutexGuard};
 
 /// How long closing leaves a cleanup to the code that registered it.
-const PATIENCE: Duration = Duration::from_millis(250);
+const GRACE_FOR_OWNER: Duration = Duration::from_millis(250);
 
 /// A cleanup to do.
 #[derive(Clone)]
@@ -92,9 +92,9 @@ impl Cleanups {
 
     /// Removes and returns the cleanups that were not done in time. The code that registered one learns of it through
     /// [`PendingCleanup::is_taken_over`].
-    fn take_over(&self, now: Instant) -> Vec<(Cleanup, TaskTrackerToken)> {
+    fn take_overdue(&self, now: Instant) -> Vec<(Cleanup, TaskTrackerToken)> {
         let mut entries = lock(&self.entries);
-        let is_late = |entry: &Entry| now.saturating_duration_since(entry.since) >= PATIENCE;
+        let is_late = |entry: &Entry| now.saturating_duration_since(entry.since) >= GRACE_FOR_OWNER;
         let late: Vec<usize> = entries.slots.iter().filter(|(_, entry)| is_late(entry)).map(|(slot, _)| slot).collect();
         let taken = late.into_iter().filter_map(|slot| entries.slots.try_remove(slot));
         taken.map(|entry| (entry.work, entry.token)).collect()
@@ -148,10 +148,10 @@ impl Shared {
                 // Nothing is taken over once all is done.
                 biased;
                 () = self.releases.wait() => return,
-                () = sleep(PATIENCE) => {}
+                () = sleep(GRACE_FOR_OWNER) => {}
             }
-            for (work, token) in self.cleanups.take_over(Instant::now()) {
-                debug!(name: "tenure.taken_over", "done while closing, as nobody else does");
+            for (work, token) in self.cleanups.take_overdue(Instant::now()) {
+                debug!(name: "tenure.cleanup_adopted", "close() does a cleanup that its own task left undone");
                 let shared = self.clone();
                 // Closing waits for its token, here or in another call.
                 tokio::spawn(async move {
@@ -172,7 +172,7 @@ impl Shared {
             // Closing doesn't wait for the rest: the places of a process end with it.
             drop(pending);
             if again {
-                sleep(shared.patience()).await;
+                sleep(shared.may_run_for()).await;
                 shared.perform(work).await;
             }
         });
@@ -187,7 +187,7 @@ impl Shared {
             Cleanup::GiveBack { owned, earlier, ttl } => self.return_claim(&owned, earlier, ttl).await,
             Cleanup::Leave(key, place) => {
                 if let Err(error) = self.store.leave(&key, place, self.command_timeout).await {
-                    debug!(name: "tenure.leave_failed", %key, %error, "the place in the line ends by its time");
+                    debug!(name: "tenure.leave_failed", %key, %error, "could not leave the line; the place expires");
                 }
             }
         }

@@ -69,7 +69,7 @@ impl Shared {
 
     /// Returns how long after sending a request the server may still run it: the timeout of its call, and as much again
     /// for the drift of the server's clock since its last reply.
-    pub(crate) fn patience(&self) -> Duration {
+    pub(crate) fn may_run_for(&self) -> Duration {
         self.command_timeout.saturating_mul(2)
     }
 }

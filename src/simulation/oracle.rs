@@ -2,17 +2,17 @@
 //!
 //! At every event (a call is run at the server, a lock is obtained, an actor has done something):
 //!
-//! 1. Two guards of one key are not both held, unless a user has given them the same token, or both are readers, or both
-//!    have a permit. Never more tokens have a permit than the limit allows.
+//! 1. Two guards of one key are not both held, unless a user has given them the same token, or both are readers, or
+//!    both have a permit. Never more tokens have a permit than the limit allows.
 //! 2. A guard that is held has its keys at the server until its deadline. The exception is a guard whose lock was ended
 //!    on purpose: by an explicit release with the same token, or by deleting the key by hand. It learns of that later.
 //! 3. Fencing tokens grow in the order of grants. A token that shares a key keeps its own.
 //!
 //! Whenever a call fails, and at the end:
 //!
-//! 4. When all delays have passed, only the leases remain that were left on purpose, or that an adoption which failed has
-//!    given the lock back to: no key that would stay for long, no queue, no subscription, no task. When those leases
-//!    have expired, nothing remains at all.
+//! 4. When all delays have passed, only the leases remain that were left on purpose, or that an adoption which failed
+//!    has given the lock back to: no key that would stay for long, no queue, no subscription, no task. When those
+//!    leases have expired, nothing remains at all.
 //! 5. `NotObtained` is returned only if another held the lock at some time during the call.
 //! 6. Every call ends in time.
 //! 7. No lock is idle for long while somebody waits for it, whoever isn't polled.
@@ -20,7 +20,7 @@
 //! Of locks with bounds:
 //!
 //! 8. No guard is held beyond its limit, and none of its renewals asks for more than what is left until then.
-//! 9. After a release, a drop, or the end at its limit, the keys of a guard stay taken until its least time is over: no
+//! 9. After a release, a drop, or the end at its limit, the keys of a guard stay taken until its minimum is over: no
 //!    call frees them, none hands them over, and nobody in the process gets them. Not promised where somebody else has
 //!    ended the lock on purpose, or a lease was made of it.
 

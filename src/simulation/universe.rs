@@ -242,9 +242,9 @@ async fn end(world: &World, processes: Vec<Arc<Process>>) {
 /// Violations that the histories have found and that are not fixed yet.
 const OPEN: [&str; 1] = [
     // A dead grant can't be told from a live one if the live one has the lock by its request's own token, and another
-    // grant of that token had a longer ttl: renewals of most locks should not pay for a record of their ttl.
-    // One that is written only once another grant has joined would not do. What the live one asks for later, or is on its
-    // way, may be longer than that record, and the end of the other grant would then cut the key off under a guard.
+    // grant of that token had a longer ttl: renewals of most locks should not pay for a record of their ttl. One that
+    // is written only once another grant has joined would not do. What the live one asks for later, or is on its way,
+    // may be longer than that record, and the end of the other grant would then cut the key off under a guard.
     "a key is left behind: of one request's own token that was granted it again",
 ];
 

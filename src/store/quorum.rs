@@ -39,19 +39,19 @@
 //!
 //! # Readers
 //!
-//! A reader's share of a key is obtained by the votes of a majority, with a number of its own, as a lock is. A node that
-//! has granted one has the key taken for everybody but other readers, for as long as one of their shares lasts. So a
-//! reader and a writer, whose majorities share a node, never hold the key together. All that follows holds for shares,
-//! too: a node counts for a reader if it has that reader's own share, whatever others it has. So each renewal renews
-//! that share, or finds it missing and has it brought back, beside others or where the key is free; and each release,
-//! on every node, ends it alone.
+//! A reader's share of a key is obtained by the votes of a majority, with a number of its own, as a lock is. A node
+//! that has granted one has the key taken for everybody but other readers, for as long as one of their shares lasts. So
+//! a reader and a writer, whose majorities share a node, never hold the key together. All that follows holds for
+//! shares, too: a node counts for a reader if it has that reader's own share, whatever others it has. So each renewal
+//! renews that share, or finds it missing and has it brought back, beside others or where the key is free; and each
+//! release, on every node, ends it alone.
 //!
 //! A node that has granted a number grants only greater ones, also to other readers. So numbers prove the order of
-//! readers as well, and readers that ask at once may outbid each other. Numbers are made by what the clients know of the
-//! nodes' clocks, so they grow about as the requests are sent, and a reader that was outbid waits for a moment before its
-//! next ballot. 16 readers whose requests overtake each other at random need two to three ballots each on average, and
-//! the unlucky ones several more: `cargo test --lib readers_that_ask_at_once -- --nocapture` counts them, and fails from
-//! four on average. Readers that ask one after the other need one ballot each.
+//! readers as well, and readers that ask at once may outbid each other. Numbers are made by what the clients know of
+//! the nodes' clocks, so they grow about as the requests are sent, and a reader that was outbid waits for a moment
+//! before its next ballot. 16 readers whose requests overtake each other at random need two to three ballots each on
+//! average, and the unlucky ones several more: `cargo test --lib readers_that_ask_at_once -- --nocapture` counts them,
+//! and fails from four on average. Readers that ask one after the other need one ballot each.
 //!
 //! Writers come first, if they wait ([`announcements`]). A lock becomes a reader's share on each node by itself
 //! ([`downgrade`]). There are no permits: two majorities have only one node in common for sure, which knows that both
@@ -222,7 +222,8 @@ impl QuorumStore {
     }
 
     /// Ends the lock of a key on all nodes, whoever holds it. Once a majority has ended it, no renewal of its holder is
-    /// confirmed, so none restores it on the other nodes either. These end it when they get their call, or with its ttl.
+    /// confirmed, so none restores it on the other nodes either. These end it when they get their call, or with its
+    /// ttl.
     async fn force_release(&self, key: &Key, timeout: Duration) -> Result<bool, Error> {
         let (quorum, timeout) = (&self.quorum, first(timeout));
         let started = Instant::now();

@@ -75,11 +75,11 @@ pub(crate) struct RedisStore {
 
 /// How long the last fencing token of a key is remembered unless that is set.
 ///
-/// Should the server forget it after that, its clock takes over. It has passed the token by then, unless it was set back
-/// by more than this since the token was granted; or another server takes over whose clock is that much behind.
+/// Should the server forget it after that, its clock takes over. It has passed the token by then, unless it was set
+/// back by more than this since the token was granted; or another server takes over whose clock is that much behind.
 pub(crate) const FENCE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
-/// The shortest time for which it may be set to be remembered: more than servers' clocks are corrected by, and more than
-/// those of a primary and its replicas differ by.
+/// The shortest time for which it may be set to be remembered: more than servers' clocks are corrected by, and more
+/// than those of a primary and its replicas differ by.
 pub(crate) const SHORTEST_FENCE_TTL: Duration = Duration::from_secs(60);
 
 impl RedisStore {

@@ -45,7 +45,7 @@ pub enum WatchEvent {
         key: Key,
         /// How many renewals this event stands for: those made while the callback was busy are reported as one.
         count: u64,
-        /// Until when the lock is surely held, as of the latest of them.
+        /// Until when the lock is held, as of the latest of them.
         deadline: Instant,
     },
 
@@ -57,7 +57,7 @@ pub enum WatchEvent {
         count: u64,
         /// Why the latest of them failed.
         error: Arc<Error>,
-        /// How long the lock is surely held, counted from the latest failure.
+        /// How long the lock is still held, counted from the latest failure.
         remaining: Duration,
     },
 

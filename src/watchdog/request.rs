@@ -24,8 +24,8 @@ use crate::{Error, Lease};
 /// - [`Error::Redis`]: the server refused, or could not be reached.
 /// - [`Error::ValidityExpired`]: the reply came so late that too little of the ttl was left.
 /// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`]: the lease is invalid; nothing was sent.
-/// - [`Error::Unsupported`]: it is the lease of a [permit](crate::Locker::permit), and is to be obtained when one is free;
-///   nothing was sent.
+/// - [`Error::Unsupported`]: it is the lease of a [permit](crate::Locker::permit), and is to be obtained when one is
+///   free; nothing was sent.
 /// - [`Error::CrossSlot`]: its keys are in different slots of a cluster.
 /// - [`Error::ShutDown`]: the watchdog was shut down. [`Error::Closed`]: the locker was closed.
 ///

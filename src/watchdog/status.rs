@@ -28,9 +28,9 @@ use crate::Error;
 pub struct WatchStatus {
     /// Whether the lock is held now.
     pub held: bool,
-    /// Until when it is surely held if no further renewal succeeds. `None` while it is waited for or released.
+    /// Until when it is held if no further renewal succeeds. `None` while it is waited for or released.
     pub deadline: Option<Instant>,
-    /// How many renewals have succeeded since the lock is watched.
+    /// How many renewals have succeeded since the watchdog began to watch the lock.
     pub renewals: u64,
     /// Why the latest renewal failed; `None` if it succeeded.
     pub last_error: Option<Arc<Error>>,

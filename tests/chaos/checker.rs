@@ -3,31 +3,31 @@
 //! # When a guard is held by its own word
 //!
 //! A guard is held during one interval: it begins before the request returns, and once a guard is not held, it never is
-//! again. So what the guard has said at a few instants bounds that interval. The checker counts only the part of it that
-//! is certain:
+//! again. So what the guard has said at a few instants bounds that interval. The checker counts only the part of it
+//! that is certain:
 //!
 //! - It begins at the instant read *after* the request had returned: from then on the worker could ask.
 //! - It goes on at least until the latest instant that was read *before* a call of `is_held()` that returned true. The
 //!   last such call comes just before the worker ends the guard.
-//! - If the guard ended as `Expired`, and not by a verdict of the server, it goes on until its last deadline: whoever had
-//!   asked before that would have heard that it is held.
+//! - If the guard ended as `Expired`, and not by a verdict of the server, it goes on until its last deadline: whoever
+//!   had asked before that would have heard that it is held.
 //!
-//! So there is **no false alarm**. Wherever a worker is frozen, its calls of `is_held()` lie after the instant read before
-//! them and before the one read after, and events that are written late change no instant. Two certain parts that overlap
-//! have an instant in common at which both guards would have said that they are held.
+//! So there is **no false alarm**. Wherever a worker is frozen, its calls of `is_held()` lie after the instant read
+//! before them and before the one read after, and events that are written late change no instant. Two certain parts
+//! that overlap have an instant in common at which both guards would have said that they are held.
 //!
 //! And **no overlap is hidden**, except for what lies outside the certain parts: at the beginning, the time between the
 //! grant and the return of the request, in which nobody can ask; at the end nothing for a guard that expired, a few
 //! microseconds for one that was released or dropped, and the time between two samples ([`worker`](crate::worker)) for
-//! one that died with its process, or was ended by the server (`Taken`, `Missing`). The last can't happen where no server
-//! forgets, except through somebody's release, so there it is a violation by itself ([`Violation::Verdict`]).
+//! one that died with its process, or was ended by the server (`Taken`, `Missing`). The last can't happen where no
+//! server forgets, except through somebody's release, so there it is a violation by itself ([`Violation::Verdict`]).
 //!
 //! # Fencing tokens
 //!
 //! - Of two grants of a key, of which one had returned before the other was asked for, the later one has the greater
 //!   token, in whatever modes; unless it continues a lease, and has that one's token.
-//! - Of two certain parts of exclusive guards that don't overlap, the later one has the greater token, even if both waited
-//!   at the same time.
+//! - Of two certain parts of exclusive guards that don't overlap, the later one has the greater token, even if both
+//!   waited at the same time.
 //! - No two holders have the same token. Guards of one holder may.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -37,8 +37,8 @@ use crate::history::{Event, GUARDS_PER_WORKER, GuardId, Mode, Nanos};
 /// What the checker has to know about a run.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Run {
-    /// No server loses what it has granted. A guard of a quorum may be ended by the nodes' reply that no majority has it,
-    /// and none can: one node had refused it, and another has forgotten it.
+    /// No server loses what it has granted. A guard of a quorum may be ended by the nodes' reply that no majority has
+    /// it, and none can: one node had refused it, and another has forgotten it.
     pub(crate) nobody_forgets: bool,
     /// When the faults had ended.
     pub(crate) calm: Nanos,
@@ -157,8 +157,8 @@ impl Guard {
     }
 }
 
-/// Checks the events of all workers, each in the order in which it has written them, and the tokens that the register has
-/// accepted for each key, in order.
+/// Checks the events of all workers, each in the order in which it has written them, and the tokens that the register
+/// has accepted for each key, in order.
 pub(crate) fn check(events: impl IntoIterator<Item = Event>, accepted: &[(String, u64)], run: &Run) -> Report {
     let mut report = Report::default();
     let guards = collect(events, &mut report);

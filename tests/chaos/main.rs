@@ -1,5 +1,5 @@
-//! Chaos: worker processes contend for locks while servers, connections and workers fail at random, and a checker decides
-//! from what they have recorded whether the promises were kept.
+//! Chaos: worker processes contend for locks while servers, connections and workers fail at random, and a checker
+//! decides from what they have recorded whether the promises were kept.
 //!
 //!     cargo test --release --all-features --test chaos -- --topology quorum5 --seed 7 --seconds 60
 //!     cargo test --release --all-features --test chaos -- --topology single --break-assumptions
@@ -102,7 +102,8 @@ impl Options {
         let Self { seed, seconds, break_assumptions, .. } = self;
         let breaks = if *break_assumptions { " --break-assumptions" } else { "" };
         format!(
-            "cargo test --release --all-features --test chaos -- --topology {topology} --seed {seed} --seconds {seconds}{breaks}"
+            "cargo test --release --all-features --test chaos -- --topology {topology} --seed {seed} \
+             --seconds {seconds}{breaks}"
         )
     }
 }
@@ -216,7 +217,8 @@ fn print(report: &Report, faults: &BTreeMap<Fault, u64>, started: Instant) {
     println!("  not granted: {failures:?}");
     println!("  ended: {ends:?}");
     println!(
-        "  register: {accepted} writes, and {refused} refused as stale; longest wait after the faults {} ms; {} s in all",
+        "  register: {accepted} writes, and {refused} refused as stale; longest wait after the faults {} ms; {} s in \
+         all",
         report.longest_wait / 1_000_000,
         started.elapsed().as_secs()
     );

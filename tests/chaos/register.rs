@@ -1,5 +1,5 @@
-//! What the workers share apart from the locks, in the parent process: the fenced register, which a lock protects, and a
-//! letter box for leases that are handed over. It also tells the workers which part of the run this is.
+//! What the workers share apart from the locks, in the parent process: the fenced register, which a lock protects, and
+//! a letter box for leases that are handed over. It also tells the workers which part of the run this is.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

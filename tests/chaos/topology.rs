@@ -163,8 +163,8 @@ impl Topology {
         drop(fs::remove_dir_all(dir.join("appendonlydir")));
     }
 
-    /// Waits until all workers' connections are closed and the servers hold no more than they may keep, and returns what
-    /// is left otherwise. No server may be frozen.
+    /// Waits until all workers' connections are closed and the servers hold no more than they may keep, and returns
+    /// what is left otherwise. No server may be frozen.
     pub(crate) fn left(&self, patience: Duration) -> Vec<String> {
         let end = Instant::now() + patience;
         loop {

@@ -1,7 +1,7 @@
 //! A worker process: tasks that contend for keys in all ways there are, and record what their guards say.
 //!
-//! While a guard is held, it is asked every [`SAMPLE`], right after the grant, and right before it is ended. The checker
-//! says what follows from that.
+//! While a guard is held, it is asked every [`SAMPLE`], right after the grant, and right before it is ended. The
+//! checker says what follows from that.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -446,7 +446,8 @@ impl Worker {
 /// The guards that the watchdog keeps, by key, with the deadlines that were last seen.
 ///
 /// The status and the events of a key are those of whatever guard is watched under it. So a guard is only given to the
-/// watchdog once the end of the last one was reported, and a status is only believed if that has not happened meanwhile.
+/// watchdog once the end of the last one was reported, and a status is only believed if that has not happened
+/// meanwhile.
 #[derive(Default)]
 struct Watched {
     guards: Mutex<HashMap<String, (GuardId, Nanos)>>,

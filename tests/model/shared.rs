@@ -1,8 +1,9 @@
 //! Readers, writers and permits of one key on one server, with the line in which they wait.
 //!
 //! Time passes in ticks, for all alike. A request that was sent may run at any time until the server refuses it as
-//! late, once, several times or never; its reply may be lost. A reply that comes late is one that the client does nothing
-//! about for a while: its deadline counts from when it sent the request. `tests/shared_model.rs` explains the purpose.
+//! late, once, several times or never; its reply may be lost. A reply that comes late is one that the client does
+//! nothing about for a while: its deadline counts from when it sent the request. `tests/shared_model.rs` explains the
+//! purpose.
 
 mod calm;
 mod server;

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use crate::args::RunOptions;
 
-/// The grace time, unless it is set or too long.
+/// The grace period, unless it is set or too long.
 const GRACE: Duration = Duration::from_secs(5);
 /// How long before the deadline the last process is killed, at least and at most: it takes a moment until all are gone,
 /// and longer on a busy machine. In between it is a fiftieth of the ttl, or of the limit if that is less.
@@ -34,7 +34,7 @@ pub(super) struct Plan {
 pub(super) enum Why {
     /// The lock was lost.
     Lost(Loss),
-    /// It could not be renewed, and would be lost before the grace time is over.
+    /// It could not be renewed, and would be lost before the grace period is over.
     NotRenewed,
     LimitReached,
     /// The system doesn't tell what has become of the command.

@@ -27,10 +27,10 @@ use crate::{Error, Loss};
 pub(super) const LOCKS: usize = 1_024;
 
 /// How long a node that is away is tried again.
-pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const RETRY_FOR: Duration = Duration::from_secs(10);
 
 /// How long it is tried again from the moment when the locker is closed, which waits for it.
-const PATIENCE_WHEN_CLOSED: Duration = Duration::from_secs(3);
+const RETRY_FOR_WHEN_CLOSED: Duration = Duration::from_secs(3);
 
 /// How long one try waits for a node's reply.
 const TRY: Duration = Duration::from_secs(1);
@@ -51,7 +51,7 @@ impl Quorum {
         let (node, catching_up, releases) = (member.node.clone(), member.catching_up.clone(), self.releases.clone());
         let task = async move {
             let Undo { owned, latest, ttl } = undo;
-            let until = Instant::now() + ttl.min(PATIENCE);
+            let until = Instant::now() + ttl.min(RETRY_FOR);
             let latest = latest.unwrap_or_default();
             let done = loop {
                 match retry(&catching_up, &releases, until, |timeout| node.undo(&owned, &latest, timeout)).await {
@@ -69,8 +69,8 @@ impl Quorum {
         Some(self.releases.spawn_on(task, &runtime))
     }
 
-    /// Releases on the nodes that failed, or fail later, after a majority has decided on a release. Until `stays_until`,
-    /// a node leaves its keys to nobody.
+    /// Releases on the nodes that failed, or fail later, after a majority has decided on a release. Until
+    /// `stays_until`, a node leaves its keys to nobody.
     ///
     /// By then the same token may hold the lock again, so each of these ends its own grant alone.
     pub(super) fn release_the_rest(
@@ -96,7 +96,7 @@ impl Quorum {
             }
             for member in behind.into_iter().filter_map(|place| quorum.members.get(place)) {
                 let (node, catching_up, owned) = (member.node.clone(), member.catching_up.clone(), owned.clone());
-                let until = Instant::now() + PATIENCE.max(timeout);
+                let until = Instant::now() + RETRY_FOR.max(timeout);
                 let releases = quorum.releases.clone();
                 quorum.releases.spawn(async move {
                     let release = |timeout| end_on(&*node, &owned, Ending::Grant, stays_until, timeout);
@@ -155,7 +155,7 @@ pub(super) async fn retry<'a, T>(
     loop {
         if !is_closed && releases.is_closed() {
             is_closed = true;
-            until = until.min(Instant::now() + PATIENCE_WHEN_CLOSED);
+            until = until.min(Instant::now() + RETRY_FOR_WHEN_CLOSED);
         }
         let within = timing::call_timeout(TRY, Instant::now(), until);
         let error = match timeout(within + GRACE, call(within)).await {

@@ -1,7 +1,7 @@
 //! Turning a lock into a reader's share, on each node by itself.
 //!
-//! Why no writer gets in meanwhile: each node that has the lock turns it into a share in one step, and keeps that for as
-//! long as it would have kept the lock. So whether a node has run this or not, it is no writer's, and the nodes that
+//! Why no writer gets in meanwhile: each node that has the lock turns it into a share in one step, and keeps that for
+//! as long as it would have kept the lock. So whether a node has run this or not, it is no writer's, and the nodes that
 //! confirmed the last renewal are a majority until the deadline, which stays as it is. From then on, only a renewal of
 //! the share moves it, which a majority of shares has to confirm.
 //!
@@ -10,8 +10,8 @@
 //! majority of the nodes, and these refuse.
 //!
 //! What a minority has not run: a node that didn't have the lock gets the share like any other reader's
-//! ([`heal`](super::heal)). One that was away is asked again for a while; until then it keeps the lock as it was, for no
-//! longer than its ttl, and confirms no renewal. The release of a share ends it there as well ([`end_on`]).
+//! ([`heal`](super::heal)). One that was away is asked again for a while; until then it keeps the lock as it was, for
+//! no longer than its ttl, and confirms no renewal. The release of a share ends it there as well ([`end_on`]).
 //!
 //! What is run after the release of the share finds a node's lock gone, or makes a share of what came late, too. That
 //! share is undone: a downgrade is an open round from before it is sent.
@@ -26,7 +26,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep_until};
 
 use super::calls::{Calls, may_run_until};
-use super::catch_up::{PATIENCE, Undo, retry};
+use super::catch_up::{RETRY_FOR, Undo, retry};
 use super::open_rounds::OpenRound;
 use super::tally::{Outcome, Tally};
 use super::{Quorum, first, worse};
@@ -118,7 +118,7 @@ impl Downgrading {
             let downgrading = shared.clone();
             shared.quorum.releases.spawn(async move {
                 let Some(member) = downgrading.quorum.members.get(place) else { return };
-                let (until, releases) = (Instant::now() + PATIENCE, &downgrading.quorum.releases);
+                let (until, releases) = (Instant::now() + RETRY_FOR, &downgrading.quorum.releases);
                 let downgrade = |timeout| member.node.downgrade(&downgrading.owned, timeout);
                 if let Err(error) = retry(&member.catching_up, releases, until, downgrade).await {
                     let key = downgrading.owned.key();
@@ -139,7 +139,7 @@ impl Downgrading {
     async fn undo(&self, place: usize) {
         self.open.release_is_sent().await;
         let owned = Owned { mode: Mode::Read, ..self.owned.clone() };
-        drop(self.quorum.undo(place, Undo { owned, latest: None, ttl: PATIENCE }));
+        drop(self.quorum.undo(place, Undo { owned, latest: None, ttl: RETRY_FOR }));
     }
 }
 

@@ -12,8 +12,8 @@
 //! request that is about to become the holder. If the node has granted it a vote, the key is not free (1). If the node
 //! has forgotten that vote, the request has given up by the time that the node may vote again (3).
 //!
-//! A reader's share is brought back where the key is free, and also where other readers share it: that takes nothing from
-//! them, and the key is no writer's. It doesn't wait for writers that wait, as it is held.
+//! A reader's share is brought back where the key is free, and also where other readers share it: that takes nothing
+//! from them, and the key is no writer's. It doesn't wait for writers that wait, as it is held.
 //!
 //! Why tokens grow: healing writes no number, and each number still needs a majority that granted it. The number that a
 //! node granted last remains the one that a later number must exceed. A node that holds the key by such a vote may

@@ -93,7 +93,7 @@ pub(crate) async fn connect(
                 }
             }
             Err(error) => {
-                warn!(name: "tenure.node_away", node = %address, %error, "not connected; goes on trying");
+                warn!(name: "tenure.node_away", node = %address, %error, "could not connect to the node; still trying");
                 failed.push(NodeError { address: address.clone(), error });
             }
         }

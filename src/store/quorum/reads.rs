@@ -1,11 +1,12 @@
-//! What a majority of the nodes replies about a lock, without a change to it; and what all of them tell about themselves.
+//! What a majority of the nodes replies about a lock, without a change to it; and what all of them tell about
+//! themselves.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::tally::{Kept, Outcome, Patience, Tally};
+use super::tally::{Kept, Outcome, StragglerWait, Tally};
 use super::{QuorumStore, first};
 use crate::hold::Owned;
 use crate::store::Holder;
@@ -74,8 +75,8 @@ impl QuorumStore {
         kept.by_majority().map(Some).ok_or_else(|| tally.into_error())
     }
 
-    /// Returns the holder of the key on a majority; `None` once no one can hold it on a majority. Of several readers, the
-    /// one that stays longest.
+    /// Returns the holder of the key on a majority; `None` once no one can hold it on a majority. Of several readers,
+    /// the one that stays longest.
     pub(super) async fn inspect(&self, key: &Key, timeout: Duration) -> Result<Option<Holder>, Error> {
         let until = Instant::now() + timeout;
         let inspected = self.inspect_one(key, timeout).await;
@@ -148,11 +149,11 @@ impl QuorumStore {
         })?;
         let mut tally = Tally::new(quorum);
         let mut all: HashMap<Token, Vec<Holder>> = HashMap::new();
-        let mut patience = Patience::new(quorum.needed);
-        while let Some((place, answer)) = patience.in_time(answers.next()).await {
+        let mut stragglers = StragglerWait::new(quorum.needed);
+        while let Some((place, answer)) = stragglers.in_time(answers.next()).await {
             match answer {
                 Ok(holders) => {
-                    patience.has_reply();
+                    stragglers.has_reply();
                     tally.no();
                     // A node names each holder once, whatever it lists.
                     let mut named = HashSet::new();

@@ -354,8 +354,8 @@ impl Round {
     }
 }
 
-/// Waits for a moment of random length, which grows with the ballots. Numbers grow with the time at which they are made.
-/// So readers that ask one after the other, further apart than their calls take, don't outbid each other.
+/// Waits for a moment of random length, which grows with the ballots. Numbers grow with the time at which they are
+/// made. So readers that ask one after the other, further apart than their calls take, don't outbid each other.
 async fn let_readers_go_first(ballot: usize, took: Duration, until: Instant) {
     let longest = took.saturating_mul(1 << ballot.min(8)).min(LONGEST_PAUSE);
     sleep(longest.mul_f64(fastrand::f64()).min(until.saturating_duration_since(Instant::now()))).await;

@@ -78,17 +78,17 @@ impl<'a> Tally<'a> {
 
 /// The least time to wait for the last nodes if their replies could tell more. No lock depends on it: the caller only
 /// wants to know.
-const PATIENCE: Duration = Duration::from_millis(50);
+const SHORTEST_WAIT: Duration = Duration::from_millis(50);
 
 /// How long to wait for replies that could tell more, once a majority has replied.
-pub(super) struct Patience {
+pub(super) struct StragglerWait {
     needed: usize,
     started: Instant,
     replies: usize,
     until: Option<Instant>,
 }
 
-impl Patience {
+impl StragglerWait {
     pub(super) fn new(needed: usize) -> Self {
         Self { needed, started: Instant::now(), replies: 0, until: None }
     }
@@ -96,7 +96,7 @@ impl Patience {
     pub(super) fn has_reply(&mut self) {
         self.replies += 1;
         if self.replies == self.needed {
-            self.until = Some(Instant::now() + grace(self.started.elapsed()).max(PATIENCE));
+            self.until = Some(Instant::now() + grace(self.started.elapsed()).max(SHORTEST_WAIT));
         }
     }
 
@@ -114,18 +114,18 @@ pub(super) struct Kept {
     needed: usize,
     /// In descending order.
     remaining: Vec<Duration>,
-    patience: Patience,
+    stragglers: StragglerWait,
 }
 
 impl Kept {
     pub(super) fn new(needed: usize) -> Self {
-        Self { needed, remaining: Vec::new(), patience: Patience::new(needed) }
+        Self { needed, remaining: Vec::new(), stragglers: StragglerWait::new(needed) }
     }
 
     pub(super) fn push(&mut self, remaining: Duration) {
         let place = self.remaining.partition_point(|other| *other >= remaining);
         self.remaining.insert(place, remaining);
-        self.patience.has_reply();
+        self.stragglers.has_reply();
     }
 
     pub(super) fn by_majority(&self) -> Option<Duration> {
@@ -142,9 +142,9 @@ impl Kept {
         at_most - known <= known / 16
     }
 
-    /// Returns the next reply, as [`Patience::in_time`] does.
+    /// Returns the next reply, as [`StragglerWait::in_time`] does.
     pub(super) async fn in_time<T>(&self, next: impl Future<Output = Option<T>>) -> Option<T> {
-        self.patience.in_time(next).await
+        self.stragglers.in_time(next).await
     }
 }
 

@@ -75,7 +75,7 @@ impl RedisStore {
     }
 
     fn stop_using_lines(&self, error: &Error) {
-        debug!(name: "tenure.without_line", %error, "may not stand in line");
+        debug!(name: "tenure.without_line", %error, "no permission for the keys of the line; waiters poll");
         self.without_line.store(true, Ordering::Relaxed);
     }
 

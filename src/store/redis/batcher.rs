@@ -10,8 +10,8 @@
 //!    fewer operations are in flight than the executor calls [few](Executor::few).
 //! 2. While operations wait, a call is in flight: its end starts the next one.
 //! 3. That end must be noticed. While a call depends on a task that may never be polled (its caller's, or that of a
-//!    driver which has not begun), it counts as in flight for at most [`TRUSTED`]. No call counts for longer than its
-//!    operations have time.
+//!    send loop which has not begun), it counts as in flight for at most [`TRUSTED`]. No call counts for longer than
+//!    its operations have time.
 //! 4. Each operation ends within its own timeout. One whose caller has gone before it was sent is not sent.
 //! 5. Those that run out of time first go first.
 //! 6. A failure is reported to the operation that it is about. A batch that is refused as a whole is halved until that
@@ -47,12 +47,12 @@ const CALLS: usize = 2;
 /// calls of 96. They would keep the server from its other clients for longer, and their results would come later and
 /// all at once, so that server and client work less at the same time.
 pub(super) const OPERATIONS: usize = 96;
-/// With fewer waiting operations than this, a driver lets other tasks run first, as they may add some.
+/// With fewer waiting operations than this, a send loop lets other tasks run first, as they may add some.
 const ENOUGH: usize = OPERATIONS / 2;
 /// For how long others wait for a call whose task may never be polled (invariant 3): its future was polled once and put
-/// aside, or a worker thread blocks that was about to poll its driver. It is longer than almost every call takes, and a
-/// small part of a command timeout. The tests `*_no_longer_than_those_are_trusted` (`cargo test --lib batcher`) show
-/// it.
+/// aside, or a worker thread blocks that was about to poll its send loop. It is longer than almost every call takes,
+/// and a small part of a command timeout. The tests `*_no_longer_than_those_are_trusted` (`cargo test --lib batcher`)
+/// show it.
 const TRUSTED: Duration = Duration::from_millis(50);
 
 /// Runs operations at the server.
@@ -60,7 +60,7 @@ pub(super) trait Executor: fmt::Debug + Send + Sync + 'static {
     type Operation: Send + Sync;
     type Output: Send;
 
-    /// Returns the runtime that calls depend on at this moment; drivers run there. Without one, they run on those of
+    /// Returns the runtime that calls depend on at this moment; send loops run there. Without one, they run on those of
     /// the operations that wait.
     fn home(&self) -> Option<Handle> {
         None
@@ -230,7 +230,7 @@ impl<E: Executor> Shared<E> {
     }
 
     /// Waits for the result until then, and replaces calls that have stalled meanwhile. Returns `None` if there is no
-    /// result: the time is over, or the driver has ended with its runtime.
+    /// result: the time is over, or the send loop has ended with its runtime.
     async fn wait(
         self: &Arc<Self>,
         lane: u16,
@@ -251,7 +251,7 @@ impl<E: Executor> Shared<E> {
         }
     }
 
-    /// Returns a runtime on which a driver can run.
+    /// Returns a runtime on which a send loop can run.
     fn runtime(&self) -> Result<Handle, Error> {
         let runtime = Handle::try_current().map_err(|_| Error::NoRuntime)?;
         Ok(self.executor.home().unwrap_or(runtime))
@@ -270,7 +270,7 @@ impl<E: Executor> Shared<E> {
         let mut in_lane = lanes.lane(lane);
         let next = in_lane.begin_for_next(self.executor.few(), now + TRUSTED);
         let check_at = in_lane.trusted_until();
-        // A runtime that has ended drops the driver at once, and its destructor takes the mutex.
+        // A runtime that has ended drops the send loop at once, and its destructor takes the mutex.
         drop(lanes);
         self.spawn(lane, next);
         check_at
@@ -279,8 +279,8 @@ impl<E: Executor> Shared<E> {
     fn spawn(self: &Arc<Self>, lane: u16, next: Option<NextCall>) {
         let Some(NextCall { number, runtime }) = next else { return };
         let shared = self.clone();
-        let driver = Driver { shared, lane, number, runtime: runtime.id(), has_begun: false, is_done: false };
-        runtime.spawn(driver.run());
+        let send_loop = SendLoop { shared, lane, number, runtime: runtime.id(), has_begun: false, is_done: false };
+        runtime.spawn(send_loop.run());
     }
 
     /// Nothing panics while it holds this mutex, so a poisoned one is still valid.
@@ -305,7 +305,7 @@ impl<E: Executor> Drop for Call<'_, E> {
 }
 
 /// Sends what waits, call after call, until nothing is left. Nothing else has to end it: each call ends in time.
-struct Driver<E: Executor> {
+struct SendLoop<E: Executor> {
     shared: Arc<Shared<E>>,
     lane: u16,
     number: u64,
@@ -315,7 +315,7 @@ struct Driver<E: Executor> {
     is_done: bool,
 }
 
-impl<E: Executor> Driver<E> {
+impl<E: Executor> SendLoop<E> {
     async fn run(mut self) {
         loop {
             // The callers that have just got their results are about to ask for more. After one turn of the scheduler
@@ -388,7 +388,7 @@ impl<E: Executor> Driver<E> {
     }
 }
 
-impl<E: Executor> Drop for Driver<E> {
+impl<E: Executor> Drop for SendLoop<E> {
     /// Its runtime has ended while it ran, or before. What waits goes on elsewhere, if it can (invariant 7).
     fn drop(&mut self) {
         if self.is_done {
@@ -396,8 +396,8 @@ impl<E: Executor> Drop for Driver<E> {
         }
         let mut lanes = self.shared.lanes();
         lanes.lane(self.lane).end(self.number);
-        // A driver that has not begun shows that nothing can run on its runtime any longer. This recursion ends, since
-        // every such driver takes operations out of the lane.
+        // A send loop that has not begun shows that nothing can run on its runtime any longer. This recursion ends,
+        // since every such send loop takes operations out of the lane.
         let abandoned = match self.has_begun {
             true => Vec::new(),
             false => lanes.lane(self.lane).take_all_of(self.runtime),

@@ -1,4 +1,4 @@
-//! The seam between the store and the Redis client that carries its commands.
+//! The interface between the store and the Redis client that carries its commands.
 //!
 //! Everything beside this folder is the same for every client: scripts and their replies, batches, the router of a
 //! cluster, the subscriptions, the quorum. It knows a client only by the traits in this file, and no type of any. What
@@ -7,7 +7,8 @@
 //! 1. A command is written at most once, and its call ends by the time that it is given. What the server replies comes
 //!    back, a refusal as an error whose text begins with its code. A redirection is a refusal like any other.
 //! 2. A call that ends without a reply may have run, or may run later. Only where the driver knows better does the
-//!    error say that nothing was sent ([`NOT_SENT`]): there was no connection from the call's beginning to its end, say.
+//!    error say that nothing was sent ([`NOT_SENT`]): there was, say, no connection from the call's beginning to its
+//!    end.
 //! 3. A driver reconnects by itself, and replaces a connection that has fallen silent while calls waited for replies.
 //!    In a cluster it sends nothing by itself: it knows the nodes, and opens connections to single ones, which never
 //!    reconnect ([`Nodes`]).
@@ -36,7 +37,7 @@ use tokio::time::Instant;
 #[cfg(any(test, fuzzing))]
 pub(super) use self::failure::Peer;
 #[cfg(feature = "redis")]
-pub use self::redis::GivenConnection as RedisConnection;
+pub use self::redis::RedisConnection;
 pub(super) use self::value::Value;
 use super::url::{Address, Target};
 use crate::error::NOT_SENT;

@@ -16,8 +16,8 @@ use crate::{Error, Key};
 const STEP: &str = "1000";
 
 impl RedisStore {
-    /// Returns the keys of strings that begin with the prefix and belong to no other key. Each step takes no longer than
-    /// `timeout`.
+    /// Returns the keys of strings that begin with the prefix and belong to no other key. Each step takes no longer
+    /// than `timeout`.
     pub(super) async fn find_keys(&self, prefix: &[u8], timeout: Duration) -> Result<BTreeSet<Key>, Error> {
         let mut found = BTreeSet::new();
         for peer in self.peers(Instant::now() + timeout).await? {

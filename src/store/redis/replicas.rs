@@ -2,8 +2,8 @@
 //!
 //! 1. `WAIT` counts the replicas that have everything that was written on its own connection. On another connection it
 //!    may count a replica that lacks the write. So a count is valid only if the connection was the same from before the
-//!    write until after the reply, and if there was a write: from Redis 7.2 on, what others wrote doesn't count. So what
-//!    obtains or renews a lock always writes it, even as it is.
+//!    write until after the reply, and if there was a write: from Redis 7.2 on, what others wrote doesn't count. So
+//!    what obtains or renews a lock always writes it, even as it is.
 //! 2. It blocks its connection, and everything that is sent after it. So it waits for a part of the call's time only,
 //!    which leaves time to undo what was not replicated.
 //! 3. Refusals and releases wait for no replica.
@@ -39,8 +39,8 @@ impl Writing {
     /// primary has the write all the same.
     pub(super) async fn acknowledged(self, connection: &dyn Connection, until: Instant) -> Result<(), Error> {
         let left = until.saturating_duration_since(Instant::now());
-        let patience = left.mul_f64(PATIENCE);
-        let Ok(millis @ 1..) = i64::try_from(patience.as_millis()) else {
+        let waits_for = left.mul_f64(SHARE_FOR_WAIT);
+        let Ok(millis @ 1..) = i64::try_from(waits_for.as_millis()) else {
             // To the server, zero means to wait for ever.
             return Err(Error::NotReplicated { needed: self.needed, acknowledged: 0 });
         };
@@ -59,7 +59,7 @@ impl Writing {
 }
 
 /// The part of a call's time that replicas have (invariant 2).
-const PATIENCE: f64 = 0.8;
+const SHARE_FOR_WAIT: f64 = 0.8;
 
 /// Returns how long a call may take that waits for replicas: what it obtains is of no use after the ttl.
 pub(super) fn within(timeout: Duration, ttl: Duration, needed: usize) -> Duration {

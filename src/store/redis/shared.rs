@@ -1,12 +1,12 @@
 //! Keys that several hold together: readers, and holders of permits.
 //!
 //! While a key is shared, it holds a marker that every other script and library takes for the lock of another. Who
-//! shares it, and until when, lies beside it (`scripts/shares.lua`). All waiters for the key stand in one line, whatever
-//! they want it for, and no share is taken that somebody else in the line waits for: so readers that keep coming don't
-//! keep a writer out.
+//! shares it, and until when, lies beside it (`scripts/shares.lua`). All waiters for the key stand in one line,
+//! whatever they want it for, and no share is taken that somebody else in the line waits for: so readers that keep
+//! coming don't keep a writer out.
 //!
-//! The three keys of a shared lock are renewed and released in one call. While a slot of a cluster moves, they may be on
-//! two nodes for a moment: then neither can run it, and it is sent again until its time is over.
+//! The three keys of a shared lock are renewed and released in one call. While a slot of a cluster moves, they may be
+//! on two nodes for a moment: then neither can run it, and it is sent again until its time is over.
 
 use std::time::Duration;
 

@@ -9,8 +9,8 @@
 //! 2. Whenever messages may have been missed (a new connection, a full buffer), all waiters are notified and check.
 //! 3. If the server refuses subscriptions (no permission, an old cluster), the channels are refused, and waiters poll.
 //!    The subscriber tries again as long as anybody waits.
-//! 4. One task serves all waiters. It lives where the connection of the store lives ([`PubSub::runtime`]), or, if the client is
-//!    the caller's, on the runtime of a waiter. Its own connection lives with it.
+//! 4. One task serves all waiters. It lives where the connection of the store lives ([`PubSub::runtime`]), or, if the
+//!    client is the caller's, on the runtime of a waiter. Its own connection lives with it.
 //! 5. Waiters make sure that it runs, every [`CHECK_EVERY`]. If its runtime has ended, or has run nothing for
 //!    [`STALLED`], it starts again on one that runs. Only the last start counts: an earlier task that wakes up later
 //!    changes no channel.
@@ -152,7 +152,7 @@ impl Shared {
         let before = running.task.take();
         let stalled = before.as_ref().filter(|task| !task.handle.is_finished()).map(|task| task.runtime.id());
         if before.is_some() {
-            debug!(name: "tenure.revive", stalled = stalled.is_some(), "somebody listens to releases again");
+            debug!(name: "tenure.revive", stalled = stalled.is_some(), "restarted the subscriber to releases");
         }
         self.subscriptions.close(ChannelState::Opening);
         let home = self.pub_sub.runtime().filter(|home| Some(home.id()) != stalled);
@@ -217,9 +217,9 @@ impl Task {
             failures = if was_open { 0 } else { failures + 1 };
             // After the first failure of a connection that has worked, it is replaced at once.
             if warned || failures == 0 {
-                debug!(name: "tenure.no_news", %error, "releases are not heard of");
+                debug!(name: "tenure.no_news", %error, "no subscription to releases");
             } else {
-                warn!(name: "tenure.no_news", %error, "releases are not heard of; waiting goes by time");
+                warn!(name: "tenure.no_news", %error, "no subscription to releases; waiters poll");
                 warned = true;
             }
             let [shortest, longest] = RETRY;

@@ -40,8 +40,9 @@ impl Cluster {
             let command: Vec<&str> =
                 ["CLUSTER", "ADDSLOTS"].into_iter().chain(slots.iter().map(String::as_str)).collect();
             assert_eq!(node.cli(&command), "OK");
-            // Otherwise they would raise their epochs until no two are the same, up to seconds later. A primary that dies
-            // before its replica knows of the new one is never replaced: the others refuse the replica's old epoch.
+            // Otherwise they would raise their epochs until no two are the same, up to seconds later. A primary that
+            // dies before its replica knows of the new one is never replaced: the others refuse the replica's old
+            // epoch.
             assert_eq!(node.cli(&["CLUSTER", "SET-CONFIG-EPOCH", &epoch.to_string()]), "OK");
         }
         for (node, (next, bus)) in nodes.iter().zip(nodes.iter().zip(&buses).skip(1)) {

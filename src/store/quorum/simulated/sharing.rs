@@ -273,7 +273,8 @@ async fn a_writer_gets_in_under_a_stream_of_readers_and_readers_go_on_after_it()
     for _ in 0..5 {
         let asked = Instant::now();
         let guard = timeout(ms(3_000), writer.lock("k").ttl(ms(5_000))).await.expect("it gets in").unwrap();
-        // No simulated node notifies, so it looks every second or so. What it waits for are the readers that were there.
+        // No simulated node notifies, so it looks every second or so. What it waits for are the readers that were
+        // there.
         assert!(*last.lock().unwrap() < asked + ms(300), "readers have passed it");
         sleep(ms(500)).await;
         guard.release().await.unwrap();

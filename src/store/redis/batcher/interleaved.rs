@@ -82,11 +82,11 @@ async fn call(batcher: &Batcher<Counting>, caller: usize, give_up: &Notify) -> u
 fn schedules(callers: usize, impatient: usize, count: usize) {
     let schedule = move || {
         let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-        // Its drivers run on one thread, and the callers on their own.
+        // Its send loops run on one thread, and the callers on their own.
         let (runtime, is_over) = (Arc::new(runtime), Arc::new(AtomicBool::new(false)));
         let entered = runtime.enter();
         let batcher = Arc::new(Batcher::new(Counting::default()));
-        let drivers = thread::spawn({
+        let send_loops = thread::spawn({
             let (runtime, is_over) = (runtime.clone(), is_over.clone());
             move || {
                 while !is_over.load(Ordering::Relaxed) {
@@ -109,7 +109,7 @@ fn schedules(callers: usize, impatient: usize, count: usize) {
         let calls: Vec<_> = calls.collect();
         let returned: Vec<_> = calls.into_iter().map(|call| call.join().unwrap()).collect();
         is_over.store(true, Ordering::Relaxed);
-        drivers.join().unwrap();
+        send_loops.join().unwrap();
         while runtime.metrics().num_alive_tasks() > 0 {
             runtime.block_on(yield_now());
         }

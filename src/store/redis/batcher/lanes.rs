@@ -134,7 +134,7 @@ impl<E: Executor> LaneMut<'_, E> {
             queue.shrink_to(OPERATIONS);
         }
         match batch.iter().map(|next| next.until).max() {
-            // By then it has ended, or its driver is not polled.
+            // By then it has ended, or its send loop is not polled.
             Some(until) => (call.operations, call.trusted_until) = (batch.len(), until + TRUSTED),
             None => {
                 self.end(number);

@@ -268,7 +268,7 @@ async fn what_arrives_meanwhile_shares_the_next_call() {
         waiting.push(bench.spawn(task(id), ms(1_000 + id as u64)).await);
     }
     sleep(ms(12)).await;
-    // Nobody waits for the second call: the first has become the driver's.
+    // Nobody waits for the second call: the first has become the send loop's.
     let late = bench.spawn(task(10), ms(1_000)).await;
     for (id, waiting) in waiting.into_iter().enumerate() {
         let (at, answer) = waiting.await.unwrap();
@@ -574,7 +574,7 @@ async fn slow_calls_are_not_replaced_by_ever_more() {
     }
     assert_eq!(waiting.join_all().await.into_iter().filter(Result::is_ok).count(), 400);
     assert_eq!(bench.batcher.executor().most_at_a_time(TRUSTED), CALLS);
-    // Those of the first two callers, one that came between the two drivers, and theirs, which are trusted.
+    // Those of the first two callers, one that came between the two send loops, and theirs, which are trusted.
     assert_eq!(bench.batcher.executor().most_at_a_time(ALWAYS), 2 * CALLS + 1);
 }
 
@@ -664,10 +664,10 @@ async fn a_runtime_that_ends_takes_along_what_was_on_it_and_no_more() {
 }
 
 #[tokio::test]
-async fn a_runtime_that_ends_under_a_driver_leaves_the_rest_to_another() {
+async fn a_runtime_that_ends_under_a_send_loop_leaves_the_rest_to_another() {
     let (bench, mut elsewhere) = (Bench::new(), Elsewhere::new());
     let [first, _second] = busy(&bench, [ms(60_000), ms(60_000)]).await;
-    // The driver is that of the operation which goes first, and brings all that waits by then.
+    // The send loop is that of the operation which goes first, and brings all that waits by then.
     elsewhere.handle.spawn(bench.run(Task { lasts: ms(60_000), ..task(1) }, ms(20_000)));
     let shares = tokio::spawn(bench.run(task(2), ms(60_000)));
     eventually(|| waiting_on(&bench) == "Lanes { busy: 1, queued: 2 }" || bench.sent().len() == 3).await;
@@ -687,7 +687,7 @@ async fn a_runtime_that_ends_under_a_driver_leaves_the_rest_to_another() {
 }
 
 #[tokio::test]
-async fn what_waits_for_a_driver_whose_home_has_ended_fails_at_once() {
+async fn what_waits_for_a_send_loop_whose_home_has_ended_fails_at_once() {
     let mut home = Elsewhere::new();
     let carrier = Fake { home: Some(home.handle.clone()), ..Fake::default() };
     let bench = Bench { batcher: Arc::new(Batcher::new(carrier)), start: Instant::now() };
@@ -703,7 +703,7 @@ async fn what_waits_for_a_driver_whose_home_has_ended_fails_at_once() {
 }
 
 #[tokio::test]
-async fn a_driver_that_nobody_polls_any_more_holds_others_up_for_no_longer_than_its_operations_have_time() {
+async fn a_send_loop_that_nobody_polls_any_more_holds_others_up_for_no_longer_than_its_operations_have_time() {
     let bench = Bench::new();
     let _first = busy(&bench, [ms(60_000), ms(60_000)]).await;
     let run = bench.run(Task { lasts: ms(60_000), ..task(1) }, ms(300));
@@ -716,7 +716,7 @@ async fn a_driver_that_nobody_polls_any_more_holds_others_up_for_no_longer_than_
         ended.recv().unwrap_or_default();
     });
     soon(put_aside).await.unwrap();
-    assert_eq!(bench.sent()[2].1, [1], "its driver has begun");
+    assert_eq!(bench.sent()[2].1, [1], "its send loop has begun");
     let _fills = tokio::spawn(bench.run(Task { lasts: ms(60_000), ..task(2) }, ms(60_000)));
     eventually(|| bench.sent().len() == 4).await;
     let waits = bench.run(task(3), ms(60_000));
@@ -762,7 +762,7 @@ async fn every_history_of_two_runtimes_one_of_which_ends_answers_the_callers_of_
 }
 
 #[tokio::test]
-async fn workers_that_block_with_the_next_drivers_in_their_hands_hold_up_nobody() {
+async fn workers_that_block_with_the_next_send_loops_in_their_hands_hold_up_nobody() {
     let blocking = Builder::new_multi_thread().worker_threads(3).enable_time().build().unwrap();
     // Or all workers might sleep, and none of those that wake up and block would wake another.
     blocking.spawn(async {
@@ -776,7 +776,7 @@ async fn workers_that_block_with_the_next_drivers_in_their_hands_hold_up_nobody(
         let run = bench.run(Task { lasts: ms(40), ..task(id) }, ms(60_000));
         let ended = ended.clone();
         blocking.spawn(async move {
-            // Its end spawns a driver, which is next on this worker, and on no other.
+            // Its end spawns a send loop, which is next on this worker, and on no other.
             run.await.unwrap();
             thread::sleep(ms(3_000));
             ended.store(true, Ordering::SeqCst);

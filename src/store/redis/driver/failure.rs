@@ -1,7 +1,8 @@
 //! Explains why a connection failed: to which server, why, and what to check.
 //!
 //! Clients pass on the `Debug` text of an error of the system or of the TLS library. This also corrects the kind of the
-//! error: [`RedisErrorKind::Tls`](crate::RedisErrorKind::Tls), which is not transient, is only for what an operator has to change.
+//! error: [`RedisErrorKind::Tls`](crate::RedisErrorKind::Tls), which is not transient, is only for what an operator has
+//! to change.
 
 use std::borrow::Cow;
 

@@ -47,7 +47,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
 
 use self::cluster::ClusterConnection;
-pub use self::given::RedisConnection as GivenConnection;
+pub use self::given::RedisConnection;
 pub(in super::super) use self::given::borrowed;
 use self::link::{Link, WasSent};
 use self::origin::Origin;
@@ -71,7 +71,7 @@ pub(super) async fn open(target: &Target, timeout: Duration) -> Result<Arc<dyn C
         return Ok(Arc::new(ClusterConnection::open(origin).await?));
     }
     let first = origin.open().await.map_err(|error| origin.peer.unreachable(error, None))?;
-    Ok(Arc::new(RedisConnection::new(origin, true, Some(first))?))
+    Ok(Arc::new(OwnConnection::new(origin, true, Some(first))?))
 }
 
 /// Connects in the background, now or when the server comes up.
@@ -83,7 +83,7 @@ pub(super) fn open_lazily(
     let origin = Origin::of(target, timeout)?;
     match target.servers {
         Servers::Cluster(_) => Ok(Arc::new(ClusterConnection::open_lazily(origin)?)),
-        _ => Ok(Arc::new(RedisConnection::new(origin, without == WithoutConnection::CallsWait, None)?)),
+        _ => Ok(Arc::new(OwnConnection::new(origin, without == WithoutConnection::CallsWait, None)?)),
     }
 }
 
@@ -99,7 +99,7 @@ pub(super) fn pub_sub_of(target: &Target) -> Arc<dyn PubSub> {
 }
 
 /// One connection at a time, to a server or to the primary that Sentinels name.
-struct RedisConnection {
+struct OwnConnection {
     shared: Arc<Shared>,
     task: Arc<DriverTask<()>>,
 }
@@ -119,7 +119,7 @@ struct Shared {
     liveness: Mutex<Liveness>,
 }
 
-impl RedisConnection {
+impl OwnConnection {
     fn new(origin: Origin, waits: bool, first: Option<(Arc<Link>, Ended)>) -> Result<Self, Error> {
         let liveness = Liveness::with_patience(origin.timeout * 2);
         let shared = Arc::new(Shared {
@@ -188,7 +188,7 @@ impl RedisConnection {
     }
 }
 
-impl Connection for RedisConnection {
+impl Connection for OwnConnection {
     fn send(&self, command: &'static str, args: Vec<Bytes>, until: Instant) -> Calling<'_, Value> {
         Box::pin(self.call(command, args, until))
     }
@@ -388,9 +388,9 @@ impl Shared {
     }
 }
 
-impl fmt::Debug for RedisConnection {
+impl fmt::Debug for OwnConnection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let connected = self.is_connected();
-        f.debug_struct("RedisConnection").field("connected", &connected).finish_non_exhaustive()
+        f.debug_struct("OwnConnection").field("connected", &connected).finish_non_exhaustive()
     }
 }

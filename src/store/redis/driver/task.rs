@@ -53,7 +53,7 @@ impl<T: Send + 'static> DriverTask<T> {
     pub(super) fn go_on(&self) -> Handle {
         let mut driving = self.driving();
         if driving.task.is_finished() {
-            crate::report::debug!(name: "tenure.revive", "nothing drives the connection any more; it begins again");
+            crate::report::debug!(name: "tenure.revive", "the connection's task ended; restarting it");
             let runtime = driving.runtime.clone();
             self.start(&mut driving, runtime);
             // A runtime that has ended drops at once what is spawned on it.
@@ -75,7 +75,10 @@ impl<T: Send + 'static> DriverTask<T> {
         match &driving.probe {
             Some((since, probe)) if !probe.is_finished() => {
                 if since.elapsed() >= patience {
-                    crate::report::debug!(name: "tenure.revive", "the connection's runtime stands still");
+                    crate::report::debug!(
+                        name: "tenure.revive",
+                        "the connection's runtime is stalled; moving the connection"
+                    );
                     self.start(&mut driving, here);
                 }
             }

@@ -67,7 +67,8 @@ proptest! {
         kind in select(&untrusted::FAILURES),
         text in prop_oneof![
             any::<String>(),
-            "(Custom \\{ )?(kind: [A-Z][a-z]{0,9}|message: \".{0,9}\"?|error: \"?[A-Za-z(]{0,20}|AlertReceived\\(.{0,9}){0,3}",
+            "(Custom \\{ )?(kind: [A-Z][a-z]{0,9}|message: \".{0,9}\"?|error: \"?[A-Za-z(]{0,20}|\
+             AlertReceived\\(.{0,9}){0,3}",
         ],
     ) {
         untrusted::any_failure(kind, &text);

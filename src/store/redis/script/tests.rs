@@ -21,7 +21,8 @@ const SET: &str = "for i, key in ipairs(KEYS) do redis.call('DEL', key) \
     elseif kind == 'z ' then local n = 0 \
         for place in string.gmatch(string.sub(ARGV[i], 3), '%S+') do n = n + 1 redis.call('ZADD', key, n, place) end \
     elseif kind == 'h ' then \
-        for name, value in string.gmatch(string.sub(ARGV[i], 3), '(%w+)=(%w+)') do redis.call('HSET', key, name, value) end \
+        for name, value in string.gmatch(string.sub(ARGV[i], 3), '(%w+)=(%w+)') do \
+            redis.call('HSET', key, name, value) end \
     elseif ARGV[i] ~= '-' then redis.call('SET', key, ARGV[i]) end \
     if ARGV[i] ~= '-' then redis.call('PEXPIRE', key, 50000) end end";
 

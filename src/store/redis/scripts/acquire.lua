@@ -10,9 +10,10 @@
 --                                place is comes first: a waiter that goes to another line loses its place.
 --
 -- A request whose turn it is at one of its keys takes the others also from those whose turn it is there, who haven't
--- taken them yet and go back to the head of the line. Otherwise those who have their turns at one key each, and want the
--- other's as well, would refuse each other, and all who come after them, for as long as there are enough in both lines.
--- A place loses its turn once: those who are near the server would always be there before one that is far from it.
+-- taken them yet and go back to the head of the line. Otherwise those who have their turns at one key each, and want
+-- the other's as well, would refuse each other, and all who come after them, for as long as there are enough in both
+-- lines. A place loses its turn once: those who are near the server would always be there before one that is far from
+-- it.
 --
 -- Idempotent: keys that all hold the token already are taken again, with the same fencing token. They live for the ttl
 -- from now, or as long as they would have, whichever is longer.

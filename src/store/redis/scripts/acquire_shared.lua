@@ -4,13 +4,14 @@
 -- KEYS  the lock key, its line, its hash of processes that are alive, its set of holders, its records of shares; if a
 --       fencing token is wanted, its fence key.
 -- ARGV  token, metadata, ttl in ms, ttl of the fence key in ms, place or '', how long in ms its process counts as alive
---       from now on, '1' if the place stays in the line after a grant, id of the grant (`-` if it has none), the marker,
---       how many tokens may share the key (0: any number), 'PUBLISH' or 'SPUBLISH', channel.
+--       from now on, '1' if the place stays in the line after a grant, id of the grant (`-` if it has none), the
+--       marker, how many tokens may share the key (0: any number), 'PUBLISH' or 'SPUBLISH', channel.
 -- Reply as in acquire_in_line.lua, without 'ALONE'. For a permit that is not free, the ttl is the time until the first
 --       can be, unless one is released.
 --
--- Nothing is taken that somebody else in the line waits for, also by a request without a place. A token that has a share
--- already passes the line, with another grant of that share, and counts once. Otherwise a holder might wait for itself.
+-- Nothing is taken that somebody else in the line waits for, also by a request without a place. A token that has a
+-- share already passes the line, with another grant of that share, and counts once. Otherwise a holder might wait for
+-- itself.
 --
 -- After a grant the next place in the line is notified, as it may share the key, too. A place that stays goes on being
 -- the head of the line, for the next waiter of its process.

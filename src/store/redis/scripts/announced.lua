@@ -1,4 +1,5 @@
--- Writers that wait for the readers of a key to leave, on a node of a quorum. A part of several scripts, after shares.lua.
+-- Writers that wait for the readers of a key to leave, on a node of a quorum. A part of several scripts, after
+-- shares.lua.
 --
 -- They are a sorted set beside the lock key: the place of each, and the time in ms until which it counts.
 

@@ -1,8 +1,8 @@
 -- Turns a lock into a reader's share, by the same token and grant, for as long as the key would have lived.
 --
 -- KEYS  the lock key, its line, its record of grants, its set of holders, its records of shares, its fence key.
--- ARGV  token, id of the grant (`-` if it has none), the marker of readers, ttl in ms of a share of a key that has none,
---       'PUBLISH' or 'SPUBLISH', channel.
+-- ARGV  token, id of the grant (`-` if it has none), the marker of readers, ttl in ms of a share of a key that has
+--       none, 'PUBLISH' or 'SPUBLISH', channel.
 -- Reply 1  the token is a reader.  0  the key is gone.  -1  the key holds something else.  -3  others rely
 --       on the lock, or it has to stay taken for an earlier grant (grants.lua), and nothing has changed.
 --

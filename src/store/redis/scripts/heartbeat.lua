@@ -1,5 +1,6 @@
--- Notes that a process which waits for a key is alive, and gives a lock that is free to the head of the line. A key that
--- several share may be open to the head of the line: so that has to look. A head whose process has died is dropped.
+-- Notes that a process which waits for a key is alive, and gives a lock that is free to the head of the line. A key
+-- that several share may be open to the head of the line: so that has to look. A head whose process has died is
+-- dropped.
 --
 -- KEYS  the lock key, its line, its hash of processes that are alive.
 -- ARGV  place, how long in ms its process counts as alive, 'PUBLISH' or 'SPUBLISH', channel.

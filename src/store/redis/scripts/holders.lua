@@ -4,11 +4,11 @@
 -- ARGV  where to go on: '0' at first, then what the last reply said; or '' for the one that stays longest.
 -- Reply nil if no one holds the key, or the lock is reserved for the head of the line, or stays taken for a while;
 --       {what the key holds, its ttl in ms or -1, what the fence key holds, or nil if that is no text}, as inspect.lua;
---       or {where to go on, or '0' at the end, for each holder {token, time in ms until its share ends, fencing token or
---       0, metadata}}.
+--       or {where to go on, or '0' at the end, for each holder {token, time in ms until its share ends, fencing token
+--       or 0, metadata}}.
 --
--- A reply holds a part of those who share a key, if they are many: the server has other clients. Who shares the key from
--- the first reply to the last is in one of them, or in several.
+-- A reply holds a part of those who share a key, if they are many: the server has other clients. Who shares the key
+-- from the first reply to the last is in one of them, or in several.
 --
 -- Idempotent: it only reads.
 

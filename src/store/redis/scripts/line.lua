@@ -29,7 +29,8 @@ local function process_of(place)
     return string.match(place, '^[^:]*')
 end
 
--- Returns the place for which a lock key that holds this is reserved, if it is; then '!' if it had lost its turn before.
+-- Returns the place for which a lock key that holds this is reserved, if it is; then '!' if it had lost its turn
+-- before.
 local function turn_of(held)
     return string.match(held, '^\n([^\n:]+:[sw]%d+)(!?)$')
 end

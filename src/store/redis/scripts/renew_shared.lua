@@ -11,8 +11,8 @@
 -- Reply 1  done.  0  the key is gone, or the grant.  -1  the key holds something else; or as in renew_grant.lua, if the
 --       server was restarted lately.
 --
--- Idempotent: a repeat does the same again. One that comes after a release changes nothing. It works on a server that is
--- out of memory (shares.lua).
+-- Idempotent: a repeat does the same again. One that comes after a release changes nothing. It works on a server that
+-- is out of memory (shares.lua).
 
 local holders_key, records_key = KEYS[2], KEYS[3]
 local token, how, grant, earlier = ARGV[1], ARGV[3], ARGV[4], ARGV[5]

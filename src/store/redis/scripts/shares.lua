@@ -1,8 +1,8 @@
 -- Those who share a key: readers, or holders of permits. A part of several scripts, after held.lua.
 --
--- While a key is shared, it holds a marker: no token has a newline and no place in the line begins with one, so a marker
--- is neither a token nor a reservation, and every other script and library takes it for the lock of another. Beside it
--- lie
+-- While a key is shared, it holds a marker: no token has a newline and no place in the line begins with one, so a
+-- marker is neither a token nor a reservation, and every other script and library takes it for the lock of another.
+-- Beside it lie
 --   - a sorted set with the time in ms at which the share of each token ends. A share that nobody owns any longer, and
 --     that still counts (end_share.lua), has a name that begins with a newline.
 --   - a hash with a record for each token: fencing token (0: none), newline, grants, newline, metadata. The grants are
@@ -37,8 +37,8 @@ local function look(command, key, ...)
     return found
 end
 
--- Returns what is known of a token's share, or nil if it has none: its fencing token, its metadata, the ids of its grants
--- in their order, and the time at which each ends.
+-- Returns what is known of a token's share, or nil if it has none: its fencing token, its metadata, the ids of its
+-- grants in their order, and the time at which each ends.
 local function share_of(holders_key, records_key, token)
     local last = tonumber(look('ZSCORE', holders_key, token) or 0)
     local record = look('HGET', records_key, token)
@@ -124,8 +124,8 @@ local function keep_until(at, lock_key, holders_key, records_key)
     keep_beside(at, holders_key, records_key)
 end
 
--- Writes the share of a token that has one more grant, for this ttl in ms, and removes some whose time is over. If one of
--- the writes fails, undoes the others. `is_shared`: the key holds the marker already.
+-- Writes the share of a token that has one more grant, for this ttl in ms, and removes some whose time is over. If one
+-- of the writes fails, undoes the others. `is_shared`: the key holds the marker already.
 local function enter_share(lock_key, holders_key, records_key, marker, is_shared, token, share, ttl)
     local before = share.record
     local function write()

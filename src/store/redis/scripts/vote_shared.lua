@@ -2,10 +2,10 @@
 --
 -- KEYS  the lock key, its set of holders, its records of shares, its set of writers that wait; if a fencing token is
 --       wanted, its fence key.
--- ARGV  token, metadata, ttl in ms, ttl of the fence key in ms, restart window in s (0: none), how far in us a number may
---       be ahead, the number (0: no fencing token wanted), '1' to have this number and no earlier one, id of the grant
---       (`-` if it has none), the marker, the place of the request or '', '1' if the token holds the key on a majority of
---       the nodes and is only brought back here.
+-- ARGV  token, metadata, ttl in ms, ttl of the fence key in ms, restart window in s (0: none), how far in us a number
+--       may be ahead, the number (0: no fencing token wanted), '1' to have this number and no earlier one, id of the
+--       grant (`-` if it has none), the marker, the place of the request or '', '1' if the token holds the key on a
+--       majority of the nodes and is only brought back here.
 -- Reply as in vote.lua. If a writer that waits is in the way, the ttl is the time until the last of them is forgotten.
 --
 -- A token that shares the key already passes the writers that wait, as does one that is brought back.

@@ -26,8 +26,8 @@ use crate::{RedisError, RedisErrorKind};
 ///
 /// - A [`ConnectionManager`] connects again after an interruption. While it does, calls wait, up to their timeout.
 /// - A [`MultiplexedConnection`] never does. Once it has broken, every operation fails.
-/// - A [`ClusterConnection`] follows its cluster. Give it a response timeout. While slots move, some calls fail, and are
-///   tried again; a [URL](crate::Locker::connect) of the cluster serves better there.
+/// - A [`ClusterConnection`] follows its cluster. Give it a response timeout. While slots move, some calls fail, and
+///   are tried again; a [URL](crate::Locker::connect) of the cluster serves better there.
 ///
 /// None of them can be asked for a connection that subscribes to channels. So waiters are not notified of releases by
 /// other processes: they check the lock every [`poll_every`](crate::LockerBuilder::poll_every), and when its ttl ends.

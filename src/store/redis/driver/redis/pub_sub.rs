@@ -45,29 +45,29 @@ impl PubSub for RedisPubSub {
 
     fn open(&self, listener: Arc<dyn Listener>) -> Calling<'_, (Box<dyn Listening>, Driving)> {
         Box::pin(async move {
-            let (drivers, opened) = unbounded_channel();
+            let (opened, to_drive) = unbounded_channel();
             let pushes = Arc::new(Pushes { listener, leaving: Mutex::default() });
             let connected = Connected {
                 origin: self.origin.clone(),
                 nodes: self.nodes.clone(),
                 links: Mutex::default(),
                 pushes,
-                drivers,
+                opened,
             };
             if self.nodes.is_none() {
                 connected.link_to(None).await?;
             }
-            Ok((Box::new(connected) as Box<dyn Listening>, Box::pin(drive(opened)) as Driving))
+            Ok((Box::new(connected) as Box<dyn Listening>, Box::pin(drive(to_drive)) as Driving))
         })
     }
 }
 
 /// Drives the connections until one of them ends: then all are opened again, and all waiters look.
-async fn drive(mut opened: UnboundedReceiver<Driver>) -> RedisError {
+async fn drive(mut to_drive: UnboundedReceiver<Opened>) -> RedisError {
     let mut drivers = JoinSet::new();
     loop {
         select! {
-            Some(Driver { link, ended }) = opened.recv() => {
+            Some(Opened { link, ended }) = to_drive.recv() => {
                 drivers.spawn(async move {
                     select! {
                         () = ended => {}
@@ -87,7 +87,7 @@ fn closed() -> RedisError {
 }
 
 /// A connection that was opened, to be driven.
-struct Driver {
+struct Opened {
     link: Arc<Link>,
     ended: Ended,
 }
@@ -98,7 +98,7 @@ struct Connected {
     /// The connections that were opened: to the server, or to nodes.
     links: Mutex<HashMap<Option<Address>, Arc<Link>>>,
     pushes: Arc<Pushes>,
-    drivers: UnboundedSender<Driver>,
+    opened: UnboundedSender<Opened>,
 }
 
 /// Where messages go to.
@@ -158,7 +158,7 @@ impl Connected {
         let (link, ended) = opening.await?;
         *own.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::downgrade(&link));
         self.links().insert(node, link.clone());
-        self.drivers.send(Driver { link: link.clone(), ended }).map_err(|_| closed())?;
+        self.opened.send(Opened { link: link.clone(), ended }).map_err(|_| closed())?;
         Ok(link)
     }
 

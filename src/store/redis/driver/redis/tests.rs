@@ -28,16 +28,16 @@ async fn listen() -> (TcpListener, Target) {
     (listener, target)
 }
 
-async fn connected(waits: bool) -> (TcpListener, TcpStream, Arc<RedisConnection>) {
+async fn connected(waits: bool) -> (TcpListener, TcpStream, Arc<OwnConnection>) {
     let (listener, target) = listen().await;
     let origin = Origin::of(&target, LONG).unwrap();
     let (first, peer) = tokio::join!(origin.open(), greet(&listener));
-    let connection = RedisConnection::new(origin, waits, Some(first.unwrap())).unwrap();
+    let connection = OwnConnection::new(origin, waits, Some(first.unwrap())).unwrap();
     (listener, peer, Arc::new(connection))
 }
 
 /// Sends a command whose argument is of this length.
-async fn echo(connection: &RedisConnection, length: usize) -> Result<Value, Error> {
+async fn echo(connection: &OwnConnection, length: usize) -> Result<Value, Error> {
     let sent = connection.begin()?;
     let args = vec![Bytes::from(vec![b'x'; length])];
     let reply = connection.send("ECHO", args, Instant::now() + LONG).await;
@@ -45,7 +45,7 @@ async fn echo(connection: &RedisConnection, length: usize) -> Result<Value, Erro
 }
 
 /// Sends more than the sockets take, and waits until they are full.
-async fn fill(connection: &Arc<RedisConnection>) -> JoinHandle<Result<Value, Error>> {
+async fn fill(connection: &Arc<OwnConnection>) -> JoinHandle<Result<Value, Error>> {
     let filling = connection.clone();
     let filling = tokio::spawn(async move { echo(&filling, 32 * 1024 * 1024).await });
     let written = || connection.shared.link().unwrap().written();
@@ -103,7 +103,7 @@ async fn a_connection_ends_with_its_owner_also_while_a_subscriber_may_follow_it(
 #[tokio::test]
 async fn what_was_asked_for_before_there_is_a_connection_waits_for_it_or_was_not_sent() {
     let (listener, target) = listen().await;
-    let waits = RedisConnection::new(Origin::of(&target, LONG).unwrap(), true, None).unwrap();
+    let waits = OwnConnection::new(Origin::of(&target, LONG).unwrap(), true, None).unwrap();
     let echoed = echo(&waits, 3);
     let peer = async {
         let mut peer = greet(&listener).await;
