@@ -141,10 +141,12 @@ async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut 
             return output.fail(exit, &format_args!("could not run {program}: {error}"));
         }
     };
-    output.detail("started", json!({ "process": group.id() }));
-    let foreground = terminal.map(|terminal| terminal.give_to(&group));
     let deadline = guard.deadline();
-    let mut running = Running { child, group, plan, deadline, watcher, has_terminal: foreground.is_some() };
+    let mut running = Running { child, group, plan, deadline, watcher, has_terminal: terminal.is_some() };
+    // First of all: until then, nobody ends the group if we are killed or stopped.
+    running.tell_watcher();
+    let foreground = terminal.map(|terminal| terminal.give_to(&running.group));
+    output.detail("started", json!({ "process": running.group.id() }));
     let (why, status) = match running.attend(&guard, signals).await {
         Ended::ByItself(status) => (None, Some(status)),
         Ended::Because(why) => {
