@@ -213,6 +213,7 @@ impl Running {
                     Err(error) => return Ended::Because(Why::Unknown(error.to_string())),
                 },
                 received = signals.next() => match received {
+                    Received::PassOn(signal) if signals::is_deadly(signal) => self.group.interrupt(signal),
                     Received::PassOn(signal) => self.group.signal(signal),
                     Received::ChildChanged if self.has_terminal => self.group.go_on_if_stopped(),
                     Received::ChildChanged => {}

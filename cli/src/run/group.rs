@@ -54,10 +54,15 @@ impl Group {
         killpg(self.0, signal).ok();
     }
 
+    /// Passes on a signal that may end its processes, also to those that are stopped: they get it when they go on.
+    pub(super) fn interrupt(&self, signal: Signal) {
+        self.signal(signal);
+        self.signal(Signal::SIGCONT);
+    }
+
     /// Asks all of its processes to end, also those that are stopped.
     pub(super) fn terminate(&self) {
-        self.signal(Signal::SIGTERM);
-        self.signal(Signal::SIGCONT);
+        self.interrupt(Signal::SIGTERM);
     }
 
     pub(super) fn kill(&self) {

@@ -1,10 +1,27 @@
-//! What becomes of processes where tenure, or what watches over them, is held up.
+//! What becomes of processes: those that are stopped, orphaned, nested, or another user's; and of the watcher.
 
 use std::io::{PipeReader, Write, pipe};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
 use super::*;
+
+fn stop(process: Pid) {
+    kill(process, Signal::SIGSTOP).unwrap();
+    eventually(|| (state(process) == Some('T')).then_some(()));
+}
+
+#[test]
+fn a_command_that_is_stopped_is_ended_by_a_signal() {
+    let server = Server::start();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        let running = Running::start(&server, "job", &[], "echo $$ > child; while :; do sleep 0.05; done");
+        stop(running.process_of("child"));
+        running.signal(signal);
+        assert_eq!(running.ended().0, 128 + signal as i32);
+        assert!(is_free(&server, "job"));
+    }
+}
 
 /// Returns a pipe that nothing fits into.
 fn full_pipe() -> (PipeReader, Stdio) {
