@@ -24,7 +24,7 @@ use tokio::select;
 use tokio::time::{Instant, sleep_until};
 
 use self::ending::{Plan, Why};
-use self::group::Group;
+use self::group::{Group, Look};
 use self::signals::{Received, Signals};
 use self::terminal::Terminal;
 use self::watcher::Watcher;
@@ -127,7 +127,7 @@ fn described(options: &RunOptions) -> String {
 
 /// Runs the command for as long as the lock is held, and releases the lock when all of its group is gone.
 async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut Signals, output: &Output) -> Exit {
-    let (terminal, watcher) = (Terminal::ours(), Watcher::start());
+    let watcher = Watcher::start();
     let (child, group) = match group::start(&options.command, &environment(&guard, options)) {
         Ok(started) => started,
         Err(error) => {
@@ -142,12 +142,12 @@ async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut 
         }
     };
     let deadline = guard.deadline();
-    let mut running = Running { child, group, plan, deadline, watcher, has_terminal: terminal.is_some() };
+    let mut running = Running { child, group, plan, deadline, watcher, terminal: None, stopped: None };
     // First of all: until then, nobody ends the group if we are killed or stopped.
     running.tell_watcher();
-    let foreground = terminal.map(|terminal| terminal.give_to(&running.group));
+    running.give_terminal();
     output.detail("started", json!({ "process": running.group.id() }));
-    let (why, status) = match running.attend(&guard, signals).await {
+    let (why, status) = match running.attend(&guard, signals, output).await {
         Ended::ByItself(status) => (None, Some(status)),
         Ended::Because(why) => {
             output.event("ending", format_args!("{why}: ending the command"), json!({ "reason": why.name() }));
@@ -155,7 +155,6 @@ async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut 
         }
     };
     let status = running.end(status, output).await;
-    drop(foreground);
     release(guard, why.is_some(), output).await;
     let exit = match &why {
         None => status.map_or(Exit::Lost, of_status),
@@ -181,7 +180,9 @@ struct Running {
     deadline: Instant,
     /// Ends the group if we can't.
     watcher: Option<Watcher>,
-    has_terminal: bool,
+    terminal: Option<Terminal>,
+    /// The signal that has stopped the command, while it is stopped.
+    stopped: Option<Signal>,
 }
 
 /// How it came that the command ends.
@@ -192,13 +193,14 @@ enum Ended {
 
 impl Running {
     /// Waits until the command has ended, or has to be ended. Passes signals on meanwhile.
-    async fn attend(&mut self, guard: &LockGuard, signals: &mut Signals) -> Ended {
+    async fn attend(&mut self, guard: &LockGuard, signals: &mut Signals, output: &Output) -> Ended {
         let mut lost = pin!(guard.lost());
         loop {
             if guard.is_held() {
                 self.deadline = guard.deadline();
             }
             self.tell_watcher();
+            self.continue_if_stopped();
             let now = Instant::now();
             if guard.is_held() && self.plan.is_over(self.deadline, now) {
                 return Ended::Because(self.plan.why(self.deadline, now));
@@ -215,8 +217,7 @@ impl Running {
                 received = signals.next() => match received {
                     Received::PassOn(signal) if signals::is_deadly(signal) => self.group.interrupt(signal),
                     Received::PassOn(signal) => self.group.signal(signal),
-                    Received::ChildChanged if self.has_terminal => self.group.go_on_if_stopped(),
-                    Received::ChildChanged => {}
+                    Received::ChildChanged => self.look_for_stops(output),
                 },
                 () = sleep_until(look_at) => {}
             }
@@ -226,6 +227,47 @@ impl Running {
     fn tell_watcher(&mut self) {
         if let Some(watcher) = &mut self.watcher {
             watcher.tell(&self.group, &self.plan, self.deadline);
+        }
+    }
+
+    fn give_terminal(&mut self) {
+        self.terminal = Terminal::of(&self.group);
+        if let Some(terminal) = &mut self.terminal {
+            terminal.give_at_start(&self.group);
+        }
+    }
+
+    /// Looks whether the command was stopped, or goes on. Says so if it stays stopped.
+    fn look_for_stops(&mut self, output: &Output) {
+        let mut is_new = false;
+        while let Some(look) = self.group.look() {
+            (self.stopped, is_new) = match look {
+                Look::Stopped(signal) => (Some(signal), true),
+                Look::GoesOn => (None, false),
+            };
+        }
+        self.continue_if_stopped();
+        if let (Some(signal), true) = (self.stopped, is_new) {
+            output.event(
+                "stopped",
+                format_args!("the command was stopped by {signal}, and keeps the lock"),
+                json!({ "signal": signal.as_str() }),
+            );
+        }
+    }
+
+    /// Has a stopped command go on where only we can.
+    fn continue_if_stopped(&mut self) {
+        let (Some(signal), Some(terminal)) = (self.stopped, &mut self.terminal) else { return };
+        let goes_on = match signal {
+            // It used the terminal from the background. If it went on there, it would be stopped again.
+            Signal::SIGTTIN | Signal::SIGTTOU => terminal.give(),
+            // Ctrl-Z. The shell doesn't notice, as we are not stopped.
+            _ => terminal.is_given(),
+        };
+        if goes_on {
+            self.stopped = None;
+            self.group.signal(Signal::SIGCONT);
         }
     }
 

@@ -4,6 +4,8 @@
 
 #[path = "run/processes.rs"]
 mod processes;
+#[path = "run/terminal.rs"]
+mod terminal;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -76,6 +78,11 @@ impl Running {
 
     fn process_of(&self, name: &str) -> Pid {
         Pid::from_raw(self.written(name).parse().unwrap())
+    }
+
+    /// Waits for this event.
+    fn event(&self, name: &str) -> Value {
+        eventually(|| self.events.lock().unwrap().iter().find(|event| event["event"] == name).cloned())
     }
 
     fn pid(&self) -> Pid {

@@ -85,11 +85,20 @@ impl Group {
         }
     }
 
-    /// Has the command go on if it was stopped: it would keep the lock, and nobody could have it go on.
-    pub(super) fn go_on_if_stopped(&self) {
-        let looked = waitid(Id::Pid(self.0), WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG);
-        if matches!(looked, Ok(WaitStatus::Stopped(..))) {
-            self.signal(Signal::SIGCONT);
+    /// Returns whether the command was stopped or goes on since the last look.
+    pub(super) fn look(&self) -> Option<Look> {
+        let changes = WaitPidFlag::WSTOPPED | WaitPidFlag::WCONTINUED | WaitPidFlag::WNOHANG;
+        match waitid(Id::Pid(self.0), changes) {
+            Ok(WaitStatus::Stopped(_, signal)) => Some(Look::Stopped(signal)),
+            Ok(WaitStatus::Continued(_)) => Some(Look::GoesOn),
+            _ => None,
         }
     }
+}
+
+/// What has become of the command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Look {
+    Stopped(Signal),
+    GoesOn,
 }

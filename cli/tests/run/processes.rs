@@ -17,6 +17,7 @@ fn a_command_that_is_stopped_is_ended_by_a_signal() {
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
         let running = Running::start(&server, "job", &[], "echo $$ > child; while :; do sleep 0.05; done");
         stop(running.process_of("child"));
+        assert_eq!(running.event("stopped")["signal"], "SIGSTOP");
         running.signal(signal);
         assert_eq!(running.ended().0, 128 + signal as i32);
         assert!(is_free(&server, "job"));
