@@ -263,7 +263,7 @@ Signals:
   SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 are passed on to the command's process group. Before the command
   has started, the first four end the wait. They also reach a command that is stopped, which keeps the lock. If tenure
   itself is killed, or stopped for so long that the lock is about to be lost, a second process of it (`tenure __watch`)
-  ends the group.
+  ends the group. There is no grace time if tenure is killed under another `tenure run`, whose lock may end.
 
 Exit codes:
   the command's own    it has run and ended

@@ -33,6 +33,8 @@ use crate::connect::{connect, exit_of};
 use crate::exit::Exit;
 use crate::output::Output;
 
+/// In the environment of the command: the key of the lock.
+const KEY: &str = "TENURE_KEY";
 /// How long the releases may take that are left when the command has ended.
 const CLOSING: Duration = Duration::from_secs(5);
 /// How often the deadline is compared with the clock at least: no timer counts the time of a machine's suspension.
@@ -168,7 +170,7 @@ async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut 
 
 fn environment(guard: &LockGuard, options: &RunOptions) -> Vec<(&'static str, String)> {
     let fencing_token = guard.fencing_token().map(|token| ("TENURE_FENCING_TOKEN", token.to_string()));
-    [("TENURE_KEY", options.key.clone())].into_iter().chain(fencing_token).collect()
+    [(KEY, options.key.clone())].into_iter().chain(fencing_token).collect()
 }
 
 /// The command, and what it has started.

@@ -6,6 +6,8 @@
 //! 1. It is started before the command, and told of the group right after that has started, before anything else is done.
 //! 2. A line is written whole or not at all, and never waited for: a watcher that hangs must hold up nothing.
 //! 3. It acts a little later than we would, so that it does nothing while we are well.
+//! 4. If we are killed while another `tenure run` runs us, that one has lost its patience, and kills us before its lock
+//!    ends. The group was asked to end before, and gets no further grace time.
 
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsFd;
@@ -18,6 +20,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::time::{ClockId, clock_gettime};
 use tokio::time::Instant;
 
+use super::KEY;
 use super::ending::{LOOK_EVERY, Plan};
 use super::group::Group;
 
@@ -124,17 +127,17 @@ fn clock() -> Duration {
 /// Watches, as a process of its own.
 pub(crate) fn watch() {
     let (mut orders, mut unread) = (None::<Orders>, Vec::new());
-    loop {
+    let was_killed = loop {
         let left = orders.map(|orders| orders.end_at_ms.saturating_sub(clock().as_millis()));
         if left == Some(0) {
-            break;
+            break false;
         }
         match read(&mut unread, left) {
             // We have ended without a word.
-            Ok(false) => break,
+            Ok(false) => break true,
             Ok(true) => {}
             Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => continue,
-            Err(_) => break,
+            Err(_) => break false,
         }
         while let Some(end) = unread.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = unread.drain(..=end).collect();
@@ -143,9 +146,12 @@ pub(crate) fn watch() {
                 line => orders = Orders::read(line).or(orders),
             }
         }
-    }
-    if let Some(orders) = orders {
-        end(orders);
+    };
+    let is_nested = || std::env::var_os(KEY).is_some();
+    match orders {
+        Some(orders) if was_killed && is_nested() => end(Orders { grace_ms: 0, ..orders }),
+        Some(orders) => end(orders),
+        None => {}
     }
 }
 

@@ -24,6 +24,20 @@ fn a_command_that_is_stopped_is_ended_by_a_signal() {
     }
 }
 
+/// The inner one is killed when the outer's grace time is over. Its own grace time is longer, and doesn't count then.
+#[test]
+fn a_command_under_two_locks_has_the_grace_time_of_the_outer_one() {
+    let server = Server::start();
+    let script = format!("exec '{TENURE}' run inner --ttl 40s --grace 20s -- sh -c \"$STUBBORN\"");
+    let running = Running::start(&server, "outer", &["--ttl", "3s", "--grace", "500ms"], &script);
+    let (child, grandchild) = (running.process_of("child"), running.process_of("grandchild"));
+    server.cli(&["DEL", "outer"]);
+    let began = Instant::now();
+    assert_eq!(running.ended().0, 76);
+    eventually(|| (is_gone(child) && is_gone(grandchild)).then_some(()));
+    assert!(began.elapsed() < ms(10_000), "{:?}", began.elapsed());
+}
+
 /// Returns a pipe that nothing fits into.
 fn full_pipe() -> (PipeReader, Stdio) {
     let (reader, mut writer) = pipe().unwrap();
