@@ -251,7 +251,8 @@ whole group is gone before another machine has the lock. If the server says that
 because it was deleted or the server has lost its memory, the group gets SIGTERM at once, and SIGKILL when the grace \
 time is over, or the lock would have ended, whichever is earlier.
 
-What leaves its process group, such as a daemon that calls setsid, is not ended. What the command has sent to other \
+What leaves its process group, such as a daemon that calls setsid, is not ended. Nor is what runs as another user, under \
+sudo for example, as the system lets nobody else end it (EPERM). `tenure run` says so, and leaves the lock to its ttl. What the command has sent to other \
 systems can't be called back: have them check the fencing token.";
 
 const AFTER_RUN: &str = "\

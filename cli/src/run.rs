@@ -16,6 +16,7 @@ use std::pin::pin;
 use std::process::ExitStatus;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use serde_json::json;
 use tenure::{Error, LockGuard, LockRequest, Locker, Loss};
@@ -156,8 +157,12 @@ async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut 
             (Some(why), None)
         }
     };
-    let status = running.end(status, output).await;
-    release(guard, why.is_some(), output).await;
+    let (status, is_gone) = running.end(status, output).await;
+    match is_gone {
+        true => release(guard, why.is_some(), output).await,
+        // The command goes on, so nobody else gets the lock earlier than its ttl ends.
+        false => drop(guard.into_lease()),
+    }
     let exit = match &why {
         None => status.map_or(Exit::Lost, of_status),
         Some(Why::LimitReached) => Exit::LimitReached,
@@ -273,12 +278,12 @@ impl Running {
         }
     }
 
-    /// Ends what is left of the group. Returns the status of the command.
-    async fn end(mut self, mut status: Option<ExitStatus>, output: &Output) -> Option<ExitStatus> {
+    /// Ends what is left of the group. Returns the status of the command, and whether the group is gone.
+    async fn end(mut self, mut status: Option<ExitStatus>, output: &Output) -> (Option<ExitStatus>, bool) {
         let began = Instant::now();
         let kill_at = self.plan.kill_at(self.deadline, began);
         let (mut was_asked, mut was_killed) = (false, false);
-        loop {
+        let is_gone = loop {
             if status.is_none() {
                 status = self.child.try_wait().ok().flatten();
             }
@@ -286,7 +291,7 @@ impl Running {
                 // Those that it has left behind are ours since then, and nobody else reaps them.
                 self.group.reap();
                 if !self.group.exists() {
-                    break;
+                    break true;
                 }
             }
             let now = Instant::now();
@@ -295,7 +300,11 @@ impl Running {
                 was_asked = true;
             }
             if now >= kill_at {
-                self.group.kill();
+                let killed = self.group.kill();
+                if now >= kill_at + CLOSING {
+                    not_gone(killed, output);
+                    break false;
+                }
                 if !was_killed {
                     let after = began.elapsed();
                     output.event(
@@ -306,20 +315,31 @@ impl Running {
                 }
                 was_killed = true;
             }
-            if now >= kill_at + CLOSING {
-                output.event("not_gone", "some of its processes can't be killed", json!({}));
-                break;
-            }
             sleep_until((now + ending::LOOK_EVERY).min(kill_at.max(now + MINIMUM))).await;
-        }
-        if was_asked {
+        };
+        if was_asked && is_gone {
             output.detail("gone", json!({ "killed": was_killed, "after_ms": millis(began.elapsed()) }));
         }
         if let Some(watcher) = self.watcher.take() {
             watcher.done();
         }
-        status
+        (status, is_gone)
     }
+}
+
+/// Tells that some processes of the command can't be killed. `killed` is what became of the last try.
+fn not_gone(killed: nix::Result<()>, output: &Output) {
+    let why = match killed {
+        Err(Errno::EPERM) => "they run as another user (EPERM)",
+        _ => "the system doesn't end them",
+    };
+    output.event(
+        "not_gone",
+        format_args!(
+            "some processes of the command can't be killed: {why}. They go on, and the lock is left to its ttl"
+        ),
+        json!({ "error": why }),
+    );
 }
 
 /// Releases the lock. What is lost already needs no release.

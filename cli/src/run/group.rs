@@ -65,8 +65,13 @@ impl Group {
         self.interrupt(Signal::SIGTERM);
     }
 
-    pub(super) fn kill(&self) {
-        self.signal(Signal::SIGKILL);
+    /// Kills all of its processes. Those of other users are not ours to kill.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` if only such are left, `ESRCH` if none is.
+    pub(super) fn kill(&self) -> nix::Result<()> {
+        killpg(self.0, Signal::SIGKILL)
     }
 
     /// Returns whether any of its processes is left, if only to be reaped.

@@ -181,7 +181,7 @@ fn end(orders: Orders) {
     while group.exists() {
         let now = clock().as_millis();
         if now >= kill_at {
-            group.kill();
+            group.kill().ok();
         }
         if now >= kill_at + 5_000 {
             return;

@@ -1,6 +1,9 @@
 //! What becomes of processes: those that are stopped, orphaned, nested, or another user's; and of the watcher.
 
+use std::fs::Permissions;
 use std::io::{PipeReader, Write, pipe};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 
 use nix::fcntl::{FcntlArg, fcntl};
 
@@ -70,3 +73,52 @@ fn a_lock_is_kept_and_its_loss_ends_the_command_while_nobody_reads_stderr() {
     assert_eq!(code(eventually(|| running.process.try_wait().unwrap())), 76);
 }
 
+/// Runs where tests run as root, as nobody else can have a process of another user.
+#[test]
+fn the_lock_of_what_cannot_be_killed_is_left_to_its_ttl() {
+    const NOBODY: u32 = 65_534;
+    if fs::metadata("/proc/self").unwrap().uid() != 0 {
+        return eprintln!("left out: it needs root");
+    }
+    let (server, dir) = (Server::start(), tempfile::tempdir().unwrap());
+    // What a user other than root can reach, and a program that becomes root, as sudo does.
+    let (ours, becomes_root) = (dir.path().join("tenure"), dir.path().join("becomes-root"));
+    for (mode, from, to) in [("755", TENURE, &ours), ("4755", "/usr/bin/setpriv", &becomes_root)] {
+        // By another process: a program that any thread's child has open for writing can't be run.
+        assert!(Command::new("install").args(["-m", mode, from]).arg(to).status().unwrap().success());
+    }
+    fs::set_permissions(&dir, Permissions::from_mode(0o777)).unwrap();
+    let script = "exec >/dev/null 2>&1; ./becomes-root --reuid 0 sh -c 'echo $$ > left; exec sleep 1000' & \
+                  while ! [ -s left ]; do sleep 0.01; done; exit 3";
+    let mut command = Command::new(ours);
+    command
+        .args([
+            "--json",
+            "run",
+            "job",
+            "--ttl",
+            "4s",
+            "--grace",
+            "200ms",
+            "--url",
+            &server.url(),
+            "--",
+            "sh",
+            "-c",
+            script,
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .uid(NOBODY)
+        .gid(NOBODY);
+    let running = Running::spawn(&mut command, dir);
+    let left = running.process_of("left");
+    let not_gone = running.event("not_gone");
+    let (code, _, events) = running.ended();
+    let (is_left, is_held) = (!is_gone(left), !is_free(&server, "job"));
+    kill(left, Signal::SIGKILL).unwrap();
+    assert!(code == 3 && is_left && is_held, "{code} {is_left} {is_held}: {events:?}");
+    assert!(not_gone["error"].as_str().unwrap().contains("EPERM"), "{events:?}");
+    eventually(|| is_free(&server, "job").then_some(()));
+}
