@@ -30,9 +30,6 @@ pub(crate) const COMMAND: &str = "__watch";
 /// How much later than us it asks the group to end.
 const LATER: Duration = Duration::from_millis(200);
 
-/// What we tell the watcher.
-const DONE: &str = "done";
-
 /// Our end of it.
 pub(super) struct Watcher {
     process: Child,
@@ -74,10 +71,10 @@ impl Watcher {
         }
     }
 
-    /// Ends it, as the group is gone.
+    /// Ends it, as the group is gone. It may be stopped, so nothing is asked of it.
     pub(super) fn done(mut self) {
-        self.write(DONE);
-        self.pipe = None;
+        // While the pipe is open: at its end it would end the group, whose id may be another's by now.
+        drop(self.process.kill());
         drop(self.process.wait());
     }
 
@@ -141,10 +138,7 @@ pub(crate) fn watch() {
         }
         while let Some(end) = unread.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = unread.drain(..=end).collect();
-            match std::str::from_utf8(&line).unwrap_or_default().trim_end() {
-                DONE => return,
-                line => orders = Orders::read(line).or(orders),
-            }
+            orders = Orders::read(std::str::from_utf8(&line).unwrap_or_default().trim_end()).or(orders);
         }
     };
     let is_nested = || std::env::var_os(KEY).is_some();
@@ -198,7 +192,7 @@ mod tests {
     fn orders_are_read_as_they_are_written() {
         let orders = Orders { group: 7, grace_ms: 5_000, end_at_ms: 123_456_789, kill_at_ms: 123_461_789 };
         assert_eq!(Orders::read(&orders.to_text()), Some(orders));
-        for line in ["", "done", "7 1 2", "7 1 2 x", "x 1 2 3"] {
+        for line in ["", "7 1 2", "7 1 2 x", "x 1 2 3"] {
             assert_eq!(Orders::read(line), None, "{line}");
         }
     }

@@ -14,6 +14,18 @@ fn stop(process: Pid) {
     eventually(|| (state(process) == Some('T')).then_some(()));
 }
 
+/// Returns the process that watches over this one.
+fn watcher_of(running: &Running) -> Pid {
+    let parent = format!("PPid:\t{}\n", running.pid());
+    eventually(|| {
+        let all = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path());
+        let read = |path: &Path, name: &str| fs::read_to_string(path.join(name)).unwrap_or_default();
+        let mut watchers =
+            all.filter(|path| read(path, "cmdline").contains("__watch") && read(path, "status").contains(&parent));
+        watchers.next().map(|path| Pid::from_raw(path.file_name().unwrap().to_str().unwrap().parse().unwrap()))
+    })
+}
+
 #[test]
 fn a_command_that_is_stopped_is_ended_by_a_signal() {
     let server = Server::start();
@@ -25,6 +37,17 @@ fn a_command_that_is_stopped_is_ended_by_a_signal() {
         assert_eq!(running.ended().0, 128 + signal as i32);
         assert!(is_free(&server, "job"));
     }
+}
+
+#[test]
+fn a_watcher_that_is_stopped_holds_up_nothing() {
+    let server = Server::start();
+    let running = Running::start(&server, "job", &[], "echo > began; while ! [ -f end ]; do sleep 0.01; done; exit 3");
+    running.written("began");
+    stop(watcher_of(&running));
+    fs::write(running.path("end"), "").unwrap();
+    assert_eq!(running.ended().0, 3);
+    assert!(is_free(&server, "job"));
 }
 
 /// The inner one is killed when the outer's grace time is over. Its own grace time is longer, and doesn't count then.
