@@ -224,7 +224,10 @@ impl Running {
                 received = signals.next() => match received {
                     Received::PassOn(signal) if signals::is_deadly(signal) => self.group.interrupt(signal),
                     Received::PassOn(signal) => self.group.signal(signal),
-                    Received::ChildChanged => self.look_for_stops(output),
+                    Received::ChildChanged => {
+                        self.look_for_stops(output);
+                        self.reap_orphans();
+                    }
                 },
                 () = sleep_until(look_at) => {}
             }
@@ -276,6 +279,16 @@ impl Running {
             self.stopped = None;
             self.group.signal(Signal::SIGCONT);
         }
+    }
+
+    /// Reaps what the command has left behind: in a container, there may be nobody else who does.
+    fn reap_orphans(&mut self) {
+        let watcher = self.watcher.as_mut().and_then(|watcher| {
+            watcher.reap();
+            watcher.pid()
+        });
+        let children: Vec<_> = [Some(self.group.pid()), watcher].into_iter().flatten().collect();
+        group::reap_orphans(&children);
     }
 
     /// Ends what is left of the group. Returns the status of the command, and whether the group is gone.

@@ -107,3 +107,15 @@ pub(super) enum Look {
     Stopped(Signal),
     GoesOn,
 }
+
+/// Reaps the orphans that have ended and became ours, but none of these children, whose status others wait for.
+pub(super) fn reap_orphans(children: &[Pid]) {
+    let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    while let Ok(status) = waitid(Id::All, ended) {
+        match status.pid() {
+            Some(orphan) if !children.contains(&orphan) => drop(waitpid(orphan, Some(WaitPidFlag::WNOHANG))),
+            // Nobody has ended, or one of these. The system shows no other before that one is reaped.
+            _ => return,
+        }
+    }
+}

@@ -18,6 +18,7 @@ use std::time::Duration;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Pid;
 use tokio::time::Instant;
 
 use super::KEY;
@@ -69,6 +70,15 @@ impl Watcher {
         if self.write(&line.to_text()) {
             self.told = Some(deadline);
         }
+    }
+
+    pub(super) fn pid(&self) -> Option<Pid> {
+        i32::try_from(self.process.id()).ok().map(Pid::from_raw)
+    }
+
+    /// Reaps it if it has ended.
+    pub(super) fn reap(&mut self) {
+        drop(self.process.try_wait());
     }
 
     /// Ends it, as the group is gone. It may be stopped, so nothing is asked of it.

@@ -40,6 +40,29 @@ fn a_command_that_is_stopped_is_ended_by_a_signal() {
 }
 
 #[test]
+fn what_the_command_leaves_behind_is_reaped_while_it_runs() {
+    let server = Server::start();
+    let script = "echo > began; while ! [ -f go ]; do sleep 0.01; done; \
+                  for i in 1 2 3 4 5; do (sh -c 'echo $$ >> orphans' &); done; while :; do sleep 0.05; done";
+    let running = Running::start(&server, "job", &[], script);
+    running.written("began");
+    // It is a child as well, and stands before them.
+    let watcher = watcher_of(&running);
+    kill(watcher, Signal::SIGKILL).unwrap();
+    fs::write(running.path("go"), "").unwrap();
+    let orphans = eventually(|| {
+        let orphans = fs::read_to_string(running.path("orphans")).unwrap_or_default();
+        (orphans.lines().count() == 5 && orphans.ends_with('\n')).then_some(orphans)
+    });
+    let orphans = orphans.lines().map(|process| Pid::from_raw(process.parse().unwrap()));
+    for process in orphans.chain([watcher]) {
+        eventually(|| (kill(process, None) == Err(Errno::ESRCH)).then_some(()));
+    }
+    running.signal(Signal::SIGTERM);
+    assert_eq!(running.ended().0, 128 + 15);
+}
+
+#[test]
 fn a_watcher_that_is_stopped_holds_up_nothing() {
     let server = Server::start();
     let running = Running::start(&server, "job", &[], "echo > began; while ! [ -f end ]; do sleep 0.01; done; exit 3");
