@@ -17,16 +17,14 @@ use tokio_util::task::TaskTracker;
 
 pub use self::builder::{LockerBuilder, RestartWindow};
 pub use self::close_on_drop::CloseOnDrop;
-#[cfg(doc)]
-use crate::Token;
 use crate::acquire::WhenRefused;
 use crate::hold::timing::Renewal;
 use crate::hold::{Grant, GrantId, Hold, Owned, suspension};
 use crate::locker::shared::Shared;
 use crate::mode::Mode;
 use crate::report::debug;
-use crate::store::Holder;
-use crate::{Diagnosis, Error, Key, Lease, LockGuard, LockRequest};
+use crate::store::{Holder, Verdict, Whose};
+use crate::{Diagnosis, Error, Key, Lease, LockGuard, LockRequest, Token};
 
 /// Obtains locks on one server, on one watched by Sentinels, on a cluster, a quorum, or the embedded store.
 ///
@@ -823,13 +821,47 @@ impl Locker {
     /// # }
     /// ```
     pub async fn force_release(&self, key: impl Into<Key>) -> Result<bool, Error> {
-        let key = key.into();
-        key.validate()?;
-        if self.shared.closed.is_cancelled() {
-            return Err(Error::Closed);
-        }
-        Shared::check_runtime()?;
-        let ended = self.shared.store.force_release(&key, self.shared.command_timeout).await?;
+        self.end_lock_of(key.into(), Whose::All).await
+    }
+
+    /// Ends the lock of this key like [`force_release`](Locker::force_release), unless somebody holds it who has none of
+    /// these tokens: then it returns false, and nothing has changed. The server compares the tokens in the step that ends
+    /// the lock.
+    ///
+    /// For tools that show [who holds](Locker::holders) a lock before they end it: a holder that has come since then keeps
+    /// its lock. Without tokens, it ends only the time for which a key stays taken although nobody holds it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`force_release`](Locker::force_release).
+    ///
+    /// # Cancel safety
+    ///
+    /// If the future is dropped, the lock may or may not end.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> Result<(), tenure::Error> {
+    /// let locker = tenure::Locker::in_memory();
+    /// let hangs = locker.lock("import").await?;
+    /// let shown = [hangs.token().clone()];
+    /// hangs.release().await?;
+    /// let next = locker.lock("import").await?; // after the holder was shown
+    /// assert!(!locker.force_release_of("import", &shown).await?);
+    /// next.renew().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn force_release_of(&self, key: impl Into<Key>, tokens: &[Token]) -> Result<bool, Error> {
+        self.end_lock_of(key.into(), Whose::Only(tokens.into())).await
+    }
+
+    async fn end_lock_of(&self, key: Key, whose: Whose) -> Result<bool, Error> {
+        let key = self.readable(key)?;
+        let ended = self.shared.store.force_release(&key, &whose, self.shared.command_timeout).await?;
+        let ended = ended == Verdict::Done;
         debug!(name: "tenure.force_released", %key, ended, "ended the lock of whoever held it");
         Ok(ended)
     }

@@ -104,9 +104,10 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     /// grant, that is its own time; for [`GrantId::UNKNOWN`], the longest of the token's grants.
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>>;
 
-    /// Ends the lock of this key, whoever holds it, and the time for which it was left to nobody. Returns whether there
-    /// was either. A repeat may end the lock of the next holder.
-    fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool>;
+    /// Ends the lock of this key, whoever of these holds it, and the time for which it was left to nobody. Returns
+    /// `Missing` if there was neither, and `Taken` if others hold the key: then nothing has changed. A repeat may end the
+    /// lock of the next holder.
+    fn force_release<'a>(&'a self, key: &'a Key, whose: &'a Whose, timeout: Duration) -> Answer<'a, Verdict>;
 
     /// Returns the keys that begin with the prefix and may be lock keys. Each step takes no longer than `timeout`, and
     /// there are as many as the server has keys.
@@ -292,6 +293,22 @@ pub(crate) enum Acquired {
         /// How long the lock lasts unless it is renewed; `None` where it has no ttl.
         remaining: Option<Duration>,
     },
+}
+
+/// Whose lock may be ended by force.
+#[derive(Clone, Debug)]
+pub(crate) enum Whose {
+    All,
+    Only(Arc<[Token]>),
+}
+
+impl Whose {
+    pub(crate) fn includes(&self, token: &Token) -> bool {
+        match self {
+            Self::All => true,
+            Self::Only(tokens) => tokens.contains(token),
+        }
+    }
 }
 
 /// The verdict on a renewal or a release.

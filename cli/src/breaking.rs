@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, IsTerminal, Write};
 
 use serde_json::json;
-use tenure::{Holder, Locker};
+use tenure::{Error, Locker};
 
 use crate::args::BreakOptions;
 use crate::connect::{connect, exit_of};
@@ -19,10 +19,9 @@ pub(crate) async fn break_lock(options: BreakOptions, output: &Output) -> Exit {
         Ok(locker) => locker,
         Err(exit) => return exit,
     };
-    let ended = if options.yes { Ok(true) } else { ask(&locker, &options.key).await };
-    let ended = match ended {
-        Ok(true) => locker.force_release(options.key.as_str()).await,
-        other => other,
+    let ended = match options.yes {
+        true => locker.force_release(options.key.as_str()).await,
+        false => ask(&locker, &options.key).await,
     };
     match ended {
         Ok(ended) => {
@@ -34,10 +33,11 @@ pub(crate) async fn break_lock(options: BreakOptions, output: &Output) -> Exit {
     }
 }
 
-/// Shows the holders, and asks whether to end their lock. False if there are others by then.
-async fn ask(locker: &Locker, key: &str) -> Result<bool, tenure::Error> {
-    let before = holders(locker, key).await?;
-    match &before[..] {
+/// Shows the holders, asks whether to end their lock, and ends it unless there are others by then. Returns whether it has
+/// ended.
+async fn ask(locker: &Locker, key: &str) -> Result<bool, Error> {
+    let shown = holders(locker, key).await?;
+    match &shown[..] {
         [] => eprintln!("{key}  has no holder, but may stay taken for a time after its last one"),
         holders => eprintln!("{}", Shown::new(key, holders).text()),
     }
@@ -48,11 +48,10 @@ async fn ask(locker: &Locker, key: &str) -> Result<bool, tenure::Error> {
     if io::stdin().lock().read_line(&mut answer).is_err() || !matches!(answer.trim(), "y" | "Y" | "yes") {
         return Ok(false);
     }
-    let now = holders(locker, key).await?;
-    let is_known = |holder: &Holder| before.iter().any(|known| known.token == holder.token);
-    if now.iter().all(is_known) {
-        return Ok(true);
+    let tokens: Vec<_> = shown.into_iter().map(|holder| holder.token).collect();
+    let ended = locker.force_release_of(key, &tokens).await?;
+    if !ended && !holders(locker, key).await?.is_empty() {
+        eprintln!("another holds it now: look again");
     }
-    eprintln!("another holds it now: look again");
-    Ok(false)
+    Ok(ended)
 }

@@ -39,18 +39,24 @@ fn main() -> ExitCode {
         }
     };
     let output = Output::new(args.json);
+    let exit = execute(args.command, &output);
+    output.finish();
+    exit.into()
+}
+
+fn execute(command: Command, output: &Output) -> Exit {
     // One thread: whatever it waits for, it waits for together with the lock.
     let runtime = match Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return output.fail(Exit::Unavailable, &format!("could not start: {error}")).into(),
+        Err(error) => return output.fail(Exit::Unavailable, &format!("could not start: {error}")),
     };
     let exit = runtime.block_on(async {
-        match args.command {
-            Command::Run(options) => run::run(options, &output).await,
-            Command::Status(options) => status::status(options, &output).await,
-            Command::List(options) => list::list(options, &output).await,
-            Command::Break(options) => breaking::break_lock(options, &output).await,
-            Command::Doctor(options) => doctor::doctor(options, &output).await,
+        match command {
+            Command::Run(options) => run::run(options, output).await,
+            Command::Status(options) => status::status(options, output).await,
+            Command::List(options) => list::list(options, output).await,
+            Command::Break(options) => breaking::break_lock(options, output).await,
+            Command::Doctor(options) => doctor::doctor(options, output).await,
             Command::Completions { shell } => {
                 clap_complete::generate(shell, &mut Args::command(), "tenure", &mut std::io::stdout());
                 Exit::Success
@@ -59,5 +65,5 @@ fn main() -> ExitCode {
     });
     // What still reads from a terminal must not hold it up.
     runtime.shutdown_background();
-    exit.into()
+    exit
 }

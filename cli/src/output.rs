@@ -2,21 +2,44 @@
 
 use std::fmt::Display;
 use std::io::{self, Write};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::{Builder, JoinHandle};
 
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::exit::Exit;
 
+/// How many messages wait to be printed. A run has about ten.
+const MOST_WAITING: usize = 64;
+
 /// Where results and messages go. Results go to stdout. Messages go to stderr, as stdout is the command's in `tenure
 /// run`.
+///
+/// A thread prints the messages: if stderr is a pipe that is full and nobody reads, printing waits, and whoever watches a
+/// command must not.
 pub(crate) struct Output {
     json: bool,
+    printer: Option<Printer>,
+}
+
+/// The thread that prints messages.
+struct Printer {
+    messages: SyncSender<String>,
+    thread: JoinHandle<()>,
 }
 
 impl Output {
     pub(crate) fn new(json: bool) -> Self {
-        Self { json }
+        Self { json, printer: Printer::start() }
+    }
+
+    /// Waits until all messages are printed.
+    pub(crate) fn finish(self) {
+        if let Some(Printer { messages, thread }) = self.printer {
+            drop(messages);
+            drop(thread.join());
+        }
     }
 
     /// Prints a result to stdout.
@@ -28,16 +51,24 @@ impl Output {
         }
     }
 
-    /// Prints what has happened to stderr.
+    /// Prints what has happened to stderr. Doesn't wait until it is printed.
     pub(crate) fn event(&self, name: &str, text: impl Display, fields: Value) {
         if !self.json {
-            return write(&mut io::stderr(), &format_args!("tenure: {text}"));
+            return self.print(format!("tenure: {text}"));
         }
         let mut data = json!({ "event": name });
         if let (Value::Object(all), Value::Object(fields)) = (&mut data, fields) {
             all.extend(fields);
         }
-        write(&mut io::stderr(), &data);
+        self.print(data.to_string());
+    }
+
+    fn print(&self, message: String) {
+        match &self.printer {
+            // Where so many wait, nobody reads them.
+            Some(printer) => drop(printer.messages.try_send(message)),
+            None => write(&mut io::stderr(), &message),
+        }
     }
 
     /// Prints an event that people need not read.
@@ -54,7 +85,22 @@ impl Output {
     }
 }
 
-/// Prints a line. Where nobody reads, as behind `head`, there is nobody to tell.
+impl Printer {
+    fn start() -> Option<Self> {
+        let (messages, waiting) = sync_channel(MOST_WAITING);
+        let thread = Builder::new().name("messages".to_owned()).spawn(move || print_all(&waiting)).ok()?;
+        Some(Self { messages, thread })
+    }
+}
+
+fn print_all(waiting: &Receiver<String>) {
+    for message in waiting {
+        write(&mut io::stderr(), &message);
+    }
+}
+
+/// Prints a line, in one piece: a command writes to the same stderr. Where nobody reads, as behind `head`, there is nobody
+/// to tell.
 fn write(to: &mut impl Write, line: &dyn Display) {
-    drop(writeln!(to, "{line}"));
+    drop(to.write_all(format!("{line}\n").as_bytes()).and_then(|()| to.flush()));
 }

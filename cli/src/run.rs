@@ -16,6 +16,7 @@ use std::pin::pin;
 use std::process::ExitStatus;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use serde_json::json;
 use tenure::{Error, LockGuard, LockRequest, Locker, Loss};
@@ -24,7 +25,7 @@ use tokio::select;
 use tokio::time::{Instant, sleep_until};
 
 use self::ending::{Plan, Why};
-use self::group::Group;
+use self::group::{Group, Look};
 use self::signals::{Received, Signals};
 use self::terminal::Terminal;
 use self::watcher::Watcher;
@@ -33,6 +34,8 @@ use crate::connect::{connect, exit_of};
 use crate::exit::Exit;
 use crate::output::Output;
 
+/// In the environment of the command: the key of the lock.
+const KEY: &str = "TENURE_KEY";
 /// How long the releases may take that are left when the command has ended.
 const CLOSING: Duration = Duration::from_secs(5);
 /// How often the deadline is compared with the clock at least: no timer counts the time of a machine's suspension.
@@ -127,7 +130,7 @@ fn described(options: &RunOptions) -> String {
 
 /// Runs the command for as long as the lock is held, and releases the lock when all of its group is gone.
 async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut Signals, output: &Output) -> Exit {
-    let (terminal, watcher) = (Terminal::ours(), Watcher::start());
+    let watcher = Watcher::start();
     let (child, group) = match group::start(&options.command, &environment(&guard, options)) {
         Ok(started) => started,
         Err(error) => {
@@ -141,20 +144,25 @@ async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut 
             return output.fail(exit, &format_args!("could not run {program}: {error}"));
         }
     };
-    output.detail("started", json!({ "process": group.id() }));
-    let foreground = terminal.map(|terminal| terminal.give_to(&group));
     let deadline = guard.deadline();
-    let mut running = Running { child, group, plan, deadline, watcher, has_terminal: foreground.is_some() };
-    let (why, status) = match running.attend(&guard, signals).await {
+    let mut running = Running { child, group, plan, deadline, watcher, terminal: None, stopped: None };
+    // First of all: until then, nobody ends the group if we are killed or stopped.
+    running.tell_watcher();
+    running.give_terminal();
+    output.detail("started", json!({ "process": running.group.id() }));
+    let (why, status) = match running.attend(&guard, signals, output).await {
         Ended::ByItself(status) => (None, Some(status)),
         Ended::Because(why) => {
             output.event("ending", format_args!("{why}: ending the command"), json!({ "reason": why.name() }));
             (Some(why), None)
         }
     };
-    let status = running.end(status, output).await;
-    drop(foreground);
-    release(guard, why.is_some(), output).await;
+    let (status, is_gone) = running.end(status, output).await;
+    match is_gone {
+        true => release(guard, why.is_some(), output).await,
+        // The command goes on, so nobody else gets the lock earlier than its ttl ends.
+        false => drop(guard.into_lease()),
+    }
     let exit = match &why {
         None => status.map_or(Exit::Lost, of_status),
         Some(Why::LimitReached) => Exit::LimitReached,
@@ -167,7 +175,7 @@ async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut 
 
 fn environment(guard: &LockGuard, options: &RunOptions) -> Vec<(&'static str, String)> {
     let fencing_token = guard.fencing_token().map(|token| ("TENURE_FENCING_TOKEN", token.to_string()));
-    [("TENURE_KEY", options.key.clone())].into_iter().chain(fencing_token).collect()
+    [(KEY, options.key.clone())].into_iter().chain(fencing_token).collect()
 }
 
 /// The command, and what it has started.
@@ -179,7 +187,9 @@ struct Running {
     deadline: Instant,
     /// Ends the group if we can't.
     watcher: Option<Watcher>,
-    has_terminal: bool,
+    terminal: Option<Terminal>,
+    /// The signal that has stopped the command, while it is stopped.
+    stopped: Option<Signal>,
 }
 
 /// How it came that the command ends.
@@ -190,13 +200,14 @@ enum Ended {
 
 impl Running {
     /// Waits until the command has ended, or has to be ended. Passes signals on meanwhile.
-    async fn attend(&mut self, guard: &LockGuard, signals: &mut Signals) -> Ended {
+    async fn attend(&mut self, guard: &LockGuard, signals: &mut Signals, output: &Output) -> Ended {
         let mut lost = pin!(guard.lost());
         loop {
             if guard.is_held() {
                 self.deadline = guard.deadline();
             }
             self.tell_watcher();
+            self.continue_if_stopped();
             let now = Instant::now();
             if guard.is_held() && self.plan.is_over(self.deadline, now) {
                 return Ended::Because(self.plan.why(self.deadline, now));
@@ -211,9 +222,12 @@ impl Running {
                     Err(error) => return Ended::Because(Why::Unknown(error.to_string())),
                 },
                 received = signals.next() => match received {
+                    Received::PassOn(signal) if signals::is_deadly(signal) => self.group.interrupt(signal),
                     Received::PassOn(signal) => self.group.signal(signal),
-                    Received::ChildChanged if self.has_terminal => self.group.go_on_if_stopped(),
-                    Received::ChildChanged => {}
+                    Received::ChildChanged => {
+                        self.look_for_stops(output);
+                        self.reap_orphans();
+                    }
                 },
                 () = sleep_until(look_at) => {}
             }
@@ -226,12 +240,63 @@ impl Running {
         }
     }
 
-    /// Ends what is left of the group. Returns the status of the command.
-    async fn end(mut self, mut status: Option<ExitStatus>, output: &Output) -> Option<ExitStatus> {
+    fn give_terminal(&mut self) {
+        self.terminal = Terminal::of(&self.group);
+        if let Some(terminal) = &mut self.terminal {
+            terminal.give_at_start(&self.group);
+        }
+    }
+
+    /// Looks whether the command was stopped, or goes on. Says so if it stays stopped.
+    fn look_for_stops(&mut self, output: &Output) {
+        let mut is_new = false;
+        while let Some(look) = self.group.look() {
+            (self.stopped, is_new) = match look {
+                Look::Stopped(signal) => (Some(signal), true),
+                Look::GoesOn => (None, false),
+            };
+        }
+        self.continue_if_stopped();
+        if let (Some(signal), true) = (self.stopped, is_new) {
+            output.event(
+                "stopped",
+                format_args!("the command was stopped by {signal}, and keeps the lock"),
+                json!({ "signal": signal.as_str() }),
+            );
+        }
+    }
+
+    /// Has a stopped command go on where only we can.
+    fn continue_if_stopped(&mut self) {
+        let (Some(signal), Some(terminal)) = (self.stopped, &mut self.terminal) else { return };
+        let goes_on = match signal {
+            // It used the terminal from the background. If it went on there, it would be stopped again.
+            Signal::SIGTTIN | Signal::SIGTTOU => terminal.give(),
+            // Ctrl-Z. The shell doesn't notice, as we are not stopped.
+            _ => terminal.is_given(),
+        };
+        if goes_on {
+            self.stopped = None;
+            self.group.signal(Signal::SIGCONT);
+        }
+    }
+
+    /// Reaps what the command has left behind: in a container, there may be nobody else who does.
+    fn reap_orphans(&mut self) {
+        let watcher = self.watcher.as_mut().and_then(|watcher| {
+            watcher.reap();
+            watcher.pid()
+        });
+        let children: Vec<_> = [Some(self.group.pid()), watcher].into_iter().flatten().collect();
+        group::reap_orphans(&children);
+    }
+
+    /// Ends what is left of the group. Returns the status of the command, and whether the group is gone.
+    async fn end(mut self, mut status: Option<ExitStatus>, output: &Output) -> (Option<ExitStatus>, bool) {
         let began = Instant::now();
         let kill_at = self.plan.kill_at(self.deadline, began);
         let (mut was_asked, mut was_killed) = (false, false);
-        loop {
+        let is_gone = loop {
             if status.is_none() {
                 status = self.child.try_wait().ok().flatten();
             }
@@ -239,7 +304,7 @@ impl Running {
                 // Those that it has left behind are ours since then, and nobody else reaps them.
                 self.group.reap();
                 if !self.group.exists() {
-                    break;
+                    break true;
                 }
             }
             let now = Instant::now();
@@ -248,7 +313,11 @@ impl Running {
                 was_asked = true;
             }
             if now >= kill_at {
-                self.group.kill();
+                let killed = self.group.kill();
+                if now >= kill_at + CLOSING {
+                    not_gone(killed, output);
+                    break false;
+                }
                 if !was_killed {
                     let after = began.elapsed();
                     output.event(
@@ -259,20 +328,31 @@ impl Running {
                 }
                 was_killed = true;
             }
-            if now >= kill_at + CLOSING {
-                output.event("not_gone", "some of its processes can't be killed", json!({}));
-                break;
-            }
             sleep_until((now + ending::LOOK_EVERY).min(kill_at.max(now + MINIMUM))).await;
-        }
-        if was_asked {
+        };
+        if was_asked && is_gone {
             output.detail("gone", json!({ "killed": was_killed, "after_ms": millis(began.elapsed()) }));
         }
         if let Some(watcher) = self.watcher.take() {
             watcher.done();
         }
-        status
+        (status, is_gone)
     }
+}
+
+/// Tells that some processes of the command can't be killed. `killed` is what became of the last try.
+fn not_gone(killed: nix::Result<()>, output: &Output) {
+    let why = match killed {
+        Err(Errno::EPERM) => "they run as another user (EPERM)",
+        _ => "the system doesn't end them",
+    };
+    output.event(
+        "not_gone",
+        format_args!(
+            "some processes of the command can't be killed: {why}. They go on, and the lock is left to its ttl"
+        ),
+        json!({ "error": why }),
+    );
 }
 
 /// Releases the lock. What is lost already needs no release.

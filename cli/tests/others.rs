@@ -2,8 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 
+use std::fs::File;
+use std::io::{Read, Write};
 use std::process::{Command, Output, Stdio};
 
+use nix::pty::openpty;
 use serde_json::Value;
 use tenure_test_support::Server;
 
@@ -87,6 +90,39 @@ fn break_ends_a_lock_and_asks_first() {
     server.cli(&["RPUSH", "list", "1"]);
     let (code, _, told) = tenure(&server, &["break", "list", "--yes"]);
     assert!(code == 69 && told.contains("WRONGTYPE"), "{told}");
+}
+
+#[test]
+fn break_ends_the_lock_that_it_has_shown_and_no_later_one() {
+    let server = Server::start();
+    let answer_after = |meanwhile: &[&str]| {
+        let pty = openpty(None, None).unwrap();
+        let mut process = Command::new(TENURE)
+            .args(["break", "held"])
+            .env("TENURE_URL", server.url())
+            .stdin(pty.slave)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (mut stderr, mut told) = (process.stderr.take().unwrap(), Vec::new());
+        while !told.ends_with(b"[y/N] ") {
+            let mut byte = [0];
+            stderr.read_exact(&mut byte).unwrap();
+            told.extend(byte);
+        }
+        server.cli(meanwhile);
+        let mut terminal = File::from(pty.master);
+        terminal.write_all(b"y\n").unwrap();
+        stderr.read_to_end(&mut told).unwrap();
+        (process.wait().unwrap().code().unwrap(), String::from_utf8(told).unwrap())
+    };
+    lock(&server, "held", "token\nhost-3");
+    let (code, told) = answer_after(&["SET", "held", "another", "PX", "60000"]);
+    assert!(code == 1 && told.contains("host-3") && told.contains("another holds it now"), "{code}: {told}");
+    assert_eq!(server.cli(&["GET", "held"]), "another");
+    assert_eq!(answer_after(&["PING"]).0, 0);
+    assert_eq!(server.cli(&["EXISTS", "held"]), "0");
 }
 
 #[test]

@@ -2,16 +2,23 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 
+#[path = "run/processes.rs"]
+mod processes;
+#[path = "run/terminal.rs"]
+mod terminal;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::thread::sleep;
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 use tempfile::TempDir;
 use tenure_test_support::Server;
 
@@ -32,22 +39,32 @@ fn tenure(server: &Server) -> Command {
 struct Running {
     process: Child,
     dir: TempDir,
+    events: Arc<Mutex<Vec<Value>>>,
+    reader: Option<JoinHandle<()>>,
 }
 
 impl Running {
     fn start(server: &Server, key: &str, options: &[&str], script: &str) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let process = tenure(server)
+        let mut command = tenure(server);
+        command
             .args(["--json", "run", key])
             .args(options)
             // What the shell has to say about its children is no event.
             .args(["--", "sh", "-c", &format!("exec 2>/dev/null; {script}")])
-            .current_dir(&dir)
+            .env("STUBBORN", STUBBORN)
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        Self { process, dir }
+            .stderr(Stdio::piped());
+        Self::spawn(&mut command, tempfile::tempdir().unwrap())
+    }
+
+    fn spawn(command: &mut Command, dir: TempDir) -> Self {
+        let mut process = command.current_dir(&dir).spawn().unwrap();
+        let events = Arc::<Mutex<Vec<Value>>>::default();
+        let reader = process.stderr.take().map(|stderr| {
+            let events = events.clone();
+            spawn(move || read(stderr, &events))
+        });
+        Self { process, dir, events, reader }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -56,25 +73,40 @@ impl Running {
 
     /// Waits until the script has written a whole line to the file, and returns it.
     fn written(&self, name: &str) -> String {
-        eventually(|| fs::read_to_string(self.path(name)).ok().filter(|text| text.ends_with('\n'))).trim().to_owned()
+        written(&self.path(name))
     }
 
     fn process_of(&self, name: &str) -> Pid {
         Pid::from_raw(self.written(name).parse().unwrap())
     }
 
+    /// Waits for this event.
+    fn event(&self, name: &str) -> Value {
+        eventually(|| self.events.lock().unwrap().iter().find(|event| event["event"] == name).cloned())
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.process.id()).unwrap())
+    }
+
     fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(i32::try_from(self.process.id()).unwrap()), signal).unwrap();
+        kill(self.pid(), signal).unwrap();
     }
 
     /// Waits for the end. Returns the exit code, stdout, and the events on stderr.
-    fn ended(mut self) -> (i32, String, Vec<serde_json::Value>) {
+    fn ended(mut self) -> (i32, String, Vec<Value>) {
         let status = eventually(|| self.process.try_wait().unwrap());
         let mut stdout = String::new();
         self.process.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
-        let events = BufReader::new(self.process.stderr.take().unwrap()).lines();
-        let events = events.map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect();
-        (code(status), stdout, events)
+        self.reader.take().unwrap().join().unwrap();
+        (code(status), stdout, self.events.lock().unwrap().clone())
+    }
+}
+
+fn read(stderr: ChildStderr, events: &Mutex<Vec<Value>>) {
+    for line in BufReader::new(stderr).lines() {
+        let event = serde_json::from_str(&line.unwrap()).unwrap();
+        events.lock().unwrap().push(event);
     }
 }
 
@@ -100,13 +132,23 @@ fn eventually<T>(mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// Waits until a whole line is in the file, and returns it.
+fn written(path: &Path) -> String {
+    eventually(|| fs::read_to_string(path).ok().filter(|text| text.ends_with('\n'))).trim().to_owned()
+}
+
 /// A process that has ended and waits to be reaped is gone: it does nothing any longer.
 fn is_gone(process: Pid) -> bool {
     if kill(process, None) == Err(Errno::ESRCH) {
         return true;
     }
-    let status = fs::read_to_string(Path::new("/proc").join(process.to_string()).join("stat")).unwrap_or_default();
-    status.rsplit(')').next().is_none_or(|rest| rest.trim_start().starts_with(['Z', 'X']) || rest.is_empty())
+    state(process).is_none_or(|state| matches!(state, 'Z' | 'X'))
+}
+
+/// Returns the state of a process, as `ps` shows it.
+fn state(process: Pid) -> Option<char> {
+    let status = fs::read_to_string(Path::new("/proc").join(process.to_string()).join("stat")).ok()?;
+    status.rsplit(')').next()?.trim_start().chars().next()
 }
 
 fn is_free(server: &Server, key: &str) -> bool {

@@ -11,7 +11,7 @@ use super::memory::MemoryStore;
 use super::notifications::Subscription;
 use super::{
     Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, Next,
-    Store, Undone, Verdict, Wanted,
+    Store, Undone, Verdict, Wanted, Whose,
 };
 use crate::hold::Owned;
 use crate::{Error, Key};
@@ -125,8 +125,8 @@ impl Store for EmbeddedStore {
         self.call(limit, move |store| store.find_keys(prefix, limit))
     }
 
-    fn force_release<'a>(&'a self, key: &'a Key, limit: Duration) -> Answer<'a, bool> {
-        self.call(limit, move |store| store.force_release(key, limit))
+    fn force_release<'a>(&'a self, key: &'a Key, whose: &'a Whose, limit: Duration) -> Answer<'a, Verdict> {
+        self.call(limit, move |store| store.force_release(key, whose, limit))
     }
 
     fn holders<'a>(&'a self, key: &'a Key, limit: Duration) -> Answer<'a, Vec<Holder>> {

@@ -11,7 +11,7 @@ use super::memory::MemoryStore;
 use super::notifications::Subscription;
 use super::{
     Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, Next,
-    Store, Undone, Verdict, Wanted,
+    Store, Undone, Verdict, Wanted, Whose,
 };
 use crate::hold::Owned;
 use crate::{Error, Key};
@@ -308,9 +308,9 @@ impl Store for FaultyStore {
         self.store.find_keys(prefix, timeout)
     }
 
-    fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {
-        let key = key.clone();
-        Box::pin(self.call(Operation::Release, timeout, move |store, _| store.force_release_now(&key)))
+    fn force_release<'a>(&'a self, key: &'a Key, whose: &'a Whose, timeout: Duration) -> Answer<'a, Verdict> {
+        let (key, whose) = (key.clone(), whose.clone());
+        Box::pin(self.call(Operation::Release, timeout, move |store, _| store.force_release_now(&key, &whose)))
     }
 
     fn holders<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Vec<Holder>> {

@@ -15,7 +15,7 @@ use self::share::{Member, Share};
 use super::notifications::{ChannelState, Subscription, Subscriptions};
 use super::{
     Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, Next,
-    Store, Undone, Verdict, Wanted,
+    Store, Undone, Verdict, Wanted, Whose,
 };
 use crate::hold::timing::MAX_TTL;
 use crate::hold::{GrantId, Owned};
@@ -173,10 +173,10 @@ impl MemoryStore {
         self.held().remaining(owned)
     }
 
-    pub(super) fn force_release_now(&self, key: &Key) -> bool {
-        let was_there = self.delete(key);
+    pub(super) fn force_release_now(&self, key: &Key, whose: &Whose) -> Verdict {
+        let ended = self.held().force_release(key, whose);
         self.subscriptions.notify(key.as_bytes());
-        was_there
+        ended
     }
 
     pub(crate) fn inspect_now(&self, key: &Key) -> Option<Holder> {
@@ -226,10 +226,7 @@ impl MemoryStore {
 
     /// Deletes a key without a notification, as a user might by hand. Returns whether it was there.
     pub(crate) fn delete(&self, key: &Key) -> bool {
-        let (mut held, now) = (self.held(), Instant::now());
-        let was_shared = held.shared_until(key, now).is_some();
-        held.shares.remove(key);
-        held.locks.remove(key).is_some_and(|entry| now < entry.expires) || was_shared
+        self.held().delete(key)
     }
 
     /// Makes this token the holder of a key, whoever holds it.
@@ -466,6 +463,20 @@ impl Held {
         Verdict::Done
     }
 
+    fn delete(&mut self, key: &Key) -> bool {
+        let now = Instant::now();
+        let was_shared = self.shared_until(key, now).is_some();
+        self.shares.remove(key);
+        self.locks.remove(key).is_some_and(|entry| now < entry.expires) || was_shared
+    }
+
+    fn force_release(&mut self, key: &Key, whose: &Whose) -> Verdict {
+        if self.holders(key).iter().any(|holder| !whose.includes(&holder.token)) {
+            return Verdict::NotOurs(Loss::Taken);
+        }
+        if self.delete(key) { Verdict::Done } else { Verdict::NotOurs(Loss::Missing) }
+    }
+
     fn release(&mut self, owned: &Owned, ending: Ending) -> Verdict {
         if owned.mode.is_shared() {
             return self.end_share(owned, ending, None);
@@ -614,8 +625,8 @@ impl Store for MemoryStore {
         })
     }
 
-    fn force_release<'a>(&'a self, key: &'a Key, _: Duration) -> Answer<'a, bool> {
-        in_turn(move || self.force_release_now(key))
+    fn force_release<'a>(&'a self, key: &'a Key, whose: &'a Whose, _: Duration) -> Answer<'a, Verdict> {
+        in_turn(move || self.force_release_now(key, whose))
     }
 
     fn holders<'a>(&'a self, key: &'a Key, _: Duration) -> Answer<'a, Vec<Holder>> {

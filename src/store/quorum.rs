@@ -118,7 +118,7 @@ use super::node::Node;
 use super::notifications::Subscription;
 use super::{
     Acquired, Answer, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, LinePlace, Next,
-    Store, Undone, Verdict, Wanted,
+    Store, Undone, Verdict, Wanted, Whose,
 };
 use crate::hold::Owned;
 use crate::mode::Mode;
@@ -221,24 +221,29 @@ impl QuorumStore {
         round::attempt(&self.quorum, wanted, in_line, timeout).await
     }
 
-    /// Ends the lock of a key on all nodes, whoever holds it. Once a majority has ended it, no renewal of its holder is
-    /// confirmed, so none restores it on the other nodes either. These end it when they get their call, or with its
+    /// Ends the lock of a key on all nodes, whoever of these holds it. Once a majority has ended it, no renewal of its holder
+    /// is confirmed, so none restores it on the other nodes either. These end it when they get their call, or with its
     /// ttl.
-    async fn force_release(&self, key: &Key, timeout: Duration) -> Result<bool, Error> {
+    async fn force_release(&self, key: &Key, whose: &Whose, timeout: Duration) -> Result<Verdict, Error> {
         let (quorum, timeout) = (&self.quorum, first(timeout));
         let started = Instant::now();
         let mut answers = quorum.ask(timeout, |node| {
-            let key = key.clone();
-            Box::pin(async move { node.force_release(&key, timeout).await })
+            let (key, whose) = (key.clone(), whose.clone());
+            Box::pin(async move { node.force_release(&key, &whose, timeout).await })
         })?;
-        let (mut tally, mut was_held, mut replied) = (Tally::new(quorum), false, 0);
+        let (mut tally, mut replied) = (Tally::new(quorum), 0);
+        let (mut was_held, mut others) = (false, 0);
         let mut until = started + timeout + calls::GRACE;
         while let Ok(Some((place, answer))) = timeout_at(until, answers.next()).await {
             match answer {
                 Ok(ended) => {
                     tally.yes();
                     replied += 1;
-                    was_held |= ended;
+                    match ended {
+                        Verdict::Done => was_held = true,
+                        Verdict::NotOurs(Loss::Taken) => others += 1,
+                        Verdict::NotOurs(_) => {}
+                    }
                 }
                 Err(error) => tally.failed(place, error),
             }
@@ -247,10 +252,15 @@ impl QuorumStore {
                 until = until.min(Instant::now() + grace(started.elapsed()));
             }
         }
-        match replied >= quorum.needed {
-            true => Ok(was_held),
-            false => Err(tally.into_error()),
+        if replied < quorum.needed {
+            return Err(tally.into_error());
         }
+        // Where a majority is others', the rest was a vote that was never withdrawn.
+        Ok(match was_held && others < quorum.needed {
+            true => Verdict::Done,
+            false if others > 0 => Verdict::NotOurs(Loss::Taken),
+            false => Verdict::NotOurs(Loss::Missing),
+        })
     }
 
     /// Releases the lock; where the keys stay taken for a `rest`, leaves them to nobody for that time.
@@ -455,8 +465,8 @@ impl Store for QuorumStore {
         })
     }
 
-    fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {
-        Box::pin(self.force_release(key, timeout))
+    fn force_release<'a>(&'a self, key: &'a Key, whose: &'a Whose, timeout: Duration) -> Answer<'a, Verdict> {
+        Box::pin(self.force_release(key, whose, timeout))
     }
 
     fn holders<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Vec<Holder>> {

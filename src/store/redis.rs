@@ -54,7 +54,7 @@ use self::subscriber::Subscriber;
 use super::notifications::Subscription;
 use super::{
     Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest,
-    LinePlace, Next, Store, Undone, Verdict, Wanted,
+    LinePlace, Next, Store, Undone, Verdict, Wanted, Whose,
 };
 use crate::hold::Owned;
 use crate::{Diagnosis, Error, Key};
@@ -317,8 +317,8 @@ impl Store for RedisStore {
     }
 
     /// What got `TRYAGAIN` has not run.
-    fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {
-        Box::pin(router::patiently(timeout, move |left| self.force_release(key, left)))
+    fn force_release<'a>(&'a self, key: &'a Key, whose: &'a Whose, timeout: Duration) -> Answer<'a, Verdict> {
+        Box::pin(router::patiently(timeout, move |left| self.force_release(key, whose, left)))
     }
 
     fn holders<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Vec<Holder>> {

@@ -210,6 +210,7 @@ async fn all_but_permits(locker: &Locker) {
         bounds_are_kept,
         bounds_that_cannot_work_are_refused,
         a_lock_is_ended_whoever_holds_it,
+        only_the_lock_of_the_holders_that_are_named_is_ended,
         locks_are_listed_and_nothing_else,
         sharing::readers_share_a_key_and_exclude_writers,
         sharing::all_readers_are_listed,
@@ -693,6 +694,33 @@ async fn a_lock_is_ended_whoever_holds_it(locker: &Locker) {
     assert!(matches!(decided(|| other.renew()).await, Err(Error::NotHeld { .. })));
     writer.release().await.unwrap();
     assert!(matches!(locker.force_release("").await, Err(Error::InvalidKey(_))));
+}
+
+async fn only_the_lock_of_the_holders_that_are_named_is_ended(locker: &Locker) {
+    let of = async |tokens: &[Token]| locker.force_release_of("named", tokens).await.unwrap();
+    let (earlier, others) = (token("earlier"), [token("job-1"), token("job-100")]);
+    assert!(!of(&[]).await && !of(&[earlier.clone()]).await);
+    let held = locker.lock("named").token(token("job-10")).metadata("host-3").await.unwrap();
+    assert!(!of(&[]).await && !of(&others).await && !of(&[earlier.clone()]).await);
+    held.renew().await.unwrap();
+    assert!(of(&[earlier.clone(), held.token().clone()]).await);
+    assert!(matches!(decided(|| held.renew()).await, Err(Error::NotHeld { .. })));
+    // All of those who share it, or none.
+    let readers = [locker.read("named").await.unwrap(), locker.read("named").await.unwrap()];
+    let tokens = readers.each_ref().map(|reader| reader.token().clone());
+    assert!(!of(&tokens[..1]).await);
+    readers[1].renew().await.unwrap();
+    assert!(of(&tokens).await);
+    assert!(matches!(decided(|| readers[1].renew()).await, Err(Error::NotHeld { .. })));
+    // One that is left to nobody is anybody's to end.
+    locker.lock("named").hold_at_least(ms(60_000)).await.unwrap().release().await.unwrap();
+    assert!(of(&[]).await);
+    locker.lock("named").await.unwrap().release().await.unwrap();
+    let reader = locker.read("named").hold_at_least(ms(60_000)).await.unwrap();
+    let still = [locker.read("named").await.unwrap()];
+    reader.release().await.unwrap();
+    assert!(!of(&[]).await && of(&[still[0].token().clone()]).await);
+    locker.lock("named").await.unwrap().release().await.unwrap();
 }
 
 async fn locks_are_listed_and_nothing_else(locker: &Locker) {

@@ -54,14 +54,24 @@ impl Group {
         killpg(self.0, signal).ok();
     }
 
-    /// Asks all of its processes to end, also those that are stopped.
-    pub(super) fn terminate(&self) {
-        self.signal(Signal::SIGTERM);
+    /// Passes on a signal that may end its processes, also to those that are stopped: they get it when they go on.
+    pub(super) fn interrupt(&self, signal: Signal) {
+        self.signal(signal);
         self.signal(Signal::SIGCONT);
     }
 
-    pub(super) fn kill(&self) {
-        self.signal(Signal::SIGKILL);
+    /// Asks all of its processes to end, also those that are stopped.
+    pub(super) fn terminate(&self) {
+        self.interrupt(Signal::SIGTERM);
+    }
+
+    /// Kills all of its processes. Those of other users are not ours to kill.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` if only such are left, `ESRCH` if none is.
+    pub(super) fn kill(&self) -> nix::Result<()> {
+        killpg(self.0, Signal::SIGKILL)
     }
 
     /// Returns whether any of its processes is left, if only to be reaped.
@@ -80,11 +90,32 @@ impl Group {
         }
     }
 
-    /// Has the command go on if it was stopped: it would keep the lock, and nobody could have it go on.
-    pub(super) fn go_on_if_stopped(&self) {
-        let looked = waitid(Id::Pid(self.0), WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG);
-        if matches!(looked, Ok(WaitStatus::Stopped(..))) {
-            self.signal(Signal::SIGCONT);
+    /// Returns whether the command was stopped or goes on since the last look.
+    pub(super) fn look(&self) -> Option<Look> {
+        let changes = WaitPidFlag::WSTOPPED | WaitPidFlag::WCONTINUED | WaitPidFlag::WNOHANG;
+        match waitid(Id::Pid(self.0), changes) {
+            Ok(WaitStatus::Stopped(_, signal)) => Some(Look::Stopped(signal)),
+            Ok(WaitStatus::Continued(_)) => Some(Look::GoesOn),
+            _ => None,
+        }
+    }
+}
+
+/// What has become of the command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Look {
+    Stopped(Signal),
+    GoesOn,
+}
+
+/// Reaps the orphans that have ended and became ours, but none of these children, whose status others wait for.
+pub(super) fn reap_orphans(children: &[Pid]) {
+    let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    while let Ok(status) = waitid(Id::All, ended) {
+        match status.pid() {
+            Some(orphan) if !children.contains(&orphan) => drop(waitpid(orphan, Some(WaitPidFlag::WNOHANG))),
+            // Nobody has ended, or one of these. The system shows no other before that one is reaped.
+            _ => return,
         }
     }
 }

@@ -12,6 +12,11 @@ const PASSED_ON: [Signal; 6] =
     [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGUSR1, Signal::SIGUSR2];
 const DEADLY: usize = 4;
 
+/// Returns whether the signal ends a process that doesn't handle it, as its sender knows.
+pub(super) fn is_deadly(signal: Signal) -> bool {
+    PASSED_ON.iter().take(DEADLY).any(|deadly| *deadly == signal)
+}
+
 /// What was received.
 pub(super) enum Received {
     /// A signal that the command gets, too.
@@ -53,9 +58,7 @@ impl Signals {
     pub(super) async fn next_deadly(&mut self) -> Signal {
         loop {
             match self.next().await {
-                Received::PassOn(signal) if PASSED_ON.iter().take(DEADLY).any(|deadly| *deadly == signal) => {
-                    return signal;
-                }
+                Received::PassOn(signal) if is_deadly(signal) => return signal,
                 _ => {}
             }
         }

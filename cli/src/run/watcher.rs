@@ -3,9 +3,11 @@
 //! It reads from a pipe, line by line, what it has to know; and learns of our end by the end of the pipe. It is in a
 //! process group of its own, so that what is sent to ours doesn't reach it.
 //!
-//! 1. It is started before the command, and told of the group right after that has started.
+//! 1. It is started before the command, and told of the group right after that has started, before anything else is done.
 //! 2. A line is written whole or not at all, and never waited for: a watcher that hangs must hold up nothing.
 //! 3. It acts a little later than we would, so that it does nothing while we are well.
+//! 4. If we are killed while another `tenure run` runs us, that one has lost its patience, and kills us before its lock
+//!    ends. The group was asked to end before, and gets no further grace time.
 
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsFd;
@@ -16,8 +18,10 @@ use std::time::Duration;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Pid;
 use tokio::time::Instant;
 
+use super::KEY;
 use super::ending::{LOOK_EVERY, Plan};
 use super::group::Group;
 
@@ -26,9 +30,6 @@ pub(crate) const COMMAND: &str = "__watch";
 
 /// How much later than us it asks the group to end.
 const LATER: Duration = Duration::from_millis(200);
-
-/// What we tell the watcher.
-const DONE: &str = "done";
 
 /// Our end of it.
 pub(super) struct Watcher {
@@ -71,10 +72,19 @@ impl Watcher {
         }
     }
 
-    /// Ends it, as the group is gone.
+    pub(super) fn pid(&self) -> Option<Pid> {
+        i32::try_from(self.process.id()).ok().map(Pid::from_raw)
+    }
+
+    /// Reaps it if it has ended.
+    pub(super) fn reap(&mut self) {
+        drop(self.process.try_wait());
+    }
+
+    /// Ends it, as the group is gone. It may be stopped, so nothing is asked of it.
     pub(super) fn done(mut self) {
-        self.write(DONE);
-        self.pipe = None;
+        // While the pipe is open: at its end it would end the group, whose id may be another's by now.
+        drop(self.process.kill());
         drop(self.process.wait());
     }
 
@@ -124,28 +134,28 @@ fn clock() -> Duration {
 /// Watches, as a process of its own.
 pub(crate) fn watch() {
     let (mut orders, mut unread) = (None::<Orders>, Vec::new());
-    loop {
+    let was_killed = loop {
         let left = orders.map(|orders| orders.end_at_ms.saturating_sub(clock().as_millis()));
         if left == Some(0) {
-            break;
+            break false;
         }
         match read(&mut unread, left) {
             // We have ended without a word.
-            Ok(false) => break,
+            Ok(false) => break true,
             Ok(true) => {}
             Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => continue,
-            Err(_) => break,
+            Err(_) => break false,
         }
         while let Some(end) = unread.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = unread.drain(..=end).collect();
-            match std::str::from_utf8(&line).unwrap_or_default().trim_end() {
-                DONE => return,
-                line => orders = Orders::read(line).or(orders),
-            }
+            orders = Orders::read(std::str::from_utf8(&line).unwrap_or_default().trim_end()).or(orders);
         }
-    }
-    if let Some(orders) = orders {
-        end(orders);
+    };
+    let is_nested = || std::env::var_os(KEY).is_some();
+    match orders {
+        Some(orders) if was_killed && is_nested() => end(Orders { grace_ms: 0, ..orders }),
+        Some(orders) => end(orders),
+        None => {}
     }
 }
 
@@ -175,7 +185,7 @@ fn end(orders: Orders) {
     while group.exists() {
         let now = clock().as_millis();
         if now >= kill_at {
-            group.kill();
+            group.kill().ok();
         }
         if now >= kill_at + 5_000 {
             return;
@@ -192,7 +202,7 @@ mod tests {
     fn orders_are_read_as_they_are_written() {
         let orders = Orders { group: 7, grace_ms: 5_000, end_at_ms: 123_456_789, kill_at_ms: 123_461_789 };
         assert_eq!(Orders::read(&orders.to_text()), Some(orders));
-        for line in ["", "done", "7 1 2", "7 1 2 x", "x 1 2 3"] {
+        for line in ["", "7 1 2", "7 1 2 x", "x 1 2 3"] {
             assert_eq!(Orders::read(line), None, "{line}");
         }
     }

@@ -23,7 +23,7 @@ use crate::store::node::{Ballot, HeldBy, Node, Seen, Vote, VoteReply};
 use crate::store::notifications::Subscription;
 use crate::store::{
     Acquired, Answer, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, LinePlace, Next,
-    Queueing, Store, Undone, Verdict, Wanted,
+    Queueing, Store, Undone, Verdict, Wanted, Whose,
 };
 use crate::{Error, Key, LockGuard, Locker, Loss, Token};
 
@@ -270,13 +270,18 @@ impl Server {
         owned.keys.iter().filter_map(|key| state.live(key)).map(|(_, until)| *until - Instant::now()).min()
     }
 
-    fn force_release(&self, key: &Key) -> bool {
+    fn force_release(&self, key: &Key, whose: &Whose) -> Verdict {
         let mut state = self.state.lock().unwrap();
+        let alone = state.live(key).map(|(token, _)| token).filter(|token| **token != Token::nobody());
+        let readers = state.readers_of(key).map(Readers::holders).unwrap_or_default();
+        if alone.into_iter().chain(readers.iter().map(|reader| &reader.token)).any(|token| !whose.includes(token)) {
+            return Verdict::NotOurs(Loss::Taken);
+        }
         let was_held = state.live(key).is_some() || state.readers_of(key).is_some();
         state.locks.remove(key);
         state.grants.remove(key);
         state.readers.remove(key);
-        was_held
+        if was_held { Verdict::Done } else { Verdict::NotOurs(Loss::Missing) }
     }
 
     /// Turns a lock into a reader's share, unless other grants rely on it.
@@ -523,9 +528,9 @@ impl Store for Link {
         unreachable!("no test lists locks")
     }
 
-    fn force_release<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, bool> {
-        let key = key.clone();
-        Box::pin(self.call(timeout, move |server| server.force_release(&key)))
+    fn force_release<'a>(&'a self, key: &'a Key, whose: &'a Whose, timeout: Duration) -> Answer<'a, Verdict> {
+        let (key, whose) = (key.clone(), whose.clone());
+        Box::pin(self.call(timeout, move |server| server.force_release(&key, &whose)))
     }
 
     fn inspect<'a>(&'a self, key: &'a Key, timeout: Duration) -> Answer<'a, Option<Holder>> {

@@ -85,7 +85,7 @@ async fn run(store: &dyn Store, owned: &Owned, what: &What) -> String {
         What::ForceRelease => {
             let mut ended = Vec::new();
             for key in &*owned.keys {
-                ended.push(store.force_release(key, PATIENCE).await.unwrap());
+                ended.push(store.force_release(key, &Whose::All, PATIENCE).await.unwrap());
             }
             format!("{ended:?}")
         }

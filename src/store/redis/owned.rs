@@ -5,14 +5,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::args::{count_of, decimal, id_of, millis, record_ttl, seconds};
+use super::args::{count_of, decimal, flag, id_of, millis, record_ttl, seconds};
 use super::dispatch::SHARED_LANE;
 use super::operation::{self, Operation, What};
 use super::replicas::within;
 use super::script::Call;
 use super::{RedisStore, names, replies, router};
 use crate::hold::Owned;
-use crate::store::{Ending, Extending, Latest, Store, Undone, Verdict};
+use crate::store::{Ending, Extending, Latest, Store, Undone, Verdict, Whose};
 use crate::{Error, Key, Token};
 
 impl RedisStore {
@@ -166,15 +166,20 @@ impl RedisStore {
         Ok(latest.remaining(now).map_or(Undone::Complete, Undone::MayRun))
     }
 
-    /// Ends the lock of a key, whoever holds it.
-    pub(super) async fn force_release(&self, key: &Key, timeout: Duration) -> Result<bool, Error> {
+    /// Ends the lock of a key, whoever of these holds it.
+    pub(super) async fn force_release(&self, key: &Key, whose: &Whose, timeout: Duration) -> Result<Verdict, Error> {
         let name = self.name(key);
         let beside = [names::grants_of(&name), names::holders_of(&name), names::shares_of(&name)];
         let keys: Vec<Bytes> = [name.clone(), names::line_of(&name)].into_iter().chain(beside).collect();
-        let call = Call::new(keys.into_iter(), self.notify(&name));
+        let mut call = Call::new(keys.into_iter(), self.notify(&name));
+        if let Whose::Only(tokens) = whose {
+            call.args([flag(true)]);
+            call.args(tokens.iter().map(Token::to_bytes));
+        }
         let script = &self.server().scripts.force_release;
         let reply = self.server().run(script, || call.clone(), |_| {}, timeout).await?;
-        replies::has_ended(&reply.value()?)
+        // A key of another type is no lock, so its error is none of the verdicts.
+        replies::verdict(Ok(reply.value()?))
     }
 
     /// Returns the lock keys, then their records of grants.

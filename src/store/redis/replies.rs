@@ -168,11 +168,6 @@ pub(super) fn is_in_line(reply: &Value) -> bool {
     *reply == Value::Integer(1)
 }
 
-/// Parses what `force_release.lua` has returned: whether there was a lock.
-pub(super) fn has_ended(reply: &Value) -> Result<bool, Error> {
-    Ok(integer(reply)? == 1)
-}
-
 /// Parses what `remaining.lua` has returned.
 pub(super) fn remaining(reply: &Value) -> Result<Option<Duration>, Error> {
     Ok(match integer(reply)? {

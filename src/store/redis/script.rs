@@ -95,7 +95,7 @@ impl Scripts {
                 include_str!("scripts/pass_on_one.lua"),
             ]),
             end_grant: Script::new(&[OWNER, HELD, GRANTS, NOBODY, LINE, include_str!("scripts/end_grant.lua")]),
-            force_release: Script::new(&[LINE, include_str!("scripts/force_release.lua")]),
+            force_release: Script::new(&[MARKER, SHARES, LINE, include_str!("scripts/force_release.lua")]),
             linger: Script::new(&[OWNER, HELD, GRANTS, NOBODY, include_str!("scripts/linger.lua")]),
             hand_over: Script::after(
                 include_str!("scripts/hand_over_one.lua"),

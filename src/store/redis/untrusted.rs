@@ -3,8 +3,8 @@
 use super::driver::{Peer, Value};
 use super::refusal::normalize;
 use super::replies::{
-    Kind, acquired, acquired_in_line, batch, downgraded, handed_over, has_ended, holders, inspected, is_in_line,
-    metadata, refused, remaining, single, verdict, verdict_of_node, vote,
+    Kind, acquired, acquired_in_line, batch, downgraded, handed_over, holders, inspected, is_in_line, metadata,
+    refused, remaining, single, verdict, verdict_of_node, vote,
 };
 use super::router::redirection::elsewhere;
 use super::script::{Returned, into_ours};
@@ -38,7 +38,6 @@ pub(super) fn any_reply(reply: &Value, number: i64) {
     drop(remaining(reply));
     drop(vote(reply));
     drop(downgraded(reply));
-    drop(has_ended(reply));
     drop(inspected(reply.clone()));
     drop(holders(reply.clone()));
     drop(metadata(reply.clone()));

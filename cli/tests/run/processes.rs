@@ -1,0 +1,170 @@
+//! What becomes of processes: those that are stopped, orphaned, nested, or another user's; and of the watcher.
+
+use std::fs::Permissions;
+use std::io::{PipeReader, Write, pipe};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+
+use nix::fcntl::{FcntlArg, fcntl};
+
+use super::*;
+
+fn stop(process: Pid) {
+    kill(process, Signal::SIGSTOP).unwrap();
+    eventually(|| (state(process) == Some('T')).then_some(()));
+}
+
+/// Returns the process that watches over this one.
+fn watcher_of(running: &Running) -> Pid {
+    let parent = format!("PPid:\t{}\n", running.pid());
+    eventually(|| {
+        let all = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path());
+        let read = |path: &Path, name: &str| fs::read_to_string(path.join(name)).unwrap_or_default();
+        let mut watchers =
+            all.filter(|path| read(path, "cmdline").contains("__watch") && read(path, "status").contains(&parent));
+        watchers.next().map(|path| Pid::from_raw(path.file_name().unwrap().to_str().unwrap().parse().unwrap()))
+    })
+}
+
+#[test]
+fn a_command_that_is_stopped_is_ended_by_a_signal() {
+    let server = Server::start();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        let running = Running::start(&server, "job", &[], "echo $$ > child; while :; do sleep 0.05; done");
+        stop(running.process_of("child"));
+        assert_eq!(running.event("stopped")["signal"], "SIGSTOP");
+        running.signal(signal);
+        assert_eq!(running.ended().0, 128 + signal as i32);
+        assert!(is_free(&server, "job"));
+    }
+}
+
+#[test]
+fn what_the_command_leaves_behind_is_reaped_while_it_runs() {
+    let server = Server::start();
+    let script = "echo > began; while ! [ -f go ]; do sleep 0.01; done; \
+                  for i in 1 2 3 4 5; do (sh -c 'echo $$ >> orphans' &); done; while :; do sleep 0.05; done";
+    let running = Running::start(&server, "job", &[], script);
+    running.written("began");
+    // It is a child as well, and stands before them.
+    let watcher = watcher_of(&running);
+    kill(watcher, Signal::SIGKILL).unwrap();
+    fs::write(running.path("go"), "").unwrap();
+    let orphans = eventually(|| {
+        let orphans = fs::read_to_string(running.path("orphans")).unwrap_or_default();
+        (orphans.lines().count() == 5 && orphans.ends_with('\n')).then_some(orphans)
+    });
+    let orphans = orphans.lines().map(|process| Pid::from_raw(process.parse().unwrap()));
+    for process in orphans.chain([watcher]) {
+        eventually(|| (kill(process, None) == Err(Errno::ESRCH)).then_some(()));
+    }
+    running.signal(Signal::SIGTERM);
+    assert_eq!(running.ended().0, 128 + 15);
+}
+
+#[test]
+fn a_watcher_that_is_stopped_holds_up_nothing() {
+    let server = Server::start();
+    let running = Running::start(&server, "job", &[], "echo > began; while ! [ -f end ]; do sleep 0.01; done; exit 3");
+    running.written("began");
+    stop(watcher_of(&running));
+    fs::write(running.path("end"), "").unwrap();
+    assert_eq!(running.ended().0, 3);
+    assert!(is_free(&server, "job"));
+}
+
+/// The inner one is killed when the outer's grace time is over. Its own grace time is longer, and doesn't count then.
+#[test]
+fn a_command_under_two_locks_has_the_grace_time_of_the_outer_one() {
+    let server = Server::start();
+    let script = format!("exec '{TENURE}' run inner --ttl 40s --grace 20s -- sh -c \"$STUBBORN\"");
+    let running = Running::start(&server, "outer", &["--ttl", "3s", "--grace", "500ms"], &script);
+    let (child, grandchild) = (running.process_of("child"), running.process_of("grandchild"));
+    server.cli(&["DEL", "outer"]);
+    let began = Instant::now();
+    assert_eq!(running.ended().0, 76);
+    eventually(|| (is_gone(child) && is_gone(grandchild)).then_some(()));
+    assert!(began.elapsed() < ms(10_000), "{:?}", began.elapsed());
+}
+
+/// Returns a pipe that nothing fits into.
+fn full_pipe() -> (PipeReader, Stdio) {
+    let (reader, mut writer) = pipe().unwrap();
+    let size = usize::try_from(fcntl(&writer, FcntlArg::F_GETPIPE_SZ).unwrap()).unwrap();
+    writer.write_all(&vec![b'\n'; size]).unwrap();
+    (reader, writer.into())
+}
+
+#[test]
+fn a_lock_is_kept_and_its_loss_ends_the_command_while_nobody_reads_stderr() {
+    let server = Server::start();
+    let (mut unread, stderr) = full_pipe();
+    let mut command = tenure(&server);
+    command.args(["--json", "run", "job", "--ttl", "9s", "--grace", "300ms", "--", "sh", "-c", STUBBORN]);
+    let mut running = Running::spawn(command.stderr(stderr), tempfile::tempdir().unwrap());
+    // It has the other end of the pipe.
+    drop(command);
+    let (child, grandchild) = (running.process_of("child"), running.process_of("grandchild"));
+    renewed(&server, "job", 9_000);
+    server.cli(&["DEL", "job"]);
+    let deleted = Instant::now();
+    eventually(|| (is_gone(child) && is_gone(grandchild)).then_some(()));
+    // The next renewal finds it out within 3 s. The deadline, at which the watcher would end it, is later.
+    assert!(deleted.elapsed() < ms(6_500), "{:?}", deleted.elapsed());
+    let mut printed = String::new();
+    unread.read_to_string(&mut printed).unwrap();
+    let events: Vec<Value> = printed.trim().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let names: Vec<_> = events.iter().map(|event| event["event"].as_str().unwrap()).collect();
+    assert_eq!(names, ["obtained", "started", "ending", "killed", "gone", "ended"]);
+    assert_eq!(code(eventually(|| running.process.try_wait().unwrap())), 76);
+}
+
+/// Runs where tests run as root, as nobody else can have a process of another user.
+#[test]
+fn the_lock_of_what_cannot_be_killed_is_left_to_its_ttl() {
+    const NOBODY: u32 = 65_534;
+    if fs::metadata("/proc/self").unwrap().uid() != 0 {
+        return eprintln!("left out: it needs root");
+    }
+    let (server, dir) = (Server::start(), tempfile::tempdir().unwrap());
+    // What a user other than root can reach, and a program that becomes root, as sudo does.
+    let (ours, becomes_root) = (dir.path().join("tenure"), dir.path().join("becomes-root"));
+    for (mode, from, to) in [("755", TENURE, &ours), ("4755", "/usr/bin/setpriv", &becomes_root)] {
+        // By another process: a program that any thread's child has open for writing can't be run.
+        assert!(Command::new("install").args(["-m", mode, from]).arg(to).status().unwrap().success());
+    }
+    fs::set_permissions(&dir, Permissions::from_mode(0o777)).unwrap();
+    let script = "exec >/dev/null 2>&1; ./becomes-root --reuid 0 sh -c 'echo $$ > left; exec sleep 1000' & \
+                  while ! [ -s left ]; do sleep 0.01; done; exit 3";
+    let mut command = Command::new(ours);
+    command
+        .args([
+            "--json",
+            "run",
+            "job",
+            "--ttl",
+            "4s",
+            "--grace",
+            "200ms",
+            "--url",
+            &server.url(),
+            "--",
+            "sh",
+            "-c",
+            script,
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .uid(NOBODY)
+        .gid(NOBODY);
+    let running = Running::spawn(&mut command, dir);
+    let left = running.process_of("left");
+    let not_gone = running.event("not_gone");
+    let (code, _, events) = running.ended();
+    let (is_left, is_held) = (!is_gone(left), !is_free(&server, "job"));
+    kill(left, Signal::SIGKILL).unwrap();
+    assert!(code == 3 && is_left && is_held, "{code} {is_left} {is_held}: {events:?}");
+    assert!(not_gone["error"].as_str().unwrap().contains("EPERM"), "{events:?}");
+    eventually(|| is_free(&server, "job").then_some(()));
+}
