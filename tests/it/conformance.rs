@@ -658,7 +658,11 @@ async fn bounds_that_cannot_work_are_refused(locker: &Locker) {
 }
 
 async fn a_lock_is_ended_whoever_holds_it(locker: &Locker) {
-    assert!(!locker.force_release("forced").await.unwrap());
+    match locker.force_release("forced").await {
+        // A connection of the user's own to a cluster.
+        Err(Error::Unsupported(_)) => return,
+        none => assert!(!none.unwrap()),
+    }
     // A lock that only its own token could have ended, with a waiter behind it.
     let held = locker.lock("forced").ttl(ms(3_000)).await.unwrap();
     let waiter = tokio::spawn(locker.lock("forced").into_future());
