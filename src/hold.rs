@@ -100,7 +100,7 @@ pub(crate) struct Hold {
     /// See [`Grant::doubt`]: what the server runs until then has to be undone after the release.
     pub(crate) doubt: Option<Arc<Latest>>,
     /// Whether a part of the lock may be left at the server after a verdict that it is not ours: some of several keys,
-    /// or of several nodes.
+    /// or of several nodes, or the record of grants.
     has_parts: bool,
     bounds: Bounds,
     /// Until when the keys stay taken, whatever becomes of the hold (invariant 9). In the past if they don't.
@@ -164,7 +164,7 @@ impl Hold {
         };
         (state.deadline, state.ends_at_limit) = state.deadline(drift, sent, grant.ttl);
         Self {
-            has_parts: is_voted_on || owned.keys.len() > 1,
+            has_parts: is_voted_on || owned.keys.len() > 1 || owned.has_record(),
             owned,
             metadata,
             fencing_token: grant.fencing_token,
@@ -318,7 +318,7 @@ impl Hold {
     /// Notes that a renewal is about to be sent which records the grant, if there is a record: of a shared grant, the
     /// server keeps nothing else, so that a late renewal finds it gone.
     fn will_record(&self, state: &mut State, sent: Instant, may_run_for: Duration) {
-        if self.owned.grant.is_some() && !self.owned.mode.is_shared() {
+        if self.owned.has_record() {
             state.recording.retain(|(_, until)| sent < *until);
             state.recording.push((sent, sent + may_run_for));
         }

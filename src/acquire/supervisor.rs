@@ -3,8 +3,11 @@
 //!
 //! It is a task of its own, as nothing else is sure to be polled. It runs while a queue needs it, on the runtime of one
 //! of the waiters. If that runtime has ended or is not driven, the next waiter that comes starts the task on its own.
+//!
+//! The task decides under the mutex that it ends. A waiter is in its queue before it looks whether the task runs. So
+//! either the task's last check has found that queue, or the waiter starts another task.
 
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -16,6 +19,7 @@ use crate::locker::cleanups::Cleanup;
 use crate::locker::shared::Shared;
 use crate::report::debug;
 use crate::store::Ending;
+use crate::sync::{Mutex, MutexGuard};
 
 /// How often the supervisor checks the queues.
 const EVERY: Duration = Duration::from_millis(250);
@@ -24,45 +28,85 @@ const STALLED: Duration = Duration::from_secs(2);
 
 /// The supervisor's task, if it was ever needed.
 #[derive(Debug, Default)]
-pub(crate) struct Supervisor(Mutex<Option<Running>>);
+pub(crate) struct Supervisor(Mutex<Running>);
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Running {
-    task: AbortOnDropHandle<()>,
-    last_check: Arc<Mutex<Instant>>,
+    task: Option<AbortOnDropHandle<()>>,
+    /// The number of the last task that was started. Only that one decides for the supervisor.
+    starts: u64,
+    /// When that task last checked, or was started. `None` if it has ended, or if none was ever started.
+    last_check: Option<Instant>,
+    /// Whether a waiter has relied on the task since it began its last check.
+    is_needed: bool,
 }
 
-impl Running {
-    fn is_running(&self, now: Instant) -> bool {
-        let last_check = *self.last_check.lock().unwrap_or_else(PoisonError::into_inner);
-        !self.task.is_finished() && now.saturating_duration_since(last_check) < STALLED
+impl Supervisor {
+    fn running(&self) -> MutexGuard<'_, Running> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes sure that a task runs that checks what is in the queues now. `start` spawns one, which has this number.
+    fn start_if_needed(&self, now: Instant, start: impl FnOnce(u64) -> AbortOnDropHandle<()>) {
+        let mut running = self.running();
+        running.is_needed = true;
+        let is_finished = running.task.as_ref().is_none_or(AbortOnDropHandle::is_finished);
+        let is_driven = running.last_check.is_some_and(|last| now.saturating_duration_since(last) < STALLED);
+        if !is_finished && is_driven {
+            return;
+        }
+        running.starts += 1;
+        running.last_check = Some(now);
+        let task = start(running.starts);
+        let before = running.task.replace(task);
+        // Dropping the task aborts it, which may run code of its runtime: not under the mutex.
+        drop(running);
+        drop(before);
+    }
+
+    /// Notes that the task with this number begins a check.
+    fn begin_check(&self, number: u64, now: Instant) {
+        let mut running = self.running();
+        if running.starts == number {
+            (running.last_check, running.is_needed) = (Some(now), false);
+        }
+    }
+
+    /// Ends the task with this number, whose check has found no queue that needs it. Returns false if it has to go on,
+    /// as a waiter has relied on it since.
+    fn end(&self, number: u64) -> bool {
+        let mut running = self.running();
+        if running.starts != number {
+            return true;
+        }
+        if !running.is_needed {
+            running.last_check = None;
+        }
+        !running.is_needed
     }
 }
 
 impl Shared {
     /// Starts the supervisor, if it doesn't run.
     pub(crate) fn supervise_queues(self: &Arc<Self>, runtime: &Handle) {
-        let now = Instant::now();
-        let mut running = self.supervisor.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if running.as_ref().is_some_and(|running| running.is_running(now)) {
-            return;
-        }
-        let last_check = Arc::new(Mutex::new(now));
-        let task = AbortOnDropHandle::new(runtime.spawn(supervise(Arc::downgrade(self), last_check.clone())));
-        let before = running.replace(Running { task, last_check });
-        // Dropping the task aborts it, which may run code of its runtime: not under the mutex.
-        drop(running);
-        drop(before);
+        self.supervisor.start_if_needed(Instant::now(), |number| {
+            AbortOnDropHandle::new(runtime.spawn(supervise(Arc::downgrade(self), number)))
+        });
     }
 }
 
-async fn supervise(shared: Weak<Shared>, last_check: Arc<Mutex<Instant>>) {
+async fn supervise(shared: Weak<Shared>, number: u64) {
     loop {
         sleep(EVERY).await;
         let Some(shared) = shared.upgrade() else { return };
         let now = Instant::now();
-        *last_check.lock().unwrap_or_else(PoisonError::into_inner) = now;
-        let Some(abandoned) = shared.queues.find_abandoned(now) else { return };
+        shared.supervisor.begin_check(number, now);
+        let Some(abandoned) = shared.queues.find_abandoned(now) else {
+            if shared.supervisor.end(number) {
+                return;
+            }
+            continue;
+        };
         for one in abandoned {
             // If this runtime isn't driven, closing does it: what is to be undone is registered as pending.
             tokio::spawn(shared.clone().take_back(one));
@@ -88,3 +132,8 @@ impl Shared {
         }
     }
 }
+
+#[cfg(all(test, shuttle))]
+mod interleaved;
+#[cfg(test)]
+mod tests;

@@ -152,12 +152,7 @@ impl Waiter {
     pub(crate) fn succeed(&mut self, grant: Grant, terms: Terms, obtained: Obtained) -> Result<LockGuard, Error> {
         let subscription = self.subscription.take().map(|(_, subscription)| subscription);
         match self.position.ticket() {
-            Some(ticket) => {
-                ticket.pass_on(subscription, obtained);
-                if obtained.by == By::TakeOver {
-                    ticket.has_taken_over(&self.attempt.context.wanted.owned.token);
-                }
-            }
+            Some(ticket) => ticket.pass_on(subscription, obtained, &self.attempt.context.wanted.owned.token),
             None => drop(subscription),
         }
         let guard = self.attempt.succeed(grant, terms)?;

@@ -20,6 +20,11 @@ pub(crate) struct Owned {
 }
 
 impl Owned {
+    /// Returns whether the server may have a record of its grant beside each key. A shared grant is in the set of holders.
+    pub(crate) fn has_record(&self) -> bool {
+        self.grant.is_some() && !self.mode.is_shared()
+    }
+
     /// Returns the key that messages and events name.
     pub(crate) fn key(&self) -> Key {
         self.keys.first().cloned().unwrap_or_else(|| Key::from(""))

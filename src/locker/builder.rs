@@ -17,7 +17,7 @@ use crate::hold::scheduler::Schedulers;
 use crate::hold::suspension;
 use crate::hold::timing::{Drift, MAX_TTL, Renewal};
 use crate::locker::cleanups::Cleanups;
-use crate::locker::isolated::Isolated;
+use crate::locker::isolated::{Background, Isolated};
 use crate::metrics::Labels;
 use crate::report::debug;
 use crate::store::Store;
@@ -258,6 +258,9 @@ impl LockerBuilder {
 
     /// Runs the connection and the renewals on a thread and a runtime of their own, so that a blocked worker of the
     /// application can't hold them up. This costs each request a hop between threads. Default: false.
+    ///
+    /// If the system has no thread left for it, [`connect`](Self::connect) and [`quorum`](Self::quorum) fail with
+    /// [`Error::NoRuntime`], and so does every request of a locker on a connection of yours or on the embedded store.
     ///
     /// ```
     /// let locker = tenure::Locker::builder().isolated(true).in_memory();
@@ -508,7 +511,7 @@ impl LockerBuilder {
         };
         let releases = TaskTracker::new();
         let store = QuorumStore::new(nodes, self.restart_window, releases.clone());
-        Ok(self.build_with(Box::new(store), isolated, releases))
+        Ok(self.build_with(Box::new(store), isolated.map(Ok), releases))
     }
 
     /// Limits the time for a connection, so that no lock is lost while it is opened.
@@ -572,17 +575,22 @@ impl LockerBuilder {
         self.on_own_thread_if_wanted(Box::new(EmbeddedStore(server.embedded().clone())))
     }
 
-    /// Isolates the locker if that is set. If the system has no thread left for it, the caller's runtime does the work.
+    /// Isolates the locker if that is set. If the system has no thread left for it, its requests fail.
     fn on_own_thread_if_wanted(self, store: Box<dyn Store>) -> Locker {
-        let isolated = self.isolated.then(Isolated::start).and_then(Result::ok);
-        self.build(store, isolated)
+        let started = self.isolated.then(Isolated::start);
+        self.build_with(store, started, TaskTracker::new())
     }
 
     pub(crate) fn build(self, store: Box<dyn Store>, isolated: Option<Isolated>) -> Locker {
-        self.build_with(store, isolated, TaskTracker::new())
+        self.build_with(store, isolated.map(Ok), TaskTracker::new())
     }
 
-    pub(crate) fn build_with(self, store: Box<dyn Store>, isolated: Option<Isolated>, releases: TaskTracker) -> Locker {
+    pub(crate) fn build_with(
+        self,
+        store: Box<dyn Store>,
+        started: Option<Result<Isolated, Error>>,
+        releases: TaskTracker,
+    ) -> Locker {
         // What is found later counts from here on.
         suspension::total();
         let (command_timeout, origin) = (self.command_timeout, Instant::now());
@@ -596,7 +604,7 @@ impl LockerBuilder {
             supervisor: Supervisor::default(),
             origin,
             schedulers,
-            isolated,
+            background: Background::after(started),
             settings: self.settings,
             closed: CancellationToken::new(),
         })
@@ -630,6 +638,18 @@ async fn patiently<T, F: Future<Output = Result<T, Error>>>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_locker_that_could_not_be_isolated_says_so_with_each_request() {
+        let started = Some(Isolated::start_without_a_thread());
+        let builder = Locker::builder().isolated(true);
+        let locker = builder.build_with(Box::new(MemoryStore::new()), started, TaskTracker::new());
+        for _ in 0..2 {
+            assert!(matches!(locker.lock("k").await, Err(Error::NoRuntime)));
+            assert!(matches!(locker.try_lock("k").await, Err(Error::NoRuntime)));
+        }
+        drop(locker.close_on_drop(Duration::from_secs(60)));
+    }
 
     #[test]
     fn no_length_of_time_becomes_a_shorter_one_by_overflow() {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::runtime::{Handle, RuntimeFlavor};
 
 use crate::Locker;
+use crate::locker::isolated::Background;
 
 /// Closes a [`Locker`] when it is dropped, and waits for the releases in flight; created by [`Locker::close_on_drop`].
 ///
@@ -16,7 +17,8 @@ use crate::Locker;
 ///
 /// Dropping it blocks the thread for as long as the releases take, up to the limit. On a `current_thread` runtime
 /// nothing could be released meanwhile, so there it does not wait: end such a program with [`Locker::close`], or use
-/// [`Locker::scope`]. The same is true if it is dropped on a runtime's only worker thread.
+/// [`Locker::scope`]. The same is true if it is dropped on a runtime's only worker thread, or on the thread of an
+/// [isolated](crate::LockerBuilder::isolated) locker.
 ///
 /// # Examples
 ///
@@ -48,9 +50,11 @@ impl Drop for CloseOnDrop {
     fn drop(&mut self) {
         let releases = self.locker.refuse_new_requests().clone();
         // A runtime that keeps running while this thread waits.
-        let runtime = match self.locker.shared().isolated.as_ref().map(|isolated| isolated.handle().clone()) {
-            Some(isolated) => Some(isolated),
-            None => Handle::try_current().ok().filter(|here| here.runtime_flavor() != RuntimeFlavor::CurrentThread),
+        let runtime = match &self.locker.shared().background {
+            Background::Isolated(isolated) => Some(isolated.handle().clone()).filter(|_| !isolated.is_here()),
+            Background::WithCallers | Background::NoThread => {
+                Handle::try_current().ok().filter(|here| here.runtime_flavor() != RuntimeFlavor::CurrentThread)
+            }
         };
         let Some(runtime) = runtime else { return };
         if releases.is_empty() {
@@ -73,5 +77,30 @@ impl Drop for CloseOnDrop {
 impl fmt::Debug for CloseOnDrop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CloseOnDrop").field("limit", &self.limit).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn on_the_thread_that_does_the_releases_it_does_not_wait_for_them() {
+        let limit = Duration::from_secs(5);
+        let locker = Locker::builder().isolated(true).in_memory();
+        let (guard, closes) = (locker.lock("k").await.unwrap(), locker.close_on_drop(limit));
+        let Background::Isolated(isolated) = &locker.shared().background else { panic!("it is isolated") };
+        let dropping = isolated.handle().spawn(async move {
+            // Its release can run only after this.
+            drop(guard);
+            let began = Instant::now();
+            drop(closes);
+            began.elapsed()
+        });
+        let took = dropping.await.unwrap();
+        assert!(took < limit, "{took:?}");
+        locker.close().await;
     }
 }

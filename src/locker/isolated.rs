@@ -8,6 +8,27 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::Error;
 
+/// Where a locker's background work runs.
+#[derive(Debug)]
+pub(crate) enum Background {
+    /// On the runtime of each caller.
+    WithCallers,
+    Isolated(Isolated),
+    /// Nowhere: the locker was to be isolated, and there is no thread for it. Every request fails.
+    NoThread,
+}
+
+impl Background {
+    /// Returns where it runs after what the start of a thread has returned, if one was wanted.
+    pub(crate) fn after(started: Option<Result<Isolated, Error>>) -> Self {
+        match started {
+            None => Self::WithCallers,
+            Some(Ok(isolated)) => Self::Isolated(isolated),
+            Some(Err(_)) => Self::NoThread,
+        }
+    }
+}
+
 /// A runtime that runs until this is dropped. Its thread then ends by itself: nobody waits for it.
 #[derive(Debug)]
 pub(crate) struct Isolated {
@@ -46,20 +67,27 @@ impl Isolated {
     pub(crate) fn handle(&self) -> &Handle {
         &self.handle
     }
+
+    /// Returns whether the caller runs on this thread.
+    pub(crate) fn is_here(&self) -> bool {
+        Handle::try_current().is_ok_and(|here| here.id() == self.handle.id())
+    }
+
+    /// Starts where there is no thread left.
+    #[cfg(test)]
+    pub(crate) fn start_without_a_thread() -> Result<Self, Error> {
+        // It needs more memory than there is.
+        Self::start_in(thread::Builder::new().stack_size(1 << 60))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// A thread that needs more memory than there is.
-    fn no_thread() -> thread::Builder {
-        thread::Builder::new().stack_size(1 << 60)
-    }
-
     #[tokio::test]
     async fn where_there_is_no_thread_left_nothing_panics() {
-        assert!(matches!(Isolated::start_in(no_thread()), Err(Error::NoRuntime)));
+        assert!(matches!(Isolated::start_without_a_thread(), Err(Error::NoRuntime)));
     }
 
     #[tokio::test]

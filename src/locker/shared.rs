@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::cleanups::Cleanups;
-use super::isolated::Isolated;
+use super::isolated::Background;
 use crate::acquire::queue::Queues;
 use crate::acquire::supervisor::Supervisor;
 use crate::hold::scheduler::Schedulers;
@@ -31,8 +31,8 @@ pub(crate) struct Shared {
     pub(crate) origin: Instant,
     /// The schedulers of renewals: one for each runtime.
     pub(crate) schedulers: Schedulers,
-    /// The runtime that renewers run on, if the locker is isolated.
-    pub(crate) isolated: Option<Isolated>,
+    /// Where renewers run.
+    pub(crate) background: Background,
     pub(crate) settings: Settings,
     /// Fires when the locker is closed.
     pub(crate) closed: CancellationToken,
@@ -55,9 +55,10 @@ pub(crate) struct Settings {
 impl Shared {
     /// Returns the runtime for background work: our own, or the caller's.
     pub(crate) fn runtime(&self) -> Result<Handle, Error> {
-        match &self.isolated {
-            Some(isolated) => Ok(isolated.handle().clone()),
-            None => Handle::try_current().map_err(|_| Error::NoRuntime),
+        match &self.background {
+            Background::Isolated(isolated) => Ok(isolated.handle().clone()),
+            Background::WithCallers => Handle::try_current().map_err(|_| Error::NoRuntime),
+            Background::NoThread => Err(Error::NoRuntime),
         }
     }
 

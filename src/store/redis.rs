@@ -19,6 +19,7 @@ mod owned;
 mod refusal;
 mod replicas;
 mod replies;
+mod resent;
 mod router;
 mod script;
 mod server;
@@ -244,6 +245,9 @@ impl Store for RedisStore {
     }
 
     fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Verdict> {
+        if self.server().connection.resends() {
+            return Box::pin(self.end_resent(owned, ending, None, timeout));
+        }
         if owned.mode.is_shared() {
             return Box::pin(self.release_shared(owned, ending, Duration::ZERO, timeout));
         }
@@ -257,6 +261,9 @@ impl Store for RedisStore {
         rest: Duration,
         timeout: Duration,
     ) -> Answer<'a, Verdict> {
+        if self.server().connection.resends() {
+            return Box::pin(self.end_resent(owned, ending, Some(rest), timeout));
+        }
         if owned.mode.is_shared() {
             return Box::pin(self.release_shared(owned, ending, rest, timeout));
         }
@@ -278,6 +285,9 @@ impl Store for RedisStore {
         next: &'a Next,
         timeout: Duration,
     ) -> Answer<'a, HandedOver> {
+        if self.server().connection.resends() {
+            return Box::pin(self.hand_over_resent(from, ending, to, next, timeout));
+        }
         Box::pin(self.hand_over(from, ending, to, next, timeout))
     }
 
@@ -318,6 +328,9 @@ impl Store for RedisStore {
 
     /// What got `TRYAGAIN` has not run.
     fn force_release<'a>(&'a self, key: &'a Key, whose: &'a Whose, timeout: Duration) -> Answer<'a, Verdict> {
+        if self.server().connection.resends() {
+            return Box::pin(async { Err(Error::Unsupported(resent::MAY_END_THE_NEXT)) });
+        }
         Box::pin(router::patiently(timeout, move |left| self.force_release(key, whose, left)))
     }
 

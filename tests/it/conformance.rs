@@ -2,6 +2,7 @@
 
 mod sharing;
 
+use std::slice;
 use std::time::{Duration, Instant};
 
 use tenure::{Error, Lease, LockGuard, LockRequest, Locker, Loss, Retry, Token};
@@ -659,7 +660,11 @@ async fn bounds_that_cannot_work_are_refused(locker: &Locker) {
 }
 
 async fn a_lock_is_ended_whoever_holds_it(locker: &Locker) {
-    assert!(!locker.force_release("forced").await.unwrap());
+    match locker.force_release("forced").await {
+        // A connection of the user's own to a cluster.
+        Err(Error::Unsupported(_)) => return,
+        none => assert!(!none.unwrap()),
+    }
     // A lock that only its own token could have ended, with a waiter behind it.
     let held = locker.lock("forced").ttl(ms(3_000)).await.unwrap();
     let waiter = tokio::spawn(locker.lock("forced").into_future());
@@ -699,9 +704,9 @@ async fn a_lock_is_ended_whoever_holds_it(locker: &Locker) {
 async fn only_the_lock_of_the_holders_that_are_named_is_ended(locker: &Locker) {
     let of = async |tokens: &[Token]| locker.force_release_of("named", tokens).await.unwrap();
     let (earlier, others) = (token("earlier"), [token("job-1"), token("job-100")]);
-    assert!(!of(&[]).await && !of(&[earlier.clone()]).await);
+    assert!(!of(&[]).await && !of(slice::from_ref(&earlier)).await);
     let held = locker.lock("named").token(token("job-10")).metadata("host-3").await.unwrap();
-    assert!(!of(&[]).await && !of(&others).await && !of(&[earlier.clone()]).await);
+    assert!(!of(&[]).await && !of(&others).await && !of(slice::from_ref(&earlier)).await);
     held.renew().await.unwrap();
     assert!(of(&[earlier.clone(), held.token().clone()]).await);
     assert!(matches!(decided(|| held.renew()).await, Err(Error::NotHeld { .. })));

@@ -261,23 +261,7 @@ async fn on_a_cluster_a_connection_that_falls_silent_while_its_key_is_hot_is_rep
         return;
     }
     let cluster = Cluster::start();
-    let mut proxies = Vec::new();
-    for node in &cluster.nodes {
-        let proxy = Proxy::start(node.port()).await;
-        let port = proxy.url().rsplit(':').next().unwrap().to_owned();
-        assert_eq!(node.cli(&["CONFIG", "SET", "cluster-announce-port", &port]), "OK");
-        proxies.push((proxy, port));
-    }
-    // All nodes redirect clients to the proxies.
-    eventually("all know of the proxies", async || {
-        let knows = |node: &Server| {
-            let slots = node.cli(&["CLUSTER", "SLOTS"]);
-            proxies.iter().all(|(_, port)| slots.lines().any(|line| line == port))
-        };
-        cluster.nodes.iter().all(knows).then_some(())
-    })
-    .await;
-    let proxies: Vec<Proxy> = proxies.into_iter().map(|(proxy, _)| proxy).collect();
+    let proxies = cluster.announce_proxies().await;
     let locker = patient().connect(&cluster.url()).await.unwrap();
     let other = patient().connect(&cluster.url()).await.unwrap();
     let place = cluster.place_of("k");

@@ -139,6 +139,43 @@ async fn a_guard_that_is_renewed_where_its_key_was_lost_and_taken_again_by_its_t
     }
 }
 
+/// The record would stay for a day.
+#[tokio::test]
+async fn a_guard_that_finds_its_lock_gone_or_taken_leaves_no_record_of_its_grant() {
+    let (server, here, there) = start().await;
+    let no_record = async || (server.cli(&["EXISTS", "{k}:grants"]) == "0").then_some(());
+    let lost: [&[&str]; 2] = [&["DEL", "k"], &["SET", "k", "another", "PX", "60000"]];
+    for (lose, is_released) in [(lost[0], false), (lost[0], true), (lost[1], false), (lost[1], true)] {
+        let guard = here.obtain("k").token(token()).await.unwrap();
+        assert!(no_record().await.is_none());
+        server.cli(lose);
+        let told = if is_released {
+            guard.release().await
+        } else {
+            let told = guard.renew().await;
+            drop(guard);
+            told
+        };
+        assert!(matches!(told, Err(Error::NotHeld { .. })), "{lose:?}");
+        eventually(&format!("no record is left: {lose:?}, {is_released}"), no_record).await;
+        server.cli(&["DEL", "k"]);
+    }
+    // The holder that the token was made for releases the lock without a look at the record.
+    let first = here.lock("k").await.unwrap();
+    let twin = there.obtain("k").token(first.token().clone()).await.unwrap();
+    first.release().await.unwrap();
+    assert!(twin.renew().await.is_err());
+    drop(twin);
+    // A waiter is given a lock that has gone.
+    let guard = here.obtain("k").token(token()).await.unwrap();
+    let waiter = tokio::spawn(here.lock("k").into_future());
+    eventually("it waits", async || (server.cli(&["ZCARD", "{k}:queue"]) == "1").then_some(())).await;
+    server.cli(&["DEL", "k"]);
+    assert!(guard.release().await.is_err());
+    soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+    assert_freed(&server, [&here, &there]).await;
+}
+
 #[tokio::test]
 async fn a_key_that_is_taken_with_one_that_lives_longer_has_the_ttl_of_its_own_guard() {
     let (server, here, there) = start().await;

@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use tenure::redis::aio::ConnectionManagerConfig;
+use tenure::redis::cluster::ClusterClient;
 use tenure::redis::{AsyncConnectionConfig, Client};
-use tenure::{Error, Locker, RedisConnection};
-use tenure_test_support::{Mode, Proxy, Server, eventually, soon};
+use tenure::{Error, LockGuard, LockRequest, Locker, Loss, RedisConnection};
+use tenure_test_support::{Cluster, Mode, Proxy, Server, eventually, soon};
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -121,4 +122,99 @@ async fn waiters_are_notified_where_a_client_subscribes_for_them_also_after_an_i
         soon(held.release()).await.unwrap();
         soon(soon(waiter).await.unwrap().unwrap().release()).await.unwrap();
     }
+}
+
+/// A cluster behind proxies, and a client that sends what it got no reply to again.
+struct Resending {
+    cluster: Cluster,
+    proxies: Vec<Proxy>,
+    locker: Locker,
+}
+
+impl Resending {
+    async fn start() -> Self {
+        let cluster = Cluster::start();
+        let proxies = cluster.announce_proxies().await;
+        let nodes = cluster.nodes.iter().map(Server::url).collect::<Vec<_>>();
+        let client = ClusterClient::builder(nodes).response_timeout(ms(5_000)).build().unwrap();
+        let connection = client.get_async_connection().await.unwrap();
+        // Nothing is renewed. A waiter enters the line with its second attempt, as it can't listen.
+        let builder = Locker::builder().ttl(ms(600_000)).poll_every(ms(100)).command_timeout(ms(5_000));
+        let locker = builder.local_hand_over(false).with_redis(connection);
+        Self { cluster, proxies, locker }
+    }
+
+    fn node(&self, key: &str) -> &Server {
+        &self.cluster.nodes[self.cluster.place_of(key)]
+    }
+
+    /// Loses the reply to a request with the guard's token, after so many others.
+    fn lose_reply(&self, guard: &LockGuard, before: u32) {
+        self.proxies[self.cluster.place_of("k")].lose_reply_to(guard.token().as_str(), before);
+    }
+
+    fn lost(&self) -> u64 {
+        self.proxies.iter().map(Proxy::lost).sum()
+    }
+}
+
+#[tokio::test]
+async fn a_release_that_the_client_of_a_cluster_sends_twice_is_one() {
+    let resending = Resending::start().await;
+    let locker = &resending.locker;
+    let requests: [fn(&Locker) -> LockRequest; 5] = [
+        |locker| locker.lock("k"),
+        |locker| locker.lock("k").token("worker-7".parse().unwrap()),
+        |locker| locker.lock_all(["k", "{k}l"]),
+        |locker| locker.lock("k").hold_at_least(ms(300)),
+        |locker| locker.read("k"),
+    ];
+    for (n, request) in requests.into_iter().enumerate() {
+        // The server knows the scripts after this.
+        soon(soon(request(locker)).await.unwrap().release()).await.unwrap();
+        for before in 0..2 {
+            let guard = soon(request(locker)).await.unwrap();
+            let lost = resending.lost();
+            resending.lose_reply(&guard, before);
+            let released = soon(guard.release()).await;
+            assert!(released.is_ok(), "request {n}, reply {before}: {released:?}");
+            assert!(resending.lost() > lost, "request {n}, reply {before}: no reply was lost");
+        }
+        // One that is lost is reported.
+        let guard = soon(request(locker)).await.unwrap();
+        resending.node("k").cli(&["DEL", "k"]);
+        let error = soon(guard.release()).await.unwrap_err();
+        assert!(matches!(error, Error::NotHeld { loss: Loss::Missing, .. }), "request {n}: {error}");
+    }
+    let refused = soon(locker.force_release("k")).await.unwrap_err();
+    assert!(matches!(refused, Error::Unsupported(_)), "{refused}");
+}
+
+#[tokio::test]
+async fn a_hand_over_that_the_client_of_a_cluster_sends_twice_is_one_and_leaves_nothing() {
+    let resending = Resending::start().await;
+    let (locker, node) = (&resending.locker, resending.node("k"));
+    for round in 0..5 {
+        let guard = soon(locker.lock("k")).await.unwrap();
+        let mut waiter = Box::pin(locker.lock("k").into_future());
+        let stands_in_line =
+            eventually("it stands in line", async || (node.cli(&["ZCARD", "{k}:queue"]) == "1").then_some(()));
+        tokio::select! {
+            obtained = &mut waiter => panic!("two holders: {obtained:?}"),
+            () = stands_in_line => {}
+        }
+        // The first round makes the scripts known to the server.
+        if round > 0 {
+            resending.lose_reply(&guard, (round - 1) % 2);
+        }
+        // Nobody polls the waiter meanwhile.
+        let released = soon(guard.release()).await;
+        assert!(released.is_ok(), "round {round}: {released:?}");
+        if round <= 2 {
+            soon(soon(waiter).await.unwrap().release()).await.unwrap();
+        }
+        // Otherwise the waiter leaves before it has learned of its lock.
+    }
+    soon(locker.close()).await;
+    eventually("nothing is left", async || (node.cli(&["EXISTS", "k", "{k}:queue"]) == "0").then_some(())).await;
 }

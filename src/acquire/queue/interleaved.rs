@@ -99,7 +99,7 @@ impl World {
         };
         if let Some(by) = by {
             let at = Instant::now();
-            ticket.pass_on(None, Obtained { at, held_until: at, by });
+            ticket.pass_on(None, Obtained { at, held_until: at, by }, token);
         }
         let leftovers = ticket.leave();
         if by.is_none() {

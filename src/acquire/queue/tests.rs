@@ -30,6 +30,10 @@ fn enter(queues: &Queues, queueing: Queueing) -> Ticket {
     queues.enter(Key::from("k"), wanted(queueing))
 }
 
+fn token_of(ticket: &Ticket) -> &Token {
+    &ticket.waiter.wanted.owned.token
+}
+
 #[test]
 fn the_first_to_come_is_the_first_and_the_next_when_it_leaves() {
     let queues = Queues::default();
@@ -99,7 +103,7 @@ fn a_hand_over_whose_outcome_comes_late_does_not_take_those_after_it_out_of_the_
     // It has the lock by asking, before the release learns that it has handed the lock over.
     assert!(matches!(a.claim(), Claim::Kept(None)));
     let (at, obtained) = (Instant::now(), |at| Obtained { at, held_until: at, by: By::Asking(Place::TakenOut) });
-    a.pass_on(None, obtained(at));
+    a.pass_on(None, obtained(at), token_of(&a));
     a.leave();
     assert!(!b.may_be_in_line());
     b.enters_line();
@@ -119,7 +123,7 @@ fn a_hand_over_that_a_waiter_learns_of_by_asking_is_a_turn_in_a_row() {
         may_keep.push(hand_over.next().may_keep);
         ticket.claim();
         let at = Instant::now();
-        ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking(Place::TakenOut) });
+        ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking(Place::TakenOut) }, token_of(&ticket));
         ticket.leave();
         assert!(hand_over.granted(grant(), false));
     }
@@ -135,7 +139,7 @@ fn a_hand_over_to_another_process_that_is_heard_of_late_begins_no_turn_here() {
     // The other process has had its turn, and it is the turn of this one again.
     a.claim();
     let at = Instant::now();
-    a.pass_on(None, Obtained { at, held_until: at, by: By::Asking(Place::TakenOut) });
+    a.pass_on(None, Obtained { at, held_until: at, by: By::Asking(Place::TakenOut) }, token_of(&a));
     a.leave();
     let next = queues.next(&from).unwrap();
     let queue = lock(&queues.by_key)[&Key::from("k")].clone();
@@ -154,7 +158,7 @@ fn a_request_without_the_place_takes_none_out_of_the_line() {
     assert!(queues.next(&wanted(Queueing::None).owned).unwrap().passed_by().is_none());
     ticket.claim();
     let at = Instant::now();
-    ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking(Place::Untouched) });
+    ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking(Place::Untouched) }, token_of(&ticket));
     assert!(ticket.leave().line.is_some());
 }
 
@@ -338,7 +342,7 @@ fn what_the_first_learned_is_known_to_those_behind_it_and_after_it() {
     assert!(!a.leave().may_hold);
     assert!(matches!(b.last_answer(), Some(LastAnswer::Failed(Error::Closed))));
     let c = enter(&queues, Queueing::Shared);
-    b.pass_on(None, Obtained { at: Instant::now(), held_until: Instant::now(), by: By::HandOver });
+    b.pass_on(None, Obtained { at: Instant::now(), held_until: Instant::now(), by: By::HandOver }, token_of(&b));
     assert!(matches!(c.last_answer(), Some(LastAnswer::Held(Held { key, .. })) if key == "k".into()));
     c.set_last_answer(None);
     assert!(c.last_answer().is_none());
@@ -350,7 +354,7 @@ fn an_answer_ends_with_the_lock_that_it_is_about_and_with_no_other() {
     let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
     let now = Instant::now();
     let held_until = now + Duration::from_secs(1);
-    a.pass_on(None, Obtained { at: now, held_until, by: By::HandOver });
+    a.pass_on(None, Obtained { at: now, held_until, by: By::HandOver }, token_of(&a));
     assert!(!a.leave().may_hold);
     let until = || match b.last_answer() {
         Some(LastAnswer::Held(Held { until, .. })) => until.unwrap(),
@@ -380,7 +384,7 @@ fn reader(queues: &Queues) -> Ticket {
 fn is_granted(ticket: &Ticket, place: Place) {
     let at = Instant::now();
     assert!(matches!(ticket.claim(), Claim::Kept(None)));
-    ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking(place) });
+    ticket.pass_on(None, Obtained { at, held_until: at, by: By::Asking(place) }, token_of(ticket));
     ticket.leave();
 }
 

@@ -303,8 +303,9 @@ impl Ticket {
         self.state().end_last_answer();
     }
 
-    /// Notes that this waiter has obtained the lock, and leaves to the next one what it can use.
-    pub(crate) fn pass_on(&self, subscription: Option<Subscription>, obtained: Obtained) {
+    /// Notes that this waiter has obtained the lock, which the server keeps under this token, and leaves to the next one
+    /// what it can use.
+    pub(crate) fn pass_on(&self, subscription: Option<Subscription>, obtained: Obtained, token: &Token) {
         let Obtained { at, held_until, by } = obtained;
         let before = {
             let mut state = self.state();
@@ -314,7 +315,7 @@ impl Ticket {
             }
             let held = Held { key: self.queue.key.clone(), until: Some(held_until) };
             state.last_answer = Some(LastAnswer::Held(held));
-            state.obtained_by = Some(self.waiter.wanted.owned.token.clone());
+            state.obtained_by = Some(token.clone());
             let lane = state.lane_of(self.waiter.place);
             if lane.is_first(&self.waiter) {
                 // A hand-over may have put the place into the line while a request without it was on its way.
@@ -331,14 +332,6 @@ impl Ticket {
         };
         // A subscription locks the list of listeners when it is dropped: not under the queue's mutex (invariant 5).
         drop(before);
-    }
-
-    /// Notes by which token this waiter has the lock that it has [passed on](Self::pass_on), if that is not its own.
-    pub(crate) fn has_taken_over(&self, token: &Token) {
-        let mut state = self.state();
-        if state.obtained_by.as_ref() == Some(&self.waiter.wanted.owned.token) {
-            state.obtained_by = Some(token.clone());
-        }
     }
 
     /// Leaves the queue, and wakes the waiter that is the first after that (invariant 1).

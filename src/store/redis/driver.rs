@@ -4,8 +4,9 @@
 //! cluster, the subscriptions, the quorum. It knows a client only by the traits in this file, and no type of any. What
 //! a client does differently from others is made up for in its own file below.
 //!
-//! 1. A command is written at most once, and its call ends by the time that it is given. What the server replies comes
-//!    back, a refusal as an error whose text begins with its code. A redirection is a refusal like any other.
+//! 1. A command is written at most once, unless the client [resends](Connection::resends) it, and its call ends by the
+//!    time that it is given. What the server replies comes back, a refusal as an error whose text begins with its code. A
+//!    redirection is a refusal like any other.
 //! 2. A call that ends without a reply may have run, or may run later. Only where the driver knows better does the
 //!    error say that nothing was sent ([`NOT_SENT`]): there was, say, no connection from the call's beginning to its
 //!    end.
@@ -106,6 +107,12 @@ pub(super) trait Connection: fmt::Debug + Send + Sync + 'static {
     fn is_cluster(&self) -> bool;
 
     fn is_connected(&self) -> bool;
+
+    /// Returns whether the client sends a command again by itself when its connection breaks. Then the server may run a
+    /// call twice, and the reply is that to the last run (`resent.rs`).
+    fn resends(&self) -> bool {
+        false
+    }
 
     /// Returns how many connections have been made: each is counted before anything is sent on it.
     fn connections_made(&self) -> u64;

@@ -64,6 +64,7 @@ pub(super) struct Scripts {
 const STAMP: &str = include_str!("scripts/stamp.lua");
 const OURS_ONE: &str = include_str!("scripts/ours_one.lua");
 const OWNER: &str = include_str!("scripts/owner.lua");
+const FORGET: &str = include_str!("scripts/forget.lua");
 const HELD: &str = include_str!("scripts/held.lua");
 const FENCE: &str = include_str!("scripts/fence.lua");
 const GRANTS: &str = include_str!("scripts/grants.lua");
@@ -87,19 +88,19 @@ impl Scripts {
             renew: Script::new(&[OWNER, EXTEND, include_str!("scripts/renew.lua")]),
             renew_one: Script::for_one_key(&[OURS_ONE, include_str!("scripts/renew_one.lua")]),
             renew_grant: Script::new(&[OWNER, HELD, GRANTS, EXTEND, UPTIME, include_str!("scripts/renew_grant.lua")]),
-            release: Script::new(&[OWNER, LINE, include_str!("scripts/release.lua")]),
+            release: Script::new(&[OWNER, FORGET, LINE, include_str!("scripts/release.lua")]),
             release_one: Script::for_one_key(&[
                 OURS_ONE,
                 include_str!("scripts/release_one.lua"),
                 LINE,
                 include_str!("scripts/pass_on_one.lua"),
             ]),
-            end_grant: Script::new(&[OWNER, HELD, GRANTS, NOBODY, LINE, include_str!("scripts/end_grant.lua")]),
+            end_grant: Script::new(&[OWNER, FORGET, HELD, GRANTS, NOBODY, LINE, include_str!("scripts/end_grant.lua")]),
             force_release: Script::new(&[MARKER, SHARES, LINE, include_str!("scripts/force_release.lua")]),
-            linger: Script::new(&[OWNER, HELD, GRANTS, NOBODY, include_str!("scripts/linger.lua")]),
+            linger: Script::new(&[OWNER, FORGET, HELD, GRANTS, NOBODY, include_str!("scripts/linger.lua")]),
             hand_over: Script::after(
                 include_str!("scripts/hand_over_one.lua"),
-                &[OWNER, HELD, FENCE, GRANTS, LINE, include_str!("scripts/hand_over.lua")],
+                &[OWNER, FORGET, HELD, FENCE, GRANTS, LINE, include_str!("scripts/hand_over.lua")],
             ),
             probe: Script::new(&[include_str!("scripts/probe.lua")]),
             remaining: Script::new(&[OWNER, HELD, include_str!("scripts/remaining.lua")]),

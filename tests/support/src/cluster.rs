@@ -4,7 +4,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use crate::port::BUS;
-use crate::{PATIENCE, Server};
+use crate::{PATIENCE, Proxy, Server, elected};
 
 /// A cluster of three primaries without replicas.
 #[derive(Debug)]
@@ -61,6 +61,31 @@ impl Cluster {
     pub fn url(&self) -> String {
         let port = self.nodes.first().map_or(0, Server::port);
         format!("redis-cluster://127.0.0.1:{port}")
+    }
+
+    /// Starts a proxy for each node, and has the nodes announce these. Clients connect to the proxies from then on.
+    ///
+    /// # Panics
+    ///
+    /// When the nodes don't agree within 60 seconds.
+    pub async fn announce_proxies(&self) -> Vec<Proxy> {
+        let (mut proxies, mut ports) = (Vec::new(), Vec::new());
+        for node in &self.nodes {
+            let proxy = Proxy::start(node.port()).await;
+            let port = proxy.url().rsplit(':').next().unwrap_or_default().to_owned();
+            assert_eq!(node.cli(&["CONFIG", "SET", "cluster-announce-port", &port]), "OK");
+            proxies.push(proxy);
+            ports.push(port);
+        }
+        elected("all know of the proxies", async || {
+            let knows = |node: &Server| {
+                let slots = node.cli(&["CLUSTER", "SLOTS"]);
+                ports.iter().all(|port| slots.lines().any(|line| line == port))
+            };
+            self.nodes.iter().all(knows).then_some(())
+        })
+        .await;
+        proxies
     }
 
     /// Starts a node that follows the one at this place, and waits until it has caught up.

@@ -78,6 +78,22 @@ struct Control {
     lost: u64,
     /// The last request that is delivered late.
     late: Vec<u8>,
+    /// What a request has in it whose reply is to be lost, and how many such requests come before it.
+    losing: Option<(Vec<u8>, u32)>,
+}
+
+impl Control {
+    /// Loses the reply to this request, if that is to be.
+    fn note(&mut self, request: &[u8]) {
+        let Some((part, before)) = &mut self.losing else { return };
+        if !request.windows(part.len()).any(|window| window == part) {
+            return;
+        }
+        match before.checked_sub(1) {
+            Some(fewer) => *before = fewer,
+            None => (self.losing, self.mode) = (None, Mode::LoseNext),
+        }
+    }
 }
 
 impl Proxy {
@@ -89,8 +105,14 @@ impl Proxy {
     pub async fn start(port: u16) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
         let own_port = listener.local_addr().expect("its address").port();
-        let control =
-            Arc::new(Mutex::new(Control { mode: Mode::Pass, connections: 0, silenced: 0, lost: 0, late: Vec::new() }));
+        let control = Arc::new(Mutex::new(Control {
+            mode: Mode::Pass,
+            connections: 0,
+            silenced: 0,
+            lost: 0,
+            late: Vec::new(),
+            losing: None,
+        }));
         let new = || watch::channel(0).0;
         let switches = Switches { held: watch::channel(false).0, cuts: new(), half_cuts: new() };
         let task = tokio::spawn(accept(listener, port, control.clone(), switches.clone())).abort_handle();
@@ -110,6 +132,12 @@ impl Proxy {
             control.silenced = control.connections;
         }
         self.switches.held.send_replace(mode == Mode::Hold);
+    }
+
+    /// Loses the reply to a request that has this text in it, after so many others that have, and cuts the connection:
+    /// as [`Mode::LoseNext`].
+    pub fn lose_reply_to(&self, text: &str, before: u32) {
+        lock(&self.control).losing = Some((text.as_bytes().to_vec(), before));
     }
 
     /// Cuts all present connections.
@@ -176,6 +204,7 @@ async fn forward_requests(
         let Some(request) = buffer.get(..length).filter(|request| !request.is_empty()) else { return };
         let late = {
             let mut control = lock(&control);
+            control.note(request);
             let late = match control.mode {
                 // A subscriber's, which comes at any time.
                 _ if request == b"*1\r\n$4\r\nPING\r\n" => None,

@@ -80,7 +80,7 @@ async fn the_short_way_to_hand_over_ends_where_the_long_one_does() {
     let server = Server::start();
     let store = RedisStore::connect(Driver::default(), &server.url(), String::new(), PATIENCE, 0).await.unwrap();
     let server = store.server();
-    let long = Script::new(&[OWNER, HELD, FENCE, GRANTS, LINE, include_str!("../scripts/hand_over.lua")]);
+    let long = Script::new(&[OWNER, FORGET, HELD, FENCE, GRANTS, LINE, include_str!("../scripts/hand_over.lua")]);
     let scripts = [&server.scripts.hand_over, &long];
     // Of fencing tokens that are numbers, one is greater than the clock.
     let fences = ["-", "5", "8999999999999999", "9007199254740991", "text", "[]"];

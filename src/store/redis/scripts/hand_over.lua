@@ -20,11 +20,11 @@
 local line_key, record_key, fence_key = KEYS[2], KEYS[4], KEYS[5]
 local place, alive, may_keep, grant = ARGV[5], tonumber(ARGV[6]), ARGV[7] == '1', ARGV[9]
 local held = held_by(KEYS[1])
-if held == nil then
-    return {-1}
-end
 if not held or not is_owner(ARGV[1], held) then
-    return {-2}
+    if grant ~= '' then
+        forget_grants(record_key, ARGV[1])
+    end
+    return {held == nil and -1 or -2}
 end
 if grant ~= '' and grant ~= '*' then
     local others = without(grants_of(record_key, ARGV[1]), grant)

@@ -20,14 +20,10 @@ local function linger(i)
     local held = held_by(KEYS[i])
     if held == nil then
         reply = math.min(reply, 0)
-        local record = record_key and redis.pcall('GET', record_key)
-        if record and not record.err and is_owner(token, record) then
-            redis.pcall('DEL', record_key)
-        end
-        return
+        return forget_grants(record_key, token)
     elseif not held or not is_owner(token, held) then
         reply = -1
-        return
+        return forget_grants(record_key, token)
     end
     local record = record_key and grants_of(record_key, token) or NONE
     local others = grant == '' and NONE or without(record, grant)

@@ -16,10 +16,12 @@ for i = 1, n do
     local held = redis.pcall('GET', KEYS[i])
     if not held then
         reply = math.min(reply, 0)
+        forget_grants(KEYS[2 * n + i], token)
     elseif held.err and not string.find(held.err, '^WRONGTYPE') then
         failure = held
     elseif held.err or not is_owner(token, held) then
         reply = -1
+        forget_grants(KEYS[2 * n + i], token)
     else
         local done, why = pcall(pass_on, KEYS[i], KEYS[n + i], ARGV[3], ARGV[3 + i] or KEYS[i])
         if not done then

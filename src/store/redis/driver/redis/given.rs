@@ -27,7 +27,12 @@ use crate::{RedisError, RedisErrorKind};
 /// - A [`ConnectionManager`] connects again after an interruption. While it does, calls wait, up to their timeout.
 /// - A [`MultiplexedConnection`] never does. Once it has broken, every operation fails.
 /// - A [`ClusterConnection`] follows its cluster. Give it a response timeout. While slots move, some calls fail, and
-///   are tried again; a [URL](crate::Locker::connect) of the cluster serves better there.
+///   are tried again; a [URL](crate::Locker::connect) of the cluster serves better there. If a connection breaks before
+///   the reply, redis-rs sends the call again, and the server may run it twice. So a release first asks whether the lock
+///   is held, which takes another round trip, and [`force_release`](crate::Locker::force_release) is
+///   [unsupported](crate::Error::Unsupported): its second run could end the next holder's lock. For the same reason,
+///   [`release`](crate::LockGuard::release) of a lock by a [token](crate::LockRequest::token) of yours may end what
+///   another guard has obtained by the same token at that moment.
 ///
 /// None of them can be asked for a connection that subscribes to channels. So waiters are not notified of releases by
 /// other processes: they check the lock every [`poll_every`](crate::LockerBuilder::poll_every), and when its ttl ends.
@@ -155,6 +160,12 @@ impl Connection for Borrowed {
 
     fn is_connected(&self) -> bool {
         !self.is_broken.load(Ordering::Relaxed)
+    }
+
+    /// The client of a cluster does, up to 16 times by default. No setting of a single call keeps it from that, and the
+    /// number that was set when it was built can't be read. The others return the error.
+    fn resends(&self) -> bool {
+        matches!(self.connection.given, Given::Cluster(_))
     }
 
     fn connections_made(&self) -> u64 {
