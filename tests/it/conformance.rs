@@ -702,6 +702,9 @@ async fn a_lock_is_ended_whoever_holds_it(locker: &Locker) {
 }
 
 async fn only_the_lock_of_the_holders_that_are_named_is_ended(locker: &Locker) {
+    if let Err(Error::Unsupported(_)) = locker.force_release_of("named", &[]).await {
+        return;
+    }
     let of = async |tokens: &[Token]| locker.force_release_of("named", tokens).await.unwrap();
     let (earlier, others) = (token("earlier"), [token("job-1"), token("job-100")]);
     assert!(!of(&[]).await && !of(slice::from_ref(&earlier)).await);
