@@ -225,6 +225,21 @@ fn tokens_of_waiters_rise_in_the_order_of_their_turns() {
 }
 
 #[test]
+fn requests_of_one_holder_at_the_same_time_may_hear_of_their_grants_in_any_order() {
+    let twins = |fence| {
+        let history = History::new().turn(1, ALONE, 9, 0, 2);
+        let history = history.attempt_as(0, 2, ALONE, "twin").attempt_as(0, 3, ALONE, "twin");
+        // The later one was granted first, and learns of it last.
+        let history = history.granted(20, 2, 12).held(21, 22, 2).ending(23, 2);
+        history.granted(24, 3, fence).held(25, 26, 3).ending(27, 3)
+    };
+    assert_eq!(twins(11).violations(), []);
+    // But no earlier than the holder before both.
+    let found = twins(8).violations();
+    assert!(found.iter().any(|found| matches!(found, Violation::Order { earlier: 1, later: 3, .. })), "{found:?}");
+}
+
+#[test]
 fn shared_holders_that_have_waited_at_the_same_time_may_have_their_tokens_in_any_order() {
     let history = History::new().attempt_as(0, 1, Mode::Read, "1").attempt_as(0, 2, Mode::Read, "2");
     let history = history.granted(10, 1, 11).held(20, 21, 1).granted(30, 2, 10).held(40, 41, 2);

@@ -705,24 +705,29 @@ async fn only_the_lock_of_the_holders_that_are_named_is_ended(locker: &Locker) {
     if let Err(Error::Unsupported(_)) = locker.force_release_of("named", &[]).await {
         return;
     }
-    let of = async |tokens: &[Token]| locker.force_release_of("named", tokens).await.unwrap();
+    let of = async |tokens: &[Token]| decided(|| locker.force_release_of("named", tokens)).await.unwrap();
+    // On a busy machine nodes of a quorum may be too late to say that they have ended it.
+    let ends = async |tokens: &[Token]| match locker.force_release_of("named", tokens).await {
+        Err(error) if error.is_transient() => of(tokens).await || locker.inspect("named").await.unwrap().is_none(),
+        ended => ended.unwrap(),
+    };
     let (earlier, others) = (token("earlier"), [token("job-1"), token("job-100")]);
     assert!(!of(&[]).await && !of(slice::from_ref(&earlier)).await);
     let held = locker.lock("named").token(token("job-10")).metadata("host-3").await.unwrap();
     assert!(!of(&[]).await && !of(&others).await && !of(slice::from_ref(&earlier)).await);
-    held.renew().await.unwrap();
-    assert!(of(&[earlier.clone(), held.token().clone()]).await);
+    decided(|| held.renew()).await.unwrap();
+    assert!(ends(&[earlier.clone(), held.token().clone()]).await);
     assert!(matches!(decided(|| held.renew()).await, Err(Error::NotHeld { .. })));
     // All of those who share it, or none.
     let readers = [locker.read("named").await.unwrap(), locker.read("named").await.unwrap()];
     let tokens = readers.each_ref().map(|reader| reader.token().clone());
     assert!(!of(&tokens[..1]).await);
-    readers[1].renew().await.unwrap();
-    assert!(of(&tokens).await);
+    decided(|| readers[1].renew()).await.unwrap();
+    assert!(ends(&tokens).await);
     assert!(matches!(decided(|| readers[1].renew()).await, Err(Error::NotHeld { .. })));
     // One that is left to nobody is anybody's to end.
     locker.lock("named").hold_at_least(ms(60_000)).await.unwrap().release().await.unwrap();
-    assert!(of(&[]).await);
+    assert!(ends(&[]).await);
     locker.lock("named").await.unwrap().release().await.unwrap();
     let reader = locker.read("named").hold_at_least(ms(60_000)).await.unwrap();
     let still = [locker.read("named").await.unwrap()];
