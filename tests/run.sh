@@ -217,7 +217,7 @@ compile redis --no-default-features --features redis --lib --test it --test quor
     --test watchdog --test seeds --test turns
 heading "compile, the command"
 compile_package tenure-cli cli
-heading "all lanes: about seven minutes"
+heading "all lanes: about nine minutes"
 for name in other_server several_servers builds; do lane "$name" "$name"; done
 join_lanes
 
