@@ -105,8 +105,8 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     fn remaining<'a>(&'a self, owned: &'a Owned, timeout: Duration) -> Answer<'a, Option<Duration>>;
 
     /// Ends the lock of this key, whoever of these holds it, and the time for which it was left to nobody. Returns
-    /// `Missing` if there was neither, and `Taken` if others hold the key: then nothing has changed. A repeat may end the
-    /// lock of the next holder.
+    /// `Missing` if there was neither, and `Taken` if others hold the key: then nothing has changed. A repeat may end
+    /// the lock of the next holder.
     fn force_release<'a>(&'a self, key: &'a Key, whose: &'a Whose, timeout: Duration) -> Answer<'a, Verdict>;
 
     /// Returns the keys that begin with the prefix and may be lock keys. Each step takes no longer than `timeout`, and

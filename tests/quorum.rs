@@ -643,8 +643,8 @@ async fn a_slow_node_holds_up_no_turns_of_those_who_wait() {
     assert!(sum > 200, "{turns:?}");
 }
 
-/// A node that has replied before and now sends garbage, also to new connections, is away, and not something else than a
-/// server: what waits goes on waiting.
+/// A node that has replied before and now sends garbage, also to new connections, is away, and not something else than
+/// a server: what waits goes on waiting.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn garbage_from_most_nodes_is_waited_out() {
     for driver in enabled_drivers() {
@@ -655,13 +655,15 @@ async fn garbage_from_most_nodes_is_waited_out() {
         let locker = builder.quorum(&urls).await.unwrap();
         lock(&locker, "warm").await.release().await.unwrap();
         proxies.iter().for_each(|proxy| proxy.set(Mode::Instead(b"\xff\xfe is no reply\r\n")));
-        // The first ones break the connections. The next ones are refused because there is none.
+        // The first ones break the connections. The next ones are refused because there is none: for 400 ms, so that
+        // both drivers have tried to connect again, and have got garbage for that as well.
         for _ in 0..20 {
             let refused = soon(locker.try_lock("k")).await.unwrap_err();
             assert!(refused.is_transient(), "{driver:?}: {refused}");
             tokio::time::sleep(ms(20)).await;
         }
         let waiting = tokio::spawn(locker.lock("waited").into_future());
+        // For as long again: an error for good would end it at once.
         tokio::time::sleep(ms(500)).await;
         assert!(!waiting.is_finished(), "{driver:?}: {:?}", waiting.await);
         proxies.iter().for_each(|proxy| proxy.set(Mode::Pass));

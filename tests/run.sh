@@ -6,10 +6,10 @@
 #     bash tests/run.sh --all-servers    and then on Redis 6.2 and 7.4
 #
 # Most tests wait for something, and use about a tenth of the time of two cores. So they run in three lanes beside each
-# other, each with libtest's own two threads, from when their programs are compiled. Behind them, at the lowest priority,
-# runs what needs the processor and measures no time, in two more: what cargo does (clippy, the documentation, the
-# examples), and the searches (the models, the simulations). Last come, one after the other, the programs that need the
-# machine for themselves.
+# other, each with libtest's own two threads, from when their programs are compiled. Behind them, at the lowest
+# priority, runs what needs the processor and measures no time, in two more: what cargo does (clippy, the documentation,
+# the examples), and the searches (the models, the simulations). Last come, one after the other, the programs that need
+# the machine for themselves.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -146,8 +146,8 @@ promises() {
 }
 
 # Left out on the other server: programs that say nothing about a server, or no more than these do (seeds, turns, soak,
-# exclusion, many, tls, chaos), and the tests that take longest: many operations at a time, requests that are late by up to
-# 30 s, runtimes and connections that fall silent.
+# exclusion, many, tls, chaos), and the tests that take longest: many operations at a time, requests that are late by up
+# to 30 s, runtimes and connections that fall silent.
 other_server() {
     TENURE_LOG=$scratch/reported.redis run redis "$other" it "${many[@]}" --skip late:: --skip listening::
     run redis "$other" combined "${many[@]}"

@@ -253,9 +253,9 @@ the server frees the lock. If the server replies that the lock is gone or taken,
 lost its memory, the group gets SIGTERM at once, and SIGKILL after the grace period or when the lock would have ended, \
 whichever is earlier.
 
-What leaves its process group, such as a daemon that calls setsid, is not ended. Nor is what runs as another user, under \
-sudo for example, as the system lets nobody else end it (EPERM). `tenure run` says so, and leaves the lock to its ttl. What the command has sent to other \
-systems can't be called back: have them check the fencing token.";
+What leaves its process group, such as a daemon that calls setsid, is not ended. Nor is what runs as another user, \
+under sudo for example, as the system lets nobody else end it (EPERM). `tenure run` says so, and leaves the lock to its \
+ttl. What the command has sent to other systems can't be called back: have them check the fencing token.";
 
 const AFTER_RUN: &str = "\
 Environment of the command:
@@ -266,7 +266,7 @@ Signals:
   SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 are passed on to the command's process group. Before the command
   has started, the first four end the wait. They also reach a command that is stopped, which keeps the lock. If tenure
   itself is killed, or stopped for so long that the lock is about to be lost, a second process of it (`tenure __watch`)
-  ends the group. There is no grace time if tenure is killed under another `tenure run`, whose lock may end.
+  ends the group. There is no grace period if tenure is killed under another `tenure run`, whose lock may end.
 
 Exit codes:
   the command's own    it has run and ended

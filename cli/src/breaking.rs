@@ -33,8 +33,8 @@ pub(crate) async fn break_lock(options: BreakOptions, output: &Output) -> Exit {
     }
 }
 
-/// Shows the holders, asks whether to end their lock, and ends it unless there are others by then. Returns whether it has
-/// ended.
+/// Shows the holders, asks whether to end their lock, and ends it unless there are others by then. Returns whether it
+/// has ended.
 async fn ask(locker: &Locker, key: &str) -> Result<bool, Error> {
     let shown = holders(locker, key).await?;
     match &shown[..] {

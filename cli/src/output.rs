@@ -16,8 +16,8 @@ const MOST_WAITING: usize = 64;
 /// Where results and messages go. Results go to stdout. Messages go to stderr, as stdout is the command's in `tenure
 /// run`.
 ///
-/// A thread prints the messages: if stderr is a pipe that is full and nobody reads, printing waits, and whoever watches a
-/// command must not.
+/// A thread prints the messages: if stderr is a pipe that is full and nobody reads, printing waits, and whoever watches
+/// a command must not.
 pub(crate) struct Output {
     json: bool,
     printer: Option<Printer>,
@@ -99,8 +99,8 @@ fn print_all(waiting: &Receiver<String>) {
     }
 }
 
-/// Prints a line, in one piece: a command writes to the same stderr. Where nobody reads, as behind `head`, there is nobody
-/// to tell.
+/// Prints a line, in one piece: a command writes to the same stderr. Where nobody reads, as behind `head`, there is
+/// nobody to tell.
 fn write(to: &mut impl Write, line: &dyn Display) {
     drop(to.write_all(format!("{line}\n").as_bytes()).and_then(|()| to.flush()));
 }

@@ -6,9 +6,9 @@
 //!
 //! - The locker has not switched it off and is not being closed, and the store hands locks over at all: a quorum does
 //!   not, nor does a server whose replicas have to acknowledge each grant.
-//! - The lock is no share of a key. It has one key, no metadata, and a random token that was made for its one request and
-//!   that no user has read: not from the guard, not in a lease. No watchdog observes it, and no attempt of its request has an unknown outcome.
-//!   ([`Hold::can_be_taken_over`], [`Hold::take_over`].)
+//! - The lock is no share of a key. It has one key, no metadata, and a random token that was made for its one request
+//!   and that no user has read: not from the guard, not in a lease. No watchdog observes it, and no attempt of its
+//!   request has an unknown outcome. ([`Hold::can_be_taken_over`], [`Hold::take_over`].)
 //! - The lock is held, at least half of its ttl is left, and no request that sets another ttl may still be run.
 //! - The next waiter is not a fair one, has the same ttl, no metadata, no token of its own, and renews its lock
 //!   ([`Wanted::takes_over`]). If it wants a fencing token, the lock has one to spare.

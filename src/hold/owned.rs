@@ -20,7 +20,8 @@ pub(crate) struct Owned {
 }
 
 impl Owned {
-    /// Returns whether the server may have a record of its grant beside each key. A shared grant is in the set of holders.
+    /// Returns whether the server may have a record of its grant beside each key. A shared grant is in the set of
+    /// holders.
     pub(crate) fn has_record(&self) -> bool {
         self.grant.is_some() && !self.mode.is_shared()
     }

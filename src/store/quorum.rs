@@ -221,9 +221,9 @@ impl QuorumStore {
         round::attempt(&self.quorum, wanted, in_line, timeout).await
     }
 
-    /// Ends the lock of a key on all nodes, whoever of these holds it. Once a majority has ended it, no renewal of its holder
-    /// is confirmed, so none restores it on the other nodes either. These end it when they get their call, or with its
-    /// ttl.
+    /// Ends the lock of a key on all nodes, whoever of these holds it. Once a majority has ended it, no renewal of its
+    /// holder is confirmed, so none restores it on the other nodes either. These end it when they get their call, or
+    /// with its ttl.
     async fn force_release(&self, key: &Key, whose: &Whose, timeout: Duration) -> Result<Verdict, Error> {
         let (quorum, timeout) = (&self.quorum, first(timeout));
         let started = Instant::now();

@@ -1,6 +1,6 @@
-//! Starts the benchmarks, which are in a package that is no default member of the workspace. If it were one, cargo would
-//! count the features that they need of tenure whenever it compiles an example: those of a second client, which takes
-//! twice as long.
+//! Starts the benchmarks, which are in a package that is no default member of the workspace. If it were one, cargo
+//! would count the features that they need of tenure whenever it compiles an example: those of a second client, which
+//! takes twice as long.
 
 use std::env;
 use std::process::{Command, ExitCode};

@@ -1,7 +1,7 @@
 //! The terminal: a group that is not in its foreground can't read from it, and gets no Ctrl-C.
 //!
-//! 1. The command gets the foreground when it starts, unless stdin or stdout is something else. If stdout is a pipe, there
-//!    may be a pager at its other end, in our group, which needs the foreground.
+//! 1. The command gets the foreground when it starts, unless stdin or stdout is something else. If stdout is a pipe,
+//!    there may be a pager at its other end, in our group, which needs the foreground.
 //! 2. Otherwise it gets the foreground when the system has stopped it because it used the terminal.
 //! 3. It gets it from our group only. While another group has it, the shell decides.
 

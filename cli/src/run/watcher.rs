@@ -3,11 +3,12 @@
 //! It reads from a pipe, line by line, what it has to know; and learns of our end by the end of the pipe. It is in a
 //! process group of its own, so that what is sent to ours doesn't reach it.
 //!
-//! 1. It is started before the command, and told of the group right after that has started, before anything else is done.
+//! 1. It is started before the command, and told of the group right after that has started, before anything else is
+//!    done.
 //! 2. A line is written whole or not at all, and never waited for: a watcher that hangs must hold up nothing.
 //! 3. It acts a little later than we would, so that it does nothing while we are well.
-//! 4. If we are killed while another `tenure run` runs us, that one has lost its patience, and kills us before its lock
-//!    ends. The group was asked to end before, and gets no further grace time.
+//! 4. If we are killed while another `tenure run` runs us, that one's grace period is over: it kills us before its lock
+//!    ends. The group was asked to end before, and gets no further grace period.
 
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsFd;

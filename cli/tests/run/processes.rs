@@ -73,7 +73,7 @@ fn a_watcher_that_is_stopped_holds_up_nothing() {
     assert!(is_free(&server, "job"));
 }
 
-/// The inner one is killed when the outer's grace time is over. Its own grace time is longer, and doesn't count then.
+/// The inner one is killed when the outer's grace period is over. Its own one is longer, and doesn't count then.
 #[test]
 fn a_command_under_two_locks_has_the_grace_time_of_the_outer_one() {
     let server = Server::start();

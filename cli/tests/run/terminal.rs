@@ -1,7 +1,7 @@
 //! In a terminal: which group is in the foreground.
 //!
-//! Each test has a session of its own, with a pseudoterminal. Its first shell has no parent in the session, so the system
-//! fails what uses the terminal from the background of that shell's group, rather than stop it.
+//! Each test has a session of its own, with a pseudoterminal. Its first shell has no parent in the session, so the
+//! system fails what uses the terminal from the background of that shell's group, rather than stop it.
 
 use std::fs::File;
 use std::io::Write;

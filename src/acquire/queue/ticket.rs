@@ -157,8 +157,8 @@ impl Ticket {
         });
     }
 
-    /// Returns whether the place stays in the line if this waiter, the first, gets a shared grant: the next one may share
-    /// the key with it. That goes on for as many grants as hand-overs may follow each other.
+    /// Returns whether the place stays in the line if this waiter, the first, gets a shared grant: the next one may
+    /// share the key with it. That goes on for as many grants as hand-overs may follow each other.
     pub(crate) fn keeps_place(&self) -> bool {
         let mode = self.waiter.wanted.owned.mode;
         let mut state = self.state();
@@ -303,8 +303,8 @@ impl Ticket {
         self.state().end_last_answer();
     }
 
-    /// Notes that this waiter has obtained the lock, which the server keeps under this token, and leaves to the next one
-    /// what it can use.
+    /// Notes that this waiter has obtained the lock, which the server keeps under this token, and leaves to the next
+    /// one what it can use.
     pub(crate) fn pass_on(&self, subscription: Option<Subscription>, obtained: Obtained, token: &Token) {
         let Obtained { at, held_until, by } = obtained;
         let before = {

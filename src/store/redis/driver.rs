@@ -5,8 +5,8 @@
 //! a client does differently from others is made up for in its own file below.
 //!
 //! 1. A command is written at most once, unless the client [resends](Connection::resends) it, and its call ends by the
-//!    time that it is given. What the server replies comes back, a refusal as an error whose text begins with its code. A
-//!    redirection is a refusal like any other.
+//!    time that it is given. What the server replies comes back, a refusal as an error whose text begins with its code.
+//!    A redirection is a refusal like any other.
 //! 2. A call that ends without a reply may have run, or may run later. Only where the driver knows better does the
 //!    error say that nothing was sent ([`NOT_SENT`]): there was, say, no connection from the call's beginning to its
 //!    end.

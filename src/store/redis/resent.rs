@@ -1,8 +1,8 @@
 //! The end of a lock over a client that may send a call again by itself ([`Connection::resends`]).
 //!
 //! If the connection breaks before the reply, redis-rs' client of a cluster sends the call again, as it is. The stamp
-//! (`scripts/stamp.lua`) ends that with the time of the call. Within this time the server may run the call twice, and the
-//! reply is that to the last run:
+//! (`scripts/stamp.lua`) ends that with the time of the call. Within this time the server may run the call twice, and
+//! the reply is that to the last run:
 //!
 //! 1. Acquires, renewals, claims and what gives them back, downgrades, undoes, and all that concerns the line: a second
 //!    run finds what the first has left, and returns the same. If something else has happened in between, it does and
@@ -28,8 +28,8 @@ use crate::hold::Owned;
 use crate::store::{Ending, HandedOver, Next, Store, Verdict, Wanted};
 
 /// Why a lock can't be ended whoever holds it.
-pub(super) const MAY_END_THE_NEXT: &str = "the client of a cluster that you have given may send a command twice, and so \
-                                           end the lock of the next holder; connect by URL instead";
+pub(super) const MAY_END_THE_NEXT: &str = "the client of a cluster that you have given may send a command twice, and \
+                                           so end the lock of the next holder; connect by URL instead";
 
 impl RedisStore {
     /// Releases the lock, or leaves its keys to nobody for the rest of their time.

@@ -79,8 +79,9 @@ impl Server {
             let latest = self.clock.at(until, reading);
             sending(latest);
             let stamp = self.scripts.stamp(latest);
-            // Boxed: most operations wait for a call of others, and the futures of all would be as large as this path. Then
-            // the allocator has none of their size at hand: 3 to 4 % more instructions for a pair at 16 to 256 tasks.
+            // Boxed: most operations wait for a call of others, and the futures of all would be as large as this path.
+            // Then the allocator has none of their size at hand: 3 to 4 % more instructions for a pair at 16 to 256
+            // tasks.
             let reply = Box::pin(script.run(&self.router, &call, stamp, until)).await;
             if reply.as_ref().is_err_and(is_mixed_up) {
                 warn!(name: "tenure.mixed_up", "the client handed out the reply to another request; reconnecting");

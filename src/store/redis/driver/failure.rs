@@ -69,8 +69,8 @@ impl Peer {
         }
     }
 
-    /// Returns the error for what replied before and now sends garbage: the connection is of no more use, and its client
-    /// replaces it. The garbage may contain anything, and is not shown.
+    /// Returns the error for what replied before and now sends garbage: the connection is of no more use, and its
+    /// client replaces it. The garbage may contain anything, and is not shown.
     fn broken(&self) -> RedisError {
         let at = &self.address;
         RedisError::new(ErrorKind::Io, format!("the connection to {at} broke: what it brought is no reply"))

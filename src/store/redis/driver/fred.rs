@@ -319,8 +319,8 @@ fn options(until: Instant) -> Result<Options, RedisError> {
     Ok(Options { max_attempts: Some(1), timeout: Some(left), ..Options::default() })
 }
 
-/// How many operations are few to fred, which pays more for each call than redis-rs. Pairs a second against 8: 1.3 times
-/// as many with 16 tasks, 1.1 with 24, and 0.95 to 1.00 with more. If 32 were few, it would be 0.7 with 32 tasks.
+/// How many operations are few to fred, which pays more for each call than redis-rs. Pairs a second against 8: 1.3
+/// times as many with 16 tasks, 1.1 with 24, and 0.95 to 1.00 with more. If 32 were few, it would be 0.7 with 32 tasks.
 const FEW: usize = 16;
 
 /// fred takes zero for "no timeout at all".

@@ -32,7 +32,12 @@ local fence = redis.pcall('GET', fence_key)
 fence = fence and not fence.err and tonumber(fence) or 0
 redis.call('PEXPIRE', KEYS[1], string.format('%.0f', left))
 forget(holders_key, records_key)
-share = {fence = fence > 0 and fence < 2 ^ 53 and fence or 0, ids = {}, ends = {}, metadata = string.sub(held, #token + 2)}
+share = {
+    fence = fence > 0 and fence < 2 ^ 53 and fence or 0,
+    ids = {},
+    ends = {},
+    metadata = string.sub(held, #token + 2),
+}
 set_end(share, grant, now_ms + left)
 write_share(holders_key, records_key, token, share)
 redis.call('SET', KEYS[1], marker, 'PX', string.format('%.0f', left))

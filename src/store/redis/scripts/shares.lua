@@ -131,7 +131,8 @@ local function enter_share(lock_key, holders_key, records_key, marker, is_shared
     local function write()
         if is_shared then
             write_share(holders_key, records_key, token, share)
-            local over = look('ZRANGEBYSCORE', holders_key, '-inf', string.format('%.0f', now_ms), 'LIMIT', 0, MOST_SWEPT)
+            local now_text = string.format('%.0f', now_ms)
+            local over = look('ZRANGEBYSCORE', holders_key, '-inf', now_text, 'LIMIT', 0, MOST_SWEPT)
             if #over > 0 then
                 redis.call('ZREM', holders_key, unpack(over))
                 redis.call('HDEL', records_key, unpack(over))

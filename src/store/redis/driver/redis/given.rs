@@ -28,8 +28,8 @@ use crate::{RedisError, RedisErrorKind};
 /// - A [`MultiplexedConnection`] never does. Once it has broken, every operation fails.
 /// - A [`ClusterConnection`] follows its cluster. Give it a response timeout. While slots move, some calls fail, and
 ///   are tried again; a [URL](crate::Locker::connect) of the cluster serves better there. If a connection breaks before
-///   the reply, redis-rs sends the call again, and the server may run it twice. So a release first asks whether the lock
-///   is held, which takes another round trip, and [`force_release`](crate::Locker::force_release) is
+///   the reply, redis-rs sends the call again, and the server may run it twice. So a release first asks whether the
+///   lock is held, which takes another round trip, and [`force_release`](crate::Locker::force_release) is
 ///   [unsupported](crate::Error::Unsupported): its second run could end the next holder's lock. For the same reason,
 ///   [`release`](crate::LockGuard::release) of a lock by a [token](crate::LockRequest::token) of yours may end what
 ///   another guard has obtained by the same token at that moment.
