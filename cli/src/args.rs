@@ -254,8 +254,8 @@ lost its memory, the group gets SIGTERM at once, and SIGKILL after the grace per
 whichever is earlier.
 
 What leaves its process group, such as a daemon that calls setsid, is not ended. Nor is what runs as another user, \
-under sudo for example, as the system lets nobody else end it (EPERM). `tenure run` says so, and leaves the lock to its \
-ttl. What the command has sent to other systems can't be called back: have them check the fencing token.";
+under sudo for example, as the system lets nobody else end it (EPERM). `tenure run` says so, and leaves the lock to \
+its ttl. What the command has sent to other systems can't be called back: have them check the fencing token.";
 
 const AFTER_RUN: &str = "\
 Environment of the command:
