@@ -1,11 +1,12 @@
 //! Operations that share calls on real servers: none pays for another, whatever goes wrong. A program of its own, as
-//! its operations have to arrive together, and other tests on the machine would spread them.
+//! its operations take the servers for themselves.
 
 #![cfg(any(feature = "fred", feature = "redis"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
 use std::future::{Future, IntoFuture};
-use std::task::{Context, Waker};
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use fred::util::redis_keyslot;
@@ -40,28 +41,46 @@ fn count_scripts(server: &Server, what: &str) -> u64 {
     counts.filter_map(|count| count.strip_prefix(what)?.parse::<u64>().ok()).sum()
 }
 
-/// Asks for all of them at once. Returns the results in the order of the keys.
-async fn try_all(locker: &Locker, keys: impl IntoIterator<Item = String>) -> Vec<(String, Result<LockGuard, Error>)> {
-    let mut requests = JoinSet::new();
-    for (n, key) in keys.into_iter().enumerate() {
-        let request = locker.try_lock(key.clone());
-        requests.spawn(async move { (n, key, request.await) });
+/// Begins all of them before it goes on with any, and then runs each in a task. Returns the results in their order.
+///
+/// On a runtime of one thread, where no call can end meanwhile, they arrive together however busy the machine is.
+async fn together<F>(futures: impl IntoIterator<Item = F>) -> Vec<F::Output>
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    let mut begun: Vec<_> = futures.into_iter().map(Box::pin).collect();
+    let poll_once = |future: &mut Pin<Box<F>>| future.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+    let first_polls: Vec<_> = begun.iter_mut().map(poll_once).collect();
+    let mut tasks = JoinSet::new();
+    for (n, (future, first_poll)) in begun.into_iter().zip(first_polls).enumerate() {
+        tasks.spawn(async move {
+            match first_poll {
+                Poll::Ready(output) => (n, output),
+                Poll::Pending => (n, future.await),
+            }
+        });
     }
-    let mut answers = requests.join_all().await;
-    answers.sort_by_key(|(n, ..)| *n);
-    answers.into_iter().map(|(_, key, answer)| (key, answer)).collect()
+    let mut outputs = tasks.join_all().await;
+    outputs.sort_by_key(|(n, _)| *n);
+    outputs.into_iter().map(|(_, output)| output).collect()
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+/// Asks for all of them together. Returns the results in the order of the keys.
+async fn try_all(locker: &Locker, keys: impl IntoIterator<Item = String>) -> Vec<(String, Result<LockGuard, Error>)> {
+    let requests = keys.into_iter().map(|key| {
+        let request = locker.try_lock(key.clone());
+        async move { (key, request.await) }
+    });
+    together(requests).await
+}
+
+#[tokio::test]
 async fn two_thousand_locks_are_obtained_and_released_by_far_fewer_calls() {
     let server = Server::start();
     let locker = patient(&server.url()).await;
-    let mut owners = JoinSet::new();
-    for n in 0..2_000 {
-        let request = locker.try_lock(format!("k:{n}"));
-        owners.spawn(async move { request.await?.release().await });
-    }
-    for released in soon(owners.join_all()).await {
+    let granted = soon(try_all(&locker, (0..2_000).map(|n| format!("k:{n}")))).await;
+    let releases = granted.into_iter().map(|(_, guard)| guard.unwrap().release());
+    for released in soon(together(releases)).await {
         released.unwrap();
     }
     let calls = script_calls(&server);
@@ -84,7 +103,7 @@ async fn a_key_of_another_type_fails_alone() {
     assert_eq!(server.cli(&["EXISTS", "k:99"]), "0");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn a_key_that_the_user_may_not_touch_fails_alone_and_costs_the_others_little() {
     let server = Server::start();
     server.cli(&["ACL", "SETUSER", "app", "on", ">secret", "resetchannels", "~app:*", "~{app:*", "+@all"]);

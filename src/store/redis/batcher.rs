@@ -15,7 +15,7 @@
 //! 4. Each operation ends within its own timeout. One whose caller has gone before it was sent is not sent.
 //! 5. Those that run out of time first go first.
 //! 6. A failure is reported to the operation that it is about. A batch that is refused as a whole is halved until that
-//!    operation is found.
+//!    operation is found. One that came too late for the server goes once more, without those whose callers have gone.
 //! 7. A runtime that ends takes with it what was running on it, and nothing else.
 
 #[cfg(all(test, shuttle))]
@@ -83,7 +83,7 @@ pub(super) trait Executor: fmt::Debug + Send + Sync + 'static {
         &self,
         operations: &[Self::Operation],
         timeout: Duration,
-    ) -> impl Future<Output = Result<BatchResults<Self::Output>, BatchRefused>> + Send;
+    ) -> impl Future<Output = Result<BatchResults<Self::Output>, NotRun>> + Send;
 
     /// Returns the number of operations in flight below which there may be more than [`CALLS`] calls.
     fn few(&self) -> usize {
@@ -97,9 +97,14 @@ pub(super) trait Executor: fmt::Debug + Send + Sync + 'static {
 /// The results of a batch. `None` is for an operation that was not run, and must go alone.
 pub(super) type BatchResults<T> = Vec<Option<Result<T, Error>>>;
 
-/// The server refused the batch as a whole because of some of its operations, and has run none of them.
+/// Why the server has run no operation of a batch.
 #[derive(Debug)]
-pub(super) struct BatchRefused;
+pub(super) enum NotRun {
+    /// It refused the batch as a whole because of some of its operations.
+    Refused,
+    /// By its clock the batch came too late. What is known of that clock was wrong, and is right now.
+    TooLate,
+}
 
 #[derive(Debug)]
 pub(super) struct Batcher<E: Executor> {
@@ -341,6 +346,7 @@ impl<E: Executor> SendLoop<E> {
     async fn send(&self, mut batch: Vec<Queued<E>>) {
         batch.sort_by_key(|queued| E::rank(&queued.operation));
         let mut parts = vec![batch];
+        let mut was_late = false;
         while let Some(mut part) = parts.pop() {
             let now = Instant::now();
             part.retain(|queued| queued.time_left(now).is_some());
@@ -369,7 +375,13 @@ impl<E: Executor> SendLoop<E> {
                     }
                     self.send_one_by_one(left_over).await;
                 }
-                Err(BatchRefused) => {
+                Err(NotRun::TooLate) if was_late => self.send_one_by_one(sent.collect()).await,
+                // Callers may have gone by now, and their attempts have been undone. They are left out.
+                Err(NotRun::TooLate) => {
+                    was_late = true;
+                    parts.push(sent.collect());
+                }
+                Err(NotRun::Refused) => {
                     let mut first: Vec<_> = sent.collect();
                     let second = first.split_off(first.len() / 2);
                     parts.extend([second, first]);

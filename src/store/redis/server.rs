@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
-use super::batcher::{BatchRefused, BatchResults, Executor};
+use super::batcher::{BatchResults, Executor, NotRun};
 use super::clock::ServerClock;
 use super::driver::{Connection, Sent, heard};
 use super::operation::{self, Operation, What};
@@ -215,7 +215,7 @@ impl Executor for Server {
         &self,
         operations: &[Box<Operation>],
         timeout: Duration,
-    ) -> Result<BatchResults<Decision>, BatchRefused> {
+    ) -> Result<BatchResults<Decision>, NotRun> {
         metrics::called(operations.len());
         let (until, writing) = self.writing(timeout);
         let sending = |until| operations.iter().for_each(|operation| operation.is_sent(until));
@@ -224,13 +224,12 @@ impl Executor for Server {
         let kinds = operations.iter().map(|operation| operation.kind());
         match reply.and_then(|reply| replies::batch(kinds, &reply)) {
             Ok(results) => Ok(self.all_replicated(operations, results, writing, until).await),
-            // The server's clock was not known yet, or this is another server. Nothing has run. The batch is not sent
-            // again as it is: some callers may have gone by now, and their attempts have been undone.
-            Err(error) if error.code() == Some("LATE") => Ok(operations.iter().map(|_| None).collect()),
+            // The server's clock was not known yet, or this is another server. Nothing has run.
+            Err(error) if error.code() == Some("LATE") => Err(NotRun::TooLate),
             // From a proxy in front of a cluster. Nothing has run. From now on operations are batched by slot.
             Err(Error::CrossSlot) => {
                 self.takes_one_slot.store(true, Ordering::Relaxed);
-                Err(BatchRefused)
+                Err(NotRun::Refused)
             }
             // The slot is half moved, so no node has all of the keys. Nothing has run.
             Err(error) if error.is_redirection() => {
@@ -239,7 +238,7 @@ impl Executor for Server {
                 Ok(each.into_iter().map(Some).collect())
             }
             // The batch as a whole, because of one of its keys (NOPERM). Nothing has run.
-            Err(error) if error.is_refusal() && !error.is_transient() => Err(BatchRefused),
+            Err(error) if error.is_refusal() && !error.is_transient() => Err(NotRun::Refused),
             Err(error) => Ok(operations.iter().map(|_| Some(Err(error.clone()))).collect()),
         }
     }

@@ -42,9 +42,9 @@ impl Executor for Counting {
         Ok(*id)
     }
 
-    async fn run_batch(&self, ids: &[usize], _: Duration) -> Result<BatchResults<usize>, BatchRefused> {
+    async fn run_batch(&self, ids: &[usize], _: Duration) -> Result<BatchResults<usize>, NotRun> {
         if thread_rng().gen_bool(0.1) {
-            return Err(BatchRefused);
+            return Err(NotRun::Refused);
         }
         let (left_out, run): (Vec<_>, Vec<_>) = ids.iter().partition(|_| thread_rng().gen_bool(0.1));
         self.run(&run).await;

@@ -1,6 +1,6 @@
 //! What the batcher promises, each shown under paused time on a carrier that does as told; and random histories.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
 
@@ -60,6 +60,8 @@ struct Fake {
     calls: Mutex<Vec<Sent>>,
     home: Option<Handle>,
     few: usize,
+    /// So many batches come too late.
+    too_late: AtomicUsize,
 }
 
 /// Notes when the call ends, also when it is dropped.
@@ -123,13 +125,16 @@ impl Executor for Fake {
         }
     }
 
-    async fn run_batch(&self, tasks: &[Task], timeout: Duration) -> Result<BatchResults<usize>, BatchRefused> {
+    async fn run_batch(&self, tasks: &[Task], timeout: Duration) -> Result<BatchResults<usize>, NotRun> {
         assert!(tasks.is_sorted_by_key(|task| task.rank), "not in the order of their ranks");
         if self.bring(tasks, true, timeout).await.is_err() {
             return Ok(tasks.iter().map(|_| Some(Err(Error::timeout()))).collect());
         }
         if tasks.iter().any(|task| task.fate == Fate::IsRefused) {
-            return Err(BatchRefused);
+            return Err(NotRun::Refused);
+        }
+        if self.too_late.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
+            return Err(NotRun::TooLate);
         }
         let answer = |task: &Task| match task.fate {
             Fate::GoesAlone => None,
@@ -400,6 +405,24 @@ async fn a_caller_that_is_gone_is_not_sent_again_after_a_call_that_left_it_out_o
         gone.abort();
         assert_eq!(stays.await.unwrap().0, ms(30), "{fate:?}");
         assert_eq!(bench.sent()[2..], [(ms(10), vec![1, 2]), (ms(20), vec![2])], "{fate:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_batch_that_came_too_late_goes_once_more_without_those_that_are_gone() {
+    for (too_late, then) in [(1, vec![vec![1, 3]]), (2, vec![vec![1, 3], vec![1], vec![3]])] {
+        let bench = Bench::new();
+        bench.batcher.executor().too_late.store(too_late, Ordering::Relaxed);
+        let _first = busy(&bench, [ms(10), ms(60_000)]).await;
+        let first = bench.spawn(task(1), ms(1_000)).await;
+        let gone = bench.spawn(task(2), ms(1_001)).await;
+        let last = bench.spawn(task(3), ms(1_002)).await;
+        sleep(ms(15)).await;
+        gone.abort();
+        assert_eq!(first.await.unwrap().1.unwrap(), 1);
+        assert_eq!(last.await.unwrap().1.unwrap(), 3);
+        let sent = bench.sent().into_iter().skip(2).map(|(_, ids)| ids);
+        assert_eq!(sent.collect::<Vec<_>>(), [vec![vec![1, 2, 3]], then].concat());
     }
 }
 
