@@ -913,7 +913,7 @@ async fn readers_share_a_quorum_that_a_writer_gets_when_the_last_of_them_has_lef
 #[tokio::test]
 async fn readers_outlive_nodes_that_freeze_or_forget_one_after_another() {
     let mut servers = start::<3>();
-    let ttl = ms(1_500);
+    let ttl = ms(3_000);
     let (here, there) =
         (locker_for(&servers, ttl, Duration::ZERO).await, locker_for(&servers, ttl, Duration::ZERO).await);
     let one = soon(here.read("k").metadata("host-3")).await.unwrap();

@@ -7,7 +7,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "this is a test")]
 
 use std::env;
-use std::process::{Child, Command, Stdio};
+use std::io::{BufRead, BufReader, Lines, Read};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use tenure::{Error, Locker};
@@ -18,6 +19,9 @@ use tokio::time::{sleep, sleep_until};
 
 /// The environment variable that marks a worker: its [`Work`], as text.
 const WORKER: &str = "TENURE_TURNS_WORKER";
+
+/// The line that a worker prints when it is connected.
+const READY: &str = "ready";
 
 /// The beginning of the line in which a worker prints what it has [`Done`]. libtest prints other lines.
 const DONE: &str = "done: ";
@@ -74,17 +78,19 @@ impl Work {
         }
     }
 
-    fn start(&self) -> Child {
+    fn start(&self) -> Worker {
         let mut worker = Command::new(env::current_exe().unwrap());
         worker.args(["--exact", "worker", "--nocapture"]).env(WORKER, self.to_text());
-        worker.stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap()
+        let mut process = worker.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let output = BufReader::new(process.stdout.take().unwrap()).lines();
+        Worker { process, output }
     }
 
     async fn run(self) {
         let locker = Locker::connect(&self.url).await.unwrap();
-        // All workers begin at the same time.
-        let end = tokio::time::Instant::now() + ms(500) + self.length;
-        sleep(ms(500)).await;
+        println!("\n{READY}");
+        std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
+        let end = tokio::time::Instant::now() + self.length;
         let mut tasks = JoinSet::new();
         for _ in 0..self.tasks {
             let (locker, work) = (locker.clone(), self.clone());
@@ -111,18 +117,40 @@ impl Work {
     }
 }
 
-fn done(worker: Child) -> Done {
-    let output = worker.wait_with_output().unwrap();
-    assert!(output.status.success());
-    let text = String::from_utf8(output.stdout).unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix(DONE)).unwrap();
-    let numbers: Vec<u32> = line.split_whitespace().map(|number| number.parse().unwrap()).collect();
-    Done { turns: numbers[0], in_vain: numbers[1] }
+/// A process that works once it is told to begin.
+struct Worker {
+    process: Child,
+    output: Lines<BufReader<ChildStdout>>,
 }
 
+impl Worker {
+    fn line(&mut self, beginning: &str) -> String {
+        let mut lines = self.output.by_ref().map(Result::unwrap);
+        lines.find_map(|line| line.strip_prefix(beginning).map(str::to_owned)).unwrap()
+    }
+
+    fn wait_until_ready(&mut self) {
+        self.line(READY);
+    }
+
+    fn begin(&mut self) {
+        drop(self.process.stdin.take());
+    }
+
+    fn done(mut self) -> Done {
+        let line = self.line(DONE);
+        assert!(self.process.wait().unwrap().success());
+        let numbers: Vec<u32> = line.split_whitespace().map(|number| number.parse().unwrap()).collect();
+        Done { turns: numbers[0], in_vain: numbers[1] }
+    }
+}
+
+/// All begin at the same time, however long one of them takes to start.
 fn run_all(works: &[Work]) -> Vec<Done> {
-    let workers: Vec<Child> = works.iter().map(Work::start).collect();
-    workers.into_iter().map(done).collect()
+    let mut workers: Vec<Worker> = works.iter().map(Work::start).collect();
+    workers.iter_mut().for_each(Worker::wait_until_ready);
+    workers.iter_mut().for_each(Worker::begin);
+    workers.into_iter().map(Worker::done).collect()
 }
 
 #[test]
@@ -178,12 +206,13 @@ fn a_process_that_dies_in_the_line_costs_a_moment() {
         let locker = Locker::connect(&server.url()).await.unwrap();
         let guard = locker.lock("k").await.unwrap();
         let mut dead = Work::new(&server.url(), ms(1)).start();
+        dead.begin();
         let other = Locker::connect(&server.url()).await.unwrap();
         wait_for_places(&server, 1).await;
         let waiter = tokio::spawn(other.lock("k").into_future());
         wait_for_places(&server, 2).await;
-        dead.kill().unwrap();
-        dead.wait().unwrap();
+        dead.process.kill().unwrap();
+        dead.process.wait().unwrap();
         let started = Instant::now();
         guard.release().await.unwrap();
         waiter.await.unwrap().unwrap().release().await.unwrap();
