@@ -5,7 +5,7 @@
 #     bash tests/run.sh                  on the installed redis-server, and on Valkey 9.1
 #     bash tests/run.sh --all-servers    and then on Redis 6.2 and 7.4
 #
-# Most tests wait for something, and use about a tenth of the time of two cores. So they run in three lanes beside each
+# Most tests wait for something, and use about a tenth of the time of two cores. So they run in four lanes beside each
 # other, each with libtest's own two threads, from when their programs are compiled. Behind them, at the lowest
 # priority, runs what needs the processor and measures no time, in two more: what cargo does (clippy, the documentation,
 # the examples), and the searches (the models, the simulations). Last come, one after the other, the programs that need
@@ -75,29 +75,36 @@ cleanup() {
 }
 trap cleanup EXIT
 
-# compile SET ARGUMENTS: compiles test programs with cargo's arguments, and remembers where each of them is.
+# compile SET ARGUMENTS: compiles programs with cargo's arguments, and remembers where each of them is. A warning is an
+# error: clippy sees one set of features.
 compile() {
-    compile_package tenure "$@"
-}
-
-compile_package() {
-    local package=$1 set=$2
-    shift 2
-    cargo test --package "$package" --no-run --message-format json-render-diagnostics "$@" | python3 -c '
+    local set=$1
+    shift
+    cargo test --no-run --message-format json "$@" | python3 -c '
 import json, sys
+warnings = 0
 for line in sys.stdin:
     unit = json.loads(line)
-    if unit.get("executable") and unit["profile"]["test"]:
+    if unit["reason"] == "compiler-message":
+        print(unit["message"]["rendered"], file=sys.stderr)
+        warnings += 1
+    if unit.get("executable") and (unit["profile"]["test"] or "example" in unit["target"]["kind"]):
         print(unit["target"]["name"], unit["executable"])
+sys.exit(warnings > 0)
 ' >"$scratch/$set.programs"
+}
+
+# program SET NAME: prints where it is.
+program() {
+    awk -v program="$2" '$1 == program { print $2; found = 1 } END { exit !found }' "$scratch/$1.programs" ||
+        { echo "there is no program $2" >&2; return 1; }
 }
 
 # run SET SERVER PROGRAM ARGUMENTS: runs one of them. It finds only this server, and fails if it starts another version.
 run() {
     local set=$1 server=$2 program=$3 path binary=redis-server
     shift 3
-    path=$(awk -v program="$program" '$1 == program { print $2 }' "$scratch/$set.programs")
-    [[ -n $path ]] || { echo "there is no test program $program" >&2; return 1; }
+    path=$(program "$set" "$program")
     [[ $server == "$installed" ]] || binary=$(bash tests/server.sh "$server")
     printf '\n-- %s, %s, on %s\n' "$program" "$set" "$server"
     TENURE_SERVER=$binary TENURE_SERVER_VERSION=${server/-/ } "$path" "$@"
@@ -163,40 +170,38 @@ several_servers() {
     # They wait for ttls, each on a server of its own.
     run all "$other" it conformance:: --test-threads 6
     run all "$installed" tenure --ignored
-    run all "$installed" topologies
-    run redis "$other" topologies
-    run redis "$other" quorum "${many[@]}"
-    run all "$installed" quorum "${many[@]}"
-    run all "$installed" seeds
-    run redis "$installed" seeds
-    run redis "$installed" turns
-    run all "$installed" properties
-    run all "$installed" chaos_checker
-    # The command: its own tests, and those on servers.
+    for program in topologies quorum seeds turns watchdog permits properties chaos_checker exclusion; do
+        run all "$installed" "$program" "${many[@]}"
+    done
+}
+
+# What the other client does on several servers, and the command: its own tests, and those on servers.
+other_client() {
+    for program in topologies quorum; do run redis "$other" "$program" "${many[@]}"; done
+    for program in seeds turns; do run redis "$installed" "$program"; done
     for program in tenure run others; do run cli "$installed" "$program"; done
-    run all "$installed" exclusion
 }
 
 builds() {
     renice -n 19 "$BASHPID" >/dev/null
     heading "clippy"
     cargo clippy --workspace --all-targets --all-features -- -D warnings
-    for features in fred redis ""; do
-        cargo clippy --package tenure --all-targets --no-default-features --features "$features" -- -D warnings
-    done
     heading "documentation"
     RUSTDOCFLAGS="-D warnings" cargo doc --package tenure --no-deps --all-features
     # Where it is the only TLS feature, rediss:// uses it.
     heading "compile, feature rustls"
-    compile rustls --features rustls --test tls
-    heading "examples"
-    cargo build --package tenure-examples --examples
+    compile rustls --package tenure --features rustls --test tls
+    heading "compile the recipes and the examples"
+    compile recipes --package tenure-recipes --package tenure-examples --examples
     heading "recipes"
-    cargo test --package tenure-recipes --examples
+    local recipe
+    for recipe in once_per_period leader migrations fenced_write{,_postgresql} orders own_tests prometheus; do
+        run recipes "$installed" "$recipe"
+    done
     heading "examples in the documentation"
     cargo test --package tenure --all-features --doc
     heading "compile, no feature"
-    compile none --no-default-features --lib
+    compile none --package tenure --no-default-features --lib
     # The random histories are the same with all features.
     TENURE_HISTORIES=100 run none "$installed" tenure
 }
@@ -208,17 +213,17 @@ searches() {
 }
 
 heading "compile, all features"
-compile all --all-features --lib --tests
-lane promises promises
-lane searches searches
+compile all --package tenure --all-features --lib --tests
+for name in promises several_servers searches; do lane "$name" "$name"; done
 # The run on the other server is the one on redis-rs, which is the client where fred is not enabled.
 heading "compile, feature redis, beside the first lanes"
-compile redis --no-default-features --features redis --lib --test it --test quorum --test topologies --test combined \
-    --test watchdog --test seeds --test turns
+compile redis --package tenure --no-default-features --features redis --lib --test it --test quorum --test topologies \
+    --test combined --test watchdog --test seeds --test turns
+lane other_server other_server
 heading "compile, the command"
-compile_package tenure-cli cli
-heading "all lanes: about nine minutes"
-for name in other_server several_servers builds; do lane "$name" "$name"; done
+compile cli --package tenure-cli
+heading "all lanes: about seven minutes"
+for name in other_client builds; do lane "$name" "$name"; done
 join_lanes
 
 heading "no secret in what was reported"
@@ -234,13 +239,11 @@ heading "tests that need the machine for themselves"
 for program in it quorum combined; do
     run all "$installed" "$program" a_hundred_thousand_ ten_thousand_ thousands_of_ a_lock_costs_
 done
-for program in many turns watchdog permits; do
-    run all "$installed" "$program"
-done
+run all "$installed" many
 run rustls "$installed" tls
 # What is rare takes longer to find (CONTRIBUTING.md).
-TENURE_SOAK_SECONDS=60 run all "$installed" soak --skip tasks_and
-TENURE_SOAK_SECONDS=20 run all "$installed" soak tasks_and
+TENURE_SOAK_SECONDS=30 run all "$installed" soak --skip tasks_and
+TENURE_SOAK_SECONDS=10 run all "$installed" soak tasks_and
 
 # They wait more than they work, so all run at once: by itself, and on a server.
 redis-server --port 0 --unixsocket "$scratch/socket" --save "" --dir "$scratch" >"$scratch/log" &
@@ -250,10 +253,9 @@ for _ in {1..100}; do
     sleep 0.1
 done
 for name in minimal quickstart lost_in_select scope hand_over reader_writer permits watchdog; do
-    # As lane `builds` has compiled them.
-    example=(cargo run --quiet --package tenure-examples --example "$name")
-    lane "example $name" env -u REDIS_URL "${example[@]}"
-    lane "example $name, on a server" env REDIS_URL="redis+unix://$scratch/socket" "${example[@]}"
+    example=$(program recipes "$name")
+    lane "example $name" env -u REDIS_URL "$example"
+    lane "example $name, on a server" env REDIS_URL="redis+unix://$scratch/socket" "$example"
 done
 join_lanes
 
