@@ -147,7 +147,7 @@ async fn decided<R: IntoFuture<Output = Result<T, Error>>, T>(call: impl Fn() ->
 
 /// Asserts that a majority has the ttl: the nodes that reply first, or those that follow if one of them was too slow.
 async fn has_at_least(guard: &LockGuard, least: Duration) {
-    let look = async || guard.server_ttl().await.unwrap().is_some_and(|ttl| ttl > least).then_some(());
+    let look = async || decided(|| guard.server_ttl()).await.unwrap().is_some_and(|ttl| ttl > least).then_some(());
     eventually("the servers have the ttl", look).await;
 }
 
@@ -249,7 +249,7 @@ async fn a_token_obtains_its_lock_again_and_keeps_its_fencing_token(locker: &Loc
     let first = decided(|| locker.obtain("again").token(token("me")).metadata("one")).await.unwrap();
     let second = decided(|| locker.obtain("again").token(token("me")).metadata("two").ttl(ms(9_000))).await.unwrap();
     assert_eq!(first.fencing_token(), second.fencing_token());
-    assert_eq!(locker.inspect("again").await.unwrap().unwrap().metadata, b"two");
+    assert_eq!(decided(|| locker.inspect("again")).await.unwrap().unwrap().metadata, b"two");
     // The ttl is not shortened: the first guard relies on its 30 seconds.
     has_at_least(&second, ms(20_000)).await;
     second.release().await.unwrap();
@@ -293,22 +293,22 @@ async fn a_token_that_wants_a_fencing_token_later_has_its_own(locker: &Locker) {
 }
 
 async fn the_holder_can_be_inspected(locker: &Locker) {
-    assert_eq!(locker.inspect("seen").await.unwrap(), None);
+    assert_eq!(decided(|| locker.inspect("seen")).await.unwrap(), None);
     let guard = locker.lock("seen").metadata("host-3").ttl(ms(5_000)).await.unwrap();
-    let holder = locker.inspect("seen").await.unwrap().unwrap();
+    let holder = decided(|| locker.inspect("seen")).await.unwrap().unwrap();
     assert_eq!(holder.token, *guard.token());
     assert_eq!(holder.metadata, b"host-3");
     assert_eq!(holder.fencing_token, guard.fencing_token());
     assert!(holder.remaining.is_some_and(|left| left <= ms(5_000) && left > ms(1_000)));
     guard.release().await.unwrap();
-    assert_eq!(locker.inspect("seen").await.unwrap(), None);
+    assert_eq!(decided(|| locker.inspect("seen")).await.unwrap(), None);
 }
 
 async fn keys_and_metadata_may_be_any_bytes(locker: &Locker) {
     let bytes: Vec<u8> = (0..=255).collect();
     for key in [&bytes[..], b"a}b", b"{}x", b"{{a}}", b"\n", b"\0", "schlüssel:🔑".as_bytes(), b"{tag}rest"] {
         let guard = locker.lock(key).metadata(bytes.clone()).await.unwrap();
-        let holder = locker.inspect(key).await.unwrap().unwrap();
+        let holder = decided(|| locker.inspect(key)).await.unwrap().unwrap();
         assert_eq!((holder.metadata, &holder.token), (bytes.clone(), guard.token()), "{key:?}");
         assert!(matches!(decided(|| locker.try_lock(key)).await, Err(Error::NotObtained { .. })));
         guard.release().await.unwrap();
@@ -319,7 +319,7 @@ async fn a_ttl_can_be_shortened_and_lengthened(locker: &Locker) {
     let guard = locker.lock("renew").ttl(ms(10_000)).await.unwrap();
     decided(|| guard.renew_for(ms(2_000))).await.unwrap();
     assert!(guard.remaining() < ms(2_000) && guard.ttl() == ms(2_000));
-    assert!(guard.server_ttl().await.unwrap().unwrap() <= ms(2_000));
+    assert!(decided(|| guard.server_ttl()).await.unwrap().unwrap() <= ms(2_000));
     decided(|| guard.renew_for(ms(60_000))).await.unwrap();
     assert!(guard.remaining() > ms(50_000) && guard.ttl() == ms(60_000));
     has_at_least(&guard, ms(50_000)).await;
@@ -372,7 +372,7 @@ async fn a_lock_released_by_its_twin_is_missing_or_taken(locker: &Locker) {
     let missing = twins("missing").await;
     assert!(matches!(decided(|| missing.renew()).await, Err(Error::NotHeld { loss: Loss::Missing, .. })));
     assert_eq!(missing.lost().await, Loss::Missing);
-    assert_eq!(missing.server_ttl().await.unwrap(), None);
+    assert_eq!(decided(|| missing.server_ttl()).await.unwrap(), None);
 
     let taken = twins("taken").await;
     let successor = decided(|| locker.try_lock("taken")).await.unwrap();
@@ -451,7 +451,7 @@ async fn nonsense_is_refused_and_changes_nothing(locker: &Locker) {
         let refused = locker.lock("nonsense").ttl(ms(1_000)).renew_every(every).await;
         assert!(matches!(refused, Err(Error::InvalidRenewal(_))), "{every:?}");
     }
-    assert_eq!(locker.inspect("nonsense").await.unwrap(), None);
+    assert_eq!(decided(|| locker.inspect("nonsense")).await.unwrap(), None);
 }
 
 async fn a_scope_releases_and_answers(locker: &Locker) {
@@ -464,21 +464,21 @@ async fn a_scope_releases_and_answers(locker: &Locker) {
         std::future::pending::<()>().await;
     });
     assert!(matches!(lost.await, Err(Error::Lost(Loss::Missing))));
-    assert_eq!(locker.inspect("scope").await.unwrap(), None);
+    assert_eq!(decided(|| locker.inspect("scope")).await.unwrap(), None);
 }
 
 async fn a_set_is_taken_whole_or_not_at_all(locker: &Locker) {
     let guard = decided(|| locker.obtain_all(["{set}:a", "{set}:b", "{set}:c"]).metadata("set")).await.unwrap();
     assert_eq!(guard.keys().len(), 3);
     for key in guard.keys() {
-        let holder = locker.inspect(key).await.unwrap().unwrap();
+        let holder = decided(|| locker.inspect(key)).await.unwrap().unwrap();
         assert_eq!((&holder.token, holder.fencing_token), (guard.token(), guard.fencing_token()));
     }
-    assert!(guard.server_ttl().await.unwrap().is_some());
+    assert!(decided(|| guard.server_ttl()).await.unwrap().is_some());
     let refused = decided(|| locker.obtain_all(["{set}:x", "{set}:b", "{set}:y"])).await.unwrap_err();
     assert!(matches!(&refused, Error::NotObtained { key, .. } if *key == "{set}:b".into()), "{refused}");
-    assert_eq!(locker.inspect("{set}:x").await.unwrap(), None);
-    assert_eq!(locker.inspect("{set}:y").await.unwrap(), None);
+    assert_eq!(decided(|| locker.inspect("{set}:x")).await.unwrap(), None);
+    assert_eq!(decided(|| locker.inspect("{set}:y")).await.unwrap(), None);
     let fence = guard.fencing_token();
     guard.release().await.unwrap();
     let next = locker.lock("{set}:c").await.unwrap();
@@ -494,7 +494,7 @@ async fn a_set_is_lost_as_one(locker: &Locker) {
     let twin = decided(|| locker.obtain("{one}:b").token(set.token().clone())).await.unwrap();
     twin.release().await.unwrap();
     let other = decided(|| locker.try_lock("{one}:b")).await.unwrap();
-    assert_eq!(set.server_ttl().await.unwrap(), None);
+    assert_eq!(decided(|| set.server_ttl()).await.unwrap(), None);
     assert!(matches!(decided(|| set.renew()).await, Err(Error::NotHeld { loss: Loss::Taken, .. })));
     assert_eq!(set.lost().await, Loss::Taken);
     other.release().await.unwrap();
@@ -524,7 +524,7 @@ async fn a_lease_keeps_the_lock_and_is_taken_up_again(locker: &Locker) {
     assert_eq!((adopted.fencing_token(), adopted.ttl(), adopted.keys().len()), (fence, ms(5_000), 2));
     assert!(adopted.remaining() > ms(4_000));
     adopted.release().await.unwrap();
-    assert_eq!(locker.inspect("{lease}:a").await.unwrap(), None);
+    assert_eq!(decided(|| locker.inspect("{lease}:a")).await.unwrap(), None);
 }
 
 async fn a_lease_that_is_gone_is_not_taken_up(locker: &Locker) {
@@ -578,7 +578,8 @@ async fn a_key_stays_taken_for_its_least_time(locker: &Locker, key: &str, ttl: D
         true => guard.release().await.unwrap(),
         false => drop(guard),
     }
-    eventually("nobody holds it", async || locker.inspect(key).await.unwrap().is_none().then_some(())).await;
+    eventually("nobody holds it", async || decided(|| locker.inspect(key)).await.unwrap().is_none().then_some(()))
+        .await;
     for request in
         [&|| locker.try_lock(key), &|| locker.try_lock(key).token(twin.clone())] as [&dyn Fn() -> LockRequest; 2]
     {
@@ -628,7 +629,7 @@ async fn a_limit_ends_a_lock_and_no_request_prolongs_it(locker: &Locker) {
     decided(|| guard.renew_for(ms(60_000))).await.unwrap();
     decided(|| guard.renew()).await.unwrap();
     assert!(guard.deadline() < limit);
-    assert!(guard.server_ttl().await.unwrap().unwrap() <= ms(2_000));
+    assert!(decided(|| guard.server_ttl()).await.unwrap().unwrap() <= ms(2_000));
     assert_eq!(guard.lost().await, Loss::LimitReached);
     assert!(matches!(guard.release().await, Err(Error::NotHeld { loss: Loss::LimitReached, .. })));
     let next = locker.lock("limit").await.unwrap();
@@ -656,7 +657,7 @@ async fn bounds_that_cannot_work_are_refused(locker: &Locker) {
     }
     let guard = locker.lock("bounds").hold_at_least(Duration::ZERO).hold_at_most(Duration::MAX).await.unwrap();
     guard.release().await.unwrap();
-    assert_eq!(locker.inspect("bounds").await.unwrap(), None);
+    assert_eq!(decided(|| locker.inspect("bounds")).await.unwrap(), None);
 }
 
 async fn a_lock_is_ended_whoever_holds_it(locker: &Locker) {
@@ -670,7 +671,7 @@ async fn a_lock_is_ended_whoever_holds_it(locker: &Locker) {
     let waiter = tokio::spawn(locker.lock("forced").into_future());
     tokio::time::sleep(ms(50)).await;
     // The waiter may get its turn, and the lock, from the first call.
-    assert!(locker.force_release("forced").await.unwrap());
+    assert!(decided(|| locker.force_release("forced")).await.unwrap());
     let next = waiter.await.unwrap().unwrap();
     assert!(next.fencing_token() > held.fencing_token());
     let loss = held.lost().await;
@@ -679,20 +680,22 @@ async fn a_lock_is_ended_whoever_holds_it(locker: &Locker) {
     // One that two guards rely on.
     let (one, other) = (locker.lock("forced").token(token("twin")), locker.lock("forced").token(token("twin")));
     let (one, other) = (one.ttl(ms(3_000)).await.unwrap(), other.ttl(ms(3_000)).await.unwrap());
-    assert!(locker.force_release("forced").await.unwrap());
+    assert!(decided(|| locker.force_release("forced")).await.unwrap());
     assert_eq!((one.lost().await, other.lost().await), (Loss::Missing, Loss::Missing));
     // One that is left to nobody, after which a new holder is the only one.
     locker.lock("forced").token(token("twin")).hold_at_least(ms(60_000)).await.unwrap().release().await.unwrap();
     assert!(matches!(decided(|| locker.try_lock("forced")).await, Err(Error::NotObtained { .. })));
-    assert!(locker.force_release("forced").await.unwrap());
+    assert!(decided(|| locker.force_release("forced")).await.unwrap());
     let alone = locker.lock("forced").token(token("twin")).await.unwrap();
     drop(alone);
-    eventually("its drop frees the key", async || locker.inspect("forced").await.unwrap().is_none().then_some(()))
-        .await;
-    assert!(!locker.force_release("forced").await.unwrap());
+    eventually("its drop frees the key", async || {
+        decided(|| locker.inspect("forced")).await.unwrap().is_none().then_some(())
+    })
+    .await;
+    assert!(!decided(|| locker.force_release("forced")).await.unwrap());
     // Those who share the key, and after whom a writer is alone.
     let readers = [locker.read("forced").ttl(ms(3_000)).await.unwrap(), locker.read("forced").await.unwrap()];
-    assert!(locker.force_release("forced").await.unwrap());
+    assert!(decided(|| locker.force_release("forced")).await.unwrap());
     let writer = locker.lock("forced").await.unwrap();
     let [one, other] = readers;
     assert_eq!(one.lost().await, Loss::Taken);
@@ -708,7 +711,9 @@ async fn only_the_lock_of_the_holders_that_are_named_is_ended(locker: &Locker) {
     let of = async |tokens: &[Token]| decided(|| locker.force_release_of("named", tokens)).await.unwrap();
     // On a busy machine nodes of a quorum may be too late to say that they have ended it.
     let ends = async |tokens: &[Token]| match locker.force_release_of("named", tokens).await {
-        Err(error) if error.is_transient() => of(tokens).await || locker.inspect("named").await.unwrap().is_none(),
+        Err(error) if error.is_transient() => {
+            of(tokens).await || decided(|| locker.inspect("named")).await.unwrap().is_none()
+        }
         ended => ended.unwrap(),
     };
     let (earlier, others) = (token("earlier"), [token("job-1"), token("job-100")]);

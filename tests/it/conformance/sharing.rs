@@ -60,22 +60,25 @@ pub(super) async fn readers_share_a_key_and_exclude_writers(locker: &Locker) {
 }
 
 pub(super) async fn all_readers_are_listed(locker: &Locker) {
-    assert_eq!(locker.holders("listed").await.unwrap(), []);
+    assert_eq!(decided(|| locker.holders("listed")).await.unwrap(), []);
     let readers = [
         locker.read("listed").ttl(ms(20_000)).metadata("one").await.unwrap(),
         locker.read("listed").ttl(ms(50_000)).metadata("two\nlines").await.unwrap(),
         locker.read("listed").await.unwrap(),
     ];
-    let holders = locker.holders("listed").await.unwrap();
+    let holders = decided(|| locker.holders("listed")).await.unwrap();
     let metadata: Vec<_> = holders.iter().map(|holder| holder.metadata.as_slice()).collect();
     assert_eq!(metadata, [&b"two\nlines"[..], b"", b"one"]);
     assert_eq!((&holders[2].token, holders[2].fencing_token), (readers[0].token(), readers[0].fencing_token()));
     assert!(holders[2].remaining.is_some_and(|left| left <= ms(20_000) && left > ms(10_000)));
-    assert_eq!(locker.inspect("listed").await.unwrap().unwrap().metadata, b"two\nlines");
+    assert_eq!(decided(|| locker.inspect("listed")).await.unwrap().unwrap().metadata, b"two\nlines");
     release_all(readers).await;
-    assert_eq!((locker.holders("listed").await.unwrap(), locker.inspect("listed").await.unwrap()), (vec![], None));
+    assert_eq!(
+        (decided(|| locker.holders("listed")).await.unwrap(), decided(|| locker.inspect("listed")).await.unwrap()),
+        (vec![], None)
+    );
     let writer = locker.lock("listed").metadata("alone").await.unwrap();
-    let holders = locker.holders("listed").await.unwrap();
+    let holders = decided(|| locker.holders("listed")).await.unwrap();
     assert!(matches!(&holders[..], [alone] if alone.metadata == b"alone" && alone.token == *writer.token()));
     writer.release().await.unwrap();
 }
@@ -121,7 +124,7 @@ pub(super) async fn a_reader_is_renewed_and_its_ttl_is_its_own(locker: &Locker) 
     let (long, short) = (ms(60_000), ms(1_000));
     let reader = locker.read("own ttl").ttl(short).await.unwrap();
     let patient = locker.read("own ttl").ttl(long).await.unwrap();
-    assert!(reader.server_ttl().await.unwrap().is_some_and(|left| left <= short));
+    assert!(decided(|| reader.server_ttl()).await.unwrap().is_some_and(|left| left <= short));
     let first = reader.deadline();
     eventually("two ttls on", async || (reader.deadline() > first + 2 * short).then_some(())).await;
     decided(|| reader.renew_for(ms(20_000))).await.unwrap();
@@ -129,7 +132,7 @@ pub(super) async fn a_reader_is_renewed_and_its_ttl_is_its_own(locker: &Locker) 
     decided(|| reader.ensure(ms(2_000))).await.unwrap();
     has_at_least(&reader, ms(15_000)).await;
     decided(|| reader.renew_for(ms(2_000))).await.unwrap();
-    assert!(reader.server_ttl().await.unwrap().is_some_and(|left| left <= ms(2_000)));
+    assert!(decided(|| reader.server_ttl()).await.unwrap().is_some_and(|left| left <= ms(2_000)));
     has_at_least(&patient, ms(40_000)).await;
     release_all([reader, patient]).await;
 }
@@ -139,7 +142,8 @@ pub(super) async fn a_key_is_free_when_the_last_reader_has_expired(locker: &Lock
     let dies = locker.read("dies").ttl(ms(1_500)).no_renewal().await.unwrap();
     let patient = locker.read("dies").ttl(ms(60_000)).await.unwrap();
     assert_eq!(dies.lost().await, Loss::Expired);
-    eventually("one is left", async || (locker.holders("dies").await.unwrap().len() == 1).then_some(())).await;
+    eventually("one is left", async || (decided(|| locker.holders("dies")).await.unwrap().len() == 1).then_some(()))
+        .await;
     decided(|| patient.renew()).await.unwrap();
     is_refused(|| locker.try_lock("dies")).await;
     let expires = locker.read("dies").ttl(ms(1_500)).no_renewal().await.unwrap();
@@ -164,7 +168,7 @@ pub(super) async fn a_token_that_reads_already_is_admitted_and_its_guards_end_on
     drop(one);
     // They are released in the background.
     sleep(ms(150)).await;
-    assert_eq!(locker.holders("twins").await.unwrap().len(), 1, "a token is listed once");
+    assert_eq!(decided(|| locker.holders("twins")).await.unwrap().len(), 1, "a token is listed once");
     decided(|| three.renew()).await.unwrap();
     assert!(!writer.is_finished());
     let four = decided(|| locker.try_read("twins").token(token("me"))).await.unwrap();
@@ -184,7 +188,7 @@ pub(super) async fn a_reader_whose_share_is_gone_is_lost(locker: &Locker) {
     // Others read on.
     assert!(matches!(decided(|| one.renew()).await, Err(Error::NotHeld { loss: Loss::Missing, .. })));
     assert_eq!(one.lost().await, Loss::Missing);
-    assert_eq!(one.server_ttl().await.unwrap(), None);
+    assert_eq!(decided(|| one.server_ttl()).await.unwrap(), None);
     decided(|| other.renew()).await.unwrap();
     let two = decided(request).await.unwrap();
     release_all([other]).await;
@@ -215,7 +219,7 @@ pub(super) async fn the_lease_of_a_reader_is_taken_up_again(locker: &Locker) {
     decided(|| adopted.renew()).await.unwrap();
     has_at_least(&adopted, ms(6_000)).await;
     is_refused(|| locker.try_lock("read lease")).await;
-    assert_eq!(locker.holders("read lease").await.unwrap().len(), 2);
+    assert_eq!(decided(|| locker.holders("read lease")).await.unwrap().len(), 2);
     release_all([adopted]).await;
     for gone in
         [decided(|| locker.ensure(&lease, ms(10_000))).await, decided(|| locker.adopt(lease.clone())).await.map(drop)]
@@ -244,7 +248,10 @@ async fn a_share_stays_taken(locker: &Locker) {
             true => guard.release().await.unwrap(),
             false => drop(guard),
         }
-        eventually("nobody reads", async || locker.inspect("read least").await.unwrap().is_none().then_some(())).await;
+        eventually("nobody reads", async || {
+            decided(|| locker.inspect("read least")).await.unwrap().is_none().then_some(())
+        })
+        .await;
         let refused = decided(|| locker.try_lock("read least")).await;
         assert!(refused.is_err() || obtained.elapsed() > ms(1_900));
         release_all([locker.read("read least").await.unwrap()]).await;
@@ -259,7 +266,7 @@ async fn a_limit_ends_a_reader(locker: &Locker) {
     let guard = locker.read("read limit").hold_at_most(ms(1_500)).await.unwrap();
     let other = locker.read("read limit").await.unwrap();
     decided(|| guard.ensure(ms(60_000))).await.unwrap();
-    assert!(guard.server_ttl().await.unwrap().unwrap() <= ms(1_500));
+    assert!(decided(|| guard.server_ttl()).await.unwrap().unwrap() <= ms(1_500));
     assert_eq!(guard.lost().await, Loss::LimitReached);
     decided(|| other.renew()).await.unwrap();
     release_all([other]).await;
@@ -282,7 +289,7 @@ pub(super) async fn a_writer_becomes_a_reader_in_one_step(locker: &Locker) {
         assert_eq!((reader.fencing_token(), reader.token(), reader.metadata()), (fence, &secret, &b"m"[..]));
         assert_eq!(reader.deadline(), deadline);
         has_at_least(&reader, ms(40_000)).await;
-        let holder = locker.inspect("down").await.unwrap().unwrap();
+        let holder = decided(|| locker.inspect("down")).await.unwrap().unwrap();
         assert_eq!((holder.token, holder.metadata, holder.fencing_token), (secret, b"m".to_vec(), fence));
         is_refused(|| locker.try_lock("down")).await;
         decided(|| reader.renew()).await.unwrap();
@@ -336,7 +343,7 @@ pub(super) async fn a_permit_of_a_quorum_is_refused_with_the_reason(locker: &Loc
 pub(super) async fn no_more_hold_a_permit_than_the_limit_says(locker: &Locker) {
     let request = || locker.permit("licences", 3);
     let guards = [request().await.unwrap(), request().await.unwrap(), request().fair(true).await.unwrap()];
-    assert_eq!(locker.holders("licences").await.unwrap().len(), 3);
+    assert_eq!(decided(|| locker.holders("licences")).await.unwrap().len(), 3);
     for other in
         [&|| locker.try_permit("licences", 3), &|| locker.try_read("licences"), &|| locker.try_lock("licences")]
             as [&dyn Fn() -> LockRequest; 3]
@@ -375,7 +382,7 @@ pub(super) async fn a_limit_of_no_permits_is_refused(locker: &Locker) {
         let refused = request.await.unwrap_err();
         assert!(matches!(refused, Error::InvalidLimit(_)) && refused.to_string().contains("limit"), "{refused}");
     }
-    assert_eq!(locker.holders("none").await.unwrap(), []);
+    assert_eq!(decided(|| locker.holders("none")).await.unwrap(), []);
 }
 
 pub(super) async fn the_permit_of_a_dead_holder_comes_back(locker: &Locker) {
@@ -399,7 +406,7 @@ pub(super) async fn a_token_counts_once(locker: &Locker) {
     drop(one);
     drop(two);
     sleep(ms(150)).await;
-    assert_eq!(locker.holders("once").await.unwrap().len(), 2);
+    assert_eq!(decided(|| locker.holders("once")).await.unwrap().len(), 2);
     is_refused(|| locker.try_permit("once", 2)).await;
     decided(|| three.renew()).await.unwrap();
     let again = decided(request).await.unwrap();
@@ -413,7 +420,7 @@ pub(super) async fn a_permit_that_lingers_still_counts(locker: &Locker) {
     let guard = locker.permit("lingers", 1).ttl(ms(30_000)).hold_at_least(ms(1_500)).await.unwrap();
     let obtained = Instant::now();
     guard.release().await.unwrap();
-    assert_eq!(locker.holders("lingers").await.unwrap(), []);
+    assert_eq!(decided(|| locker.holders("lingers")).await.unwrap(), []);
     let next = locker.permit("lingers", 1).await.unwrap();
     let after = obtained.elapsed();
     assert!(after >= ms(1_400) && after < ms(9_000), "{after:?}");
@@ -446,6 +453,7 @@ pub(super) async fn many_that_share_end_with_nothing_left(locker: &Locker) {
     for task in tasks.collect::<Vec<_>>() {
         task.await.unwrap();
     }
-    eventually("nobody is left", async || locker.holders("many").await.unwrap().is_empty().then_some(())).await;
+    eventually("nobody is left", async || decided(|| locker.holders("many")).await.unwrap().is_empty().then_some(()))
+        .await;
     locker.lock("many").wait_at_most(Duration::from_secs(5)).await.unwrap().release().await.unwrap();
 }
