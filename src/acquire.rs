@@ -129,7 +129,8 @@ impl Options {
             && renewal != Renewal::Never
             && !bounds.are_set();
         let takes_over = shared.settings.local_hand_over && is_plain;
-        let wanted = Wanted { owned, metadata: metadata.into(), ttl, fenced, queueing, takes_over, latest, limit };
+        let (metadata, since) = (metadata.into(), started);
+        let wanted = Wanted { owned, metadata, ttl, fenced, queueing, takes_over, latest, limit, since };
         let give_up_at = wait_at_most.map(|limit| timing::after(started, limit));
         Ok(Acquisition {
             waiter: Waiter::new(Attempt::new(wanted, shared, runtime), give_up_at),

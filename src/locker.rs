@@ -316,6 +316,13 @@ impl Locker {
     /// it is its turn there, and another of its keys is held, it goes to the end of that key's line. So it may be
     /// overtaken by those who want fewer keys.
     ///
+    /// Readers that come later wait behind it only at the key in whose line it is. So it gets in however many read one
+    /// of its keys. Where two of its keys have readers at any time, it may wait for as long as they go on.
+    ///
+    /// On the embedded store, its place holds back none but those who would share the key. There is no order between it
+    /// and those who wait for one key: it takes its keys when all are free, whoever waits, and it may wait for as long
+    /// as one of them goes from waiter to waiter.
+    ///
     /// On a cluster, all keys must lie in one slot; a common hash tag ensures that: `{invoices}:1`, `{invoices}:2`. See
     /// [`LockRequest`] for options, errors and cancel safety; no keys, or the same key twice, is [`Error::InvalidKey`].
     ///
@@ -385,12 +392,13 @@ impl Locker {
     ///
     /// **Writers come first**: while a writer waits, readers that come later wait behind it. It gets the key when the
     /// readers that hold it have left. A writer that dies while it waits holds readers back for up to 2 s. A
-    /// [`try_lock`](Locker::try_lock) doesn't wait, and holds nobody back; neither does, on the embedded store, a
-    /// request for [several keys](Locker::lock_all).
+    /// [`try_lock`](Locker::try_lock) doesn't wait, and holds nobody back. A request for
+    /// [several keys](Locker::lock_all) holds readers back at one of them at a time.
     ///
-    /// **Nobody who waits starves**: readers and writers wait in one line. However many writers come, the readers in
-    /// the line get their turn, and those that wait there one after another enter together. A
-    /// [`try_read`](Locker::try_read) takes no place in the line. It is refused for as long as others wait.
+    /// **Nobody who waits starves**: readers and writers wait in one line, except for requests for [several
+    /// keys](Locker::lock_all) on the embedded store. However many writers come, the readers in the line get their
+    /// turn, and those that wait there one after another enter together. A [`try_read`](Locker::try_read) takes no
+    /// place in the line. It is refused for as long as others wait.
     ///
     /// **A [quorum](Locker::quorum) has no line**, and readers can starve there. A writer that waits announces itself
     /// to the nodes, which admit no reader until it has had the key, or has died. So readers get the key only when no

@@ -23,6 +23,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use self::notifications::Subscription;
 use crate::hold::{GrantId, Owned};
 use crate::{Diagnosis, Error, Key, Loss, Token};
@@ -144,13 +146,15 @@ pub(crate) struct Capabilities {
     pub(crate) has_readers: bool,
     /// It counts permits ([`Mode::Permit`](crate::mode::Mode)).
     pub(crate) has_permits: bool,
+    /// It has a line, but only for requests for several keys: those for one key stand in the queues of their lockers.
+    pub(crate) has_line_for_several: bool,
 }
 
 impl Capabilities {
-    /// Returns whether waiters tell the store their places: for its line, or because a writer that waits for readers
-    /// announces itself to the nodes of a quorum.
-    pub(crate) fn has_places(self) -> bool {
-        self.has_line || self.undoes_attempts
+    /// Returns whether those who wait for so many keys tell the store their places: for its line, or because a writer
+    /// that waits for readers announces itself to the nodes of a quorum.
+    pub(crate) fn has_places(self, keys: usize) -> bool {
+        self.has_line || self.undoes_attempts || self.has_line_for_several && keys > 1
     }
 }
 
@@ -169,6 +173,8 @@ pub(crate) struct Wanted {
     pub(crate) latest: Arc<Latest>,
     /// At most how many tokens may hold the key together. Only for [`Mode::Permit`](crate::mode::Mode), and then not 0.
     pub(crate) limit: usize,
+    /// When the request began. Where no line says who came first, this does.
+    pub(crate) since: Instant,
 }
 
 /// The latest time, in ms by the server's clock, at which the server may run what was sent for one request.

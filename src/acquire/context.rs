@@ -44,7 +44,7 @@ impl Context {
 
     /// Returns whether the store hears of the places of waiters.
     pub(crate) fn has_places(&self) -> bool {
-        self.shared.store.capabilities().has_places()
+        self.shared.store.capabilities().has_places(self.wanted.owned.keys.len())
     }
 
     /// Returns whether a waiter before this one can hand the lock over to it, so that it need not be in the line.

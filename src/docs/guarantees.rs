@@ -145,7 +145,8 @@
 //! | No more hold a permit than each request says. | as for locks; whoever dies gives its permit back when its ttl ends | `lib store::redis::shared::tests::there_are_as_many_permits_as_each_request_says`, `lib mode::tests::a_permit_comes_back_by_release_drop_and_ttl` |
 //! | A share ends by its own ttl, whatever the others renew. | | `lib store::redis::shared::tests::a_share_ends_by_its_own_ttl_whatever_the_others_renew` |
 //! | Shares that the server has kept from before the key was lost count for nothing. | | `lib store::redis::shared::tests::the_shares_of_an_earlier_marker_count_for_nothing` |
-//! | A writer that waits gets in under a stream of readers. | it polls its future | `lib store::redis::shared::tests::no_share_is_taken_that_a_writer_waits_for`, `lib mode::tests::a_waiting_writer_holds_new_readers_back`, `quorum a_writer_gets_in_under_a_stream_of_readers_also_with_a_node_frozen` |
+//! | A writer that waits gets in under a stream of readers. | it polls its future | `lib store::redis::shared::tests::no_share_is_taken_that_a_writer_waits_for`, `lib mode::tests::a_waiting_writer_holds_new_readers_back`, `it conformance::a_server_conforms`, `quorum a_writer_gets_in_under_a_stream_of_readers_also_with_a_node_frozen` |
+//! | So does one that waits for several keys, of which one is read. | it polls its future | `lib mode::tests::one_that_waits_for_several_keys_gets_in_under_a_stream_of_readers`, `it conformance::a_server_conforms`, `it conformance::a_quorum_of_three_conforms` |
 //! | A writer that waits and dies holds readers back for two seconds at most. | | `it sharing_line::a_writer_that_waits_and_dies_holds_readers_back_for_two_seconds_at_most` |
 //! | A [downgrade](crate::LockGuard::downgrade) lets no writer in between. | | `lib store::redis::shared::tests::a_lock_becomes_a_share_in_one_step_and_keeps_all_it_has`, `lib store::quorum::simulated::sharing::a_lock_becomes_a_readers_share_on_every_node_and_no_writer_gets_in_between` |
 //! | On a quorum, no writer is beside readers, although nodes freeze, die and forget. | as for locks | `lib store::quorum::simulated::sharing::no_history_has_a_writer_beside_others_or_its_fencing_token_out_of_order`, `quorum readers_and_writers_that_contend_never_hold_the_key_together` |
@@ -153,6 +154,7 @@
 //!
 //! | not guaranteed | instead | shown by |
 //! | --- | --- | --- |
+//! | A request for several keys gets in although two of them have readers at any time. | it holds readers back at one key at a time, and waits for as long as they go on | `lib mode::tests::of_several_keys_a_reader_is_held_back_at_the_one_that_is_waited_for` |
 //! | Permits exist on a quorum. | they are refused, with the reason | `lib store::quorum::simulated::sharing::a_quorum_has_no_permits_and_says_why` |
 //! | A permit can be obtained even if the set of holders was deleted or evicted. | none is granted until the marker's ttl ends, as nobody knows who has the others | `lib store::redis::shared::tests::nobody_gets_a_permit_while_it_is_not_known_who_has_the_others` |
 //! | Without the restart window, a node of a quorum that forgets lets no writer in beside readers. | a writer may be beside them | `lib store::quorum::simulated::sharing::without_the_restart_window_some_history_has_a_writer_beside_others` |

@@ -572,7 +572,7 @@ impl LockerBuilder {
     /// let [here, there] = [(); 2].map(|()| Locker::builder().in_memory_with(&server));
     /// ```
     pub fn in_memory_with(self, server: &EmbeddedServer) -> Locker {
-        self.on_own_thread_if_wanted(Box::new(EmbeddedStore(server.embedded().clone())))
+        self.on_own_thread_if_wanted(Box::new(EmbeddedStore::new(server.embedded().clone())))
     }
 
     /// Isolates the locker if that is set. If the system has no thread left for it, its requests fail.

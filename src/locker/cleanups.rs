@@ -136,7 +136,7 @@ impl Shared {
         if Self::check_runtime().is_err() {
             return self.releases.wait().await;
         }
-        if self.store.capabilities().has_places() {
+        if self.store.capabilities().has_places(1) {
             // Waiters leave the line when they learn that the locker is closed, which may be after the end of the
             // program.
             for (key, place) in self.queues.line_places() {

@@ -502,3 +502,135 @@ async fn a_reader_that_gets_no_reply_is_not_told_that_another_holds_the_key() {
         assert!(failed.is_timeout(), "{failed}");
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn one_that_waits_for_several_keys_holds_new_readers_of_one_back() {
+    let locker = Locker::in_memory();
+    let reader = locker.read("a").await.unwrap();
+    let both = waits(locker.lock_all(["a", "b"])).await;
+    assert!(is_refused(&locker.try_read("a").await));
+    let behind = waits(locker.read("a")).await;
+    // Only at the key in whose line it stands, as on a server.
+    locker.try_read("b").await.unwrap().release().await.unwrap();
+    sleep(ms(10_000)).await;
+    assert!(!both.is_finished() && !behind.is_finished());
+    reader.release().await.unwrap();
+    let both = both.await.unwrap().unwrap();
+    settle().await;
+    assert!(!behind.is_finished());
+    let released = Instant::now();
+    both.release().await.unwrap();
+    drop(behind.await.unwrap().unwrap());
+    assert_eq!(released.elapsed(), ms(0), "it was notified");
+    locker.try_read("a").await.unwrap().release().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_waits_for_several_keys_gets_in_under_a_stream_of_readers() {
+    let locker = Locker::in_memory();
+    // Each comes before the one before has left, so that the key is never free by itself.
+    let readers: Vec<_> = (0..4)
+        .map(|n| {
+            let locker = locker.clone();
+            tokio::spawn(async move {
+                sleep(ms(25 * n)).await;
+                loop {
+                    let reader = locker.read("a").await.unwrap();
+                    sleep(ms(100)).await;
+                    reader.release().await.unwrap();
+                }
+            })
+        })
+        .collect();
+    sleep(ms(500)).await;
+    for turn in 0..10 {
+        let began = Instant::now();
+        let both = locker.lock_all(["b", "a"]).wait_at_most(ms(5_000)).await.unwrap();
+        assert!(began.elapsed() <= ms(150), "turn {turn}: {:?}", began.elapsed());
+        both.release().await.unwrap();
+        // Readers go on.
+        drop(locker.read("a").wait_at_most(ms(1_000)).await.unwrap());
+    }
+    readers.iter().for_each(JoinHandle::abort);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_waits_for_several_keys_and_leaves_or_is_not_polled_holds_nobody_back() {
+    let locker = Locker::in_memory();
+    let _reader = locker.read("a").await.unwrap();
+    let both = || locker.lock_all(["a", "b"]);
+    let began = Instant::now();
+    let gives_up = waits(both().wait_at_most(ms(100))).await;
+    let behind = waits(locker.read("a")).await;
+    assert!(is_refused(&gives_up.await.unwrap()));
+    drop(behind.await.unwrap().unwrap());
+    assert_eq!(began.elapsed(), ms(100));
+    let aborted = waits(both()).await;
+    let behind = waits(locker.read("a")).await;
+    aborted.abort();
+    drop(behind.await.unwrap().unwrap());
+    assert_eq!(began.elapsed(), ms(100));
+    // It asks, enters the line, asks again, and isn't polled any longer.
+    let mut parked = Box::pin(both().into_future());
+    for _ in 0..20 {
+        poll_once(parked.as_mut());
+    }
+    assert!(is_refused(&locker.try_read("a").await));
+    let behind = locker.read("a").await.unwrap();
+    assert!(began.elapsed() <= ms(2_100), "{:?}", began.elapsed());
+    // It is in no line any longer, and goes back when it is polled again.
+    let both = tokio::spawn(parked);
+    sleep(ms(1_000)).await;
+    assert!(is_refused(&locker.try_read("a").await) && !both.is_finished());
+    behind.release().await.unwrap();
+    both.abort();
+    sleep(ms(1)).await;
+    locker.try_read("a").await.unwrap().release().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_reads_already_passes_one_that_waits_for_several_keys() {
+    let locker = Locker::in_memory();
+    let one = || locker.try_read("a").token("me".parse().unwrap());
+    let first = one().await.unwrap();
+    let both = waits(locker.lock_all(["a", "b"])).await;
+    let second = one().await.unwrap();
+    assert!(is_refused(&locker.try_read("a").await));
+    drop((first, second));
+    both.await.unwrap().unwrap().release().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_waits_for_several_keys_holds_back_the_readers_of_other_lockers() {
+    let server = crate::testing::EmbeddedServer::new();
+    let [here, there, other] = [(); 3].map(|()| Locker::builder().in_memory_with(&server));
+    let reader = here.read("a").await.unwrap();
+    let set = |locker: &Locker| locker.lock_all(["a", "b"]);
+    let (one, two) = (waits(set(&here)).await, waits(set(&there)).await);
+    one.abort();
+    settle().await;
+    assert!(is_refused(&other.try_read("a").await), "the other stands there still");
+    let behind = waits(other.read("a")).await;
+    reader.release().await.unwrap();
+    let two = two.await.unwrap().unwrap();
+    settle().await;
+    assert!(!behind.is_finished());
+    two.release().await.unwrap();
+    drop(behind.await.unwrap().unwrap());
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_several_keys_a_reader_is_held_back_at_the_one_that_is_waited_for() {
+    let locker = Locker::in_memory();
+    let (a, b) = (locker.read("a").await.unwrap(), locker.read("b").await.unwrap());
+    let both = waits(locker.lock_all(["a", "b"])).await;
+    assert!(is_refused(&locker.try_read("a").await));
+    drop(locker.try_read("b").await.unwrap());
+    a.release().await.unwrap();
+    settle().await;
+    // It has gone to the other line.
+    drop(locker.try_read("a").await.unwrap());
+    assert!(is_refused(&locker.try_read("b").await));
+    b.release().await.unwrap();
+    both.await.unwrap().unwrap().release().await.unwrap();
+}

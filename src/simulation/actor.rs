@@ -434,8 +434,8 @@ impl Actor {
         (request, None, token)
     }
 
-    async fn ask(&mut self, request: LockRequest, mode: Mode, limit: Option<Duration>, token: Option<Token>) {
-        let (from, asking) = (Instant::now(), self.world.asks(mode));
+    async fn ask(&mut self, request: LockRequest, asking: Asking, limit: Option<Duration>, token: Option<Token>) {
+        let from = Instant::now();
         let limit = limit.unwrap_or(ms(4_000));
         let asked = request.into_future();
         let answer = self.bounded(limit.max(COMMAND_TIMEOUT.min(ms(30))), Doing::default(), "a request", asked).await;
@@ -495,7 +495,8 @@ impl Actor {
         let waits = self.habits.alike != Alike::No || self.rng.bool();
         let (request, mode) = self.request(&locker, key, waits);
         let (request, limit, token) = self.set(request, waits);
-        self.ask(request, mode, limit, token).await;
+        let asking = self.world.asks(mode);
+        self.ask(request, asking, limit, token).await;
     }
 
     async fn obtain_all(&mut self) {
@@ -506,7 +507,8 @@ impl Actor {
         let waits = self.rng.bool();
         let request = if waits { locker.lock_all(keys) } else { locker.obtain_all(keys) };
         let (request, limit, token) = self.set(request, waits);
-        self.ask(request, Mode::Exclusive, limit, token).await;
+        let asking = self.world.asks_for_several();
+        self.ask(request, asking, limit, token).await;
     }
 
     /// Requests the same token twice at once.

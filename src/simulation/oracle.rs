@@ -33,10 +33,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::actor::COMMAND_TIMEOUT;
 use crate::hold::{GrantId, Hold, Owned, Peek};
 use crate::mode::Mode;
 use crate::store::faulty::{Fault, Operation, Ran};
-use crate::store::memory::MemoryStore;
+use crate::store::memory::{ALIVE, MemoryStore};
 use crate::store::{Acquired, Downgraded, Ending, Extending, HandedOver, Holder, Verdict, Wanted};
 use crate::{Error, Key, Lease, LockGuard, Loss, Token};
 
@@ -48,6 +49,9 @@ pub(super) struct Doing {
     /// The guard that the operation is for.
     pub(super) guard: Option<usize>,
 }
+
+/// For how long a place may be in the line when its request is over. A request to enter may run for two timeouts.
+const LINGERS: Duration = ALIVE.saturating_add(COMMAND_TIMEOUT.saturating_mul(2));
 
 thread_local! {
     static WORLD: RefCell<Option<Arc<World>>> = const { RefCell::new(None) };
@@ -210,11 +214,13 @@ pub(super) struct Asking {
     number: usize,
     from: Instant,
     mode: Mode,
+    /// For how long it may stand in the line after its end.
+    lingers: Duration,
 }
 
 impl Drop for Asking {
     fn drop(&mut self) {
-        self.world.state().requests[self.number].1 = Some(Instant::now());
+        self.world.state().requests[self.number].1 = Some(Instant::now() + self.lingers);
     }
 }
 
@@ -553,7 +559,15 @@ impl World {
     pub(super) fn asks(self: &Arc<Self>, mode: Mode) -> Asking {
         let (from, mut state) = (Instant::now(), self.state());
         state.requests.push((from, None));
-        Asking { world: self.clone(), number: state.requests.len() - 1, from, mode }
+        Asking { world: self.clone(), number: state.requests.len() - 1, from, mode, lingers: Duration::ZERO }
+    }
+
+    /// Records that a request for several keys begins. What it sends to enter the line may arrive late, and what it
+    /// sends to leave may be lost: then its place expires.
+    pub(super) fn asks_for_several(self: &Arc<Self>) -> Asking {
+        let mut asking = self.asks(Mode::Exclusive);
+        asking.lingers = LINGERS;
+        asking
     }
 
     /// Checks promise 5. Until a request has `heard` of the present, it only knows the server's last reply. A share is

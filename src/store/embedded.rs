@@ -7,11 +7,11 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::memory::MemoryStore;
+use super::memory::{MemoryStore, PlaceOf, in_turn};
 use super::notifications::Subscription;
 use super::{
-    Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, Next,
-    Store, Undone, Verdict, Wanted, Whose,
+    Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest,
+    LinePlace, Next, Store, Undone, Verdict, Wanted, Whose,
 };
 use crate::hold::Owned;
 use crate::{Error, Key};
@@ -25,7 +25,11 @@ pub(crate) struct Embedded {
 
 /// A locker's connection to it.
 #[derive(Debug)]
-pub(crate) struct EmbeddedStore(pub(crate) Arc<Embedded>);
+pub(crate) struct EmbeddedStore {
+    server: Arc<Embedded>,
+    /// What the server tells its lockers apart by.
+    locker: u64,
+}
 
 impl Default for Embedded {
     fn default() -> Self {
@@ -52,21 +56,31 @@ impl Embedded {
 }
 
 impl EmbeddedStore {
+    pub(crate) fn new(server: Arc<Embedded>) -> Self {
+        let locker = server.store.new_locker();
+        Self { server, locker }
+    }
+
+    /// Returns what one of this locker's places is at the server.
+    fn place(&self, place: LinePlace) -> PlaceOf {
+        PlaceOf { locker: self.locker, place }
+    }
+
     fn call<'a, T>(
         &'a self,
         limit: Duration,
         call: impl FnOnce(&'a MemoryStore) -> Answer<'a, T> + Send + 'a,
     ) -> Answer<'a, T> {
         Box::pin(async move {
-            self.0.present(limit).await?;
-            call(&self.0.store).await
+            self.server.present(limit).await?;
+            call(&self.server.store).await
         })
     }
 }
 
 impl Store for EmbeddedStore {
     fn capabilities(&self) -> Capabilities {
-        self.0.store.capabilities()
+        self.server.store.capabilities()
     }
 
     fn acquire<'a>(&'a self, wanted: &'a Wanted, in_line: InLine, limit: Duration) -> Answer<'a, Acquired> {
@@ -79,8 +93,8 @@ impl Store for EmbeddedStore {
 
     fn renew_batch<'a>(&'a self, locks: &'a [(&'a Owned, Duration)], limit: Duration) -> Answers<'a, Verdict> {
         Box::pin(async move {
-            match self.0.present(limit).await {
-                Ok(()) => self.0.store.renew_batch(locks, limit).await,
+            match self.server.present(limit).await {
+                Ok(()) => self.server.store.renew_batch(locks, limit).await,
                 Err(error) => locks.iter().map(|_| Err(error.clone())).collect(),
             }
         })
@@ -113,8 +127,23 @@ impl Store for EmbeddedStore {
         self.call(limit, move |store| store.downgrade(owned, limit))
     }
 
+    fn enter<'a>(&'a self, key: &'a Key, place: LinePlace, limit: Duration) -> Answer<'a, ()> {
+        let whose = self.place(place);
+        self.call(limit, move |store| in_turn(move || store.enter_now(key, whose)))
+    }
+
+    fn heartbeat<'a>(&'a self, key: &'a Key, place: LinePlace, limit: Duration) -> Answer<'a, bool> {
+        let whose = self.place(place);
+        self.call(limit, move |store| in_turn(move || store.heartbeat_now(key, whose)))
+    }
+
+    fn leave<'a>(&'a self, key: &'a Key, place: LinePlace, limit: Duration) -> Answer<'a, ()> {
+        let whose = self.place(place);
+        self.call(limit, move |store| in_turn(move || store.leave_now(key, whose)))
+    }
+
     fn subscribe(&self, key: &Key) -> Subscription {
-        self.0.store.subscribe(key)
+        self.server.store.subscribe(key)
     }
 
     fn remaining<'a>(&'a self, owned: &'a Owned, limit: Duration) -> Answer<'a, Option<Duration>> {

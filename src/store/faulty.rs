@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::memory::MemoryStore;
+use super::memory::{MemoryStore, PlaceOf};
 use super::notifications::Subscription;
 use super::{
-    Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, Next,
-    Store, Undone, Verdict, Wanted, Whose,
+    Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest,
+    LinePlace, Next, Store, Undone, Verdict, Wanted, Whose,
 };
 use crate::hold::Owned;
 use crate::{Error, Key};
@@ -49,6 +49,8 @@ pub(crate) enum Operation {
     /// Also one that hands the lock over.
     Release,
     Downgrade,
+    /// Entering the line of those who wait for several keys, leaving it, or a heartbeat.
+    Line,
     /// A read: of the ttl that is left, or of the holders.
     Read,
 }
@@ -83,11 +85,14 @@ pub(crate) struct FaultyStore {
     witness: Option<Arc<dyn Witness>>,
     /// For how many of its timeouts a request may run.
     lives: u32,
+    /// What the server tells its lockers apart by.
+    locker: u64,
 }
 
 impl FaultyStore {
     pub(crate) fn new(store: Arc<MemoryStore>, plan: impl Fn(Operation) -> Fault + Send + Sync + 'static) -> Self {
-        Self { store, plan: Box::new(plan), witness: None, lives: 1 }
+        let locker = store.new_locker();
+        Self { store, plan: Box::new(plan), witness: None, lives: 1, locker }
     }
 
     /// Returns the store with a witness of all calls.
@@ -104,6 +109,10 @@ impl FaultyStore {
     /// Returns the latest time at which a request may run.
     fn latest(&self, timeout: Duration) -> u64 {
         self.store.millis(Instant::now() + timeout * self.lives)
+    }
+
+    fn place(&self, place: LinePlace) -> PlaceOf {
+        PlaceOf { locker: self.locker, place }
     }
 
     /// Runs a call that reports to the witness what it has done.
@@ -289,6 +298,21 @@ impl Store for FaultyStore {
             ran(Ran::Downgrade(&owned, &downgraded));
             downgraded
         }))
+    }
+
+    fn enter<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, ()> {
+        let (key, whose) = (key.clone(), self.place(place));
+        Box::pin(self.call(Operation::Line, timeout, move |store, _| store.enter_now(&key, whose)))
+    }
+
+    fn heartbeat<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, bool> {
+        let (key, whose) = (key.clone(), self.place(place));
+        Box::pin(self.call(Operation::Line, timeout, move |store, _| store.heartbeat_now(&key, whose)))
+    }
+
+    fn leave<'a>(&'a self, key: &'a Key, place: LinePlace, timeout: Duration) -> Answer<'a, ()> {
+        let (key, whose) = (key.clone(), self.place(place));
+        Box::pin(self.call(Operation::Line, timeout, move |store, _| store.leave_now(&key, whose)))
     }
 
     fn subscribe(&self, key: &Key) -> Subscription {

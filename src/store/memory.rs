@@ -1,21 +1,27 @@
 //! The embedded store: the same contract within one process, on tokio's clock.
 
+mod line;
 mod share;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::task::consume_budget;
 use tokio::time::Instant;
 
+#[cfg(test)]
+pub(crate) use self::line::ALIVE;
+use self::line::Lines;
+pub(crate) use self::line::PlaceOf;
 use self::share::{Member, Share};
 use super::notifications::{ChannelState, Subscription, Subscriptions};
 use super::{
-    Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, Next,
-    Store, Undone, Verdict, Wanted, Whose,
+    Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest,
+    LinePlace, Next, Store, Undone, Verdict, Wanted, Whose,
 };
 use crate::hold::timing::MAX_TTL;
 use crate::hold::{GrantId, Owned};
@@ -26,15 +32,19 @@ use crate::{Key, Loss, Token};
 pub(crate) struct MemoryStore {
     held: Mutex<Held>,
     subscriptions: Subscriptions,
+    /// The number of the last of the [lockers](Self::new_locker).
+    last_locker: AtomicU64,
 }
 
 struct Held {
     locks: HashMap<Key, Entry>,
     /// The keys that several share. No key is live in both maps.
     shares: HashMap<Key, Share>,
+    /// Those who wait for several keys.
+    lines: Lines,
     /// One counter for all keys, so fencing tokens grow for each key.
     last_fence: u64,
-    /// The size of both maps at which expired entries are removed next: twice their size after the last time.
+    /// The size of all maps at which expired entries are removed next: twice their size after the last time.
     sweep_at: usize,
     /// Maps tokio's clock, which tests may pause, to the wall clock, from which fencing tokens start.
     epoch: (Instant, Duration),
@@ -106,8 +116,15 @@ impl MemoryStore {
     pub(crate) fn new() -> Self {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let epoch = (Instant::now(), since_1970);
-        let held = Held { locks: HashMap::new(), shares: HashMap::new(), last_fence: 0, sweep_at: 64, epoch };
-        Self { held: Mutex::new(held), subscriptions: Subscriptions::new() }
+        let (locks, shares, lines) = (HashMap::new(), HashMap::new(), Lines::default());
+        let held = Held { locks, shares, lines, last_fence: 0, sweep_at: 64, epoch };
+        Self { held: Mutex::new(held), subscriptions: Subscriptions::new(), last_locker: AtomicU64::new(0) }
+    }
+
+    /// Returns a number for one more of several lockers on this store, whose places it tells apart by that. A locker
+    /// that has the store to itself is number 0.
+    pub(super) fn new_locker(&self) -> u64 {
+        self.last_locker.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     pub(super) fn acquire_now(&self, wanted: &Wanted) -> Acquired {
@@ -161,6 +178,20 @@ impl MemoryStore {
             // The mutex was held since the release, so nobody else can have the lock.
             Acquired::Held { .. } => HandedOver::NotOurs(Loss::Taken),
         }
+    }
+
+    pub(super) fn enter_now(&self, key: &Key, whose: PlaceOf) {
+        self.held().enter(key, whose);
+    }
+
+    pub(super) fn heartbeat_now(&self, key: &Key, whose: PlaceOf) -> bool {
+        self.held().lines.heartbeat(key, whose, Instant::now())
+    }
+
+    pub(super) fn leave_now(&self, key: &Key, whose: PlaceOf) {
+        self.held().lines.leave(key, whose);
+        // Those who were held back may share the key now.
+        self.subscriptions.notify(key.as_bytes());
     }
 
     pub(super) fn downgrade_now(&self, owned: &Owned) -> Downgraded {
@@ -249,6 +280,7 @@ impl MemoryStore {
         let mut held = self.held();
         held.locks.clear();
         held.shares.clear();
+        held.lines.clear();
     }
 
     fn held(&self) -> MutexGuard<'_, Held> {
@@ -302,6 +334,13 @@ impl Held {
             return held(entry.expires);
         }
         let mode = wanted.owned.mode;
+        if let Some(until) = self.lines.before(&key, wanted.since, now) {
+            // A token that shares the key already would wait for itself.
+            let is_in = |share: &Share| share.mode == mode && share.has_token(&wanted.owned.token, now);
+            if !self.shares.get(&key).is_some_and(is_in) {
+                return held(until);
+            }
+        }
         let before = self.shares.remove(&key);
         let until = before.as_ref().and_then(|share| share.expires(now));
         let mut share = match (before, until) {
@@ -352,12 +391,23 @@ impl Held {
         Downgraded::Done
     }
 
+    fn enter(&mut self, key: &Key, whose: PlaceOf) {
+        let now = Instant::now();
+        self.lines.enter(key, whose, now);
+        self.sweep(now);
+    }
+
+    fn size(&self) -> usize {
+        self.locks.len() + self.shares.len() + self.lines.len()
+    }
+
     /// Removes expired entries, if there are many entries.
     fn sweep(&mut self, now: Instant) {
-        if self.locks.len() + self.shares.len() >= self.sweep_at {
+        if self.size() >= self.sweep_at {
             self.locks.retain(|_, entry| now < entry.expires);
             self.shares.retain(|_, share| share.expires(now).is_some());
-            self.sweep_at = ((self.locks.len() + self.shares.len()) * 2).max(64);
+            self.lines.sweep(now);
+            self.sweep_at = (self.size() * 2).max(64);
         }
     }
 
@@ -562,6 +612,7 @@ impl Store for MemoryStore {
             renews_batches: true,
             has_readers: true,
             has_permits: true,
+            has_line_for_several: true,
             ..Capabilities::default()
         }
     }
@@ -608,6 +659,18 @@ impl Store for MemoryStore {
         in_turn(move || self.downgrade_now(owned))
     }
 
+    fn enter<'a>(&'a self, key: &'a Key, place: LinePlace, _: Duration) -> Answer<'a, ()> {
+        in_turn(move || self.enter_now(key, PlaceOf { locker: 0, place }))
+    }
+
+    fn heartbeat<'a>(&'a self, key: &'a Key, place: LinePlace, _: Duration) -> Answer<'a, bool> {
+        in_turn(move || self.heartbeat_now(key, PlaceOf { locker: 0, place }))
+    }
+
+    fn leave<'a>(&'a self, key: &'a Key, place: LinePlace, _: Duration) -> Answer<'a, ()> {
+        in_turn(move || self.leave_now(key, PlaceOf { locker: 0, place }))
+    }
+
     fn subscribe(&self, key: &Key) -> Subscription {
         self.subscribe_now(key)
     }
@@ -640,7 +703,7 @@ impl Store for MemoryStore {
 
 /// Runs an operation, which never returns pending itself, within tokio's cooperative budget: a task that does nothing
 /// but lock and release lets other tasks run. It yields before it runs, so an operation that is dropped has not run.
-fn in_turn<'a, T: Send + 'a>(run: impl FnOnce() -> T + Send + 'a) -> Answer<'a, T> {
+pub(super) fn in_turn<'a, T: Send + 'a>(run: impl FnOnce() -> T + Send + 'a) -> Answer<'a, T> {
     Box::pin(async {
         consume_budget().await;
         Ok(run())

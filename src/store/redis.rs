@@ -223,6 +223,7 @@ impl Store for RedisStore {
             undoes_attempts: false,
             has_readers: true,
             has_permits: true,
+            has_line_for_several: false,
         }
     }
 

@@ -216,6 +216,7 @@ async fn all_but_permits(locker: &Locker) {
         sharing::readers_share_a_key_and_exclude_writers,
         sharing::all_readers_are_listed,
         sharing::a_writer_that_waits_holds_readers_back,
+        sharing::a_writer_gets_in_under_a_stream_of_readers_also_with_several_keys,
         sharing::a_request_that_gives_up_or_is_dropped_holds_nobody_back,
         sharing::a_reader_is_renewed_and_its_ttl_is_its_own,
         sharing::a_key_is_free_when_the_last_reader_has_expired,

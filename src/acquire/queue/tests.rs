@@ -19,7 +19,8 @@ fn wanted_for(queueing: Queueing, mode: Mode) -> Arc<Wanted> {
     let owned = Owned { keys: Box::new([Key::from("k")]), token: Token::random(), own_token: true, grant: None, mode };
     let ttl = Duration::from_secs(1);
     let (metadata, latest) = (Box::default(), Arc::default());
-    Arc::new(Wanted { owned, metadata, ttl, fenced: false, queueing, takes_over: false, latest, limit: 0 })
+    let since = Instant::now();
+    Arc::new(Wanted { owned, metadata, ttl, fenced: false, queueing, takes_over: false, latest, limit: 0, since })
 }
 
 pub(super) fn grant() -> Grant {

@@ -138,6 +138,7 @@ impl World {
             takes_over: false,
             latest,
             limit: 0,
+            since: Instant::now(),
         };
         at_once(self.store.acquire(&wanted, InLine::No, ms(500)));
         let drift = Drift { factor: 0.0, margin: Duration::ZERO };

@@ -95,6 +95,10 @@ impl Share {
         self.members.push(member);
     }
 
+    pub(super) fn has_token(&self, token: &Token, now: Instant) -> bool {
+        self.live(now).any(|member| member.token == *token)
+    }
+
     pub(super) fn has(&self, owned: &Owned, now: Instant) -> bool {
         self.live(now).any(|member| member.is(&owned.token, owned.grant))
     }

@@ -61,6 +61,7 @@ impl Renewal {
             takes_over: false,
             latest: latest.clone(),
             limit: 0,
+            since: Instant::now(),
         };
         let (window, ahead) = (quorum.window, quorum.ahead());
         let ballot = Ballot { number: None, exactly: false, window, ahead, place: None, heals: true };

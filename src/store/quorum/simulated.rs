@@ -986,6 +986,7 @@ async fn a_node_that_another_holds_is_not_healed() {
         takes_over: false,
         latest: Arc::default(),
         limit: 0,
+        since: Instant::now(),
     };
     let (window, ahead) = (Duration::ZERO, ms(60_000));
     let ballot = Ballot { number: None, exactly: false, window, ahead, place: None, heals: false };

@@ -73,6 +73,7 @@ async fn run(store: &dyn Store, owned: &Owned, what: &What) -> String {
                 takes_over: false,
                 latest: Arc::default(),
                 limit: 2,
+                since: Instant::now(),
             };
             match store.acquire(&wanted, InLine::No, PATIENCE).await.unwrap() {
                 Acquired::Granted { fencing_token } => format!("granted: {}", fencing_token.is_some()),

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tenure::{Error, Lease, LockGuard, LockRequest, Locker, Loss};
 use tenure_test_support::eventually;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::sleep;
 
 use super::{decided, has_at_least, ms, token};
@@ -99,6 +99,35 @@ pub(super) async fn a_writer_that_waits_holds_readers_back(locker: &Locker) {
         readers.push(waiter.await.unwrap().unwrap());
     }
     release_all(readers).await;
+}
+
+/// There is always a reader: each comes again as soon as it has left, and before the others have.
+pub(super) async fn a_writer_gets_in_under_a_stream_of_readers_also_with_several_keys(locker: &Locker) {
+    let mut readers = JoinSet::new();
+    for n in 0..6 {
+        let locker = locker.clone();
+        readers.spawn(async move {
+            sleep(ms(10 * n)).await;
+            loop {
+                let reader = locker.read("{stream}:a").await.unwrap();
+                sleep(ms(60)).await;
+                drop(reader);
+            }
+        });
+    }
+    let writes: [fn(&Locker) -> LockRequest; 2] =
+        [|locker| locker.lock("{stream}:a"), |locker| locker.lock_all(["{stream}:b", "{stream}:a"])];
+    for write in writes.into_iter().cycle().take(4) {
+        let several = async || (locker.holders("{stream}:a").await.unwrap().len() > 2).then_some(());
+        eventually("several read", several).await;
+        let began = Instant::now();
+        let writer = write(locker).wait_at_most(ms(20_000)).await.unwrap();
+        // A tenth of that, where nothing else takes the machine.
+        assert!(began.elapsed() < ms(3_000), "{:?}", began.elapsed());
+        writer.release().await.unwrap();
+    }
+    readers.shutdown().await;
+    locker.lock_all(["{stream}:a", "{stream}:b"]).await.unwrap().release().await.unwrap();
 }
 
 pub(super) async fn a_request_that_gives_up_or_is_dropped_holds_nobody_back(locker: &Locker) {

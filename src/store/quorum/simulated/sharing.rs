@@ -21,6 +21,7 @@ fn wanted(owned: Owned) -> Wanted {
         takes_over: false,
         latest: Arc::default(),
         limit: 0,
+        since: Instant::now(),
     }
 }
 

@@ -24,7 +24,8 @@ fn wanted() -> Wanted {
         mode: Mode::Exclusive,
     };
     let (metadata, ttl, latest) = (Box::default(), PATIENCE, Arc::default());
-    Wanted { owned, metadata, ttl, fenced: false, queueing: Queueing::Own, takes_over: false, latest, limit: 0 }
+    let (queueing, since) = (Queueing::Own, Instant::now());
+    Wanted { owned, metadata, ttl, fenced: false, queueing, takes_over: false, latest, limit: 0, since }
 }
 
 fn own(number: u64) -> LinePlace {

@@ -22,7 +22,8 @@ fn wanted(mode: Mode, limit: usize) -> Wanted {
     let (keys, token) = ([Key::from("k")].into(), Token::random());
     let owned = Owned { keys, token, own_token: true, grant: None, mode };
     let (metadata, latest) = (Box::default(), Arc::default());
-    Wanted { owned, metadata, ttl: TTL, fenced: true, queueing: Queueing::Shared, takes_over: false, latest, limit }
+    let (queueing, since) = (Queueing::Shared, Instant::now());
+    Wanted { owned, metadata, ttl: TTL, fenced: true, queueing, takes_over: false, latest, limit, since }
 }
 
 fn reader() -> Wanted {
