@@ -139,6 +139,22 @@ fn doctor_tells_by_its_exit_code_how_bad_it_is() {
 }
 
 #[test]
+fn what_is_wrong_with_the_arguments_is_json_too() {
+    let server = Server::start();
+    for args in [&["status", "--json"][..], &["--json", "nonsense"], &["run", "--json", "job"]] {
+        let (code, text, told) = tenure(&server, args);
+        let [failed] = &json(&told)[..] else { panic!("{args:?}: {told}") };
+        assert_eq!((code, text.as_str()), (64, ""), "{args:?}");
+        assert_eq!((failed["event"].as_str(), failed["exit_code"].as_u64()), (Some("failed"), Some(64)), "{args:?}");
+    }
+    let (_, _, told) = tenure(&server, &["status", "--json"]);
+    assert_eq!(json(&told)[0]["error"], "the following required arguments were not provided: <KEYS>...");
+    // An option of the command is none of ours.
+    let (code, _, told) = tenure(&server, &["run", "job", "--nonsense", "--", "true", "--json"]);
+    assert!(code == 64 && told.starts_with("error: "), "{told}");
+}
+
+#[test]
 fn completions_and_help_are_there_for_every_command() {
     let server = Server::start();
     for shell in ["bash", "zsh", "fish"] {
