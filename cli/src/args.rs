@@ -33,8 +33,8 @@ pub(crate) enum Command {
     /// Show who holds locks
     ///
     /// Prints for each key whether it is held, what for, for how long unless it is renewed, and the fencing token.
-    /// Where readers or permits share a key, each has a line. The tokens by which keys are held are secret, and never
-    /// shown.
+    /// Where readers or permits share a key, each has a line. A lock that `--at-least` keeps taken after its command
+    /// has ended has no holder. The tokens by which keys are held are secret, and never shown.
     #[command(after_long_help = AFTER_STATUS)]
     Status(StatusOptions),
 

@@ -41,7 +41,7 @@ fn status_shows_holders_and_no_tokens() {
         lines[0].starts_with("held  held by host-3") && lines[0].contains("fencing token 1790000000000000"),
         "{text}"
     );
-    assert!(lines[1] == "free  free" && lines[2].contains("without a ttl"), "{text}");
+    assert!(lines[1] == "free  no holder" && lines[2].contains("without a ttl"), "{text}");
     assert!(!text.contains("secret") && !text.contains('\u{1b}'), "{text}");
     let (code, text, _) = tenure(&server, &["status", "--json", "--exit-code", "held", "free"]);
     assert_eq!(code, 75);
