@@ -4,8 +4,10 @@
 //! - [`guarantees`]: what each kind of server promises, on what that rests, and which test shows it.
 //! - [`production`]: what to check before a lock guards something that matters.
 //! - [`readers_and_permits`]: sharing a key, for users of Redisson and of DistributedLock.
+//! - [`events`]: what the crate reports through `tracing`.
 //! - [`migrating_from_rslock`] and [`migrating_from_go`]: what you know, and what it is called here.
 
+pub mod events;
 pub mod guarantees;
 pub mod guide;
 pub mod migrating_from_go;

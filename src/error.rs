@@ -40,7 +40,7 @@ pub enum Error {
     /// [permit](crate::Locker::permit), also: it is another's turn.
     ///
     /// If the server did not report that, the error is [`Redis`](Error::Redis).
-    #[error("`{key}` is held by another (attempts: {attempts}, waited: {waited:?}); try later or wait longer")]
+    #[error("`{key}` is held by another (attempts: {attempts}, waited: {waited:.1?}); try later or wait longer")]
     NotObtained {
         /// The key that was held; of several, the first one that was found held.
         key: Key,
@@ -210,7 +210,7 @@ impl Error {
     /// ```
     /// use tenure::{Error, RedisError, RedisErrorKind};
     ///
-    /// let loading = RedisError::new(RedisErrorKind::Unknown, "LOADING Redis is loading the dataset");
+    /// let loading = RedisError::new(RedisErrorKind::Unknown, "LOADING Redis loads the dataset");
     /// assert!(Error::from(loading).is_transient());
     /// assert!(!Error::Closed.is_transient());
     /// ```
@@ -249,7 +249,7 @@ impl Error {
     /// ```
     /// use tenure::{Error, RedisError, RedisErrorKind};
     ///
-    /// let refused = RedisError::new(RedisErrorKind::Unknown, "NOPERM this user has no permissions");
+    /// let refused = RedisError::new(RedisErrorKind::Unknown, "NOPERM no permissions for that");
     /// assert_eq!(Error::from(refused).code(), Some("NOPERM"));
     /// ```
     pub fn code(&self) -> Option<&str> {

@@ -226,7 +226,8 @@ impl Locker {
     /// ```
     /// use std::time::Duration;
     ///
-    /// let locker = tenure::Locker::builder().ttl(Duration::from_secs(10)).prefix("billing:").in_memory();
+    /// let builder = tenure::Locker::builder().ttl(Duration::from_secs(10)).prefix("billing:");
+    /// let locker = builder.in_memory();
     /// ```
     pub fn builder() -> LockerBuilder {
         LockerBuilder::default()
@@ -472,7 +473,8 @@ impl Locker {
     /// # async fn main() -> Result<(), tenure::Error> {
     /// let locker = tenure::Locker::in_memory();
     /// let licences = 2;
-    /// let (one, another) = (locker.permit("cad", licences).await?, locker.permit("cad", licences).await?);
+    /// let one = locker.permit("cad", licences).await?;
+    /// let another = locker.permit("cad", licences).await?;
     /// assert!(locker.try_permit("cad", licences).await.is_err());
     /// one.release().await?;
     /// let third = locker.permit("cad", licences).await?;

@@ -40,7 +40,7 @@
 //! ```
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! use metrics_util::debugging::DebuggingRecorder; // in a program, say metrics_exporter_prometheus
+//! use metrics_util::debugging::DebuggingRecorder; // or, say, metrics_exporter_prometheus
 //!
 //! let recorder = DebuggingRecorder::new();
 //! let snapshotter = recorder.snapshotter();

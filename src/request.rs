@@ -163,7 +163,8 @@ impl LockRequest {
     /// # async fn main() -> Result<(), tenure::Error> {
     /// let locker = tenure::Locker::in_memory();
     /// let guard = locker.lock("k").metadata("host-3").await?;
-    /// assert_eq!(locker.inspect("k").await?.map(|holder| holder.metadata), Some(b"host-3".to_vec()));
+    /// let holder = locker.inspect("k").await?;
+    /// assert_eq!(holder.map(|holder| holder.metadata), Some(b"host-3".to_vec()));
     /// # Ok(())
     /// # }
     /// ```
@@ -209,7 +210,8 @@ impl LockRequest {
     /// use std::time::Duration;
     ///
     /// let locker = tenure::Locker::in_memory();
-    /// let guard = locker.lock("k").ttl(Duration::from_secs(60)).renew_every(Duration::from_secs(5)).await?;
+    /// let request = locker.lock("k").ttl(Duration::from_secs(60));
+    /// let guard = request.renew_every(Duration::from_secs(5)).await?;
     /// # Ok(())
     /// # }
     /// ```

@@ -109,7 +109,8 @@ impl Retry {
     /// ```
     /// use std::time::Duration;
     ///
-    /// let spread = tenure::Retry::linear(Duration::from_millis(100)).jitter(Duration::from_millis(200));
+    /// let ms = Duration::from_millis;
+    /// let spread = tenure::Retry::linear(ms(100)).jitter(ms(200));
     /// ```
     pub fn jitter(self, jitter: Duration) -> Self {
         Self { jitter, ..self }

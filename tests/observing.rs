@@ -1,4 +1,4 @@
-//! What a lock's life looks like through `tracing`, and that the front page documents every event. A program of its
+//! What a lock's life looks like through `tracing`, and that `docs::events` documents every event. A program of its
 //! own, as `tracing` remembers for the whole process which events anybody listens to: tests beside this one, which
 //! listen to none, could silence it.
 
@@ -139,14 +139,14 @@ async fn at_level_info_nothing_is_told_of_locks_that_are_well_and_a_loss_is_told
 type Table = BTreeMap<String, (BTreeSet<String>, BTreeSet<String>)>;
 
 #[test]
-fn every_event_is_in_the_table_on_the_front_page_and_that_has_no_other() {
+fn every_event_is_in_the_table_of_events_and_that_has_no_other() {
     let (documented, emitted) = (documented(), emitted());
     for (name, found) in &emitted {
-        let Some(told) = documented.get(name) else { panic!("{name} is not in the table in src/lib.rs") };
+        let Some(told) = documented.get(name) else { panic!("{name} is not in the table in src/docs/events.rs") };
         assert_eq!(told, found, "{name}: levels and fields in the table (left), and in the code");
     }
     let unknown: Vec<_> = documented.keys().filter(|&name| !emitted.contains_key(name)).collect();
-    assert!(unknown.is_empty(), "in the table in src/lib.rs, and nothing emits them: {unknown:?}");
+    assert!(unknown.is_empty(), "in the table in src/docs/events.rs, and nothing emits them: {unknown:?}");
     // Or nothing was read.
     assert!(emitted.contains_key("tenure.lost") && emitted.contains_key("tenure.keep"), "{emitted:?}");
 }
@@ -158,8 +158,8 @@ fn documented() -> Table {
         let entries = cell.split(',').map(|entry| entry.trim().trim_matches('`').to_owned());
         entries.filter(|entry| !entry.is_empty()).collect::<BTreeSet<_>>()
     };
-    let front_page = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/src/lib.rs")).unwrap();
-    for row in front_page.lines().filter(|line| line.starts_with("//! | `tenure.")) {
+    let page = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/src/docs/events.rs")).unwrap();
+    for row in page.lines().filter(|line| line.starts_with("//! | `tenure.")) {
         let cells: Vec<_> = row.split('|').map(str::trim).collect();
         let [_, name, levels, fields, _meaning, _] = cells[..] else { panic!("not four cells: {row}") };
         let before = table.insert(name.trim_matches('`').to_owned(), (list(levels), list(fields)));

@@ -39,6 +39,8 @@ const WIDTH: u32 = 860;
 const LINE: u32 = 19;
 /// The height of a panel's title, with the space around it.
 const TITLE: u32 = 46;
+/// The space below the last panels.
+const FOOT: u32 = 16;
 
 const BACKGROUND: RGBColor = RGBColor(251, 251, 250);
 const TEXT: RGBColor = RGBColor(51, 51, 51);
@@ -59,10 +61,11 @@ impl Chart {
         let rows = self.panels.len().div_ceil(2);
         let bars = self.panels.iter().map(|panel| panel.bars.len()).max().unwrap_or_default();
         let head = TITLE + LINE * self.notes.len() as u32;
-        let height = head + rows as u32 * (TITLE + LINE * bars as u32);
-        let area = SVGBackend::with_string(svg, (WIDTH, height)).into_drawing_area();
+        let body = rows as u32 * (TITLE + LINE * bars as u32);
+        let area = SVGBackend::with_string(svg, (WIDTH, head + body + FOOT)).into_drawing_area();
         area.fill(&BACKGROUND)?;
         let (top, panels) = area.split_vertically(head);
+        let (panels, _foot) = panels.split_vertically(body);
         top.draw_text(self.title, &heading(19), (16, 16))?;
         for (note, y) in self.notes.iter().zip((TITLE..).step_by(LINE as usize)) {
             top.draw_text(note, &font(14), (16, y as i32))?;

@@ -82,7 +82,8 @@ async fn compare(plan: Plan, machine: &str, url: &str) -> Chart {
         title: "Locks obtained and released per second, each task with a key of its own",
         notes: vec![
             machine.to_owned(),
-            format!("Medians of {} round(s) of {:?}, in turn. Longer is better.", plan.rounds, plan.length),
+            format!("Longer is better. Medians; rounds: {} of {:?} each, in turn.", plan.rounds, plan.length),
+            "Unfenced: without a fencing token, as the others. Raw: SET NX PX, then a script that deletes.".to_owned(),
         ],
         panels: Vec::new(),
     };

@@ -17,9 +17,12 @@ pub(crate) struct Args {
     pub(crate) command: Command,
 
     /// Print results, events and errors as JSON, one object per line
-    #[arg(long, global = true)]
+    #[arg(long, global = true, display_order = AFTER_THE_OTHERS)]
     pub(crate) json: bool,
 }
+
+/// Before `--help` and `--version`.
+const AFTER_THE_OTHERS: usize = 998;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -30,8 +33,8 @@ pub(crate) enum Command {
     /// Show who holds locks
     ///
     /// Prints for each key whether it is held, what for, for how long unless it is renewed, and the fencing token.
-    /// Where readers or permits share a key, each has a line. The tokens by which keys are held are secret, and never
-    /// shown.
+    /// Where readers or permits share a key, each has a line. A lock that `--at-least` keeps taken after its command
+    /// has ended has no holder. The tokens by which keys are held are secret, and never shown.
     #[command(after_long_help = AFTER_STATUS)]
     Status(StatusOptions),
 
@@ -164,7 +167,10 @@ pub(crate) struct RunOptions {
     #[arg(long, value_name = "TEXT")]
     pub(crate) metadata: Option<String>,
 
-    /// The exit code if the lock is not obtained
+    /// The exit code if the lock is not obtained; with 0, nothing is printed either
+    ///
+    /// Cron mails what a job prints. With --not-obtained-code 0, a run that finds the lock taken is a success that says
+    /// nothing.
     #[arg(long, default_value_t = 75, value_name = "CODE")]
     pub(crate) not_obtained_code: u8,
 
@@ -227,12 +233,15 @@ pub(crate) struct DoctorOptions {
     pub(crate) server: ServerOptions,
 }
 
+// Lines of at most 79 columns: clap breaks longer ones where the terminal ends, in the middle of a table.
+
 const AFTER: &str = "\
-Times are written as 500ms, 30s, 5m, 1h or 2days. `tenure help COMMAND` prints more, including exit codes.
+Times are written as 500ms, 30s, 5m, 1h or 2days. `tenure help COMMAND` prints
+more, including exit codes.
 
 Examples:
   A cron job that runs on one of many machines:
-    */10 * * * * tenure run nightly-import --no-wait --at-least 1m -- /usr/local/bin/import
+    */10 * * * * tenure run import --no-wait --at-least 1m -- /opt/import
   Deploy one at a time, in order, and wait for up to an hour:
     tenure run deploy --wait 1h --fair -- ./deploy.sh
   No more than three at a time:
@@ -260,47 +269,59 @@ its ttl. What the command has sent to other systems can't be called back: have t
 const AFTER_RUN: &str = "\
 Environment of the command:
   TENURE_KEY            the key
-  TENURE_FENCING_TOKEN  a number that is greater for every holder: send it along, and let the receiver refuse lower ones
+  TENURE_FENCING_TOKEN  a number that is greater for every holder: send it
+                        along, and let the receiver refuse lower ones
 
 Signals:
-  SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 are passed on to the command's process group. Before the command
-  has started, the first four end the wait. They also reach a command that is stopped, which keeps the lock. If tenure
-  itself is killed, or stopped for so long that the lock is about to be lost, a second process of it (`tenure __watch`)
-  ends the group. There is no grace period if tenure is killed under another `tenure run`, whose lock may end.
+  SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 are passed on to the
+  command's process group. Before the command has started, the first four end
+  the wait. They also reach a command that is stopped, which keeps the lock.
+
+  If tenure itself is killed, or stopped for so long that the lock is about to
+  be lost, a second process of it (`tenure __watch`) ends the group. There is
+  no grace period if tenure is killed under another `tenure run`, whose lock
+  may end.
 
 Exit codes:
-  the command's own    it has run and ended
-  128 + N              the command was ended by the signal N; or tenure was, before it started the command
-  64                   the arguments are wrong
-  69                   the server can't be reached, refuses, or has failed
-  75                   not obtained: another has the lock (--not-obtained-code)
-  76                   lost: the lock was lost while the command ran, and its process group was ended (--lost-code)
-  124                  the command ran for as long as --at-most allows, and its process group was ended
-  126, 127             the command can't be executed; it doesn't exist
+  the command's own  it has run and ended
+  128 + N            the signal N has ended the command, or tenure before it
+                     had started the command
+  64                 the arguments are wrong
+  69                 the server can't be reached, refuses, or has failed
+  75                 not obtained: another has the lock (--not-obtained-code)
+  76                 lost: the lock was lost while the command ran, and its
+                     process group was ended (--lost-code)
+  124                the command ran for as long as --at-most allows, and its
+                     process group was ended
+  126, 127           the command can't be executed; it doesn't exist
 
-  A command may exit with any of these, too. With --json, the last line on stderr says which it was.";
+  A command may exit with any of these, too. With --json, the last line on
+  stderr says which it was.";
 
 const AFTER_STATUS: &str = "\
 Exit codes:
-  0    the locks were looked at
-  64   the arguments are wrong
-  69   the server can't be reached, refuses, or has failed
-  75   with --exit-code: one of the locks is held";
+  0   the locks were looked at
+  64  the arguments are wrong
+  69  the server can't be reached, refuses, or has failed
+  75  with --exit-code: one of the locks is held";
 
 const AFTER_BREAK: &str = "\
 Exit codes:
-  0    the lock was ended
-  1    there was no lock, the answer was no, or the holder has changed since it was shown
-  64   the arguments are wrong; without a terminal, --yes is needed
-  69   the server can't be reached, refuses, or has failed: look with `tenure status` before you try again";
+  0   the lock was ended
+  1   there was no lock, the answer was no, or the holder has changed since it
+      was shown
+  64  the arguments are wrong; without a terminal, --yes is needed
+  69  the server can't be reached, refuses, or has failed: look with
+      `tenure status` before you try again";
 
 const AFTER_DOCTOR: &str = "\
 Exit codes:
-  0    nothing was found, or only what is good to know
-  1    warnings: locks may be lost, or held twice, after a restart or a failover
-  2    dangers: locks can't be obtained, or are lost or held twice in normal operation
-  64   the arguments are wrong
-  69   the server can't be reached, refuses, or has failed";
+  0   nothing was found, or only what is good to know
+  1   warnings: locks may be lost, or held twice, after a restart or a failover
+  2   dangers: locks can't be obtained, or are lost or held twice in normal
+      operation
+  64  the arguments are wrong
+  69  the server can't be reached, refuses, or has failed";
 
 #[cfg(test)]
 mod tests {
@@ -311,5 +332,13 @@ mod tests {
     #[test]
     fn the_options_are_consistent() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn the_tables_of_the_manual_fit_into_eighty_columns() {
+        for text in [AFTER, AFTER_RUN, AFTER_STATUS, AFTER_BREAK, AFTER_DOCTOR] {
+            let too_long: Vec<_> = text.lines().filter(|line| line.len() > 79).collect();
+            assert!(too_long.is_empty(), "{too_long:?}");
+        }
     }
 }

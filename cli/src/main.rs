@@ -32,16 +32,33 @@ fn main() -> ExitCode {
     }
     let args = match Args::try_parse() {
         Ok(args) => args,
-        Err(error) => {
-            // Help and the version are no errors. Where they can't be printed, nothing else can.
-            drop(error.print());
-            return if error.use_stderr() { Exit::Usage } else { Exit::Success }.into();
+        Err(error) if error.use_stderr() => return refuse(&error).into(),
+        Err(help_or_version) => {
+            // Where it can't be printed, nothing else can.
+            drop(help_or_version.print());
+            return Exit::Success.into();
         }
     };
     let output = Output::new(args.json);
     let exit = execute(args.command, &output);
     output.finish();
     exit.into()
+}
+
+/// Prints what is wrong with the arguments.
+fn refuse(error: &clap::Error) -> Exit {
+    let mut own_options = std::env::args_os().take_while(|argument| argument != "--");
+    if !own_options.any(|argument| argument == "--json") {
+        drop(error.print());
+        return Exit::Usage;
+    }
+    // The first paragraph. The others are for people: usage, and where to find help.
+    let text = error.to_string();
+    let words: Vec<_> = text.split("\n\n").next().unwrap_or_default().split_whitespace().collect();
+    let output = Output::new(true);
+    let exit = output.fail(Exit::Usage, &words.join(" ").trim_start_matches("error: "));
+    output.finish();
+    exit
 }
 
 fn execute(command: Command, output: &Output) -> Exit {

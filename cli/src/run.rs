@@ -74,11 +74,10 @@ pub(crate) async fn run(options: RunOptions, output: &Output) -> Exit {
         Ok(guard) => guard,
         Err(error) => {
             locker.close_within(CLOSING).await;
-            let exit = match exit_of(&error) {
-                Exit::NotObtained => Exit::OfCommand(options.not_obtained_code),
-                exit => exit,
+            return match exit_of(&error) {
+                Exit::NotObtained => not_obtained(options.not_obtained_code, &error, output),
+                exit => output.fail(exit, &error),
             };
-            return output.fail(exit, &error);
         }
     };
     let waited_ms = millis(began.elapsed());
@@ -87,6 +86,16 @@ pub(crate) async fn run(options: RunOptions, output: &Output) -> Exit {
     let plan = plan.begun(Instant::now());
     let exit = hold(guard, &options, plan, &mut signals, output).await;
     locker.close_within(CLOSING).await;
+    exit
+}
+
+/// Another has the lock. To those who chose 0 that is no failure, and nothing that cron should mail.
+fn not_obtained(code: u8, error: &Error, output: &Output) -> Exit {
+    let exit = Exit::OfCommand(code);
+    if code != 0 {
+        return output.fail(exit, error);
+    }
+    output.detail("failed", json!({ "error": error.to_string(), "exit_code": code }));
     exit
 }
 

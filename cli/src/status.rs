@@ -36,7 +36,8 @@ impl<'a> Shown<'a> {
     /// Returns a line for each holder, or one that says that there is none.
     pub(crate) fn text(&self) -> String {
         if !self.held {
-            return format!("{}  free", self.key);
+            // Not "free": `--at-least` may keep it taken.
+            return format!("{}  no holder", self.key);
         }
         let lines: Vec<_> = self.holders.iter().map(|holder| format!("{}  {}", self.key, holder.text())).collect();
         lines.join("\n")

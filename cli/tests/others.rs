@@ -41,7 +41,7 @@ fn status_shows_holders_and_no_tokens() {
         lines[0].starts_with("held  held by host-3") && lines[0].contains("fencing token 1790000000000000"),
         "{text}"
     );
-    assert!(lines[1] == "free  free" && lines[2].contains("without a ttl"), "{text}");
+    assert!(lines[1] == "free  no holder" && lines[2].contains("without a ttl"), "{text}");
     assert!(!text.contains("secret") && !text.contains('\u{1b}'), "{text}");
     let (code, text, _) = tenure(&server, &["status", "--json", "--exit-code", "held", "free"]);
     assert_eq!(code, 75);
@@ -136,6 +136,22 @@ fn doctor_tells_by_its_exit_code_how_bad_it_is() {
     let (code, text, _) = tenure(&server, &["doctor", "--json"]);
     assert_eq!((code, json(&text)[0]["findings"][0]["topic"].as_str()), (2, Some("memory")));
     assert_eq!(tenure(&server, &["doctor", "http://nonsense"]).0, 64);
+}
+
+#[test]
+fn what_is_wrong_with_the_arguments_is_json_too() {
+    let server = Server::start();
+    for args in [&["status", "--json"][..], &["--json", "nonsense"], &["run", "--json", "job"]] {
+        let (code, text, told) = tenure(&server, args);
+        let [failed] = &json(&told)[..] else { panic!("{args:?}: {told}") };
+        assert_eq!((code, text.as_str()), (64, ""), "{args:?}");
+        assert_eq!((failed["event"].as_str(), failed["exit_code"].as_u64()), (Some("failed"), Some(64)), "{args:?}");
+    }
+    let (_, _, told) = tenure(&server, &["status", "--json"]);
+    assert_eq!(json(&told)[0]["error"], "the following required arguments were not provided: <KEYS>...");
+    // An option of the command is none of ours.
+    let (code, _, told) = tenure(&server, &["run", "job", "--nonsense", "--", "true", "--json"]);
+    assert!(code == 64 && told.starts_with("error: "), "{told}");
 }
 
 #[test]

@@ -332,6 +332,23 @@ fn a_command_that_runs_for_too_long_is_ended_and_its_lock_is_free() {
 }
 
 #[test]
+fn where_a_held_lock_is_no_failure_nothing_is_said_of_it() {
+    let mut server = Server::start();
+    server.cli(&["SET", "job", "another", "PX", "60000"]);
+    let run = |server: &Server, more: &[&str]| {
+        let args = ["run", "job", "--no-wait", "--not-obtained-code", "0"];
+        let output = tenure(server).args(args).args(more).args(["--", "true"]).output().unwrap();
+        (code(output.status), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
+    };
+    assert_eq!(run(&server, &[]), (0, String::new()));
+    let (status, told) = run(&server, &["--json"]);
+    assert!(status == 0 && told.contains("held by another"), "{told}");
+    server.kill();
+    let (status, told) = run(&server, &[]);
+    assert!(status == 69 && !told.is_empty(), "{told}");
+}
+
+#[test]
 fn what_cannot_run_is_told_apart() {
     let server = Server::start();
     let run = |command: &str| {

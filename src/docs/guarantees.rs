@@ -8,6 +8,12 @@
 //! No lock can stop code that never checks it, nor a request that is already on its way to a third system. So a store
 //! that a late writer could harm has to compare [fencing tokens](crate::LockGuard::fencing_token).
 //!
+//! <style>
+//! /* Names of tests are longer than a column is wide. */
+//! .docblock td { vertical-align: top; }
+//! .docblock td:last-child code { font-size: 0.8em; word-break: break-all; white-space: normal; }
+//! </style>
+//!
 //! # Every backend
 //!
 //! Guards that use one [token](crate::LockRequest::token), chosen by the user, share a lock. They count as one holder

@@ -90,8 +90,8 @@
 //! -- No row was updated: there is a newer holder. Stop.
 //! ```
 //!
-//! `recipes/fenced_write.rs` in the repository is a program that does this with SQLite, and
-//! `recipes/fenced_write_postgresql.rs` with PostgreSQL.
+//! The recipes [`fenced_write.rs`] and [`fenced_write_postgresql.rs`] are programs that do this with SQLite and with
+//! PostgreSQL.
 //!
 //! # How long a ttl
 //!
@@ -129,7 +129,7 @@
 //! "Every machine of the fleet starts this on the hour, and one of them should run it" needs a little more than a lock:
 //! the job may take a second, and the clocks of the machines differ by more. With
 //! [`hold_at_least`](crate::LockRequest::hold_at_least) the key stays taken after the release, so a machine that comes
-//! late finds that it has come too late. `recipes/once_per_period.rs` is such a job.
+//! late finds that it has come too late. The recipe [`once_per_period.rs`] is such a job.
 //!
 //! For a job that might hang and keep its lock for ever, set [`hold_at_most`](crate::LockRequest::hold_at_most).
 //!
@@ -168,6 +168,10 @@
 //!
 //! Code that takes a `&Locker` runs on [`Locker::in_memory`](crate::Locker::in_memory) in its tests: same rules, no
 //! server. It keeps to tokio's clock, so under `#[tokio::test(start_paused = true)]` an hour passes in a millisecond,
-//! and a loss comes at exactly its time. `recipes/own_tests.rs` shows that, and a locker that many tests share.
+//! and a loss comes at exactly its time. The recipe [`own_tests.rs`] shows that, and a locker that many tests share.
 //!
 //! [`Locker`]: crate::Locker
+//! [`fenced_write.rs`]: https://github.com/tenure-rs/tenure/blob/main/recipes/fenced_write.rs
+//! [`fenced_write_postgresql.rs`]: https://github.com/tenure-rs/tenure/blob/main/recipes/fenced_write_postgresql.rs
+//! [`once_per_period.rs`]: https://github.com/tenure-rs/tenure/blob/main/recipes/once_per_period.rs
+//! [`own_tests.rs`]: https://github.com/tenure-rs/tenure/blob/main/recipes/own_tests.rs

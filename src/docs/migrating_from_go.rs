@@ -114,7 +114,8 @@
 //! # trviph/redlock, on one server
 //!
 //! ```text
-//! lock := redlock.NewLock(rdb, redlock.WithMinRetryDelay(0), redlock.WithJitterDuration(300*time.Millisecond))
+//! lock := redlock.NewLock(rdb,
+//!     redlock.WithMinRetryDelay(0), redlock.WithJitterDuration(300*time.Millisecond))
 //! fencing, err := lock.Acquire(ctx, "my-resource", 10*time.Second)
 //! defer lock.Release(ctx, "my-resource", fencing)
 //! err = lock.TryExtend(ctx, "my-resource", fencing, 20*time.Second)
@@ -137,7 +138,7 @@
 //!
 //! ```text
 //! wd := redlock.NewWatchDog(locker,
-//!     redlock.WithCallbacks(cbCtx, func(ctx context.Context, item *redlock.WatchItem, err error) {
+//!     redlock.WithCallbacks(cbCtx, func(_ context.Context, item *redlock.WatchItem, err error) {
 //!         if err == context.Canceled { log.Printf("stopped for key %s", item.Key); return }
 //!         log.Printf("error for key %s: %v", item.Key, err)
 //!     }),
@@ -157,7 +158,7 @@
 //! let dog = WatchDog::builder(&locker)
 //!     .on_event(|event| match event {
 //!         WatchEvent::Stopped { key, .. } => println!("stopped for key {key}"),
-//!         WatchEvent::RenewFailed { key, error, .. } => println!("error for key {key}: {error}"),
+//!         WatchEvent::RenewFailed { key, error, .. } => println!("error for {key}: {error}"),
 //!         WatchEvent::Lost { key, loss, .. } => println!("key {key} is lost: {loss}"),
 //!         _ => {}
 //!     })
@@ -188,7 +189,9 @@
 //!
 //! ```text
 //! dl := redlock.NewDistributedLock(
-//!     []*redlock.Lock{redlock.NewLock(redis1), redlock.NewLock(redis2), redlock.NewLock(redis3)},
+//!     []*redlock.Lock{
+//!         redlock.NewLock(redis1), redlock.NewLock(redis2), redlock.NewLock(redis3),
+//!     },
 //!     redlock.WithClockDriftFactor(0.01), redlock.WithClockDriftBuffer(2*time.Millisecond),
 //!     redlock.WithReleaseTimeout(5*time.Second))
 //! fencing, err := dl.Acquire(ctx, "my-resource", 30*time.Second)
@@ -206,7 +209,7 @@
 //!     .command_timeout(Duration::from_secs(5))
 //!     .quorum(["redis://redis1", "redis://redis2", "redis://redis3"])
 //!     .await?;
-//! let guard = locker.lock("my-resource").ttl(Duration::from_secs(30)).await?; // the same guard as on one server
+//! let guard = locker.lock("my-resource").ttl(Duration::from_secs(30)).await?; // the same guard
 //! match guard.release().await {
 //!     Err(Error::Quorum { needed, granted, nodes }) => {
 //!         // Too few nodes were reached; the release goes on in the background.

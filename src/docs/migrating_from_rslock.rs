@@ -87,14 +87,16 @@
 //! # Several servers
 //!
 //! ```text
-//! let rl = LockManager::new(vec!["redis://10.0.0.1/", "redis://10.0.0.2/", "redis://10.0.0.3/"]);
+//! let nodes = vec!["redis://10.0.0.1/", "redis://10.0.0.2/", "redis://10.0.0.3/"];
+//! let rl = LockManager::new(nodes);
 //! ```
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), tenure::Error> {
 //! use tenure::Locker;
 //!
-//! let locker = Locker::quorum(["redis://10.0.0.1", "redis://10.0.0.2", "redis://10.0.0.3"]).await?;
+//! let nodes = ["redis://10.0.0.1", "redis://10.0.0.2", "redis://10.0.0.3"];
+//! let locker = Locker::quorum(nodes).await?;
 //! # Ok(())
 //! # }
 //! ```

@@ -35,7 +35,9 @@
 //!   task. Put it on `spawn_blocking`, or let the locker have
 //!   [a thread of its own](crate::LockerBuilder::isolated).
 //! - **At start-up** a server that can't be reached is an error of [`connect`](crate::Locker::connect). Let your
-//!   supervisor restart the process, or try again. After that the locker reconnects for as long as it lives.
+//!   supervisor restart the process, or wait with [`wait_for_server`](crate::LockerBuilder::wait_for_server), or start
+//!   without it with [`connect_lazily`](crate::LockerBuilder::connect_lazily). After that the locker reconnects for as
+//!   long as it lives.
 //!
 //! # The work
 //!

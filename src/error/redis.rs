@@ -18,7 +18,7 @@ use std::sync::Arc;
 /// # fn example(error: Error) {
 /// if let Error::Redis(error) = &error {
 ///     match (error.code(), error.kind()) {
-///         (Some("NOPERM"), _) => eprintln!("the ACL of this user lacks a command or a key: {error}"),
+///         (Some("NOPERM"), _) => eprintln!("the user may not do that: {error}"),
 ///         (None, RedisErrorKind::Timeout) => eprintln!("slow, or away: {error}"),
 ///         _ => eprintln!("{error}"),
 ///     }
@@ -96,7 +96,7 @@ impl RedisError {
     /// ```
     /// use tenure::{Error, RedisError, RedisErrorKind};
     ///
-    /// let loading = RedisError::new(RedisErrorKind::Unknown, "LOADING Redis is loading the dataset in memory");
+    /// let loading = RedisError::new(RedisErrorKind::Unknown, "LOADING Redis loads the dataset");
     /// assert!(Error::from(loading).is_transient());
     /// ```
     pub fn new(kind: RedisErrorKind, text: impl Into<Cow<'static, str>>) -> Self {

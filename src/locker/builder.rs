@@ -42,7 +42,7 @@ use crate::{Error, Locker, Retry};
 ///
 /// let locker = Locker::builder()
 ///     .ttl(Duration::from_secs(15))
-///     .retry(Retry::exponential(Duration::from_millis(20), Duration::from_secs(1)).max_retries(8))
+///     .retry(Retry::linear(Duration::from_millis(200)).max_retries(8))
 ///     .command_timeout(Duration::from_millis(500))
 ///     .in_memory();
 /// ```
@@ -69,7 +69,7 @@ pub struct LockerBuilder {
 /// use tenure::{Locker, RestartWindow};
 ///
 /// let usual = Locker::builder().restart_window(Duration::from_secs(120));
-/// let each_write_is_on_disk = Locker::builder().restart_window(RestartWindow::NodesNeverForget);
+/// let always_on_disk = Locker::builder().restart_window(RestartWindow::NodesNeverForget);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -194,7 +194,8 @@ impl LockerBuilder {
     ///
     /// ```
     /// # use std::time::Duration;
-    /// let locker = tenure::Locker::builder().command_timeout(Duration::from_millis(500)).in_memory();
+    /// let builder = tenure::Locker::builder().command_timeout(Duration::from_millis(500));
+    /// let locker = builder.in_memory();
     /// ```
     pub fn command_timeout(mut self, timeout: Duration) -> Self {
         self.command_timeout = timeout.clamp(Duration::from_millis(1), MAX_TTL);
@@ -317,7 +318,8 @@ impl LockerBuilder {
     /// # use std::time::Duration;
     /// # async fn example() -> Result<(), tenure::Error> {
     /// let nodes = ["redis://10.0.0.1", "redis://10.0.0.2", "redis://10.0.0.3"];
-    /// let locker = tenure::Locker::builder().restart_window(Duration::from_secs(120)).quorum(nodes).await?;
+    /// let builder = tenure::Locker::builder().restart_window(Duration::from_secs(120));
+    /// let locker = builder.quorum(nodes).await?;
     /// # Ok(())
     /// # }
     /// ```
@@ -398,7 +400,8 @@ impl LockerBuilder {
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), tenure::Error> {
-    /// let locker = tenure::Locker::builder().prefix("billing:").connect("redis://127.0.0.1:6379").await?;
+    /// let builder = tenure::Locker::builder().prefix("billing:");
+    /// let locker = builder.connect("redis://127.0.0.1:6379").await?;
     /// # Ok(())
     /// # }
     /// ```

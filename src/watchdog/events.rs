@@ -21,7 +21,7 @@ use crate::{Error, Key, Loss};
 ///     let key = event.key();
 ///     match event {
 ///         WatchEvent::Renewed { count, .. } => println!("{key}: renewed, {count} times"),
-///         WatchEvent::RenewFailed { error, remaining, .. } => println!("{key}: {error}; {remaining:?} left"),
+///         WatchEvent::RenewFailed { error, .. } => println!("{key}: {error}"),
 ///         WatchEvent::Lost { loss, .. } => println!("{key}: lost, as {loss}"),
 ///         other => println!("{key}: {other:?}"),
 ///     }

@@ -56,7 +56,8 @@ use crate::{Error, RedisError};
 /// use tenure::{Driver, Locker};
 ///
 /// # async fn example() -> Result<(), tenure::Error> {
-/// let locker = Locker::builder().driver(Driver::default()).connect("redis://127.0.0.1:6379").await?;
+/// let builder = Locker::builder().driver(Driver::default());
+/// let locker = builder.connect("redis://127.0.0.1:6379").await?;
 /// # Ok(())
 /// # }
 /// ```
