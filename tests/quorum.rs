@@ -520,8 +520,7 @@ async fn a_lock_that_a_majority_has_lost_is_released_on_the_others() {
     let servers = start::<3>();
     let locker = locker_for(&servers, ms(60_000), Duration::ZERO).await;
     for (end, expected) in [("DEL", Loss::Missing), ("SET", Loss::Taken)] {
-        let guard = lock(&locker, "k").await;
-        is_on(&servers, "k", 3).await;
+        let guard = lock_on_all(&servers, || locker.lock("k")).await;
         for server in &servers[..2] {
             server.cli(if end == "DEL" { &["DEL", "k"] } else { &["SET", "k", "another", "PX", "60000"] });
         }

@@ -236,7 +236,7 @@ for reported in "$scratch"/reported.{fred,redis}; do
 done
 
 heading "tests that need the machine for themselves"
-for program in it quorum combined; do
+for program in it quorum combined watchdog; do
     run all "$installed" "$program" a_hundred_thousand_ ten_thousand_ thousands_of_ a_lock_costs_
 done
 run all "$installed" many
