@@ -299,8 +299,11 @@ struct Call<'a, E: Executor> {
 impl<E: Executor> Drop for Call<'_, E> {
     fn drop(&mut self) {
         let mut lanes = self.shared.lanes();
-        lanes.lane(self.lane).end(self.number);
-        self.shared.drive(lanes, self.lane, Instant::now());
+        let mut in_lane = lanes.lane(self.lane);
+        in_lane.end(self.number);
+        if in_lane.queued() > 0 {
+            self.shared.drive(lanes, self.lane, Instant::now());
+        }
     }
 }
 
