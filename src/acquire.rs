@@ -132,7 +132,7 @@ impl Options {
         let wanted = Wanted { owned, metadata: metadata.into(), ttl, fenced, queueing, takes_over, latest, limit };
         let give_up_at = wait_at_most.map(|limit| timing::after(started, limit));
         Ok(Acquisition {
-            waiter: Waiter::new(Attempt::new(wanted, shared, runtime), give_up_at),
+            waiter: Waiter::new(Attempt::new(wanted, shared, runtime), give_up_at, started),
             pacing: Pacing::from(when_refused),
             terms: Terms { renewal, bounds },
             wants_token,
@@ -270,7 +270,8 @@ impl Acquisition {
         if let Some(instead) = self.waiter.claim() {
             return Ok(instead);
         }
-        let (at, attempts, waited) = (Instant::now(), self.attempts, self.started.elapsed());
+        let (at, attempts) = (Instant::now(), self.attempts);
+        let waited = at.saturating_duration_since(self.started);
         let ttl = self.terms.bounds.usable(grant.ttl);
         let drift = self.waiter.drift();
         let remaining = drift.deadline(suspension::real(grant.sent), ttl).saturating_duration_since(at);

@@ -223,12 +223,12 @@ impl Connection for OwnConnection {
         })
     }
 
-    fn begin(&self) -> Result<Sent, RedisError> {
+    fn begin(&self, now: Instant) -> Result<Sent, RedisError> {
         // The runtime that has driven it until now may have ended.
         self.task.go_on();
         let without = self.without_connection();
         if self.shared.waits || without.is_none() {
-            return Ok(Sent { at: Instant::now(), without });
+            return Ok(Sent { at: now, without });
         }
         self.go_on_if_stalled();
         let peer = &self.shared.origin.peer;
