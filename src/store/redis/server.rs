@@ -174,13 +174,13 @@ impl Server {
     /// grant when there may be other grants.
     async fn decide_by_full_script(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
         let script = match operation.kind() {
-            Kind::Acquire => &self.scripts.acquire,
+            Kind::Acquire { .. } => &self.scripts.acquire,
             Kind::Owned => &self.scripts.end_grant,
         };
         let sending = |until| operation.is_sent(until);
         let reply = self.run(script, || operation.full_call(), sending, timeout).await?.value();
         match operation.kind() {
-            Kind::Acquire => replies::acquired(&reply?).map(Decision::Acquire),
+            Kind::Acquire { .. } => replies::acquired(&reply?).map(Decision::Acquire),
             Kind::Owned => replies::verdict(reply).map(Decision::Owned),
         }
     }
