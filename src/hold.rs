@@ -138,8 +138,7 @@ impl Hold {
     ) -> Self {
         let Terms { renewal, bounds } = terms;
         let now = Instant::now();
-        let suspended = suspension::total();
-        let sent = suspension::real(grant.sent);
+        let (sent, suspended) = suspension::real_and_total(grant.sent);
         let stays_until = now + bounds.at_least;
         let limit = bounds.at_most.map(|limit| timing::after(sent, limit));
         let mut state = State {
@@ -335,7 +334,8 @@ impl Hold {
     }
 
     fn may_be_late(&self, state: &State) -> bool {
-        self.doubt.is_some() || state.may_record_until(Instant::now()).is_some()
+        let may_record = || !state.recording.is_empty() && state.may_record_until(Instant::now()).is_some();
+        self.doubt.is_some() || may_record()
     }
 
     /// Notes that the server has refused a renewal and will not run it.
@@ -433,7 +433,10 @@ impl Hold {
     /// Ends the hold, and returns the loss that counts: the first one stays (invariant 2), and a deadline that has
     /// passed comes before any other (3).
     pub(crate) fn end(&self, loss: Loss) -> Loss {
-        let mut state = self.current();
+        let mut state = self.state();
+        if state.loss.is_none() {
+            state = self.brought_up_to_date(state);
+        }
         if let Some(loss) = state.loss {
             return loss;
         }
@@ -500,7 +503,10 @@ impl Hold {
 
     /// Returns the state with its times as they are now (invariant 10).
     fn current(&self) -> MutexGuard<'_, State> {
-        let mut state = self.state();
+        self.brought_up_to_date(self.state())
+    }
+
+    fn brought_up_to_date<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         if let Some(shortened) = state.count_suspension() {
             // Outside the mutex, as it runs wakers of users.
             drop(state);

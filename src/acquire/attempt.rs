@@ -69,12 +69,11 @@ impl Attempt {
         Self { context, doubt: false, pending: None, was_made: false }
     }
 
-    /// Prepares an attempt that ends soon after the limit, and registers it as pending.
-    pub(crate) fn prepare(&mut self, limit: Option<Instant>) -> Sending {
+    /// Prepares an attempt that is sent at `sent` and ends soon after the limit, and registers it as pending.
+    pub(crate) fn prepare(&mut self, sent: Instant, limit: Option<Instant>) -> Sending {
         if std::mem::replace(&mut self.was_made, true) {
             self.renew_token();
         }
-        let sent = Instant::now();
         let to_limit = limit.map_or(Duration::MAX, |limit| limit.saturating_duration_since(sent));
         let Context { wanted, shared, .. } = &self.context;
         let timeout = shared.command_timeout.min(to_limit.max(FIRST_ATTEMPT));

@@ -45,8 +45,8 @@ pub(crate) struct Waiter {
 }
 
 impl Waiter {
-    pub(crate) fn new(attempt: Attempt, limit: Option<Instant>) -> Self {
-        let (position, asked, took) = (Position::default(), Instant::now(), Duration::ZERO);
+    pub(crate) fn new(attempt: Attempt, limit: Option<Instant>, now: Instant) -> Self {
+        let (position, asked, took) = (Position::default(), now, Duration::ZERO);
         let (is_first, is_entering, place) = (false, false, Place::default());
         Self { attempt, position, limit, subscription: None, is_first, asked, took, is_entering, place }
     }
@@ -95,9 +95,10 @@ impl Waiter {
 
     /// Asks the server once.
     pub(crate) async fn ask(&mut self) -> Outcome {
-        self.asked = Instant::now();
+        let now = Instant::now();
+        self.asked = now;
         self.position.ticket().inspect(|ticket| ticket.asks_again());
-        let sending = self.attempt.prepare(self.limit);
+        let sending = self.attempt.prepare(now, self.limit);
         self.position.expect(sending.ends());
         let in_line = self.position.in_line(&self.attempt.context);
         self.is_entering = matches!(in_line, InLine::At { .. });

@@ -30,11 +30,16 @@ pub(crate) fn total() -> Duration {
 /// Returns the instant that is as long ago as `then` really is: earlier by what the machine was suspended since. Reads
 /// the clocks.
 pub(crate) fn real(then: Instant) -> Instant {
-    let since = OF_THIS_MACHINE.with(|suspensions| {
-        suspensions.total();
-        suspensions.since(then)
+    real_and_total(then).0
+}
+
+/// Returns what [`real`] and [`total`] do, by one reading of the clocks.
+pub(crate) fn real_and_total(then: Instant) -> (Instant, Duration) {
+    let (since, total) = OF_THIS_MACHINE.with(|suspensions| {
+        let total = suspensions.total();
+        (suspensions.since(then), total)
     });
-    earlier(then, since)
+    (earlier(then, since), total)
 }
 
 pub(crate) fn earlier(instant: Instant, by: Duration) -> Instant {

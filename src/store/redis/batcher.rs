@@ -71,11 +71,12 @@ pub(super) trait Executor: fmt::Debug + Send + Sync + 'static {
         Error::timeout
     }
 
-    /// Runs one operation. Ends within `timeout`.
+    /// Runs one operation, from `now` on. Ends by `until`.
     fn run_one(
         &self,
         operation: &Self::Operation,
-        timeout: Duration,
+        now: Instant,
+        until: Instant,
     ) -> impl Future<Output = Result<Self::Output, Error>> + Send;
 
     /// Runs several operations in one call, which ends within `timeout`. Returns a result for each in its place.
@@ -134,7 +135,7 @@ impl<E: Executor> Batcher<E> {
         let until = now + timeout;
         let no_result = self.shared.executor.begin_waiting(now);
         let (waiter, mut check_at) = match self.shared.enter(lane, operation, now, until)? {
-            Entered::First(operation, _call) => return self.shared.executor.run_one(&operation, timeout).await,
+            Entered::First(operation, _call) => return self.shared.executor.run_one(&operation, now, until).await,
             Entered::Waits { waiter, check_at } => (waiter, check_at),
         };
         self.shared.wait(lane, waiter, until, &mut check_at).await.unwrap_or_else(|| Err(no_result()))
@@ -304,8 +305,11 @@ struct Call<'a, E: Executor> {
 impl<E: Executor> Drop for Call<'_, E> {
     fn drop(&mut self) {
         let mut lanes = self.shared.lanes();
-        lanes.lane(self.lane).end(self.number);
-        self.shared.drive(lanes, self.lane, Instant::now());
+        let mut in_lane = lanes.lane(self.lane);
+        in_lane.end(self.number);
+        if in_lane.queued() > 0 {
+            self.shared.drive(lanes, self.lane, Instant::now());
+        }
     }
 }
 
@@ -392,8 +396,9 @@ impl<E: Executor> SendLoop<E> {
 
     async fn send_one_by_one(&self, batch: Vec<Queued<E>>) {
         for queued in batch {
-            if let Some(timeout) = queued.time_left(Instant::now()) {
-                let result = self.shared.executor.run_one(&queued.operation, timeout).await;
+            let now = Instant::now();
+            if queued.time_left(now).is_some() {
+                let result = self.shared.executor.run_one(&queued.operation, now, queued.until).await;
                 queued.finish(result);
             }
         }

@@ -54,6 +54,11 @@ impl Side {
         self.store.server()
     }
 
+    async fn run_one(&self, operation: &Box<Operation>) -> Result<Decision, Error> {
+        let now = Instant::now();
+        self.server().run_one(operation, now, now + PATIENCE).await
+    }
+
     async fn command(&self, name: &'static str, args: &[&str]) -> Value {
         let args = args.iter().map(|arg| Bytes::copy_from_slice(arg.as_bytes())).collect();
         // Refused on both sides, or on neither.
@@ -168,9 +173,9 @@ async fn compare(batch: &[Box<Operation>], sides: &[Side; 2]) -> usize {
     let mut got: Vec<_> = answers.into_iter().collect();
     for i in order {
         if got[i].is_none() {
-            got[i] = Some(together.server().run_one(&batch[i], PATIENCE).await);
+            got[i] = Some(together.run_one(&batch[i]).await);
         }
-        let expected = one_by_one.server().run_one(&batch[i], PATIENCE).await;
+        let expected = one_by_one.run_one(&batch[i]).await;
         let (got, expected) = (got[i].take().unwrap(), expected);
         let same = match (&got, &expected) {
             (Ok(Decision::Acquire(a)), Ok(Decision::Acquire(b))) => same_acquired(a, b),
@@ -255,7 +260,7 @@ fn acquire(name: &'static str, fenced: bool) -> Box<Operation> {
 #[ignore = "needs a server; tests/internals.rs runs it"]
 async fn a_lock_for_which_there_is_no_fencing_token_is_not_taken() {
     let side = Side::start(&["-time"]).await;
-    let refused = side.server().run_one(&acquire("a", true), PATIENCE).await.unwrap_err();
+    let refused = side.run_one(&acquire("a", true)).await.unwrap_err();
     assert!(refused.code().is_some(), "{refused}");
     side.server().run_batch(&[acquire("a", true), acquire("b", true)], PATIENCE).await.unwrap_err();
     assert_eq!(side.process.cli(&["DBSIZE"]), "0");

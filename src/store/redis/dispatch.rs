@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::RedisStore;
 use super::batcher::Executor;
 use super::operation::Operation;
@@ -20,7 +22,8 @@ impl RedisStore {
             false => SHARED_LANE,
         };
         if self.server().router.is_moving(lane) {
-            return Box::pin(self.server().run_one(&operation, timeout)).await;
+            let now = Instant::now();
+            return Box::pin(self.server().run_one(&operation, now, now + timeout)).await;
         }
         self.batcher.run(lane, operation, timeout).await
     }

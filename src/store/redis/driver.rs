@@ -130,8 +130,9 @@ pub(super) trait Connection: fmt::Debug + Send + Sync + 'static {
     /// Returns why it was not made within `timeout`. It goes on trying.
     fn ready(&self, timeout: Duration) -> Calling<'_, ()>;
 
-    /// Begins a call. Fails if there is no connection and calls don't wait for one.
-    fn begin(&self) -> Result<Sent, RedisError>;
+    /// Begins a call, which is sent at `now` or a moment later. Fails if there is no connection and calls don't wait for
+    /// one.
+    fn begin(&self, now: Instant) -> Result<Sent, RedisError>;
 
     /// Ends a call with a reply, if only a refusal.
     fn answered(&self);

@@ -96,8 +96,8 @@ impl Operation {
     }
 
     pub(super) fn kind(&self) -> Kind {
-        match self.what {
-            What::Acquire { .. } => Kind::Acquire,
+        match &self.what {
+            What::Acquire { fence, .. } => Kind::Acquire { is_fenced: fence.is_some() },
             What::Release { .. } | What::EndGrant { .. } | What::Renew { .. } => Kind::Owned,
         }
     }

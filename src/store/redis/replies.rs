@@ -38,7 +38,9 @@ impl Decision {
 /// The kinds of operations, as far as their replies differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    Acquire,
+    Acquire {
+        is_fenced: bool,
+    },
     /// A renewal or a release.
     Owned,
 }
@@ -48,9 +50,9 @@ pub(super) enum Kind {
 pub(super) fn single(kind: Kind, returned: &Returned) -> Option<Result<Decision, Error>> {
     let decision = match (kind, returned) {
         (_, Returned::Code(3)) => return None,
-        (Kind::Acquire, Returned::Code(1)) => Decision::Acquire(granted(0)),
-        (Kind::Acquire, Returned::FencingToken(token)) => Decision::Acquire(granted(*token)),
-        (Kind::Acquire, Returned::Value(reply)) => return part_of_batch(kind, reply),
+        (Kind::Acquire { .. }, Returned::Code(1)) => Decision::Acquire(granted(0)),
+        (Kind::Acquire { .. }, Returned::FencingToken(token)) => Decision::Acquire(granted(*token)),
+        (Kind::Acquire { .. }, Returned::Value(reply)) => return part_of_batch(kind, reply),
         (Kind::Owned, Returned::Code(2)) => Decision::Owned(Verdict::NotOurs(Loss::Taken)),
         (Kind::Owned, Returned::Code(code)) => Decision::Owned(owned(*code)),
         _ => return Some(Err(unexpected())),
@@ -64,17 +66,39 @@ pub(super) fn batch(
     kinds: impl ExactSizeIterator<Item = Kind>,
     reply: &Value,
 ) -> Result<Vec<Option<Result<Decision, Error>>>, Error> {
-    match reply {
-        Value::Array(parts) if parts.len() == kinds.len() => {
-            Ok(kinds.zip(parts).map(|(kind, part)| part_of_batch(kind, part)).collect())
-        }
-        _ => Err(unexpected()),
+    let Value::Array(parts) = reply else { return Err(unexpected()) };
+    let [Value::Integer(now), Value::Integer(usual), others @ ..] = &parts[..] else { return Err(unexpected()) };
+    let mut found = vec![None; kinds.len()];
+    for other in others.chunks(2) {
+        let [Value::Integer(place), part] = other else { return Err(unexpected()) };
+        let index = usize::try_from(*place).ok().and_then(|place| place.checked_sub(1));
+        let place = index.and_then(|index| found.get_mut(index)).filter(|place| place.is_none());
+        *place.ok_or_else(unexpected)? = Some(part);
+    }
+    // Also the number of the others, so that no operation is taken for done that the server doesn't know of.
+    if i64::try_from(found.iter().filter(|part| part.is_none()).count()) != Ok(*usual) {
+        return Err(unexpected());
+    }
+    let decision = |(kind, part): (Kind, Option<&Value>)| match part {
+        Some(part) => part_of_batch(kind, part),
+        None => Some(as_usual(kind, *now)),
+    };
+    Ok(kinds.zip(found).map(decision).collect())
+}
+
+/// Returns the decision about an operation that `many.lua` says nothing about.
+fn as_usual(kind: Kind, now: i64) -> Result<Decision, Error> {
+    match kind {
+        Kind::Acquire { is_fenced: true } if now <= 0 => Err(unexpected()),
+        Kind::Acquire { is_fenced: true } => Ok(Decision::Acquire(granted(now))),
+        Kind::Acquire { is_fenced: false } => Ok(Decision::Acquire(granted(0))),
+        Kind::Owned => Ok(Decision::Owned(Verdict::Done)),
     }
 }
 
 fn part_of_batch(kind: Kind, part: &Value) -> Option<Result<Decision, Error>> {
     Some(match (kind, part) {
-        (Kind::Acquire, Value::Integer(number)) => Ok(Decision::Acquire(acquired_or_ttl(*number))),
+        (Kind::Acquire { .. }, Value::Integer(number)) => Ok(Decision::Acquire(acquired_or_ttl(*number))),
         (Kind::Owned, Value::Integer(code)) => Ok(Decision::Owned(owned(*code))),
         (_, Value::Bytes(text)) if text == LEFT_TO_ANOTHER => return None,
         (_, Value::Bytes(refusal)) => {

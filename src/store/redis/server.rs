@@ -56,25 +56,25 @@ impl Server {
         sending: impl Fn(u64),
         timeout: Duration,
     ) -> Result<Reply, Error> {
-        self.run_by_clocks(CLOCKS, script, call, sending, timeout).await
+        let now = Instant::now();
+        self.run_by_clocks(CLOCKS, script, call, sending, now, now + timeout).await
     }
 
-    /// Like [`run`](Self::run), but sends the script again at most `clocks` times because the server's clock differs
-    /// from what was known of it.
+    /// Like [`run`](Self::run), but from `now` until `until`, and sends the script again at most `clocks` times because
+    /// the server's clock differs from what was known of it.
     async fn run_by_clocks(
         &self,
         clocks: u32,
         script: &Script,
         call: impl Fn() -> Call + Sync,
         sending: impl Fn(u64),
-        timeout: Duration,
+        mut now: Instant,
+        until: Instant,
     ) -> Result<Reply, Error> {
-        let now = Instant::now();
-        let until = now + timeout;
         let mut reading = self.clock.reading(now);
         let mut refused = 0;
         loop {
-            let sent = self.connection.begin()?;
+            let sent = self.connection.begin(now)?;
             self.router.live_on(|| self.connection.runtime());
             let latest = self.clock.at(until, reading);
             sending(latest);
@@ -95,7 +95,7 @@ impl Server {
                 // time left for another try.
                 Err(error) if error.code() == Some("LATE") && refused < clocks => {
                     refused += 1;
-                    reading = learned;
+                    (reading, now) = (learned, Instant::now());
                 }
                 _ => return Ok(reply),
             }
@@ -104,7 +104,11 @@ impl Server {
 
     /// Prepares for a write that replicas have to acknowledge. Must be called before it is sent.
     pub(super) fn writing(&self, timeout: Duration) -> (Instant, Option<Writing>) {
-        (Instant::now() + timeout, Writing::on(&*self.connection, self.min_replicas))
+        (Instant::now() + timeout, self.writing_now())
+    }
+
+    fn writing_now(&self) -> Option<Writing> {
+        Writing::on(&*self.connection, self.min_replicas)
     }
 
     /// Waits until enough replicas have acknowledged the write.
@@ -145,15 +149,14 @@ impl Server {
         results
     }
 
-    async fn decide(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
+    async fn decide(&self, operation: &Operation, now: Instant, until: Instant) -> Result<Decision, Error> {
         let script = match operation.what {
             What::Release { .. } | What::EndGrant { .. } => &self.scripts.release_one,
             What::Renew { .. } => &self.scripts.renew_one,
             What::Acquire { .. } => &self.scripts.acquire_one,
         };
-        let until = Instant::now() + timeout;
         let sending = |until| operation.is_sent(until);
-        let reply = self.run(script, || operation.call(), sending, timeout).await?;
+        let reply = self.run_by_clocks(CLOCKS, script, || operation.call(), sending, now, until).await?;
         let decision = match reply.outcome {
             Ok(returned) => replies::single(operation.kind(), &returned),
             Err(error) => Some(replies::refused(operation.kind(), error)),
@@ -171,13 +174,13 @@ impl Server {
     /// grant when there may be other grants.
     async fn decide_by_full_script(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
         let script = match operation.kind() {
-            Kind::Acquire => &self.scripts.acquire,
+            Kind::Acquire { .. } => &self.scripts.acquire,
             Kind::Owned => &self.scripts.end_grant,
         };
         let sending = |until| operation.is_sent(until);
         let reply = self.run(script, || operation.full_call(), sending, timeout).await?.value();
         match operation.kind() {
-            Kind::Acquire => replies::acquired(&reply?).map(Decision::Acquire),
+            Kind::Acquire { .. } => replies::acquired(&reply?).map(Decision::Acquire),
             Kind::Owned => replies::verdict(reply).map(Decision::Owned),
         }
     }
@@ -201,10 +204,10 @@ impl Executor for Server {
         move || self.connection.unheard(sent).into()
     }
 
-    async fn run_one(&self, operation: &Box<Operation>, timeout: Duration) -> Result<Decision, Error> {
+    async fn run_one(&self, operation: &Box<Operation>, now: Instant, until: Instant) -> Result<Decision, Error> {
         metrics::called(1);
-        let (until, writing) = self.writing(timeout);
-        let decision = self.decide(operation, timeout).await?;
+        let writing = self.writing_now();
+        let decision = self.decide(operation, now, until).await?;
         if operation.is_for_replicas(&decision) {
             self.replicated(writing, until).await?;
         }
@@ -217,10 +220,11 @@ impl Executor for Server {
         timeout: Duration,
     ) -> Result<BatchResults<Decision>, NotRun> {
         metrics::called(operations.len());
-        let (until, writing) = self.writing(timeout);
+        let (now, writing) = (Instant::now(), self.writing_now());
+        let until = now + timeout;
         let sending = |until| operations.iter().for_each(|operation| operation.is_sent(until));
         let call = || operation::batch_call(operations);
-        let reply = self.run_by_clocks(0, &self.scripts.many, call, sending, timeout).await.and_then(Reply::value);
+        let reply = self.run_by_clocks(0, &self.scripts.many, call, sending, now, until).await.and_then(Reply::value);
         let kinds = operations.iter().map(|operation| operation.kind());
         match reply.and_then(|reply| replies::batch(kinds, &reply)) {
             Ok(results) => Ok(self.all_replicated(operations, results, writing, until).await),
@@ -233,8 +237,8 @@ impl Executor for Server {
             }
             // The slot is half moved, so no node has all of the keys. Nothing has run.
             Err(error) if error.is_redirection() => {
-                let left = until.saturating_duration_since(Instant::now());
-                let each = router::all(operations.iter().map(|operation| self.decide(operation, left))).await;
+                let now = Instant::now();
+                let each = router::all(operations.iter().map(|operation| self.decide(operation, now, until))).await;
                 Ok(each.into_iter().map(Some).collect())
             }
             // The batch as a whole, because of one of its keys (NOPERM). Nothing has run.

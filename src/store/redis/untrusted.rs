@@ -16,7 +16,7 @@ use crate::{Error, RedisError, RedisErrorKind};
 pub(super) fn any_reply(reply: &Value, number: i64) {
     let is_granted = |acquired: Acquired| matches!(acquired, Acquired::Granted { .. });
     let is_text = matches!(reply, Value::Bytes(_));
-    for kind in [Kind::Acquire, Kind::Owned] {
+    for kind in [Kind::Acquire { is_fenced: false }, Kind::Acquire { is_fenced: true }, Kind::Owned] {
         for returned in [Returned::Code(number & 3), Returned::FencingToken(number)] {
             drop(single(kind, &returned));
             drop(handed_over(&returned));
@@ -24,6 +24,8 @@ pub(super) fn any_reply(reply: &Value, number: i64) {
         for count in 0..6 {
             if let Ok(decisions) = batch([kind].repeat(count).into_iter(), reply) {
                 assert_eq!(decisions.len(), count);
+                // As usual by number, and the others one by one.
+                assert!(matches!(reply, Value::Array(parts) if parts.len() >= 2 && parts.len() <= 2 + 2 * count));
             }
         }
         let by_itself = single(kind, &Returned::Value(reply.clone())).and_then(Result::ok);
@@ -53,7 +55,7 @@ pub(super) fn any_refusal(text: &str) {
     drop(elsewhere(&error, &Address::new("here", 7000)));
     let decided = refused(Kind::Owned, error.clone());
     assert!(decided.is_err() || error.code() == Some("WRONGTYPE"));
-    assert!(refused(Kind::Acquire, error).is_err(), "an acquire is never refused by an error");
+    assert!(refused(Kind::Acquire { is_fenced: true }, error).is_err(), "an acquire is never refused by an error");
 }
 
 /// Every reason for which a connection failed is an error that can be shown, and has no password in it.

@@ -37,7 +37,7 @@ impl Executor for Counting {
     type Operation = usize;
     type Output = usize;
 
-    async fn run_one(&self, id: &usize, _: Duration) -> Result<usize, Error> {
+    async fn run_one(&self, id: &usize, _: Instant, _: Instant) -> Result<usize, Error> {
         self.run(&[*id]).await;
         Ok(*id)
     }

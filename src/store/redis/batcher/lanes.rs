@@ -3,7 +3,7 @@
 //! Nothing here has an effect outside. What wakes a caller when it is dropped is handed to the code that called.
 
 use std::cmp::{Ordering, Reverse};
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BTreeMap, BinaryHeap};
 use std::fmt;
 use std::mem;
 use std::time::Duration;
@@ -18,7 +18,8 @@ use crate::Error;
 /// All lanes, by what operations must have in common to share a call: nothing, or on a cluster their slot. A lane that
 /// has been used is kept.
 pub(super) struct Lanes<E: Executor> {
-    lanes: HashMap<u16, Lane<E>>,
+    /// Looked up three times for each operation. Most often there is one lane, for which this is faster than hashing.
+    lanes: BTreeMap<u16, Lane<E>>,
     /// The number of the last call.
     last: u64,
 }
@@ -161,7 +162,7 @@ impl<E: Executor> Lane<E> {
 
 impl<E: Executor> Default for Lanes<E> {
     fn default() -> Self {
-        Self { lanes: HashMap::new(), last: 0 }
+        Self { lanes: BTreeMap::new(), last: 0 }
     }
 }
 

@@ -117,8 +117,8 @@ impl Executor for Fake {
         self.few
     }
 
-    async fn run_one(&self, task: &Task, timeout: Duration) -> Result<usize, Error> {
-        self.bring(std::slice::from_ref(task), false, timeout).await?;
+    async fn run_one(&self, task: &Task, now: Instant, until: Instant) -> Result<usize, Error> {
+        self.bring(std::slice::from_ref(task), false, until - now).await?;
         match task.fate {
             Fate::Fails | Fate::IsRefused => Err(refusal()),
             _ => Ok(task.id),

@@ -201,11 +201,11 @@ impl Connection for FredConnection {
         })
     }
 
-    fn begin(&self) -> Result<Sent, RedisError> {
+    fn begin(&self, now: Instant) -> Result<Sent, RedisError> {
         // The runtime that has driven it until now may have ended.
         drop(self.runtime());
         if self.waits || self.client.is_connected() {
-            return Ok(Sent { at: Instant::now(), without: self.without_connection() });
+            return Ok(Sent { at: now, without: self.without_connection() });
         }
         let unknown = || RedisError::new(RedisErrorKind::Io, "there is no connection to the server");
         Err(not_sent(self.why_not_connected().unwrap_or_else(|| self.peer.unreachable(unknown(), None))))
@@ -404,7 +404,7 @@ mod tests {
         let connection = FredConnection::open(&url::parse(&server.url()).unwrap(), ms(500)).await.unwrap();
         soon(connection.client.quit()).await.unwrap();
         eventually("it answers", async || {
-            let sent = connection.begin().unwrap();
+            let sent = connection.begin(Instant::now()).unwrap();
             let answer = connection.send("PING", Vec::new(), Instant::now() + ms(100)).await;
             heard(&connection, sent, answer.map_err(crate::Error::from)).ok()
         })

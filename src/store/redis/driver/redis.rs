@@ -20,8 +20,9 @@
 //! 7. A subscription counts as made when the server has confirmed it. It has connections of its own, with RESP3: a
 //!    server that ends a subscription by itself shifts the replies of such a connection, which is closed then.
 //!
-//! An unfenced pair of obtain and release takes 47,300 instructions of the client at 1 task, 31,100 at 16 and 27,800 at
-//! 64; on fred 68,400, 37,000 and 30,300 (callgrind, one thread). `benches/versus` measures time.
+//! An unfenced pair of obtain and release takes 47,700 instructions of the client at 1 task, 41,800 at 16, 28,400 at 64
+//! and 27,300 at 256; raw redis-rs 27,400, 20,700, 21,100 and 22,800 (callgrind, one thread). `benches/versus` measures
+//! time.
 
 mod cluster;
 mod convert;
@@ -223,12 +224,12 @@ impl Connection for OwnConnection {
         })
     }
 
-    fn begin(&self) -> Result<Sent, RedisError> {
+    fn begin(&self, now: Instant) -> Result<Sent, RedisError> {
         // The runtime that has driven it until now may have ended.
         self.task.go_on();
         let without = self.without_connection();
         if self.shared.waits || without.is_none() {
-            return Ok(Sent { at: Instant::now(), without });
+            return Ok(Sent { at: now, without });
         }
         self.go_on_if_stalled();
         let peer = &self.shared.origin.peer;

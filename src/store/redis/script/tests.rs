@@ -188,7 +188,8 @@ async fn a_fencing_token_is_told_as_the_server_has_it_however_early_the_request_
         let fence = Some((names::fence_of(&"k".into()), 60_000));
         let what = What::Acquire { value, ttl: 60_000, fence, latest: Arc::default() };
         let acquire = Operation::new("k".into(), &"token".parse().unwrap(), what);
-        let decision = store.server().run_one(&acquire, timeout).await.unwrap();
+        let now = Instant::now();
+        let decision = store.server().run_one(&acquire, now, now + timeout).await.unwrap();
         let Acquired::Granted { fencing_token: Some(token) } = decision.acquired().unwrap() else { panic!("free") };
         assert_eq!(server.cli(&["GET", "{k}:fence"]), token.to_string());
         assert!(token > last, "{token} after {last}");

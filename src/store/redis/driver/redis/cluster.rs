@@ -103,10 +103,10 @@ impl Connection for ClusterConnection {
         Box::pin(async { Ok(()) })
     }
 
-    fn begin(&self) -> Result<Sent, RedisError> {
+    fn begin(&self, now: Instant) -> Result<Sent, RedisError> {
         // The runtime of the nodes' connections may have ended.
         self.task.go_on();
-        Ok(Sent::in_part())
+        Ok(Sent { at: now, without: None })
     }
 
     fn answered(&self) {}

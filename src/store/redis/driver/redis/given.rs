@@ -186,10 +186,10 @@ impl Connection for Borrowed {
         Box::pin(async { Ok(()) })
     }
 
-    fn begin(&self) -> Result<Sent, RedisError> {
+    fn begin(&self, now: Instant) -> Result<Sent, RedisError> {
         match self.is_broken.load(Ordering::Relaxed) {
             true => Err(not_sent(RedisError::new(RedisErrorKind::Config, BROKEN))),
-            false => Ok(Sent::in_part()),
+            false => Ok(Sent { at: now, without: None }),
         }
     }
 

@@ -38,7 +38,7 @@ async fn connected(waits: bool) -> (TcpListener, TcpStream, Arc<OwnConnection>) 
 
 /// Sends a command whose argument is of this length.
 async fn echo(connection: &OwnConnection, length: usize) -> Result<Value, Error> {
-    let sent = connection.begin()?;
+    let sent = connection.begin(Instant::now())?;
     let args = vec![Bytes::from(vec![b'x'; length])];
     let reply = connection.send("ECHO", args, Instant::now() + LONG).await;
     heard(connection, sent, reply.map_err(Error::from))
@@ -122,7 +122,7 @@ async fn what_was_asked_for_before_there_is_a_connection_waits_for_it_or_was_not
 
 async fn eventually_refused(connection: &dyn Connection) -> Error {
     eventually("it knows why", async || {
-        let refused = Error::from(connection.begin().err()?);
+        let refused = Error::from(connection.begin(Instant::now()).err()?);
         refused.to_string().contains("refused").then_some(refused)
     })
     .await
