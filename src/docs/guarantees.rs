@@ -26,6 +26,7 @@
 //! | `is_held`, `check`, `lost` and `protect` are on time, even while no task of the crate runs. | | `it loss::is_held_flips_at_the_deadline_even_when_the_runtime_stands_still`, `lib loss::tests::a_loss_is_reported_while_the_runtime_of_the_guard_is_blocked` |
 //! | A guard whose machine was suspended for too long is over when the machine wakes. | Linux, Android or Windows; the code checks | `lib hold::tests::a_lock_that_sleeps_with_its_machine_is_over_when_that_wakes` |
 //! | A lock that is lost stays lost, for the reason that was found first. | | `lib hold::tests::the_first_reason_stays`, `lib hold::tests::a_confirmation_after_the_deadline_revives_nothing` |
+//! | A server's clock may be set back: its keys live longer, and fencing tokens grow on. | it forgets nothing meanwhile; [quorum](#a-quorum): by less than the restart window | `it clocks::a_server_whose_clock_is_set_back_keeps_a_lock_that_is_held_and_its_fencing_tokens_grow_on` |
 //! | A failure of the server or of the network ends no guard before its deadline. | | `it loss::a_renewal_whose_answer_is_lost_is_no_loss`, `it loss::a_connection_cut_again_and_again_loses_nothing` |
 //! | "Another holds it" is always a reply of the server, never a failure. | | `it waiting::no_one_is_said_to_hold_a_lock_while_the_server_is_silent` |
 //! | A reply counts only for the request that it belongs to. | | `it errors::the_reply_to_another_request_is_never_taken_for_an_answer` |
@@ -39,6 +40,7 @@
 //!
 //! | not guaranteed | instead | shown by |
 //! | --- | --- | --- |
+//! | A server whose clock is set forward, by more than the drift, lets no second holder in. | keys expire early: there can be two holders until the first one's next renewal; fencing tokens tell them apart | `it clocks::a_server_whose_clock_is_set_forward_lets_a_second_holder_in_whose_fencing_token_is_greater` |
 //! | Guards of one token exclude each other. | they share the lock, and an explicit release ends it for all of them | `it ownership::an_explicit_release_ends_the_lock_for_all_who_hold_it_by_its_token` |
 //! | A lock is renewed while its runtime is blocked or gone. | it is lost by its deadline; [`isolated`](crate::LockerBuilder::isolated) gives renewals a thread of their own | `it drops::with_its_runtime_gone_the_guard_says_so_and_the_ttl_frees_the_lock`, `it drops::an_isolated_locker_renews_although_every_worker_is_blocked` |
 //! | A guard that is dropped frees its key. | without a runtime, the ttl does | `it drops::with_its_runtime_gone_the_guard_says_so_and_the_ttl_frees_the_lock` |
@@ -86,7 +88,7 @@
 //!
 //! | guaranteed | as long as | shown by |
 //! | --- | --- | --- |
-//! | A lock that the replica has got stays held and exclusive through a failover. | that replica is promoted before the deadline | `it failover::a_lock_that_was_replicated_outlives_its_primary` |
+//! | A lock that the replica has got stays held and exclusive through a failover. | that replica is promoted before the deadline, and its clock is not ahead of the old primary's by more than the drift | `it failover::a_lock_that_was_replicated_outlives_its_primary` |
 //! | With [`min_replicas(n)`](crate::LockerBuilder::min_replicas), what is granted or renewed is on n replicas. | | `it replicas::what_is_held_is_on_the_replica`, `it replicas::one_replica_of_two_is_enough_for_one_and_not_for_two`, `it replicas::what_is_obtained_and_renewed_in_one_call_is_on_the_replica` |
 //! | With `min_replicas`, a primary that is cut off from its replicas keeps no guard alive. | | `it replicas::a_guard_whose_replica_is_cut_off_is_lost_by_its_deadline_and_not_before` |
 //! | A grant with too few replicas is given back. | | `it replicas::without_the_replica_a_request_says_how_many_acknowledged_and_leaves_nothing` |

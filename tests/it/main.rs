@@ -9,6 +9,7 @@ mod abuse;
 mod auto_traits;
 mod bounds;
 mod cancellation;
+mod clocks;
 mod closing;
 mod conformance;
 mod connecting;

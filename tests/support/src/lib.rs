@@ -7,6 +7,7 @@
 #![expect(clippy::expect_used, clippy::panic, reason = "a test that can't have its server has failed")]
 
 mod certificates;
+mod clock;
 mod cluster;
 mod log;
 mod port;
@@ -21,6 +22,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 pub use self::certificates::{Authority, Certificate};
+pub use self::clock::Clock;
 pub use self::cluster::{Cluster, Migration};
 pub use self::proxy::{Mode, Proxy};
 pub use self::sentinel::{Sentinel, Sentinels};

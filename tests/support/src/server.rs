@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use tempfile::TempDir;
 use crate::log;
 use crate::port::Port;
 use crate::version::{Version, binary};
-use crate::{Certificate, PATIENCE};
+use crate::{Certificate, Clock, PATIENCE};
 
 /// A server of the test's own, on a free port of the loopback interface. Killed when dropped.
 #[derive(Debug)]
@@ -24,6 +25,7 @@ pub struct Server {
     tls_port: Option<Port>,
     dir: TempDir,
     args: Vec<String>,
+    clock: Option<Arc<Clock>>,
 }
 
 impl Server {
@@ -38,19 +40,28 @@ impl Server {
     ///
     /// When there is no such server, or it won't start.
     pub fn start_with(args: &[&str]) -> Self {
-        // Something that is no test may take the port between the look and the start: then it's another port.
-        (0..20).find_map(|_| Self::try_start(args)).expect("a free port for the server")
+        Self::start_with_clock(args, None)
     }
 
-    fn try_start(args: &[&str]) -> Option<Self> {
+    /// The same with a clock that isn't the machine's.
+    ///
+    /// # Panics
+    ///
+    /// As [`start_with`](Server::start_with).
+    pub fn start_with_clock(args: &[&str], clock: Option<&Arc<Clock>>) -> Self {
+        // Something that is no test may take the port between the look and the start: then it's another port.
+        (0..20).find_map(|_| Self::try_start(args, clock)).expect("a free port for the server")
+    }
+
+    fn try_start(args: &[&str], clock: Option<&Arc<Clock>>) -> Option<Self> {
         log::begin();
         // Asserts that it is the one that the run is for.
         Version::of_this_run();
         let dir = tempfile::tempdir().expect("a temporary directory");
         let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
         let port = Port::find();
-        let process = spawn(port.number(), &dir, &args);
-        let mut server = Self { process, port, tls_port: None, dir, args };
+        let process = spawn(port.number(), &dir, &args, clock);
+        let mut server = Self { process, port, tls_port: None, dir, args, clock: clock.cloned() };
         if server.answers() {
             return Some(server);
         }
@@ -153,7 +164,7 @@ impl Server {
     /// Starts it again with further arguments, and does not wait until it replies.
     pub fn restart_without_waiting(&mut self, args: &[&str]) {
         let args: Vec<String> = self.args.iter().cloned().chain(args.iter().map(|&arg| arg.to_owned())).collect();
-        self.process = spawn(self.port(), &self.dir, &args);
+        self.process = spawn(self.port(), &self.dir, &args, self.clock.as_ref());
     }
 
     /// Kills it and starts it again, empty.
@@ -190,6 +201,15 @@ impl Server {
         self.cli(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
     }
 
+    /// Steps its clock, which it was started with, by this many milliseconds. Returns by how many it is ahead now.
+    ///
+    /// # Panics
+    ///
+    /// When it was started with the machine's.
+    pub fn step_clock(&self, millis: i64) -> i64 {
+        self.clock.as_ref().expect("a clock of its own").step(millis)
+    }
+
     fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.process.id()).expect("a process id");
         kill(Pid::from_raw(pid), signal).expect("it was started by us");
@@ -224,9 +244,12 @@ impl Drop for Server {
     }
 }
 
-fn spawn(port: u16, dir: &TempDir, args: &[String]) -> Child {
+fn spawn(port: u16, dir: &TempDir, args: &[String], clock: Option<&Arc<Clock>>) -> Child {
     let path = dir.path();
     let mut command = Command::new(binary());
+    if let Some(clock) = clock {
+        clock.wind(&mut command);
+    }
     // A configuration file comes first, where there is one.
     let (file, options): (Vec<_>, Vec<_>) = args.iter().partition(|arg| arg.ends_with(".conf"));
     command.args(file);
