@@ -11,7 +11,7 @@ mod history;
 
 use std::time::Duration;
 
-use self::checker::{Report, Run, Violation, check};
+use self::checker::{LEFT, Report, Run, Violation, check};
 use self::history::{Event, GUARDS_PER_WORKER, GuardId, Mode, Nanos, Recorder, now, read};
 
 /// A history in which instants are small numbers.
@@ -334,8 +334,42 @@ fn grants_after_an_expiry_or_a_death_are_counted() {
     let history = History::new().attempt(0, 1).granted(1, 1, 10).held(100, 101, 1).lost(300, 1, "Expired", 200);
     let died = 7 * GUARDS_PER_WORKER;
     let history = history.attempt(250, died).granted(260, died, 11).held(280, 281, died);
-    let report = history.turn(2, ALONE, 12, 700, 800).turn(3, ALONE, 13, 900, 950).report();
-    assert_eq!((report.violations, report.after_expiry), (vec![], 2));
+    let report = history.turn(2, ALONE, 12, 1_300, 1_400).turn(3, ALONE, 13, 1_500, 1_600).report();
+    assert_eq!((report.violations, report.after_expiry, report.waited_for_expiry), (vec![], 2, 0));
+}
+
+#[test]
+fn a_request_that_had_waited_for_an_expiry_is_counted_as_such() {
+    let history = |asked| {
+        let history = History::new().attempt(0, 1).granted(1, 1, 10).held(100, 101, 1).lost(300, 1, "Expired", 200);
+        history.attempt(asked, 2).granted(250, 2, 11).held(260, 261, 2).ending(262, 2).report()
+    };
+    assert_eq!((history(199).after_expiry, history(199).waited_for_expiry), (1, 1));
+    assert_eq!((history(200).after_expiry, history(200).waited_for_expiry), (1, 0));
+}
+
+#[test]
+fn what_the_server_has_ended_or_a_holder_has_released_is_no_expiry() {
+    let ended = |loss| {
+        let history = History::new().attempt(0, 1).granted(1, 1, 10).held(100, 101, 1).lost(300, 1, loss, 200);
+        history.turn(2, ALONE, 12, 400, 500).report().after_expiry
+    };
+    assert_eq!((ended("Expired"), ended("Missing"), ended("Taken")), (1, 0, 0));
+    assert_eq!(History::new().turn(1, ALONE, 10, 0, 100).turn(2, ALONE, 11, 110, 200).report().after_expiry, 0);
+}
+
+#[test]
+fn a_lease_that_was_left_has_expired_if_nobody_else_had_it_and_its_time_was_over() {
+    let left = |taken: bool, next| {
+        let history = History::new().attempt_as(0, 1, ALONE, "1").granted(1, 1, 10).held(100, 101, 1);
+        let mut history = history.event(Event::Ending { at: 102, guard: 1, how: LEFT.to_owned() });
+        if taken {
+            history = history.attempt_as(103, 2, ALONE, "1").granted(104, 2, 10).held(110, 111, 2).ending(112, 2);
+        }
+        history.turn(3, ALONE, 12, next, next + 100).report().after_expiry
+    };
+    // Its deadline is 1101.
+    assert_eq!((left(false, 1_100), left(false, 1_000), left(true, 1_200)), (1, 0, 0));
 }
 
 #[tokio::test]

@@ -110,6 +110,9 @@ impl Violation {
     }
 }
 
+/// How a guard ends whose lease is left for somebody else.
+pub(crate) const LEFT: &str = "handed over";
+
 /// What the histories contain.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Report {
@@ -119,8 +122,10 @@ pub(crate) struct Report {
     pub(crate) renewals: u64,
     /// By how the guards ended.
     pub(crate) ends: BTreeMap<String, u64>,
-    /// Grants of a key whose last holder had expired or died.
+    /// Grants of a key whose last holder had expired or died, or had left a lease that nobody took in time.
     pub(crate) after_expiry: u64,
+    /// Of these, requests that had waited for that.
+    pub(crate) waited_for_expiry: u64,
     pub(crate) accepted: u64,
     pub(crate) refused: u64,
     pub(crate) longest_wait: Nanos,
@@ -146,6 +151,8 @@ struct Guard {
     loss: Option<String>,
     /// Ended by its worker.
     ended: bool,
+    /// As a lease for somebody else.
+    is_left: bool,
     writes: Vec<(Nanos, Nanos, String, bool)>,
 }
 
@@ -154,6 +161,16 @@ impl Guard {
     fn certain(&self) -> Option<(Nanos, Nanos)> {
         let from = self.fence.and(self.answered)?;
         (from < self.until).then_some((from, self.until))
+    }
+
+    /// Returns whether its lock must have expired if another was granted at this instant: nobody has released it.
+    fn has_expired_by(&self, at: Nanos) -> bool {
+        match (&self.loss, self.ended) {
+            (Some(loss), _) => loss == "Expired",
+            (None, true) => self.is_left && self.deadline <= at,
+            // It died with its process.
+            (None, false) => true,
+        }
     }
 }
 
@@ -199,6 +216,7 @@ fn collect(events: impl IntoIterator<Item = Event>, report: &mut Report) -> Hash
                 deadline: 0,
                 loss: None,
                 ended: false,
+                is_left: false,
                 writes: Vec::new(),
             };
             guards.insert(id, guard);
@@ -227,12 +245,14 @@ fn collect(events: impl IntoIterator<Item = Event>, report: &mut Report) -> Hash
             Event::Lost { loss, deadline, .. } => {
                 if loss == "Expired" {
                     guard.until = guard.until.max(deadline);
+                    guard.deadline = deadline;
                 }
                 *report.ends.entry(loss.clone()).or_default() += 1;
                 guard.loss = Some(loss);
             }
             Event::Ending { how, .. } => {
                 guard.ended = true;
+                guard.is_left = how == LEFT;
                 *report.ends.entry(how).or_default() += 1;
             }
             Event::Ended { .. } => {}
@@ -347,8 +367,10 @@ fn check_order_of_exclusive(key: &str, guards: &[&Guard], report: &mut Report) {
             }
         }
         if let Some((_, earlier)) = last.last().filter(|(ended, _)| *ended <= from) {
-            let left_alone = earlier.loss.is_some() || !earlier.ended;
-            report.after_expiry += u64::from(left_alone && earlier.holder != guard.holder);
+            if earlier.holder != guard.holder && earlier.has_expired_by(from) {
+                report.after_expiry += 1;
+                report.waited_for_expiry += u64::from(guard.attempted < earlier.deadline);
+            }
         }
         match last.iter_mut().find(|(_, earlier)| earlier.holder == guard.holder) {
             // Guards of one holder overlap.

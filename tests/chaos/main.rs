@@ -3,6 +3,7 @@
 //!
 //!     cargo test --release --all-features --test chaos -- --topology quorum5 --seed 7 --seconds 60
 //!     cargo test --release --all-features --test chaos -- --topology single --break-assumptions
+//!     cargo test --release --all-features --test chaos -- --topology single --break-clocks
 //!     cargo test --test chaos                         # a short share of each
 //!
 //! - [`topology`]: the servers, and proxies before them
@@ -34,10 +35,10 @@ use tokio::runtime::Runtime;
 
 use self::checker::{Report, Run, Violation};
 use self::history::{Event, Nanos, nanos, now};
-use self::nemesis::{Fault, Nemesis};
+use self::nemesis::{Harm, Nemesis};
 use self::pool::{Pool, WORKER};
 use self::register::{Phase, Register};
-use self::topology::{Kind, Topology};
+use self::topology::{Breaks, Kind, Topology};
 use self::worker::Work;
 
 const WORKERS: usize = 4;
@@ -48,7 +49,7 @@ struct Options {
     topology: Option<Kind>,
     seed: u64,
     seconds: u64,
-    break_assumptions: bool,
+    breaks: Breaks,
 }
 
 fn main() -> ExitCode {
@@ -78,7 +79,7 @@ impl Options {
     /// Returns `None` if there is nothing to run: Cargo passes the filters and options of libtest to all test programs.
     fn parse(args: Vec<String>) -> Result<Option<Self>, String> {
         let has_client = cfg!(any(feature = "fred", feature = "redis"));
-        let mut options = Self { topology: None, seed: 1, seconds: 15, break_assumptions: false };
+        let mut options = Self { topology: None, seed: 1, seconds: 15, breaks: Breaks::Nothing };
         let mut args = args.into_iter();
         while let Some(arg) = args.next() {
             let mut value = || args.next().ok_or_else(|| format!("{arg} needs a value"));
@@ -87,7 +88,8 @@ impl Options {
                 "--topology" => options.topology = Some(value()?.parse()?),
                 "--seed" => options.seed = number(value()?)?,
                 "--seconds" => options.seconds = number(value()?)?,
-                "--break-assumptions" => options.break_assumptions = true,
+                BREAK_MEMORY => options.breaks = Breaks::Memory,
+                BREAK_CLOCKS => options.breaks = Breaks::Clocks,
                 "--list" | "--ignored" => return Ok(None),
                 "--nocapture" | "--include-ignored" | "--quiet" => {}
                 filter if filter.starts_with('-') => return Err(format!("unknown option {filter}")),
@@ -99,8 +101,8 @@ impl Options {
     }
 
     fn command(&self, topology: Kind) -> String {
-        let Self { seed, seconds, break_assumptions, .. } = self;
-        let breaks = if *break_assumptions { " --break-assumptions" } else { "" };
+        let Self { seed, seconds, breaks, .. } = self;
+        let breaks = breaks.option().map(|option| format!(" {option}")).unwrap_or_default();
         format!(
             "cargo test --release --all-features --test chaos -- --topology {topology} --seed {seed} \
              --seconds {seconds}{breaks}"
@@ -108,17 +110,31 @@ impl Options {
     }
 }
 
-/// Runs all topologies at the same time, as their workers mostly wait, and one more whose faults break the assumptions.
+const BREAK_MEMORY: &str = "--break-assumptions";
+const BREAK_CLOCKS: &str = "--break-clocks";
+
+impl Breaks {
+    fn option(self) -> Option<&'static str> {
+        match self {
+            Self::Nothing => None,
+            Self::Memory => Some(BREAK_MEMORY),
+            Self::Clocks => Some(BREAK_CLOCKS),
+        }
+    }
+}
+
+/// Runs all topologies at the same time, as their workers mostly wait, and two more whose faults break the assumptions.
 fn run_share_of_each(options: &Options) -> bool {
-    let start = |topology: Kind, breaks: bool| {
+    let start = |topology: Kind, breaks: Breaks| {
         let mut command = Command::new(env::current_exe().expect("this program"));
         command.args(["--topology", &topology.to_string()]);
         command.args(["--seed", &options.seed.to_string(), "--seconds", &options.seconds.to_string()]);
-        command.args(breaks.then_some("--break-assumptions"));
+        command.args(breaks.option());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().expect("this program")
     };
-    let runs = Kind::ALL.map(|topology| (topology, false)).into_iter().chain([(Kind::Single, true)]);
+    let broken = [Breaks::Memory, Breaks::Clocks].map(|breaks| (Kind::Single, breaks));
+    let runs = Kind::ALL.map(|topology| (topology, Breaks::Nothing)).into_iter().chain(broken);
     let runs: Vec<_> = runs.map(|(topology, breaks)| start(topology, breaks)).collect();
     let mut passed = true;
     for run in runs {
@@ -134,8 +150,8 @@ fn run(kind: Kind, options: &Options) -> bool {
     let started = Instant::now();
     let dir = tempfile::tempdir().expect("a temporary directory");
     let runtime = Runtime::new().expect("a runtime");
-    let breaks = options.break_assumptions;
-    let mut topology = runtime.block_on(Topology::start(kind, WORKERS, breaks));
+    let mut topology = runtime.block_on(Topology::start(kind, WORKERS, options.breaks));
+    let breaks = options.breaks != Breaks::Nothing;
     let register = runtime.block_on(async { Register::start(dir.path()) });
     let work = (0..WORKERS).map(|slot| Work {
         number: 0,
@@ -148,7 +164,7 @@ fn run(kind: Kind, options: &Options) -> bool {
     });
     let mut pool = Pool::start(work.collect(), options.seed);
     let nemesis = Nemesis::new(&mut topology, &mut pool, options.seed);
-    let (faults, log) = nemesis.rage(Duration::from_secs(options.seconds));
+    let harm = nemesis.rage(Duration::from_secs(options.seconds));
 
     let calm = now();
     register.enter(Phase::Calm);
@@ -173,7 +189,7 @@ fn run(kind: Kind, options: &Options) -> bool {
     let overlaps = report.violations.iter().filter(|violation| matches!(violation, Violation::Overlap { .. })).count();
     let broken: Vec<&Violation> =
         report.violations.iter().filter(|violation| !(breaks && violation.is_expected(kind.is_quorum()))).collect();
-    print(&report, &faults, started);
+    print(&report, &harm, started);
     if broken.is_empty() && breaks == (overlaps > 0) {
         return true;
     }
@@ -183,7 +199,7 @@ fn run(kind: Kind, options: &Options) -> bool {
     let mut explained = BTreeSet::new();
     for violation in broken {
         if explained.len() < 4 && explained.insert(violation.guards()) {
-            explain(violation, &log, &pool);
+            explain(violation, &harm.log, &pool);
         }
     }
     println!("the histories are in {}\nFAILED: {}", dir.keep().display(), options.command(kind));
@@ -208,11 +224,13 @@ fn wait_for_calm(register: &Register, pool: &mut Pool, patience: Duration) -> Ve
     }
 }
 
-fn print(report: &Report, faults: &BTreeMap<Fault, u64>, started: Instant) {
-    let Report { attempts, grants, failures, renewals, ends, after_expiry, accepted, refused, .. } = report;
-    println!("  faults: {} {faults:?}", faults.values().sum::<u64>());
+fn print(report: &Report, Harm { counts, failovers, .. }: &Harm, started: Instant) {
+    let Report { attempts, grants, failures, renewals, ends, accepted, refused, .. } = report;
+    let Report { after_expiry, waited_for_expiry, .. } = report;
+    println!("  faults: {} {counts:?}; {failovers} failovers", counts.values().sum::<u64>());
     println!(
-        "  {attempts} requests, {grants} grants, {after_expiry} of them after an expiry; {renewals} renewals seen"
+        "  {attempts} requests, {grants} grants, {after_expiry} of them after an expiry, for which {waited_for_expiry} \
+         had waited; {renewals} renewals seen"
     );
     println!("  not granted: {failures:?}");
     println!("  ended: {ends:?}");

@@ -3,9 +3,10 @@
 use std::fmt;
 use std::fs;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tenure_test_support::{Cluster, Proxy, Sentinel, Server};
+use tenure_test_support::{Clock, Cluster, Proxy, Sentinel, Server};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Kind {
@@ -55,12 +56,23 @@ const REMEMBERS: [&str; 4] = ["--appendonly", "yes", "--appendfsync", "always"];
 /// A primary that is away is not replaced by a replica that may lack what it has granted. A failover that somebody asks
 /// for loses nothing: the primary waits for the replica.
 const NO_ELECTION: [&str; 2] = ["--cluster-replica-no-failover", "yes"];
-const CLUSTER: [&str; 4] = ["--cluster-require-full-coverage", "no", "--cluster-node-timeout", "2000"];
+const CLUSTER: [&str; 4] = ["--cluster-require-full-coverage", "no", "--cluster-node-timeout", "1000"];
+/// A primary sends its data at once to a replica that comes back, and not in five seconds together with others.
+const SYNC_AT_ONCE: [&str; 2] = ["--repl-diskless-sync-delay", "0"];
+
+/// What the faults break of that on which locks rest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Breaks {
+    Nothing,
+    /// The servers forget when they are killed, and are replaced by others that lack what they have granted.
+    Memory,
+    /// Clocks of servers are set forward by more than the drift.
+    Clocks,
+}
 
 pub(crate) struct Topology {
     pub(crate) kind: Kind,
-    /// The servers forget when they are killed, and are replaced by others that lack what they have granted.
-    pub(crate) breaks_assumptions: bool,
+    pub(crate) breaks: Breaks,
     servers: Servers,
     /// By worker's slot and server.
     proxies: Vec<Vec<Proxy>>,
@@ -73,22 +85,36 @@ enum Servers {
 }
 
 impl Topology {
-    pub(crate) async fn start(kind: Kind, slots: usize, breaks_assumptions: bool) -> Self {
-        let remembers: &[&str] = if breaks_assumptions { &[] } else { &REMEMBERS };
-        let start = move || match kind {
-            Kind::Single => Servers::Alone(vec![Server::start_with(remembers)]),
-            // They may forget.
-            Kind::Quorum(nodes) => Servers::Alone((0..nodes).map(|_| Server::start()).collect()),
-            Kind::Sentinel => Servers::Watched(Box::new(Sentinel::start_with(remembers))),
-            Kind::Cluster => {
-                let no_election: &[&str] = if breaks_assumptions { &[] } else { &NO_ELECTION };
-                let cluster = Cluster::start_with(&[&CLUSTER, remembers, no_election].concat());
-                let replicas = (0..cluster.nodes.len()).map(|place| cluster.start_replica(place)).collect();
-                Servers::Sharded { cluster, replicas }
+    pub(crate) async fn start(kind: Kind, slots: usize, breaks: Breaks) -> Self {
+        let forgets = breaks == Breaks::Memory;
+        let remembers: &[&str] = if forgets { &[] } else { &REMEMBERS };
+        let start = move || {
+            let clock = Arc::new(Clock::new());
+            match kind {
+                Kind::Single => Servers::Alone(vec![Server::start_with_clock(remembers, Some(&clock))]),
+                // They may forget.
+                Kind::Quorum(nodes) => {
+                    let start = |_| Server::start_with_clock(&[], Some(&Arc::new(Clock::new())));
+                    Servers::Alone((0..nodes).map(start).collect())
+                }
+                Kind::Sentinel => {
+                    let sentinel = Sentinel::start_with(&[remembers, &SYNC_AT_ONCE].concat(), Some(&clock));
+                    for (option, value) in [("down-after-milliseconds", "1000"), ("failover-timeout", "1000")] {
+                        assert_eq!(sentinel.sentinel.cli(&["SENTINEL", "SET", "locks", option, value]), "OK");
+                    }
+                    Servers::Watched(Box::new(sentinel))
+                }
+                Kind::Cluster => {
+                    let no_election: &[&str] = if forgets { &[] } else { &NO_ELECTION };
+                    let args = [&CLUSTER, remembers, no_election, &SYNC_AT_ONCE].concat();
+                    let cluster = Cluster::start_with(&args, Some(&clock));
+                    let replicas = (0..cluster.nodes.len()).map(|place| cluster.start_replica(place)).collect();
+                    Servers::Sharded { cluster, replicas }
+                }
             }
         };
         let servers = tokio::task::block_in_place(start);
-        let mut topology = Self { kind, breaks_assumptions, servers, proxies: Vec::new() };
+        let mut topology = Self { kind, breaks, servers, proxies: Vec::new() };
         if let Servers::Alone(servers) = &topology.servers {
             for _ in 0..slots {
                 let mut proxies = Vec::new();
@@ -112,7 +138,7 @@ impl Topology {
 
     /// How many replicas have to have a lock. With one of them, and no more, a failover forgets nothing.
     pub(crate) fn min_replicas(&self) -> usize {
-        usize::from(self.kind == Kind::Sentinel && !self.breaks_assumptions)
+        usize::from(self.kind == Kind::Sentinel && self.breaks != Breaks::Memory)
     }
 
     pub(crate) fn servers(&self) -> Vec<&Server> {
@@ -135,6 +161,43 @@ impl Topology {
                 if place < nodes { &mut cluster.nodes[place] } else { &mut replicas[place - nodes] }
             }
         }
+    }
+
+    /// Whether all servers have one clock: a replica knows until when keys live by that of its primary.
+    pub(crate) fn shares_clock(&self) -> bool {
+        !matches!(self.servers, Servers::Alone(_))
+    }
+
+    /// The server that has the same data: a primary's replica, or a replica's primary.
+    pub(crate) fn partner(&self, place: usize) -> Option<usize> {
+        let servers = self.servers().len();
+        let is_replicated = !matches!(self.servers, Servers::Alone(_));
+        is_replicated.then_some((place + servers / 2) % servers)
+    }
+
+    /// Returns whether locks are on this server, as far as it knows, or the Sentinel does. It must not be frozen.
+    pub(crate) fn is_primary(&self, place: usize) -> bool {
+        let server = self.servers()[place];
+        match self.sentinel() {
+            Some(sentinel) => {
+                let address = sentinel.cli(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", "locks"]);
+                address.ends_with(&server.port().to_string())
+            }
+            None => server.cli(&["ROLE"]).starts_with("master"),
+        }
+    }
+
+    /// Returns whether this replica has what its primary has. Neither may be frozen.
+    pub(crate) fn has_caught_up(&self, replica: usize, primary: usize) -> bool {
+        let of = |place: usize, field: &str| {
+            let replication = self.servers()[place].cli(&["INFO", "replication"]);
+            let value = replication.lines().find_map(|line| line.strip_prefix(field).map(str::trim));
+            value.and_then(|value| value.parse::<u64>().ok())
+        };
+        // The primary's first: it may go on.
+        let (sent, received) = (of(primary, "master_repl_offset:"), of(replica, "slave_repl_offset:"));
+        sent.is_some_and(|sent| received.is_some_and(|received| received >= sent))
+            && self.servers()[replica].cli(&["INFO", "replication"]).contains("master_link_status:up")
     }
 
     pub(crate) fn sentinel(&self) -> Option<&Server> {

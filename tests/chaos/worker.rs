@@ -16,6 +16,7 @@ use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
+use crate::checker::LEFT;
 use crate::history::{Event, GUARDS_PER_WORKER, GuardId, Mode, Nanos, Recorder, now};
 use crate::register::{Answer, Ask, Client, Letter, Phase};
 
@@ -23,7 +24,7 @@ use crate::register::{Answer, Ask, Client, Letter, Phase};
 pub(crate) const TTL: Duration = Duration::from_millis(400);
 /// How long a node of a quorum doesn't vote after its start.
 pub(crate) const WINDOW: Duration = Duration::from_secs(1);
-const TASKS: usize = 8;
+const TASKS: usize = 24;
 const SAMPLE: Duration = Duration::from_millis(20);
 const HOT: usize = 8;
 const COLD: usize = 200;
@@ -207,7 +208,7 @@ impl Worker {
 
     /// Asks for a lock, holds it, and ends it.
     async fn lock(&self, style: Style, rng: &mut Rng) {
-        let key = if rng.u8(..100) < 85 { hot(rng.usize(..HOT)) } else { format!("cold{}", rng.usize(..COLD)) };
+        let key = if rng.u8(..100) < 70 { hot(rng.usize(..HOT)) } else { format!("cold{}", rng.usize(..COLD)) };
         let keys = if style == Style::Several { pair(rng) } else { vec![key] };
         let may_try = matches!(style, Style::Several | Style::Read | Style::Permit);
         let is_try = style == Style::Try || may_try && rng.u8(..3) == 0;
@@ -225,7 +226,7 @@ impl Worker {
         if !is_try && !is_patient {
             request = request.wait_at_most(ms(rng.u64(50..1_500)));
         }
-        let outlives_ttl = rng.u8(..16) == 0;
+        let outlives_ttl = rng.u8(..100) < outlives(style);
         if outlives_ttl {
             request = request.no_renewal();
         }
@@ -405,14 +406,14 @@ impl Worker {
         let how = match way {
             0..5 => "released",
             5..7 => "release given up",
-            7..9 if !self.is_calm() => "handed over",
+            7..9 if !self.is_calm() => LEFT,
             _ => "dropped",
         };
         self.ending(name, how);
         match how {
             "released" => drop(guard.release().await),
             "release given up" => drop(timeout(Duration::from_micros(rng.u64(..1_000)), guard.release()).await),
-            "handed over" => self.give(&guard.into_lease(), name).await,
+            LEFT => self.give(&guard.into_lease(), name).await,
             _ => drop(guard),
         }
         self.recorder.write(&Event::Ended { at: now(), guard: name.id });
@@ -420,7 +421,7 @@ impl Worker {
 
     async fn end_watched(&self, key: &str, name: &Name, rng: &mut Rng) {
         if rng.bool() && !self.is_calm() {
-            self.ending(name, "handed over");
+            self.ending(name, LEFT);
             // If it was lost just now, this may be the next one's.
             let lease = self.dog.unwatch(key).filter(|lease| lease.fencing_token() == Some(name.fence));
             if let Some(lease) = lease {
@@ -511,12 +512,21 @@ fn pick(rng: &mut Rng) -> Style {
     Style::Plain
 }
 
-/// How long a lock is held: up to three ttls, and mostly short.
+/// How many of a hundred locks are held without renewal until they expire: most hand-overs shall follow an expiry.
+fn outlives(style: Style) -> u8 {
+    match style {
+        // The others who share it, or the watchdog, renew it.
+        Style::Read | Style::Permit | Style::UserToken | Style::Watched => 6,
+        _ => 50,
+    }
+}
+
+/// How long other locks are held: up to three ttls, and mostly short.
 fn length(rng: &mut Rng) -> Duration {
     let ttl = TTL.as_millis() as u64;
-    ms(match rng.u8(..10) {
-        0..7 => rng.u64(..10),
-        7..9 => rng.u64(..ttl),
+    ms(match rng.u8(..20) {
+        0..16 => rng.u64(..10),
+        16..19 => rng.u64(..ttl),
         _ => rng.u64(..3 * ttl),
     })
 }

@@ -1,10 +1,11 @@
 //! Three primaries that share the slots of a cluster.
 
+use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use crate::port::BUS;
-use crate::{PATIENCE, Proxy, Server, elected};
+use crate::{Clock, PATIENCE, Proxy, Server, elected};
 
 /// A cluster of three primaries without replicas.
 #[derive(Debug)]
@@ -12,6 +13,7 @@ pub struct Cluster {
     /// Its nodes, in the order of their slots.
     pub nodes: Vec<Server>,
     args: Vec<String>,
+    clock: Option<Arc<Clock>>,
 }
 
 impl Cluster {
@@ -21,17 +23,17 @@ impl Cluster {
     ///
     /// When they don't agree within 60 seconds.
     pub fn start() -> Self {
-        Self::start_with(&[])
+        Self::start_with(&[], None)
     }
 
-    /// The same with further arguments, for replicas as well.
+    /// The same with further arguments, and a clock, for replicas as well.
     ///
     /// # Panics
     ///
     /// When they don't agree within 60 seconds.
-    pub fn start_with(args: &[&str]) -> Self {
+    pub fn start_with(args: &[&str], clock: Option<&Arc<Clock>>) -> Self {
         let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
-        let (nodes, buses): (Vec<Server>, Vec<String>) = (0..3).map(|_| start_node(&args)).unzip();
+        let (nodes, buses): (Vec<Server>, Vec<String>) = (0..3).map(|_| start_node(&args, clock)).unzip();
         for (epoch, (node, (first, last))) in
             (1_u16..).zip(nodes.iter().zip([(0_u16, 5460_u16), (5461, 10922), (10923, 16383)]))
         {
@@ -48,7 +50,7 @@ impl Cluster {
         for (node, (next, bus)) in nodes.iter().zip(nodes.iter().zip(&buses).skip(1)) {
             assert_eq!(node.cli(&["CLUSTER", "MEET", "127.0.0.1", &next.port().to_string(), bus]), "OK");
         }
-        let cluster = Self { nodes, args };
+        let cluster = Self { nodes, args, clock: clock.cloned() };
         let patience = Instant::now() + PATIENCE;
         while !cluster.is_formed() {
             assert!(Instant::now() < patience, "the nodes never became a cluster");
@@ -96,7 +98,7 @@ impl Cluster {
     pub fn start_replica(&self, place: usize) -> Server {
         let primary = self.nodes.get(place).expect("a node");
         primary.cli(&["CONFIG", "SET", "repl-diskless-sync-delay", "0"]);
-        let (replica, bus) = start_node(&self.args);
+        let (replica, bus) = start_node(&self.args, self.clock.as_ref());
         assert_eq!(primary.cli(&["CLUSTER", "MEET", "127.0.0.1", &replica.port().to_string(), &bus]), "OK");
         let id = primary.cli(&["CLUSTER", "MYID"]);
         let patience = Instant::now() + PATIENCE;
@@ -232,9 +234,9 @@ impl Migration<'_> {
 }
 
 /// A node and the port of its bus.
-fn start_node(args: &[String]) -> (Server, String) {
+fn start_node(args: &[String], clock: Option<&Arc<Clock>>) -> (Server, String) {
     let args: Vec<&str> = ["--cluster-enabled", "yes"].into_iter().chain(args.iter().map(String::as_str)).collect();
-    let node = Server::start_with(&args);
+    let node = Server::start_with_clock(&args, clock);
     let bus = node.port() + BUS;
     (node, bus.to_string())
 }

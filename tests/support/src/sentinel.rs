@@ -1,9 +1,10 @@
 //! A primary that Sentinels watch over.
 
+use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::{PATIENCE, Server};
+use crate::{Clock, PATIENCE, Server};
 
 /// One primary, its replica, and one Sentinel, which alone decides.
 #[derive(Debug)]
@@ -29,18 +30,18 @@ impl Sentinel {
         Self::watch(primary, replica, tempfile::tempdir().expect("a temporary directory"))
     }
 
-    /// The same with further arguments for the primary and its replica. Each has a configuration file, in which the
-    /// Sentinel has it note its role, so it still has that when it is restarted.
+    /// The same with further arguments, and a clock, for the primary and its replica. Each has a configuration file, in
+    /// which the Sentinel has it note its role, so it still has that when it is restarted.
     ///
     /// # Panics
     ///
     /// When that takes more than 60 seconds.
-    pub fn start_with(args: &[&str]) -> Self {
+    pub fn start_with(args: &[&str], clock: Option<&Arc<Clock>>) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let start = |name: &str| {
             let file = dir.path().join(name);
             std::fs::write(&file, "").expect("a file");
-            Server::start_with(&[&[&*file.display().to_string()], args].concat())
+            Server::start_with_clock(&[&[&*file.display().to_string()], args].concat(), clock)
         };
         let (primary, replica) = (start("first.conf"), start("second.conf"));
         replica.cli(&["REPLICAOF", "127.0.0.1", &primary.port().to_string()]);
