@@ -54,7 +54,7 @@ impl Side {
         self.store.server()
     }
 
-    async fn run_one(&self, operation: &Box<Operation>) -> Result<Decision, Error> {
+    async fn run_one(&self, operation: &<Server as Executor>::Operation) -> Result<Decision, Error> {
         let now = Instant::now();
         self.server().run_one(operation, now, now + PATIENCE).await
     }
