@@ -146,15 +146,18 @@ pub(crate) struct Capabilities {
     pub(crate) has_readers: bool,
     /// It counts permits ([`Mode::Permit`](crate::mode::Mode)).
     pub(crate) has_permits: bool,
-    /// It has a line, but only for requests for several keys: those for one key stand in the queues of their lockers.
+    /// It has a line for requests for several keys, which are in no queue.
     pub(crate) has_line_for_several: bool,
+    /// It has a line in which several lockers take turns at a key, and which a waiter enters by asking.
+    pub(crate) has_line_of_lockers: bool,
 }
 
 impl Capabilities {
     /// Returns whether those who wait for so many keys tell the store their places: for its line, or because a writer
     /// that waits for readers announces itself to the nodes of a quorum.
     pub(crate) fn has_places(self, keys: usize) -> bool {
-        self.has_line || self.undoes_attempts || self.has_line_for_several && keys > 1
+        let is_told = self.has_line || self.undoes_attempts || self.has_line_of_lockers;
+        is_told || self.has_line_for_several && keys > 1
     }
 }
 
@@ -377,6 +380,16 @@ pub(crate) enum InLine {
     /// It has this place in the line for one of its keys, or enters there if it is not granted. If it is granted, it
     /// leaves the line; a shared grant doesn't if the place `stays`, as the next waiter with it may share the key, too.
     At { key: usize, place: LinePlace, stays: bool },
+}
+
+impl InLine {
+    /// Returns the place of a request for one key.
+    pub(crate) fn at_only_key(self, wanted: &Wanted) -> Option<LinePlace> {
+        match self {
+            Self::At { place, .. } if wanted.owned.keys.len() == 1 => Some(place),
+            _ => None,
+        }
+    }
 }
 
 /// The waiter that gets a lock that is handed over.

@@ -567,6 +567,9 @@ impl LockerBuilder {
     /// Uses an embedded server that others may use as well, and that a test can take away: see
     /// [`testing`](crate::testing).
     ///
+    /// Its lockers are like processes: they take turns at a key that several of them wait for, in the order in which
+    /// they came, and a [`lock`](Locker::lock) that waits in one of them holds back new readers of all.
+    ///
     /// ```
     /// use tenure::Locker;
     /// use tenure::testing::EmbeddedServer;

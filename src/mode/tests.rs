@@ -620,6 +620,140 @@ async fn one_that_waits_for_several_keys_holds_back_the_readers_of_other_lockers
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_writer_holds_back_the_readers_of_other_lockers() {
+    let server = crate::testing::EmbeddedServer::new();
+    let [here, there, other] = [(); 3].map(|()| Locker::builder().in_memory_with(&server));
+    let reader = here.read("k").await.unwrap();
+    let writer = waits(there.lock("k")).await;
+    assert!(is_refused(&other.try_read("k").await));
+    let behind = waits(other.read("k")).await;
+    sleep(ms(10_000)).await;
+    assert!(is_refused(&other.try_read("k").await), "it still waits");
+    assert!(!writer.is_finished() && !behind.is_finished());
+    reader.release().await.unwrap();
+    let guard = writer.await.unwrap().unwrap();
+    settle().await;
+    assert!(!behind.is_finished());
+    guard.release().await.unwrap();
+    drop(behind.await.unwrap().unwrap());
+    // Nothing of the writer is left to hold readers back.
+    let (_one, _other) = (here.try_read("k").await.unwrap(), other.try_read("k").await.unwrap());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_writer_gets_in_under_the_readers_of_other_lockers() {
+    let server = crate::testing::EmbeddedServer::new();
+    let writers = Locker::builder().in_memory_with(&server);
+    // Each comes before the one before has left, so that the key is never free by itself.
+    let readers: Vec<_> = (0..4)
+        .map(|n| {
+            let locker = Locker::builder().in_memory_with(&server);
+            tokio::spawn(async move {
+                sleep(ms(25 * n)).await;
+                loop {
+                    let reader = locker.read("k").await.unwrap();
+                    sleep(ms(100)).await;
+                    reader.release().await.unwrap();
+                }
+            })
+        })
+        .collect();
+    sleep(ms(500)).await;
+    for turn in 0..10 {
+        let began = Instant::now();
+        let writer = writers.lock("k").wait_at_most(ms(5_000)).await.unwrap();
+        assert!(began.elapsed() <= ms(150), "turn {turn}: {:?}", began.elapsed());
+        writer.release().await.unwrap();
+        drop(writers.read("k").wait_at_most(ms(1_000)).await.unwrap());
+    }
+    readers.iter().for_each(JoinHandle::abort);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_writer_that_leaves_or_is_not_polled_holds_no_reader_of_another_locker_back() {
+    let server = crate::testing::EmbeddedServer::new();
+    let [here, there] = [(); 2].map(|()| Locker::builder().in_memory_with(&server));
+    let _reader = here.read("k").await.unwrap();
+    let began = Instant::now();
+    let gives_up = waits(there.lock("k").wait_at_most(ms(100))).await;
+    let behind = waits(here.read("k")).await;
+    assert!(is_refused(&gives_up.await.unwrap()));
+    drop(behind.await.unwrap().unwrap());
+    assert_eq!(began.elapsed(), ms(100));
+    let aborted = waits(there.lock("k")).await;
+    let behind = waits(here.read("k")).await;
+    aborted.abort();
+    drop(behind.await.unwrap().unwrap());
+    assert_eq!(began.elapsed(), ms(100));
+    let mut parked = Box::pin(there.lock("k").into_future());
+    for _ in 0..20 {
+        poll_once(parked.as_mut());
+    }
+    assert!(is_refused(&here.try_read("k").await));
+    let behind = here.read("k").await.unwrap();
+    assert!(began.elapsed() <= ms(2_100), "{:?}", began.elapsed());
+    // It goes back to the line when it is polled again.
+    let writer = tokio::spawn(parked);
+    sleep(ms(1_000)).await;
+    assert!(is_refused(&here.try_read("k").await) && !writer.is_finished());
+    behind.release().await.unwrap();
+    writer.abort();
+    settle().await;
+    here.try_read("k").await.unwrap().release().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn lockers_on_one_server_take_turns_however_many_wait_in_each() {
+    let server = crate::testing::EmbeddedServer::new();
+    let [busy, quiet, reads] = [(); 3].map(|()| Locker::builder().in_memory_with(&server));
+    let tasks: Vec<_> = (0..4)
+        .map(|_| {
+            let locker = busy.clone();
+            tokio::spawn(async move {
+                loop {
+                    let guard = locker.lock("k").await.unwrap();
+                    sleep(ms(5)).await;
+                    guard.release().await.unwrap();
+                }
+            })
+        })
+        .collect();
+    sleep(ms(100)).await;
+    for turn in 0..10 {
+        let began = Instant::now();
+        drop(quiet.lock("k").wait_at_most(ms(10_000)).await.unwrap());
+        assert!(began.elapsed() <= ms(300), "turn {turn}: {:?}", began.elapsed());
+        drop(reads.read("k").wait_at_most(ms(10_000)).await.unwrap());
+        assert!(began.elapsed() <= ms(600), "turn {turn}: {:?}", began.elapsed());
+    }
+    tasks.iter().for_each(JoinHandle::abort);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fair_request_gets_in_among_others_of_its_locker() {
+    let locker = Locker::in_memory();
+    let tasks: Vec<_> = (0..4)
+        .map(|_| {
+            let locker = locker.clone();
+            tokio::spawn(async move {
+                loop {
+                    let guard = locker.lock("k").await.unwrap();
+                    sleep(ms(5)).await;
+                    guard.release().await.unwrap();
+                }
+            })
+        })
+        .collect();
+    sleep(ms(100)).await;
+    for turn in 0..10 {
+        let began = Instant::now();
+        drop(locker.lock("k").fair(true).wait_at_most(ms(10_000)).await.unwrap());
+        assert!(began.elapsed() <= ms(300), "turn {turn}: {:?}", began.elapsed());
+    }
+    tasks.iter().for_each(JoinHandle::abort);
+}
+
+#[tokio::test(start_paused = true)]
 async fn of_several_keys_a_reader_is_held_back_at_the_one_that_is_waited_for() {
     let locker = Locker::in_memory();
     let (a, b) = (locker.read("a").await.unwrap(), locker.read("b").await.unwrap());

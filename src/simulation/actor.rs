@@ -507,7 +507,7 @@ impl Actor {
         let waits = self.rng.bool();
         let request = if waits { locker.lock_all(keys) } else { locker.obtain_all(keys) };
         let (request, limit, token) = self.set(request, waits);
-        let asking = self.world.asks_for_several();
+        let asking = self.world.asks(Mode::Exclusive);
         self.ask(request, asking, limit, token).await;
     }
 

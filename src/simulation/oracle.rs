@@ -33,11 +33,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::actor::COMMAND_TIMEOUT;
 use crate::hold::{GrantId, Hold, Owned, Peek};
 use crate::mode::Mode;
 use crate::store::faulty::{Fault, Operation, Ran};
-use crate::store::memory::{ALIVE, MemoryStore};
+use crate::store::memory::MemoryStore;
 use crate::store::{Acquired, Downgraded, Ending, Extending, HandedOver, Holder, Verdict, Wanted};
 use crate::{Error, Key, Lease, LockGuard, Loss, Token};
 
@@ -49,9 +48,6 @@ pub(super) struct Doing {
     /// The guard that the operation is for.
     pub(super) guard: Option<usize>,
 }
-
-/// For how long a place may be in the line when its request is over. A request to enter may run for two timeouts.
-const LINGERS: Duration = ALIVE.saturating_add(COMMAND_TIMEOUT.saturating_mul(2));
 
 thread_local! {
     static WORLD: RefCell<Option<Arc<World>>> = const { RefCell::new(None) };
@@ -112,6 +108,8 @@ struct State {
     ended: Vec<(Key, Token, Instant)>,
     /// Keys that were deleted by hand at some time.
     deleted: HashSet<Key>,
+    /// When a request for the key was last refused because others stood in the line, and for no other reason.
+    behind: HashMap<Key, Instant>,
     fences: HashMap<Key, u64>,
     /// The first fencing token. It comes from the clock, so the trace counts from it.
     first_fence: Option<u64>,
@@ -214,13 +212,11 @@ pub(super) struct Asking {
     number: usize,
     from: Instant,
     mode: Mode,
-    /// For how long it may stand in the line after its end.
-    lingers: Duration,
 }
 
 impl Drop for Asking {
     fn drop(&mut self) {
-        self.world.state().requests[self.number].1 = Some(Instant::now() + self.lingers);
+        self.world.state().requests[self.number].1 = Some(Instant::now());
     }
 }
 
@@ -384,6 +380,16 @@ impl World {
         state.calls[call as usize].ran = Some(now);
         match ran {
             Ran::Acquire(wanted, acquired) => {
+                if let Acquired::Held { place, .. } = acquired {
+                    let key = &wanted.owned.keys[*place];
+                    let is_open = self.store.held_by(key).iter().all(|held| {
+                        let mode = wanted.owned.mode;
+                        mode.is_shared() && held.0 == mode
+                    });
+                    if is_open && self.store.is_waited_for(key) {
+                        state.behind.insert(key.clone(), now);
+                    }
+                }
                 if let Acquired::Granted { fencing_token } = acquired {
                     state.admitted(self, call, wanted);
                     if wanted.owned.grant.is_none() {
@@ -440,8 +446,10 @@ impl World {
                 state.note_with(self.start, || format!("  call {call}: {label} undoes {:?}: {undone:?}", owned.keys));
             }
             Ran::HandOver(from, ending, to, handed_over) => {
-                if let HandedOver::Done { fencing_token, .. } = handed_over {
+                if let HandedOver::Done { .. } | HandedOver::PassedBy = handed_over {
                     state.released(call, &from.keys, &from.token, *ending, self);
+                }
+                if let HandedOver::Done { fencing_token, .. } = handed_over {
                     state.granted(self, call, &to.owned.keys, &to.owned.token, *fencing_token);
                 }
                 let (one, other) = (state.label(&from.token), state.label(&to.owned.token));
@@ -559,25 +567,20 @@ impl World {
     pub(super) fn asks(self: &Arc<Self>, mode: Mode) -> Asking {
         let (from, mut state) = (Instant::now(), self.state());
         state.requests.push((from, None));
-        Asking { world: self.clone(), number: state.requests.len() - 1, from, mode, lingers: Duration::ZERO }
+        Asking { world: self.clone(), number: state.requests.len() - 1, from, mode }
     }
 
-    /// Records that a request for several keys begins. What it sends to enter the line may arrive late, and what it
-    /// sends to leave may be lost: then its place expires.
-    pub(super) fn asks_for_several(self: &Arc<Self>) -> Asking {
-        let mut asking = self.asks(Mode::Exclusive);
-        asking.lingers = LINGERS;
-        asking
-    }
-
-    /// Checks promise 5. Until a request has `heard` of the present, it only knows the server's last reply. A share is
-    /// refused while somebody else waits, too.
+    /// Checks promise 5. Until a request has `heard` of the present, it only knows the server's last reply. A request
+    /// is also refused while others are served before it: those in the queue of a process, and those in the line.
     pub(super) fn failed(&self, error: &Error, asking: &Asking, own: Option<&Token>, heard: Duration) {
         let Error::NotObtained { key, attempts, .. } = error else { return };
         let Asking { from, mode, number, .. } = *asking;
         let mut state = self.state();
         let mut others = state.requests.iter().enumerate().filter(|(other, _)| *other != number);
         if mode.is_shared() && others.any(|(_, (_, until))| until.is_none_or(|until| until >= from)) {
+            return;
+        }
+        if state.behind.get(key).is_some_and(|at| *at >= from) {
             return;
         }
         // Nobody is notified of a deletion by hand: the server's last reply is all that is known.

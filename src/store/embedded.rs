@@ -80,11 +80,12 @@ impl EmbeddedStore {
 
 impl Store for EmbeddedStore {
     fn capabilities(&self) -> Capabilities {
-        self.server.store.capabilities()
+        Capabilities { has_line_of_lockers: true, ..self.server.store.capabilities() }
     }
 
     fn acquire<'a>(&'a self, wanted: &'a Wanted, in_line: InLine, limit: Duration) -> Answer<'a, Acquired> {
-        self.call(limit, move |store| store.acquire(wanted, in_line, limit))
+        let place = in_line.at_only_key(wanted).map(|place| self.place(place));
+        self.call(limit, move |store| in_turn(move || store.acquire_now(wanted, place)))
     }
 
     fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, limit: Duration) -> Answer<'a, Verdict> {
@@ -120,7 +121,8 @@ impl Store for EmbeddedStore {
         next: &'a Next,
         limit: Duration,
     ) -> Answer<'a, HandedOver> {
-        self.call(limit, move |store| store.hand_over(from, ending, to, next, limit))
+        let locker = self.locker;
+        self.call(limit, move |store| in_turn(move || store.hand_over_now(from, ending, to, next, locker)))
     }
 
     fn downgrade<'a>(&'a self, owned: &'a Owned, limit: Duration) -> Answer<'a, Downgraded> {

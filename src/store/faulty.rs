@@ -199,14 +199,15 @@ pub(super) async fn call_within<S: Send + Sync + 'static, T: Send + 'static>(
 
 impl Store for FaultyStore {
     fn capabilities(&self) -> Capabilities {
-        self.store.capabilities()
+        Capabilities { has_line_of_lockers: true, ..self.store.capabilities() }
     }
 
-    fn acquire<'a>(&'a self, wanted: &'a Wanted, _: InLine, timeout: Duration) -> Answer<'a, Acquired> {
+    fn acquire<'a>(&'a self, wanted: &'a Wanted, in_line: InLine, timeout: Duration) -> Answer<'a, Acquired> {
+        let place = in_line.at_only_key(wanted).map(|place| self.place(place));
         let wanted = wanted.clone();
         wanted.latest.extend(self.latest(timeout));
         Box::pin(self.call(Operation::Acquire, timeout, move |store, ran| {
-            let acquired = store.acquire_now(&wanted);
+            let acquired = store.acquire_now(&wanted, place);
             ran(Ran::Acquire(&wanted, &acquired));
             acquired
         }))
@@ -282,10 +283,10 @@ impl Store for FaultyStore {
         next: &'a Next,
         timeout: Duration,
     ) -> Answer<'a, HandedOver> {
-        let (from, to, next) = (from.clone(), to.clone(), *next);
+        let (from, to, next, locker) = (from.clone(), to.clone(), *next, self.locker);
         to.latest.extend(self.latest(timeout));
         Box::pin(self.call(Operation::Release, timeout, move |store, ran| {
-            let handed_over = store.hand_over_now(&from, ending, &to, &next);
+            let handed_over = store.hand_over_now(&from, ending, &to, &next, locker);
             ran(Ran::HandOver(&from, ending, &to, &handed_over));
             handed_over
         }))

@@ -13,10 +13,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::task::consume_budget;
 use tokio::time::Instant;
 
-#[cfg(test)]
-pub(crate) use self::line::ALIVE;
-use self::line::Lines;
 pub(crate) use self::line::PlaceOf;
+use self::line::{Lines, WaitsFor};
 use self::share::{Member, Share};
 use super::notifications::{ChannelState, Subscription, Subscriptions};
 use super::{
@@ -40,7 +38,7 @@ struct Held {
     locks: HashMap<Key, Entry>,
     /// The keys that several share. No key is live in both maps.
     shares: HashMap<Key, Share>,
-    /// Those who wait for several keys.
+    /// Those who wait for keys that others hold.
     lines: Lines,
     /// One counter for all keys, so fencing tokens grow for each key.
     last_fence: u64,
@@ -127,8 +125,12 @@ impl MemoryStore {
         self.last_locker.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    pub(super) fn acquire_now(&self, wanted: &Wanted) -> Acquired {
-        self.held().acquire(wanted)
+    /// Acquires the keys, for a request that has this place in the line for its only key, if it has one.
+    pub(super) fn acquire_now(&self, wanted: &Wanted, place: Option<PlaceOf>) -> Acquired {
+        match place {
+            Some(place) => self.held().acquire_in_line(wanted, place),
+            None => self.held().acquire(wanted, None),
+        }
     }
 
     pub(super) fn renew_now(&self, owned: &Owned, ttl: Duration, how: Extending) -> Verdict {
@@ -158,7 +160,15 @@ impl MemoryStore {
         u64::try_from(instant.saturating_duration_since(start).as_millis()).unwrap_or(u64::MAX)
     }
 
-    pub(super) fn hand_over_now(&self, from: &Owned, ending: Ending, to: &Wanted, next: &Next) -> HandedOver {
+    /// Hands a lock over to a waiter of this locker.
+    pub(super) fn hand_over_now(
+        &self,
+        from: &Owned,
+        ending: Ending,
+        to: &Wanted,
+        next: &Next,
+        locker: u64,
+    ) -> HandedOver {
         let mut held = self.held();
         if ending == Ending::Grant && held.is_shared(from) {
             return HandedOver::NotNow;
@@ -166,22 +176,31 @@ impl MemoryStore {
         if let Verdict::NotOurs(loss) = held.release(from, ending) {
             return HandedOver::NotOurs(loss);
         }
-        match held.acquire(to) {
+        let (key, place) = (to.owned.key(), PlaceOf { locker, place: next.place });
+        if !next.may_keep && held.lines.before(&key, place, Instant::now()).is_some() {
+            held.enter(&key, place, WaitsFor::One(to.owned.mode));
+            drop(held);
+            self.subscriptions.notify(key.as_bytes());
+            return HandedOver::PassedBy;
+        }
+        match held.acquire(to, None) {
             Acquired::Granted { fencing_token } => {
+                held.lines.leave(&key, place);
                 let reserved = fencing_token.map_or(0, |_| next.tokens.saturating_sub(1));
                 held.last_fence += reserved;
                 // A grant to the token again, which a later holder of this process may have by then, has the last.
                 let entry = to.owned.keys.first().and_then(|key| held.locks.get_mut(key));
                 entry.into_iter().for_each(|entry| entry.fence = entry.fence.map(|fence| fence + reserved));
-                HandedOver::Done { fencing_token, alone: true }
+                HandedOver::Done { fencing_token, alone: !next.may_keep }
             }
             // The mutex was held since the release, so nobody else can have the lock.
             Acquired::Held { .. } => HandedOver::NotOurs(Loss::Taken),
         }
     }
 
+    /// Enters the line for one of several keys.
     pub(super) fn enter_now(&self, key: &Key, whose: PlaceOf) {
-        self.held().enter(key, whose);
+        self.held().enter(key, whose, WaitsFor::Several);
     }
 
     pub(super) fn heartbeat_now(&self, key: &Key, whose: PlaceOf) -> bool {
@@ -238,6 +257,12 @@ impl MemoryStore {
             share.live(now).map(|member| (share.mode, member.token.clone(), member.grant, member.expires))
         });
         alone.into_iter().chain(shares).collect()
+    }
+
+    /// Returns whether somebody stands in the line for the key.
+    #[cfg(test)]
+    pub(crate) fn is_waited_for(&self, key: &Key) -> bool {
+        self.held().lines.is_waited_for(key, Instant::now())
     }
 
     /// Returns the grants that rely on a key which is not shared.
@@ -325,7 +350,7 @@ impl Held {
         }
     }
 
-    fn acquire_share(&mut self, wanted: &Wanted) -> Acquired {
+    fn acquire_share(&mut self, wanted: &Wanted, place: Option<PlaceOf>) -> Acquired {
         let now = Instant::now();
         let held = |until: Instant| Acquired::Held { place: 0, remaining: Some(until - now) };
         // A request that shares a key has no other.
@@ -334,7 +359,7 @@ impl Held {
             return held(entry.expires);
         }
         let mode = wanted.owned.mode;
-        if let Some(until) = self.lines.before(&key, wanted.since, now) {
+        if let Some(until) = self.lines.before_shared(&key, wanted.since, place, now) {
             // A token that shares the key already would wait for itself.
             let is_in = |share: &Share| share.mode == mode && share.has_token(&wanted.owned.token, now);
             if !self.shares.get(&key).is_some_and(is_in) {
@@ -391,9 +416,9 @@ impl Held {
         Downgraded::Done
     }
 
-    fn enter(&mut self, key: &Key, whose: PlaceOf) {
+    fn enter(&mut self, key: &Key, whose: PlaceOf, waits_for: WaitsFor) {
         let now = Instant::now();
-        self.lines.enter(key, whose, now);
+        self.lines.enter(key, whose, waits_for, now);
         self.sweep(now);
     }
 
@@ -419,9 +444,27 @@ impl Held {
         entries.any(|entry| entry.token == owned.token && has_others(entry))
     }
 
-    fn acquire(&mut self, wanted: &Wanted) -> Acquired {
+    /// Acquires a key when it is the turn of this place, or enters the line for it. If the key is granted, the place
+    /// leaves the line.
+    fn acquire_in_line(&mut self, wanted: &Wanted, place: PlaceOf) -> Acquired {
+        let (now, key, mode) = (Instant::now(), wanted.owned.key(), wanted.owned.mode);
+        // A token that holds the key already would wait for itself. And those who could share a key are held back by
+        // those who want it alone, and by no others.
+        let is_asked = mode.is_shared() || self.live(&key, now).is_some();
+        let acquired = match self.lines.before(&key, place, now).filter(|_| !is_asked) {
+            Some(until) => Acquired::Held { place: 0, remaining: Some(until - now) },
+            None => self.acquire(wanted, Some(place)),
+        };
+        match acquired {
+            Acquired::Granted { .. } => self.lines.leave(&key, place),
+            Acquired::Held { .. } => self.enter(&key, place, WaitsFor::One(mode)),
+        }
+        acquired
+    }
+
+    fn acquire(&mut self, wanted: &Wanted, place: Option<PlaceOf>) -> Acquired {
         if wanted.owned.mode.is_shared() {
-            return self.acquire_share(wanted);
+            return self.acquire_share(wanted, place);
         }
         let now = Instant::now();
         let Owned { keys, token, grant, .. } = &wanted.owned;
@@ -618,7 +661,7 @@ impl Store for MemoryStore {
     }
 
     fn acquire<'a>(&'a self, wanted: &'a Wanted, _: InLine, _: Duration) -> Answer<'a, Acquired> {
-        in_turn(move || self.acquire_now(wanted))
+        in_turn(move || self.acquire_now(wanted, None))
     }
 
     fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, _: Duration) -> Answer<'a, Verdict> {
@@ -652,7 +695,7 @@ impl Store for MemoryStore {
         next: &'a Next,
         _: Duration,
     ) -> Answer<'a, HandedOver> {
-        in_turn(move || self.hand_over_now(from, ending, to, next))
+        in_turn(move || self.hand_over_now(from, ending, to, next, 0))
     }
 
     fn downgrade<'a>(&'a self, owned: &'a Owned, _: Duration) -> Answer<'a, Downgraded> {

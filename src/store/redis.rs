@@ -224,6 +224,7 @@ impl Store for RedisStore {
             has_readers: true,
             has_permits: true,
             has_line_for_several: false,
+            has_line_of_lockers: false,
         }
     }
 

@@ -5,6 +5,7 @@ mod sharing;
 use std::slice;
 use std::time::{Duration, Instant};
 
+use tenure::testing::EmbeddedServer;
 use tenure::{Error, Lease, LockGuard, LockRequest, Locker, Loss, Retry, Token};
 use tenure_test_support::{Cluster, Sentinel, Server, Version, eventually, soon};
 
@@ -19,6 +20,11 @@ fn token(text: &str) -> Token {
 #[tokio::test]
 async fn the_embedded_store_conforms() {
     all(&Locker::in_memory()).await;
+}
+
+#[tokio::test]
+async fn an_embedded_server_conforms() {
+    all(&Locker::builder().in_memory_with(&EmbeddedServer::new())).await;
 }
 
 #[tokio::test]
