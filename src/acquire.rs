@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::time::Instant;
+use tracing::Span;
 
 use self::answer::{Held, LastAnswer};
 use self::attempt::{Attempt, Outcome};
@@ -58,6 +59,8 @@ pub(crate) struct Options {
     pub(crate) mode: Mode,
     /// At most how many may hold the key together, with a permit each.
     pub(crate) limit: usize,
+    /// The span in which the request is awaited.
+    pub(crate) caller: Span,
 }
 
 /// What a request does when it can't have the lock at once.
@@ -90,6 +93,7 @@ impl Options {
             fair,
             mode: Mode::Exclusive,
             limit: 0,
+            caller: Span::none(),
         }
     }
 
@@ -116,7 +120,20 @@ impl Options {
         let started = Instant::now();
         let (ttl, runtime) = self.validate()?;
         let queueing = self.queueing();
-        let Self { shared, keys, when_refused, wait_at_most, renewal, bounds, metadata, token, mode, limit, .. } = self;
+        let Self {
+            shared,
+            keys,
+            when_refused,
+            wait_at_most,
+            renewal,
+            bounds,
+            metadata,
+            token,
+            mode,
+            limit,
+            caller,
+            ..
+        } = self;
         let wants_token = self.fenced;
         let own_token = token.is_none();
         let token = token.unwrap_or_else(Token::random);
@@ -142,7 +159,7 @@ impl Options {
         Ok(Acquisition {
             waiter: Waiter::new(Attempt::new(wanted, shared, runtime), give_up_at, started),
             pacing: Pacing::from(when_refused),
-            terms: Terms { renewal, bounds },
+            terms: Terms { renewal, bounds, caller },
             wants_token,
             started,
             attempts: 0,
@@ -287,7 +304,7 @@ impl Acquisition {
             debug!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
             grant.fencing_token = grant.fencing_token.filter(|_| self.wants_token);
             let obtained = Obtained { at, held_until: grant.sent + grant.ttl, by };
-            return self.waiter.succeed(grant, self.terms, obtained).map(Step::Finish);
+            return self.waiter.succeed(grant, self.terms.clone(), obtained).map(Step::Finish);
         }
         debug!(name: "tenure.too_late", ?waited, attempts, ?remaining, "obtained too late");
         self.late += 1;

@@ -49,6 +49,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::Span;
 
 pub(crate) use self::bounds::{Bounds, Terms};
 pub(crate) use self::owned::{GrantId, Owned};
@@ -108,6 +109,8 @@ pub(crate) struct Hold {
     drift: Drift,
     /// Where the grid of renewals begins. All locks of a locker share it.
     origin: Instant,
+    /// See [`Terms::caller`].
+    caller: Span,
     state: Mutex<State>,
     over: CancellationToken,
 }
@@ -136,7 +139,7 @@ impl Hold {
         origin: Instant,
         is_voted_on: bool,
     ) -> Self {
-        let Terms { renewal, bounds } = terms;
+        let Terms { renewal, bounds, caller } = terms;
         let now = Instant::now();
         let (sent, suspended) = suspension::real_and_total(grant.sent);
         let stays_until = now + bounds.at_least;
@@ -175,6 +178,7 @@ impl Hold {
             stays_until,
             drift,
             origin,
+            caller,
             state: Mutex::new(state),
             over: CancellationToken::new(),
         }

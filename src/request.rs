@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tracing::{Instrument, info_span};
+use tracing::{Instrument, Span, info_span};
 
 use crate::acquire::{Options, WhenRefused};
 use crate::hold::timing::Renewal;
@@ -445,7 +445,8 @@ impl IntoFuture for LockRequest {
     type Output = Result<LockGuard, Error>;
     type IntoFuture = Obtaining;
 
-    fn into_future(self) -> Obtaining {
+    fn into_future(mut self) -> Obtaining {
+        self.options.caller = Span::current();
         let keys = Keys(&self.options.keys);
         let span = info_span!("tenure.obtain", key = %keys, ttl = ?self.options.ttl);
         Obtaining(Box::pin(self.options.obtain().instrument(span)))

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use tenure::{Locker, Loss};
 use tenure_test_support::{Server, eventually};
+use tracing::Instrument;
 use tracing_subscriber::fmt::MakeWriter;
 
 /// What was written, for all to read.
@@ -133,6 +134,38 @@ async fn at_level_info_nothing_is_told_of_locks_that_are_well_and_a_loss_is_told
     assert_eq!(guard.lost().await, Loss::Missing);
     let told = eventually("told", async || Some(log.text()).filter(|text| !text.is_empty())).await;
     assert!(told.contains("WARN tenure.keep{key=ill}: tenure.lost: lost"), "{told}");
+}
+
+#[tokio::test]
+async fn what_is_told_of_a_lock_is_told_in_the_span_of_its_caller() {
+    let log = Log::default();
+    let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_ansi(false);
+    let _told = tracing::subscriber::set_default(subscriber.with_writer(log.clone()).finish());
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    let obtain = async || locker.lock("ours").renew_every(Duration::from_millis(20)).await.unwrap();
+    let guard = obtain().instrument(tracing::info_span!("order", id = 7)).await;
+    let deadline = guard.deadline();
+    eventually("renewed", async || (guard.deadline() > deadline).then_some(())).await;
+    server.cli(&["DEL", "ours"]);
+    assert_eq!(guard.lost().await, Loss::Missing);
+    let lease = locker.lock("left").await.unwrap().into_lease();
+    let adopt = async || locker.adopt(lease.clone()).await.unwrap();
+    let adopted = adopt().instrument(tracing::info_span!("night", id = 8)).await;
+    server.cli(&["DEL", "left"]);
+    adopted.renew().await.unwrap_err();
+    let nobodys = obtain().await;
+    server.cli(&["DEL", "ours"]);
+    assert_eq!(nobodys.lost().await, Loss::Missing);
+    for expected in [
+        "DEBUG order{id=7}:tenure.obtain{key=ours ttl=30s}: tenure.obtained: ",
+        "DEBUG order{id=7}:tenure.keep{key=ours}: tenure.renewed: ",
+        " WARN order{id=7}:tenure.keep{key=ours}: tenure.lost: ",
+        " WARN night{id=8}:tenure.keep{key=left}: tenure.lost: ",
+        " WARN tenure.keep{key=ours}: tenure.lost: ",
+    ] {
+        eventually(expected, async || log.text().contains(expected).then_some(())).await;
+    }
 }
 
 /// An event or a span: its levels, and its fields. Of an event that the crate emits in several places, all of them.

@@ -14,8 +14,11 @@
 //!  WARN tenure.keep{key=k}: tenure.lost: lost loss=its key is gone
 //! ```
 //!
-//! `tenure.obtain` is a child of the span in which the request is awaited, and so part of its trace. `tenure.keep` is
-//! the root of a trace of its own, as a lock may be held for much longer than the request took that asked for it.
+//! `tenure.obtain` and `tenure.keep` are children of the span in which the request is awaited, or
+//! [`adopt`](crate::Locker::adopt) is, and so part of its trace: a line that tells of a loss shows whose lock it was.
+//! Subscribers such as that of OpenTelemetry report a span when all its children have ended. So where a lock is held
+//! for much longer than its caller's span should last, await the request in a span of its own:
+//! `async { request.await }.instrument(info_span!("leader"))`.
 //!
 //! | event | level | fields | meaning |
 //! | --- | --- | --- | --- |

@@ -2,19 +2,24 @@
 
 use std::time::Duration;
 
+use tracing::Span;
+
 use super::timing::{Drift, MAX_TTL, Renewal};
 use crate::Error;
 
 /// How a lock is kept once it is obtained.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Terms {
     pub(crate) renewal: Renewal,
     pub(crate) bounds: Bounds,
+    /// The span of the one who wants the lock. What is told of the lock is told in it.
+    pub(crate) caller: Span,
 }
 
 impl From<Renewal> for Terms {
+    /// The caller is the one who runs this.
     fn from(renewal: Renewal) -> Self {
-        Self { renewal, bounds: Bounds::default() }
+        Self { renewal, bounds: Bounds::default(), caller: Span::current() }
     }
 }
 

@@ -104,6 +104,7 @@ impl Hold {
             stays_until: self.stays_until,
             drift: self.drift,
             origin: self.origin,
+            caller: self.caller.clone(),
             state: Mutex::new(state),
             over: CancellationToken::new(),
         })

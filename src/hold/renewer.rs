@@ -158,7 +158,7 @@ impl Renewer {
     }
 
     fn span(&self) -> Span {
-        info_span!(parent: None, "tenure.keep", key = %self.hold.owned.key())
+        info_span!(parent: &self.hold.caller, "tenure.keep", key = %self.hold.owned.key())
     }
 
     /// The renewal loop. It ends when the lock is no longer held, for whatever reason, and when nothing is due.
