@@ -322,7 +322,7 @@ impl Locker {
     ///
     /// On the embedded store, its place holds back none but those who would share the key. There is no order between it
     /// and those who wait for one key: it takes its keys when all are free, whoever waits, and it may wait for as long
-    /// as one of them goes from waiter to waiter.
+    /// as one of them goes from waiter to waiter. Those may wait for as long as such requests follow each other.
     ///
     /// On a cluster, all keys must lie in one slot; a common hash tag ensures that: `{invoices}:1`, `{invoices}:2`. See
     /// [`LockRequest`] for options, errors and cancel safety; no keys, or the same key twice, is [`Error::InvalidKey`].

@@ -135,7 +135,7 @@ pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
 pub(crate) struct Capabilities {
     /// It gives a lock from one owner to the next in one step ([`Store::hand_over`]).
     pub(crate) hands_over: bool,
-    /// Waiters of different processes stand in one line for a key.
+    /// Waiters of different processes stand in one line for a key, and a release gives the lock to its head.
     pub(crate) has_line: bool,
     /// It renews several locks in one call ([`Store::renew_batch`]).
     pub(crate) renews_batches: bool,
@@ -148,13 +148,14 @@ pub(crate) struct Capabilities {
     pub(crate) has_permits: bool,
     /// It has a line for requests for several keys, which are in no queue.
     pub(crate) has_line_for_several: bool,
-    /// It has a line in which several lockers take turns at a key, and which a waiter enters by asking.
+    /// It has a line in which several lockers of one process take turns at a key. Unlike that of
+    /// [`has_line`](Self::has_line), a waiter enters it by asking alone, and a release gives the lock to nobody.
     pub(crate) has_line_of_lockers: bool,
 }
 
 impl Capabilities {
-    /// Returns whether those who wait for so many keys tell the store their places: for its line, or because a writer
-    /// that waits for readers announces itself to the nodes of a quorum.
+    /// Returns whether those who wait for so many keys tell the store their places: for one of its lines, or because a
+    /// writer that waits for readers announces itself to the nodes of a quorum.
     pub(crate) fn has_places(self, keys: usize) -> bool {
         let is_told = self.has_line || self.undoes_attempts || self.has_line_of_lockers;
         is_told || self.has_line_for_several && keys > 1
@@ -378,18 +379,9 @@ pub(crate) enum InLine {
     /// It takes nothing that others wait for in the line.
     Behind,
     /// It has this place in the line for one of its keys, or enters there if it is not granted. If it is granted, it
-    /// leaves the line; a shared grant doesn't if the place `stays`, as the next waiter with it may share the key, too.
+    /// leaves the line; on a server, a shared grant doesn't if the place `stays`, as the next waiter with it may share
+    /// the key, too.
     At { key: usize, place: LinePlace, stays: bool },
-}
-
-impl InLine {
-    /// Returns the place of a request for one key.
-    pub(crate) fn at_only_key(self, wanted: &Wanted) -> Option<LinePlace> {
-        match self {
-            Self::At { place, .. } if wanted.owned.keys.len() == 1 => Some(place),
-            _ => None,
-        }
-    }
 }
 
 /// The waiter that gets a lock that is handed over.
@@ -409,7 +401,7 @@ pub(crate) struct Next {
 pub(crate) enum HandedOver {
     Done {
         fencing_token: Option<u64>,
-        /// The line is empty.
+        /// Nobody else's turn comes before the next of this process.
         alone: bool,
     },
     NotOurs(Loss),

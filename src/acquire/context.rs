@@ -37,7 +37,7 @@ impl Context {
         self.shared.closed.cancelled()
     }
 
-    /// Returns whether the waiters of all processes stand in one line.
+    /// Returns whether the server has a line in which the waiters of all processes stand.
     pub(crate) fn has_line(&self) -> bool {
         self.shared.store.capabilities().has_line
     }

@@ -85,7 +85,7 @@ impl Position {
                 if queueing == Queueing::Own
                     || self.was_refused
                     || ticket.may_be_in_line()
-                    // Then the place costs nothing until the store finds a use for it.
+                    // Then the place costs the store nothing, or no more than the refusal that it follows.
                     || !context.has_line() =>
             {
                 ticket.enters_line();

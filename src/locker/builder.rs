@@ -567,8 +567,9 @@ impl LockerBuilder {
     /// Uses an embedded server that others may use as well, and that a test can take away: see
     /// [`testing`](crate::testing).
     ///
-    /// Its lockers are like processes: they take turns at a key that several of them wait for, in the order in which
-    /// they came, and a [`lock`](Locker::lock) that waits in one of them holds back new readers of all.
+    /// Its lockers are like processes. They take turns at a key that several of them wait for, as [`Locker::lock`]
+    /// says, and a writer that waits in one of them holds back new readers of all. But a release gives the lock to
+    /// nobody: the first in the line takes it when it asks, and a request that doesn't wait may come before it.
     ///
     /// ```
     /// use tenure::Locker;

@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::store::faulty::{Fault, FaultyStore, Operation};
 use crate::store::memory::MemoryStore;
+use crate::testing::EmbeddedServer;
 use crate::{Error, LockGuard, LockRequest, Locker};
 
 const fn ms(n: u64) -> Duration {
@@ -602,7 +603,7 @@ async fn a_token_that_reads_already_passes_one_that_waits_for_several_keys() {
 
 #[tokio::test(start_paused = true)]
 async fn one_that_waits_for_several_keys_holds_back_the_readers_of_other_lockers() {
-    let server = crate::testing::EmbeddedServer::new();
+    let server = EmbeddedServer::new();
     let [here, there, other] = [(); 3].map(|()| Locker::builder().in_memory_with(&server));
     let reader = here.read("a").await.unwrap();
     let set = |locker: &Locker| locker.lock_all(["a", "b"]);
@@ -621,7 +622,7 @@ async fn one_that_waits_for_several_keys_holds_back_the_readers_of_other_lockers
 
 #[tokio::test(start_paused = true)]
 async fn a_writer_holds_back_the_readers_of_other_lockers() {
-    let server = crate::testing::EmbeddedServer::new();
+    let server = EmbeddedServer::new();
     let [here, there, other] = [(); 3].map(|()| Locker::builder().in_memory_with(&server));
     let reader = here.read("k").await.unwrap();
     let writer = waits(there.lock("k")).await;
@@ -642,7 +643,7 @@ async fn a_writer_holds_back_the_readers_of_other_lockers() {
 
 #[tokio::test(start_paused = true)]
 async fn a_writer_gets_in_under_the_readers_of_other_lockers() {
-    let server = crate::testing::EmbeddedServer::new();
+    let server = EmbeddedServer::new();
     let writers = Locker::builder().in_memory_with(&server);
     // Each comes before the one before has left, so that the key is never free by itself.
     let readers: Vec<_> = (0..4)
@@ -671,7 +672,7 @@ async fn a_writer_gets_in_under_the_readers_of_other_lockers() {
 
 #[tokio::test(start_paused = true)]
 async fn a_writer_that_leaves_or_is_not_polled_holds_no_reader_of_another_locker_back() {
-    let server = crate::testing::EmbeddedServer::new();
+    let server = EmbeddedServer::new();
     let [here, there] = [(); 2].map(|()| Locker::builder().in_memory_with(&server));
     let _reader = here.read("k").await.unwrap();
     let began = Instant::now();
@@ -703,8 +704,89 @@ async fn a_writer_that_leaves_or_is_not_polled_holds_no_reader_of_another_locker
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_next_who_has_the_place_of_a_writer_that_gave_up_holds_back_none_that_it_shares_with() {
+    for is_open in [true, false] {
+        let server = EmbeddedServer::new();
+        let [here, there, other] = [(); 3].map(|()| Locker::builder().in_memory_with(&server));
+        let request = |locker: &Locker| if is_open { locker.read("k") } else { locker.permit("k", 5) };
+        let _shares = request(&other).await.unwrap();
+        let began = Instant::now();
+        let writer = waits(here.lock("k").wait_at_most(ms(100))).await;
+        // The next of that locker may share the key, or has to wait all the same.
+        let next = waits(here.read("k")).await;
+        let behind = waits(request(&there)).await;
+        assert!(is_refused(&writer.await.unwrap()));
+        if is_open {
+            let _both = (next.await.unwrap().unwrap(), behind.await.unwrap().unwrap());
+            assert_eq!(began.elapsed(), ms(100));
+        } else {
+            // A permit that comes later waits for a reader, as on a server.
+            next.abort();
+            drop(behind.await.unwrap().unwrap());
+            assert_eq!(began.elapsed(), ms(100));
+        }
+    }
+}
+
+type Ask = fn(&Locker) -> LockRequest;
+
+/// Starts holders in lockers of their own that overlap, so that the key is never free by itself.
+fn overlapping(server: &EmbeddedServer, request: Ask) -> Vec<JoinHandle<()>> {
+    let each = |n: u64| {
+        let locker = Locker::builder().in_memory_with(server);
+        tokio::spawn(async move {
+            sleep(ms(30 * n)).await;
+            loop {
+                let guard = request(&locker).await.unwrap();
+                sleep(ms(90)).await;
+                guard.release().await.unwrap();
+            }
+        })
+    };
+    (0..3).map(each).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_in_one_locker_gets_in_among_the_holders_of_others_who_share_the_key() {
+    let (readers, writer): (Ask, Ask) = (|locker| locker.read("k"), |locker| locker.lock("k"));
+    let (permits, one_permit): (Ask, Ask) = (|locker| locker.permit("k", 5), |locker| locker.permit("k", 1));
+    let cases = [(permits, readers), (permits, one_permit), (readers, permits), (readers, writer), (permits, writer)];
+    for (n, (others, waits_for)) in cases.into_iter().enumerate() {
+        let server = EmbeddedServer::new();
+        let tasks = overlapping(&server, others);
+        sleep(ms(500)).await;
+        let locker = Locker::builder().in_memory_with(&server);
+        let began = Instant::now();
+        drop(waits_for(&locker).wait_at_most(ms(5_000)).await.unwrap());
+        assert!(began.elapsed() <= ms(150), "case {n}: {:?}", began.elapsed());
+        // One that waits in the queue of its locker, behind another.
+        let first = waits(if n < 2 { readers(&locker) } else { permits(&locker) }).await;
+        let writer = waits(writer(&locker).wait_at_most(ms(5_000))).await;
+        first.await.unwrap().unwrap().release().await.unwrap();
+        drop(writer.await.unwrap().unwrap());
+        tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_that_was_deleted_by_hand_is_taken_by_the_first_in_the_line_however_seldom_it_polls() {
+    let server = EmbeddedServer::new();
+    let seldom = Locker::builder().poll_every(ms(60_000)).in_memory_with(&server);
+    let [often, holds] = [(); 2].map(|()| Locker::builder().in_memory_with(&server));
+    let _held = holds.lock("k").await.unwrap();
+    let first = waits(seldom.lock("k")).await;
+    let second = waits(often.lock("k")).await;
+    sleep(ms(100)).await;
+    assert!(server.lose("k"));
+    let deleted = Instant::now();
+    first.await.unwrap().unwrap().release().await.unwrap();
+    assert!(deleted.elapsed() <= ms(500), "{:?}", deleted.elapsed());
+    drop(second.await.unwrap().unwrap());
+}
+
+#[tokio::test(start_paused = true)]
 async fn lockers_on_one_server_take_turns_however_many_wait_in_each() {
-    let server = crate::testing::EmbeddedServer::new();
+    let server = EmbeddedServer::new();
     let [busy, quiet, reads] = [(); 3].map(|()| Locker::builder().in_memory_with(&server));
     let tasks: Vec<_> = (0..4)
         .map(|_| {
@@ -725,30 +807,6 @@ async fn lockers_on_one_server_take_turns_however_many_wait_in_each() {
         assert!(began.elapsed() <= ms(300), "turn {turn}: {:?}", began.elapsed());
         drop(reads.read("k").wait_at_most(ms(10_000)).await.unwrap());
         assert!(began.elapsed() <= ms(600), "turn {turn}: {:?}", began.elapsed());
-    }
-    tasks.iter().for_each(JoinHandle::abort);
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_fair_request_gets_in_among_others_of_its_locker() {
-    let locker = Locker::in_memory();
-    let tasks: Vec<_> = (0..4)
-        .map(|_| {
-            let locker = locker.clone();
-            tokio::spawn(async move {
-                loop {
-                    let guard = locker.lock("k").await.unwrap();
-                    sleep(ms(5)).await;
-                    guard.release().await.unwrap();
-                }
-            })
-        })
-        .collect();
-    sleep(ms(100)).await;
-    for turn in 0..10 {
-        let began = Instant::now();
-        drop(locker.lock("k").fair(true).wait_at_most(ms(10_000)).await.unwrap());
-        assert!(began.elapsed() <= ms(300), "turn {turn}: {:?}", began.elapsed());
     }
     tasks.iter().for_each(JoinHandle::abort);
 }

@@ -84,8 +84,8 @@ impl Store for EmbeddedStore {
     }
 
     fn acquire<'a>(&'a self, wanted: &'a Wanted, in_line: InLine, limit: Duration) -> Answer<'a, Acquired> {
-        let place = in_line.at_only_key(wanted).map(|place| self.place(place));
-        self.call(limit, move |store| in_turn(move || store.acquire_now(wanted, place)))
+        let whose = PlaceOf::of(wanted, in_line, self.locker);
+        self.call(limit, move |store| in_turn(move || store.acquire_now(wanted, whose)))
     }
 
     fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, limit: Duration) -> Answer<'a, Verdict> {

@@ -49,7 +49,7 @@ pub(crate) enum Operation {
     /// Also one that hands the lock over.
     Release,
     Downgrade,
-    /// Entering the line of those who wait for several keys, leaving it, or a heartbeat.
+    /// Entering the line other than by asking, leaving it, or a heartbeat.
     Line,
     /// A read: of the ttl that is left, or of the holders.
     Read,
@@ -203,11 +203,11 @@ impl Store for FaultyStore {
     }
 
     fn acquire<'a>(&'a self, wanted: &'a Wanted, in_line: InLine, timeout: Duration) -> Answer<'a, Acquired> {
-        let place = in_line.at_only_key(wanted).map(|place| self.place(place));
+        let whose = PlaceOf::of(wanted, in_line, self.locker);
         let wanted = wanted.clone();
         wanted.latest.extend(self.latest(timeout));
         Box::pin(self.call(Operation::Acquire, timeout, move |store, ran| {
-            let acquired = store.acquire_now(&wanted, place);
+            let acquired = store.acquire_now(&wanted, whose);
             ran(Ran::Acquire(&wanted, &acquired));
             acquired
         }))

@@ -14,7 +14,7 @@ use tokio::task::consume_budget;
 use tokio::time::Instant;
 
 pub(crate) use self::line::PlaceOf;
-use self::line::{Lines, WaitsFor};
+use self::line::{Lines, Request, WaitsFor};
 use self::share::{Member, Share};
 use super::notifications::{ChannelState, Subscription, Subscriptions};
 use super::{
@@ -125,12 +125,14 @@ impl MemoryStore {
         self.last_locker.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// Acquires the keys, for a request that has this place in the line for its only key, if it has one.
-    pub(super) fn acquire_now(&self, wanted: &Wanted, place: Option<PlaceOf>) -> Acquired {
-        match place {
-            Some(place) => self.held().acquire_in_line(wanted, place),
-            None => self.held().acquire(wanted, None),
+    /// Acquires the keys. A request for one key that waits has a place in the line for it.
+    pub(super) fn acquire_now(&self, wanted: &Wanted, whose: Option<PlaceOf>) -> Acquired {
+        let Some(whose) = whose else { return self.held().acquire(wanted, None) };
+        let (acquired, opens) = self.held().acquire_in_line(wanted, whose);
+        if opens {
+            self.subscriptions.notify(wanted.owned.key().as_bytes());
         }
+        acquired
     }
 
     pub(super) fn renew_now(&self, owned: &Owned, ttl: Duration, how: Extending) -> Verdict {
@@ -160,7 +162,7 @@ impl MemoryStore {
         u64::try_from(instant.saturating_duration_since(start).as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Hands a lock over to a waiter of this locker.
+    /// Hands a lock over to a waiter of the same locker, whose place leaves the line if it is there.
     pub(super) fn hand_over_now(
         &self,
         from: &Owned,
@@ -176,16 +178,16 @@ impl MemoryStore {
         if let Verdict::NotOurs(loss) = held.release(from, ending) {
             return HandedOver::NotOurs(loss);
         }
-        let (key, place) = (to.owned.key(), PlaceOf { locker, place: next.place });
-        if !next.may_keep && held.lines.before(&key, place, Instant::now()).is_some() {
-            held.enter(&key, place, WaitsFor::One(to.owned.mode));
+        let (key, whose) = (to.owned.key(), PlaceOf { locker, place: next.place });
+        if !next.may_keep && held.has_to_wait(to, whose).is_some() {
+            held.enter(&key, whose, WaitsFor::One(to.owned.mode));
             drop(held);
             self.subscriptions.notify(key.as_bytes());
             return HandedOver::PassedBy;
         }
         match held.acquire(to, None) {
             Acquired::Granted { fencing_token } => {
-                held.lines.leave(&key, place);
+                held.lines.leave(&key, whose);
                 let reserved = fencing_token.map_or(0, |_| next.tokens.saturating_sub(1));
                 held.last_fence += reserved;
                 // A grant to the token again, which a later holder of this process may have by then, has the last.
@@ -204,7 +206,10 @@ impl MemoryStore {
     }
 
     pub(super) fn heartbeat_now(&self, key: &Key, whose: PlaceOf) -> bool {
-        self.held().lines.heartbeat(key, whose, Instant::now())
+        let (mut held, now) = (self.held(), Instant::now());
+        // Nobody is notified of a key that was deleted by hand.
+        let is_free = held.live(key, now).is_none() && held.shared_until(key, now).is_none();
+        held.lines.heartbeat(key, whose, now) && !is_free
     }
 
     pub(super) fn leave_now(&self, key: &Key, whose: PlaceOf) {
@@ -350,7 +355,7 @@ impl Held {
         }
     }
 
-    fn acquire_share(&mut self, wanted: &Wanted, place: Option<PlaceOf>) -> Acquired {
+    fn acquire_share(&mut self, wanted: &Wanted, whose: Option<PlaceOf>) -> Acquired {
         let now = Instant::now();
         let held = |until: Instant| Acquired::Held { place: 0, remaining: Some(until - now) };
         // A request that shares a key has no other.
@@ -359,7 +364,8 @@ impl Held {
             return held(entry.expires);
         }
         let mode = wanted.owned.mode;
-        if let Some(until) = self.lines.before_shared(&key, wanted.since, place, now) {
+        let request = Request { mode, whose, since: wanted.since };
+        if let Some(until) = self.lines.before(&key, &request, now) {
             // A token that shares the key already would wait for itself.
             let is_in = |share: &Share| share.mode == mode && share.has_token(&wanted.owned.token, now);
             if !self.shares.get(&key).is_some_and(is_in) {
@@ -416,10 +422,12 @@ impl Held {
         Downgraded::Done
     }
 
-    fn enter(&mut self, key: &Key, whose: PlaceOf, waits_for: WaitsFor) {
+    /// Enters the line. Returns whether the place was there for something else.
+    fn enter(&mut self, key: &Key, whose: PlaceOf, waits_for: WaitsFor) -> bool {
         let now = Instant::now();
-        self.lines.enter(key, whose, waits_for, now);
+        let has_changed = self.lines.enter(key, whose, waits_for, now);
         self.sweep(now);
+        has_changed
     }
 
     fn size(&self) -> usize {
@@ -445,26 +453,35 @@ impl Held {
     }
 
     /// Acquires a key when it is the turn of this place, or enters the line for it. If the key is granted, the place
-    /// leaves the line.
-    fn acquire_in_line(&mut self, wanted: &Wanted, place: PlaceOf) -> Acquired {
-        let (now, key, mode) = (Instant::now(), wanted.owned.key(), wanted.owned.mode);
-        // A token that holds the key already would wait for itself. And those who could share a key are held back by
-        // those who want it alone, and by no others.
-        let is_asked = mode.is_shared() || self.live(&key, now).is_some();
-        let acquired = match self.lines.before(&key, place, now).filter(|_| !is_asked) {
-            Some(until) => Acquired::Held { place: 0, remaining: Some(until - now) },
-            None => self.acquire(wanted, Some(place)),
+    /// leaves the line. Also returns whether the key may be open now to those behind it.
+    fn acquire_in_line(&mut self, wanted: &Wanted, whose: PlaceOf) -> (Acquired, bool) {
+        let (key, mode) = (wanted.owned.key(), wanted.owned.mode);
+        let acquired = match self.has_to_wait(wanted, whose) {
+            Some(remaining) => Acquired::Held { place: 0, remaining: Some(remaining) },
+            None => self.acquire(wanted, Some(whose)),
         };
-        match acquired {
-            Acquired::Granted { .. } => self.lines.leave(&key, place),
-            Acquired::Held { .. } => self.enter(&key, place, WaitsFor::One(mode)),
-        }
-        acquired
+        let opens = match acquired {
+            Acquired::Granted { .. } => self.lines.leave(&key, whose) && mode.is_shared(),
+            Acquired::Held { .. } => self.enter(&key, whose, WaitsFor::One(mode)),
+        };
+        (acquired, opens)
     }
 
-    fn acquire(&mut self, wanted: &Wanted, place: Option<PlaceOf>) -> Acquired {
+    /// Returns for how long a request that wants a free key alone waits for other lockers, unless they give another
+    /// sign of life.
+    fn has_to_wait(&self, wanted: &Wanted, whose: PlaceOf) -> Option<Duration> {
+        let (key, mode, now) = (wanted.owned.key(), wanted.owned.mode, Instant::now());
+        // A token that holds the key already would wait for itself. And a share looks by itself.
+        if mode.is_shared() || self.live(&key, now).is_some() {
+            return None;
+        }
+        let until = self.lines.before(&key, &Request { mode, whose: Some(whose), since: now }, now);
+        until.map(|until| until - now)
+    }
+
+    fn acquire(&mut self, wanted: &Wanted, whose: Option<PlaceOf>) -> Acquired {
         if wanted.owned.mode.is_shared() {
-            return self.acquire_share(wanted, place);
+            return self.acquire_share(wanted, whose);
         }
         let now = Instant::now();
         let Owned { keys, token, grant, .. } = &wanted.owned;
