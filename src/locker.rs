@@ -124,7 +124,8 @@ impl Locker {
     /// [`ClusterConnection`](redis::cluster_async::ClusterConnection). See [`RedisConnection`](crate::RedisConnection)
     /// for what each of them can do.
     ///
-    /// Each operation has its own timeout. If the connection has a shorter one, that one wins.
+    /// Each operation has its own timeout. If the connection has a shorter one, that one wins. And the connection is yours
+    /// to replace: if it leads to a primary that has become a replica, requests wait until it leads to a primary again.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {

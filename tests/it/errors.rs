@@ -3,7 +3,7 @@
 use std::future::IntoFuture;
 use std::time::{Duration, Instant};
 
-use tenure::{Error, Locker};
+use tenure::{Error, LockGuard, Locker};
 use tenure_test_support::{Mode, Proxy, Server, eventually, soon, within};
 use tokio::time::timeout;
 
@@ -163,6 +163,51 @@ async fn a_replica_refuses_by_name_and_is_waited_out() {
     assert!(timeout(ms(200), &mut waiter).await.is_err());
     server.cli(&["REPLICAOF", "NO", "ONE"]);
     soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+}
+
+/// After many a failover, nobody closes the connections to the old primary.
+#[tokio::test]
+async fn a_replica_is_left_for_the_primary_to_which_its_address_leads_now() {
+    // What a replica refuses: to write, or all that needs its primary.
+    for settings in [&[][..], &["--replica-serve-stale-data", "no"]] {
+        let (mut old, mut new) = (Server::start_with(settings), Server::start_with(settings));
+        let proxy = Proxy::start(old.port()).await;
+        let locker = Locker::connect(&proxy.url()).await.unwrap();
+        soon(locker.lock("k")).await.unwrap().release().await.unwrap();
+        for tasks in [1, 64, 1] {
+            // It follows nobody.
+            old.cli(&["REPLICAOF", "127.0.0.1", "1"]);
+            proxy.lead_to(new.port());
+            let waits = |n| tokio::spawn(locker.lock(format!("k{n}")).into_future());
+            for waiter in (0..tasks).map(waits).collect::<Vec<_>>() {
+                let guard = soon(waiter).await.unwrap().unwrap();
+                assert_eq!(new.cli(&["GET", &guard.keys()[0].to_string()]), guard.token().as_str());
+                guard.release().await.unwrap();
+            }
+            (old, new) = (new, old);
+            new.cli(&["REPLICAOF", "NO", "ONE"]);
+        }
+    }
+}
+
+/// A renewal is one of a call of many, or has one of its own.
+#[tokio::test]
+async fn guards_find_the_new_primary_before_they_end() {
+    let (old, new) = (Server::start(), Server::start());
+    new.cli(&["REPLICAOF", "127.0.0.1", &old.port().to_string()]);
+    let proxy = Proxy::start(old.port()).await;
+    let locker = Locker::builder().ttl(ms(3_000)).connect(&proxy.url()).await.unwrap();
+    let mut guards = Vec::new();
+    for n in 0..20 {
+        guards.push(soon(locker.lock(format!("k{n}"))).await.unwrap());
+    }
+    eventually("the replica has them", async || (new.cli(&["EXISTS", "k19"]) == "1").then_some(())).await;
+    new.cli(&["REPLICAOF", "NO", "ONE"]);
+    old.cli(&["REPLICAOF", "127.0.0.1", &new.port().to_string()]);
+    proxy.lead_to(new.port());
+    let deadline = guards.iter().map(LockGuard::deadline).max().unwrap();
+    eventually("all are renewed", async || guards.iter().all(|guard| guard.deadline() > deadline).then_some(())).await;
+    assert!(guards.iter().all(LockGuard::is_held));
 }
 
 #[tokio::test]

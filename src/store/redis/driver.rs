@@ -151,6 +151,14 @@ pub(super) trait Connection: fmt::Debug + Send + Sync + 'static {
     /// Replaces a connection that hands out replies to other requests. All calls in flight on it fail.
     fn replace(&self);
 
+    /// Notes that the server has refused a call because it is a replica. A script's refusal is part of its reply, so no
+    /// client sees it. The address, or the Sentinels, may lead to the new primary by now, and after many a failover
+    /// nobody closes the connections to the old one: so a connection that is not younger than [`REPLICA_AFTER`] is
+    /// [replaced](Self::replace).
+    ///
+    /// Does nothing where the client is not ours to reconnect, or where the router asks for the owner of the slot.
+    fn refused_by_replica(&self) {}
+
     /// Returns the number of operations in flight below which each is a call of its own. Few calls overlap at the
     /// client, on the way and at the server, which gains more than sharing them does; many cost the client more than a
     /// shared one. Where that turns depends on the client. `benches/versus` measures it.
@@ -167,6 +175,9 @@ pub(super) trait Connection: fmt::Debug + Send + Sync + 'static {
 
 /// `WAIT` would have to follow its write to the same node, through every migration of its slot.
 const NOT_IN_A_CLUSTER: &str = "a cluster can't be asked how many replicas have acknowledged one write";
+
+/// A connection that is younger than this is not replaced because it leads to a replica: there is no other primary yet.
+const REPLICA_AFTER: Duration = Duration::from_millis(250);
 
 /// What becomes of a call while there is no connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

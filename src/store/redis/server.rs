@@ -88,6 +88,10 @@ impl Server {
                 self.connection.replace();
                 self.router.replace();
             }
+            let failure = reply.as_ref().map_or_else(Some, |reply| reply.outcome.as_ref().err());
+            if failure.is_some_and(is_by_replica) {
+                self.connection.refused_by_replica();
+            }
             let reply = heard(&*self.connection, sent, reply)?;
             let learned = reply.now.map(|now| self.clock.learn(now));
             match &reply.outcome {
@@ -227,7 +231,12 @@ impl Executor for Server {
         let reply = self.run_by_clocks(0, &self.scripts.many, call, sending, now, until).await.and_then(Reply::value);
         let kinds = operations.iter().map(|operation| operation.kind());
         match reply.and_then(|reply| replies::batch(kinds, &reply)) {
-            Ok(results) => Ok(self.all_replicated(operations, results, writing, until).await),
+            Ok(results) => {
+                if results.iter().flatten().any(|result| result.as_ref().is_err_and(is_by_replica)) {
+                    self.connection.refused_by_replica();
+                }
+                Ok(self.all_replicated(operations, results, writing, until).await)
+            }
             // The server's clock was not known yet, or this is another server. Nothing has run.
             Err(error) if error.code() == Some("LATE") => Err(NotRun::TooLate),
             // From a proxy in front of a cluster. Nothing has run. From now on operations are batched by slot.
@@ -250,6 +259,11 @@ impl Executor for Server {
     fn rank(operation: &Box<Operation>) -> usize {
         operation.rank()
     }
+}
+
+/// Returns whether the server is a replica, and so can't do what was asked.
+fn is_by_replica(error: &Error) -> bool {
+    matches!(error.code(), Some("READONLY" | "MASTERDOWN"))
 }
 
 fn is_for_replicas(operation: &Operation, result: &Option<Result<Decision, Error>>) -> bool {

@@ -71,6 +71,8 @@ impl Switches {
 
 #[derive(Debug)]
 struct Control {
+    /// The server that new connections lead to.
+    port: u16,
     mode: Mode,
     connections: u64,
     /// Connections up to this number are silent.
@@ -106,6 +108,7 @@ impl Proxy {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
         let own_port = listener.local_addr().expect("its address").port();
         let control = Arc::new(Mutex::new(Control {
+            port,
             mode: Mode::Pass,
             connections: 0,
             silenced: 0,
@@ -115,7 +118,7 @@ impl Proxy {
         }));
         let new = || watch::channel(0).0;
         let switches = Switches { held: watch::channel(false).0, cuts: new(), half_cuts: new() };
-        let task = tokio::spawn(accept(listener, port, control.clone(), switches.clone())).abort_handle();
+        let task = tokio::spawn(accept(listener, control.clone(), switches.clone())).abort_handle();
         Self { port: own_port, control, switches, task }
     }
 
@@ -138,6 +141,11 @@ impl Proxy {
     /// as [`Mode::LoseNext`].
     pub fn lose_reply_to(&self, text: &str, before: u32) {
         lock(&self.control).losing = Some((text.as_bytes().to_vec(), before));
+    }
+
+    /// Leads new connections to the server at this port, as a name does after a failover. Those that there are stay.
+    pub fn lead_to(&self, port: u16) {
+        lock(&self.control).port = port;
     }
 
     /// Cuts all present connections.
@@ -171,10 +179,11 @@ fn lock(control: &Mutex<Control>) -> std::sync::MutexGuard<'_, Control> {
     control.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn accept(listener: TcpListener, port: u16, control: Arc<Mutex<Control>>, switches: Switches) {
+async fn accept(listener: TcpListener, control: Arc<Mutex<Control>>, switches: Switches) {
     // Ends all connections with the proxy.
     let mut connections = JoinSet::new();
     while let Ok((client, _)) = listener.accept().await {
+        let port = lock(&control).port;
         let Ok(server) = TcpStream::connect(("127.0.0.1", port)).await else { continue };
         let number = {
             let mut control = lock(&control);

@@ -40,7 +40,7 @@ use self::pub_sub::FredPubSub;
 use super::failure::Peer;
 use super::liveness::Liveness;
 use super::task::{DriverTask, Home};
-use super::{Calling, Connection, Nodes, PubSub, Sent, Value, WithoutConnection, not_sent};
+use super::{Calling, Connection, Nodes, PubSub, REPLICA_AFTER, Sent, Value, WithoutConnection, not_sent};
 use crate::store::redis::url::Target;
 use crate::{RedisError, RedisErrorKind};
 
@@ -57,6 +57,8 @@ struct FredConnection {
     /// Whether calls wait while there is no connection. For a node of a quorum they fail at once.
     waits: bool,
     liveness: Mutex<Liveness>,
+    /// When a new connection was last requested because this one leads to a replica.
+    left_replica: Mutex<Option<Instant>>,
 }
 
 impl FredConnection {
@@ -116,7 +118,8 @@ impl FredConnection {
         let events = Mutex::new(Events::of(&client, is_broken));
         let peer = Peer::of(&convert::target_of(&client.client_config()));
         let is_broken = AtomicBool::new(is_broken);
-        Self { client, peer, events, is_broken, driver: None, waits: true, liveness: Mutex::default() }
+        let (liveness, left_replica) = (Mutex::default(), Mutex::default());
+        Self { client, peer, events, is_broken, driver: None, waits: true, liveness, left_replica }
     }
 
     /// Returns how many connections were made before, if there is none now.
@@ -262,6 +265,20 @@ impl Connection for FredConnection {
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
         if request.as_mut().poll(&mut context).is_ready() {
             crate::report::debug!(name: "tenure.reconnect", "the connection could not be asked to reopen");
+        }
+    }
+
+    /// fred does it by itself where a command is refused, unless the settings of the caller's client say otherwise.
+    fn refused_by_replica(&self) {
+        let reconnects = self.client.connection_config().reconnect_errors.contains(&ReconnectError::ReadOnly);
+        if !reconnects || self.is_cluster() {
+            return;
+        }
+        let mut left = self.left_replica.lock().unwrap_or_else(PoisonError::into_inner);
+        if left.is_none_or(|left| left.elapsed() >= REPLICA_AFTER) {
+            *left = Some(Instant::now());
+            drop(left);
+            self.replace();
         }
     }
 

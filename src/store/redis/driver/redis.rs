@@ -55,16 +55,13 @@ use self::origin::Origin;
 use self::pub_sub::RedisPubSub;
 use super::liveness::Liveness;
 use super::task::{DriverTask, Home};
-use super::{Calling, Connection, Ended, Nodes, PubSub, Sent, Value, WithoutConnection, not_sent};
+use super::{Calling, Connection, Ended, Nodes, PubSub, REPLICA_AFTER, Sent, Value, WithoutConnection, not_sent};
 use crate::error::NOT_SENT;
 use crate::store::redis::url::{Servers, Target};
 use crate::{Error, RedisError, RedisErrorKind};
 
 /// The pause after a connection could not be opened: the first, and the longest.
 const REOPEN: [Duration; 2] = [Duration::from_millis(25), Duration::from_millis(500)];
-/// A connection that is younger than this is not replaced because of `READONLY`: there is no other primary yet.
-const READONLY_AFTER: Duration = Duration::from_millis(250);
-
 /// Connects to a server, or learns what the nodes of a cluster are.
 pub(super) async fn open(target: &Target, timeout: Duration) -> Result<Arc<dyn Connection>, Error> {
     let origin = Origin::of(target, timeout)?;
@@ -173,16 +170,11 @@ impl OwnConnection {
             return match link.call(command, &args, until).await {
                 // Surely not sent: the next connection takes it.
                 Err((_, WasSent::No)) if self.shared.waits => continue,
-                Err((error, was_sent)) => {
-                    if error.code() == Some("READONLY") && link.opened.elapsed() >= READONLY_AFTER {
-                        link.close.notify_one();
-                    }
-                    match (error.kind(), was_sent) {
-                        (RedisErrorKind::Timeout | RedisErrorKind::Unknown, _) => Err(error),
-                        (_, WasSent::Maybe) => Err(self.shared.origin.peer.unanswered(error)),
-                        (_, WasSent::No) => Err(not_sent(self.shared.origin.peer.unanswered(error))),
-                    }
-                }
+                Err((error, was_sent)) => match (error.kind(), was_sent) {
+                    (RedisErrorKind::Timeout | RedisErrorKind::Unknown, _) => Err(error),
+                    (_, WasSent::Maybe) => Err(self.shared.origin.peer.unanswered(error)),
+                    (_, WasSent::No) => Err(not_sent(self.shared.origin.peer.unanswered(error))),
+                },
                 Ok(reply) => Ok(reply),
             };
         }
@@ -274,6 +266,12 @@ impl Connection for OwnConnection {
 
     fn replace(&self) {
         if let Some(link) = self.shared.link() {
+            link.close.notify_one();
+        }
+    }
+
+    fn refused_by_replica(&self) {
+        if let Some(link) = self.shared.link().filter(|link| link.opened.elapsed() >= REPLICA_AFTER) {
             link.close.notify_one();
         }
     }
