@@ -92,6 +92,7 @@
 //! | With [`min_replicas(n)`](crate::LockerBuilder::min_replicas), what is granted or renewed is on n replicas. | | `it replicas::what_is_held_is_on_the_replica`, `it replicas::one_replica_of_two_is_enough_for_one_and_not_for_two`, `it replicas::what_is_obtained_and_renewed_in_one_call_is_on_the_replica` |
 //! | With `min_replicas`, a primary that is cut off from its replicas keeps no guard alive. | | `it replicas::a_guard_whose_replica_is_cut_off_is_lost_by_its_deadline_and_not_before` |
 //! | A grant with too few replicas is given back. | | `it replicas::without_the_replica_a_request_says_how_many_acknowledged_and_leaves_nothing` |
+//! | Guards and waiters follow a failover, also where nobody closes the connections to the old primary. | the address, or the Sentinels, lead to the new one; the connection is the crate's own, or reconnects by itself | `it errors::guards_find_the_new_primary_before_they_end`, `it errors::a_replica_is_left_for_the_primary_to_which_its_address_leads_now` |
 //! | Fencing tokens grow through a failover. | the new primary's clock is not behind by more than the failover took | `it failover::a_lock_that_was_not_replicated_is_missing_and_fencing_tokens_grow_on` |
 //!
 //! | not guaranteed | instead | shown by |
