@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use tenure_test_support::Server as Process;
+use tenure_test_support::{Server as Process, eventually};
 use tokio::time::Instant;
 
 use super::batcher::Executor;
@@ -287,6 +287,28 @@ async fn a_server_out_of_memory_refuses_each_acquire_by_name_and_still_renews_an
     let owned = [of("a", release), of("b", renew)];
     let answers = side.server().run_batch(&owned, PATIENCE).await.unwrap();
     assert!(answers.iter().all(|answer| matches!(answer, Some(Ok(Decision::Owned(Verdict::Done))))), "{answers:?}");
+}
+
+#[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
+async fn a_batch_that_a_replica_refuses_gets_a_new_connection() {
+    let side = Side::start(&[]).await;
+    let connections = || {
+        let list = side.process.cli(&["CLIENT", "LIST"]);
+        let ours = list.lines().filter(|line| line.contains(" user=app "));
+        ours.map(|line| line.split(' ').next().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let before = connections();
+    assert_eq!(before.len(), 1);
+    side.command("REPLICAOF", &["127.0.0.1", "1"]).await;
+    eventually("another connection", async || {
+        // Some of these fail as the connection is replaced.
+        if let Ok(answers) = side.server().run_batch(&[acquire("a", true), acquire("b", false)], PATIENCE).await {
+            assert!(answers.into_iter().flatten().all(|answer| answer.is_err()));
+        }
+        (connections().len() == 1 && connections() != before).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]
