@@ -129,7 +129,7 @@ impl RedisStore {
 
     fn on(connection: Arc<dyn Connection>, prefix: String, min_replicas: usize) -> Self {
         let process = format!("{:016x}", fastrand::u64(..));
-        let subscriber = Subscriber::new(connection.pub_sub(), process.clone());
+        let subscriber = Subscriber::of(&connection, process.clone());
         let batcher = Batcher::new(Server::new(connection, min_replicas));
         Self { prefix, process, without_line: AtomicBool::new(false), batcher, subscriber, fence_ttl: FENCE_TTL }
     }

@@ -190,6 +190,29 @@ async fn a_replica_is_left_for_the_primary_to_which_its_address_leads_now() {
     }
 }
 
+/// The connection for notifications stays with the old primary as well, which publishes nothing any longer.
+#[tokio::test]
+async fn waiters_are_notified_of_releases_on_the_new_primary() {
+    let (old, new) = (Server::start(), Server::start());
+    let proxy = Proxy::start(old.port()).await;
+    let locker = || Locker::builder().poll_every(Duration::from_secs(60)).local_hand_over(false);
+    let here = locker().connect(&proxy.url()).await.unwrap();
+    let waits = |key: &'static str| tokio::spawn(here.lock(key).into_future());
+    let first = soon(here.lock("k")).await.unwrap();
+    let waiter = waits("k");
+    eventually("it listens", async || (!old.cli(&["PUBSUB", "CHANNELS"]).is_empty()).then_some(())).await;
+    old.cli(&["REPLICAOF", "127.0.0.1", "1"]);
+    proxy.lead_to(new.port());
+    drop(first);
+    soon(waiter).await.unwrap().unwrap().release().await.unwrap();
+    let there = locker().connect(&new.url()).await.unwrap();
+    let held = soon(there.lock("k")).await.unwrap();
+    let waiter = waits("k");
+    eventually("it listens there", async || (!new.cli(&["PUBSUB", "CHANNELS"]).is_empty()).then_some(())).await;
+    held.release().await.unwrap();
+    soon(waiter).await.unwrap().unwrap();
+}
+
 /// A renewal is one of a call of many, or has one of its own.
 #[tokio::test]
 async fn guards_find_the_new_primary_before_they_end() {

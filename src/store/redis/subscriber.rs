@@ -18,7 +18,9 @@
 //!    gets a command every [`PING_EVERY`], however many messages come. Without a reply for [`DOUBT`] no channel counts
 //!    as open and all waiters check. Without one for [`TIMEOUT`] the connection is replaced. So a silent connection is
 //!    doubted within 1.5 s, and replaced within 3 s.
-//! 7. The connection is closed [`LINGER`] after the last subscription has gone, or up to [`PING_EVERY`] later, whatever
+//! 7. When the store has replaced its connection, this one is replaced as well, within [`PING_EVERY`]: after a failover,
+//!    the address may lead to another server, and this connection to one that publishes nothing any longer.
+//! 8. The connection is closed [`LINGER`] after the last subscription has gone, or up to [`PING_EVERY`] later, whatever
 //!    messages come. If its runtime stands still, it is closed when that runtime runs again, or ends.
 
 mod session;
@@ -36,7 +38,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::driver::{Listener, PubSub, SUBSCRIBING as TIMEOUT};
+use super::driver::{Connection, Listener, PubSub, SUBSCRIBING as TIMEOUT};
 use super::names;
 use crate::report::{debug, warn};
 use crate::store::notifications::{CHECK_EVERY, ChannelState, Feed, Subscription, Subscriptions};
@@ -57,6 +59,8 @@ pub(super) struct Subscriber(Arc<Shared>);
 struct Shared {
     subscriptions: Subscriptions,
     pub_sub: Arc<dyn PubSub>,
+    /// Returns how many connections the store has made.
+    made: Box<dyn Fn() -> u64 + Send + Sync>,
     /// The prefix of this process's places in lines: messages with other places are for other processes.
     process: String,
     /// Lock order: before the mutex of the subscriptions, and before that of the connection's driver.
@@ -84,8 +88,16 @@ struct Started {
 }
 
 impl Subscriber {
-    pub(super) fn new(pub_sub: Arc<dyn PubSub>, process: String) -> Self {
-        Self(Arc::new(Shared { subscriptions: Subscriptions::new(), pub_sub, process, running: Mutex::default() }))
+    /// Creates the subscriber of the store with this connection, which may go before the subscriber does.
+    pub(super) fn of(connection: &Arc<dyn Connection>, process: String) -> Self {
+        let store = Arc::downgrade(connection);
+        let made = move || store.upgrade().map_or(0, |connection| connection.connections_made());
+        Self::new(connection.pub_sub(), process, made)
+    }
+
+    fn new(pub_sub: Arc<dyn PubSub>, process: String, made: impl Fn() -> u64 + Send + Sync + 'static) -> Self {
+        let (subscriptions, running, made) = (Subscriptions::new(), Mutex::default(), Box::new(made));
+        Self(Arc::new(Shared { subscriptions, pub_sub, made, process, running }))
     }
 
     /// Listens to the channel of the key. Outside a runtime nothing will be heard.

@@ -19,15 +19,18 @@ struct Connected<'a> {
     task: &'a Task,
     connection: Box<dyn Listening>,
     subscribed: HashSet<Bytes>,
+    /// How many connections the store had made before.
+    made: u64,
 }
 
 /// Opens a connection and passes on its messages, until there have been no subscriptions for a while.
 ///
 /// Sets `was_open` once a channel was open.
 pub(super) async fn serve(task: &Task, was_open: &mut bool) -> Result<(), Error> {
+    let made = (task.shared.made)();
     let opening = timeout(TIMEOUT, task.shared.pub_sub.open(task.shared.clone()));
     let (connection, driving) = opening.await.map_err(|_| Error::timeout())??;
-    let connected = Connected { task, connection, subscribed: HashSet::new() };
+    let connected = Connected { task, connection, subscribed: HashSet::new(), made };
     select! {
         // Messages are passed on also while `serve` waits for a reply.
         error = driving => Err(error.into()),
@@ -41,6 +44,10 @@ impl Connected<'_> {
         let mut ping_at = last_used + PING_EVERY;
         loop {
             if is_used && Instant::now() >= ping_at {
+                if (self.task.shared.made)() != self.made {
+                    self.task.if_last(|subscriptions| subscriptions.close(ChannelState::Opening));
+                    return Ok(());
+                }
                 self.ping().await?;
                 ping_at = Instant::now() + PING_EVERY;
             }

@@ -6,7 +6,7 @@ use super::*;
 
 /// On the caller's runtime.
 fn subscriber(url: &str) -> Subscriber {
-    Subscriber::new(driver::pub_sub_of(url), "process".into())
+    Subscriber::new(driver::pub_sub_of(url), "process".into(), || 0)
 }
 
 fn subscription(server: &Server) -> Vec<String> {
