@@ -210,7 +210,7 @@ async fn waiters_are_notified_of_releases_on_the_new_primary() {
     let waiter = waits("k");
     eventually("it listens there", async || (!new.cli(&["PUBSUB", "CHANNELS"]).is_empty()).then_some(())).await;
     held.release().await.unwrap();
-    soon(waiter).await.unwrap().unwrap();
+    drop(soon(waiter).await.unwrap().unwrap());
 }
 
 /// A renewal is one of a call of many, or has one of its own.
