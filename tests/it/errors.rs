@@ -190,6 +190,26 @@ async fn a_replica_is_left_for_the_primary_to_which_its_address_leads_now() {
     }
 }
 
+/// It would be closed for good, and it may serve the rest of the program.
+#[cfg(feature = "fred")]
+#[tokio::test]
+async fn a_client_of_the_callers_that_never_reconnects_stays_with_a_replica() {
+    use tenure::fred::prelude::{Builder, ClientLike, Config};
+
+    let server = Server::start();
+    let client = Builder::from_config(Config::from_url(&server.url()).unwrap()).build().unwrap();
+    client.init().await.unwrap();
+    let locker = Locker::new(client.clone());
+    soon(locker.lock("k")).await.unwrap().release().await.unwrap();
+    server.cli(&["REPLICAOF", "127.0.0.1", "1"]);
+    for _ in 0..3 {
+        assert_eq!(soon(locker.try_lock("k")).await.unwrap_err().code(), Some("READONLY"));
+    }
+    let _: () = soon(client.ping(None)).await.unwrap();
+    server.cli(&["REPLICAOF", "NO", "ONE"]);
+    soon(locker.lock("k")).await.unwrap().release().await.unwrap();
+}
+
 /// The connection for notifications stays with the old primary as well, which publishes nothing any longer.
 #[tokio::test]
 async fn waiters_are_notified_of_releases_on_the_new_primary() {

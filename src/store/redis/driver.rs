@@ -16,6 +16,7 @@
 //! 4. What drives a connection lives on the runtime that first needed it, or on one that runs, if that one has ended or
 //!    stands still.
 
+mod demotion;
 mod failure;
 #[cfg(feature = "fred")]
 pub(super) mod fred;
@@ -153,8 +154,8 @@ pub(super) trait Connection: fmt::Debug + Send + Sync + 'static {
 
     /// Notes that the server has refused a call because it is a replica. A script's refusal is part of its reply, so no
     /// client sees it. The address, or the Sentinels, may lead to the new primary by now, and after many a failover
-    /// nobody closes the connections to the old one: so a connection that is not younger than [`REPLICA_AFTER`] is
-    /// [replaced](Self::replace).
+    /// nobody closes the connections to the old one: so it is [replaced](Self::replace), when that is
+    /// [due](demotion::Demotion::is_due).
     ///
     /// Does nothing where the client is not ours to reconnect, or where the router asks for the owner of the slot.
     fn refused_by_replica(&self) {}
@@ -175,9 +176,6 @@ pub(super) trait Connection: fmt::Debug + Send + Sync + 'static {
 
 /// `WAIT` would have to follow its write to the same node, through every migration of its slot.
 const NOT_IN_A_CLUSTER: &str = "a cluster can't be asked how many replicas have acknowledged one write";
-
-/// A connection that is younger than this is not replaced because it leads to a replica: there is no other primary yet.
-const REPLICA_AFTER: Duration = Duration::from_millis(250);
 
 /// What becomes of a call while there is no connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -88,10 +88,14 @@ struct Started {
 }
 
 impl Subscriber {
-    /// Creates the subscriber of the store with this connection, which may go before the subscriber does.
+    /// Creates the subscriber of the store with this connection, which may go before the subscriber does. In a cluster,
+    /// each channel is subscribed to on the node that owns it, whatever becomes of the others.
     pub(super) fn of(connection: &Arc<dyn Connection>, process: String) -> Self {
         let store = Arc::downgrade(connection);
-        let made = move || store.upgrade().map_or(0, |connection| connection.connections_made());
+        let made = move || {
+            let connection = store.upgrade().filter(|connection| !connection.is_cluster());
+            connection.map_or(0, |connection| connection.connections_made())
+        };
         Self::new(connection.pub_sub(), process, made)
     }
 

@@ -37,10 +37,11 @@ use tokio_util::task::AbortOnDropHandle;
 use self::events::Events;
 use self::node::FredNodes;
 use self::pub_sub::FredPubSub;
+use super::demotion::Demotion;
 use super::failure::Peer;
 use super::liveness::Liveness;
 use super::task::{DriverTask, Home};
-use super::{Calling, Connection, Nodes, PubSub, REPLICA_AFTER, Sent, Value, WithoutConnection, not_sent};
+use super::{Calling, Connection, Nodes, PubSub, Sent, Value, WithoutConnection, not_sent};
 use crate::store::redis::url::Target;
 use crate::{RedisError, RedisErrorKind};
 
@@ -57,8 +58,7 @@ struct FredConnection {
     /// Whether calls wait while there is no connection. For a node of a quorum they fail at once.
     waits: bool,
     liveness: Mutex<Liveness>,
-    /// When a new connection was last requested because this one leads to a replica.
-    left_replica: Mutex<Option<Instant>>,
+    demotion: Mutex<Demotion>,
 }
 
 impl FredConnection {
@@ -118,8 +118,8 @@ impl FredConnection {
         let events = Mutex::new(Events::of(&client, is_broken));
         let peer = Peer::of(&convert::target_of(&client.client_config()));
         let is_broken = AtomicBool::new(is_broken);
-        let (liveness, left_replica) = (Mutex::default(), Mutex::default());
-        Self { client, peer, events, is_broken, driver: None, waits: true, liveness, left_replica }
+        let (liveness, demotion) = (Mutex::default(), Mutex::default());
+        Self { client, peer, events, is_broken, driver: None, waits: true, liveness, demotion }
     }
 
     /// Returns how many connections were made before, if there is none now.
@@ -268,16 +268,16 @@ impl Connection for FredConnection {
         }
     }
 
-    /// fred does it by itself where a command is refused, unless the settings of the caller's client say otherwise.
+    /// What a client of the caller's does then is for its settings to say. Without a policy it would end.
     fn refused_by_replica(&self) {
         let reconnects = self.client.connection_config().reconnect_errors.contains(&ReconnectError::ReadOnly);
-        if !reconnects || self.is_cluster() {
+        if !reconnects || !self.client.has_reconnect_policy() || self.is_cluster() {
             return;
         }
-        let mut left = self.left_replica.lock().unwrap_or_else(PoisonError::into_inner);
-        if left.is_none_or(|left| left.elapsed() >= REPLICA_AFTER) {
-            *left = Some(Instant::now());
-            drop(left);
+        let made = self.connections_made();
+        let mut demotion = self.demotion.lock().unwrap_or_else(PoisonError::into_inner);
+        if demotion.is_due(made) {
+            drop(demotion);
             self.replace();
         }
     }

@@ -53,9 +53,10 @@ pub(in super::super) use self::given::borrowed;
 use self::link::{Link, WasSent};
 use self::origin::Origin;
 use self::pub_sub::RedisPubSub;
+use super::demotion::Demotion;
 use super::liveness::Liveness;
 use super::task::{DriverTask, Home};
-use super::{Calling, Connection, Ended, Nodes, PubSub, REPLICA_AFTER, Sent, Value, WithoutConnection, not_sent};
+use super::{Calling, Connection, Ended, Nodes, PubSub, Sent, Value, WithoutConnection, not_sent};
 use crate::error::NOT_SENT;
 use crate::store::redis::url::{Servers, Target};
 use crate::{Error, RedisError, RedisErrorKind};
@@ -115,6 +116,7 @@ struct Shared {
     /// Why the last connection ended, or could not be opened.
     last: Mutex<Option<RedisError>>,
     liveness: Mutex<Liveness>,
+    demotion: Mutex<Demotion>,
 }
 
 impl OwnConnection {
@@ -128,6 +130,7 @@ impl OwnConnection {
             starts: AtomicU64::new(0),
             last: Mutex::default(),
             liveness: Mutex::new(liveness),
+            demotion: Mutex::default(),
         });
         let here = Handle::try_current().map_err(|_| Error::NoRuntime)?;
         let begun = shared.clone().begin(first);
@@ -271,8 +274,10 @@ impl Connection for OwnConnection {
     }
 
     fn refused_by_replica(&self) {
-        if let Some(link) = self.shared.link().filter(|link| link.opened.elapsed() >= REPLICA_AFTER) {
-            link.close.notify_one();
+        let mut demotion = self.shared.demotion.lock().unwrap_or_else(PoisonError::into_inner);
+        if demotion.is_due(self.connections_made()) {
+            drop(demotion);
+            self.replace();
         }
     }
 

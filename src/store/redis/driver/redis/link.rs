@@ -34,7 +34,6 @@ pub(super) struct Link {
     meter: Arc<Meter>,
     /// Notified to close the connection.
     pub(super) close: Notify,
-    pub(super) opened: Instant,
 }
 
 /// Whether a call that has failed can have reached the server.
@@ -109,7 +108,7 @@ impl Link {
             let _end = end;
             Pin::from(Box::new(driver) as Box<dyn Future<Output = ()> + Send>).await;
         };
-        let link = Self { connection, meter, close: Notify::new(), opened: Instant::now() };
+        let link = Self { connection, meter, close: Notify::new() };
         Ok((link, Box::pin(driver)))
     }
 
