@@ -106,6 +106,18 @@ async fn a_successor_has_the_lock_without_the_server_and_a_fencing_token_of_its_
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_fencing_token_that_the_server_has_not_reserved_is_given_to_nobody() {
+    let locker = Locker::in_memory();
+    let first = locker.lock("k").await.unwrap();
+    let second = Counted::waits(locker.lock("k")).await;
+    first.release().await.unwrap();
+    let second = second.await.unwrap().unwrap();
+    let fence = second.fencing_token();
+    second.release().await.unwrap();
+    assert!(locker.lock("k").await.unwrap().fencing_token() > fence);
+}
+
+#[tokio::test(start_paused = true)]
 async fn after_sixteen_turns_in_a_row_the_lock_goes_through_the_server() {
     let counted = Counted::new();
     let (mut guard, others) = counted.handed_over::<40>(|| counted.locker.lock("k")).await;
