@@ -57,8 +57,9 @@ async fn fencing_tokens_grow_where_a_majority_comes_back_with_an_old_dump() {
         assert_eq!(Some(server.cli(&["GET", "{k}:fence"])), fence, "it has found its dump");
     }
     drop(eventually("they vote again", async || ahead.lock("other").await.ok()).await);
-    // Its proposal is above what they have found, below what they have forgotten.
-    let behind = client(&servers, -3_000_000).await;
+    // Its proposal is above what they have found, below what they have forgotten: the restart window has passed, and
+    // little more.
+    let behind = client(&servers, -5_000_000).await;
     let after = soon(behind.lock("k")).await.unwrap();
     assert!(after.fencing_token() > before.fencing_token(), "{:?}", after.fencing_token());
 }
