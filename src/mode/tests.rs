@@ -526,24 +526,28 @@ async fn one_that_waits_for_several_keys_holds_new_readers_of_one_back() {
     locker.try_read("a").await.unwrap().release().await.unwrap();
 }
 
+/// Starts readers. Each comes before the one before has left, so that the key is never free by itself.
+async fn stream_of_readers(key: &'static str, locker: impl Fn() -> Locker) -> Vec<JoinHandle<()>> {
+    let each = |n: u64| {
+        let locker = locker();
+        tokio::spawn(async move {
+            sleep(ms(25 * n)).await;
+            loop {
+                let reader = locker.read(key).await.unwrap();
+                sleep(ms(100)).await;
+                reader.release().await.unwrap();
+            }
+        })
+    };
+    let readers = (0..4).map(each).collect();
+    sleep(ms(500)).await;
+    readers
+}
+
 #[tokio::test(start_paused = true)]
 async fn one_that_waits_for_several_keys_gets_in_under_a_stream_of_readers() {
     let locker = Locker::in_memory();
-    // Each comes before the one before has left, so that the key is never free by itself.
-    let readers: Vec<_> = (0..4)
-        .map(|n| {
-            let locker = locker.clone();
-            tokio::spawn(async move {
-                sleep(ms(25 * n)).await;
-                loop {
-                    let reader = locker.read("a").await.unwrap();
-                    sleep(ms(100)).await;
-                    reader.release().await.unwrap();
-                }
-            })
-        })
-        .collect();
-    sleep(ms(500)).await;
+    let readers = stream_of_readers("a", || locker.clone()).await;
     for turn in 0..10 {
         let began = Instant::now();
         let both = locker.lock_all(["b", "a"]).wait_at_most(ms(5_000)).await.unwrap();
@@ -645,21 +649,7 @@ async fn a_writer_holds_back_the_readers_of_other_lockers() {
 async fn a_writer_gets_in_under_the_readers_of_other_lockers() {
     let server = EmbeddedServer::new();
     let writers = Locker::builder().in_memory_with(&server);
-    // Each comes before the one before has left, so that the key is never free by itself.
-    let readers: Vec<_> = (0..4)
-        .map(|n| {
-            let locker = Locker::builder().in_memory_with(&server);
-            tokio::spawn(async move {
-                sleep(ms(25 * n)).await;
-                loop {
-                    let reader = locker.read("k").await.unwrap();
-                    sleep(ms(100)).await;
-                    reader.release().await.unwrap();
-                }
-            })
-        })
-        .collect();
-    sleep(ms(500)).await;
+    let readers = stream_of_readers("k", || Locker::builder().in_memory_with(&server)).await;
     for turn in 0..10 {
         let began = Instant::now();
         let writer = writers.lock("k").wait_at_most(ms(5_000)).await.unwrap();
