@@ -112,7 +112,6 @@ pub(crate) struct Hold {
     /// See [`Terms::caller`].
     caller: Span,
     state: Mutex<State>,
-    over: CancellationToken,
 }
 
 /// Is notified by the renewer of what happens to the lock: any number of renewals and failures, and then the end.
@@ -162,6 +161,7 @@ impl Hold {
             final_step: None,
             observer: None,
             held: Held::default(),
+            over: None,
             shortened: None,
         };
         (state.deadline, state.ends_at_limit) = state.deadline(drift, sent, grant.ttl);
@@ -180,7 +180,6 @@ impl Hold {
             origin,
             caller,
             state: Mutex::new(state),
-            over: CancellationToken::new(),
         }
     }
 
@@ -241,8 +240,15 @@ impl Hold {
 
     /// Returns the token that fires when the lock is no longer held. Users only get children of it: cancelling one of
     /// those must not end the lock.
-    pub(crate) fn over(&self) -> &CancellationToken {
-        &self.over
+    pub(crate) fn over(&self) -> CancellationToken {
+        let mut state = self.state();
+        let is_late = state.loss.is_some() && state.over.is_none();
+        let over = state.over.get_or_insert_default().clone();
+        if is_late {
+            // Under the mutex, as nobody waits for it yet.
+            over.cancel();
+        }
+        over
     }
 
     /// Notifies the observer from now on. Fails if the lock is no longer held: so an observer is notified of the end of
@@ -458,12 +464,19 @@ impl Hold {
                 Loss::Taken | Loss::Missing => Some(FinalStep::Nothing),
             };
         }
-        let held = std::mem::take(&mut state.held);
+        self.has_ended(state, loss);
+        loss
+    }
+
+    /// Fires the token, and counts the lock as held no longer.
+    fn has_ended(&self, mut state: MutexGuard<'_, State>, loss: Loss) {
+        let (held, over) = (std::mem::take(&mut state.held), state.over.clone());
         // After the loss is set, so that those who wake find it; and outside the mutex, as it runs wakers of users.
         drop(state);
-        self.over.cancel();
+        if let Some(over) = over {
+            over.cancel();
+        }
         held.end(loss);
-        loss
     }
 
     /// Sets what is left to do, unless that is decided already. Returns whether anything is left. The caller has to

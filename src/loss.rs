@@ -94,7 +94,7 @@ pub struct Lost {
 
 impl Lost {
     pub(crate) fn new(hold: Arc<Hold>) -> Self {
-        let over = hold.over().clone().cancelled_owned();
+        let over = hold.over().cancelled_owned();
         Self { hold, over, shortened: None, timer: Timer::default() }
     }
 }

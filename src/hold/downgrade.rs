@@ -7,7 +7,6 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::time::{Instant, sleep, timeout_at};
-use tokio_util::sync::CancellationToken;
 
 use super::state::State;
 use super::{Hold, Owned, timing};
@@ -87,6 +86,7 @@ impl Hold {
             final_step: None,
             observer: None,
             held: Held::default(),
+            over: None,
             shortened: None,
         };
         state.verdict(Instant::now())?;
@@ -106,7 +106,6 @@ impl Hold {
             origin: self.origin,
             caller: self.caller.clone(),
             state: Mutex::new(state),
-            over: CancellationToken::new(),
         })
     }
 }

@@ -47,6 +47,8 @@ pub(super) struct State {
     pub(super) observer: Option<Arc<dyn Observer>>,
     /// Counts the lock as held, while it is.
     pub(super) held: Held,
+    /// Fires when the lock is no longer held. Created when it is first asked for.
+    pub(super) over: Option<CancellationToken>,
     /// Fires when the deadline moves closer. Created when the first future sleeps until the deadline.
     pub(super) shortened: Option<CancellationToken>,
 }

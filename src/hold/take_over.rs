@@ -16,7 +16,7 @@ impl Hold {
         &self.owned.token
     }
 
-    /// Returns whether a waiter could take the lock over, whoever it is, as far as this can be told without the state.
+    /// Returns whether a waiter could take the lock over, whoever it is. [`take_over`](Self::take_over) knows the rest.
     pub(crate) fn can_be_taken_over(&self) -> bool {
         let is_plain =
             self.owned.own_token && !self.owned.mode.is_shared() && !self.has_parts && self.metadata.is_empty();
@@ -26,7 +26,7 @@ impl Hold {
             && is_unlimited
             && self.stays_until().is_none()
             && self.doubt.is_none()
-            && !self.over.is_cancelled()
+            && self.state().loss.is_none()
             && !self.is_token_known.load(Ordering::Relaxed)
             && (self.fencing_token.is_none() || self.spare_tokens > 0)
     }
@@ -63,11 +63,7 @@ impl Hold {
             kept_until: Some(state.kept_until),
             ..Grant::new(state.sent, state.ttl, fencing_token)
         };
-        let held = std::mem::take(&mut state.held);
-        // Outside the mutex, as it runs wakers of users.
-        drop(state);
-        self.over.cancel();
-        held.end(Loss::Released);
+        self.has_ended(state, Loss::Released);
         Some(grant)
     }
 }

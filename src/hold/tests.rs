@@ -222,7 +222,7 @@ async fn the_reason_is_there_when_the_token_fires() {
     }
     let looking = Arc::new(Looking { hold: hold(), seen: Mutex::default() });
     let waker = Waker::from(looking.clone());
-    let mut over = pin!(looking.hold.over().cancelled());
+    let mut over = pin!(looking.hold.over().cancelled_owned());
     assert!(over.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
     looking.hold.end(Loss::Missing);
     assert_eq!(*looking.seen.lock().unwrap(), Some(Err(Loss::Missing)));
