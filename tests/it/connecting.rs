@@ -113,6 +113,9 @@ async fn fencing_tokens_are_remembered_for_as_long_as_is_set() {
     let remembered = |key: &str| -> u64 { server.cli(&["PTTL", &format!("{{{key}}}:fence")]).parse().unwrap() };
     hour.lock("invoices:12345").await.unwrap().release().await.unwrap();
     assert!((3_500_000..=3_600_000).contains(&remembered("invoices:12345")));
+    let usual = Locker::connect(&server.url()).await.unwrap();
+    usual.lock("usual").await.unwrap().release().await.unwrap();
+    assert!((86_300_000..=86_400_000).contains(&remembered("usual")));
     // For at least twice the ttl of the lock, by each of the ways to it.
     let day = ms(24 * 3_600_000);
     hour.lock("long").ttl(day).await.unwrap().release().await.unwrap();

@@ -38,6 +38,12 @@ pub(super) fn line_of(key: &Bytes) -> Bytes {
     beside(key, ":queue")
 }
 
+/// Returns whether the key is in the first line of the table: most are. Then `scripts/pass_on_one.lua` knows the name of
+/// its line.
+pub(super) fn has_no_brace(key: &[u8]) -> bool {
+    !key.iter().any(|byte| matches!(byte, b'{' | b'}'))
+}
+
 /// Returns the name of the hash of processes in that line that are alive. `scripts/line.lua` derives it from the
 /// line's.
 pub(super) fn alive_of(key: &Bytes) -> Bytes {
@@ -230,6 +236,18 @@ mod tests {
                 assert_eq!(*owner, (key.clone(), kind), "both have {:?}, seed {seed}", name_of(&key));
             }
         }
+    }
+
+    /// What `scripts/pass_on_one.lua` takes for the name of the line, unless it is told another one.
+    #[test]
+    fn the_line_of_a_key_without_a_brace_has_the_usual_name() {
+        let seed = fastrand::u64(..);
+        let mut rng = fastrand::Rng::with_seed(seed);
+        for key in (0..20_000).map(|_| hostile_key(&mut rng)) {
+            let usual = [b"{", &key[..], b"}:queue"].concat();
+            assert!(!has_no_brace(&key) || line_of(&key) == usual, "{key:?}, seed {seed}");
+        }
+        assert!(has_no_brace(b"job:1") && !has_no_brace(b"{job}") && !has_no_brace(b"a}b"));
     }
 
     #[test]

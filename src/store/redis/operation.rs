@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::args::{NO_ID, decimal};
+use super::FENCE_TTL;
+use super::args::{NO_ID, decimal, millis};
 use super::names;
 use super::replies::{Decision, Kind};
 use super::script::Call;
@@ -53,9 +54,13 @@ impl Operation {
         let key = self.name.clone();
         let token = || self.token.to_bytes();
         let release = |publish: &'static str| {
-            let line = names::line_of(&self.name);
             let channel = names::channel_of(&self.name);
-            [token(), publish.into(), line].into_iter().chain(channel)
+            // What is usual is left out.
+            let line = match publish == "PUBLISH" && channel.is_none() && names::has_no_brace(&self.name) {
+                true => None,
+                false => Some([publish.into(), names::line_of(&self.name)]),
+            };
+            [token()].into_iter().chain(line.into_iter().flatten()).chain(channel)
         };
         match &self.what {
             What::Release { publish } => Call::new([key].into_iter(), release(publish)),
@@ -65,8 +70,9 @@ impl Operation {
                 Call::new([key].into_iter(), [value.clone(), decimal(*ttl)])
             }
             What::Acquire { value, ttl, fence: Some((fence, fence_ttl)), .. } => {
-                let keys = [key, fence.clone()];
-                Call::new(keys.into_iter(), [value.clone(), decimal(*ttl), decimal(*fence_ttl)])
+                let fence_ttl = Some(*fence_ttl).filter(|ttl| *ttl != millis(FENCE_TTL)).map(decimal);
+                let args = [value.clone(), decimal(*ttl)].into_iter().chain(fence_ttl);
+                Call::new([key, fence.clone()].into_iter(), args)
             }
         }
     }

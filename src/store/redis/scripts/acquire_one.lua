@@ -1,7 +1,8 @@
 -- Takes one key if it is free: does what acquire.lua does, for the most common case, in half the server time.
 --
 -- KEYS  the lock key; if a fencing token is wanted, its fence key.
--- ARGV  value (the token; with metadata: token, newline, metadata), ttl in ms, and with a fence key its ttl in ms.
+-- ARGV  value (the token; with metadata: token, newline, metadata), ttl in ms, and with a fence key its ttl in ms,
+--       unless that is a day.
 -- Reply granted: 1 if no fencing token is wanted, otherwise the token. Held by another: -1 without a ttl, -2 - ttl in
 --       ms with one. 3: the key holds this token already, or the fence key holds no fencing token. Nothing has changed,
 --       and acquire.lua has to decide.
@@ -44,7 +45,9 @@ end
 if not fence_key then
     return mark * 4 + 1
 end
-local done = redis.pcall('SET', fence_key, string.format('%.0f', fence), 'PX', ARGV[3])
+-- The last argument is the stamp.
+local fence_ttl = ARGV[4] and ARGV[3] or '86400000'
+local done = redis.pcall('SET', fence_key, string.format('%.0f', fence), 'PX', fence_ttl)
 if done.err then
     redis.pcall('DEL', KEYS[1])
     return {mark, now / 1000, false, done.err}
