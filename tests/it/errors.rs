@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tenure::{Error, LockGuard, Locker};
 use tenure_test_support::{Mode, Proxy, Server, eventually, soon, within};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -518,7 +518,7 @@ async fn what_was_never_sent_is_not_waited_for_in_the_end() {
             let locker = Locker::builder().command_timeout(ms(600)).connect(&server.url()).await.unwrap();
             soon(locker.lock("warm")).await.unwrap().release().await.unwrap();
             server.kill();
-            tokio::time::sleep(ms(pause)).await;
+            sleep(ms(pause)).await;
             let many: Vec<_> = (0..at_once)
                 .map(|n| tokio::spawn(locker.try_lock(format!("k:{n}")).ttl(ms(30_000)).into_future()))
                 .collect();
@@ -551,9 +551,9 @@ async fn what_was_never_sent_to_a_quorum_is_not_waited_for_in_the_end() {
     let locker = builder.quorum(urls).await.unwrap();
     soon(locker.lock("warm")).await.unwrap().release().await.unwrap();
     // By now the calls to the slow node have ended.
-    tokio::time::sleep(ms(700)).await;
+    sleep(ms(700)).await;
     servers.iter_mut().for_each(Server::kill);
-    tokio::time::sleep(ms(500)).await;
+    sleep(ms(500)).await;
     let refused = soon(locker.try_lock("k").ttl(ms(60_000))).await.unwrap_err();
     assert!(matches!(&refused, Error::Quorum { granted: 0, .. }), "{refused}");
     // A failed majority is enough for a decision.
@@ -585,9 +585,9 @@ async fn what_may_have_been_sent_is_undone() {
     let locker = connect().await;
     // The server is away when the request begins, and back before its end: the request was sent, and its reply is lost.
     server.kill();
-    tokio::time::sleep(ms(200)).await;
+    sleep(ms(200)).await;
     let waits = tokio::spawn(locker.try_lock("late").ttl(ms(60_000)).into_future());
-    tokio::time::sleep(ms(20)).await;
+    sleep(ms(20)).await;
     server.restart();
     server.freeze();
     let unknown = soon(waits).await.unwrap().unwrap_err();
@@ -613,4 +613,39 @@ async fn closing_can_be_limited_and_says_what_it_had_to_leave() {
     assert_eq!(soon(locker.close_within(Duration::MAX)).await, 0);
     assert_eq!(server.cli(&["EXISTS", "a", "b"]), "0");
     assert_eq!(soon(locker.close_within(Duration::ZERO)).await, 0);
+}
+
+/// fred closes the connection at such a refusal, and hands it to everything in flight, whether that was run or not.
+#[cfg(feature = "fred")]
+#[tokio::test]
+async fn what_a_clients_other_command_is_refused_with_says_nothing_about_a_request() {
+    use tenure::fred::interfaces::ClientLike;
+    use tenure::fred::types::config::{Config, ReconnectError, ReconnectPolicy};
+    use tenure::fred::types::{Builder, ClusterHash, CustomCommand};
+    let server = Server::start();
+    server.cli(&["SET", "text", "a"]);
+    let client = Builder::from_config(Config::from_url(&server.url()).unwrap())
+        .with_connection_config(|config| config.reconnect_errors = vec![ReconnectError::Custom("WRONGTYPE")])
+        .set_policy(ReconnectPolicy::new_constant(0, 10))
+        .build()
+        .unwrap();
+    client.init().await.unwrap();
+    let locker = Locker::builder().ttl(ms(3_600_000)).client(client.clone());
+    locker.lock("warm").await.unwrap().release().await.unwrap();
+    // Both are sent before the server looks at either.
+    server.freeze();
+    let push = CustomCommand::new_static("LPUSH", ClusterHash::FirstKey, false);
+    let push = client.custom::<(), _>(push, vec!["text", "b"]);
+    let thaw = async {
+        sleep(ms(100)).await;
+        server.thaw();
+    };
+    let (refused, attempt, ()) = tokio::join!(push, locker.try_lock("k").into_future(), thaw);
+    assert!(refused.unwrap_err().details().starts_with("WRONGTYPE"));
+    println!("{attempt:?}");
+    if let Ok(guard) = attempt {
+        guard.release().await.unwrap();
+    }
+    soon(locker.close()).await;
+    assert_nothing_left(&server);
 }

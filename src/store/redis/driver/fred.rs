@@ -170,7 +170,9 @@ impl FredConnection {
 
 impl Connection for FredConnection {
     fn send(&self, command: &'static str, args: Vec<Bytes>, until: Instant) -> Calling<'_, Value> {
-        Box::pin(once(&self.client, command, args, until))
+        Box::pin(
+            async move { once(&self.client, command, args, until).await.map_err(|error| closing(&self.client, error)) },
+        )
     }
 
     fn address(&self) -> String {
@@ -270,8 +272,9 @@ impl Connection for FredConnection {
 
     /// What a client of the caller's does then is for its settings to say. Without a policy it would end.
     fn refused_by_replica(&self) {
+        let is_ours = self.driver.is_some();
         let reconnects = self.client.connection_config().reconnect_errors.contains(&ReconnectError::ReadOnly);
-        if !reconnects || !self.client.has_reconnect_policy() || self.is_cluster() {
+        if !(is_ours || reconnects) || !self.client.has_reconnect_policy() || self.is_cluster() {
             return;
         }
         let made = self.connections_made();
@@ -321,6 +324,35 @@ pub(in super::super) fn borrowed(client: Client) -> Arc<dyn Connection> {
 async fn once(client: &Client, command: &'static str, args: Vec<Bytes>, until: Instant) -> Result<Value, RedisError> {
     let reply: fred::types::Value = client.with_options(&options(until)?).custom(custom(command), args).await?;
     Ok(reply.into())
+}
+
+/// fred closes the connection after some refusals: `CLUSTERDOWN`, and those that the settings of a caller's client name.
+/// It gives this error to all that is in flight, whoever sent it. So what it says is known of the connection, and not of
+/// this command, which may have run.
+fn closing(client: &Client, mut error: RedisError) -> RedisError {
+    let config = client.connection_config();
+    let is_named = |text: &str| config.reconnect_errors.iter().any(|refusal| text.starts_with(beginning_of(refusal)));
+    let text = error.details();
+    let closes = text.starts_with("CLUSTERDOWN")
+        || is_named(text)
+        || (config.reconnect_on_auth_error && error.kind() == RedisErrorKind::Auth);
+    if closes {
+        error.change_kind(RedisErrorKind::Timeout);
+    }
+    error
+}
+
+fn beginning_of(refusal: &ReconnectError) -> &'static str {
+    match refusal {
+        ReconnectError::ClusterDown => "CLUSTERDOWN",
+        ReconnectError::Loading => "LOADING",
+        ReconnectError::MasterDown => "MASTERDOWN",
+        ReconnectError::ReadOnly => "READONLY",
+        ReconnectError::Misconf => "MISCONF",
+        ReconnectError::Busy => "BUSY",
+        ReconnectError::NoReplicas => "NOREPLICAS",
+        ReconnectError::Custom(text) => text,
+    }
 }
 
 fn custom(command: &'static str) -> CustomCommand {
@@ -381,8 +413,9 @@ fn configure(config: &mut ConnectionConfig, timeout: Duration) {
     config.max_command_attempts = 1;
     // Nor may it follow a redirection to another node of a cluster (see `router.rs`).
     config.max_redirections = 0;
-    // Reconnect when a primary has become a replica, to find the new primary. Other refusals need no new connection.
-    config.reconnect_errors = vec![ReconnectError::ClusterDown, ReconnectError::ReadOnly];
+    // A refusal concerns its own command, not all that are in flight (`closing`). If it is that of a replica, the
+    // connection is replaced (`refused_by_replica`).
+    config.reconnect_errors = Vec::new();
 }
 
 impl fmt::Debug for FredConnection {

@@ -11,7 +11,7 @@ use fred::types::config::{Config, Server, ServerConfig};
 use tokio::time::{Instant, timeout};
 
 use super::super::{Calling, Ended, NodeConnection, Nodes, Value};
-use super::{connect, convert, custom, once, options};
+use super::{closing, connect, convert, custom, once, options};
 use crate::store::redis::url::Address;
 use crate::{RedisError, RedisErrorKind};
 use std::time::Duration;
@@ -92,7 +92,7 @@ struct FredNode(Client);
 
 impl NodeConnection for FredNode {
     fn send(&self, command: &'static str, args: Vec<Bytes>, until: Instant) -> Calling<'_, Value> {
-        Box::pin(async move { once(&self.0, command, args, until).await.map_err(closing) })
+        Box::pin(async move { once(&self.0, command, args, until).await.map_err(|error| closing(&self.0, error)) })
     }
 
     /// fred writes the commands of a pipeline in one go, so nothing comes in between.
@@ -104,19 +104,10 @@ impl NodeConnection for FredNode {
             let mut answers = calls.try_all::<FredValue>().await.into_iter();
             // Either one error for both, or a reply to each.
             match (answers.next(), answers.next()) {
-                (Some(Ok(_)), Some(answer)) => answer.map(Value::from).map_err(|error| closing(error.into())),
-                (Some(Err(error)), _) => Err(closing(error.into())),
+                (Some(Ok(_)), Some(answer)) => answer.map(Value::from).map_err(|error| closing(&self.0, error.into())),
+                (Some(Err(error)), _) => Err(closing(&self.0, error.into())),
                 _ => Err(RedisError::new(RedisErrorKind::Timeout, "the server did not reply in time")),
             }
         })
     }
-}
-
-/// fred closes the connection after `CLUSTERDOWN`, and gives this error to all that is in flight. Some of it may have
-/// run.
-fn closing(mut error: RedisError) -> RedisError {
-    if error.details().starts_with("CLUSTERDOWN") {
-        error.change_kind(RedisErrorKind::Timeout);
-    }
-    error
 }
