@@ -1,6 +1,6 @@
 //! A model of the line for a lock, in which the waiters of all processes wait. Everything that can happen does: an
 //! exhaustive check of the promises, and of the safeguards that keep them. A program of its own, because it needs no
-//! server and uses the whole processor.
+//! server and uses the whole processor. The model is in `tests/model/line/`.
 //!
 //! | in the model                            | in the crate                                                      |
 //! | --------------------------------------- | ----------------------------------------------------------------- |
@@ -47,23 +47,10 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "these are tests")]
 
-#[path = "line_model/calm.rs"]
-mod calm;
-#[path = "model/check.rs"]
-mod check;
-#[path = "line_model/client.rs"]
-mod client;
-#[path = "line_model/server.rs"]
-mod server;
-#[path = "line_model/state.rs"]
-mod state;
-#[path = "line_model/world.rs"]
-mod world;
-
-use check::holds;
-use world::Kind::{Own, Shared};
-use world::Mishap::{self, Barge, Die, Expire, GiveUp, Park, Silence, Timeout, Unconfirmed, Unheard};
-use world::{ALL, EXCLUSION, GRANTED, KEPT, NO_GHOST, ORDER, SERVED, Safeguards, World};
+use tenure_model::line::Kind::{Own, Shared};
+use tenure_model::line::Mishap::{self, Barge, Die, Expire, GiveUp, Park, Silence, Timeout, Unconfirmed, Unheard};
+use tenure_model::line::{ALL, EXCLUSION, GRANTED, KEPT, NO_GHOST, ORDER, SERVED, Safeguards, World};
+use tenure_model::{line_falls, line_holds as holds};
 
 const MISHAPS: &[Mishap] = &[Die, Timeout, GiveUp, Park, Silence, Unconfirmed, Expire, Barge, Unheard];
 
@@ -96,7 +83,7 @@ const THREE: World = World { waiters: &[(0, Shared), (1, Shared), (2, Own)], mis
 /// Asserts that the promise is broken.
 fn falls(promise: &'static [&'static str; 1], model: World) {
     let [name] = *promise;
-    check::falls(name, World { promises: promise, ..model });
+    line_falls(name, World { promises: promise, ..model });
 }
 
 mod nothing_breaks {

@@ -6,9 +6,9 @@
 #     bash tests/run.sh --all-servers    and then on Redis 6.2 and 7.4
 #
 # Most tests wait for something, and use about a tenth of the time of two cores. So they run in four lanes beside each
-# other, each with libtest's own two threads, from when their programs are compiled. Behind them, at the lowest
-# priority, runs what needs the processor and measures no time, in two more: what cargo does (clippy, the documentation,
-# the examples), and the searches (the models, the simulations). Last come, one after the other, the programs that need
+# other, from when their programs are compiled: `it` with four threads, the others with libtest's own two. Behind them,
+# at the lowest priority, runs what needs the processor and measures no time, in two more: what cargo does (clippy, the
+# documentation), and the searches (the models, the simulations). Last come, one after the other, the programs that need
 # the machine for themselves.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -65,6 +65,7 @@ fi
 [[ $other == "$installed" ]] || bash tests/server.sh "$other" >/dev/null
 
 scratch=$(mktemp -d)
+shopt -s nullglob
 lanes=()
 cleanup() {
     local lane
@@ -75,23 +76,26 @@ cleanup() {
 }
 trap cleanup EXIT
 
-# compile SET ARGUMENTS: compiles programs with cargo's arguments, and remembers where each of them is. A warning is an
-# error: clippy sees one set of features.
+# compile SET ARGUMENTS: compiles programs with cargo's arguments, and remembers where each of them is, unless another
+# set has it. A warning is an error: clippy sees one set of features.
 compile() {
     local set=$1
     shift
     cargo test --no-run --message-format json "$@" | python3 -c '
 import json, sys
+known = {line.split()[1] for path in sys.argv[1:] for line in open(path)}
 warnings = 0
 for line in sys.stdin:
     unit = json.loads(line)
     if unit["reason"] == "compiler-message":
         print(unit["message"]["rendered"], file=sys.stderr)
         warnings += 1
-    if unit.get("executable") and (unit["profile"]["test"] or "example" in unit["target"]["kind"]):
+    is_program = unit.get("executable") and (unit["profile"]["test"] or "example" in unit["target"]["kind"])
+    if is_program and unit["executable"] not in known:
         print(unit["target"]["name"], unit["executable"])
 sys.exit(warnings > 0)
-' >"$scratch/$set.programs"
+' "$scratch"/*.programs >"$scratch/programs"
+    mv "$scratch/programs" "$scratch/$set.programs"
 }
 
 # program SET NAME: prints where it is.
@@ -146,17 +150,18 @@ bash tests/mutants.sh --check
 many=(--skip a_hundred_thousand_ --skip ten_thousand_ --skip thousands_of_ --skip a_lock_costs_)
 
 promises() {
-    TENURE_LOG=$scratch/reported.fred run all "$installed" it "${many[@]}"
+    TENURE_LOG=$scratch/reported.fred run all "$installed" it --test-threads 4 "${many[@]}"
     run all "$installed" observing
     # By native-tls: with both TLS features, rediss:// uses that.
     run all "$installed" tls
+    for program in watchdog permits exclusion; do run all "$installed" "$program" "${many[@]}"; done
 }
 
 # Left out on the other server: programs that say nothing about a server, or no more than these do (seeds, turns, soak,
 # exclusion, many, tls, chaos), and the tests that take longest: many operations at a time, requests that are late by up
 # to 30 s, runtimes and connections that fall silent.
 other_server() {
-    TENURE_LOG=$scratch/reported.redis run redis "$other" it "${many[@]}" --skip late:: --skip listening::
+    TENURE_LOG=$scratch/reported.redis run redis "$other" it --test-threads 4 "${many[@]}" --skip late:: --skip listening::
     run redis "$other" combined "${many[@]}"
     run all "$installed" combined "${many[@]}"
     run redis "$other" watchdog "${many[@]}"
@@ -170,16 +175,19 @@ several_servers() {
     # They wait for ttls, each on a server of its own.
     run all "$other" it conformance:: --test-threads 6
     run all "$installed" tenure --ignored
-    for program in topologies quorum seeds turns watchdog permits properties chaos_checker exclusion; do
+    for program in topologies quorum seeds turns properties chaos_checker; do
         run all "$installed" "$program" "${many[@]}"
     done
 }
 
-# What the other client does on several servers, and the command: its own tests, and those on servers.
+# What the other client does on several servers; the command: its own tests, and those on servers; the recipes.
 other_client() {
     for program in topologies quorum; do run redis "$other" "$program" "${many[@]}"; done
     for program in seeds turns; do run redis "$installed" "$program"; done
-    for program in tenure run others; do run cli "$installed" "$program"; done
+    for program in tenure run others; do run others "$installed" "$program"; done
+    for program in once_per_period leader migrations fenced_write{,_postgresql} orders own_tests prometheus; do
+        run others "$installed" "$program"
+    done
 }
 
 builds() {
@@ -191,19 +199,12 @@ builds() {
     # Where it is the only TLS feature, rediss:// uses it.
     heading "compile, feature rustls"
     compile rustls --package tenure --features rustls --test tls
-    heading "compile the recipes and the examples"
-    compile recipes --package tenure-recipes --package tenure-examples --examples
-    heading "recipes"
-    local recipe
-    for recipe in once_per_period leader migrations fenced_write{,_postgresql} orders own_tests prometheus; do
-        run recipes "$installed" "$recipe"
-    done
     heading "examples in the documentation"
-    cargo test --package tenure --all-features --doc
+    cargo test "${packages[@]}" --doc
     heading "compile, no feature"
     compile none --package tenure --no-default-features --lib
     # The random histories are the same with all features.
-    TENURE_HISTORIES=100 run none "$installed" tenure
+    TENURE_HISTORIES=20 run none "$installed" tenure
 }
 
 searches() {
@@ -212,16 +213,21 @@ searches() {
     for program in model line_model shared_model several_model; do run all "$installed" "$program"; done
 }
 
+# All packages at once, although only some of their programs: then what they depend on has the same features, and is
+# compiled once.
+packages=(--package tenure --package tenure-cli --package tenure-examples --package tenure-recipes --all-features)
+programs=(--lib --test it)
+for program in tests/*.rs; do programs+=(--test "$(basename "$program" .rs)"); done
 heading "compile, all features"
-compile all --package tenure --all-features --lib --tests
+compile all "${packages[@]}" "${programs[@]}"
 for name in promises several_servers searches; do lane "$name" "$name"; done
 # The run on the other server is the one on redis-rs, which is the client where fred is not enabled.
 heading "compile, feature redis, beside the first lanes"
 compile redis --package tenure --no-default-features --features redis --lib --test it --test quorum --test topologies \
     --test combined --test watchdog --test seeds --test turns
 lane other_server other_server
-heading "compile, the command"
-compile cli --package tenure-cli
+heading "compile the command, the examples and the recipes"
+compile others "${packages[@]}" --bins --tests --examples
 heading "all lanes: about seven minutes"
 for name in other_client builds; do lane "$name" "$name"; done
 join_lanes
@@ -253,7 +259,7 @@ for _ in {1..100}; do
     sleep 0.1
 done
 for name in minimal quickstart lost_in_select scope hand_over reader_writer permits watchdog; do
-    example=$(program recipes "$name")
+    example=$(program others "$name")
     lane "example $name" env -u REDIS_URL "$example"
     lane "example $name, on a server" env REDIS_URL="redis+unix://$scratch/socket" "$example"
 done

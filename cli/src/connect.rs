@@ -1,6 +1,6 @@
 //! The locker that the options describe.
 
-use tenure::{Error, Locker};
+use tenure::{Driver, Error, Locker};
 
 use crate::args::ServerOptions;
 use crate::exit::Exit;
@@ -11,7 +11,9 @@ pub(crate) const DEFAULT_URL: &str = "redis://127.0.0.1:6379";
 
 /// Connects to the server, or to a quorum if there are several.
 pub(crate) async fn connect(options: &ServerOptions, output: &Output) -> Result<Locker, Exit> {
+    // In a workspace, another package may have enabled the other client as well.
     let mut builder = Locker::builder()
+        .driver(Driver::Redis)
         .prefix(&options.prefix)
         .command_timeout(options.command_timeout)
         .wait_for_server(options.wait_for_server)

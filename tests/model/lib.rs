@@ -7,6 +7,7 @@
 
 mod check;
 mod leftovers;
+pub mod line;
 mod protocol;
 pub mod shared;
 mod state;
@@ -34,6 +35,16 @@ pub fn nothing_is_left(model: Leftovers, floor: usize) {
 
 /// The same as [`falls`], for leftovers.
 pub fn leaves_something(promise: &'static str, model: Leftovers) {
+    check::falls(promise, model);
+}
+
+/// The same as [`holds`], for the line.
+pub fn line_holds(model: line::World, floor: usize) {
+    check::holds(model, floor);
+}
+
+/// The same as [`falls`], for the line.
+pub fn line_falls(promise: &'static str, model: line::World) {
     check::falls(promise, model);
 }
 

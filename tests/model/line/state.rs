@@ -1,48 +1,48 @@
 //! The state of the model: the server's side of one lock, the queues of the processes, and what is in flight.
 
-use crate::server::Entry;
+use super::server::Entry;
 
-pub(crate) const PROCESSES: usize = 3;
+pub(super) const PROCESSES: usize = 3;
 /// Places from this number on are shared by the waiters of one process; each place below it belongs to one waiter.
-pub(crate) const SHARED: u8 = 16;
+pub(super) const SHARED: u8 = 16;
 /// How many shared places a process may have one after another.
-pub(crate) const PLACES: u8 = 4;
+pub(super) const PLACES: u8 = 4;
 
 /// A state of the model. It has no clock: what ends by time may end at any time, and it is a mishap when that is too
-/// soon for a live process (see [`World::mishaps`](crate::world::World)).
+/// soon for a live process (see [`World::mishaps`](super::world::World)).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub(crate) struct State {
-    pub(crate) lock: Lock,
-    pub(crate) line: Vec<Entry>,
+pub struct State {
+    pub(super) lock: Lock,
+    pub(super) line: Vec<Entry>,
     /// The processes that count as alive, as bits; and those that live but were silent for too long.
-    pub(crate) alive: u8,
-    pub(crate) excused: u8,
+    pub(super) alive: u8,
+    pub(super) excused: u8,
     /// Places that count as dead on their own, if heartbeats are not those of a process.
-    pub(crate) silent_places: Vec<u8>,
+    pub(super) silent_places: Vec<u8>,
     /// In the calm at the end (`calm.rs`): the processes that have sent a heartbeat in this round.
-    pub(crate) is_calm: bool,
-    pub(crate) fresh: u8,
-    pub(crate) processes: [Process; PROCESSES],
-    pub(crate) waiters: Vec<Waiter>,
+    pub(super) is_calm: bool,
+    pub(super) fresh: u8,
+    pub(super) processes: [Process; PROCESSES],
+    pub(super) waiters: Vec<Waiter>,
     /// Requests that nobody waits for. They may arrive at any time and in any order, or never.
-    pub(crate) late: Vec<Request>,
+    pub(super) late: Vec<Request>,
     /// The number of mishaps so far.
-    pub(crate) mishaps: u8,
+    pub(super) mishaps: u8,
     /// For how many turns in a row a process has kept the lock from the line.
-    pub(crate) kept: u8,
-    pub(crate) broken: Broken,
+    pub(super) kept: u8,
+    pub(super) broken: Broken,
 }
 
 /// The promises that were broken on the way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(crate) struct Broken {
-    pub(crate) order: bool,
-    pub(crate) kept: bool,
+pub(super) struct Broken {
+    pub(super) order: bool,
+    pub(super) kept: bool,
 }
 
 /// The content of the lock key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(crate) enum Lock {
+pub(super) enum Lock {
     #[default]
     Free,
     /// A waiter's token, which another waiter of its process may have taken over.
@@ -55,25 +55,25 @@ pub(crate) enum Lock {
 
 /// `Queue` in `src/acquire/queue.rs`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub(crate) struct Process {
-    pub(crate) up: bool,
+pub(super) struct Process {
+    pub(super) up: bool,
     /// The lanes, first in, first out.
-    pub(crate) shared: Vec<u8>,
-    pub(crate) own: Vec<u8>,
+    pub(super) shared: Vec<u8>,
+    pub(super) own: Vec<u8>,
     /// How many shared places the process has had.
-    pub(crate) places: u8,
+    pub(super) places: u8,
     /// Whether the shared place may be in the line.
-    pub(crate) in_line: bool,
+    pub(super) in_line: bool,
     /// Whether a request with the shared place has an unknown outcome, and may still run.
-    pub(crate) doubt: bool,
-    pub(crate) in_a_row: u8,
+    pub(super) doubt: bool,
+    pub(super) in_a_row: u8,
     /// The requests in flight that concern the line, in order.
-    pub(crate) sent: Vec<Sent>,
+    pub(super) sent: Vec<Sent>,
 }
 
 /// A request in flight from a process to the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Sent {
+pub(super) enum Sent {
     /// The call of this waiter.
     Call(u8),
     /// Leaves a place, in the background.
@@ -81,22 +81,22 @@ pub(crate) enum Sent {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(crate) struct Waiter {
-    pub(crate) phase: Phase,
-    pub(crate) call: Call,
-    pub(crate) handing: Handing,
+pub(super) struct Waiter {
+    pub(super) phase: Phase,
+    pub(super) call: Call,
+    pub(super) handing: Handing,
     /// Whether the server has replied that the lock is held.
-    pub(crate) was_refused: bool,
+    pub(super) was_refused: bool,
     /// Whether a request with its own place has an unknown outcome, and may still run.
-    pub(crate) doubt: bool,
+    pub(super) doubt: bool,
     /// Whether a request that gives the lock to its token has an unknown outcome, and may still run.
-    pub(crate) is_unsure: bool,
+    pub(super) is_unsure: bool,
     /// The token by which it holds the lock, if that is not its own.
-    pub(crate) took_over: Option<u8>,
+    pub(super) took_over: Option<u8>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(crate) enum Phase {
+pub(super) enum Phase {
     /// Not there yet.
     #[default]
     Away,
@@ -109,17 +109,17 @@ pub(crate) enum Phase {
 
 /// The one call that a waiter awaits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(crate) enum Call {
+pub(super) enum Call {
     #[default]
     None,
     Sent(Request),
     /// It has run; the reply is in flight.
-    Answered(Request, crate::world::Answer),
+    Answered(Request, super::world::Answer),
 }
 
 /// `HandOverState` in `src/acquire/queue/hand_over.rs`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(crate) enum Handing {
+pub(super) enum Handing {
     #[default]
     No,
     Asked,
@@ -138,7 +138,7 @@ pub(crate) enum Handing {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) enum Request {
+pub(super) enum Request {
     /// `acquire_one.lua`, or, with a place, `acquire_in_line.lua`.
     Acquire {
         waiter: u8,
@@ -169,7 +169,7 @@ pub(crate) enum Request {
 }
 
 impl Process {
-    pub(crate) fn shared_place(&self, process: usize) -> u8 {
+    pub(super) fn shared_place(&self, process: usize) -> u8 {
         SHARED + process as u8 * PLACES + self.places % PLACES
     }
 }

@@ -1,7 +1,7 @@
 //! The calm that ends a behaviour: from any state, all waiters are served if nothing more goes wrong.
 
-use crate::state::{Call, Handing, Lock, PROCESSES, Phase, Request, Sent, State};
-use crate::world::{Answer, World};
+use super::state::{Call, Handing, Lock, PROCESSES, Phase, Request, Sent, State};
+use super::world::{Answer, World};
 
 /// The number of rounds of the calm. One is the time between two heartbeats.
 const ROUNDS: u8 = 60;
@@ -15,7 +15,7 @@ const POLL: u8 = 6;
 impl World {
     /// Runs a state on: nothing more goes wrong, and no new waiter comes. No notification arrives, so heartbeats and a
     /// rare poll find everything. Returns whether all waiters are served, one after the other.
-    pub(crate) fn after_a_calm(&self, mut state: State, arrives: bool, is_reversed: bool) -> bool {
+    pub(super) fn after_a_calm(&self, mut state: State, arrives: bool, is_reversed: bool) -> bool {
         state.is_calm = true;
         self.leave_all(&mut state);
         let late = std::mem::take(&mut state.late);

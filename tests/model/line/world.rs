@@ -2,61 +2,61 @@
 
 use stateright::{Model, Property};
 
-use crate::state::{Call, Handing, Lock, PLACES, PROCESSES, Phase, Request, SHARED, Sent, State, Waiter};
+use super::state::{Call, Handing, Lock, PLACES, PROCESSES, Phase, Request, SHARED, Sent, State, Waiter};
 
-pub(crate) const EXCLUSION: &str = "never two that believe that they hold the lock";
-pub(crate) const NO_GHOST: &str = "once all is quiet, the line contains only waiters";
-pub(crate) const GRANTED: &str = "a heartbeat gives a free lock to the line";
-pub(crate) const ORDER: &str = "no later place overtakes an earlier one";
-pub(crate) const KEPT: &str = "a live place stays in the line";
-pub(crate) const SERVED: &str = "after a calm, all waiters are served";
+pub const EXCLUSION: &str = "never two that believe that they hold the lock";
+pub const NO_GHOST: &str = "once all is quiet, the line contains only waiters";
+pub const GRANTED: &str = "a heartbeat gives a free lock to the line";
+pub const ORDER: &str = "no later place overtakes an earlier one";
+pub const KEPT: &str = "a live place stays in the line";
+pub const SERVED: &str = "after a calm, all waiters are served";
 
 /// The safeguards that keep the promises. A test turns one off and shows which promise is broken.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Safeguards {
+pub struct Safeguards {
     /// A release compares the token.
-    pub(crate) compare_and_delete: bool,
+    pub compare_and_delete: bool,
     /// A heartbeat enters no place.
-    pub(crate) heartbeat_enters_nobody: bool,
+    pub heartbeat_enters_nobody: bool,
     /// A heartbeat gives a free lock to the head of the line.
-    pub(crate) heartbeat_passes_on: bool,
+    pub heartbeat_passes_on: bool,
     /// A waiter that leaves passes a reservation on.
-    pub(crate) leave_passes_on: bool,
+    pub leave_passes_on: bool,
     /// A release gives the lock to the head of the line.
-    pub(crate) release_looks_at_line: bool,
+    pub release_looks_at_line: bool,
     /// A reservation ends by itself.
-    pub(crate) reservation_expires: bool,
+    pub reservation_expires: bool,
     /// A heartbeat is that of a process, not of one waiter.
-    pub(crate) sign_of_process: bool,
+    pub sign_of_process: bool,
     /// A waiter that finds the lock free takes it only if nobody else is the head of the line.
-    pub(crate) free_is_for_the_head: bool,
+    pub free_is_for_the_head: bool,
     /// A waiter that takes the turn of another of its process gives that one its own place.
-    pub(crate) places_are_swapped: bool,
+    pub places_are_swapped: bool,
     /// A process forgets that it is in the line only if a script has taken it out.
-    pub(crate) in_line_until_out: bool,
+    pub in_line_until_out: bool,
     /// A lane whose waiter has asked without the place doesn't take the grant for one that took the place out.
-    pub(crate) in_line_until_asked_out: bool,
+    pub in_line_until_asked_out: bool,
     /// What a hand-over has done to a place in the line counts only if the waiter has not learned it in another way.
-    pub(crate) late_outcomes_are_old: bool,
+    pub late_outcomes_are_old: bool,
     /// A process that isn't sure what its requests have done leaves the line once they can't run any longer.
-    pub(crate) doubt_leaves_again: bool,
+    pub doubt_leaves_again: bool,
     /// A lock that a gone waiter didn't take leaves nothing of that waiter in the line.
-    pub(crate) gone_leaves_again: bool,
+    pub gone_leaves_again: bool,
     /// A process passes the lock on after [`IN_A_ROW`] turns.
-    pub(crate) turns_end: bool,
+    pub turns_end: bool,
     /// A hand-over that a waiter learns of by asking is a turn in a row as well.
-    pub(crate) unheard_turns_count: bool,
+    pub unheard_turns_count: bool,
     /// Turns without the server count as well.
-    pub(crate) local_turns_end: bool,
+    pub local_turns_end: bool,
     /// A process whose waiter takes a lock over without the server knows that this took no place out of the line.
-    pub(crate) take_over_leaves_line_alone: bool,
+    pub take_over_leaves_line_alone: bool,
     /// A holder whose lock is taken over leaves its release to the successor.
-    pub(crate) nobody_else_releases: bool,
+    pub nobody_else_releases: bool,
     /// A lock isn't taken over if a request that gives it to its token has an unknown outcome.
-    pub(crate) sure_tokens_go_on: bool,
+    pub sure_tokens_go_on: bool,
 }
 
-pub(crate) const ALL: Safeguards = Safeguards {
+pub const ALL: Safeguards = Safeguards {
     compare_and_delete: true,
     heartbeat_enters_nobody: true,
     heartbeat_passes_on: true,
@@ -80,32 +80,32 @@ pub(crate) const ALL: Safeguards = Safeguards {
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub enum Kind {
     Shared,
     Own,
 }
 
 /// The size of the model.
 #[derive(Clone, Debug)]
-pub(crate) struct World {
-    pub(crate) safeguards: Safeguards,
+pub struct World {
+    pub safeguards: Safeguards,
     /// The process and the kind of each waiter.
-    pub(crate) waiters: &'static [(usize, Kind)],
+    pub waiters: &'static [(usize, Kind)],
     /// How many mishaps one behaviour may have.
-    pub(crate) mishaps: u8,
+    pub mishaps: u8,
     /// The mishaps that may happen.
-    pub(crate) can: &'static [Mishap],
+    pub can: &'static [Mishap],
     /// Whether the requests of a process that concern the line arrive in order, unless a call times out. They don't if
     /// scripts are loaded again, and on a cluster whose slots move.
-    pub(crate) in_order: bool,
+    pub in_order: bool,
     /// Whether waiters that have had the lock come again.
-    pub(crate) come_again: bool,
+    pub come_again: bool,
     /// The promises to check.
-    pub(crate) promises: &'static [&'static str],
+    pub promises: &'static [&'static str],
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mishap {
+pub enum Mishap {
     /// A process dies.
     Die,
     /// A call has an unknown outcome: the reply is lost, or the request is lost or late.
@@ -127,7 +127,7 @@ pub(crate) enum Mishap {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Answer {
+pub(super) enum Answer {
     /// `late`: the grant has ended, and so has its deadline, which counts from before the request.
     Granted {
         late: bool,
@@ -147,11 +147,11 @@ pub(crate) enum Answer {
 }
 
 impl Answer {
-    pub(crate) const GRANTED: Self = Self::Granted { late: false };
+    pub(super) const GRANTED: Self = Self::Granted { late: false };
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Action {
+pub enum Action {
     /// A waiter comes.
     Come {
         waiter: u8,
@@ -226,7 +226,7 @@ pub(crate) enum Action {
 }
 
 impl World {
-    pub(crate) fn process_of(&self, place: u8) -> usize {
+    pub fn process_of(&self, place: u8) -> usize {
         match place.checked_sub(SHARED) {
             Some(shared) => usize::from(shared / PLACES),
             None => self.waiters[usize::from(place)].0,
@@ -234,20 +234,20 @@ impl World {
     }
 
     /// `is_ours` in `acquire_in_line.lua`.
-    pub(crate) fn is_ours(&self, other: u8, place: u8) -> bool {
+    pub fn is_ours(&self, other: u8, place: u8) -> bool {
         let both_own = other < SHARED && place < SHARED;
         other == place || both_own && self.process_of(other) == self.process_of(place)
     }
 
-    pub(crate) fn process(&self, waiter: u8) -> usize {
+    pub fn process(&self, waiter: u8) -> usize {
         self.waiters[usize::from(waiter)].0
     }
 
-    pub(crate) fn is_own(&self, waiter: u8) -> bool {
+    pub fn is_own(&self, waiter: u8) -> bool {
         self.waiters[usize::from(waiter)].1 == Kind::Own
     }
 
-    pub(crate) fn place(&self, state: &State, waiter: u8) -> u8 {
+    pub fn place(&self, state: &State, waiter: u8) -> u8 {
         let process = self.process(waiter);
         if self.is_own(waiter) { waiter } else { state.processes[process].shared_place(process) }
     }
@@ -256,7 +256,7 @@ impl World {
         state.mishaps < self.mishaps && self.can.contains(&mishap)
     }
 
-    pub(crate) fn names(&self) -> impl Iterator<Item = u8> + use<> {
+    pub fn names(&self) -> impl Iterator<Item = u8> + use<> {
         0..self.waiters.len() as u8
     }
 }
@@ -502,7 +502,7 @@ impl World {
     }
 
     /// Returns whether somebody in this process sends heartbeats.
-    pub(crate) fn gives_signs(&self, state: &State, process: usize) -> bool {
+    pub fn gives_signs(&self, state: &State, process: usize) -> bool {
         let known = &state.processes[process];
         let acts = |first: &u8| {
             let first = state.at(*first);

@@ -1,43 +1,43 @@
 //! The processes: their queues, what they send, and how they handle the replies.
 
-use crate::state::{Call, Handing, Lock, PLACES, Phase, Process, Request, SHARED, Sent, State, Waiter};
-use crate::world::{Answer, World};
+use super::state::{Call, Handing, Lock, PLACES, Phase, Process, Request, SHARED, Sent, State, Waiter};
+use super::world::{Answer, World};
 
 /// `IN_A_ROW` in `src/acquire/queue.rs`.
 const IN_A_ROW: u8 = 2;
 
 impl State {
-    pub(crate) fn at(&self, waiter: u8) -> &Waiter {
+    pub(super) fn at(&self, waiter: u8) -> &Waiter {
         &self.waiters[usize::from(waiter)]
     }
 
-    pub(crate) fn at_mut(&mut self, waiter: u8) -> &mut Waiter {
+    pub(super) fn at_mut(&mut self, waiter: u8) -> &mut Waiter {
         &mut self.waiters[usize::from(waiter)]
     }
 
-    pub(crate) fn lane(&mut self, world: &World, waiter: u8) -> &mut Vec<u8> {
+    pub(super) fn lane(&mut self, world: &World, waiter: u8) -> &mut Vec<u8> {
         let process = &mut self.processes[world.process(waiter)];
         if world.is_own(waiter) { &mut process.own } else { &mut process.shared }
     }
 
-    pub(crate) fn is_first(&self, world: &World, waiter: u8) -> bool {
+    pub(super) fn is_first(&self, world: &World, waiter: u8) -> bool {
         let process = &self.processes[world.process(waiter)];
         let lane = if world.is_own(waiter) { &process.own } else { &process.shared };
         lane.first() == Some(&waiter)
     }
 
-    pub(crate) fn is_idle(&self, waiter: u8) -> bool {
+    pub(super) fn is_idle(&self, waiter: u8) -> bool {
         let known = self.at(waiter);
         known.phase == Phase::Waiting && known.call == Call::None && !known.handing.has_lock()
     }
 
     /// Returns the token by which the waiter holds the lock.
-    pub(crate) fn token(&self, waiter: u8) -> u8 {
+    pub(super) fn token(&self, waiter: u8) -> u8 {
         self.at(waiter).took_over.unwrap_or(waiter)
     }
 
     /// Returns whether somebody holds the lock by this token, releases it, or is to take it over.
-    pub(crate) fn is_used(&self, token: u8) -> bool {
+    pub(super) fn is_used(&self, token: u8) -> bool {
         (0..self.waiters.len() as u8).any(|waiter| match self.at(waiter) {
             Waiter { handing: Handing::TakenOver { token: other, .. }, .. } => *other == token,
             Waiter { phase: Phase::Holding | Phase::Releasing, .. } => self.token(waiter) == token,
@@ -47,13 +47,13 @@ impl State {
 
     /// Returns whether the lock is undone that this waiter's token holds: the waiter is gone, and nobody else has taken
     /// the lock over. One that isn't sure what its requests have done does so whatever became of the lock.
-    pub(crate) fn is_to_undo(&self, waiter: u8) -> bool {
+    pub(super) fn is_to_undo(&self, waiter: u8) -> bool {
         let known = self.at(waiter);
         let is_undone = known.is_unsure || !self.is_used(waiter);
         known.phase == Phase::Over && self.lock == Lock::Held(waiter) && is_undone
     }
 
-    pub(crate) fn send(&mut self, world: &World, waiter: u8, request: Request) {
+    pub(super) fn send(&mut self, world: &World, waiter: u8, request: Request) {
         self.at_mut(waiter).call = Call::Sent(request);
         let is_of_line = !matches!(request, Request::Release { .. } | Request::Acquire { place: None, .. });
         if is_of_line && world.in_order {
@@ -62,7 +62,7 @@ impl State {
     }
 
     /// Sends, in the background, that nobody has this place any longer.
-    pub(crate) fn send_leave(&mut self, world: &World, place: u8) {
+    pub(super) fn send_leave(&mut self, world: &World, place: u8) {
         match world.in_order {
             true => self.processes[world.process_of(place)].sent.push(Sent::Leave(place)),
             false => self.send_late(Request::Leave { place }),
@@ -70,24 +70,24 @@ impl State {
     }
 
     /// Removes the waiter's call from what is in flight.
-    pub(crate) fn unsend(&mut self, world: &World, waiter: u8) {
+    pub(super) fn unsend(&mut self, world: &World, waiter: u8) {
         self.processes[world.process(waiter)].sent.retain(|sent| *sent != Sent::Call(waiter));
     }
 
     /// Returns whether nothing is in flight that has to run first.
-    pub(crate) fn can_run(&self, world: &World, waiter: u8) -> bool {
+    pub(super) fn can_run(&self, world: &World, waiter: u8) -> bool {
         let sent = &self.processes[world.process(waiter)].sent;
         sent.first() == Some(&Sent::Call(waiter)) || !sent.contains(&Sent::Call(waiter))
     }
 
-    pub(crate) fn send_late(&mut self, request: Request) {
+    pub(super) fn send_late(&mut self, request: Request) {
         if let Err(at) = self.late.binary_search(&request) {
             self.late.insert(at, request);
         }
     }
 
     /// Returns whether nothing is left of a waiter that came earlier.
-    pub(crate) fn is_forgotten(&self, waiter: u8) -> bool {
+    pub(super) fn is_forgotten(&self, waiter: u8) -> bool {
         let about = |request: &Request| match *request {
             Request::Acquire { waiter: other, .. } | Request::Release { token: other, .. } => other == waiter,
             Request::HandOver { from, to, .. } => from == waiter || to == waiter,
@@ -110,13 +110,13 @@ impl State {
             && !is_left
     }
 
-    pub(crate) fn is_quiet(&self) -> bool {
+    pub(super) fn is_quiet(&self) -> bool {
         let calls = self.waiters.iter().any(|waiter| waiter.call != Call::None);
         !calls && self.late.is_empty() && self.processes.iter().all(|process| process.sent.is_empty())
     }
 
     /// `Ticket::leave` in `src/acquire/queue/ticket.rs`.
-    pub(crate) fn leave_lane(&mut self, world: &World, waiter: u8, has_lock: bool) {
+    pub(super) fn leave_lane(&mut self, world: &World, waiter: u8, has_lock: bool) {
         self.lane(world, waiter).retain(|other| *other != waiter);
         // A hand-over that is on its way may put the place into the line.
         let is_on_its_way = matches!(self.at(waiter).handing, Handing::Asked | Handing::Failed { settled: false });
@@ -147,7 +147,7 @@ impl State {
     }
 
     /// `Queues::next_to_take_over`: the waiter that takes the lock over without the server.
-    pub(crate) fn next_to_take_over(&self, world: &World, from: u8) -> Option<u8> {
+    pub(super) fn next_to_take_over(&self, world: &World, from: u8) -> Option<u8> {
         let known = &self.processes[world.process(from)];
         let has_turn = known.in_a_row < IN_A_ROW || !world.safeguards.local_turns_end;
         // `Hold::can_be_taken_over`.
@@ -156,7 +156,7 @@ impl State {
     }
 
     /// `Shared::hand_over_here`.
-    pub(crate) fn hand_over_here(&mut self, world: &World, from: u8) {
+    pub(super) fn hand_over_here(&mut self, world: &World, from: u8) {
         let Some(to) = self.next_to_take_over(world, from) else { return };
         let (token, process) = (self.token(from), world.process(from));
         let known = &mut self.processes[process];
@@ -170,7 +170,7 @@ impl State {
     }
 
     /// `Queues::next`: the waiter that the lock is handed over to.
-    pub(crate) fn next(&mut self, world: &World, from: u8) -> Option<Request> {
+    pub(super) fn next(&mut self, world: &World, from: u8) -> Option<Request> {
         let process = world.process(from);
         let known = &self.processes[process];
         let has_turn = known.in_a_row < IN_A_ROW || !world.safeguards.turns_end;
@@ -189,13 +189,13 @@ impl State {
     }
 
     /// A waiter has got the lock, and knows it.
-    pub(crate) fn begin(&mut self, world: &World, waiter: u8) {
+    pub(super) fn begin(&mut self, world: &World, waiter: u8) {
         let known = self.at_mut(waiter);
         (known.phase, known.handing) = (Phase::Holding, Handing::No);
         self.leave_lane(world, waiter, true);
     }
 
-    pub(crate) fn learn(&mut self, world: &World, waiter: u8, request: Request, answer: Answer) {
+    pub(super) fn learn(&mut self, world: &World, waiter: u8, request: Request, answer: Answer) {
         let process = world.process(waiter);
         self.at_mut(waiter).call = Call::None;
         match (request, answer) {
@@ -230,7 +230,7 @@ impl State {
     }
 
     /// `HandOver` in `src/acquire/queue/hand_over.rs`.
-    pub(crate) fn handed_over(&mut self, world: &World, to: u8, place: u8, told: bool, answer: Answer) {
+    pub(super) fn handed_over(&mut self, world: &World, to: u8, place: u8, told: bool, answer: Answer) {
         let process = world.process(to);
         let is_own = world.is_own(to);
         let waits = self.at(to).phase == Phase::Waiting;
@@ -274,7 +274,7 @@ impl State {
     }
 
     /// Records that a place may enter the line with this request, whenever it runs.
-    pub(crate) fn doubt_line(&mut self, world: &World, request: Request) {
+    pub(super) fn doubt_line(&mut self, world: &World, request: Request) {
         let place = match request {
             Request::Acquire { place: Some(place), .. } | Request::Enter { place } => place,
             Request::HandOver { place, .. } => place,
@@ -292,7 +292,7 @@ impl State {
     }
 
     /// Once the request can't run any longer, leaves the place again, unless somebody waits there.
-    pub(crate) fn leave_again(&mut self, world: &World, request: Request) {
+    pub(super) fn leave_again(&mut self, world: &World, request: Request) {
         let place = match request {
             Request::Acquire { place: Some(place), .. } | Request::Enter { place } => place,
             Request::HandOver { place, .. } => place,
@@ -305,7 +305,7 @@ impl State {
     }
 
     /// Makes the outcome of a call unknown; the request may still arrive if it hasn't.
-    pub(crate) fn time_out(&mut self, world: &World, waiter: u8) {
+    pub(super) fn time_out(&mut self, world: &World, waiter: u8) {
         self.unsend(world, waiter);
         let call = std::mem::take(&mut self.at_mut(waiter).call);
         let request = match call {
@@ -333,7 +333,7 @@ impl State {
         }
     }
 
-    pub(crate) fn expire(&mut self) {
+    pub(super) fn expire(&mut self) {
         if let Lock::Held(holder) = self.lock {
             // The holder's deadline was before that (`src/hold.rs`), and so was that of each grant in flight.
             for waiter in 0..self.waiters.len() as u8 {
@@ -362,7 +362,7 @@ impl State {
         self.lock = Lock::Free;
     }
 
-    pub(crate) fn take(&mut self, world: &World, waiter: u8) {
+    pub(super) fn take(&mut self, world: &World, waiter: u8) {
         match self.at(waiter).handing {
             Handing::Done { late: true } => {
                 self.at_mut(waiter).handing = Handing::No;
@@ -384,7 +384,7 @@ impl State {
         }
     }
 
-    pub(crate) fn ask(&mut self, world: &World, waiter: u8, in_line: bool) {
+    pub(super) fn ask(&mut self, world: &World, waiter: u8, in_line: bool) {
         let place = in_line.then(|| world.place(self, waiter));
         if in_line && !world.is_own(waiter) {
             self.processes[world.process(waiter)].in_line = true;
@@ -396,7 +396,7 @@ impl State {
         self.send(world, waiter, Request::Acquire { waiter, place });
     }
 
-    pub(crate) fn come(&mut self, world: &World, waiter: u8) {
+    pub(super) fn come(&mut self, world: &World, waiter: u8) {
         *self.at_mut(waiter) = Waiter { phase: Phase::Waiting, ..Waiter::default() };
         let lane = self.lane(world, waiter);
         lane.push(waiter);
@@ -406,7 +406,7 @@ impl State {
         }
     }
 
-    pub(crate) fn run_call(&mut self, world: &World, waiter: u8) {
+    pub(super) fn run_call(&mut self, world: &World, waiter: u8) {
         if let Call::Sent(request) = self.at(waiter).call {
             self.unsend(world, waiter);
             let before = self.lock;
@@ -417,7 +417,7 @@ impl State {
     }
 
     /// Counts the turns for which a process keeps the lock from others.
-    pub(crate) fn note_turn(&mut self, world: &World, before: Lock, request: Request, answer: Answer) {
+    pub(super) fn note_turn(&mut self, world: &World, before: Lock, request: Request, answer: Answer) {
         let Request::HandOver { from, may_keep, .. } = request else {
             if self.lock != before {
                 self.kept = 0;
@@ -445,19 +445,19 @@ impl Waiter {
 
 impl Handing {
     /// Returns whether the waiter has the lock, and only has to take it.
-    pub(crate) fn has_lock(&self) -> bool {
+    pub(super) fn has_lock(&self) -> bool {
         matches!(self, Self::Done { .. } | Self::TakenOver { .. })
     }
 }
 
 impl Process {
-    pub(crate) fn firsts(&self) -> impl Iterator<Item = u8> + use<> {
+    pub(super) fn firsts(&self) -> impl Iterator<Item = u8> + use<> {
         [self.shared.first().copied(), self.own.first().copied()].into_iter().flatten()
     }
 }
 
 impl State {
-    pub(crate) fn die(&mut self, world: &World, process: usize) {
+    pub(super) fn die(&mut self, world: &World, process: usize) {
         let known = &mut self.processes[process];
         *known = Process { places: known.places, ..Process::default() };
         for waiter in world.names().filter(|waiter| world.process(*waiter) == process) {

@@ -1,14 +1,14 @@
 //! The server's state of one lock, and what each script does to it, line by line.
 
-use crate::state::{Lock, Request, SHARED, Sent, State};
-use crate::world::{Answer, World};
+use super::state::{Lock, Request, SHARED, Sent, State};
+use super::world::{Answer, World};
 
 /// A place in the line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct Entry {
-    pub(crate) place: u8,
+pub(super) struct Entry {
+    pub(super) place: u8,
     /// How many grants may still go to others before this place is served. Only the model knows this.
-    pub(crate) ahead: u8,
+    pub(super) ahead: u8,
 }
 
 impl State {
@@ -62,7 +62,7 @@ impl State {
     }
 
     /// `pass_on` in `line.lua`. Returns the place that has the turn.
-    pub(crate) fn pass_on(&mut self, world: &World) -> Option<u8> {
+    pub(super) fn pass_on(&mut self, world: &World) -> Option<u8> {
         self.lock = Lock::Free;
         if !world.safeguards.release_looks_at_line {
             return None;
@@ -134,12 +134,12 @@ impl State {
         }
     }
 
-    pub(crate) fn is_in_line(&self, place: u8) -> bool {
+    pub(super) fn is_in_line(&self, place: u8) -> bool {
         self.line.iter().any(|entry| entry.place == place)
     }
 
     /// Does what the server does with a request.
-    pub(crate) fn run(&mut self, world: &World, request: Request) -> Answer {
+    pub(super) fn run(&mut self, world: &World, request: Request) -> Answer {
         match request {
             Request::Acquire { waiter, place: None } => self.acquire_one(waiter),
             Request::Acquire { waiter, place: Some(place) } => self.acquire_in_line(world, waiter, place),
@@ -273,13 +273,13 @@ impl State {
 
     /// Returns whether a reservation for this place ends by a request: that of a waiter, or that of its process to
     /// leave the place, which is on its way.
-    pub(crate) fn is_awaited(&self, world: &World, place: u8) -> bool {
+    pub(super) fn is_awaited(&self, world: &World, place: u8) -> bool {
         let process = &self.processes[world.process_of(place)];
         self.is_had(world, place) || process.up && process.sent.contains(&Sent::Leave(place))
     }
 
     /// Returns whether somebody waits with this place.
-    pub(crate) fn is_had(&self, world: &World, place: u8) -> bool {
+    pub(super) fn is_had(&self, world: &World, place: u8) -> bool {
         let process = world.process_of(place);
         if place >= SHARED {
             let known = &self.processes[process];
