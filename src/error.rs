@@ -262,7 +262,13 @@ impl Error {
     /// Returns whether the server has refused the command, so that it has surely not run. After any other failure the
     /// outcome is unknown, even after a timeout whose text explains why there is no connection.
     pub(crate) fn is_refusal(&self) -> bool {
-        self.code().is_some() && !self.is_timeout()
+        self.refusal().is_some()
+    }
+
+    /// Returns the code of a refusal of the command. [`code`](Self::code) may be that of another one, after which the
+    /// outcome of this one is unknown.
+    pub(crate) fn refusal(&self) -> Option<&str> {
+        self.code().filter(|_| !self.is_timeout())
     }
 
     /// Returns whether the operation has surely not run: it was refused, or never sent.
@@ -277,7 +283,7 @@ impl Error {
 
     /// Returns whether the cluster refused the command because its keys are on another node, or on two. It has not run.
     pub(crate) fn is_redirection(&self) -> bool {
-        matches!(self.code(), Some("ASK" | "MOVED" | "TRYAGAIN"))
+        matches!(self.refusal(), Some("ASK" | "MOVED" | "TRYAGAIN"))
     }
 
     pub(crate) fn is_timeout(&self) -> bool {

@@ -736,7 +736,7 @@ impl Locker {
             }
             let holder = match store.inspect(&key, timeout).await {
                 // It holds something else by now.
-                Err(error) if error.code() == Some("WRONGTYPE") => None,
+                Err(error) if error.refusal() == Some("WRONGTYPE") => None,
                 holder => holder?,
             };
             if let Some(holder) = holder.filter(Holder::is_of_a_lock) {

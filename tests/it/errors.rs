@@ -632,7 +632,8 @@ async fn what_a_clients_other_command_is_refused_with_says_nothing_about_a_reque
     client.init().await.unwrap();
     let locker = Locker::builder().ttl(ms(3_600_000)).client(client.clone());
     locker.lock("warm").await.unwrap().release().await.unwrap();
-    // Both are sent before the server looks at either.
+    let reader = locker.read("shared").await.unwrap();
+    // All are sent before the server looks at any of them.
     server.freeze();
     let push = CustomCommand::new_static("LPUSH", ClusterHash::FirstKey, false);
     let push = client.custom::<(), _>(push, vec!["text", "b"]);
@@ -640,9 +641,11 @@ async fn what_a_clients_other_command_is_refused_with_says_nothing_about_a_reque
         sleep(ms(100)).await;
         server.thaw();
     };
-    let (refused, attempt, ()) = tokio::join!(push, locker.try_lock("k").into_future(), thaw);
+    let (refused, attempt, renewal, ()) = tokio::join!(push, locker.try_lock("k").into_future(), reader.renew(), thaw);
     assert!(refused.unwrap_err().details().starts_with("WRONGTYPE"));
-    println!("{attempt:?}");
+    assert!(!matches!(renewal, Err(Error::Lost(_))), "{renewal:?}");
+    assert_eq!(reader.check(), Ok(()));
+    reader.release().await.unwrap();
     if let Ok(guard) = attempt {
         guard.release().await.unwrap();
     }

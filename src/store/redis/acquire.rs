@@ -50,7 +50,7 @@ impl RedisStore {
                 match Box::pin(self.acquire_in_line(wanted, key, place, timeout)).await {
                     // Without permission for the line's keys, requests wait without a line, unless the user has asked
                     // for one.
-                    Err(error) if error.code() == Some("NOPERM") => self.stop_using_lines(&error),
+                    Err(error) if error.refusal() == Some("NOPERM") => self.stop_using_lines(&error),
                     acquired => return acquired,
                 }
             }
@@ -65,7 +65,7 @@ impl RedisStore {
         match in_line {
             InLine::At { key, place, .. } if keys.len() > 1 && self.has_line() => {
                 match Box::pin(self.acquire_whole(wanted, Some((key, place)), timeout)).await {
-                    Err(error) if error.code() == Some("NOPERM") => self.stop_using_lines(&error),
+                    Err(error) if error.refusal() == Some("NOPERM") => self.stop_using_lines(&error),
                     acquired => return acquired,
                 }
             }

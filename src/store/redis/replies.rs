@@ -113,7 +113,7 @@ fn part_of_batch(kind: Kind, part: &Value) -> Option<Result<Decision, Error>> {
 pub(super) fn refused(kind: Kind, error: Error) -> Result<Decision, Error> {
     match kind {
         // A key that holds no string is surely not our lock.
-        Kind::Owned if error.code() == Some("WRONGTYPE") => Ok(Decision::Owned(Verdict::NotOurs(Loss::Taken))),
+        Kind::Owned if error.refusal() == Some("WRONGTYPE") => Ok(Decision::Owned(Verdict::NotOurs(Loss::Taken))),
         _ => Err(error),
     }
 }

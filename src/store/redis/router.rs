@@ -146,7 +146,7 @@ pub(super) async fn patiently<T, F: Future<Output = Result<T, Error>>>(
     loop {
         let answer = call(until.saturating_duration_since(Instant::now())).await;
         match &answer {
-            Err(error) if error.code() == Some("TRYAGAIN") && Instant::now() + pause < last_repeat => {
+            Err(error) if error.refusal() == Some("TRYAGAIN") && Instant::now() + pause < last_repeat => {
                 sleep(pause).await;
             }
             _ => return answer,

@@ -202,7 +202,7 @@ impl Script {
         until: Instant,
     ) -> Result<Reply, Error> {
         let answer = match router.send(self.sent(EVALSHA), || call().of(&self.hash, stamp), until).await {
-            Err(error) if error.code() == Some("NOSCRIPT") => {
+            Err(error) if error.refusal() == Some("NOSCRIPT") => {
                 Box::pin(router.send(self.sent(EVAL), || call().of(&self.source, stamp), until)).await
             }
             answer => answer,

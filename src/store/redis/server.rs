@@ -97,7 +97,7 @@ impl Server {
             match &reply.outcome {
                 // Another server's clock, or one that was not known yet. If this is too late by our clock, there is no
                 // time left for another try.
-                Err(error) if error.code() == Some("LATE") && refused < clocks => {
+                Err(error) if error.refusal() == Some("LATE") && refused < clocks => {
                     refused += 1;
                     (reading, now) = (learned, Instant::now());
                 }
@@ -238,7 +238,7 @@ impl Executor for Server {
                 Ok(self.all_replicated(operations, results, writing, until).await)
             }
             // The server's clock was not known yet, or this is another server. Nothing has run.
-            Err(error) if error.code() == Some("LATE") => Err(NotRun::TooLate),
+            Err(error) if error.refusal() == Some("LATE") => Err(NotRun::TooLate),
             // From a proxy in front of a cluster. Nothing has run. From now on operations are batched by slot.
             Err(Error::CrossSlot) => {
                 self.takes_one_slot.store(true, Ordering::Relaxed);

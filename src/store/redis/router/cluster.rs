@@ -113,7 +113,7 @@ impl Cluster {
                         self.note_moving(slot);
                     }
                     return match (source, sent.source) {
-                        (Some(source), Some(script)) if error.code() == Some("TRYAGAIN") => {
+                        (Some(source), Some(script)) if error.refusal() == Some("TRYAGAIN") => {
                             self.send_undivided((&source, &server), script, args(), until).await.unwrap_or(Err(error))
                         }
                         _ => Err(error),

@@ -74,6 +74,7 @@ impl Nodes for FredNodes {
         connection.max_command_attempts = 1;
         // A refusal concerns its own command, not all that are in flight.
         connection.reconnect_errors = Vec::new();
+        connection.reconnect_on_auth_error = false;
         connection.max_command_buffer_len = 0;
         let patience = connection.connection_timeout * 2;
         // Without a policy it never reconnects.
