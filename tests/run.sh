@@ -76,12 +76,12 @@ cleanup() {
 }
 trap cleanup EXIT
 
-# compile SET ARGUMENTS: compiles programs with cargo's arguments, and remembers where each of them is, unless another
+# compile SET ARGUMENTS: compiles tests by `cargo test`, or examples, and remembers where each program is, unless another
 # set has it. A warning is an error: clippy sees one set of features.
 compile() {
     local set=$1
     shift
-    cargo test --no-run --message-format json "$@" | python3 -c '
+    cargo "$@" --message-format json | python3 -c '
 import json, sys
 known = {line.split()[1] for path in sys.argv[1:] for line in open(path)}
 warnings = 0
@@ -94,8 +94,8 @@ for line in sys.stdin:
     if is_program and unit["executable"] not in known:
         print(unit["target"]["name"], unit["executable"])
 sys.exit(warnings > 0)
-' "$scratch"/*.programs >"$scratch/programs"
-    mv "$scratch/programs" "$scratch/$set.programs"
+' "$scratch"/*.programs >"$scratch/$set.new"
+    mv "$scratch/$set.new" "$scratch/$set.programs"
 }
 
 # program SET NAME: prints where it is.
@@ -199,15 +199,17 @@ builds() {
     renice -n 19 "$BASHPID" >/dev/null
     heading "clippy"
     cargo clippy --workspace --all-targets --all-features -- -D warnings
+    heading "the command, with no more features than it asks for"
+    cargo check --package tenure-cli
     heading "documentation"
     RUSTDOCFLAGS="-D warnings" cargo doc --package tenure --no-deps --all-features
     # Where it is the only TLS feature, rediss:// uses it.
     heading "compile, feature rustls"
-    compile rustls --package tenure --features rustls --test tls
+    compile rustls test --no-run --package tenure --features rustls --test tls
     heading "examples in the documentation"
     cargo test "${packages[@]}" --doc
     heading "compile, no feature"
-    compile none --package tenure --no-default-features --lib
+    compile none test --no-run --package tenure --no-default-features --lib
     # The random histories are the same with all features.
     TENURE_HISTORIES=20 run none "$installed" tenure
 }
@@ -224,15 +226,17 @@ packages=(--package tenure --package tenure-cli --package tenure-examples --pack
 programs=(--lib --test it)
 for program in tests/*.rs; do programs+=(--test "$(basename "$program" .rs)"); done
 heading "compile, all features"
-compile all "${packages[@]}" "${programs[@]}"
+compile all test --no-run "${packages[@]}" "${programs[@]}"
 for name in promises several_servers searches; do lane "$name" "$name"; done
 # The run on the other server is the one on redis-rs, which is the client where fred is not enabled.
 heading "compile, feature redis, beside the first lanes"
-compile redis --package tenure --no-default-features --features redis --lib --test it --test quorum --test topologies \
-    --test combined --test watchdog --test seeds --test turns
+compile redis test --no-run --package tenure --no-default-features --features redis --lib --test it --test quorum \
+    --test topologies --test combined --test watchdog --test seeds --test turns
 lane other_server other_server
-heading "compile the command, the examples and the recipes"
-compile others "${packages[@]}" --bins --tests --examples
+heading "compile the command, the recipes and the examples"
+compile others test --no-run "${packages[@]}" --bins --tests
+# As programs, and not as tests of which they have none.
+compile examples build "${packages[@]}" --examples
 heading "all lanes: about seven minutes"
 for name in other_client builds; do lane "$name" "$name"; done
 join_lanes promises several_servers other_server other_client
@@ -252,10 +256,11 @@ for program in it quorum combined watchdog; do
     run all "$installed" "$program" a_hundred_thousand_ ten_thousand_ thousands_of_ a_lock_costs_
 done
 run all "$installed" many
-run rustls "$installed" tls
 # What is rare takes longer to find (CONTRIBUTING.md).
 TENURE_SOAK_SECONDS=30 run all "$installed" soak --skip tasks_and
 TENURE_SOAK_SECONDS=10 run all "$installed" soak tasks_and
+join_lanes
+run rustls "$installed" tls
 
 # They wait more than they work, so all run at once: by itself, and on a server.
 redis-server --port 0 --unixsocket "$scratch/socket" --save "" --dir "$scratch" >"$scratch/log" &
@@ -265,7 +270,7 @@ for _ in {1..100}; do
     sleep 0.1
 done
 for name in minimal quickstart lost_in_select scope hand_over reader_writer permits watchdog; do
-    example=$(program others "$name")
+    example=$(program examples "$name")
     lane "example $name" env -u REDIS_URL "$example"
     lane "example $name, on a server" env REDIS_URL="redis+unix://$scratch/socket" "$example"
 done

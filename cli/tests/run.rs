@@ -30,7 +30,9 @@ const fn ms(n: u64) -> Duration {
 }
 
 fn tenure(server: &Server) -> Command {
-    let mut command = Command::new(TENURE);
+    // Whoever runs the tests in the background may have all that they start ignore SIGINT, as a shell does.
+    let mut command = Command::new("env");
+    command.args(["--default-signal=INT", TENURE]);
     command.env_remove("TENURE_URL").env("TENURE_URL", server.url()).stdin(Stdio::null());
     command
 }
