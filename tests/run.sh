@@ -6,10 +6,10 @@
 #     bash tests/run.sh --all-servers    and then on Redis 6.2 and 7.4
 #
 # Most tests wait for something, and use about a tenth of the time of two cores. So they run in four lanes beside each
-# other, from when their programs are compiled: `it` with three threads, the others with libtest's own two. After them
-# come, one after the other, the programs that need the machine for themselves. Behind all of these, at the lowest
-# priority, runs what needs the processor and measures no time, in two more lanes: what cargo does (clippy, the
-# documentation), and the searches (the models, the simulations).
+# other, each with libtest's own two threads, from when their programs are compiled. After them come, one after the
+# other, the programs that need the machine for themselves. Behind all of these, at the lowest priority, runs what needs
+# the processor and measures no time, in two more lanes: what cargo does (clippy, the documentation), and the searches
+# (the models, the simulations).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -155,7 +155,7 @@ bash tests/mutants.sh --check
 many=(--skip a_hundred_thousand_ --skip ten_thousand_ --skip thousands_of_ --skip a_lock_costs_)
 
 promises() {
-    TENURE_LOG=$scratch/reported.fred run all "$installed" it --test-threads 3 "${many[@]}"
+    TENURE_LOG=$scratch/reported.fred run all "$installed" it "${many[@]}"
     run all "$installed" observing
     # By native-tls: with both TLS features, rediss:// uses that.
     run all "$installed" tls
@@ -166,7 +166,7 @@ promises() {
 # exclusion, many, tls, chaos), and the tests that take longest: many operations at a time, requests that are late by up
 # to 30 s, runtimes and connections that fall silent.
 other_server() {
-    TENURE_LOG=$scratch/reported.redis run redis "$other" it --test-threads 3 "${many[@]}" --skip late:: --skip listening::
+    TENURE_LOG=$scratch/reported.redis run redis "$other" it "${many[@]}" --skip late:: --skip listening::
     run redis "$other" combined "${many[@]}"
     run all "$installed" combined "${many[@]}"
     run redis "$other" watchdog "${many[@]}"
