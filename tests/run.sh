@@ -6,10 +6,10 @@
 #     bash tests/run.sh --all-servers    and then on Redis 6.2 and 7.4
 #
 # Most tests wait for something, and use about a tenth of the time of two cores. So they run in four lanes beside each
-# other, each with libtest's own two threads, from when their programs are compiled. After them come, one after the
-# other, the programs that need the machine for themselves. Behind all of these, at the lowest priority, runs what needs
-# the processor and measures no time, in two more lanes: what cargo does (clippy, the documentation), and the searches
-# (the models, the simulations).
+# other, each with libtest's own two threads, from when their programs are compiled. Behind them, at the lowest
+# priority, runs what needs the processor and measures no time, in two more: what cargo does (clippy, the
+# documentation), and the searches (the models, the simulations). Last come, one after the other, the programs that need
+# the machine for themselves.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -114,8 +114,7 @@ run() {
     TENURE_SERVER=$binary TENURE_SERVER_VERSION=${server/-/ } "$path" "$@"
 }
 
-# lane NAME COMMAND: runs it beside the others. join_lanes NAMES waits for these, or for all, and shows what they have
-# printed.
+# lane NAME COMMAND: runs it beside the others. join_lanes waits for all, and shows what they have printed.
 lane() {
     local name=$1
     shift
@@ -131,17 +130,13 @@ lane() {
 }
 
 join_lanes() {
-    local failed=() others=() lane
+    local failed=() lane
     for lane in "${lanes[@]}"; do
-        if [[ $# -gt 0 && " $* " != *" ${lane#* } "* ]]; then
-            others+=("$lane")
-            continue
-        fi
         wait "${lane%% *}" || failed+=("${lane#* }")
         heading "lane ${lane#* }"
         cat "$scratch/${lane#* }.log"
     done
-    lanes=("${others[@]}")
+    lanes=()
     [[ ${#failed[@]} -eq 0 ]] || { echo "failed: ${failed[*]}" >&2; exit 1; }
 }
 
@@ -154,8 +149,19 @@ bash tests/mutants.sh --check
 # Many operations at a time: they take the whole machine, and would be late beside others.
 many=(--skip a_hundred_thousand_ --skip ten_thousand_ --skip thousands_of_ --skip a_lock_costs_)
 
+# it SET SERVER LOG ARGUMENTS: runs the program `it`. The conformance suites wait for ttls, each on a server of its own:
+# six at a time.
+it() {
+    local set=$1 server=$2
+    export TENURE_LOG=$3
+    shift 3
+    run "$set" "$server" it --skip conformance:: "${many[@]}" "$@"
+    run "$set" "$server" it conformance:: --test-threads 6
+    unset TENURE_LOG
+}
+
 promises() {
-    TENURE_LOG=$scratch/reported.fred run all "$installed" it "${many[@]}"
+    it all "$installed" "$scratch/reported.fred"
     run all "$installed" observing
     # By native-tls: with both TLS features, rediss:// uses that.
     run all "$installed" tls
@@ -166,7 +172,7 @@ promises() {
 # exclusion, many, tls, chaos), and the tests that take longest: many operations at a time, requests that are late by up
 # to 30 s, runtimes and connections that fall silent.
 other_server() {
-    TENURE_LOG=$scratch/reported.redis run redis "$other" it "${many[@]}" --skip late:: --skip listening::
+    it redis "$other" "$scratch/reported.redis" --skip late:: --skip listening::
     run redis "$other" combined "${many[@]}"
     run all "$installed" combined "${many[@]}"
     run redis "$other" watchdog "${many[@]}"
@@ -177,7 +183,6 @@ other_server() {
 }
 
 several_servers() {
-    # They wait for ttls, each on a server of its own.
     run all "$other" it conformance:: --test-threads 6
     run all "$installed" tenure --ignored
     for program in topologies quorum seeds turns properties chaos_checker; do
@@ -239,7 +244,7 @@ compile others test --no-run "${packages[@]}" --bins --tests
 compile examples build "${packages[@]}" --examples
 heading "all lanes: about seven minutes"
 for name in other_client builds; do lane "$name" "$name"; done
-join_lanes promises several_servers other_server other_client
+join_lanes
 
 heading "no secret in what was reported"
 for reported in "$scratch"/reported.{fred,redis}; do
@@ -250,17 +255,15 @@ for reported in "$scratch"/reported.{fred,redis}; do
     fi
 done
 
-# Beside what may still run at the lowest priority.
 heading "tests that need the machine for themselves"
 for program in it quorum combined watchdog; do
     run all "$installed" "$program" a_hundred_thousand_ ten_thousand_ thousands_of_ a_lock_costs_
 done
 run all "$installed" many
+run rustls "$installed" tls
 # What is rare takes longer to find (CONTRIBUTING.md).
 TENURE_SOAK_SECONDS=30 run all "$installed" soak --skip tasks_and
 TENURE_SOAK_SECONDS=10 run all "$installed" soak tasks_and
-join_lanes
-run rustls "$installed" tls
 
 # They wait more than they work, so all run at once: by itself, and on a server.
 redis-server --port 0 --unixsocket "$scratch/socket" --save "" --dir "$scratch" >"$scratch/log" &

@@ -231,6 +231,7 @@ async fn one_after_another(nodes: usize) -> Seen {
     while Instant::now() < end {
         let fault = fastrand::usize(..3);
         seen.faults[fault] += 1;
+        let began = Instant::now();
         match fault {
             0 => {
                 servers[place].freeze();
@@ -248,8 +249,10 @@ async fn one_after_another(nodes: usize) -> Seen {
         let back_by = Instant::now() + Duration::from_secs(20);
         while !is_back(&servers[place]) {
             for guard in &mut held {
-                if !guard.is_held() {
+                if let Err(loss) = guard.check() {
                     lost += 1;
+                    let (key, why, since) = (guard.key(), guard.last_error(), began.elapsed());
+                    eprintln!("{nodes} nodes, fault {fault} at {place} for {since:?}: {key}: {loss}: {why:?}");
                     let key = guard.key().clone();
                     *guard = holder.lock(key).await.unwrap();
                 }
