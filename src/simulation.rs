@@ -476,7 +476,7 @@ fn no_history_has_two_holders_at_once_or_fencing_tokens_that_fall() {
 #[test]
 fn a_server_that_forgets_has_two_holders_at_once_or_the_histories_are_toothless() {
     let mut found = 0;
-    let count = histories(BEYOND, 500, |_, History { overlaps, .. }| found += overlaps as u64);
+    let count = histories(BEYOND, 2_000, |_, History { overlaps, .. }| found += overlaps as u64);
     assert!(20 * found > count, "{found}");
 }
 

@@ -13,7 +13,8 @@
 -- slot of the lock key, and while that slot moves, a call with one key can still be decided.
 
 local publish, channel = 'PUBLISH', KEYS[1]
--- The last argument is the stamp. On fred, a pair of acquire and release takes 1 % longer for each other one.
+-- The last argument is the stamp. Without the two others, a pair of acquire and release takes fred about 2 % fewer
+-- instructions.
 if ARGV[3] then
     publish, channel = ARGV[2], ARGV[5] and ARGV[4] or channel
 end
