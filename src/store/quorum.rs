@@ -274,7 +274,7 @@ impl QuorumStore {
         let (quorum, timeout) = (&self.quorum, first(timeout));
         let stays_until = Instant::now() + rest;
         let mut answers = Calls::new(quorum)?;
-        let releasing = quorum.rounds.release(owned, ending);
+        let releasing = quorum.rounds.release(owned, ending, stays_until);
         answers.send_to_all(quorum, timeout, |node| {
             let owned = owned.clone();
             Box::pin(async move { catch_up::end_on(&*node, &owned, ending, stays_until, timeout).await })

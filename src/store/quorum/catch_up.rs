@@ -39,8 +39,25 @@ const TRY: Duration = Duration::from_secs(1);
 pub(super) struct Undo {
     pub(super) owned: Owned,
     /// Until when the node may run a vote that it has not replied to.
-    pub(super) latest: Option<Arc<Latest>>,
+    pub(super) latest: Arc<Latest>,
     pub(super) ttl: Duration,
+    /// Until when the release that came before leaves the keys to nobody. It may not have reached the node yet.
+    pub(super) stays_until: Option<Instant>,
+}
+
+impl Undo {
+    /// Undoes it on one node. What a release leaves to nobody is not free before its time: a release that has not
+    /// reached the node would find nothing to leave, so it is repeated first.
+    fn run_on<'a>(&'a self, node: &'a dyn Node, timeout: Duration) -> Answer<'a, Undone> {
+        let until = Instant::now() + timeout;
+        let stays_until = self.stays_until.filter(|&time| timing::rest_until(time, Instant::now()).is_some());
+        Box::pin(async move {
+            if let Some(stays_until) = stays_until {
+                end_on(node, &self.owned, Ending::Grant, stays_until, timeout).await?;
+            }
+            node.undo(&self.owned, &self.latest, until.saturating_duration_since(Instant::now())).await
+        })
+    }
 }
 
 impl Quorum {
@@ -50,11 +67,9 @@ impl Quorum {
         let runtime = Handle::try_current().ok()?;
         let (node, catching_up, releases) = (member.node.clone(), member.catching_up.clone(), self.releases.clone());
         let task = async move {
-            let Undo { owned, latest, ttl } = undo;
-            let until = Instant::now() + ttl.min(RETRY_FOR);
-            let latest = latest.unwrap_or_default();
+            let until = Instant::now() + undo.ttl.min(RETRY_FOR);
             let done = loop {
-                match retry(&catching_up, &releases, until, |timeout| node.undo(&owned, &latest, timeout)).await {
+                match retry(&catching_up, &releases, until, |timeout| undo.run_on(&*node, timeout)).await {
                     Ok(Undone::Complete) => break Ok(()),
                     Ok(Undone::MayRun(_)) if Instant::now() >= until => break Ok(()),
                     Ok(Undone::MayRun(within)) => sleep_until(until.min(Instant::now() + within)).await,
@@ -62,7 +77,7 @@ impl Quorum {
                 }
             };
             if let Err(error) = done {
-                let key = owned.key();
+                let key = undo.owned.key();
                 debug!(name: "tenure.undo_failed", %key, %error, "a node keeps a vote until its ttl ends");
             }
         };

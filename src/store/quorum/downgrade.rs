@@ -137,9 +137,9 @@ impl Downgrading {
 
     /// Undoes on one node what took effect there after the release.
     async fn undo(&self, place: usize) {
-        self.open.release_is_sent().await;
+        let stays_until = self.open.release_is_sent().await;
         let owned = Owned { mode: Mode::Read, ..self.owned.clone() };
-        drop(self.quorum.undo(place, Undo { owned, latest: None, ttl: RETRY_FOR }));
+        drop(self.quorum.undo(place, Undo { owned, latest: Arc::default(), ttl: RETRY_FOR, stays_until }));
     }
 }
 

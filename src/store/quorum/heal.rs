@@ -86,7 +86,7 @@ impl Renewal {
             debug!(name: "tenure.healed", key = %self.owned.key(), node = %member.address, "a node has the lock again");
         }
         if self.open.is_released() {
-            self.undo(place, is_doubtful.then_some(latest)).await;
+            self.undo(place, if is_doubtful { latest } else { Arc::default() }).await;
         }
     }
 

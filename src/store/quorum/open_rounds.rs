@@ -32,27 +32,33 @@ enum Release {
     No,
     /// Its calls are being sent.
     BeingSent,
-    Sent,
+    Sent {
+        stays_until: Instant,
+    },
 }
 
 /// A release, and the rounds that were open when it was sent.
-pub(super) struct Releasing(Vec<Arc<Open>>);
+pub(super) struct Releasing {
+    rounds: Vec<Arc<Open>>,
+    /// Until when it leaves the keys to nobody.
+    stays_until: Instant,
+}
 
 impl Releasing {
     /// Notes that the calls to all nodes have been sent.
     pub(super) fn is_sent(&self) {
-        self.is_now(Release::Sent);
+        self.is_now(Release::Sent { stays_until: self.stays_until });
     }
 
     fn is_now(&self, release: Release) {
-        for open in &self.0 {
+        for open in &self.rounds {
             open.release.send_replace(release);
         }
     }
 
     /// Notes a node's reply to the release.
     pub(super) fn answered(&self, place: usize, is_freed: bool) {
-        for open in &self.0 {
+        for open in &self.rounds {
             *open.answers().entry(place).or_insert(true) &= is_freed;
             open.answered.notify_waiters();
         }
@@ -86,11 +92,11 @@ impl OpenRounds {
 
     /// Notes that a release is about to be sent, so that what these rounds get granted late must be undone. A release
     /// that ends the lock concerns all grants of its token.
-    pub(super) fn release(&self, owned: &Owned, ending: Ending) -> Releasing {
+    pub(super) fn release(&self, owned: &Owned, ending: Ending, stays_until: Instant) -> Releasing {
         let all = self.all();
         let ended = all.get(&owned.token).into_iter().flatten();
         let ended = ended.filter(|open| ending == Ending::Lock || open.grant == owned.grant).cloned();
-        let releasing = Releasing(ended.collect());
+        let releasing = Releasing { rounds: ended.collect(), stays_until };
         releasing.is_now(Release::BeingSent);
         releasing
     }
@@ -114,10 +120,14 @@ impl OpenRound {
         *self.open.release.borrow() != Release::No
     }
 
-    /// Waits until the calls of the release have been sent.
-    pub(super) async fn release_is_sent(&self) {
+    /// Waits until the calls of the release have been sent. Returns until when it leaves the keys to nobody.
+    pub(super) async fn release_is_sent(&self) -> Option<Instant> {
+        let mut release = self.open.release.subscribe();
         // The sender lives as long as this round.
-        drop(self.open.release.subscribe().wait_for(|release| *release != Release::BeingSent).await);
+        match release.wait_for(|release| *release != Release::BeingSent).await.as_deref() {
+            Ok(Release::Sent { stays_until }) => Some(*stays_until),
+            _ => None,
+        }
     }
 
     /// Returns whether the release has surely freed what this round was granted on the node. Waits for the node's

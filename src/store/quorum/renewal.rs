@@ -209,15 +209,15 @@ impl Renewal {
         }
         let late = std::mem::take(&mut self.late);
         for place in late {
-            self.undo(place, None).await;
+            self.undo(place, Arc::default()).await;
         }
     }
 
     /// Undoes on one node what took effect there after the release.
-    pub(super) async fn undo(&self, place: usize, latest: Option<Arc<Latest>>) {
-        self.open.release_is_sent().await;
+    pub(super) async fn undo(&self, place: usize, latest: Arc<Latest>) {
+        let stays_until = self.open.release_is_sent().await;
         let owned = recorded(&self.owned, self.how);
-        drop(self.quorum.undo(place, Undo { owned, latest, ttl: self.ttl }));
+        drop(self.quorum.undo(place, Undo { owned, latest, ttl: self.ttl, stays_until }));
     }
 }
 

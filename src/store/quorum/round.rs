@@ -248,8 +248,9 @@ impl Round {
         }
     }
 
-    /// Undoes what this attempt may have left on nodes without calls in flight. Once for each node.
-    fn undo_on_idle_nodes(&mut self) -> Vec<tokio::task::JoinHandle<()>> {
+    /// Undoes what this attempt may have left on nodes without calls in flight. Once for each node. Where
+    /// a release wants the keys to stay taken until a time, it leaves them to nobody until then.
+    fn undo_on_idle_nodes(&mut self, stays_until: Option<Instant>) -> Vec<tokio::task::JoinHandle<()>> {
         let mut undone = Vec::new();
         for (place, state) in self.members.iter_mut().enumerate() {
             if state.calls > 0 || !std::mem::take(&mut state.touched) {
@@ -257,8 +258,9 @@ impl Round {
             }
             let undo = Undo {
                 owned: self.wanted.owned.clone(),
-                latest: state.doubtful.then(|| state.latest.clone()),
+                latest: if state.doubtful { state.latest.clone() } else { Arc::default() },
                 ttl: self.wanted.ttl,
+                stays_until,
             };
             undone.extend(self.quorum.undo(place, undo));
         }
@@ -267,7 +269,7 @@ impl Round {
 
     /// Undoes what nodes have granted, before the attempt returns without the lock.
     async fn give_back(&mut self) {
-        let undone = self.undo_on_idle_nodes();
+        let undone = self.undo_on_idle_nodes(None);
         if !self.wanted.owned.own_token {
             // The next attempt uses the same token, and must find this one gone.
             for undone in undone {
@@ -301,12 +303,12 @@ impl Round {
 
     async fn finish(mut self, taken: bool) {
         if !taken {
-            drop(self.undo_on_idle_nodes());
+            drop(self.undo_on_idle_nodes(None));
         }
         while let Some(((_, place), answer)) = self.calls.next().await {
             self.note_vote(place, &answer);
             if !taken {
-                drop(self.undo_on_idle_nodes());
+                drop(self.undo_on_idle_nodes(None));
             }
         }
         if taken && self.members.iter().any(|state| state.doubtful) {
@@ -315,7 +317,7 @@ impl Round {
         // The lock was released before the last vote arrived. Undoes what that vote took, unless the release has
         // reached the node after the vote.
         if taken && self.open.is_released() {
-            self.open.release_is_sent().await;
+            let stays_until = self.open.release_is_sent().await;
             let until = Instant::now() + ANSWER;
             for (place, state) in self.members.iter_mut().enumerate() {
                 // Of several votes, the node may have freed one before it ran another.
@@ -323,7 +325,7 @@ impl Round {
                     state.touched = !self.open.is_freed(place, until).await;
                 }
             }
-            drop(self.undo_on_idle_nodes());
+            drop(self.undo_on_idle_nodes(stays_until));
         }
     }
 

@@ -965,6 +965,51 @@ async fn what_is_healed_after_the_release_is_taken_back() {
     }
 }
 
+/// What is taken back is on its way beside the release, and may arrive before it.
+#[tokio::test(start_paused = true)]
+async fn what_is_taken_back_after_the_release_stays_taken_for_the_least_time() {
+    for token in [None, Some("worker-7")] {
+        // Whether the vote, or the healing, is answered only after the release was sent.
+        for late in [0, 2] {
+            for release in [Fault::None, Fault::RunAfter(ms(150)), Fault::Lost] {
+                let world = World::new(&[0; 3], Duration::ZERO);
+                let calls = Arc::new(AtomicU32::new(0));
+                let locker = world.client(0, move |place| {
+                    if place != 2 {
+                        return Fault::None;
+                    }
+                    let call = calls.fetch_add(1, Ordering::Relaxed);
+                    match call.checked_sub(late) {
+                        Some(0) => Fault::AnsweredAfter(ms(100)),
+                        Some(1) => release,
+                        _ => Fault::None,
+                    }
+                });
+                let request = locker.lock("k").no_renewal().hold_at_least(ms(60_000));
+                let request = match token {
+                    Some(token) => request.token(token.parse().unwrap()),
+                    None => request,
+                };
+                let start = Instant::now();
+                let guard = request.await.unwrap();
+                if late == 2 {
+                    world.servers[2].forget();
+                    guard.renew().await.unwrap();
+                }
+                sleep(ms(1)).await;
+                drop(guard);
+                locker.close().await;
+                for server in &world.servers {
+                    assert!(!server.is_free("k"), "{release:?} {token:?} {late}");
+                }
+                // A release that is late leaves them for as much longer.
+                tokio::time::sleep_until(start + ms(60_500)).await;
+                assert!(world.is_free("k"), "{release:?} {token:?} {late}");
+            }
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_node_that_another_holds_is_not_healed() {
     let world = World::new(&[0; 3], Duration::ZERO);
@@ -1034,13 +1079,15 @@ const FAULTS: &[fn(&mut fastrand::Rng) -> Fault] = &[
 
 /// Three clients whose clocks are wrong by up to an hour, on three nodes that are restarted now and then, either empty
 /// or with what they had saved earlier. Returns how often a client obtained the lock while another still held it or had
-/// a higher fencing token, and how often the lock was obtained.
+/// a higher fencing token, or sooner than a release had promised; and how often the lock was obtained.
 async fn history(seed: u64, window: Duration) -> (u32, u32) {
     let mut rng = fastrand::Rng::with_seed(seed);
     let skews = [(); 3].map(|()| rng.i64(-SECOND / 2..SECOND / 2));
     let world = World::new(&skews, window);
     sleep(window).await;
     let held: Arc<Mutex<Vec<Arc<Hold>>>> = Arc::default();
+    // Until when the keys stay taken, by their last release.
+    let stays_until = Arc::new(Mutex::new(Instant::now()));
     let (obtained, wrong, last) =
         (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)), Arc::new(AtomicU64::new(0)));
     let mut clients = tokio::task::JoinSet::new();
@@ -1051,10 +1098,17 @@ async fn history(seed: u64, window: Duration) -> (u32, u32) {
             if rng.u8(..10) < 7 { Fault::None } else { rng.choice(FAULTS).unwrap()(&mut rng) }
         });
         let (held, obtained, wrong, last) = (held.clone(), obtained.clone(), wrong.clone(), last.clone());
+        let stays_until = stays_until.clone();
         let mut rng = fastrand::Rng::with_seed(seed * 7 + client);
         clients.spawn(async move {
             for _ in 0..6 {
-                let Ok(guard) = locker.lock("k").wait_at_most(ms(rng.u64(..8_000))).await else { continue };
+                let request = locker.lock("k").wait_at_most(ms(rng.u64(..8_000)));
+                let least = if rng.bool() { ms(rng.u64(..2_500)) } else { Duration::ZERO };
+                let Ok(guard) = request.hold_at_least(least).await else { continue };
+                // The request was sent no longer ago than that.
+                let stays = Instant::now() + least.saturating_sub(ms(500));
+                let is_early = Instant::now() < *stays_until.lock().unwrap();
+                wrong.fetch_add(u32::from(is_early), Ordering::Relaxed);
                 if guard.is_held() {
                     let mut held = held.lock().unwrap();
                     let others = held.iter().filter(|other| other.check().is_ok()).count();
@@ -1065,9 +1119,17 @@ async fn history(seed: u64, window: Duration) -> (u32, u32) {
                     held.push(guard.hold());
                 }
                 drop(timeout(ms(rng.u64(..6_000)), guard.lost()).await);
+                if rng.bool() {
+                    // What it brings back to a node may arrive after the release.
+                    drop(guard.renew().await);
+                }
                 match rng.u8(..3) {
                     0 => drop(guard),
-                    1 => drop(guard.release().await),
+                    1 => {
+                        if guard.release().await.is_ok() {
+                            *stays_until.lock().unwrap() = stays;
+                        }
+                    }
                     _ => drop(timeout(ms(rng.u64(..300)), guard.release()).await),
                 }
             }
@@ -1100,7 +1162,7 @@ fn histories(window: Duration) -> (u32, u32) {
         fastrand::seed(seed);
         let (wrong, obtained) = runtime.block_on(history(seed, window));
         if wrong > 0 && !window.is_zero() {
-            panic!("two holders at once, or a fencing token that does not grow; seed {seed}");
+            panic!("two holders at once, a fencing token that does not grow, or a key free too early; seed {seed}");
         }
         sums = (sums.0 + wrong, sums.1 + obtained);
     }
