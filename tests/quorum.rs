@@ -617,37 +617,6 @@ async fn a_refusal_by_a_minority_is_no_refusal_while_another_node_is_away() {
     is_on(&servers[1..2], "k", 0).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_slow_node_holds_up_no_turns_of_those_who_wait() {
-    let servers = start::<3>();
-    let proxy = Proxy::start(servers[2].port()).await;
-    let urls = [servers[0].url(), servers[1].url(), proxy.url()];
-    let lockers = [locker_of(&urls).await, locker_of(&urls).await];
-    lock(&lockers[0], "k").await.release().await.unwrap();
-    proxy.set(Mode::Delay(ms(500)));
-    let (started, length) = (Instant::now(), ms(4_000));
-    let mut tasks = tokio::task::JoinSet::new();
-    for task in 0..8 {
-        let locker = lockers[task % 2].clone();
-        tasks.spawn(async move {
-            let (mut turns, mut longest) = (0, Duration::ZERO);
-            while started.elapsed() < length {
-                let asked = Instant::now();
-                let guard = lock(&locker, "k").await;
-                longest = longest.max(asked.elapsed());
-                turns += 1;
-                drop(guard.release().await);
-            }
-            (turns, longest)
-        });
-    }
-    let turns = tasks.join_all().await;
-    eprintln!("{turns:?}");
-    let sum: u32 = turns.iter().map(|(turns, _)| turns).sum();
-    // A hundred in all if each split vote waits for the slow node.
-    assert!(sum > 200, "{turns:?}");
-}
-
 /// A node that has replied before and now sends garbage, also to new connections, is away, and not something else than
 /// a server: what waits goes on waiting.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -679,10 +648,6 @@ async fn garbage_from_most_nodes_is_waited_out() {
 fn enabled_drivers() -> Vec<tenure::Driver> {
     let enabled = [(tenure::Driver::Fred, cfg!(feature = "fred")), (tenure::Driver::Redis, cfg!(feature = "redis"))];
     enabled.into_iter().filter_map(|(driver, is_enabled)| is_enabled.then_some(driver)).collect()
-}
-
-async fn locker_of(urls: &[String]) -> Locker {
-    Locker::builder().restart_window(Duration::ZERO).quorum(urls).await.unwrap()
 }
 
 #[tokio::test]

@@ -588,6 +588,33 @@ impl World {
     }
 }
 
+/// Returns what a client of its own asks of one node, for 10 s.
+fn wanted_by(token: &str) -> Wanted {
+    Wanted {
+        owned: Owned {
+            keys: ["k".into()].into(),
+            token: token.parse().unwrap(),
+            own_token: false,
+            grant: None,
+            mode: Mode::Exclusive,
+        },
+        metadata: Box::default(),
+        ttl: ms(10_000),
+        fenced: false,
+        queueing: Queueing::None,
+        takes_over: false,
+        latest: Arc::default(),
+        limit: 0,
+        since: Instant::now(),
+    }
+}
+
+/// Returns a ballot without a number.
+fn ballot() -> Ballot {
+    let (window, ahead) = (Duration::ZERO, ms(60_000));
+    Ballot { number: None, exactly: false, window, ahead, place: None, heals: false }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_majority_decides_and_slow_nodes_are_not_waited_for() {
     let world = World::new(&[0; 5], Duration::ZERO);
@@ -598,6 +625,24 @@ async fn a_majority_decides_and_slow_nodes_are_not_waited_for() {
     assert!(locker.inspect("k").await.unwrap().is_some());
     guard.release().await.unwrap();
     assert_eq!(start.elapsed(), Duration::ZERO);
+}
+
+/// A request that waits tries again anyway. So where its votes are split, it gives back what it has got without waiting
+/// for a slow node's vote, and others may go on.
+#[tokio::test(start_paused = true)]
+async fn a_slow_node_holds_up_no_turns_of_those_who_wait() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let other = wanted_by("other");
+    world.servers[1].vote(&other, &ballot());
+    let locker = world.client(0, |place| if place == 2 { Fault::AnsweredAfter(ms(150)) } else { Fault::None });
+    let waiter = tokio::spawn(locker.lock("k").into_future());
+    sleep(ms(1)).await;
+    assert!(!world.servers[0].is_free("k"), "its first vote");
+    sleep(ms(5)).await;
+    assert!(world.servers[0].is_free("k"), "given back");
+    world.servers[1].release(&other.owned, Ending::Lock);
+    let guard = waiter.await.unwrap().unwrap();
+    assert!(guard.is_held());
 }
 
 #[tokio::test(start_paused = true)]
@@ -1015,32 +1060,13 @@ async fn a_node_that_another_holds_is_not_healed() {
     let world = World::new(&[0; 3], Duration::ZERO);
     let guard = world.client(0, |_| Fault::None).lock("k").no_renewal().await.unwrap();
     world.servers[2].forget();
-    let other = Owned {
-        keys: ["k".into()].into(),
-        token: "other".parse().unwrap(),
-        own_token: false,
-        grant: None,
-        mode: Mode::Exclusive,
-    };
-    let wanted = Wanted {
-        owned: other.clone(),
-        metadata: Box::default(),
-        ttl: ms(10_000),
-        fenced: false,
-        queueing: Queueing::None,
-        takes_over: false,
-        latest: Arc::default(),
-        limit: 0,
-        since: Instant::now(),
-    };
-    let (window, ahead) = (Duration::ZERO, ms(60_000));
-    let ballot = Ballot { number: None, exactly: false, window, ahead, place: None, heals: false };
-    world.servers[2].vote(&wanted, &ballot);
+    let other = wanted_by("other");
+    world.servers[2].vote(&other, &ballot());
     for _ in 0..3 {
         guard.renew().await.unwrap();
         sleep(ms(10)).await;
     }
-    assert_eq!(world.servers[2].inspect(&"k".into()).unwrap().token, other.token);
+    assert_eq!(world.servers[2].inspect(&"k".into()).unwrap().token, other.owned.token);
     assert_eq!(guard.check(), Ok(()));
 }
 
