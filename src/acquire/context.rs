@@ -66,6 +66,12 @@ impl Context {
         self.is_shared() && self.shared.queues.has_waiters(&self.key())
     }
 
+    /// Returns whether they wait for a holder that the server has told of, so that a request need not ask as well. Of a
+    /// server that doesn't reply, nobody knows whether the key is held.
+    pub(crate) fn is_held_back_by_answer(&self) -> bool {
+        self.is_shared() && self.shared.queues.has_waiters_for_holder(&self.key())
+    }
+
     /// Returns whether several servers decide, each by itself.
     pub(crate) fn is_voted_on(&self) -> bool {
         self.shared.store.capabilities().undoes_attempts

@@ -195,8 +195,15 @@ impl Queues {
     /// Returns whether anybody here waits for the key. One whose future is not polled doesn't count.
     pub(crate) fn has_waiters(&self, key: &Key) -> bool {
         let Some(queue) = lock(&self.by_key).get(key).cloned() else { return false };
+        let state = lock(&queue.state);
+        state.has_waiters(Instant::now())
+    }
+
+    /// Returns whether somebody here waits for the key whom the server has told that another holds it, as it still may.
+    pub(crate) fn has_waiters_for_holder(&self, key: &Key) -> bool {
+        let Some(queue) = lock(&self.by_key).get(key).cloned() else { return false };
         let (state, now) = (lock(&queue.state), Instant::now());
-        state.plain.has_waiters(now) || state.fair.has_waiters(now)
+        state.has_waiters(now) && state.is_held_at(now)
     }
 
     /// Makes the first waiter for the key ask, as the holder that would have handed the lock over to it has none any
@@ -343,6 +350,15 @@ impl State {
             let now = Instant::now();
             *until = Some(until.map_or(now, |until| until.min(now)));
         }
+    }
+
+    fn has_waiters(&self, now: Instant) -> bool {
+        self.plain.has_waiters(now) || self.fair.has_waiters(now)
+    }
+
+    /// Returns whether the lock is held by the last answer, which is still true by then for all that it tells.
+    fn is_held_at(&self, now: Instant) -> bool {
+        matches!(&self.last_answer, Some(LastAnswer::Held(held)) if held.until.is_none_or(|until| now < until))
     }
 
     fn is_empty(&self) -> bool {

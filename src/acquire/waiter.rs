@@ -88,7 +88,7 @@ impl Waiter {
     /// for the key.
     pub(crate) async fn held_back(&self) -> Option<Held> {
         let context = &self.attempt.context;
-        let is_held_back = !context.wanted.queueing.waits() && context.is_held_back();
+        let is_held_back = !context.wanted.queueing.waits() && context.is_held_back_by_answer();
         // Like a lock, a share is granted again to a token that has it, whoever waits.
         (is_held_back && !self.attempt.is_held_already().await).then(|| Held { key: context.key(), until: None })
     }

@@ -28,7 +28,7 @@
 //! | A lock that is lost stays lost, for the reason that was found first. | | `lib hold::tests::the_first_reason_stays`, `lib hold::tests::a_confirmation_after_the_deadline_revives_nothing` |
 //! | A server's clock may be set back: its keys live longer, and fencing tokens grow on. | it forgets nothing meanwhile; [quorum](#a-quorum): by less than the restart window | `it clocks::a_server_whose_clock_is_set_back_keeps_a_lock_that_is_held_and_its_fencing_tokens_grow_on` |
 //! | A failure of the server or of the network ends no guard before its deadline. | | `it loss::a_renewal_whose_answer_is_lost_is_no_loss`, `it loss::a_connection_cut_again_and_again_loses_nothing` |
-//! | "Another holds it" is always a reply of the server, never a failure. | | `it waiting::no_one_is_said_to_hold_a_lock_while_the_server_is_silent` |
+//! | "Another holds it" is always a reply of the server, never a failure. | | `it waiting::no_one_is_said_to_hold_a_lock_while_the_server_is_silent`, `lib mode::tests::a_reader_behind_one_that_got_no_reply_is_not_told_that_another_holds_the_key` |
 //! | A reply counts only for the request that it belongs to. | | `it errors::the_reply_to_another_request_is_never_taken_for_an_answer` |
 //! | An attempt that failed, or was dropped, leaves no lock behind, however late the server runs it. | the locker lives, or was [closed](crate::Locker::close); otherwise the ttl frees the key | `it late::an_attempt_that_failed_and_comes_late_leaves_nothing_however_late`, `it cancellation::an_attempt_that_the_server_runs_after_it_was_dropped_is_undone` |
 //! | Any future may be dropped at any time. | | `many ten_thousand_requests_dropped_at_random_points_leave_no_key_and_no_task` |

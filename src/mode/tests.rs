@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep};
 use crate::store::faulty::{Fault, FaultyStore, Operation};
 use crate::store::memory::MemoryStore;
 use crate::testing::EmbeddedServer;
-use crate::{Error, LockGuard, LockRequest, Locker};
+use crate::{Error, LockGuard, LockRequest, Locker, Token};
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -481,6 +481,36 @@ async fn a_watchdog_keeps_readers_and_permits_and_obtains_a_share_when_it_is_fre
     assert!(dog.status("r").unwrap().held);
     locker.try_read("r").await.unwrap().release().await.unwrap();
     assert_eq!(dog.shutdown().await.len(), 1);
+}
+
+/// Neither does a request that doesn't wait, whose process has one that waits for the server.
+#[tokio::test(start_paused = true)]
+async fn a_reader_behind_one_that_got_no_reply_is_not_told_that_another_holds_the_key() {
+    let is_away = Arc::new(AtomicU32::new(1));
+    let counted = counted({
+        let is_away = is_away.clone();
+        move |operation| match operation {
+            Operation::Acquire if is_away.load(Ordering::Relaxed) > 0 => Fault::Lost,
+            _ => Fault::None,
+        }
+    });
+    let writer = waits(counted.locker.lock("k")).await;
+    for request in [counted.locker.try_read("k"), counted.locker.try_permit("k", 2)] {
+        let failed = request.await.unwrap_err();
+        assert!(failed.is_timeout(), "{failed}");
+    }
+    writer.abort();
+    // The server says that another holds it, for as long as its ttl lasts.
+    is_away.store(0, Ordering::Relaxed);
+    counted.store.give(&"k".into(), Token::random(), ms(5_000));
+    let writer = waits(counted.locker.lock("k")).await;
+    assert!(is_refused(&counted.locker.try_read("k").await));
+    is_away.store(1, Ordering::Relaxed);
+    assert!(is_refused(&counted.locker.try_read("k").await), "without a request");
+    sleep(ms(5_100)).await;
+    let failed = counted.locker.try_read("k").await.unwrap_err();
+    assert!(failed.is_timeout(), "{failed}");
+    writer.abort();
 }
 
 /// What the queue knows is of before: then, a writer held the key.
