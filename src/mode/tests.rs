@@ -296,7 +296,7 @@ async fn a_downgrade_that_fails_or_is_dropped_leaves_nothing() {
 #[tokio::test(start_paused = true)]
 async fn what_can_not_be_downgraded_says_why() {
     let locker = Locker::in_memory();
-    let token = || "me".parse::<crate::Token>().unwrap();
+    let token = || "me".parse::<Token>().unwrap();
     let set = locker.lock_all(["a", "b"]).await.unwrap();
     let permit = locker.permit("p", 1).await.unwrap();
     let one = locker.lock("k").token(token()).await.unwrap();

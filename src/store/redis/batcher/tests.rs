@@ -729,12 +729,12 @@ async fn what_waits_for_a_send_loop_whose_home_has_ended_fails_at_once() {
 async fn a_send_loop_that_nobody_polls_any_more_holds_others_up_for_no_longer_than_its_operations_have_time() {
     let bench = Bench::new();
     let _first = busy(&bench, [ms(60_000), ms(60_000)]).await;
-    let run = bench.run(Task { lasts: ms(60_000), ..task(1) }, ms(300));
+    let run = bench.run(Task { lasts: ms(60_000), ..task(1) }, ms(1_500));
     let (aside, put_aside) = oneshot::channel();
     let (end, ended) = mpsc::channel();
     thread::spawn(move || {
         let runtime = Builder::new_current_thread().enable_time().build().unwrap();
-        assert!(runtime.block_on(async { timeout(ms(200), run).await }).is_err());
+        assert!(runtime.block_on(async { timeout(ms(1_000), run).await }).is_err());
         aside.send(()).unwrap();
         ended.recv().unwrap_or_default();
     });
