@@ -104,7 +104,8 @@ impl Shared {
         if let Some(until) = hold.may_record_until() {
             sleep_until(until).await;
             let until = Instant::now() + self.command_timeout;
-            if let Err(error) = self.release_until(&hold.owned, Ending::Grant, None, until, true).await {
+            let stays_until = hold.stays_until();
+            if let Err(error) = self.release_until(&hold.owned, Ending::Grant, stays_until, until, true).await {
                 warn!(name: "tenure.undo_failed", key = %hold.owned.key(), %error, "a late renewal may keep the lock");
             }
         }

@@ -103,7 +103,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until};
 use tokio_util::task::TaskTracker;
 
 use self::announcements::Announcements;
@@ -222,19 +222,18 @@ impl QuorumStore {
     }
 
     /// Ends the lock of a key on all nodes, whoever of these holds it. Once a majority has ended it, no renewal of its
-    /// holder is confirmed, so none restores it on the other nodes either. These end it when they get their call, or
-    /// with its ttl.
+    /// holder is confirmed, so none restores it on the other nodes either. When this returns, no node ends another
+    /// lock by this call.
     async fn force_release(&self, key: &Key, whose: &Whose, timeout: Duration) -> Result<Verdict, Error> {
-        let (quorum, timeout) = (&self.quorum, first(timeout));
+        let (quorum, timeout) = (&self.quorum, awaited(timeout));
         let started = Instant::now();
         let mut answers = quorum.ask(timeout, |node| {
             let (key, whose) = (key.clone(), whose.clone());
             Box::pin(async move { node.force_release(&key, &whose, timeout).await })
         })?;
         let (mut tally, mut replied) = (Tally::new(quorum), 0);
-        let (mut was_held, mut others) = (false, 0);
-        let mut until = started + timeout + calls::GRACE;
-        while let Ok(Some((place, answer))) = timeout_at(until, answers.next()).await {
+        let (mut was_held, mut others, mut may_run) = (false, 0, false);
+        while let Some((place, answer)) = answers.next().await {
             match answer {
                 Ok(ended) => {
                     tally.yes();
@@ -245,12 +244,14 @@ impl QuorumStore {
                         Verdict::NotOurs(_) => {}
                     }
                 }
-                Err(error) => tally.failed(place, error),
+                Err(error) => {
+                    may_run |= !error.has_not_run();
+                    tally.failed(place, error);
+                }
             }
-            if replied == quorum.needed {
-                // The others may have a lock that no majority has.
-                until = until.min(Instant::now() + grace(started.elapsed()));
-            }
+        }
+        if may_run {
+            sleep_until(calls::may_run_until(started, timeout)).await;
         }
         if replied < quorum.needed {
             return Err(tally.into_error());
@@ -264,6 +265,9 @@ impl QuorumStore {
     }
 
     /// Releases the lock; where the keys stay taken for a `rest`, leaves them to nobody for that time.
+    ///
+    /// Of a token that others may use, this may end the lock for all of them. It takes nothing from who comes back by
+    /// the token after this has returned: until then, it waits for all nodes, or until they can't run it any longer.
     async fn release(
         &self,
         owned: &Owned,
@@ -271,8 +275,10 @@ impl QuorumStore {
         rest: Duration,
         timeout: Duration,
     ) -> Result<Verdict, Error> {
-        let (quorum, timeout) = (&self.quorum, first(timeout));
-        let stays_until = Instant::now() + rest;
+        let ends_others = ending == Ending::Lock && owned.grant.is_some();
+        let (quorum, timeout) = (&self.quorum, if ends_others { awaited(timeout) } else { first(timeout) });
+        let sent = Instant::now();
+        let stays_until = sent + rest;
         let mut answers = Calls::new(quorum)?;
         let releasing = quorum.rounds.release(owned, ending, stays_until);
         answers.send_to_all(quorum, timeout, |node| {
@@ -282,7 +288,7 @@ impl QuorumStore {
         releasing.is_sent();
         let mut tally = Tally::new(quorum);
         let mut not_ours = Loss::Missing;
-        let mut behind = Vec::new();
+        let (mut behind, mut may_run) = (Vec::new(), false);
         while let Some((place, answer)) = answers.next().await {
             releasing.answered(place, matches!(answer, Ok(Verdict::Done)));
             match answer {
@@ -293,20 +299,25 @@ impl QuorumStore {
                 }
                 Err(error) => {
                     behind.push(place);
+                    may_run |= !error.has_not_run();
                     tally.failed(place, error);
                 }
             }
-            let released = match tally.outcome() {
-                Some(Outcome::Yes) => Verdict::Done,
-                Some(Outcome::No) => Verdict::NotOurs(not_ours),
-                // The caller tries again, on all nodes.
-                Some(Outcome::Unknown) => break,
-                None => continue,
-            };
-            quorum.release_the_rest(owned, stays_until, timeout, releasing, behind, answers);
-            return Ok(released);
+            if !ends_others && tally.outcome().is_some() {
+                break;
+            }
         }
-        Err(tally.into_error_of_release())
+        if ends_others && may_run {
+            sleep_until(calls::may_run_until(sent, timeout)).await;
+        }
+        let released = match tally.outcome() {
+            Some(Outcome::Yes) => Verdict::Done,
+            Some(Outcome::No) => Verdict::NotOurs(not_ours),
+            // The caller tries again, on all nodes.
+            Some(Outcome::Unknown) | None => return Err(tally.into_error_of_release()),
+        };
+        quorum.release_the_rest(owned, stays_until, timeout, releasing, behind, answers);
+        Ok(released)
     }
 }
 
@@ -319,6 +330,12 @@ fn worse(one: Loss, other: Loss) -> Loss {
 /// Returns a little less than the caller's timeout, so that this reports which nodes have not replied.
 fn first(timeout: Duration) -> Duration {
     timeout.mul_f64(0.9)
+}
+
+/// Returns the timeout of a call whose end is awaited on all nodes: so short that [`may_run_until`](calls::may_run_until)
+/// lies within the caller's timeout.
+fn awaited(timeout: Duration) -> Duration {
+    first(timeout) / 4
 }
 
 /// Returns how long to wait for a node: a small part of the ttl, which the wait reduces.

@@ -839,6 +839,77 @@ async fn what_a_node_missed_of_a_release_takes_nothing_from_who_comes_back_by_th
     }
 }
 
+/// An explicit release ends the lock whoever else of its token holds it, on each node when it arrives there. So once it
+/// has returned, it arrives nowhere any more.
+#[tokio::test(start_paused = true)]
+async fn a_release_that_is_late_takes_nothing_from_who_comes_back_by_the_same_token() {
+    for least in [Duration::ZERO, ms(1)] {
+        for (late, other) in [
+            (Fault::RunAfter(ms(100)), Fault::None),
+            (Fault::AnswerLost, Fault::None),
+            (Fault::RunAfter(ms(300)), Fault::None),
+            // Without a majority, it is tried again, and then ends the guard's own grant.
+            (Fault::RunAfter(ms(300)), Fault::Refused),
+        ] {
+            let world = World { lives: 3, ..World::new(&[0; 3], Duration::ZERO) };
+            let calls = [(); 3].map(|()| AtomicU32::new(0));
+            let locker = world.client(0, move |place| match (place, calls[place].fetch_add(1, Ordering::Relaxed)) {
+                (2, 1) => late,
+                (1, 1) => other,
+                _ => Fault::None,
+            });
+            let request = || locker.lock("k").token("worker-7".parse().unwrap()).ttl(ms(60_000)).hold_at_least(least);
+            let start = Instant::now();
+            request().await.unwrap().release().await.unwrap();
+            assert!(start.elapsed() < ms(500), "{late:?} {other:?}: {:?}", start.elapsed());
+            let again = request().await.unwrap();
+            sleep(ms(2_000)).await;
+            let is_free: Vec<bool> = world.servers.iter().map(|server| server.is_free("k")).collect();
+            assert_eq!(is_free, [false; 3], "{late:?} {other:?}");
+            drop(again);
+        }
+    }
+}
+
+/// The same for one that ends the lock of others.
+#[tokio::test(start_paused = true)]
+async fn a_forced_release_that_is_late_takes_nothing_from_the_next_holder() {
+    let world = World { lives: 3, ..World::new(&[0; 3], Duration::ZERO) };
+    for late in [Fault::RunAfter(ms(100)), Fault::RunAfter(ms(300)), Fault::AnswerLost] {
+        // On a majority, without the node that is slow.
+        let holder = world.client(0, |place| if place == 2 { Fault::Refused } else { Fault::None });
+        let lease = holder.lock("k").no_renewal().await.unwrap().into_lease();
+        let admin = world.client(0, move |place| if place == 2 { late } else { Fault::None });
+        assert!(admin.force_release(lease.key().clone()).await.unwrap());
+        let next = world.client(0, |_| Fault::None).lock("k").no_renewal().await.unwrap();
+        sleep(ms(500)).await;
+        assert!(world.servers.iter().all(|server| !server.is_free("k")), "{late:?}");
+        next.release().await.unwrap();
+    }
+}
+
+/// A grant of a token that others may use is ended once more when no renewal of it can arrive any longer.
+#[tokio::test(start_paused = true)]
+async fn the_last_end_of_a_grant_frees_no_key_before_its_least_time() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let calls = [(); 3].map(|()| AtomicU32::new(0));
+    // The calls are the vote, the renewal, and the release and its repeats.
+    let locker = world.client(0, move |place| match (place, calls[place].fetch_add(1, Ordering::Relaxed)) {
+        (0 | 1, 1) => Fault::RunAfter(ms(50)),
+        (2, 2 | 3) => Fault::Lost,
+        _ => Fault::None,
+    });
+    let request = locker.lock("k").token("worker-7".parse().unwrap()).ttl(ms(30_000)).hold_at_least(ms(60_000));
+    let start = Instant::now();
+    let guard = request.await.unwrap();
+    drop(timeout(ms(1), guard.renew()).await);
+    drop(guard);
+    sleep(ms(5_000)).await;
+    assert!(world.servers.iter().all(|server| !server.is_free("k")));
+    tokio::time::sleep_until(start + ms(60_500)).await;
+    assert!(world.is_free("k"));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_vote_that_comes_after_the_drop_is_taken_back_where_its_token_holds_again() {
     let world = World::new(&[0; 3], Duration::ZERO);
