@@ -22,7 +22,7 @@
 //! 9. A hold with a minimum, counted from when its grant was known, has its keys stay taken until that has passed:
 //!    after a release, a drop, or the end at its limit. A hold that expires leaves its keys taken for no longer than
 //!    the last confirmed ttl, but doesn't free them before that. After any other loss, nobody may touch what another
-//!    may hold.
+//!    may hold; of several keys, those that are still ours stay taken.
 //! 10. The server's clock goes on while this machine is suspended. All times that a hold compares with now are made
 //!     earlier by that first: [`Hold::current`] returns them so.
 
@@ -219,7 +219,8 @@ impl Hold {
             None | Some(Loss::Released | Loss::LimitReached) => Some(self.stays_until),
             // The deadline lies before the end of the ttl: to free the key there would be too early.
             Some(Loss::Expired) => Some(self.stays_until.min(state.sent + state.worth)),
-            Some(Loss::Taken | Loss::Missing) => None,
+            // Of several keys, others may still be ours: no store leaves to nobody what is not.
+            Some(Loss::Taken | Loss::Missing) => (self.owned.keys.len() > 1).then_some(self.stays_until),
         }
     }
 

@@ -302,6 +302,7 @@ impl LockRequest {
     /// - If several guards hold the lock by one [token](LockRequest::token), the key is left to nobody when the last of
     ///   them is dropped. An explicit [`release`](LockGuard::release) of one without a minimum ends the lock for all,
     ///   at once.
+    /// - If one of several keys is lost, the others stay taken for the rest of the time.
     /// - A [lease](LockGuard::into_lease) has no minimum: who adopts it may release it at once.
     /// - In a [quorum](Locker::quorum), a node that is restarted forgets the time, as it forgets locks.
     /// - A server that is out of memory can't replace the token: the key stays taken by it for the rest of the time. So

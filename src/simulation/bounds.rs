@@ -353,6 +353,25 @@ async fn a_release_that_is_run_late_leaves_the_key_for_what_is_left_then() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn of_several_keys_those_that_are_left_stay_taken_when_one_is_lost() {
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), |_| Fault::None);
+    let start = Instant::now();
+    let guard = locker.lock_all(["a", "b", "c"]).hold_at_least(ms(60_000)).await.unwrap();
+    store.delete(&"a".into());
+    store.delete(&"c".into());
+    store.give(&"c".into(), Token::random(), ms(10_000));
+    let loss = guard.lost().await;
+    assert_eq!(loss, Loss::Taken);
+    drop(guard);
+    sleep(ms(1)).await;
+    assert_eq!(left(&store, "a"), None, "nothing brings it back");
+    assert!(is_nobodys(&store, "b"));
+    assert_eq!(store.holder(&"b".into()).unwrap().1 - start, ms(60_000));
+    assert!(!is_nobodys(&store, "c"), "it is another's");
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_attempt_that_was_not_granted_leaves_nothing() {
     let store = Arc::new(MemoryStore::new());
     let locker = locker_on(store.clone(), only(Operation::Acquire, Fault::AnswerLost));

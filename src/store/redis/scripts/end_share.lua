@@ -35,8 +35,9 @@ if rest > 0 or #share.ids > 0 then
 end
 write_share(holders_key, records_key, token, share)
 if rest > 0 then
-    -- No token owns this: the stamp distinguishes requests.
-    redis.call('ZADD', holders_key, string.format('%.0f', now_ms + rest), '\n' .. string.format('%.0f', stamp))
+    -- No token owns this. The stamps of two clients may be the same.
+    local nobodys = '\n' .. string.format('%.0f', stamp) .. token
+    redis.call('ZADD', holders_key, string.format('%.0f', now_ms + rest), nobodys)
 end
 local last = last_end(holders_key)
 if last <= now_ms then
@@ -45,6 +46,10 @@ if last <= now_ms then
     return is_in and 1 or 0
 end
 keep_until(last, KEYS[1], holders_key, records_key)
+if rest > 0 then
+    -- As where a lock is left to nobody: so that all who wait learn the time.
+    redis.pcall(publish, channel, '')
+end
 if marker == PERMITS and #share.ids == 0 and rest == 0 then
     -- There is room for the head of the line.
     local looked, head = pcall(head_of, line_key)

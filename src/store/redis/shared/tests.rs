@@ -348,6 +348,23 @@ async fn a_share_that_lingers_counts_for_nobody_and_no_longer_than_asked() {
     assert_eq!(server.cli(&["EXISTS", "k"]), "1", "nobody's share is left");
 }
 
+/// A waiter without a place in the line, as in a quorum, has to learn the time, which may be sooner than it knows.
+#[tokio::test]
+#[ignore = "needs a server; tests/internals.rs runs it"]
+async fn all_who_wait_are_told_of_a_share_that_lingers() {
+    let server = Server::start();
+    let store = store(&server).await;
+    let mut subscription = Store::subscribe(&store, &"k".into());
+    subscription.opened().await;
+    subscription.mark();
+    for mode in [reader(), permit(1)] {
+        fence(&store, &mode).await;
+        assert_eq!(Store::linger(&store, &mode.owned, Ending::Lock, TTL / 2, PATIENCE).await.unwrap(), Verdict::Done);
+        is_notified(&mut subscription).await;
+        server.cli(&["FLUSHALL"]);
+    }
+}
+
 #[tokio::test]
 #[ignore = "needs a server; tests/internals.rs runs it"]
 async fn no_share_is_taken_that_a_writer_waits_for() {
