@@ -1,9 +1,12 @@
 //! Locks that count only once replicas have them.
 
+use std::future::IntoFuture;
+use std::iter;
 use std::time::Duration;
 
-use tenure::{Error, Lease, Locker, LockerBuilder, Loss};
-use tenure_test_support::{Cluster, Server, eventually, soon, within};
+use tenure::{Error, Lease, Locker, LockerBuilder, Loss, Retry};
+use tenure_test_support::{Cluster, Mode, Proxy, Server, eventually, soon, within};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 const fn ms(n: u64) -> Duration {
@@ -97,6 +100,42 @@ async fn without_the_replica_a_request_says_how_many_acknowledged_and_leaves_not
     assert!(!waiting.is_finished());
     replica.thaw();
     soon(waiting).await.unwrap().unwrap().release().await.unwrap();
+}
+
+/// What was not replicated is released. That release may be run late, and must not end what the next attempt gets.
+#[tokio::test]
+async fn what_takes_an_attempt_back_takes_nothing_from_the_next() {
+    let (primary, replica) = start();
+    let proxy = Proxy::start(primary.port()).await;
+    let (tell, mut has_failed) = mpsc::unbounded_channel();
+    let retry = Retry::from_iter(move || {
+        let tell = tell.clone();
+        iter::from_fn(move || tell.send(()).ok().map(|()| ms(1)))
+    });
+    let builder = builder().ttl(ms(60_000)).command_timeout(ms(2_500)).retry(retry);
+    let locker = builder.connect(&proxy.url()).await.unwrap();
+    // The connection is open, and the server knows the scripts.
+    soon(locker.obtain("k")).await.unwrap().release().await.unwrap();
+    for token in [None, Some("mine")] {
+        let request = locker.obtain("k").no_renewal();
+        let request = match token {
+            Some(token) => request.token(token.parse().unwrap()),
+            None => request,
+        };
+        replica.freeze();
+        let obtaining = tokio::spawn(request.into_future());
+        let is_there = async || (primary.cli(&["EXISTS", "k"]) == "1").then_some(());
+        eventually("replicas are waited for", is_there).await;
+        // The next request is the release.
+        proxy.set(Mode::DeliverNextLate(ms(300)));
+        soon(has_failed.recv()).await.unwrap();
+        replica.thaw();
+        let guard = soon(obtaining).await.unwrap().unwrap();
+        tokio::time::sleep(ms(500)).await;
+        assert!(guard.server_ttl().await.unwrap().is_some(), "{token:?}");
+        guard.release().await.unwrap();
+        proxy.set(Mode::Pass);
+    }
 }
 
 #[tokio::test]

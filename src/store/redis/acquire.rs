@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 
 use super::args::{count_of, decimal, flag, id_of, id_or_empty, millis, record_ttl, value_of};
 use super::operation::{Operation, What};
@@ -23,13 +23,26 @@ impl RedisStore {
         let until = Instant::now() + timeout;
         let acquired = self.try_acquire(wanted, in_line, timeout).await;
         if matches!(acquired, Err(Error::NotReplicated { .. })) {
-            // Releases the lock before it reports the failure. Should that fail, the caller has to undo the attempt, as
-            // after any failure. Not by the script for one key: the next attempt may use this token again, so nothing
-            // may end it later.
-            let left = until.saturating_duration_since(Instant::now());
-            drop(Store::release(self, &wanted.owned, Ending::Grant, left).await);
+            Box::pin(self.give_back(&wanted.owned, until)).await;
         }
         acquired
+    }
+
+    /// Releases what was not replicated, before that is reported. Should it fail, the caller has to undo the attempt, as
+    /// after any failure.
+    ///
+    /// The next attempt may use this token again, so nothing may end it later: where the outcome is unknown, this waits
+    /// until the server can't run the release any longer. It gets a third of the time, for what is not known of the
+    /// server's clock; and it is no operation of a batch, which may be run for as long as any of the others has time.
+    async fn give_back(&self, owned: &Owned, until: Instant) {
+        let left = until.saturating_duration_since(Instant::now()) / 3;
+        let released = match owned.mode.is_shared() {
+            true => Store::release(self, owned, Ending::Grant, left).await.map(drop),
+            false => self.release_whole(owned, Ending::Grant, left).await.map(drop),
+        };
+        if released.is_err_and(|error| !error.has_not_run()) {
+            sleep_until(until).await;
+        }
     }
 
     async fn try_acquire(&self, wanted: &Wanted, in_line: InLine, timeout: Duration) -> Result<Acquired, Error> {

@@ -142,7 +142,12 @@ impl RedisStore {
     }
 
     /// Releases all keys, with their records, in one call. Returns the server's time in ms as well.
-    async fn release_whole(&self, owned: &Owned, ending: Ending, timeout: Duration) -> Result<(Verdict, u64), Error> {
+    pub(super) async fn release_whole(
+        &self,
+        owned: &Owned,
+        ending: Ending,
+        timeout: Duration,
+    ) -> Result<(Verdict, u64), Error> {
         let (token, count) = (owned.token.to_bytes(), count_of(owned));
         let publish = self.publish().into();
         let locks: Vec<Bytes> = owned.keys.iter().map(|key| self.name(key)).collect();
