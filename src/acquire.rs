@@ -204,7 +204,7 @@ impl Options {
     }
 
     fn queueing(&self) -> Queueing {
-        let has_line = self.shared.store.capabilities().has_line;
+        let has_line = self.shared.store.capabilities().has_line_for_fair;
         match self.when_refused {
             WhenRefused::Wait if self.fair && has_line => Queueing::Own,
             WhenRefused::Wait => Queueing::Shared,

@@ -137,6 +137,8 @@ pub(crate) struct Capabilities {
     pub(crate) hands_over: bool,
     /// Waiters of different processes stand in one line for a key, and a release gives the lock to its head.
     pub(crate) has_line: bool,
+    /// It has such a line for those who ask to be fair, and refuses them where the user may not use it.
+    pub(crate) has_line_for_fair: bool,
     /// It renews several locks in one call ([`Store::renew_batch`]).
     pub(crate) renews_batches: bool,
     /// It undoes every acquire that is not granted by itself, whatever became of the calls. It may still do so after it

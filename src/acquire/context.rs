@@ -7,7 +7,7 @@ use tokio_util::sync::WaitForCancellationFuture;
 
 use crate::Key;
 use crate::locker::shared::Shared;
-use crate::store::Wanted;
+use crate::store::{Queueing, Wanted};
 
 /// What a request wants, and where it is carried out.
 pub(crate) struct Context {
@@ -37,14 +37,23 @@ impl Context {
         self.shared.closed.cancelled()
     }
 
-    /// Returns whether the server has a line in which the waiters of all processes stand.
+    /// Returns whether the server has a line in which the waiters of all processes stand, for this one too.
     pub(crate) fn has_line(&self) -> bool {
-        self.shared.store.capabilities().has_line
+        self.shared.store.capabilities().has_line || self.has_line_as_fair()
+    }
+
+    fn has_line_as_fair(&self) -> bool {
+        let is_fair = match self.wanted.queueing {
+            Queueing::Own => true,
+            Queueing::Behind => !self.is_shared(),
+            Queueing::Shared | Queueing::None => false,
+        };
+        is_fair && self.shared.store.capabilities().has_line_for_fair
     }
 
     /// Returns whether the store hears of the places of waiters.
     pub(crate) fn has_places(&self) -> bool {
-        self.shared.store.capabilities().has_places(self.wanted.owned.keys.len())
+        self.shared.store.capabilities().has_places(self.wanted.owned.keys.len()) || self.has_line_as_fair()
     }
 
     /// Returns whether a waiter before this one can hand the lock over to it, so that it need not be in the line.

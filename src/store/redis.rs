@@ -218,6 +218,7 @@ impl Store for RedisStore {
             // A release must not wait until replicas have acknowledged what the next owner gets.
             hands_over: !waits_for_replicas,
             has_line: self.has_line(),
+            has_line_for_fair: true,
             // Not where a call takes keys of one slot only, or must not last longer than what it renews.
             renews_batches: !waits_for_replicas && !server.takes_one_slot(),
             undoes_attempts: false,

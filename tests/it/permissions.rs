@@ -144,6 +144,22 @@ async fn with_the_documented_permissions_waiters_hear_of_releases_and_requests_a
     assert!(!denied.lines().any(|line| line == "lua"), "{denied}");
 }
 
+/// Those who wait without being fair do without the line from then on.
+#[tokio::test]
+async fn who_may_not_stand_in_line_can_not_be_fair_whatever_others_do() {
+    let (server, documented) = (Server::start(), Documented::read());
+    allow(&server, &documented.base_and(&documented.news));
+    let here = builder().connect(&url(&server)).await.unwrap();
+    let there = builder().connect(&url(&server)).await.unwrap();
+    for round in ["before", "after"] {
+        for request in [there.lock("k"), there.try_lock("k")] {
+            let refused = soon(request.fair(true)).await.unwrap_err();
+            assert_eq!(refused.code(), Some("NOPERM"), "{round}: {refused}");
+        }
+        wait(&here, &there, "k", false).await;
+    }
+}
+
 #[tokio::test]
 async fn who_may_not_stand_in_line_does_not_ask_for_it_at_every_turn() {
     let (server, documented) = (Server::start(), Documented::read());
