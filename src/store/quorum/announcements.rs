@@ -44,6 +44,23 @@ impl Announcements {
         is_due
     }
 
+    /// Returns whether the place was announced and has to be announced again, and notes that it is. In one step: what
+    /// another thread takes back meanwhile would stay here.
+    fn is_due_again(&self, key: &Key, place: LinePlace) -> bool {
+        let now = Instant::now();
+        let mut all = self.all();
+        if all.is_empty() {
+            return false;
+        }
+        match all.get_mut(&(key.clone(), place.number)) {
+            Some(last) if now.saturating_duration_since(*last) >= EVERY => {
+                *last = now;
+                true
+            }
+            _ => false,
+        }
+    }
+
     fn all(&self) -> MutexGuard<'_, HashMap<(Key, u64), Instant>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -52,16 +69,15 @@ impl Announcements {
 impl Quorum {
     /// Announces that a writer waits for the readers of this key. Waits for no reply.
     pub(super) fn announce(&self, key: &Key, place: LinePlace) {
-        if !self.announcements.is_due(key, place) {
-            return;
+        if self.announcements.is_due(key, place) {
+            self.announce_to_all(key, place);
         }
-        self.tell_all(key, move |node, key| Box::pin(async move { node.announce(&key, place, TIMEOUT).await }));
     }
 
     /// Repeats the announcement, if there is one.
     pub(super) fn still_waits(&self, key: &Key, place: LinePlace) {
-        if self.is_announced(key, place) {
-            self.announce(key, place);
+        if self.announcements.is_due_again(key, place) {
+            self.announce_to_all(key, place);
         }
     }
 
@@ -72,9 +88,8 @@ impl Quorum {
         }
     }
 
-    fn is_announced(&self, key: &Key, place: LinePlace) -> bool {
-        let all = self.announcements.all();
-        !all.is_empty() && all.contains_key(&(key.clone(), place.number))
+    fn announce_to_all(&self, key: &Key, place: LinePlace) {
+        self.tell_all(key, move |node, key| Box::pin(async move { node.announce(&key, place, TIMEOUT).await }));
     }
 
     fn tell_all(&self, key: &Key, call: impl Fn(Arc<dyn Node>, Key) -> Answer<'static, ()>) {
