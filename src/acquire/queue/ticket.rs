@@ -396,9 +396,9 @@ impl Lane {
         if !self.waiters.is_empty() {
             return Leftovers { may_hold, taken_over: None, line: None, may_enter_late: false };
         }
-        let may_enter_late = std::mem::take(&mut self.may_enter_late);
-        // A hand-over that is on its way may put the place into the line.
-        let line = self.place.take().filter(|_| self.in_line || may_hold || may_enter_late);
+        // A hand-over that is on its way may put the place into the line, also after it was left.
+        let may_enter_late = std::mem::take(&mut self.may_enter_late) || may_hold;
+        let line = self.place.take().filter(|_| self.in_line || may_enter_late);
         self.in_line = false;
         Leftovers { may_hold, taken_over: None, line, may_enter_late }
     }
