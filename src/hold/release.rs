@@ -1,6 +1,7 @@
 //! Releases locks: for their holders, or in the background.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
@@ -16,7 +17,8 @@ impl Shared {
     ///
     /// After a try of unknown outcome, the verdict "not ours" is a success: that try may have freed the lock, and
     /// another may rightly hold it now. Later tries only end the grant of `owned`, since the lock may have been
-    /// obtained again by the same token.
+    /// obtained again by the same token. For the same reason, this goes on only when the server can't run the first try
+    /// any longer, if that may end the grants of others.
     pub(crate) async fn release(
         self: &Arc<Self>,
         owned: &Owned,
@@ -36,8 +38,13 @@ impl Shared {
             Some(_) => None,
         };
         if let Some(hand_over) = next {
-            let timeout = self.command_timeout.min(until.saturating_duration_since(Instant::now()));
+            let ends_others = self.ends_others(owned, ending);
+            let now = Instant::now();
+            let timeout = self.timeout_of_try(now, until, ends_others);
             handed_over = Some(self.hand_over(owned, ending, hand_over, timeout).await);
+            if ends_others && matches!(&handed_over, Some(Err(error)) if !error.has_not_run()) {
+                sleep_until(may_run_until(now, timeout)).await;
+            }
         }
         if let Some(Ok(Some(released))) = handed_over {
             return Ok(released);
@@ -57,8 +64,9 @@ impl Shared {
         let mut failures = 0;
         loop {
             let now = Instant::now();
-            let timeout = timing::call_timeout(self.command_timeout, now, until);
             let ending = if has_tried { Ending::Grant } else { ending };
+            let ends_others = self.ends_others(owned, ending);
+            let timeout = self.timeout_of_try(now, until, ends_others);
             let call = match stays_until.and_then(|stays_until| timing::rest_until(stays_until, now)) {
                 Some(rest) => self.store.linger(owned, ending, rest, timeout),
                 None => self.store.release(owned, ending, timeout),
@@ -69,6 +77,9 @@ impl Shared {
             };
             failures += 1;
             has_tried |= !error.has_not_run();
+            if ends_others && has_tried {
+                sleep_until(may_run_until(now, timeout)).await;
+            }
             let remaining = until.saturating_duration_since(Instant::now());
             let pause = timing::pause_after(failures, self.command_timeout, remaining, fastrand::f64());
             if !error.is_transient() || pause >= remaining {
@@ -76,6 +87,17 @@ impl Shared {
             }
             sleep(pause).await;
         }
+    }
+
+    /// Returns whether a release may end the grants of others as well. A quorum waits for its nodes by itself.
+    fn ends_others(&self, owned: &Owned, ending: Ending) -> bool {
+        ending == Ending::Lock && owned.grant.is_some() && !self.store.capabilities().undoes_attempts
+    }
+
+    /// Returns the timeout of a try. If its end is waited for, there is time left for that, and for another try.
+    fn timeout_of_try(&self, now: Instant, until: Instant, is_awaited: bool) -> Duration {
+        let timeout = timing::call_timeout(self.command_timeout, now, until);
+        if is_awaited { timeout / 3 } else { timeout }
     }
 
     /// Does what the end of a lock leaves to do: ends its grant if `releases`, and then undoes what an attempt or a
@@ -110,4 +132,10 @@ impl Shared {
             }
         }
     }
+}
+
+/// Returns until when the server may run a call: its timeout, and as much again for what is not known of the server's
+/// clock.
+fn may_run_until(sent: Instant, timeout: Duration) -> Instant {
+    sent + timeout * 2
 }

@@ -597,8 +597,11 @@ impl Actor {
                 // Not `guard.token()`: a lock whose token was read is not handed over in the process.
                 self.world.ends_outside(Some(&guard.hold().owned.token));
                 let released = self.bounded(COMMAND_TIMEOUT, what, "release", guard.release()).await;
-                if let (Some(Err(error)), Some(id)) = (released, id) {
-                    self.world.not_released(id, &error);
+                if let (Some(released), Some(id)) = (released, id) {
+                    self.world.has_released(id);
+                    if let Err(error) = released {
+                        self.world.not_released(id, &error);
+                    }
                 }
             }
             Step::Drop => drop(guard),

@@ -603,6 +603,15 @@ impl World {
         state.violate(self.start, what, format!("{error}"));
     }
 
+    /// Records that the explicit release of a guard has returned: what comes of it later, nobody has requested. A call
+    /// that is delivered twice is no call that the crate can know of.
+    pub(super) fn has_released(&self, id: usize) {
+        for call in &mut self.state().calls {
+            let is_twice = matches!(call.fault, Fault::Doubled(_) | Fault::Twice(_));
+            call.doing.release &= call.doing.guard != Some(id) || is_twice;
+        }
+    }
+
     /// Checks promise 5 for a release.
     pub(super) fn not_released(&self, id: usize, error: &Error) {
         let Error::NotHeld { loss: Loss::Taken | Loss::Missing, .. } = error else { return };

@@ -263,3 +263,24 @@ async fn a_renewal_that_comes_after_the_end_of_its_guard_keeps_no_lock_that_its_
         .await;
     }
 }
+
+/// An explicit release ends the lock for all of its token; but once it has returned, for nobody any more.
+#[tokio::test]
+async fn a_release_that_comes_late_ends_nothing_that_its_token_has_obtained_since() {
+    for_each_of(&[100, 300, 800, 1_900], async |mut late: Late| {
+        let request = || late.locker.lock("k").token("worker-7".parse().unwrap()).no_renewal();
+        // From then on the server knows the script.
+        soon(request()).await.unwrap().release().await.unwrap();
+        let guard = soon(request()).await.unwrap();
+        late.proxy.set(Mode::DeliverNextLate(late.delay));
+        late.delivered = tokio::time::Instant::now() + late.delay;
+        // Whether it is known or not what has become of it.
+        drop(soon(guard.release()).await);
+        let again = soon(request()).await.unwrap();
+        sleep_until(late.delivered + ms(100)).await;
+        assert!(again.server_ttl().await.unwrap().is_some(), "{:?} late", late.delay);
+        again.release().await.unwrap();
+        late.assert_nothing_left().await;
+    })
+    .await;
+}
