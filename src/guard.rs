@@ -147,13 +147,15 @@ impl LockGuard {
         &self.hold.metadata
     }
 
-    /// Returns the fencing token: a number that is greater than those of all earlier holders of the lock. `None` if the
-    /// request was not [`fenced`](crate::LockRequest::fenced).
+    /// Returns the fencing token: a number that is greater than those of all earlier holders of the lock, with [one
+    /// exception](crate::LockRequest::fenced) where some requests are not fenced. `None` if the request was not
+    /// [`fenced`](crate::LockRequest::fenced).
     ///
     /// Send it along with every write to a store that can refuse lower ones. Then even a holder that was stopped in the
-    /// middle of a write, and goes on after another has obtained the lock, does no harm. The number is the larger of
-    /// the last one plus one and the server's time in microseconds. So it also grows when the server has lost its data,
-    /// as long as its clock goes on. It never changes during the life of a guard.
+    /// middle of a write, and goes on after another has obtained the lock, does no harm. On one server, the number is
+    /// the larger of the last one plus one and the server's time in microseconds. So it also grows when the server has
+    /// lost its data, as long as its clock goes on. On a quorum, the nodes [agree on it by
+    /// ballot](crate::Locker::quorum). It never changes during the life of a guard.
     ///
     /// The numbers are not consecutive: a process may [get some to spare](crate::Holder::fencing_token).
     ///
@@ -488,6 +490,17 @@ impl LockGuard {
 
     /// Releases the lock and waits for the server to confirm it. Futures and tokens of this guard fire first. With
     /// [`hold_at_least`](crate::LockRequest::hold_at_least), the key stays taken for the rest of that time.
+    ///
+    /// If several guards hold the lock by one [token](crate::LockRequest::token), the release ends the lock for all of
+    /// them. If the outcome of its first call is unknown, because the reply was lost or late, the release is tried
+    /// again, and these tries end only this guard's own hold. Then whatever the server replies counts as success, since
+    /// the first call may have freed the lock. So after a lost reply, `Ok(())` doesn't prove that the lock was still
+    /// held, nor that other guards of the token no longer hold it.
+    ///
+    /// On a [quorum](crate::Locker::quorum), a release of a token that others may use (a chosen one, or that of an
+    /// adopted lease) returns when every node has replied, or can no longer run the request. If a node is silent, that
+    /// takes about 1.4 s with the default [command timeout](crate::LockerBuilder::command_timeout). Other releases
+    /// return as soon as a majority has replied.
     ///
     /// # Errors
     ///

@@ -110,8 +110,8 @@ impl Lease {
         self.ttl
     }
 
-    /// Returns the fencing token, if it is known; it is greater than those of all earlier holders. See
-    /// [`new`](Lease::new) for an example.
+    /// Returns the [fencing token](crate::LockGuard::fencing_token), if it is known. See [`new`](Lease::new) for an
+    /// example.
     pub fn fencing_token(&self) -> Option<u64> {
         self.fencing_token
     }

@@ -72,9 +72,12 @@ impl Locker {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidUrl`] if the URL is malformed or unsupported. [`Error::Redis`] if the server can't be reached
-    /// within the [command timeout](LockerBuilder::command_timeout), or refuses the credentials or the database. The
-    /// locker survives later interruptions: it reconnects for ever. [`Error::NoRuntime`] outside a tokio runtime.
+    /// [`Error::InvalidUrl`] if the URL is malformed or unsupported. [`Error::Unsupported`] for a
+    /// [driver](LockerBuilder::driver) that is not compiled in, and for [`min_replicas`](LockerBuilder::min_replicas)
+    /// on a cluster. [`Error::Redis`] if the server can't be reached within the [command
+    /// timeout](LockerBuilder::command_timeout), or a third of the locker's ttl if that is shorter, or refuses the
+    /// credentials or the database. The locker survives later interruptions: it reconnects for ever.
+    /// [`Error::NoRuntime`] outside a tokio runtime.
     ///
     /// # Cancel safety
     ///
@@ -124,8 +127,9 @@ impl Locker {
     /// [`ClusterConnection`](redis::cluster_async::ClusterConnection). See [`RedisConnection`](crate::RedisConnection)
     /// for what each of them can do.
     ///
-    /// Each operation has its own timeout. If the connection has a shorter one, that one wins. And the connection is yours
-    /// to replace: if it leads to a primary that has become a replica, requests wait until it leads to a primary again.
+    /// Each operation has its own timeout. If the connection has a shorter one, that one wins. And the connection is
+    /// yours to replace: if it leads to a primary that has become a replica, requests wait until it leads to a primary
+    /// again.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -200,9 +204,11 @@ impl Locker {
     /// [`Error::InvalidNodes`] for no nodes, an even number of them (it tolerates no more failures than one node
     /// fewer), the same node twice (whatever its addresses, as far as it reports which server it is), a cluster or
     /// Sentinels. [`Error::InvalidUrl`] for a URL that is malformed or unsupported. [`Error::InvalidTtl`] if the
-    /// locker's ttl is longer than the restart window. [`Error::Quorum`] if no majority could be reached within the
-    /// [command timeout](LockerBuilder::command_timeout), with each node's own error. Later, wherever [`Error::Redis`]
-    /// is documented, [`Error::Quorum`] reports the failed nodes instead.
+    /// locker's ttl is longer than the restart window. [`Error::Unsupported`] for a [driver](LockerBuilder::driver)
+    /// that is not compiled in, and for [`min_replicas`](LockerBuilder::min_replicas). [`Error::Quorum`] if no majority
+    /// could be reached in the time for a [connection](LockerBuilder::command_timeout), with each node's own error.
+    /// Later, wherever [`Error::Redis`] is documented, [`Error::Quorum`] reports the failed nodes instead.
+    /// [`Error::NoRuntime`] outside a tokio runtime.
     ///
     /// # Cancel safety
     ///
@@ -247,8 +253,8 @@ impl Locker {
     /// - A process that has the lock serves its own waiters for up to 16 turns or 100 ms in a row, whichever is over
     ///   first, before it goes to the end of the line ([`fair`](LockRequest::fair) requests have one turn each).
     /// - When a lock expires, or another library releases it, the next process that asks may get it.
-    /// - A request for [several keys](Locker::lock_all) that is given one of them may take the others at the moment at
-    ///   which they are given to other waiters, which then come next. That happens to a waiter once.
+    /// - When a request for [several keys](Locker::lock_all) gets its turn at one of them, it may also take keys that
+    ///   were just reserved for other waiters. Each waiter can be overtaken like this once and is then next.
     /// - On a quorum there is no line: the process that asks at the right moment gets the lock.
     ///
     /// A process that dies in the line, or doesn't poll its request, costs the others 1.5 s when its turn comes, once;
@@ -321,9 +327,8 @@ impl Locker {
     /// Readers that come later wait behind it only at the key in whose line it is. So it gets in however many read one
     /// of its keys. Where two of its keys have readers at any time, it may wait for as long as they go on.
     ///
-    /// On the embedded store, its place holds back none but those who would share the key. There is no order between it
-    /// and those who wait for one key: it takes its keys when all are free, whoever waits, and it may wait for as long
-    /// as one of them goes from waiter to waiter. Those may wait for as long as such requests follow each other.
+    /// On the embedded store, a request for several keys holds back only readers and permits. It takes its keys when
+    /// all are free, in no order with those who wait for one key, so either side may starve.
     ///
     /// On a cluster, all keys must lie in one slot; a common hash tag ensures that: `{invoices}:1`, `{invoices}:2`. See
     /// [`LockRequest`] for options, errors and cancel safety; no keys, or the same key twice, is [`Error::InvalidKey`].
@@ -520,7 +525,9 @@ impl Locker {
     /// [`Error::NotHeld`] if the lease no longer holds the lock. `adopt` does not obtain it again; for that, use
     /// [`obtain`](Locker::obtain) with the lease's [`token`](LockRequest::token). [`Error::InvalidTtl`] and the like if
     /// the lease can't work; [`Error::ValidityExpired`] if too little of the ttl was left when the reply came;
-    /// [`Error::Redis`] if the server could not be reached, or failed; [`Error::Closed`].
+    /// [`Error::Redis`] if the server could not be reached, or failed; [`Error::NotReplicated`] if too few
+    /// [replicas](LockerBuilder::min_replicas) acknowledged the renewal in time; [`Error::Closed`];
+    /// [`Error::NoRuntime`] outside a tokio runtime.
     ///
     /// # Cancel safety
     ///
@@ -570,7 +577,8 @@ impl Locker {
     ///
     /// # Errors
     ///
-    /// [`Error::NotHeld`] if the lease no longer holds the lock; otherwise those of [`adopt`](Locker::adopt).
+    /// [`Error::NotHeld`] if the lease no longer holds the lock; otherwise those of [`adopt`](Locker::adopt), except
+    /// [`Error::ValidityExpired`].
     ///
     /// # Cancel safety
     ///
@@ -597,9 +605,10 @@ impl Locker {
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] if the lock is lost while the body runs; the body is then dropped, wherever it was. Any error of
-    /// the request for the lock ([`LockRequest`]). If the body is done and only the release could not be confirmed,
-    /// `scope` returns its output: the release goes on in the background.
+    /// [`Error::Lost`] if the lock is lost while the body runs; the body is then dropped, wherever it was. Also if the
+    /// release finds that the lock was lost; then the body has finished, and its output is discarded. Any error of the
+    /// request for the lock ([`LockRequest`]). If the body is done and only the release could not be confirmed, `scope`
+    /// returns its output: the release goes on in the background.
     ///
     /// # Cancel safety
     ///
@@ -627,7 +636,8 @@ impl Locker {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidKey`]; [`Error::Redis`] if the server could not be reached, or failed; [`Error::Closed`].
+    /// [`Error::InvalidKey`]; [`Error::Redis`] if the server could not be reached, or failed; [`Error::Closed`];
+    /// [`Error::NoRuntime`] outside a tokio runtime.
     ///
     /// # Cancel safety
     ///
@@ -704,7 +714,8 @@ impl Locker {
     ///
     /// [`Error::Redis`] if a server could not be reached, or failed: then no locks are returned, rather than some of
     /// them. On a quorum a majority is enough. [`Error::Unsupported`] through a [connection](Locker::with_redis) of
-    /// your own to a cluster, which doesn't tell its nodes. [`Error::Closed`].
+    /// your own to a cluster, which doesn't list its nodes. [`Error::Closed`]. [`Error::NoRuntime`] outside a tokio
+    /// runtime.
     ///
     /// # Cancel safety
     ///
@@ -762,7 +773,8 @@ impl Locker {
     /// # Errors
     ///
     /// [`Error::Redis`] if the server can't be reached, or failed; [`Error::Unsupported`] through a
-    /// [connection](Locker::with_redis) of your own to a cluster; [`Error::Closed`].
+    /// [connection](Locker::with_redis) of your own to a cluster; [`Error::Closed`]; [`Error::NoRuntime`] outside a
+    /// tokio runtime.
     ///
     /// # Cancel safety
     ///
@@ -804,13 +816,17 @@ impl Locker {
     /// call it again if that one is to lose the lock too.
     ///
     /// On a [quorum](Locker::quorum), all nodes are asked. It succeeds when a majority has no lock any longer: then no
-    /// renewal succeeds, and a node that was away frees its key when the ttl ends.
+    /// renewal succeeds, and a node that was away frees its key when the ttl ends. It returns when every node has
+    /// replied, or can no longer run the request, so that it ends no lock that is obtained later. If a node is silent,
+    /// that takes about 1.4 s with the default [command timeout](LockerBuilder::command_timeout).
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidKey`]; [`Error::Redis`] if the server could not be reached, or failed; [`Error::Closed`]. After
-    /// a timeout or a lost connection the lock may have ended all the same, and a repeat would end the next holder's:
-    /// look with [`inspect`](Locker::inspect) first.
+    /// [`Error::InvalidKey`]; [`Error::Redis`] if the server could not be reached, or failed; [`Error::Unsupported`]
+    /// through a [`ClusterConnection`](Locker::with_redis) of redis-rs, which may send a command twice;
+    /// [`Error::Closed`]; [`Error::NoRuntime`] outside a tokio runtime. After a timeout or a lost connection the lock
+    /// may have ended all the same, and a repeat would end the next holder's: look with [`inspect`](Locker::inspect)
+    /// first.
     ///
     /// # Cancel safety
     ///

@@ -33,8 +33,9 @@ use crate::{Error, Key, LockGuard, Retry, Token};
 /// The future may be dropped at any time. What an attempt may have left at the server is then released in the
 /// background, on the runtime that polled it; nothing else is left behind.
 ///
-/// While the future is neither polled nor dropped, it keeps its position: the waiters for the key behind it in this
-/// process wait for it, as they do with tokio's `Mutex`.
+/// A future that is neither polled nor dropped loses its turn. If the first waiter for a key in this process isn't
+/// polled within about 700 ms after it was due, it goes to the end of the queue. A lock that was handed over to it is
+/// taken back after 500 ms.
 ///
 /// # Errors
 ///
@@ -177,9 +178,9 @@ impl LockRequest {
     /// it. Default: a new [random](Token::random) token.
     ///
     /// Several guards may hold the lock by one token. A guard that is dropped or expires is released in the background,
-    /// without ending the others; an explicit [`release`](LockGuard::release) of any of them ends the lock for all. A
-    /// holder that died counts until its own ttl has passed: if its token is used again before that, the key stays for
-    /// that long after a drop.
+    /// without ending the others. An explicit [`release`](LockGuard::release) of any of them ends the lock for all,
+    /// unless the outcome of its first call is unknown ([details](LockGuard::release)). A holder that died counts until
+    /// its own ttl has passed: if its token is used again before that, the key stays for that long after a drop.
     ///
     /// The guards of a [reader](Locker::read), or of a [permit](Locker::permit), have a share of the key each. If the
     /// server no longer has the share of a guard that is released explicitly, the release ends the other shares of the
@@ -201,8 +202,8 @@ impl LockRequest {
         self
     }
 
-    /// Sets the time between renewals: at least 1 ms, and shorter than the ttl less drift. Default: the locker's, or a
-    /// third of the ttl.
+    /// Sets the time between renewals: at least 1 ms, and shorter than the ttl less drift. A time longer than half of
+    /// the ttl counts as half of it. Default: the locker's, or a third of the ttl.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -377,8 +378,9 @@ impl LockRequest {
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] if the lock is lost while the body runs; the body is then dropped, wherever it was. Any error of
-    /// the request. If the body is done and only the release could not be confirmed, `scope` returns its output: the
+    /// [`Error::Lost`] if the lock is lost while the body runs; the body is then dropped, wherever it was. Also if the
+    /// release finds that the lock was lost; then the body has finished, and its output is discarded. Any error of the
+    /// request. If the body is done and only the release could not be confirmed, `scope` returns its output: the
     /// release goes on in the background.
     ///
     /// # Cancel safety

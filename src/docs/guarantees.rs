@@ -41,7 +41,7 @@
 //! | not guaranteed | instead | shown by |
 //! | --- | --- | --- |
 //! | A server whose clock is set forward, by more than the drift, lets no second holder in. | keys expire early: there can be two holders until the first one's next renewal; fencing tokens tell them apart | `it clocks::a_server_whose_clock_is_set_forward_lets_a_second_holder_in_whose_fencing_token_is_greater` |
-//! | Guards of one token exclude each other. | they share the lock, and an explicit release ends it for all of them | `it ownership::an_explicit_release_ends_the_lock_for_all_who_hold_it_by_its_token` |
+//! | Guards of one token exclude each other. | they share the lock, and an explicit [release](crate::LockGuard::release) ends it for all of them, unless the outcome of its first call is unknown | `it ownership::an_explicit_release_ends_the_lock_for_all_who_hold_it_by_its_token` |
 //! | A lock is renewed while its runtime is blocked or gone. | it is lost by its deadline; [`isolated`](crate::LockerBuilder::isolated) gives renewals a thread of their own | `it drops::with_its_runtime_gone_the_guard_says_so_and_the_ttl_frees_the_lock`, `it drops::an_isolated_locker_renews_although_every_worker_is_blocked` |
 //! | A guard that is dropped frees its key. | without a runtime, the ttl does | `it drops::with_its_runtime_gone_the_guard_says_so_and_the_ttl_frees_the_lock` |
 //! | A waiter whose future is not polled keeps its turn. | it loses the turn | `it parked::a_future_that_is_not_polled_keeps_its_turn_from_nobody` |

@@ -123,7 +123,8 @@ impl LockerBuilder {
         self
     }
 
-    /// Sets the time between [renewals](crate::LockRequest::renew_every). Default: a third of the ttl.
+    /// Sets the time between [renewals](crate::LockRequest::renew_every): at most half of the ttl. Default: a third of
+    /// the ttl.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -189,8 +190,9 @@ impl LockerBuilder {
 
     /// Sets how long to wait for the server's reply to one command, and for a connection. Default: 2 s.
     ///
-    /// A call ends sooner when its reply would come too late to be of use. Zero counts as 1 ms, and anything longer
-    /// than 365 days as 365 days.
+    /// A call ends sooner when its reply would come too late to be of use. For a connection, the limit is a third of
+    /// the locker's [ttl](Self::ttl) if that is shorter, so that no lock is lost while it is opened. Zero counts as a
+    /// millisecond, and anything longer than 365 days as 365 days.
     ///
     /// ```
     /// # use std::time::Duration;

@@ -22,12 +22,14 @@ use crate::{Error, Lease};
 /// - [`Error::NotHeld`]: the lease no longer holds the lock.
 /// - [`Error::AlreadyWatched`]: the watchdog watches one of its keys; nothing was sent.
 /// - [`Error::Redis`]: the server refused, or could not be reached.
+/// - [`Error::NotReplicated`]: too few [replicas](crate::LockerBuilder::min_replicas) acknowledged the renewal in time.
 /// - [`Error::ValidityExpired`]: the reply came so late that too little of the ttl was left.
 /// - [`Error::InvalidKey`], [`Error::InvalidTtl`], [`Error::InvalidRenewal`]: the lease is invalid; nothing was sent.
 /// - [`Error::Unsupported`]: it is the lease of a [permit](crate::Locker::permit), and is to be obtained when one is
 ///   free; nothing was sent.
 /// - [`Error::CrossSlot`]: its keys are in different slots of a cluster.
 /// - [`Error::ShutDown`]: the watchdog was shut down. [`Error::Closed`]: the locker was closed.
+/// - [`Error::NoRuntime`]: the future was polled outside a tokio runtime.
 ///
 /// # Cancel safety
 ///
@@ -62,8 +64,8 @@ impl WatchRequest {
         Self { dog, lease, renewal, obtain_when_free: false }
     }
 
-    /// Sets the time between renewals: at least 1 ms, and shorter than the lease's ttl less drift. Default: the
-    /// watchdog's, or else the locker's, or a third of the ttl.
+    /// Sets the time between renewals: at least 1 ms, and shorter than the lease's ttl less drift. A time longer than
+    /// half of the ttl counts as half of it. Default: the watchdog's, or else the locker's, or a third of the ttl.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
