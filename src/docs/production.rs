@@ -13,8 +13,9 @@
 //!   it. A failover is safe only if that is the number of all replicas, and then nothing can be locked while one of
 //!   them is away. With a smaller number, a replica that lacks the lock may be promoted.
 //! - **Or it is one of several.** [`Locker::quorum`](crate::Locker::quorum) needs 3 or 5 servers with separate power
-//!   and no replicas. Restart them one by one, and leave a [restart window](crate::LockerBuilder::restart_window)
-//!   (60 s) between two.
+//!   and no replicas. Restart them one by one. When one is up again, wait for a [restart
+//!   window](crate::LockerBuilder::restart_window) (60 s), 2 s, and one renewal interval (by default a third of the
+//!   ttl) before you restart the next: then the node has all held locks again.
 //! - **Its clock is steady.** It need not be right, but a step forwards ends locks early, and a step backwards makes
 //!   them last. NTP should slew it, not set it.
 //! - **It isn't busy with others.** A script of another client that runs for seconds, `KEYS`, or a fork of a large
