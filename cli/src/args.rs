@@ -49,7 +49,8 @@ pub(crate) enum Command {
     ///
     /// Shows the holder, and asks before it ends the lock. The holder isn't asked, and goes on until its next renewal,
     /// up to a third of its ttl: so for that long there may be two holders. Ending the process that holds the lock is
-    /// safer, where it can be reached; `tenure run` releases the lock when it gets SIGTERM.
+    /// safer, where it can be reached. `tenure run` passes SIGTERM on to its command, and releases the lock when the
+    /// command has ended. A command that ignores the signal keeps the lock.
     #[command(after_long_help = AFTER_BREAK)]
     Break(BreakOptions),
 
@@ -131,6 +132,8 @@ pub(crate) struct RunOptions {
     pub(crate) no_wait: bool,
 
     /// Wait in strict order of arrival, across all processes
+    ///
+    /// Has no effect on a quorum, which has no such order.
     #[arg(long)]
     pub(crate) fair: bool,
 
