@@ -147,7 +147,7 @@
 //! will be unless the server comes back. No event and no span shows a token. [`docs::events`] lists them all.
 //!
 //! ```text
-//!  WARN tenure.keep{key=invoices:42}: tenure.lost: lost loss=its key is gone
+//!  WARN tenure.keep{key=invoices:42}: tenure.lost: lost key=invoices:42 loss=its key is gone from the server
 //! ```
 //!
 //! With the feature `metrics`, what happens to locks is counted and timed as well.

@@ -11,7 +11,7 @@
 //! DEBUG tenure.obtain{key=k ttl=30s}: tenure.obtained: obtained waited=1.1ms attempts=1
 //!     remaining=29.7s
 //! DEBUG tenure.keep{key=k}: tenure.renewed: renewed remaining=29.7s took=410.3µs
-//!  WARN tenure.keep{key=k}: tenure.lost: lost loss=its key is gone
+//!  WARN tenure.keep{key=k}: tenure.lost: lost key=k loss=its key is gone from the server
 //! ```
 //!
 //! `tenure.obtain` and `tenure.keep` are children of the span in which the request is awaited, or
