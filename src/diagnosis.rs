@@ -30,7 +30,7 @@ pub struct Diagnosis {
     pub findings: Vec<Finding>,
 }
 
-/// What a server has told about itself. See [`Diagnosis`] for an example.
+/// What a server has reported about itself. See [`Diagnosis`] for an example.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct ServerReport {

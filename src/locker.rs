@@ -851,9 +851,9 @@ impl Locker {
         self.end_lock_of(key.into(), Whose::All).await
     }
 
-    /// Ends the lock of this key like [`force_release`](Locker::force_release), unless somebody holds it who has none
-    /// of these tokens: then it returns false, and nothing has changed. The server compares the tokens in the step that
-    /// ends the lock.
+    /// Ends the lock of this key like [`force_release`](Locker::force_release), but only if every holder's token is in
+    /// `tokens`; otherwise returns false, and nothing has changed. The server compares the tokens in the step that ends
+    /// the lock.
     ///
     /// For tools that show [who holds](Locker::holders) a lock before they end it: a holder that has come since then
     /// keeps its lock. Without tokens, it ends only the time for which a key stays taken although nobody holds it.

@@ -241,9 +241,9 @@ impl LockRequest {
 
     /// Sets whether the guard has a [fencing token](LockGuard::fencing_token). Default: the locker's, true.
     ///
-    /// If a lock was obtained by a random [token](LockGuard::token) and without a fencing token, and its token then
-    /// obtains it again with one, the guard gets the previous holder's fencing token. A lock whose token was
-    /// [chosen](LockRequest::token) always gets a fencing token of its own.
+    /// If a random [token](LockGuard::token) first obtained the lock unfenced and then obtains it fenced, the guard
+    /// gets the previous holder's fencing token. A lock whose token was [chosen](LockRequest::token) always gets a
+    /// fencing token of its own.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]

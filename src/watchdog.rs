@@ -37,7 +37,7 @@ use crate::{Error, Key, Lease, LockGuard, Locker};
 /// Keeps many locks at once, by key, and reports what becomes of them.
 ///
 /// It is for programs whose locks don't belong to a scope: a worker that owns a changing set of shards, a pool of
-/// sessions. You give it a lock as a guard, which it owns from then on, or as a [`Lease`], and find the lock again
+/// connections. You give it a lock as a guard, which it owns from then on, or as a [`Lease`], and find the lock again
 /// under each of its keys. Every lock is renewed on its own, as a guard's is. A lock that is lost is removed.
 ///
 /// A watchdog keeps one guard for each key, also for those that several share: a second [reader](Locker::read) or
