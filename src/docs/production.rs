@@ -21,6 +21,8 @@
 //! - **It isn't busy with others.** A script of another client that runs for seconds, `KEYS`, or a fork of a large
 //!   memory delays renewals. They are retried until the deadline; the metric
 //!   `tenure_renewal_left_seconds` shows how close that gets (feature `metrics`).
+//! - **It has memory for fencing tokens.** Each key that was locked with one leaves a key of about 133 bytes for 24 h:
+//!   133 MB for a million different keys a day. [`fence_ttl`](crate::LockerBuilder::fence_ttl) shortens that.
 //! - **The user may do what is needed, and nothing else.** The README lists the rights of an ACL user. Without those
 //!   for pub/sub and the line, waiting works but checks only every second.
 //!
@@ -69,5 +71,10 @@
 //! # What it needs
 //!
 //! Redis 6.2 or later, or Valkey; standalone, under Sentinels, as a cluster, or as a quorum. Hosted services work if
-//! they allow Lua scripts. A proxy that spreads keys over servers works if it keeps keys with the same hash tag
-//! together.
+//! they allow Lua scripts, and in these `TIME`, and `PUBSUB` if waiters are to be notified. The nodes of a quorum must
+//! allow `INFO` as well, unless the restart window is off. A proxy that spreads keys over servers works if it keeps
+//! keys with the same hash tag together.
+//!
+//! It is not promised yet that two versions of tenure can share keys, as in a rolling deployment: the scripts, and what
+//! they keep beside a lock, may still change from one version to the next. The lock key itself is what other libraries
+//! understand, too: a string that is set by `SET key token NX PX`.
