@@ -109,6 +109,26 @@
 //! A guard is not reentrant. A task that asks for a lock that it holds already waits for itself: pass the guard on
 //! instead, by reference.
 //!
+//! # Synchronous code
+//!
+//! There is no blocking interface. Code that is not async has a runtime of its own and calls its `block_on`. The
+//! runtime has a worker thread, on which locks are renewed while nobody is in `block_on`:
+//!
+//! ```
+//! # use tenure::Locker;
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+//! # let locker = Locker::in_memory();
+//! # if false {
+//! let locker = runtime.block_on(Locker::connect("redis://127.0.0.1:6379"))?;
+//! # }
+//! let guard = runtime.block_on(async { locker.lock("invoices:42").await })?;
+//! guard.check()?; // between the steps of the work
+//! runtime.block_on(guard.release())?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # More than one
 //!
 //! ```

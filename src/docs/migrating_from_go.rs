@@ -1,4 +1,5 @@
-//! A guide for users of the Go libraries that tenure learned from: their first example, and the same in tenure.
+//! A guide for users of the Go libraries that tenure learned from: their first example, and the same in tenure. At the
+//! end are tables for users of redsync and of etcd's package `concurrency`.
 //!
 //! Only differences in kind are explained. What all of them leave to the caller, tenure does by itself: it renews the
 //! lock in the background, stops the work on a loss, releases a lock that the caller forgot, and distinguishes a server
@@ -288,6 +289,41 @@
 //!
 //! For tests without a server, where that library has a minimal client interface, use
 //! [`Locker::in_memory`](crate::Locker::in_memory).
+//!
+//! # redsync
+//!
+//! On one server, its locks and tenure's exclude each other if both use the same key.
+//!
+//! | there | here |
+//! | --- | --- |
+//! | `redsync.New(pool)`, `redsync.New(pools...)` | [`connect`](crate::Locker::connect), [`quorum`](crate::Locker::quorum) |
+//! | `NewMutex(name, WithExpiry(…))`, 8 s by default | [`lock`](crate::Locker::lock) with [`ttl`](crate::LockRequest::ttl), 30 s by default |
+//! | `LockContext(ctx)`, with `WithTries` and `WithRetryDelay` | [`obtain`](crate::Locker::obtain) with a [`Retry`]; or [`lock`](crate::Locker::lock) with [`wait_at_most`], which is notified |
+//! | `TryLockContext(ctx)` | [`try_lock`](crate::Locker::try_lock) |
+//! | `UnlockContext(ctx)` | [`release`](crate::LockGuard::release), or a drop |
+//! | `ExtendContext(ctx)`, which the caller repeats | every guard renews itself; or [`renew`](crate::LockGuard::renew) |
+//! | `Until()` | [`deadline`](crate::LockGuard::deadline), [`remaining`](crate::LockGuard::remaining) |
+//! | `WithValue`, `WithGenValueFunc`, `Value()` | [`token`], [`LockGuard::token`](crate::LockGuard::token) |
+//! | `WithDriftFactor` | [`drift`](crate::LockerBuilder::drift) |
+//! | `WithTimeoutFactor` | [`command_timeout`](crate::LockerBuilder::command_timeout) |
+//! | `ErrFailed`, `*ErrTaken` | [`NotObtained`] if another holds the lock; [`Error::Quorum`] if too few nodes replied |
+//!
+//! # etcd's concurrency.Mutex
+//!
+//! etcd decides by consensus, and keeps its locks while a majority of its servers is there. A Redis server may forget one
+//! in a restart or a failover: [`guarantees`](crate::docs::guarantees) says what remains then.
+//! [`quorum`](crate::Locker::quorum) needs as many servers as etcd does.
+//!
+//! | there | here |
+//! | --- | --- |
+//! | `NewSession(client, WithTTL(60))`, one lease for all of its locks | a [`Locker`]; each guard has its own [`ttl`](crate::LockRequest::ttl) |
+//! | `NewMutex(session, prefix)`, `Lock(ctx)` | [`lock`](crate::Locker::lock); in strict order of arrival with [`fair`](crate::LockRequest::fair) |
+//! | `TryLock(ctx)`, `ErrLocked` | [`try_lock`](crate::Locker::try_lock), [`NotObtained`] |
+//! | `Unlock(ctx)` | [`release`](crate::LockGuard::release), or a drop |
+//! | `session.Done()` | [`lost`](crate::LockGuard::lost), [`cancellation_token`](crate::LockGuard::cancellation_token) |
+//! | `IsOwner()`, compared in each transaction | [`fencing_token`], compared by the store that is written to |
+//! | `session.Orphan()`, `WithLease(id)` | [`into_lease`](crate::LockGuard::into_lease), [`adopt`](crate::Locker::adopt) |
+//! | `session.Close()` | [`close`](crate::Locker::close), after the guards are dropped |
 //!
 //! [`Error::Quorum`]: crate::Error::Quorum
 //! [`LockGuard`]: crate::LockGuard

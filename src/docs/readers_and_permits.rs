@@ -65,6 +65,11 @@
 //! | `availablePermits()` | the limit, less the number of [`holders`] |
 //! | `RFairLock` | [`fair`]; all others wait in turns, too |
 //! | `RLock.lock(leaseTime, …)`, without the watchdog | [`ttl`] and [`no_renewal`]; or [`hold_at_most`] |
+//! | `tryLock(waitTime, leaseTime, …)` | [`lock`] with [`wait_at_most`], and with the line above for `leaseTime` |
+//! | `isLocked()` | [`inspect`](crate::Locker::inspect), which also returns the holder |
+//! | `isHeldByCurrentThread()` | [`is_held`](crate::LockGuard::is_held) of the guard |
+//! | `forceUnlock()` | [`force_release`](crate::Locker::force_release) |
+//! | `lockWatchdogTimeout`, 30 s | the locker's [`ttl`](crate::LockerBuilder::ttl), 30 s |
 //! | reentrant by thread id | several guards by one [`token`](crate::LockRequest::token) |
 //! | `RedissonMultiLock` | [`lock_all`](crate::Locker::lock_all), on one server |
 //! | `RFencedLock` | [`fencing_token`](crate::LockGuard::fencing_token), of every guard |
