@@ -33,6 +33,16 @@ pub struct Retry {
 }
 
 /// One run of a strategy's pauses.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use tenure::{Pauses, Retry};
+///
+/// let mut pauses: Pauses = Retry::linear(Duration::from_secs(1)).max_retries(2).pauses();
+/// assert_eq!(pauses.next(), Some(Duration::from_secs(1)));
+/// ```
 pub type Pauses = Box<dyn Iterator<Item = Duration> + Send>;
 
 impl Retry {
@@ -143,6 +153,21 @@ impl fmt::Debug for Retry {
 /// What [`Retry::from_iter`] accepts: an iterator of pauses, or a function that returns one.
 ///
 /// Implemented for everything that fits; `Kind` only distinguishes the two.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use tenure::{IntoPauses, Retry};
+///
+/// fn spread<Kind>(pauses: impl IntoPauses<Kind>) -> Retry {
+///     Retry::from_iter(pauses).jitter(Duration::from_millis(50))
+/// }
+///
+/// let listed = spread([Duration::from_secs(1), Duration::from_secs(5)]);
+/// let made = spread(|| std::iter::repeat(Duration::from_secs(1)));
+/// # assert_eq!((listed.pauses().count(), made.pauses().take(3).count()), (2, 3));
+/// ```
 pub trait IntoPauses<Kind> {
     #[doc(hidden)]
     fn into_pauses(self) -> Arc<dyn Fn() -> Pauses + Send + Sync>;
