@@ -310,8 +310,8 @@
 //!
 //! # etcd's concurrency.Mutex
 //!
-//! etcd decides by consensus, and keeps its locks while a majority of its servers is there. A Redis server may forget one
-//! in a restart or a failover: [`guarantees`](crate::docs::guarantees) says what remains then.
+//! etcd decides by consensus, and keeps its locks while a majority of its servers is there. A Redis server may forget
+//! one in a restart or a failover: [`guarantees`](crate::docs::guarantees) says what remains then.
 //! [`quorum`](crate::Locker::quorum) needs as many servers as etcd does.
 //!
 //! | there | here |
