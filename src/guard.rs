@@ -497,10 +497,12 @@ impl LockGuard {
     /// the first call may have freed the lock. So after a lost reply, `Ok(())` doesn't prove that the lock was still
     /// held, nor that other guards of the token no longer hold it.
     ///
-    /// On a [quorum](crate::Locker::quorum), a release of a token that others may use (a chosen one, or that of an
-    /// adopted lease) returns when every node has replied, or can no longer run the request. If a node is silent, that
-    /// takes about 1.4 s with the default [command timeout](crate::LockerBuilder::command_timeout). Other releases
-    /// return as soon as a majority has replied.
+    /// A release of a token that others may use (a chosen one, or that of an adopted lease) ends nothing that is obtained
+    /// after it has returned. So if the outcome of its first call is unknown, which has a third of the [command
+    /// timeout](crate::LockerBuilder::command_timeout), the release goes on when the server can no longer run that. On a
+    /// [quorum](crate::Locker::quorum), it returns when every node has replied, or can no longer run it; if a node is
+    /// silent, that takes about 1.4 s with the default command timeout. Other releases return as soon as a majority has
+    /// replied.
     ///
     /// # Errors
     ///
