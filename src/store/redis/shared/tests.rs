@@ -389,7 +389,7 @@ async fn no_share_is_taken_that_a_writer_waits_for() {
 
 #[tokio::test]
 #[ignore = "needs a server; tests/internals.rs runs it"]
-async fn a_writer_that_waits_and_dies_holds_readers_back_for_some_time_and_not_for_ever() {
+async fn a_writer_that_waits_and_dies_holds_readers_back_for_two_seconds_at_most() {
     let server = Server::start();
     let (store, far, key) = (store(&server).await, store(&server).await, Key::from("k"));
     let (first, waiting, next) = (reader(), writer(), reader());
@@ -405,6 +405,7 @@ async fn a_writer_that_waits_and_dies_holds_readers_back_for_some_time_and_not_f
     })
     .await;
     assert!(is_granted(&asks(&store, &next, at(1, false)).await));
+    // That it is no longer is shown on simulated servers: here the machine may be busy.
     let after = asked.elapsed();
     assert!(after > Duration::from_millis(1_400), "{after:?}");
     // Those who don't wait drop the dead as well.
