@@ -119,7 +119,7 @@ impl LockGuard {
     /// Returns the token that the server stores at the key: the secret of this holder.
     ///
     /// A guard whose token was read is not [handed over](crate::LockerBuilder::local_hand_over) within the process, as
-    /// its token could be used elsewhere.
+    /// its token could be used elsewhere. Its release is a call of its own.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -497,7 +497,8 @@ impl LockGuard {
     /// the first call may have freed the lock. So after a lost reply, `Ok(())` doesn't prove that the lock was still
     /// held, nor that other guards of the token no longer hold it.
     ///
-    /// A release of a token that others may use (a chosen one, or that of an adopted lease) ends nothing that is obtained
+    /// A release of a token that others may use (a chosen one, one that was [read](Self::token), or that of an adopted
+    /// lease) ends nothing that is obtained
     /// after it has returned. So if the outcome of its first call is unknown, which has a third of the [command
     /// timeout](crate::LockerBuilder::command_timeout), the release goes on when the server can no longer run that. On a
     /// [quorum](crate::Locker::quorum), it returns when every node has replied, or can no longer run it; if a node is
@@ -540,7 +541,8 @@ impl LockGuard {
         // A renewal that is on its way is given up.
         self.renewer.interrupt();
         let until = Instant::now() + self.shared.command_timeout;
-        let released = self.shared.release(&self.hold.owned, Ending::Lock, self.hold.stays_until(), until).await?;
+        let owned = self.hold.owned_by_all();
+        let released = self.shared.release(&owned, Ending::Lock, self.hold.stays_until(), until).await?;
         self.hold.set_final_step(self.after_release());
         match released {
             Verdict::Done => {

@@ -103,6 +103,8 @@ pub(crate) struct Hold {
     /// Whether a part of the lock may be left at the server after a verdict that it is not ours: some of several keys,
     /// or of several nodes, or the record of grants.
     has_parts: bool,
+    /// Several servers decide, each by itself.
+    is_voted_on: bool,
     bounds: Bounds,
     /// Until when the keys stay taken, whatever becomes of the hold (invariant 9). In the past if they don't.
     stays_until: Instant,
@@ -167,6 +169,7 @@ impl Hold {
         (state.deadline, state.ends_at_limit) = state.deadline(drift, sent, grant.ttl);
         Self {
             has_parts: is_voted_on || owned.keys.len() > 1 || owned.has_record(),
+            is_voted_on,
             owned,
             metadata,
             fencing_token: grant.fencing_token,
@@ -220,7 +223,12 @@ impl Hold {
             // The deadline lies before the end of the ttl: to free the key there would be too early.
             Some(Loss::Expired) => Some(self.stays_until.min(state.sent + state.worth)),
             // Of several keys, others may still be ours: no store leaves to nobody what is not.
-            Some(Loss::Taken | Loss::Missing) => (self.owned.keys.len() > 1).then_some(self.stays_until),
+            Some(Loss::Taken | Loss::Missing) if self.owned.keys.len() == 1 => None,
+            // On a node of a quorum that is behind, a key may still be ours that is another's by the votes of the others.
+            Some(Loss::Taken | Loss::Missing) if self.is_voted_on => {
+                Some(self.stays_until.min(state.sent + state.worth))
+            }
+            Some(Loss::Taken | Loss::Missing) => Some(self.stays_until),
         }
     }
 

@@ -48,7 +48,8 @@ impl Context {
             Queueing::Behind => !self.is_shared(),
             Queueing::Shared | Queueing::None => false,
         };
-        is_fair && self.shared.store.capabilities().has_line_for_fair
+        // Of several keys, none is refused: the request has no place in any line before it is refused a key.
+        is_fair && self.only_key().is_some() && self.shared.store.capabilities().has_line_for_fair
     }
 
     /// Returns whether the store hears of the places of waiters.

@@ -101,6 +101,7 @@ impl Hold {
             doubt: None,
             has_parts: self.has_parts,
             bounds: self.bounds,
+            is_voted_on: self.is_voted_on,
             stays_until: self.stays_until,
             drift: self.drift,
             origin: self.origin,

@@ -27,7 +27,7 @@ impl Shared {
         until: Instant,
     ) -> Result<Verdict, Error> {
         Self::check_runtime()?;
-        let mut handed_over = None;
+        let (mut handed_over, mut has_tried) = (None, false);
         let next = match stays_until {
             None if self.store.capabilities().hands_over => self.queues.next(owned),
             None => {
@@ -42,14 +42,15 @@ impl Shared {
             let now = Instant::now();
             let timeout = self.timeout_of_try(now, until, ends_others);
             handed_over = Some(self.hand_over(owned, ending, hand_over, timeout).await);
-            if ends_others && matches!(&handed_over, Some(Err(error)) if !error.has_not_run()) {
+            has_tried = matches!(&handed_over, Some(Err(error)) if !error.has_not_run());
+            if ends_others && has_tried {
                 sleep_until(may_run_until(now, timeout)).await;
             }
         }
         if let Some(Ok(Some(released))) = handed_over {
             return Ok(released);
         }
-        self.release_until(owned, ending, stays_until, until, matches!(handed_over, Some(Err(_)))).await
+        self.release_until(owned, ending, stays_until, until, has_tried).await
     }
 
     /// Releases the lock. `has_tried`: a hand-over of unknown outcome came before.
@@ -91,7 +92,7 @@ impl Shared {
 
     /// Returns whether a release may end the grants of others as well. A quorum waits for its nodes by itself.
     fn ends_others(&self, owned: &Owned, ending: Ending) -> bool {
-        ending == Ending::Lock && owned.grant.is_some() && !self.store.capabilities().undoes_attempts
+        ending == Ending::Lock && !owned.own_token && !self.store.capabilities().undoes_attempts
     }
 
     /// Returns the timeout of a try. If its end is waited for, there is time left for that, and for another try.

@@ -1,11 +1,12 @@
 //! Ends a hold for the next waiter of this process, which takes its lock over as it is at the server
 //! (`acquire/take_over.rs`).
 
+use std::borrow::Cow;
 use std::sync::atomic::Ordering;
 
 use tokio::time::Instant;
 
-use super::{Grant, Hold};
+use super::{Grant, Hold, Owned};
 use crate::store::Wanted;
 use crate::{Loss, Token};
 
@@ -14,6 +15,14 @@ impl Hold {
     pub(crate) fn token(&self) -> &Token {
         self.is_token_known.store(true, Ordering::Relaxed);
         &self.owned.token
+    }
+
+    /// Returns the owner for an explicit release. A token that was read may be another guard's as well.
+    pub(crate) fn owned_by_all(&self) -> Cow<'_, Owned> {
+        match self.owned.own_token && self.is_token_known.load(Ordering::Relaxed) {
+            true => Cow::Owned(Owned { own_token: false, ..self.owned.clone() }),
+            false => Cow::Borrowed(&self.owned),
+        }
     }
 
     /// Returns whether a waiter could take the lock over, whoever it is. [`take_over`](Self::take_over) knows the rest.

@@ -275,7 +275,7 @@ impl QuorumStore {
         rest: Duration,
         timeout: Duration,
     ) -> Result<Verdict, Error> {
-        let ends_others = ending == Ending::Lock && owned.grant.is_some();
+        let ends_others = ending == Ending::Lock && !owned.own_token;
         let (quorum, timeout) = (&self.quorum, if ends_others { awaited(timeout) } else { first(timeout) });
         let sent = Instant::now();
         let stays_until = sent + rest;
@@ -335,7 +335,7 @@ fn first(timeout: Duration) -> Duration {
 /// Returns the timeout of a call whose end is awaited on all nodes: so short that [`may_run_until`](calls::may_run_until)
 /// lies within the caller's timeout.
 fn awaited(timeout: Duration) -> Duration {
-    first(timeout) / 4
+    first(timeout) / 3
 }
 
 /// Returns how long to wait for a node: a small part of the ttl, which the wait reduces.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use tenure::Locker;
+use tenure::{Locker, Token};
 use tenure_test_support::{Mode, Proxy, Server, eventually, soon};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
@@ -267,20 +267,35 @@ async fn a_renewal_that_comes_after_the_end_of_its_guard_keeps_no_lock_that_its_
 /// An explicit release ends the lock for all of its token; but once it has returned, for nobody any more.
 #[tokio::test]
 async fn a_release_that_comes_late_ends_nothing_that_its_token_has_obtained_since() {
-    for_each_of(&[100, 300, 800, 1_900], async |mut late: Late| {
-        let request = || late.locker.lock("k").token("worker-7".parse().unwrap()).no_renewal();
-        // From then on the server knows the script.
-        soon(request()).await.unwrap().release().await.unwrap();
-        let guard = soon(request()).await.unwrap();
-        late.proxy.set(Mode::DeliverNextLate(late.delay));
-        late.delivered = tokio::time::Instant::now() + late.delay;
-        // Whether it is known or not what has become of it.
-        drop(soon(guard.release()).await);
-        let again = soon(request()).await.unwrap();
-        sleep_until(late.delivered + ms(100)).await;
-        assert!(again.server_ttl().await.unwrap().is_some(), "{:?} late", late.delay);
-        again.release().await.unwrap();
-        late.assert_nothing_left().await;
-    })
-    .await;
+    // Of a random token, others may know as soon as it was read.
+    for token in [None, Some("worker-7")] {
+        for_each_of(&[100, 300, 800, 1_900], move |late| comes_back(late, token)).await;
+    }
+}
+
+async fn comes_back(mut late: Late, token: Option<&'static str>) {
+    let request = |token: Option<Token>| {
+        let request = late.locker.lock("k").no_renewal();
+        match token {
+            Some(token) => request.token(token),
+            None => request,
+        }
+    };
+    // From then on the server knows the scripts.
+    for _ in 0..2 {
+        let warm = soon(request(token.map(|token| token.parse().unwrap()))).await.unwrap();
+        drop(warm.token().clone());
+        warm.release().await.unwrap();
+    }
+    let guard = soon(request(token.map(|token| token.parse().unwrap()))).await.unwrap();
+    let token = guard.token().clone();
+    late.proxy.set(Mode::DeliverNextLate(late.delay));
+    late.delivered = tokio::time::Instant::now() + late.delay;
+    // Whether it is known or not what has become of it.
+    drop(soon(guard.release()).await);
+    let again = soon(request(Some(token))).await.unwrap();
+    sleep_until(late.delivered + ms(100)).await;
+    assert!(again.server_ttl().await.unwrap().is_some(), "{:?} late", late.delay);
+    again.release().await.unwrap();
+    late.assert_nothing_left().await;
 }
