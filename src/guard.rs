@@ -502,7 +502,7 @@ impl LockGuard {
     /// after it has returned. So if the outcome of its first call is unknown, which has a third of the [command
     /// timeout](crate::LockerBuilder::command_timeout), the release goes on when the server can no longer run that. On a
     /// [quorum](crate::Locker::quorum), it returns when every node has replied, or can no longer run it; if a node is
-    /// silent, that takes about 1.4 s with the default command timeout. Other releases return as soon as a majority has
+    /// silent, that takes about 1.8 s with the default command timeout. Other releases return as soon as a majority has
     /// replied.
     ///
     /// # Errors

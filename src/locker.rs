@@ -818,7 +818,7 @@ impl Locker {
     /// On a [quorum](Locker::quorum), all nodes are asked. It succeeds when a majority has no lock any longer: then no
     /// renewal succeeds, and a node that was away frees its key when the ttl ends. It returns when every node has
     /// replied, or can no longer run the request, so that it ends no lock that is obtained later. If a node is silent,
-    /// that takes about 1.4 s with the default [command timeout](LockerBuilder::command_timeout).
+    /// that takes about 1.8 s with the default [command timeout](LockerBuilder::command_timeout).
     ///
     /// # Errors
     ///
