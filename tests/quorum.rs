@@ -185,7 +185,8 @@ async fn one_failed_renewal_is_no_loss() {
 async fn a_guard_outlives_the_memory_of_a_minority_and_not_that_of_a_majority() {
     let mut servers = start::<3>();
     let locker = locker(&servers).await;
-    let guard = lock_on_all(&servers, || locker.lock("k")).await;
+    // A renewal heals a node once it is connected to again.
+    let guard = lock_on_all(&servers, || locker.lock("k").renew_every(ms(300))).await;
     servers[0].restart_empty();
     decided(|| guard.renew()).await.unwrap();
     is_on(&servers, "k", 3).await;
@@ -1059,7 +1060,7 @@ async fn a_writer_gets_in_under_a_stream_of_readers_also_with_a_node_frozen() {
 async fn a_lock_of_a_quorum_becomes_a_readers_share_also_with_a_node_frozen() {
     let servers = start::<3>();
     let (locker, rival) = (locker(&servers).await, locker(&servers).await);
-    let guard = lock_on_all(&servers, || locker.lock("k").metadata("host-3")).await;
+    let guard = lock_on_all(&servers, || locker.lock("k").metadata("host-3").renew_every(ms(500))).await;
     servers[2].freeze();
     let (token, fence) = (guard.token().clone(), guard.fencing_token());
     let reader = guard.downgrade().await.unwrap();
