@@ -4,7 +4,7 @@
 use std::future::{Future, IntoFuture};
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::task::{Context, Waker};
 use std::time::Duration;
 
@@ -483,17 +483,38 @@ async fn a_watchdog_keeps_readers_and_permits_and_obtains_a_share_when_it_is_fre
     assert_eq!(dog.shutdown().await.len(), 1);
 }
 
-/// Neither does a request that doesn't wait, whose process has one that waits for the server.
-#[tokio::test(start_paused = true)]
-async fn a_reader_behind_one_that_got_no_reply_is_not_told_that_another_holds_the_key() {
-    let is_away = Arc::new(AtomicU32::new(1));
-    let counted = counted({
+/// Returns a locker whose requests for locks are lost while the switch is on.
+fn away_at_will() -> (Counted, Arc<AtomicBool>) {
+    let is_away = Arc::new(AtomicBool::new(false));
+    let plan = {
         let is_away = is_away.clone();
         move |operation| match operation {
-            Operation::Acquire if is_away.load(Ordering::Relaxed) > 0 => Fault::Lost,
+            Operation::Acquire if is_away.load(Ordering::Relaxed) => Fault::Lost,
             _ => Fault::None,
         }
-    });
+    };
+    (counted(plan), is_away)
+}
+
+/// What the queue knows is of before: then, a writer held the key.
+#[tokio::test(start_paused = true)]
+async fn a_reader_that_gets_no_reply_is_not_told_that_another_holds_the_key() {
+    let (counted, is_away) = away_at_will();
+    let writer = counted.locker.lock("k").await.unwrap();
+    assert!(is_refused(&counted.locker.read("k").wait_at_most(ms(10)).await));
+    writer.release().await.unwrap();
+    is_away.store(true, Ordering::Relaxed);
+    for limit in [100, 700] {
+        let failed = counted.locker.read("k").wait_at_most(ms(limit)).await.unwrap_err();
+        assert!(failed.is_timeout(), "{failed}");
+    }
+}
+
+/// The same for a request that doesn't wait, where another of its process waits for the server.
+#[tokio::test(start_paused = true)]
+async fn a_reader_behind_one_that_got_no_reply_is_not_told_that_another_holds_the_key() {
+    let (counted, is_away) = away_at_will();
+    is_away.store(true, Ordering::Relaxed);
     let writer = waits(counted.locker.lock("k")).await;
     for request in [counted.locker.try_read("k"), counted.locker.try_permit("k", 2)] {
         let failed = request.await.unwrap_err();
@@ -501,37 +522,16 @@ async fn a_reader_behind_one_that_got_no_reply_is_not_told_that_another_holds_th
     }
     writer.abort();
     // The server says that another holds it, for as long as its ttl lasts.
-    is_away.store(0, Ordering::Relaxed);
+    is_away.store(false, Ordering::Relaxed);
     counted.store.give(&"k".into(), Token::random(), ms(5_000));
     let writer = waits(counted.locker.lock("k")).await;
     assert!(is_refused(&counted.locker.try_read("k").await));
-    is_away.store(1, Ordering::Relaxed);
+    is_away.store(true, Ordering::Relaxed);
     assert!(is_refused(&counted.locker.try_read("k").await), "without a request");
     sleep(ms(5_100)).await;
     let failed = counted.locker.try_read("k").await.unwrap_err();
     assert!(failed.is_timeout(), "{failed}");
     writer.abort();
-}
-
-/// What the queue knows is of before: then, a writer held the key.
-#[tokio::test(start_paused = true)]
-async fn a_reader_that_gets_no_reply_is_not_told_that_another_holds_the_key() {
-    let is_away = Arc::new(AtomicU32::new(0));
-    let counted = counted({
-        let is_away = is_away.clone();
-        move |operation| match operation {
-            Operation::Acquire if is_away.load(Ordering::Relaxed) > 0 => Fault::Lost,
-            _ => Fault::None,
-        }
-    });
-    let writer = counted.locker.lock("k").await.unwrap();
-    assert!(is_refused(&counted.locker.read("k").wait_at_most(ms(10)).await));
-    writer.release().await.unwrap();
-    is_away.store(1, Ordering::Relaxed);
-    for limit in [100, 700] {
-        let failed = counted.locker.read("k").wait_at_most(ms(limit)).await.unwrap_err();
-        assert!(failed.is_timeout(), "{failed}");
-    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -588,16 +588,16 @@ impl World {
     }
 }
 
+/// Returns the owner of a key for this token alone.
+fn owner(token: &str, mode: Mode) -> Owned {
+    let (keys, token) = (["k".into()].into(), token.parse().unwrap());
+    Owned { keys, token, own_token: true, grant: None, mode }
+}
+
 /// Returns what a client of its own asks of one node, for 10 s.
-fn wanted_by(token: &str) -> Wanted {
+fn wanted(owned: Owned) -> Wanted {
     Wanted {
-        owned: Owned {
-            keys: ["k".into()].into(),
-            token: token.parse().unwrap(),
-            own_token: false,
-            grant: None,
-            mode: Mode::Exclusive,
-        },
+        owned,
         metadata: Box::default(),
         ttl: ms(10_000),
         fenced: false,
@@ -610,7 +610,7 @@ fn wanted_by(token: &str) -> Wanted {
 }
 
 /// Returns a ballot without a number.
-fn ballot() -> Ballot {
+fn unnumbered() -> Ballot {
     let (window, ahead) = (Duration::ZERO, ms(60_000));
     Ballot { number: None, exactly: false, window, ahead, place: None, heals: false }
 }
@@ -632,8 +632,8 @@ async fn a_majority_decides_and_slow_nodes_are_not_waited_for() {
 #[tokio::test(start_paused = true)]
 async fn a_slow_node_holds_up_no_turns_of_those_who_wait() {
     let world = World::new(&[0; 3], Duration::ZERO);
-    let other = wanted_by("other");
-    world.servers[1].vote(&other, &ballot());
+    let other = wanted(owner("other", Mode::Exclusive));
+    world.servers[1].vote(&other, &unnumbered());
     let locker = world.client(0, |place| if place == 2 { Fault::AnsweredAfter(ms(150)) } else { Fault::None });
     let waiter = tokio::spawn(locker.lock("k").into_future());
     sleep(ms(1)).await;
@@ -1131,8 +1131,8 @@ async fn a_node_that_another_holds_is_not_healed() {
     let world = World::new(&[0; 3], Duration::ZERO);
     let guard = world.client(0, |_| Fault::None).lock("k").no_renewal().await.unwrap();
     world.servers[2].forget();
-    let other = wanted_by("other");
-    world.servers[2].vote(&other, &ballot());
+    let other = wanted(owner("other", Mode::Exclusive));
+    world.servers[2].vote(&other, &unnumbered());
     for _ in 0..3 {
         guard.renew().await.unwrap();
         sleep(ms(10)).await;

@@ -8,27 +8,7 @@ use super::*;
 use crate::store::node::ANNOUNCED;
 
 fn reader(token: &str) -> Owned {
-    let (keys, token) = (["k".into()].into(), token.parse().unwrap());
-    Owned { keys, token, own_token: true, grant: None, mode: Mode::Read }
-}
-
-fn wanted(owned: Owned) -> Wanted {
-    Wanted {
-        owned,
-        metadata: Box::default(),
-        ttl: ms(10_000),
-        fenced: false,
-        queueing: Queueing::None,
-        takes_over: false,
-        latest: Arc::default(),
-        limit: 0,
-        since: Instant::now(),
-    }
-}
-
-fn unnumbered() -> Ballot {
-    let (window, ahead) = (Duration::ZERO, ms(60_000));
-    Ballot { number: None, exactly: false, window, ahead, place: None, heals: false }
+    owner(token, Mode::Read)
 }
 
 /// Returns on how many nodes the key has a reader with this token.
