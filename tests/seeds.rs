@@ -21,6 +21,12 @@ async fn locker() -> (Server, Locker) {
     (server, locker)
 }
 
+/// Returns a locker whose calls end soon, also where the server is busy when it connects.
+async fn impatient(server: &Server, timeout: Duration) -> Locker {
+    let builder = Locker::builder().command_timeout(timeout).wait_for_server(ms(20_000));
+    builder.connect(&server.url()).await.unwrap()
+}
+
 fn token(text: &str) -> Token {
     text.parse().unwrap()
 }
@@ -465,12 +471,7 @@ mod trviph_redlock {
     #[tokio::test]
     async fn row_32_the_callback_is_told_every_error_and_last_of_all_the_end() {
         let mut server = Server::start();
-        let locker = Locker::builder()
-            .command_timeout(ms(300))
-            .wait_for_server(ms(20_000))
-            .connect(&server.url())
-            .await
-            .unwrap();
+        let locker = impatient(&server, ms(300)).await;
         let (dog, told) = watchdog(&locker);
         dog.watch(locker.lock("lost").ttl(ms(3_000)).await.unwrap()).unwrap();
         dog.watch(locker.lock("stopped").ttl(ms(60_000)).renew_every(ms(100)).await.unwrap()).unwrap();
@@ -491,12 +492,7 @@ mod trviph_redlock {
     #[tokio::test]
     async fn row_33_watched_before_it_is_obtained_and_through_failures() {
         let mut server = Server::start_with(&["--appendonly", "yes", "--appendfsync", "always"]);
-        let locker = Locker::builder()
-            .command_timeout(ms(200))
-            .wait_for_server(ms(20_000))
-            .connect(&server.url())
-            .await
-            .unwrap();
+        let locker = impatient(&server, ms(200)).await;
         let (dog, told) = watchdog(&locker);
         let lease = Lease::new("k", token("me"), ms(60_000));
         let other = locker.lock("k").await.unwrap();
@@ -537,12 +533,7 @@ mod trviph_redlock {
     #[tokio::test]
     async fn row_43_callbacks_for_errors_and_for_extensions() {
         let mut server = Server::start();
-        let locker = Locker::builder()
-            .command_timeout(ms(300))
-            .wait_for_server(ms(20_000))
-            .connect(&server.url())
-            .await
-            .unwrap();
+        let locker = impatient(&server, ms(300)).await;
         let (errors, extensions) = (Arc::new(Mutex::new(0)), Arc::new(Mutex::new(0)));
         let dog = WatchDog::builder(&locker)
             .on_event({

@@ -14,6 +14,7 @@ mod port;
 mod proxy;
 mod sentinel;
 mod server;
+mod stalls;
 mod version;
 
 use std::fmt::Debug;
@@ -27,6 +28,7 @@ pub use self::cluster::{Cluster, Migration};
 pub use self::proxy::{Mode, Proxy};
 pub use self::sentinel::{Sentinel, Sentinels};
 pub use self::server::Server;
+pub use self::stalls::Stalls;
 pub use self::version::Version;
 
 /// How long servers may take to start, to find each other and to elect one.
