@@ -190,14 +190,21 @@ pub(super) enum WithoutConnection {
 #[derive(Clone, Copy)]
 pub(super) struct Sent {
     pub(super) at: Instant,
-    /// How many connections had been made before, if there was none.
-    pub(super) without: Option<u64>,
+    /// How many connections had been made before, where they are counted.
+    pub(super) made: u64,
+    /// There was none.
+    pub(super) without: bool,
 }
 
 impl Sent {
     /// For a call that belongs to another, which has been sent before.
-    pub(super) fn in_part() -> Self {
-        Self { at: Instant::now(), without: None }
+    pub(super) fn in_part(connection: &dyn Connection) -> Self {
+        Self { made: connection.connections_made(), ..Self::with_connection(Instant::now()) }
+    }
+
+    /// For a call that is sent at once.
+    pub(super) fn with_connection(at: Instant) -> Self {
+        Self { at, made: 0, without: false }
     }
 }
 

@@ -118,7 +118,7 @@ impl Server {
     /// Waits until enough replicas have acknowledged the write.
     pub(super) async fn replicated(&self, writing: Option<Writing>, until: Instant) -> Result<(), Error> {
         let Some(writing) = writing else { return Ok(()) };
-        let sent = Sent::in_part();
+        let sent = Sent::in_part(&*self.connection);
         let acknowledged = Box::pin(writing.acknowledged(&*self.connection, until)).await;
         match heard(&*self.connection, sent, acknowledged) {
             // The write itself has succeeded. Whatever keeps the server from telling which replicas have it, it is

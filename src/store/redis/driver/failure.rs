@@ -145,22 +145,28 @@ impl Peer {
 
 fn explain_io(said: &str, at: &str) -> (ErrorKind, String) {
     let is = |kinds: &[&str]| kinds.iter().any(|kind| said.contains(kind));
+    // `Os { code: 32, kind: BrokenPipe, .. }`, `Custom { kind: BrokenPipe, .. }`, or `Kind(BrokenPipe)`.
+    let is_kind = |kinds: &[&str]| {
+        let kind = said.split_once("kind: ").or_else(|| said.split_once("Kind("));
+        let kind = kind.and_then(|(_, rest)| rest.split([',', ' ', ')']).next());
+        kind.is_some_and(|kind| kinds.contains(&kind))
+    };
     let text = match () {
-        () if is(&["kind: ConnectionRefused"]) => {
+        () if is_kind(&["ConnectionRefused"]) => {
             format!("connection refused by {at}: is a server running there, and is this its port?")
         }
         () if is(&["failed to lookup address", "Failed to resolve", "invalid socket address"]) => {
             format!("the host name of {at} does not resolve: look at the name and the DNS")
         }
-        () if is(&["kind: NotFound"]) => {
+        () if is_kind(&["NotFound"]) => {
             format!("there is no socket {at}: look at the path, and whether a server is running")
         }
-        () if is(&["kind: PermissionDenied"]) => format!("no permission to connect to {at}"),
-        () if is(&["kind: HostUnreachable", "kind: NetworkUnreachable", "kind: NetworkDown"]) => {
+        () if is_kind(&["PermissionDenied"]) => format!("no permission to connect to {at}"),
+        () if is_kind(&["HostUnreachable", "NetworkUnreachable", "NetworkDown"]) => {
             format!("no way to {at}: look at the address, the routes and firewalls")
         }
-        () if is(&["kind: TimedOut"]) => format!("no answer from {at} in time: look at the address and at firewalls"),
-        () if is(&["kind: ConnectionReset", "kind: BrokenPipe", "kind: ConnectionAborted", "kind: UnexpectedEof"])
+        () if is_kind(&["TimedOut"]) => format!("no answer from {at} in time: look at the address and at firewalls"),
+        () if is_kind(&["ConnectionReset", "BrokenPipe", "ConnectionAborted", "UnexpectedEof"])
             || said.starts_with("Connection closed")
             || said.starts_with("Connection Closed") =>
         {
@@ -288,12 +294,13 @@ mod tests {
             (r#"Os { code: 113, kind: HostUnreachable, message: "No route to host" }"#, "routes"),
             (r#"Os { code: 104, kind: ConnectionReset, message: "Connection reset by peer" }"#, "TLS"),
             ("Connection closed.", "TLS"),
+            ("Kind(BrokenPipe)", "closed the connection"),
             (r#"Os { code: 24, kind: Uncategorized, message: "Too many open files" }"#, "Too many open files (10."),
         ] {
             let error = explained(ErrorKind::Io, said);
             let text = error.to_string();
             assert!(text.contains("10.0.0.1:6380") && text.contains(about), "{text}");
-            assert!(!text.contains("Os {") && !text.contains("kind:"), "{text}");
+            assert!(!text.contains("Os {") && !text.contains("kind:") && !text.contains("Kind("), "{text}");
             assert!(error.is_transient(), "{text}");
         }
     }

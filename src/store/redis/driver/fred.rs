@@ -122,9 +122,9 @@ impl FredConnection {
         Self { client, peer, events, is_broken, driver: None, waits: true, liveness, demotion }
     }
 
-    /// Returns how many connections were made before, if there is none now.
-    fn without_connection(&self) -> Option<u64> {
-        self.events().without_connection().filter(|_| !self.is_cluster())
+    fn sent(&self, at: Instant) -> Sent {
+        let sent = self.events().sent(at);
+        Sent { without: sent.without && !self.is_cluster(), ..sent }
     }
 
     fn why_unanswered(&self) -> Option<RedisError> {
@@ -210,7 +210,7 @@ impl Connection for FredConnection {
         // The runtime that has driven it until now may have ended.
         drop(self.runtime());
         if self.waits || self.client.is_connected() {
-            return Ok(Sent { at: now, without: self.without_connection() });
+            return Ok(self.sent(now));
         }
         let unknown = || RedisError::new(RedisErrorKind::Io, "there is no connection to the server");
         Err(not_sent(self.why_not_connected().unwrap_or_else(|| self.peer.unreachable(unknown(), None))))
@@ -236,7 +236,8 @@ impl Connection for FredConnection {
             Some(reason) => reason,
             None if unreceived => self.peer.gone(self.driver.is_some()),
             None => {
-                if unanswered && self.driver.is_some() && self.liveness().is_silent(sent.at) {
+                let made = self.connections_made();
+                if unanswered && self.driver.is_some() && self.liveness().is_silent(sent, made) {
                     self.replace();
                 }
                 self.peer.unanswered(error)
@@ -249,7 +250,7 @@ impl Connection for FredConnection {
     fn will_wait(&self, now: Instant) -> Sent {
         // The calls that the operation waits for have checked the connection in full.
         let is_connected = self.client.is_connected() && !self.is_broken.load(Ordering::Relaxed);
-        Sent { at: now, without: if is_connected { None } else { self.without_connection() } }
+        if is_connected { Sent::with_connection(now) } else { self.sent(now) }
     }
 
     fn unheard(&self, sent: Sent) -> RedisError {
@@ -438,6 +439,7 @@ pub(super) fn pub_sub_of(target: &Target) -> Arc<dyn PubSub> {
 #[cfg(test)]
 mod tests {
     use tenure_test_support::{Server as RedisServer, eventually, soon};
+    use tokio::time::sleep;
 
     use super::super::heard;
     use super::*;
@@ -459,5 +461,25 @@ mod tests {
             heard(&connection, sent, answer.map_err(crate::Error::from)).ok()
         })
         .await;
+    }
+
+    #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
+    async fn a_call_judges_only_the_connection_that_it_was_sent_on() {
+        let server = RedisServer::start();
+        let target = url::parse(&server.url()).unwrap();
+        let connection = FredConnection::open_lazily(&target, ms(500), WithoutConnection::CallsWait).unwrap();
+        let early = connection.begin(Instant::now()).unwrap();
+        soon(connection.ready(ms(10_000))).await.unwrap();
+        let timed_out = || RedisError::new(RedisErrorKind::Timeout, "no reply");
+        sleep(ms(1_000)).await;
+        // The early one has waited for the connection, which is as good as new.
+        connection.failed(early, timed_out());
+        sleep(ms(500)).await;
+        assert_eq!(connection.connections_made(), 1);
+        let silent = connection.begin(Instant::now()).unwrap();
+        sleep(ms(1_000)).await;
+        connection.failed(silent, timed_out());
+        eventually("it is replaced", async || (connection.connections_made() > 1).then_some(())).await;
     }
 }

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::Sent;
+
 /// The shortest silence that counts: a server that is far away may take so long to reply.
 const SHORTEST_SILENCE: Duration = Duration::from_millis(150);
 
@@ -17,6 +19,8 @@ pub(super) struct Liveness {
     heard: Option<Instant>,
     /// When the first call was sent of those that have had no reply since.
     unanswered: Option<Instant>,
+    /// How many connections had been made when this was last asked.
+    made: u64,
 }
 
 impl Liveness {
@@ -30,11 +34,19 @@ impl Liveness {
         self.unanswered = None;
     }
 
-    /// Returns whether the connection is dead, as a call that was sent then has had no reply. Returns true once for
-    /// each connection: opening one after the other while all are slow would make nothing faster.
-    pub(super) fn is_silent(&mut self, sent: Instant) -> bool {
+    /// Returns whether the connection is dead, as this call has had no reply. Returns true once for each connection:
+    /// opening one after the other while all are slow would make nothing faster.
+    ///
+    /// A call that began before the connection was made, the last one of so many, says nothing about it: it may have
+    /// been sent a moment ago. Closing it would fail all other calls on a connection as good as new.
+    pub(super) fn is_silent(&mut self, sent: Sent, made: u64) -> bool {
+        if self.made != made {
+            self.made = made;
+            self.unanswered = None;
+        }
+        let (began_before, sent) = (sent.made != made, sent.at);
         // Other calls have had replies meanwhile: the server is slow, not dead.
-        if self.heard.is_some_and(|heard| heard >= sent) {
+        if began_before || self.heard.is_some_and(|heard| heard >= sent) {
             return false;
         }
         let since = *self.unanswered.get_or_insert(sent);
@@ -59,18 +71,23 @@ mod tests {
         Duration::from_millis(n)
     }
 
+    /// A call on the first connection that begins now.
+    fn sent() -> Sent {
+        Sent { made: 1, ..Sent::with_connection(Instant::now()) }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_connection_is_dead_when_nothing_was_heard_for_long_while_something_was_asked() {
         let mut liveness = Liveness { patience: ms(400), ..Liveness::default() };
         liveness.heard();
         // However long nothing was asked.
         advance(ms(60_000)).await;
-        let first = Instant::now();
+        let first = sent();
         advance(ms(200)).await;
-        assert!(!liveness.is_silent(first));
-        let second = Instant::now();
+        assert!(!liveness.is_silent(first, 1));
+        let second = sent();
         advance(ms(200)).await;
-        assert!(liveness.is_silent(second));
+        assert!(liveness.is_silent(second, 1));
     }
 
     #[tokio::test(start_paused = true)]
@@ -78,33 +95,48 @@ mod tests {
         let mut liveness = Liveness { patience: ms(4_000), ..Liveness::default() };
         liveness.heard();
         advance(ms(1_000)).await;
-        let first = Instant::now();
+        let first = sent();
         advance(ms(30)).await;
-        assert!(!liveness.is_silent(first), "it may be far away");
-        let second = Instant::now();
+        assert!(!liveness.is_silent(first, 1), "it may be far away");
+        let second = sent();
         advance(ms(300)).await;
-        assert!(liveness.is_silent(second));
-        assert!(!liveness.is_silent(second), "once for each connection");
+        assert!(liveness.is_silent(second, 1));
+        assert!(!liveness.is_silent(second, 1), "once for each connection");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_slow_server_is_not_a_dead_connection() {
         let mut liveness = Liveness { patience: ms(400), ..Liveness::default() };
         for _ in 0..10 {
-            let sent = Instant::now();
+            let sent = sent();
             advance(ms(100)).await;
             liveness.heard();
             advance(ms(400)).await;
-            assert!(!liveness.is_silent(sent));
+            assert!(!liveness.is_silent(sent, 1));
         }
     }
 
     #[tokio::test(start_paused = true)]
     async fn of_many_calls_on_a_dead_connection_one_opens_a_new_one() {
         let mut liveness = Liveness { patience: ms(400), ..Liveness::default() };
-        let sent = Instant::now();
+        let sent = sent();
         advance(ms(400)).await;
-        let opened = (0..1_000).filter(|_| liveness.is_silent(sent)).count();
+        let opened = (0..1_000).filter(|_| liveness.is_silent(sent, 1)).count();
         assert_eq!(opened, 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_new_connection_is_not_dead_by_what_was_sent_before() {
+        let mut liveness = Liveness { patience: ms(400), ..Liveness::default() };
+        let first = sent();
+        advance(ms(300)).await;
+        assert!(!liveness.is_silent(first, 1));
+        advance(ms(300)).await;
+        assert!(!liveness.is_silent(first, 2));
+        let second = Sent { made: 2, ..sent() };
+        advance(ms(300)).await;
+        assert!(!liveness.is_silent(second, 2), "the silence of the first does not count");
+        advance(ms(100)).await;
+        assert!(liveness.is_silent(second, 2));
     }
 }

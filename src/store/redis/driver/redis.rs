@@ -140,11 +140,10 @@ impl OwnConnection {
         Ok(Self { shared, task: Arc::new(task) })
     }
 
-    /// Returns how many connections were made before, if there is none now.
-    fn without_connection(&self) -> Option<u64> {
+    fn sent(&self, at: Instant) -> Sent {
         // Counted first: one that is made in between must count as later, or a call on it would seem never sent.
         let made = self.connections_made();
-        self.shared.link().is_none().then_some(made)
+        Sent { at, made, without: self.shared.link().is_none() }
     }
 
     fn why_unanswered(&self) -> Option<RedisError> {
@@ -222,9 +221,9 @@ impl Connection for OwnConnection {
     fn begin(&self, now: Instant) -> Result<Sent, RedisError> {
         // The runtime that has driven it until now may have ended.
         self.task.go_on();
-        let without = self.without_connection();
-        if self.shared.waits || without.is_none() {
-            return Ok(Sent { at: now, without });
+        let sent = self.sent(now);
+        if self.shared.waits || !sent.without {
+            return Ok(sent);
         }
         self.go_on_if_stalled();
         let peer = &self.shared.origin.peer;
@@ -249,19 +248,19 @@ impl Connection for OwnConnection {
         if let Some(reason) = self.why_unanswered() {
             return reason;
         }
-        if self.shared.liveness().is_silent(sent.at) {
+        if self.shared.liveness().is_silent(sent, self.connections_made()) {
             self.replace();
         }
         self.shared.origin.peer.silent()
     }
 
     fn will_wait(&self, now: Instant) -> Sent {
-        Sent { at: now, without: self.without_connection() }
+        self.sent(now)
     }
 
     fn unheard(&self, sent: Sent) -> RedisError {
         let error = self.why_unanswered().unwrap_or_else(|| self.shared.origin.peer.silent());
-        match sent.without == Some(self.connections_made()) {
+        match sent.without && sent.made == self.connections_made() {
             true => not_sent(error),
             false => error,
         }
@@ -269,7 +268,7 @@ impl Connection for OwnConnection {
 
     fn replace(&self) {
         if let Some(link) = self.shared.link() {
-            link.close.notify_one();
+            link.give_up();
         }
     }
 
@@ -317,7 +316,7 @@ impl Shared {
                     select! {
                         () = driver => {}
                         // Dropping the driver closes the connection. What is in flight on it fails.
-                        () = link.close.notified() => {}
+                        () = link.given_up() => {}
                     }
                     self.has_ended(start, link.broken());
                 }

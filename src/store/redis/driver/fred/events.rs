@@ -5,6 +5,7 @@ use fred::interfaces::EventInterface;
 use fred::types::config::Server;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::TryRecvError;
+use tokio::time::Instant;
 
 use super::super::Sent;
 
@@ -61,14 +62,14 @@ impl Events {
         self.made
     }
 
-    /// Returns how many connections had been made, if there is none now.
-    pub(super) fn without_connection(&self) -> Option<u64> {
-        self.is_broken.then_some(self.made)
+    /// Returns the state for a call that is sent now.
+    pub(super) fn sent(&self, at: Instant) -> Sent {
+        Sent { at, made: self.made, without: self.is_broken }
     }
 
     /// Returns whether there was no connection when the call began, and none has been made since.
     pub(super) fn never_sent(&self, sent: Sent) -> bool {
-        sent.without == Some(self.made)
+        sent.without && sent.made == self.made
     }
 }
 
@@ -76,7 +77,6 @@ impl Events {
 mod tests {
     use fred::error::ErrorKind;
     use tokio::sync::broadcast;
-    use tokio::time::Instant;
 
     use super::*;
 
@@ -106,7 +106,7 @@ mod tests {
 
         fn begin(&mut self) -> Sent {
             self.events.take_in();
-            Sent { at: Instant::now(), without: self.events.without_connection() }
+            self.events.sent(Instant::now())
         }
 
         fn never_sent(&mut self, sent: Sent) -> bool {

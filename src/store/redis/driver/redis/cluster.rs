@@ -106,7 +106,7 @@ impl Connection for ClusterConnection {
     fn begin(&self, now: Instant) -> Result<Sent, RedisError> {
         // The runtime of the nodes' connections may have ended.
         self.task.go_on();
-        Ok(Sent { at: now, without: None })
+        Ok(Sent::with_connection(now))
     }
 
     fn answered(&self) {}
@@ -122,7 +122,7 @@ impl Connection for ClusterConnection {
     }
 
     fn will_wait(&self, now: Instant) -> Sent {
-        Sent { at: now, without: None }
+        Sent::with_connection(now)
     }
 
     fn unheard(&self, _: Sent) -> RedisError {

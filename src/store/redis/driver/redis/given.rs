@@ -189,7 +189,7 @@ impl Connection for Borrowed {
     fn begin(&self, now: Instant) -> Result<Sent, RedisError> {
         match self.is_broken.load(Ordering::Relaxed) {
             true => Err(not_sent(RedisError::new(RedisErrorKind::Config, BROKEN))),
-            false => Ok(Sent { at: now, without: None }),
+            false => Ok(Sent::with_connection(now)),
         }
     }
 
@@ -200,7 +200,7 @@ impl Connection for Borrowed {
     }
 
     fn will_wait(&self, now: Instant) -> Sent {
-        Sent { at: now, without: None }
+        Sent::with_connection(now)
     }
 
     fn unheard(&self, _: Sent) -> RedisError {

@@ -33,7 +33,7 @@ pub(super) struct Link {
     connection: MultiplexedConnection,
     meter: Arc<Meter>,
     /// Notified to close the connection.
-    pub(super) close: Notify,
+    close: Notify,
 }
 
 /// Whether a call that has failed can have reached the server.
@@ -149,6 +149,17 @@ impl Link {
         let answers = self.connection.send_packed_commands(&all, 0, checks.len()).await;
         let answers = answers.map_err(|error| self.meter.explain(error))?;
         checks.into_iter().zip(answers).try_for_each(|(check, answer)| check(answer))
+    }
+
+    /// Has it closed, and its calls fail.
+    pub(super) fn give_up(&self) {
+        self.meter.ends_by("the connection was of no more use and was given up".into());
+        self.close.notify_one();
+    }
+
+    /// Waits until it is to be closed.
+    pub(super) async fn given_up(&self) {
+        self.close.notified().await;
     }
 
     /// Returns whether nothing will be written on it any more.

@@ -71,7 +71,7 @@ async fn drive(mut to_drive: UnboundedReceiver<Opened>) -> RedisError {
                 drivers.spawn(async move {
                     select! {
                         () = ended => {}
-                        () = link.close.notified() => {}
+                        () = link.given_up() => {}
                     }
                     link.broken()
                 });
@@ -151,7 +151,7 @@ impl Connected {
         let on_push = move |push: PushInfo| {
             if pushes.take(&push) {
                 let link = link_of.lock().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(|it| it.upgrade());
-                link.inspect(|link| link.close.notify_one());
+                link.inspect(|link| link.give_up());
             }
         };
         let opening = Link::open_for_pushes(&endpoint, &self.origin.tls, &self.origin.login, SUBSCRIBING, on_push);

@@ -87,7 +87,7 @@ impl Meter {
         End(self.clone())
     }
 
-    fn ends_by(&self, cause: String) {
+    pub(super) fn ends_by(&self, cause: String) {
         self.cause.get_or_init(|| RedisError::new(RedisErrorKind::Io, cause));
     }
 }

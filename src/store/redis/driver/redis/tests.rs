@@ -1,6 +1,6 @@
 //! Connections to a peer that the test plays itself.
 
-use tenure_test_support::eventually;
+use tenure_test_support::{eventually, soon};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
@@ -88,6 +88,39 @@ async fn a_call_that_was_surely_not_sent_goes_to_the_next_connection() {
     assert_eq!(timeout(LONG, second).await.unwrap().unwrap().unwrap(), Value::Bytes("xxx".into()));
     assert!(timeout(LONG, first).await.unwrap().unwrap().unwrap_err().is_transient());
     assert_eq!(connection.connections_made(), 2);
+}
+
+#[tokio::test]
+async fn a_call_judges_only_the_connection_that_it_was_sent_on() {
+    let (listener, target) = listen().await;
+    let connection = Arc::new(OwnConnection::new(Origin::of(&target, LONG).unwrap(), true, None).unwrap());
+    let early = connection.begin(Instant::now()).unwrap();
+    let mut peer = greet(&listener).await;
+    soon(connection.ready(LONG)).await.unwrap();
+    let late = connection.begin(Instant::now()).unwrap();
+    // As long as a server may be silent that is far away.
+    sleep(Duration::from_millis(200)).await;
+    // The early one has waited for the connection, which is as good as new.
+    assert!(Error::from(connection.failed(early, convert::late())).is_timeout());
+    let (echoed, ()) = soon(async {
+        tokio::join!(echo(&connection, 3), async {
+            peer.read_exact(&mut [0; 23]).await.unwrap();
+            peer.write_all(b":1\r\n").await.unwrap();
+        })
+    })
+    .await;
+    assert_eq!(echoed.unwrap(), Value::Integer(1));
+    // By now it has replied.
+    assert!(Error::from(connection.failed(late, convert::late())).is_timeout());
+    let silent = connection.begin(Instant::now()).unwrap();
+    let waiting = connection.clone();
+    let waiting = tokio::spawn(async move { echo(&waiting, 3).await });
+    soon(peer.read_exact(&mut [0; 23])).await.unwrap();
+    sleep(Duration::from_millis(200)).await;
+    assert!(Error::from(connection.failed(silent, convert::late())).is_timeout());
+    let given_up = soon(waiting).await.unwrap().unwrap_err();
+    assert!(given_up.is_transient() && given_up.to_string().contains("given up"), "{given_up}");
+    assert_eq!(soon(peer.read(&mut [0; 1])).await.unwrap(), 0);
 }
 
 #[tokio::test]
