@@ -38,6 +38,7 @@ use tokio::time::Instant;
 
 #[cfg(any(test, fuzzing))]
 pub(super) use self::failure::Peer;
+pub(super) use self::liveness::Liveness;
 #[cfg(feature = "redis")]
 pub use self::redis::RedisConnection;
 pub(super) use self::value::Value;

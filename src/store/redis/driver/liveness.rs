@@ -12,7 +12,7 @@ const SHORTEST_SILENCE: Duration = Duration::from_millis(150);
 /// Whether the server still replies. A connection that was silently cut (by a firewall that forgot it, or a peer that
 /// vanished) looks like any other until the system gives up on it, which takes minutes.
 #[derive(Default)]
-pub(super) struct Liveness {
+pub(in super::super) struct Liveness {
     /// How long the server may send nothing while calls wait for a reply.
     pub(super) patience: Duration,
     /// When the server last replied, or a new connection was requested.
@@ -24,12 +24,11 @@ pub(super) struct Liveness {
 }
 
 impl Liveness {
-    #[cfg(feature = "redis")]
-    pub(super) fn with_patience(patience: Duration) -> Self {
+    pub(in super::super) fn with_patience(patience: Duration) -> Self {
         Self { patience, ..Self::default() }
     }
 
-    pub(super) fn heard(&mut self) {
+    pub(in super::super) fn heard(&mut self) {
         self.heard = Some(Instant::now());
         self.unanswered = None;
     }
@@ -39,7 +38,7 @@ impl Liveness {
     ///
     /// A call that began before the connection was made, the last one of so many, says nothing about it: it may have
     /// been sent a moment ago. Closing it would fail all other calls on a connection as good as new.
-    pub(super) fn is_silent(&mut self, sent: Sent, made: u64) -> bool {
+    pub(in super::super) fn is_silent(&mut self, sent: Sent, made: u64) -> bool {
         if self.made != made {
             self.made = made;
             self.unanswered = None;

@@ -165,9 +165,10 @@ impl Cluster {
         until: Instant,
     ) -> Result<Value, Error> {
         let (node, _in_use) = self.node(server, asking)?;
+        let began = Instant::now();
         let answer = node.ask(asking, command, args, until).await;
         match &answer {
-            Err(error) if node.has_failed(&answer) => {
+            Err(error) if node.has_failed(began, &answer) => {
                 crate::report::debug!(name: "tenure.node_failed", %server, %error, "a connection to a node is dropped");
                 self.forget(server, asking, &node, error);
             }

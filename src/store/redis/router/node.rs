@@ -10,11 +10,11 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::super::driver::{Calling, Ended, NodeConnection, Value};
+use super::super::driver::{Calling, Ended, Liveness, NodeConnection, Sent, Value};
 use super::super::script::into_ours;
 use crate::{Error, RedisError, RedisErrorKind};
 
-/// A connection on which a call has timed out is replaced if the node has not replied to anything for so long.
+/// A connection is replaced if the node has not replied to anything for so long while calls wait.
 const SILENCE: Duration = Duration::from_millis(500);
 
 /// Whether a connection carries only commands behind `ASKING`, or only commands without.
@@ -56,7 +56,14 @@ type Opening = Calling<'static, (Arc<dyn NodeConnection>, Ended)>;
 impl Node {
     /// Connects in the background, on that runtime.
     pub(super) fn open(opening: Opening, asking: Asking, runtime: &Handle) -> Self {
-        let usage = Arc::new(Usage(Mutex::new(Uses { now: 0, last: Instant::now(), heard: None, over: false })));
+        let usage = Arc::new(Usage(Mutex::new(Uses {
+            now: 0,
+            last: Instant::now(),
+            began: Instant::now(),
+            was_open: false,
+            liveness: Liveness::with_patience(SILENCE),
+            over: false,
+        })));
         let (sender, state) = watch::channel(State::Opening);
         let driver = runtime.spawn(drive(opening, asking.lingers(), sender, End(usage.clone())));
         Self { state, usage, _driver: AbortOnDropHandle::new(driver) }
@@ -77,7 +84,7 @@ impl Node {
         };
         let answer = answer.map_err(into_ours);
         if !unanswered(&answer) {
-            self.usage.uses().heard = Some(Instant::now());
+            self.usage.uses().liveness.heard();
         }
         answer
     }
@@ -95,16 +102,17 @@ impl Node {
 
     /// Returns whether the connection could be opened, whatever has become of it.
     pub(super) fn was_open(&self) -> bool {
-        self.usage.uses().heard.is_some()
+        self.usage.uses().was_open
     }
 
-    /// Returns whether the connection can't be used any more, judging by the result of a call.
-    pub(super) fn has_failed(&self, answer: &Result<Value, Error>) -> bool {
+    /// Returns whether the connection can't be used any more, judging by the result of a call that
+    /// began then.
+    pub(super) fn has_failed(&self, began: Instant, answer: &Result<Value, Error>) -> bool {
         let Err(error) = answer else { return false };
         let timed_out = error.is_timeout();
         match timed_out {
             // A slow node still replies to others.
-            true => self.usage.is_silent(),
+            true => self.usage.is_silent(began),
             // Also a refusal with which it could not be opened.
             false => unanswered(answer) || self.usage.is_over(),
         }
@@ -124,7 +132,7 @@ fn closed() -> RedisError {
 async fn drive(opening: Opening, lingers: Duration, state: watch::Sender<State>, end: End) {
     let mut ended = match opening.await {
         Ok((connection, ended)) => {
-            end.0.uses().heard = Some(Instant::now());
+            end.0.uses().has_opened();
             state.send_replace(State::Open(connection));
             ended
         }
@@ -157,9 +165,17 @@ pub(super) struct Usage(Mutex<Uses>);
 struct Uses {
     now: usize,
     last: Instant,
-    /// When the node last replied.
-    heard: Option<Instant>,
+    began: Instant,
+    was_open: bool,
+    liveness: Liveness,
     over: bool,
+}
+
+impl Uses {
+    fn has_opened(&mut self) {
+        self.was_open = true;
+        self.liveness.heard();
+    }
 }
 
 /// A call in progress.
@@ -185,9 +201,14 @@ impl Usage {
         self.uses().last
     }
 
-    fn is_silent(&self) -> bool {
-        let uses = self.uses();
-        uses.heard.is_none_or(|heard| heard.elapsed() >= SILENCE)
+    /// `began`: when a call began that has had no reply.
+    fn is_silent(&self, began: Instant) -> bool {
+        let mut uses = self.uses();
+        match uses.was_open {
+            true => uses.liveness.is_silent(Sent::with_connection(began), 0),
+            // However little time this call had, the next one may find it open.
+            false => uses.began.elapsed() >= SILENCE,
+        }
     }
 
     fn end_if_unused(&self, lingers: Duration) -> bool {
@@ -218,6 +239,8 @@ mod tests {
     use super::*;
 
     const LONG: Duration = Duration::from_secs(5);
+    /// The shortest silence that counts.
+    const TOLERATED: Duration = Duration::from_millis(150);
 
     /// As for a server that is no cluster, which takes ASKING for an error.
     fn open(server: &TestServer, asking: Asking) -> Node {
@@ -275,14 +298,15 @@ mod tests {
         let node = open(&server, Asking::No);
         ping(&node, Asking::No).await.unwrap();
         server.kill();
+        let began = Instant::now();
         let answer = ping(&node, Asking::No).await;
         assert!(answer.as_ref().is_err_and(Error::is_transient), "{answer:?}");
-        assert!(node.has_failed(&answer));
+        assert!(node.has_failed(began, &answer));
         // There is nobody to connect to.
         let node = open(&server, Asking::No);
         let answer = ping(&node, Asking::No).await;
         assert!(answer.as_ref().is_err_and(Error::is_transient), "{answer:?}");
-        assert!(node.has_failed(&answer));
+        assert!(node.has_failed(began, &answer));
         assert!(node.usage.begin().is_none());
     }
 
@@ -294,7 +318,7 @@ mod tests {
         let refused = ping(&node, Asking::Yes).await;
         // This server is no cluster.
         assert_eq!(refused.as_ref().unwrap_err().code(), Some("ERR"));
-        assert!(!node.has_failed(&refused));
+        assert!(!node.has_failed(Instant::now(), &refused));
         ping(&node, Asking::No).await.unwrap();
     }
 
@@ -304,12 +328,31 @@ mod tests {
         let server = TestServer::start();
         let node = open(&server, Asking::No);
         ping(&node, Asking::No).await.unwrap();
-        server.freeze();
-        let short = || node.ask(Asking::No, "PING", Vec::new(), Instant::now() + Duration::from_millis(20));
-        let answer = short().await;
-        assert!(!node.has_failed(&answer), "{answer:?}");
         sleep(SILENCE).await;
-        let answer = short().await;
-        assert!(node.has_failed(&answer), "{answer:?}");
+        server.freeze();
+        let short = || async {
+            let began = Instant::now();
+            let limit = Duration::from_millis(20);
+            (began, node.ask(Asking::No, "PING", Vec::new(), began + limit).await)
+        };
+        let (began, answer) = short().await;
+        // It was not asked anything before.
+        assert!(began.elapsed() >= TOLERATED || !node.has_failed(began, &answer), "{answer:?}");
+        sleep(TOLERATED).await;
+        let (began, answer) = short().await;
+        assert!(node.has_failed(began, &answer), "{answer:?}");
+    }
+
+    #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
+    async fn a_node_that_is_far_away_is_reached_also_by_those_who_have_little_time() {
+        let server = TestServer::start();
+        server.freeze();
+        let node = open(&server, Asking::No);
+        let began = Instant::now();
+        let answer = node.ask(Asking::No, "PING", Vec::new(), began + Duration::from_millis(20)).await;
+        assert!(began.elapsed() >= SILENCE || !node.has_failed(began, &answer), "{answer:?}");
+        server.thaw();
+        ping(&node, Asking::No).await.unwrap();
     }
 }
