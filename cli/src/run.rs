@@ -83,7 +83,7 @@ pub(crate) async fn run(options: RunOptions, output: &Output) -> Exit {
     let waited_ms = millis(began.elapsed());
     let fencing_token = guard.fencing_token();
     output.detail("obtained", json!({ "key": options.key, "fencing_token": fencing_token, "waited_ms": waited_ms }));
-    let plan = plan.begun(Instant::now());
+    let plan = plan.begun(Instant::now(), guard.deadline());
     let exit = hold(guard, &options, plan, &mut signals, output).await;
     locker.close_within(CLOSING).await;
     exit

@@ -154,6 +154,6 @@ fn no_history_on_a_real_server_breaks_a_promise() {
 #[test]
 #[ignore = "needs a server; tests/internals.rs runs it"]
 fn a_real_server_that_forgets_is_found_out_or_the_histories_are_toothless() {
-    let found = play(0..4, true);
-    assert!(!found.is_empty());
+    // On a busy machine, few of them are doing anything when the server forgets.
+    assert!((0..8).any(|n| !play(n * 4..(n + 1) * 4, true).is_empty()));
 }

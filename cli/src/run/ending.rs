@@ -58,9 +58,15 @@ impl Plan {
         Ok(Self { grace, span: longest, at_most: options.at_most, limit: None })
     }
 
-    /// Returns the plan for a lock that is held since now.
-    pub(super) fn begun(self, now: Instant) -> Self {
-        Self { limit: self.at_most.and_then(|most| now.checked_add(most)), ..self }
+    /// Returns the plan for a lock that was obtained now, and whose guard has this deadline.
+    ///
+    /// The guard counts its limit from when its request was sent, as it does its first deadline.
+    pub(super) fn begun(self, now: Instant, deadline: Instant) -> Self {
+        let limit = self.at_most.and_then(|most| {
+            let by_deadline = deadline.checked_add(most.saturating_sub(self.span))?;
+            Some(now.checked_add(most)?.min(by_deadline))
+        });
+        Self { limit, ..self }
     }
 
     pub(super) fn grace(&self) -> Duration {
@@ -160,9 +166,16 @@ mod tests {
         let plan = plan(&["--ttl", "10s", "--at-most", "60s"]).unwrap();
         // It counts from when the lock was obtained, however long that took.
         let began = Instant::now() + ms(3_600_000);
-        let plan = plan.begun(began);
-        assert_eq!(plan.why(began + ms(20_000), began + ms(14_950)), Why::NotRenewed);
-        assert_eq!(plan.why(began + ms(59_900), began + ms(54_900)), Why::LimitReached);
+        let begun = plan.begun(began, began + ms(9_898));
+        assert_eq!(begun.why(began + ms(20_000), began + ms(14_950)), Why::NotRenewed);
+        assert_eq!(begun.why(began + ms(59_900), began + ms(54_900)), Why::LimitReached);
+        // The reply took 1.5 s.
+        let begun = plan.begun(began, began + ms(8_398));
+        assert_eq!(begun.why(began + ms(20_000), began + ms(14_950)), Why::NotRenewed);
+        assert_eq!(begun.why(began + ms(58_400), began + ms(53_400)), Why::LimitReached);
+        let plan = self::plan(&["--ttl", "10s", "--at-most", "1s"]).unwrap();
+        let begun = plan.begun(began, began + ms(888));
+        assert_eq!(begun.why(began + ms(888), began + ms(588)), Why::LimitReached);
     }
 
     #[test]

@@ -102,9 +102,8 @@ async fn the_short_way_to_hand_over_ends_where_the_long_one_does() {
     // It goes by the order of the line.
     let lines = ["-", "[]", "z place:s1", "z place:s1 other:s1", "z place:s2 other:s1", "z other:s1 place:s1"];
     let alive = ["-", "[]", "h place=FRESH other=FRESH", "h place=1 other=FRESH", "h place=text"];
-    let fresh = (now() + 60_000).to_string();
     for [line, alive, fenced] in product(&lines, &alive, &["0", "1", "17"]) {
-        let alive = alive.replace("FRESH", &fresh);
+        let alive = alive.replace("FRESH", &(now() + 60_000).to_string());
         for [held, record, fence] in few() {
             for in_line in ["0", "1"] {
                 let (before, args) = ([held, line, &alive, record, fence], hand_over("", fenced, "-", in_line));

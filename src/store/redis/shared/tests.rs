@@ -244,7 +244,8 @@ async fn a_token_that_comes_again_has_a_grant_of_its_own_and_counts_once() {
     assert_eq!(renews(&store, &one, TTL, Extending::KeepRecord).await, Verdict::Done);
     assert_eq!(renews(&store, &three, TTL * 2, Extending::KeepRecord).await, Verdict::Done);
     assert!(is_about(left(&store, &one).await.unwrap(), TTL));
-    // The end of the share is.
+    // The end of the share is. The waiter has asked again, as one does that is alive.
+    assert!(!is_granted(&asks(&store, &permit(1), at(1, false)).await));
     assert_eq!(ends(&store, &one, Ending::Lock).await, Verdict::Done);
     assert_eq!(renews(&store, &three, TTL, Extending::KeepRecord).await, TAKEN, "it is reserved for the waiter");
 }
