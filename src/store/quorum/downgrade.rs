@@ -138,6 +138,7 @@ impl Downgrading {
     /// Undoes on one node what took effect there after the release.
     async fn undo(&self, place: usize) {
         let stays_until = self.open.release_is_sent().await;
+        self.open.undoes(place);
         let owned = Owned { mode: Mode::Read, ..self.owned.clone() };
         drop(self.quorum.undo(place, Undo { owned, latest: Arc::default(), ttl: RETRY_FOR, stays_until }));
     }

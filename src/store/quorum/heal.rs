@@ -68,7 +68,7 @@ impl Renewal {
         let node = member.node.clone();
         let call = Box::pin(async move { node.vote(&wanted, &ballot, timeout).await });
         let Ok(mut calls) = Calls::new(quorum) else { return };
-        quorum.rounds.ask_again(&self.owned.token, place);
+        quorum.rounds.ask_again(&self.owned, place);
         calls.send((), member, timeout, call);
         let Some(((), answer)) = calls.next().await else { return };
         let is_doubtful = match answer {

@@ -2,17 +2,18 @@
 //!
 //! A release marks the rounds before its calls are sent. So a reply that finds its round unmarked came before the
 //! release reached the node, which needs no other. What a round undoes after it was marked waits until the calls are
-//! sent, and must not be what frees the lock.
+//! sent, and must not be what frees the lock. But a node may run requests in another order: then the release finds
+//! nothing, of what the round has found to be ours. So a node that is told to undo can't tell of a loss any more.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout_at};
 
-use crate::Token;
 use crate::hold::{GrantId, Owned};
 use crate::store::Ending;
+use crate::{Key, Token};
 
 /// The rounds with calls in flight, by their token.
 #[derive(Clone, Default)]
@@ -20,11 +21,15 @@ pub(super) struct OpenRounds(Arc<Mutex<HashMap<Token, Vec<Arc<Open>>>>>);
 
 /// An open round.
 struct Open {
+    /// A token may hold several locks, of different keys.
+    keys: Box<[Key]>,
     grant: Option<GrantId>,
     release: watch::Sender<Release>,
     /// Which nodes have replied to the release, and whether they have surely freed what the round was granted.
     answers: Mutex<HashMap<usize, bool>>,
     answered: Notify,
+    /// Which nodes were told to undo what they had granted.
+    undone: Mutex<HashSet<usize>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -56,6 +61,12 @@ impl Releasing {
         }
     }
 
+    /// Returns whether the node was told to undo what the rounds were granted, so that it may have done so before it ran
+    /// the release.
+    pub(super) fn may_be_undone(&self, place: usize) -> bool {
+        self.rounds.iter().any(|open| open.undone().contains(&place))
+    }
+
     /// Notes a node's reply to the release.
     pub(super) fn answered(&self, place: usize, is_freed: bool) {
         for open in &self.rounds {
@@ -66,8 +77,16 @@ impl Releasing {
 }
 
 impl Open {
+    fn has_any_of(&self, owned: &Owned) -> bool {
+        self.keys.iter().any(|key| owned.keys.contains(key))
+    }
+
     fn answers(&self) -> MutexGuard<'_, HashMap<usize, bool>> {
         self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn undone(&self) -> MutexGuard<'_, HashSet<usize>> {
+        self.undone.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -81,31 +100,36 @@ pub(super) struct OpenRound {
 impl OpenRounds {
     pub(super) fn open(&self, owned: &Owned) -> OpenRound {
         let open = Arc::new(Open {
+            keys: owned.keys.clone(),
             grant: owned.grant,
             release: watch::Sender::new(Release::No),
             answers: Mutex::default(),
             answered: Notify::new(),
+            undone: Mutex::default(),
         });
         self.all().entry(owned.token.clone()).or_default().push(open.clone());
         OpenRound { rounds: self.clone(), token: owned.token.clone(), open }
     }
 
     /// Notes that a release is about to be sent, so that what these rounds get granted late must be undone. A release
-    /// that ends the lock concerns all grants of its token.
+    /// that ends the lock concerns all grants of its token, and none of what the token holds by other keys.
     pub(super) fn release(&self, owned: &Owned, ending: Ending, stays_until: Instant) -> Releasing {
         let all = self.all();
         let ended = all.get(&owned.token).into_iter().flatten();
+        let ended = ended.filter(|open| open.has_any_of(owned));
         let ended = ended.filter(|open| ending == Ending::Lock || open.grant == owned.grant).cloned();
         let releasing = Releasing { rounds: ended.collect(), stays_until };
         releasing.is_now(Release::BeingSent);
         releasing
     }
 
-    /// Notes that a node is asked once more for what the rounds of this token have asked it for. When it has freed
+    /// Notes that a node is asked once more for what the rounds of this lock have asked it for. When it has freed
     /// that, the earlier vote may still be on its way.
-    pub(super) fn ask_again(&self, token: &Token, place: usize) {
-        for open in self.all().get(token).into_iter().flatten() {
-            open.answers().insert(place, false);
+    pub(super) fn ask_again(&self, owned: &Owned, place: usize) {
+        for open in self.all().get(&owned.token).into_iter().flatten() {
+            if open.has_any_of(owned) {
+                open.answers().insert(place, false);
+            }
         }
     }
 
@@ -130,6 +154,11 @@ impl OpenRound {
         }
     }
 
+    /// Notes that the node is told to undo what it has granted to this round. Must be called before it is told.
+    pub(super) fn undoes(&self, place: usize) {
+        self.open.undone().insert(place);
+    }
+
     /// Returns whether the release has surely freed what this round was granted on the node. Waits for the node's
     /// reply, but no longer than `until`. Of a token that others may use, it is never sure.
     pub(super) async fn is_freed(&self, place: usize, until: Instant) -> bool {
@@ -151,6 +180,7 @@ impl OpenRound {
     /// Notes that the round got the lock. A release before that was for another holder.
     pub(super) fn begin(&self) {
         self.open.answers().clear();
+        self.open.undone().clear();
         self.open.release.send_replace(Release::No);
     }
 }

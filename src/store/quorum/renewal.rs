@@ -216,6 +216,7 @@ impl Renewal {
     /// Undoes on one node what took effect there after the release.
     pub(super) async fn undo(&self, place: usize, latest: Arc<Latest>) {
         let stays_until = self.open.release_is_sent().await;
+        self.open.undoes(place);
         let owned = recorded(&self.owned, self.how);
         drop(self.quorum.undo(place, Undo { owned, latest, ttl: self.ttl, stays_until }));
     }

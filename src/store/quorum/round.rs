@@ -324,6 +324,9 @@ impl Round {
                 if state.touched && !state.doubtful && state.asked == 1 {
                     state.touched = !self.open.is_freed(place, until).await;
                 }
+                if state.touched {
+                    self.open.undoes(place);
+                }
             }
             drop(self.undo_on_idle_nodes(stays_until));
         }

@@ -871,6 +871,60 @@ async fn a_release_that_is_late_takes_nothing_from_who_comes_back_by_the_same_to
     }
 }
 
+/// What one release ends is not what the same token holds by another key.
+#[tokio::test(start_paused = true)]
+async fn a_release_undoes_nothing_of_another_key_of_the_same_token() {
+    for downgrades in [false, true] {
+        let world = World::new(&[0; 3], Duration::ZERO);
+        let calls = [(); 3].map(|()| AtomicU32::new(0));
+        // The calls are two votes, and the renewal or downgrade of the second lock.
+        let locker = world.client(0, move |place| match calls[place].fetch_add(1, Ordering::Relaxed) {
+            2 => Fault::AnsweredAfter(ms(50)),
+            _ => Fault::None,
+        });
+        let request = |key: &str| locker.lock(key).token("worker-7".parse().unwrap()).ttl(ms(60_000)).no_renewal();
+        let (first, second) = (request("a").await.unwrap(), request("b").await.unwrap());
+        sleep(ms(10)).await;
+        let renewing = async {
+            match downgrades {
+                true => second.downgrade().await.unwrap(),
+                false => {
+                    second.renew().await.unwrap();
+                    second
+                }
+            }
+        };
+        let (second, released) = tokio::join!(biased; renewing, first.release());
+        released.unwrap();
+        sleep(ms(10_000)).await;
+        assert!(second.is_held() && world.servers.iter().all(|server| !server.is_free("b")), "{downgrades}");
+        assert!(world.is_free("a"));
+    }
+}
+
+/// What a renewal has prolonged is undone where its reply comes after the release has begun. If a node runs that undo
+/// first, the release finds nothing of ours, and must not call the lock lost.
+#[tokio::test(start_paused = true)]
+async fn a_release_that_an_undo_could_overtake_is_no_loss() {
+    for is_shared in [false, true] {
+        let world = World { lives: 3, ..World::new(&[0; 3], Duration::ZERO) };
+        let calls = [(); 3].map(|()| AtomicU32::new(0));
+        // The calls are the vote, the renewal, and the release.
+        let locker = world.client(0, move |place| match (place, calls[place].fetch_add(1, Ordering::Relaxed)) {
+            (0 | 1, 1) => Fault::AnsweredAfter(ms(30)),
+            (0 | 1, 2) => Fault::RunAfter(ms(100)),
+            _ => Fault::None,
+        });
+        let request = if is_shared { locker.read("k") } else { locker.lock("k") };
+        let request = request.token("worker-7".parse().unwrap()).ttl(ms(60_000)).renew_every(ms(20));
+        let guard = request.await.unwrap();
+        sleep(ms(30)).await;
+        guard.release().await.unwrap();
+        sleep(ms(10_000)).await;
+        assert!(world.servers.iter().all(|server| server.is_free("k")), "{is_shared}");
+    }
+}
+
 /// The same for one that ends the lock of others.
 #[tokio::test(start_paused = true)]
 async fn a_forced_release_that_is_late_takes_nothing_from_the_next_holder() {
