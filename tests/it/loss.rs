@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tenure::{Error, Locker, Loss, WatchDog, WatchEvent};
+use tenure::{Error, LockGuard, Locker, Loss, WatchDog, WatchEvent};
 use tenure_test_support::{Mode, Proxy, Server, eventually, soon, within};
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -220,12 +220,30 @@ async fn a_paused_server_is_survived_within_the_ttl() {
 async fn a_server_out_of_memory_still_renews_and_releases() {
     let server = Server::start();
     let locker = Locker::connect(&server.url()).await.unwrap();
-    let guard = locker.lock("k").ttl(ms(60_000)).renew_every(ms(300)).await.unwrap();
-    let first = guard.deadline();
+    let request = |key: &str| locker.lock(key).ttl(ms(60_000)).renew_every(ms(300));
+    let guard = request("k").await.unwrap();
+    // Tokens that are used again have records, which are written anew.
+    let of_a_user = || request("job").token("worker-7".parse().unwrap());
+    let (one, other) = (of_a_user().await.unwrap(), of_a_user().await.unwrap());
+    let adopted = locker.adopt(request("lease").await.unwrap().into_lease()).await.unwrap();
     server.cli(&["CONFIG", "SET", "maxmemory", "1"]);
-    eventually("renewed", async || (guard.deadline() > first + ms(2_000)).then_some(())).await;
-    guard.release().await.unwrap();
-    assert_eq!(server.cli(&["EXISTS", "k"]), "0");
+    let is_renewed = async |guard: &LockGuard| {
+        let first = guard.deadline();
+        eventually("renewed", async || (guard.deadline() > first + ms(2_000)).then_some(())).await;
+    };
+    for guard in [&guard, &one, &other] {
+        is_renewed(guard).await;
+    }
+    adopted.renew().await.unwrap();
+    drop(other);
+    one.renew_for(ms(30_000)).await.unwrap();
+    eventually("the grant has ended", async || (!server.cli(&["GET", "{job}:grants"]).contains(',')).then_some(()))
+        .await;
+    for guard in [guard, one, adopted] {
+        let key = guard.key().to_string();
+        guard.release().await.unwrap();
+        assert_eq!(server.cli(&["EXISTS", &key]), "0");
+    }
 }
 
 #[tokio::test]

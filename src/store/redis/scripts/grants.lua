@@ -82,6 +82,13 @@ local function longest_of(grants)
     return longest
 end
 
+-- Comes before write_grants where a grant is renewed or ends. A server that is out of memory refuses a script's first
+-- write if that needs memory, and none that comes after one which doesn't.
+local function touch_grants(record_key, record_ttl)
+    local ttl = math.max(1, record_ttl, redis.call('PTTL', record_key))
+    redis.call('PEXPIRE', record_key, string.format('%.0f', ttl))
+end
+
 -- Writes the record, which lives for at least this ttl in ms, or as long as it would have.
 local function write_grants(record_key, token, grants, record_ttl)
     local all = {}

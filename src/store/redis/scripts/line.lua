@@ -38,8 +38,9 @@ end
 -- Removes a place from the line, and with the last place the line. `others` is true if the line is known to have other
 -- places.
 local function leave_line(line_key, place, others)
-    if redis.call('ZREM', line_key, place) == 1 and not others and redis.call('EXISTS', line_key) == 0 then
-        -- It may be on another node while its slot moves; then its ttl ends it.
+    -- While its slot moves, a key that has become empty may be asked for on another node, and the other key may be there.
+    -- That must not look as if nothing had been done; the ttl ends the other key.
+    if redis.call('ZREM', line_key, place) == 1 and not others and redis.pcall('EXISTS', line_key) == 0 then
         redis.pcall('DEL', alive_key_of(line_key))
     end
 end

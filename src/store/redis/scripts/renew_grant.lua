@@ -58,6 +58,9 @@ end
 
 for i = 1, n do
     local record = grants[i]
+    if how ~= 'least' and how ~= 'return' then
+        touch_grants(KEYS[n + i], record_ttl)
+    end
     rewrite(KEYS[n + i], record)
     if how == 'exactly' and #without(record, grant).ids == 0 then
         redis.call('PEXPIRE', KEYS[i], string.format('%.0f', math.max(tonumber(ttl), kept_for(record))))
