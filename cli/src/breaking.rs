@@ -37,12 +37,15 @@ pub(crate) async fn break_lock(options: BreakOptions, output: &Output) -> Exit {
 /// has ended.
 async fn ask(locker: &Locker, key: &str) -> Result<bool, Error> {
     let shown = holders(locker, key).await?;
-    match &shown[..] {
-        [] => eprintln!("{key}  has no holder, but may stay taken for a time after its last one"),
-        holders => eprintln!("{}", Shown::new(key, holders).text()),
+    let text = match &shown[..] {
+        [] => format!("{key}  has no holder, but may stay taken for a time after its last one"),
+        holders => Shown::new(key, holders).text(),
+    };
+    let question = "End it? The holder goes on until its next renewal. [y/N] ";
+    if write!(io::stderr(), "{text}\n{question}").and_then(|()| io::stderr().flush()).is_err() {
+        // Nobody has read what would be ended.
+        return Ok(false);
     }
-    eprint!("End it? The holder goes on until its next renewal. [y/N] ");
-    drop(io::stderr().flush());
     let mut answer = String::new();
     // Nothing else has to go on meanwhile.
     if io::stdin().lock().read_line(&mut answer).is_err() || !matches!(answer.trim(), "y" | "Y" | "yes") {
@@ -51,7 +54,7 @@ async fn ask(locker: &Locker, key: &str) -> Result<bool, Error> {
     let tokens: Vec<_> = shown.into_iter().map(|holder| holder.token).collect();
     let ended = locker.force_release_of(key, &tokens).await?;
     if !ended && !holders(locker, key).await?.is_empty() {
-        eprintln!("another holds it now: look again");
+        drop(writeln!(io::stderr(), "another holds it now: look again"));
     }
     Ok(ended)
 }

@@ -21,9 +21,10 @@ pub(crate) async fn connect(options: &ServerOptions, output: &Output) -> Result<
     if let Some(window) = options.restart_window {
         builder = builder.restart_window(window);
     }
-    let urls: Vec<&str> = options.url.iter().map(String::as_str).filter(|url| !url.is_empty()).collect();
+    let urls: Vec<&str> = options.url.iter().map(String::as_str).collect();
     let connected = match &urls[..] {
-        [] => builder.connect(DEFAULT_URL).await,
+        // Of several, an empty one is refused: without it, the others would be a quorum that this machine has alone.
+        [] | [""] => builder.connect(DEFAULT_URL).await,
         [url] => builder.connect(url).await,
         urls => builder.quorum(urls).await,
     };

@@ -15,6 +15,7 @@ mod output;
 mod run;
 mod status;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
@@ -75,7 +76,10 @@ fn execute(command: Command, output: &Output) -> Exit {
             Command::Break(options) => breaking::break_lock(options, output).await,
             Command::Doctor(options) => doctor::doctor(options, output).await,
             Command::Completions { shell } => {
-                clap_complete::generate(shell, &mut Args::command(), "tenure", &mut std::io::stdout());
+                let mut script = Vec::new();
+                clap_complete::generate(shell, &mut Args::command(), "tenure", &mut script);
+                // Whoever reads it may have gone.
+                drop(std::io::stdout().write_all(&script));
                 Exit::Success
             }
         }

@@ -169,3 +169,27 @@ fn completions_and_help_are_there_for_every_command() {
     assert!(text.contains("TENURE_FENCING_TOKEN") && text.contains("Exit codes:"), "{text}");
     assert!(!text.contains(&server.url()), "{text}");
 }
+
+/// Otherwise the one that is left would be a quorum of its own.
+#[test]
+fn of_several_urls_none_is_empty() {
+    let server = Server::start();
+    let urls = format!("{},,", server.url());
+    let (code, _, told) = tenure(&server, &["run", "job", "--no-wait", "--url", &urls, "--", "true"]);
+    assert!(code == 64 && told.contains("invalid URL"), "{code}: {told}");
+    assert_eq!(server.cli(&["DBSIZE"]), "0");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn output_that_nobody_takes_is_no_panic() {
+    let full = || File::options().write(true).open("/dev/full").unwrap();
+    let completions = Command::new(TENURE).args(["completions", "bash"]).stdout(full()).status().unwrap();
+    assert_eq!(completions.code(), Some(0));
+    let server = Server::start();
+    lock(&server, "job", "chosen");
+    let mut command = Command::new(TENURE);
+    command.env("TENURE_URL", server.url()).args(["break", "job"]).stdin(Stdio::null()).stderr(full());
+    assert_ne!(command.status().unwrap().code(), Some(101));
+    assert_eq!(server.cli(&["EXISTS", "job"]), "1");
+}
