@@ -111,8 +111,8 @@ impl Node {
         let Err(error) = answer else { return false };
         let timed_out = error.is_timeout();
         match timed_out {
-            // A slow node still replies to others.
-            true => self.usage.is_silent(began),
+            // A slow node still replies to others. One that could not be opened in time is over.
+            true => self.usage.is_over() || self.usage.is_silent(began),
             // Also a refusal with which it could not be opened.
             false => unanswered(answer) || self.usage.is_over(),
         }
@@ -137,6 +137,8 @@ async fn drive(opening: Opening, lingers: Duration, state: watch::Sender<State>,
             ended
         }
         Err(error) => {
+            // First, so that whoever learns of the failure finds it over.
+            drop(end);
             state.send_replace(State::Failed(error));
             return;
         }
@@ -354,5 +356,18 @@ mod tests {
         assert!(began.elapsed() >= SILENCE || !node.has_failed(began, &answer), "{answer:?}");
         server.thaw();
         ping(&node, Asking::No).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_could_not_be_opened_in_time_has_failed_however_short_that_was() {
+        let late = || RedisError::new(RedisErrorKind::Timeout, "no reply");
+        let opening = Box::pin(async move {
+            sleep(SILENCE / 2).await;
+            Err(late())
+        });
+        let node = Node::open(opening, Asking::No, &Handle::current());
+        let began = Instant::now();
+        let answer = node.ask(Asking::No, "PING", Vec::new(), began + LONG).await;
+        assert!(answer.as_ref().is_err_and(Error::is_timeout) && node.has_failed(began, &answer), "{answer:?}");
     }
 }
