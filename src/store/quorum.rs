@@ -293,7 +293,7 @@ impl QuorumStore {
             releasing.answered(place, matches!(answer, Ok(Verdict::Done)));
             match answer {
                 Ok(Verdict::Done) => tally.yes(),
-                // It was ours since this release began.
+                // It was ours since this release began, or may have been: as after a first try of unknown outcome.
                 Ok(Verdict::NotOurs(Loss::Missing)) if releasing.may_be_undone(place) => tally.yes(),
                 Ok(Verdict::NotOurs(loss)) => {
                     not_ours = worse(not_ours, loss);

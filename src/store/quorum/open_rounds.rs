@@ -61,8 +61,8 @@ impl Releasing {
         }
     }
 
-    /// Returns whether the node was told to undo what the rounds were granted, so that it may have done so before it ran
-    /// the release.
+    /// Returns whether the node was told to undo what the rounds were granted: it may have done so before it ran the
+    /// release.
     pub(super) fn may_be_undone(&self, place: usize) -> bool {
         self.rounds.iter().any(|open| open.undone().contains(&place))
     }

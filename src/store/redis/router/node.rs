@@ -60,7 +60,7 @@ impl Node {
             now: 0,
             last: Instant::now(),
             began: Instant::now(),
-            was_open: false,
+            opened: None,
             liveness: Liveness::with_patience(SILENCE),
             over: false,
         })));
@@ -102,11 +102,10 @@ impl Node {
 
     /// Returns whether the connection could be opened, whatever has become of it.
     pub(super) fn was_open(&self) -> bool {
-        self.usage.uses().was_open
+        self.usage.uses().opened.is_some()
     }
 
-    /// Returns whether the connection can't be used any more, judging by the result of a call that
-    /// began then.
+    /// Returns whether the connection can't be used any more, judging by the result of a call that began then.
     pub(super) fn has_failed(&self, began: Instant, answer: &Result<Value, Error>) -> bool {
         let Err(error) = answer else { return false };
         let timed_out = error.is_timeout();
@@ -132,7 +131,7 @@ fn closed() -> RedisError {
 async fn drive(opening: Opening, lingers: Duration, state: watch::Sender<State>, end: End) {
     let mut ended = match opening.await {
         Ok((connection, ended)) => {
-            end.0.uses().has_opened();
+            end.0.uses().opened = Some(Instant::now());
             state.send_replace(State::Open(connection));
             ended
         }
@@ -168,16 +167,9 @@ struct Uses {
     now: usize,
     last: Instant,
     began: Instant,
-    was_open: bool,
+    opened: Option<Instant>,
     liveness: Liveness,
     over: bool,
-}
-
-impl Uses {
-    fn has_opened(&mut self) {
-        self.was_open = true;
-        self.liveness.heard();
-    }
 }
 
 /// A call in progress.
@@ -206,10 +198,11 @@ impl Usage {
     /// `began`: when a call began that has had no reply.
     fn is_silent(&self, began: Instant) -> bool {
         let mut uses = self.uses();
-        match uses.was_open {
-            true => uses.liveness.is_silent(Sent::with_connection(began), 0),
+        match uses.opened {
+            // It may have waited for that.
+            Some(opened) => uses.liveness.is_silent(Sent::with_connection(began.max(opened)), 0),
             // However little time this call had, the next one may find it open.
-            false => uses.began.elapsed() >= SILENCE,
+            None => uses.began.elapsed() >= SILENCE,
         }
     }
 
@@ -241,8 +234,6 @@ mod tests {
     use super::*;
 
     const LONG: Duration = Duration::from_secs(5);
-    /// The shortest silence that counts.
-    const TOLERATED: Duration = Duration::from_millis(150);
 
     /// As for a server that is no cluster, which takes ASKING for an error.
     fn open(server: &TestServer, asking: Asking) -> Node {
@@ -324,50 +315,81 @@ mod tests {
         ping(&node, Asking::No).await.unwrap();
     }
 
-    #[tokio::test]
-    #[ignore = "needs a server; tests/internals.rs runs it"]
-    async fn a_silent_node_is_left_and_a_slow_one_is_not() {
-        let server = TestServer::start();
-        let node = open(&server, Asking::No);
-        ping(&node, Asking::No).await.unwrap();
-        sleep(SILENCE).await;
-        server.freeze();
-        let short = || async {
-            let began = Instant::now();
-            let limit = Duration::from_millis(20);
-            (began, node.ask(Asking::No, "PING", Vec::new(), began + limit).await)
-        };
-        let (began, answer) = short().await;
-        // It was not asked anything before.
-        assert!(began.elapsed() >= TOLERATED || !node.has_failed(began, &answer), "{answer:?}");
-        sleep(TOLERATED).await;
-        let (began, answer) = short().await;
-        assert!(node.has_failed(began, &answer), "{answer:?}");
+    /// A connection that never replies.
+    struct Mute;
+
+    impl NodeConnection for Mute {
+        fn send(&self, _: &'static str, _: Vec<Bytes>, until: Instant) -> Calling<'_, Value> {
+            Box::pin(async move {
+                tokio::time::sleep_until(until).await;
+                Err(late())
+            })
+        }
+
+        fn send_asking(&self, command: &'static str, args: Vec<Bytes>, until: Instant) -> Calling<'_, Value> {
+            self.send(command, args, until)
+        }
     }
 
-    #[tokio::test]
-    #[ignore = "needs a server; tests/internals.rs runs it"]
-    async fn a_node_that_is_far_away_is_reached_also_by_those_who_have_little_time() {
-        let server = TestServer::start();
-        server.freeze();
-        let node = open(&server, Asking::No);
+    fn late() -> RedisError {
+        RedisError::new(RedisErrorKind::Timeout, "no reply")
+    }
+
+    /// Connects to a mute node, which takes so long, or fails.
+    fn open_mute(takes: Duration, opens: bool) -> Node {
+        let opening = async move {
+            sleep(takes).await;
+            match opens {
+                true => Ok((Arc::new(Mute) as Arc<dyn NodeConnection>, Box::pin(std::future::pending()) as Ended)),
+                false => Err(late()),
+            }
+        };
+        Node::open(Box::pin(opening), Asking::No, &Handle::current())
+    }
+
+    /// Asks with so much time. Returns whether the connection counts as failed by that.
+    async fn fails_by(node: &Node, limit: Duration) -> bool {
         let began = Instant::now();
-        let answer = node.ask(Asking::No, "PING", Vec::new(), began + Duration::from_millis(20)).await;
-        assert!(began.elapsed() >= SILENCE || !node.has_failed(began, &answer), "{answer:?}");
-        server.thaw();
-        ping(&node, Asking::No).await.unwrap();
+        let answer = node.ask(Asking::No, "PING", Vec::new(), began + limit).await;
+        assert!(answer.as_ref().is_err_and(Error::is_timeout), "{answer:?}");
+        node.has_failed(began, &answer)
+    }
+
+    const fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_node_is_left_and_one_that_had_little_time_is_not() {
+        let node = open_mute(ms(1), true);
+        sleep(ms(2)).await;
+        // However long nothing was asked.
+        sleep(SILENCE).await;
+        assert!(!fails_by(&node, ms(20)).await);
+        sleep(ms(109)).await;
+        assert!(!fails_by(&node, ms(20)).await, "149 ms");
+        assert!(fails_by(&node, ms(20)).await, "169 ms");
+        // One reply, and it begins anew.
+        node.usage.uses().liveness.heard();
+        sleep(ms(1)).await;
+        assert!(!fails_by(&node, ms(100)).await);
+        // A call that has waited for the connection is one of 499 ms, and then one of 500 ms.
+        assert!(!fails_by(&open_mute(ms(1), true), SILENCE).await);
+        assert!(fails_by(&open_mute(ms(1), true), SILENCE + ms(1)).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_is_far_away_is_reached_also_by_those_who_have_little_time() {
+        let node = open_mute(SILENCE, true);
+        for _ in 0..24 {
+            assert!(!fails_by(&node, ms(20)).await);
+        }
+        // It can't be reached, or not soon enough.
+        assert!(fails_by(&open_mute(SILENCE * 2, true), SILENCE).await);
     }
 
     #[tokio::test(start_paused = true)]
     async fn one_that_could_not_be_opened_in_time_has_failed_however_short_that_was() {
-        let late = || RedisError::new(RedisErrorKind::Timeout, "no reply");
-        let opening = Box::pin(async move {
-            sleep(SILENCE / 2).await;
-            Err(late())
-        });
-        let node = Node::open(opening, Asking::No, &Handle::current());
-        let began = Instant::now();
-        let answer = node.ask(Asking::No, "PING", Vec::new(), began + LONG).await;
-        assert!(answer.as_ref().is_err_and(Error::is_timeout) && node.has_failed(began, &answer), "{answer:?}");
+        assert!(fails_by(&open_mute(SILENCE / 2, false), LONG).await);
     }
 }

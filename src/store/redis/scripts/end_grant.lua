@@ -32,8 +32,7 @@ local function end_grant(i)
         end
         redis.pcall('DEL', record_key)
     elseif #others.ids < #record.ids then
-        touch_grants(record_key, 0)
-        write_grants(record_key, token, others, 0)
+        write_grants(record_key, token, others, 0, true)
         local longest = longest_of(others)
         if longest and redis.call('PTTL', KEYS[i]) > longest then
             redis.call('PEXPIRE', KEYS[i], string.format('%.0f', longest))

@@ -82,15 +82,10 @@ local function longest_of(grants)
     return longest
 end
 
--- Comes before write_grants where a grant is renewed or ends. A server that is out of memory refuses a script's first
+-- Writes the record, which lives for at least this ttl in ms, or as long as it would have. `is_held`: a grant of a lock
+-- that is held is renewed or ends, which a server that is out of memory must not refuse. It refuses a script's first
 -- write if that needs memory, and none that comes after one which doesn't.
-local function touch_grants(record_key, record_ttl)
-    local ttl = math.max(1, record_ttl, redis.call('PTTL', record_key))
-    redis.call('PEXPIRE', record_key, string.format('%.0f', ttl))
-end
-
--- Writes the record, which lives for at least this ttl in ms, or as long as it would have.
-local function write_grants(record_key, token, grants, record_ttl)
+local function write_grants(record_key, token, grants, record_ttl, is_held)
     local all = {}
     for i, id in ipairs(grants.ids) do
         all[i] = grants.ttls[id] and id .. '=' .. string.format('%.0f', grants.ttls[id]) or id
@@ -98,6 +93,9 @@ local function write_grants(record_key, token, grants, record_ttl)
     if kept_for(grants) > 0 then
         all[#all + 1] = 'h=' .. string.format('%.0f', grants.kept)
     end
-    local ttl = math.max(1, record_ttl, redis.call('PTTL', record_key))
-    redis.call('SET', record_key, token .. '\n' .. table.concat(all, ','), 'PX', string.format('%.0f', ttl))
+    local ttl = string.format('%.0f', math.max(1, record_ttl, redis.call('PTTL', record_key)))
+    if is_held then
+        redis.call('PEXPIRE', record_key, ttl)
+    end
+    redis.call('SET', record_key, token .. '\n' .. table.concat(all, ','), 'PX', ttl)
 end

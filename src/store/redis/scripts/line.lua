@@ -38,8 +38,8 @@ end
 -- Removes a place from the line, and with the last place the line. `others` is true if the line is known to have other
 -- places.
 local function leave_line(line_key, place, others)
-    -- While its slot moves, a key that has become empty may be asked for on another node, and the other key may be there.
-    -- That must not look as if nothing had been done; the ttl ends the other key.
+    -- While its slot moves, to ask for a key that has become empty is an error, and the other key may be on another
+    -- node. That must not look as if nothing had been done; the ttl ends the other key.
     if redis.call('ZREM', line_key, place) == 1 and not others and redis.pcall('EXISTS', line_key) == 0 then
         redis.pcall('DEL', alive_key_of(line_key))
     end

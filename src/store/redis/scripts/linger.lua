@@ -35,8 +35,7 @@ local function linger(i)
     elseif #others.ids < #record.ids or record.ttls['*'] ~= nil then
         -- A record that is full doesn't list this grant, and keeps the time for it all the same.
         others.kept = math.max(math.ceil(now / 1000) + rest, record.kept or 0)
-        touch_grants(record_key, rest)
-        write_grants(record_key, token, others, rest)
+        write_grants(record_key, token, others, rest, true)
         -- As in end_grant.lua, and no shorter than this grant wanted.
         local left, longest = redis.call('PTTL', KEYS[i]), longest_of(others)
         local ttl = math.max(kept_for(others), longest and math.min(left, longest) or left)

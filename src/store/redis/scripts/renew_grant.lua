@@ -44,23 +44,20 @@ end
 
 local function rewrite(record_key, record)
     if how == 'claim' then
-        return write_grants(record_key, token, with(without(record, earlier), grant, ttl), record_ttl)
+        return write_grants(record_key, token, with(without(record, earlier), grant, ttl), record_ttl, true)
     elseif how == 'keep' or how == 'exactly' then
         -- `-` never adds itself to a record.
-        return grant ~= '-' and write_grants(record_key, token, with(record, grant, ttl), record_ttl)
+        return grant ~= '-' and write_grants(record_key, token, with(record, grant, ttl), record_ttl, true)
     end
     local others = without(record, grant)
     if how == 'return' and #others.ids < #record.ids then
         others = #others.ids > 0 and others or with(others, earlier, ttl)
-        write_grants(record_key, token, others, record_ttl)
+        write_grants(record_key, token, others, record_ttl, true)
     end
 end
 
 for i = 1, n do
     local record = grants[i]
-    if how ~= 'least' and how ~= 'return' then
-        touch_grants(KEYS[n + i], record_ttl)
-    end
     rewrite(KEYS[n + i], record)
     if how == 'exactly' and #without(record, grant).ids == 0 then
         redis.call('PEXPIRE', KEYS[i], string.format('%.0f', math.max(tonumber(ttl), kept_for(record))))
