@@ -325,6 +325,53 @@ async fn shares(cluster: Cluster, locker: Locker) {
     }
 }
 
+/// Asserts that what empties a key on the node that a slot leaves is done, and reported as done: from then on that node
+/// redirects whoever asks for the key, also in the middle of a script.
+async fn empties(cluster: Cluster, locker: Locker) {
+    let other = builder().command_timeout(ms(2_000)).connect(&cluster.url()).await.unwrap();
+    let reader = soon(locker.read("{moves}:read").ttl(ms(60_000))).await.unwrap();
+    let lingers = soon(locker.read("{moves}:lingers").ttl(ms(60_000)).hold_at_least(ms(2_000))).await.unwrap();
+    let permit = soon(locker.permit("{moves}:permit", 1).ttl(ms(60_000))).await.unwrap();
+    let (full, leaves) = (
+        soon(locker.permit("{moves}:full", 2).ttl(ms(60_000))).await.unwrap(),
+        soon(locker.permit("{moves}:full", 2).ttl(ms(60_000))).await.unwrap(),
+    );
+    let held = soon(locker.lock("{moves}:fair").fair(true).ttl(ms(60_000))).await.unwrap();
+    let shares = soon(locker.permit("{moves}:gives-up", 1).ttl(ms(60_000))).await.unwrap();
+    // Each is the only one in its line.
+    let next = tokio::spawn(other.lock("{moves}:fair").fair(true).ttl(ms(60_000)).into_future());
+    let joins = tokio::spawn(other.permit("{moves}:full", 2).ttl(ms(60_000)).into_future());
+    let gives_up = tokio::spawn(other.permit("{moves}:gives-up", 1).ttl(ms(60_000)).into_future());
+    let from = cluster.place_of(MOVES);
+    for key in ["{moves}:fair", "{moves}:full", "{moves}:gives-up"] {
+        let line = format!("{key}:queue");
+        eventually("it is in the line", async || (cluster.nodes[from].cli(&["ZCARD", &line]) == "1").then_some(()))
+            .await;
+    }
+    let migration = cluster.begin_migration(MOVES, from, (from + 1) % 3);
+    for released in [soon(reader.release()).await, soon(permit.release()).await, soon(held.release()).await] {
+        released.unwrap();
+    }
+    soon(lingers.release()).await.unwrap();
+    soon(leaves.release()).await.unwrap();
+    let joined = soon(joins).await.unwrap().unwrap();
+    gives_up.abort();
+    let is_left = |key: &str| migration.left().iter().any(|left| left == key);
+    eventually("it has left the line", async || (!is_left("{moves}:gives-up:queue")).then_some(())).await;
+    for key in ["{moves}:read", "{moves}:permit"] {
+        assert!(!is_left(key), "{key} is still taken");
+    }
+    migration.move_all(ms(0));
+    migration.finish();
+    soon(soon(next).await.unwrap().unwrap().release()).await.unwrap();
+    for share in [full, joined, shares] {
+        soon(share.release()).await.unwrap();
+    }
+    for key in ["{moves}:read", "{moves}:permit", "{moves}:fair", "{moves}:full", "{moves}:gives-up"] {
+        soon(soon(other.try_lock(key)).await.unwrap().release()).await.unwrap();
+    }
+}
+
 /// Asserts that operations on keys of one slot share calls. If the keys are on two nodes, no call is decided as a
 /// whole, but each operation is.
 async fn shares_calls(cluster: Cluster, locker: Locker) {
@@ -459,5 +506,6 @@ with_either_client! {
     operations_that_share_calls_are_decided_one_by_one: shares_calls within ms(2_000),
     forty_locks_survive_the_slow_migration_of_their_slot: survive within ms(2_000),
     keys_are_shared: shares within ms(2_000),
+    what_leaves_a_key_empty_is_done: empties within ms(2_000),
     several_keys_of_which_one_has_moved_are_waited_for: waits_for_all within ms(2_000),
 }

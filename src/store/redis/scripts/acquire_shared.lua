@@ -98,9 +98,6 @@ if place ~= '' and ARGV[7] == '1' then
     end
 elseif place ~= '' then
     take_turn(line_key, turn, place, alive, others)
-    local head = head_of(line_key)
-    if head then
-        redis.pcall(ARGV[11], ARGV[12], head)
-    end
+    notify_head(line_key, ARGV[11], ARGV[12])
 end
 return fence_key and share.fence or 0

@@ -5,10 +5,5 @@
 
 -- Returns for how many ms more a writer at another place waits, unless it is heard of again; 0 if none does.
 local function announced_for(intent_key, own_place)
-    local last = look('ZRANGE', intent_key, -2, -1, 'WITHSCORES')
-    local at = last[#last]
-    if last[#last - 1] == own_place then
-        at = last[#last - 2]
-    end
-    return at and math.max(0, at - now_ms) or 0
+    return math.max(0, last_end_of_others(intent_key, own_place) - now_ms)
 end

@@ -43,8 +43,5 @@ write_share(holders_key, records_key, token, share)
 redis.call('SET', KEYS[1], marker, 'PX', string.format('%.0f', left))
 keep_until(now_ms + left, KEYS[1], holders_key, records_key)
 redis.pcall('DEL', record_key)
-local looked, head = pcall(head_of, line_key)
-if looked and head then
-    redis.pcall(ARGV[5], ARGV[6], head)
-end
+notify_head(line_key, ARGV[5], ARGV[6])
 return 1

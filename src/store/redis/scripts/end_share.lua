@@ -29,17 +29,9 @@ if all then
 else
     set_end(share, grant, nil)
 end
-if rest > 0 or #share.ids > 0 then
-    -- For a server that is out of memory (shares.lua).
-    keep_until(last_end(holders_key), KEYS[1], holders_key, records_key)
-end
-write_share(holders_key, records_key, token, share)
-if rest > 0 then
-    -- No token owns this. The stamps of two clients may be the same.
-    local nobodys = '\n' .. string.format('%.0f', stamp) .. token
-    redis.call('ZADD', holders_key, string.format('%.0f', now_ms + rest), nobodys)
-end
-local last = last_end(holders_key)
+-- Known before the first write. While its slot moves, to ask for a key that has become empty is an error, which must not
+-- look as if nothing had been done.
+local last = math.max(last_end_of_others(holders_key, token), end_of(share), rest > 0 and now_ms + rest or 0)
 if last <= now_ms then
     forget(holders_key, records_key)
     pass_on(KEYS[1], line_key, publish, channel)
@@ -47,14 +39,17 @@ if last <= now_ms then
 end
 keep_until(last, KEYS[1], holders_key, records_key)
 if rest > 0 then
+    -- No token owns this. The stamps of two clients may be the same.
+    local nobodys = '\n' .. string.format('%.0f', stamp) .. token
+    redis.call('ZADD', holders_key, string.format('%.0f', now_ms + rest), nobodys)
+end
+write_share(holders_key, records_key, token, share)
+if rest > 0 then
     -- As where a lock is left to nobody: so that all who wait learn the time.
     redis.pcall(publish, channel, '')
 end
 if marker == PERMITS and #share.ids == 0 and rest == 0 then
     -- There is room for the head of the line.
-    local looked, head = pcall(head_of, line_key)
-    if looked and head then
-        redis.pcall(publish, channel, head)
-    end
+    notify_head(line_key, publish, channel)
 end
 return is_in and 1 or 0

@@ -13,9 +13,6 @@ local held = redis.call('GET', KEYS[1])
 if not held and redis.call('EXISTS', KEYS[2]) == 1 or held and turn_of(held) == ARGV[1] then
     pass_on(KEYS[1], KEYS[2], ARGV[2], ARGV[3])
 elseif held == READERS or held == PERMITS then
-    local head = head_of(KEYS[2])
-    if head then
-        redis.pcall(ARGV[2], ARGV[3], head)
-    end
+    notify_head(KEYS[2], ARGV[2], ARGV[3])
 end
 return 1

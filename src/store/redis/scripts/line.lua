@@ -59,6 +59,18 @@ local function head_of(line_key)
             return head, others, tonumber(first[2]) < 0 and '!' or ''
         end
         leave_line(line_key, head, others)
+        if not others then
+            return nil
+        end
+    end
+end
+
+-- Notifies the process of the head of the line, if there is one. What the script has done until now stands, so a line
+-- that can't be read is no error: its next heartbeat comes upon it.
+local function notify_head(line_key, publish, channel)
+    local looked, head = pcall(head_of, line_key)
+    if looked and head then
+        redis.pcall(publish, channel, head)
     end
 end
 

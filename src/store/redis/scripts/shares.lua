@@ -105,6 +105,16 @@ local function last_end(holders_key)
     return tonumber(look('ZRANGE', holders_key, -1, -1, 'WITHSCORES')[2] or 0)
 end
 
+-- Returns when the last share of other tokens ends.
+local function last_end_of_others(holders_key, token)
+    local last = look('ZRANGE', holders_key, -2, -1, 'WITHSCORES')
+    local at = #last
+    if last[at - 1] == token then
+        at = at - 2
+    end
+    return tonumber(last[at] or 0)
+end
+
 -- Empties the set and the hash.
 local function forget(holders_key, records_key)
     redis.call('DEL', holders_key)
