@@ -822,6 +822,56 @@ async fn a_node_is_healed_once_it_votes_again() {
     is_on(&servers, "k", 0).await;
 }
 
+/// Returns a guard of the key "k" that the last of three nodes has refused. There the key is free.
+async fn lock_without_the_last(servers: &[Server; 3], locker: &Locker, keys: &[&'static str]) -> LockGuard {
+    // The nodes know the script by then, so that each request runs it once.
+    soon(lock_on_all(servers, || locker.lock("k")).await.release()).await.unwrap();
+    servers[2].cli(&["SET", "k", "another"]);
+    let before = script_runs(servers)[2];
+    let guard = soon(locker.lock_all(keys.iter().copied()).no_renewal()).await.unwrap();
+    eventually("the last has refused", async || (script_runs(servers)[2] > before).then_some(())).await;
+    servers[2].cli(&["DEL", "k"]);
+    guard
+}
+
+/// A token that one guard made may be used by another, whose nodes are not those of the first.
+#[tokio::test]
+async fn a_guard_counts_no_node_that_has_only_the_grant_of_another_guard_of_its_token() {
+    for (keys, exactly) in [(&["k"][..], false), (&["k"], true), (&["k", "l"], false)] {
+        let servers = start::<3>();
+        let (locker, twin) = (locker(&servers).await, locker(&servers).await);
+        let guard = lock_without_the_last(&servers, &locker, keys).await;
+        let other = soon(twin.lock_all(keys.iter().copied()).no_renewal().token(guard.token().clone())).await.unwrap();
+        is_on(&servers, "k", 3).await;
+        servers[0].cli(&["SET", "k", "another"]);
+        let renewed = if exactly { soon(guard.renew_for(ms(9_000))).await } else { soon(guard.renew()).await };
+        assert!(renewed.is_err(), "{keys:?}, exactly: {exactly}");
+        drop(other);
+        eventually("only its own is left", async || (servers[2].cli(&["EXISTS", "k"]) == "0").then_some(())).await;
+    }
+}
+
+#[tokio::test]
+async fn a_guard_is_healed_where_only_another_guard_of_its_token_had_a_grant() {
+    let servers = start::<3>();
+    let (locker, twin) = (locker(&servers).await, locker(&servers).await);
+    let guard = lock_without_the_last(&servers, &locker, &["k"]).await;
+    let other = soon(twin.lock("k").no_renewal().token(guard.token().clone())).await.unwrap();
+    is_on(&servers, "k", 3).await;
+    soon(guard.renew()).await.unwrap();
+    let is_recorded = async || servers[2].cli(&["GET", "{k}:grants"]).ends_with(",-").then_some(());
+    eventually("the node has both grants", is_recorded).await;
+    // It counts from now on.
+    servers[0].cli(&["SET", "k", "another"]);
+    soon(guard.renew()).await.unwrap();
+    drop(other);
+    let is_ended = async || servers[2].cli(&["GET", "{k}:grants"]).ends_with("\n-").then_some(());
+    eventually("the node has one of them", is_ended).await;
+    soon(guard.renew()).await.unwrap();
+    soon(guard.release()).await.unwrap();
+    assert_eq!(servers[2].cli(&["EXISTS", "k"]), "0");
+}
+
 /// Returns how often each node has run a script.
 fn script_runs(servers: &[Server]) -> Vec<u32> {
     let runs = |server: &Server| {

@@ -541,6 +541,14 @@ impl Held {
         if let Some(loss) = self.not_ours(owned, now) {
             return Verdict::NotOurs(loss);
         }
+        let relies = |entry: &Entry| entry.grants().iter().any(|one| one.grant.is_none());
+        if how == Extending::Exactly
+            && owned.grant.is_none()
+            && !owned.keys.iter().filter_map(|key| self.locks.get(key)).all(relies)
+        {
+            // The key was lost, and is held for other grants of the token by now.
+            return Verdict::NotOurs(Loss::Missing);
+        }
         for key in &owned.keys {
             if let Some(entry) = self.locks.get_mut(key) {
                 match how {

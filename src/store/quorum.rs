@@ -65,8 +65,9 @@
 //! of nodes that are away one after another, and a lock that was obtained on a bare majority is on all nodes soon after
 //! its first renewal.
 //!
-//! If several guards share a token, a node counts for a guard only if it has recorded that guard's own grant. So each
-//! renewal of such a guard has the node record it again.
+//! If several guards share a token, a node counts for a guard only if it has that guard's own grant. So each renewal of
+//! a guard whose token was used before has the node record it again. A guard that made its token needs no record, until
+//! another guard uses the token: a node whose record lists only others counts as one without the key, and is healed.
 //!
 //! # What is left behind
 //!

@@ -189,6 +189,13 @@ impl Server {
         if let Some(loss) = state.not_ours(owned) {
             return Verdict::NotOurs(loss);
         }
+        let is_listed = |key| state.grants.get(key).is_none_or(|grants| grants.contains(&owned.grant));
+        if matches!(how, Extending::AtLeast | Extending::Exactly)
+            && owned.grant.is_none()
+            && !owned.keys.iter().all(is_listed)
+        {
+            return Verdict::NotOurs(Loss::Missing);
+        }
         let until = Instant::now() + ttl;
         for key in &owned.keys {
             if let Extending::GiveBack { earlier } = how {
@@ -984,6 +991,13 @@ async fn a_vote_that_comes_after_the_drop_is_taken_back_where_its_token_holds_ag
 
 #[tokio::test(start_paused = true)]
 async fn a_node_that_confirms_a_renewal_keeps_its_key_when_another_guard_of_the_token_is_dropped() {
+    for is_chosen in [true, false] {
+        confirms_and_keeps(is_chosen).await;
+    }
+}
+
+/// `is_chosen`: the first guard has a token that the user chose, or one of its own, which the second guard uses again.
+async fn confirms_and_keeps(is_chosen: bool) {
     let world = World::new(&[0; 3], Duration::ZERO);
     let calls = [(); 3].map(|()| AtomicU32::new(0));
     // The first node misses the renewal, the last one its vote: it only has the vote of the other guard.
@@ -993,16 +1007,43 @@ async fn a_node_that_confirms_a_renewal_keeps_its_key_when_another_guard_of_the_
     });
     let twin = world.client(0, |_| Fault::None);
     let rival = world.client(0, |_| Fault::None);
-    let guard = locker.lock("k").no_renewal().token("worker-7".parse().unwrap()).await.unwrap();
-    let other = twin.lock("k").no_renewal().token("worker-7".parse().unwrap()).await.unwrap();
+    let lock = locker.lock("k").no_renewal();
+    let guard = if is_chosen { lock.token("worker-7".parse().unwrap()) } else { lock }.await.unwrap();
+    let other = twin.lock("k").no_renewal().token(guard.token().clone()).await.unwrap();
     sleep(ms(1_500)).await;
-    guard.renew().await.unwrap();
+    let renewed = guard.renew().await;
+    assert_eq!(renewed.is_ok(), is_chosen, "{renewed:?}");
     drop(other);
     sleep(ms(600)).await;
     assert!(world.servers[0].is_free("k"), "its key has expired");
     let rival = rival.try_lock("k").await;
+    assert_eq!(guard.is_held(), is_chosen);
+    assert_eq!(rival.is_err(), is_chosen);
+}
+
+/// A guard's own token, used again by another guard, is healed where only the other had it.
+#[tokio::test(start_paused = true)]
+async fn a_guard_gets_a_node_of_its_own_where_only_another_guard_of_its_token_had_it() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let calls = AtomicU32::new(0);
+    let locker = world.client(0, move |place| match place {
+        2 if calls.fetch_add(1, Ordering::Relaxed) == 0 => Fault::Refused,
+        _ => Fault::None,
+    });
+    let twin = world.client(0, |_| Fault::None);
+    let rival = world.client(0, |_| Fault::None);
+    let guard = locker.lock("k").no_renewal().await.unwrap();
+    let other = twin.lock("k").no_renewal().token(guard.token().clone()).await.unwrap();
+    guard.renew().await.unwrap();
+    sleep(ms(10)).await;
+    // It is healed by now, and counts.
+    world.servers[0].forget();
+    guard.renew().await.unwrap();
+    drop(other);
+    sleep(ms(10)).await;
+    assert!(!world.servers[2].is_free("k"));
+    assert!(rival.try_lock("k").await.is_err());
     assert!(guard.is_held());
-    assert!(rival.is_err());
 }
 
 #[tokio::test(start_paused = true)]

@@ -10,6 +10,9 @@ use crate::store::{Extending, Wanted};
 /// What scripts call a grant that has no id.
 pub(super) const NO_ID: &str = "-";
 
+/// What `renew_grant.lua` calls a renewal to at least the ttl.
+pub(super) const LEAST: &str = "least";
+
 /// The shortest ttl of a record of grants. The record is deleted with the lock; the ttl is for locks whose holder died.
 const RECORD_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 

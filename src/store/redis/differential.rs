@@ -114,9 +114,11 @@ async fn interfere(rng: &mut fastrand::Rng, sides: &[Side; 2], forbidden: &[&str
         "",
     ];
     let poison = *rng.choice(&poison).unwrap();
+    let grants = String::from_utf8(names::grants_of(&Bytes::from(lock)).to_vec()).unwrap();
+    let record = format!("{token}\n{}", rng.choice(["-", "a1=20000", "a1=20000,-", "*", "a1=20000,*"]).unwrap());
     let px = rng.choice(TTLS).unwrap().to_string();
     let mut expires = false;
-    let command: (&'static str, Vec<&str>) = match rng.u8(..12) {
+    let command: (&'static str, Vec<&str>) = match rng.u8(..15) {
         0..3 => ("DEL", vec![lock]),
         3 => ("SET", vec![lock, held]),
         4 => ("SET", vec![lock, held, "PX", &px]),
@@ -129,6 +131,8 @@ async fn interfere(rng: &mut fastrand::Rng, sides: &[Side; 2], forbidden: &[&str
         7 if forbidden != ["-del"] => ("LPUSH", vec![&fence, "item"]),
         7 | 8 => ("SET", vec![&fence, poison]),
         9 | 10 => ("DEL", vec![&fence]),
+        11 | 12 => ("SET", vec![&grants, &record, "PX", &px]),
+        13 => ("DEL", vec![&grants]),
         _ => ("PERSIST", vec![lock]),
     };
     for side in sides {
@@ -139,16 +143,19 @@ async fn interfere(rng: &mut fastrand::Rng, sides: &[Side; 2], forbidden: &[&str
     }
 }
 
-fn operation(rng: &mut fastrand::Rng) -> Box<Operation> {
+/// `on_node`: as on a node of a quorum, where renewals look at the record of grants.
+fn operation(rng: &mut fastrand::Rng, on_node: bool) -> Box<Operation> {
     let name = Bytes::from(*rng.choice(&LOCKS).unwrap());
     let token: Token = rng.choice(&TOKENS).unwrap().parse().unwrap();
     let ttl = rng.choice(TTLS).unwrap();
     let what = match rng.u8(..10) {
         0 | 1 => What::Release { publish: "PUBLISH" },
         2 => What::EndGrant { publish: "PUBLISH", record: names::grants_of(&name) },
-        // Often the same, so that a batch of few has one ttl for all of them.
-        3..6 if rng.bool() => What::Renew { ttl: RENEWED_TTLS[1] },
-        3..6 => What::Renew { ttl: rng.choice(RENEWED_TTLS).unwrap() },
+        3..6 => {
+            // Often the same, so that a batch of few has one ttl for all of them.
+            let ttl = if rng.bool() { RENEWED_TTLS[1] } else { rng.choice(RENEWED_TTLS).unwrap() };
+            What::Renew { ttl, record: on_node.then(|| names::grants_of(&name)) }
+        }
         _ => {
             let value = match rng.u8(..3) {
                 0 => [token.as_str().as_bytes(), b"\nmeta\n\xff\0"].concat().into(),
@@ -223,8 +230,9 @@ async fn batches(seed: u64, count: usize, forbidden: &[&str]) {
         for _ in 0..rng.u8(0..3) {
             interfere(&mut rng, &sides, forbidden).await;
         }
+        let on_node = rng.bool();
         let most = if n % 50 == 0 { batcher::OPERATIONS } else { 10 };
-        let mut batch: Vec<Box<Operation>> = (0..rng.usize(1..=most)).map(|_| operation(&mut rng)).collect();
+        let mut batch: Vec<Box<Operation>> = (0..rng.usize(1..=most)).map(|_| operation(&mut rng, on_node)).collect();
         batch.sort_by_key(|operation| operation.rank());
         operations += batch.len();
         alone += compare(&batch, &sides).await;
@@ -283,7 +291,7 @@ async fn a_server_out_of_memory_refuses_each_acquire_by_name_and_still_renews_an
         assert_eq!(answer.unwrap().unwrap_err().code(), Some("OOM"));
     }
     assert_eq!(side.process.cli(&["DBSIZE"]), "4");
-    let (renew, release) = (What::Renew { ttl: 90_000 }, What::Release { publish: "PUBLISH" });
+    let (renew, release) = (What::Renew { ttl: 90_000, record: None }, What::Release { publish: "PUBLISH" });
     let owned = [of("a", release), of("b", renew)];
     let answers = side.server().run_batch(&owned, PATIENCE).await.unwrap();
     assert!(answers.iter().all(|answer| matches!(answer, Some(Ok(Decision::Owned(Verdict::Done))))), "{answers:?}");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::FENCE_TTL;
-use super::args::{NO_ID, decimal, millis};
+use super::args::{LEAST, NO_ID, decimal, millis};
 use super::names;
 use super::replies::{Decision, Kind};
 use super::script::Call;
@@ -33,7 +33,12 @@ pub(super) enum What {
         record: Bytes,
     },
     /// Extends the ttl to at least this.
-    Renew { ttl: i64 },
+    Renew {
+        ttl: i64,
+        /// On a node of a quorum, the name of the record of grants: the key may be there for another grant of the token
+        /// only. The renewals of one store have all a record, or none.
+        record: Option<Bytes>,
+    },
     Acquire {
         /// What the key holds while the lock is held.
         value: Bytes,
@@ -65,7 +70,13 @@ impl Operation {
         match &self.what {
             What::Release { publish } => Call::new([key].into_iter(), release(publish)),
             What::EndGrant { publish, record } => Call::new([key, record.clone()].into_iter(), release(publish)),
-            What::Renew { ttl } => Call::new([key].into_iter(), [token(), decimal(*ttl)]),
+            What::Renew { ttl, record } => {
+                let args = [token(), decimal(*ttl)];
+                match record.clone() {
+                    None => Call::new([key].into_iter(), args),
+                    Some(record) => Call::new([key, record].into_iter(), args),
+                }
+            }
             What::Acquire { value, ttl, fence: None, .. } => {
                 Call::new([key].into_iter(), [value.clone(), decimal(*ttl)])
             }
@@ -77,7 +88,7 @@ impl Operation {
         }
     }
 
-    /// Returns the call of `acquire.lua` or `end_grant.lua`, to which the script for one key leaves some cases.
+    /// Returns the call of `acquire.lua`, `end_grant.lua` or `renew_grant.lua`, to which the script for one key leaves some cases.
     pub(super) fn full_call(&self) -> Call {
         let key = self.name.clone();
         let token = || self.token.to_bytes();
@@ -97,7 +108,11 @@ impl Operation {
                 let keys = [key, names::line_of(&self.name), record.clone()];
                 Call::new(keys.into_iter(), args.into_iter().chain(channels([&self.name])))
             }
-            What::Release { .. } | What::Renew { .. } => self.call(),
+            What::Renew { ttl, record: Some(record) } => {
+                let how = ["1", LEAST, NO_ID, "0", "", "0"].map(Bytes::from);
+                Call::new([key, record.clone()].into_iter(), [token(), decimal(*ttl)].into_iter().chain(how))
+            }
+            What::Release { .. } | What::Renew { record: None, .. } => self.call(),
         }
     }
 
@@ -158,14 +173,16 @@ pub(super) fn batch_call(operations: &[Box<Operation>]) -> Call {
         match &operation.what {
             What::Acquire { fence: Some((_, ttl)), .. } => longest = longest.max(*ttl),
             What::Release { publish, .. } | What::EndGrant { publish, .. } => how = publish,
-            What::Renew { ttl } => have_one_ttl &= *renewed.get_or_insert(*ttl) == *ttl,
+            What::Renew { ttl, .. } => have_one_ttl &= *renewed.get_or_insert(*ttl) == *ttl,
             What::Acquire { fence: None, .. } => {}
         }
     }
     let names = operations.iter().map(|operation| &operation.name);
     // In the order of the ranks, as all is: the records, then the fences.
     let others = operations.iter().filter_map(|operation| match &operation.what {
-        What::EndGrant { record: name, .. } | What::Acquire { fence: Some((name, _)), .. } => Some(name),
+        What::EndGrant { record: name, .. }
+        | What::Renew { record: Some(name), .. }
+        | What::Acquire { fence: Some((name, _)), .. } => Some(name),
         _ => None,
     });
     let renewed_ttl = renewed.filter(|_| have_one_ttl);
@@ -176,7 +193,7 @@ pub(super) fn batch_call(operations: &[Box<Operation>]) -> Call {
     let mut decimals = Decimals::default();
     for operation in operations {
         operation.push_args(&mut call, &mut decimals);
-        if let (What::Renew { ttl }, None) = (&operation.what, renewed_ttl) {
+        if let (What::Renew { ttl, .. }, None) = (&operation.what, renewed_ttl) {
             call.args([decimals.get(*ttl)]);
         }
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::args::{count_of, decimal, flag, id_of, millis, record_ttl, seconds};
+use super::args::{LEAST, count_of, decimal, flag, id_of, millis, record_ttl, seconds};
 use super::dispatch::SHARED_LANE;
 use super::operation::{self, Operation, What};
 use super::replicas::within;
@@ -25,14 +25,14 @@ impl RedisStore {
     ) -> Result<Verdict, Error> {
         let (how, timeout) = (how.of(owned), within(timeout, ttl, self.server().min_replicas));
         if let ([key], Extending::AtLeast) = (&*owned.keys, how) {
-            return self.run_owned(key, &owned.token, What::Renew { ttl: millis(ttl) }, timeout).await;
+            return self.run_owned(key, &owned.token, self.renewal(key, ttl), timeout).await;
         }
         let (script, call) = match how.name() {
-            None => {
+            None if !self.is_node => {
                 let args = [owned.token.to_bytes(), decimal(millis(ttl))];
                 (&self.server().scripts.renew, Call::new(self.names(owned), args))
             }
-            Some(_) => (&self.server().scripts.renew_grant, self.renewal_of_grant(owned, ttl, how, Duration::ZERO)),
+            _ => (&self.server().scripts.renew_grant, self.renewal_of_grant(owned, ttl, how, Duration::ZERO)),
         };
         let (until, writing) = self.server().writing(timeout);
         let reply = match self.server().run(script, || call.clone(), |_| {}, timeout).await {
@@ -48,6 +48,11 @@ impl RedisStore {
         Ok(verdict)
     }
 
+    /// Returns the renewal of a grant without an id to at least this ttl.
+    fn renewal(&self, key: &Key, ttl: Duration) -> What {
+        What::Renew { ttl: millis(ttl), record: self.is_node.then(|| names::grants_of(&self.name(key))) }
+    }
+
     /// Returns the call of `renew_grant.lua`. The window is that of a quorum's node, or zero.
     pub(super) fn renewal_of_grant(&self, owned: &Owned, ttl: Duration, how: Extending, window: Duration) -> Call {
         let earlier = match how {
@@ -58,7 +63,7 @@ impl RedisStore {
             owned.token.to_bytes(),
             decimal(millis(ttl)),
             count_of(owned),
-            how.name().unwrap_or("least").into(),
+            how.name().unwrap_or(LEAST).into(),
             id_of(owned.grant),
             decimal(record_ttl(ttl)),
             earlier,
@@ -77,7 +82,8 @@ impl RedisStore {
             return router::all(each).await;
         }
         let renewal = |&(owned, ttl): &(&Owned, Duration)| {
-            Operation::new(self.name(&owned.key()), &owned.token, What::Renew { ttl: millis(ttl) })
+            let key = owned.key();
+            Operation::new(self.name(&key), &owned.token, self.renewal(&key, ttl))
         };
         let decisions = self.batcher.run_all(SHARED_LANE, locks.iter().map(renewal).collect(), timeout).await;
         decisions.into_iter().map(|decision| decision?.verdict()).collect()

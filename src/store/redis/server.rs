@@ -174,12 +174,13 @@ impl Server {
         }
     }
 
-    /// Decides what the scripts for one key leave to others: an acquire that finds its own token, and the end of a
-    /// grant when there may be other grants.
+    /// Decides what the scripts for one key leave to others: an acquire that finds its own token, and the renewal or
+    /// the end of a grant when there may be other grants.
     async fn decide_by_full_script(&self, operation: &Operation, timeout: Duration) -> Result<Decision, Error> {
-        let script = match operation.kind() {
-            Kind::Acquire { .. } => &self.scripts.acquire,
-            Kind::Owned => &self.scripts.end_grant,
+        let script = match operation.what {
+            What::Acquire { .. } => &self.scripts.acquire,
+            What::Renew { .. } => &self.scripts.renew_grant,
+            What::Release { .. } | What::EndGrant { .. } => &self.scripts.end_grant,
         };
         let sending = |until| operation.is_sent(until);
         let reply = self.run(script, || operation.full_call(), sending, timeout).await?.value();

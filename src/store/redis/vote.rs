@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::args::{count_of, decimal, flag, id_of, id_or_empty, millis, record_ttl, seconds, value_of};
+use super::args::{count_of, decimal, flag, id_of, millis, record_ttl, seconds, value_of};
 use super::driver::{self, Driver, WithoutConnection};
 use super::script::Call;
 use super::shared::{lock_and_beside, marker_of};
@@ -25,7 +25,8 @@ impl RedisStore {
         command_timeout: Duration,
     ) -> Result<Self, Error> {
         let without = WithoutConnection::CallsFail;
-        Ok(Self::on(driver::open_lazily(driver, target, command_timeout, without)?, prefix, 0))
+        let store = Self::on(driver::open_lazily(driver, target, command_timeout, without)?, prefix, 0);
+        Ok(Self { is_node: true, ..store })
     }
 
     /// Waits until it is connected.
@@ -54,7 +55,9 @@ impl RedisStore {
         if ballot.number.is_some() {
             names.extend(locks.iter().map(names::fence_of));
         }
-        if grant.is_some() {
+        // The key that is brought back may be there already, for another grant of the token.
+        let is_recorded = grant.is_some() || ballot.heals;
+        if is_recorded {
             names.extend(locks.iter().map(names::grants_of));
         }
         Call::new(
@@ -69,7 +72,7 @@ impl RedisStore {
                 decimal(i64::try_from(ballot.ahead.as_micros()).unwrap_or(i64::MAX)),
                 number_of(ballot),
                 flag(ballot.exactly),
-                id_or_empty(*grant),
+                if is_recorded { id_of(*grant) } else { "".into() },
                 decimal(record_ttl(wanted.ttl)),
             ],
         )

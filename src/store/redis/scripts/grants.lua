@@ -13,6 +13,7 @@
 -- 4. Each renewal of a grant with an id adds the grant to the record, which may have been lost with the key.
 -- 5. The end of a grant with an id that is missing from the record, and of one of a record that is full (`*`), leaves
 --    the key to its ttl: too long is safe, too short is not. `-` can't tell; we assume that records are not evicted.
+--    A renewal of `-` on a node of a quorum can: a node that never had it may have got the key by another grant.
 -- 6. A grant may end and want its key to stay taken for some more time (linger.lua). While other grants rely on the
 --    key, the record has an entry `h=time` for that, with the server time in ms. It is no id, as those are hexadecimal.
 --    The key lives at least until then, and if the last grant ends before, the key is left to nobody until then.

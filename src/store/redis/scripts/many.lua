@@ -2,7 +2,8 @@
 --
 -- KEYS  the lock keys: of the releases, the releases in the background, the renewals, the acquires with a fencing
 --       token, the acquires without; then the records of grants of the releases in the background, and the fence keys
---       of the acquires with a fencing token.
+--       of the acquires with a fencing token. On a node of a quorum, the records of the renewals come before the fence
+--       keys.
 -- ARGV  how many of each kind, in this order; the ttl of fence keys in ms; 'PUBLISH' or 'SPUBLISH', as in release.lua;
 --       the ttl of all renewals in ms, or '' if each has its own; then for each
 --       release: token.  renewal: token, and the ttl if each has its own; the key lives for at least this.
@@ -16,8 +17,8 @@
 --       acquire: granted, with the server time in us as its fencing token, or without one (as usual); granted with
 --       another fencing token: that. Held by another: -1 without a ttl, -2 - ttl in ms with one.
 --       'ALONE': an acquire that finds something that is no lock, or no fencing token; a release of a lock that others
---       wait for, or in the background one that other grants may rely on. Nothing has changed, and the script for one
---       key has to decide.
+--       wait for, or in the background one that other grants may rely on; on a node of a quorum, also a renewal of such
+--       a lock. Nothing has changed, and the script for one key has to decide.
 --
 -- Idempotent, as each operation is. An operation that fails affects no other: commands that may be refused are called
 -- by pcall, so the script never ends in an error after it has begun to write. Releases come first, so that an acquire
@@ -27,6 +28,8 @@ local n_end, n_renew, n_fenced, n_plain = tonumber(ARGV[2]), tonumber(ARGV[3]), 
 local n_explicit = tonumber(ARGV[1])
 local n_release = n_explicit + n_end
 local n_locks = n_release + n_renew + n_fenced + n_plain
+-- Of the releases in the background, and on a node of a quorum of the renewals.
+local n_records = #KEYS - n_locks - n_fenced
 local fence_ttl = ARGV[6]
 local publish = ARGV[7]
 local renewed_ttl = ARGV[8]
@@ -78,16 +81,20 @@ if n_release > 0 then
     end
 end
 
+-- Returns whether other grants may rely on the lock that a release in the background is for.
+local function may_have_others(i, token)
+    local record = i > n_explicit and held[KEYS[n_locks + i - n_explicit]]
+    return record and is_owner(token, record)
+end
+
 local freed, was = {}, {}
 for i = 1, n_release do
     local key, token = KEYS[i], ARGV[at]
     at = at + 1
     local value = held[key]
-    -- For a release in the background.
-    local record = i > n_explicit and held[KEYS[n_locks + i - n_explicit]]
     if not value then
         reply[i] = was[key] and 0 or absent(key)
-    elseif record and is_owner(token, record) then
+    elseif may_have_others(i, token) then
         reply[i] = 'ALONE'
     elseif value ~= token and not is_owner(token, value) then
         reply[i] = -1
@@ -103,10 +110,12 @@ if #freed > 0 then
     local err = refused(redis.pcall('DEL', unpack(freed)))
     if err then
         for i = 1, n_release do
-            local value = was[KEYS[i]]
+            local value, token = was[KEYS[i]], ARGV[8 + i]
             if value then
                 held[KEYS[i]] = value
-                reply[i] = reply[i] == 'ALONE' and 'ALONE' or is_owner(ARGV[8 + i], value) and err or -1
+                if reply[i] ~= 'ALONE' then
+                    reply[i] = may_have_others(i, token) and 'ALONE' or is_owner(token, value) and err or -1
+                end
             end
         end
     end
@@ -138,10 +147,13 @@ if n_renew > 0 then
         if was[key] then
             value = held[key]
         end
+        local record = n_records > n_end and values[n_locks + n_end + i - n_release]
         if not value then
             reply[i] = absent(key)
         elseif not is_owner(token, value) then
             reply[i] = -1
+        elseif record and is_owner(token, record) then
+            reply[i] = 'ALONE'
         else
             reply[i] = extend(key, px) or nil
         end
@@ -196,7 +208,7 @@ if n_locks > n_others then
         at = at + 2
         local holder = held[key]
         local is_ours = holder and is_owner(string.match(value, '^[^\n]*'), holder)
-        local fence_key = i <= n_others + n_fenced and KEYS[n_locks + n_end + i - n_others]
+        local fence_key = i <= n_others + n_fenced and KEYS[n_locks + n_records + i - n_others]
         local fence = fence_key and next_fence(fence_key, is_ours) or 0
         local err
         local usual = fence_key and now or 0

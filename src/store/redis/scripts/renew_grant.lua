@@ -9,9 +9,9 @@
 --                  grant wants them to stay taken.
 --       'claim'    they live for at least the ttl, and the grant replaces the earlier one.
 --       'keep'     they live for at least the ttl. The records are extended too, and note that ttl.
---       'least'    they live for at least the ttl.
+--       'least'    they live for at least the ttl. Only for `-`, on a node of a quorum.
 --       'return'   the keys do not change. The grant ends, and the earlier one replaces it if there is no other.
--- Reply as in renew.lua; -1 - s if the server was restarted lately: nothing has changed, and its replies don't count
+-- Reply as in renew.lua, where a key counts as gone if others rely on it and not this grant; -1 - s if the server was restarted lately: nothing has changed, and its replies don't count
 --       for s more seconds. What it holds may be from an old dump, and it may have forgotten what came later.
 --
 -- Idempotent, as renew.lua is.
@@ -36,7 +36,12 @@ for i = 1, n do
     elseif not held or not is_owner(token, held) then
         return -1
     end
-    grants[i] = grants_of(KEYS[n + i], token)
+    local record = grants_of(KEYS[n + i], token)
+    grants[i] = record
+    -- `-` doesn't add itself to a record. Where it is missing from one, the key ends with the other grants.
+    if grant == '-' and (how == 'least' or how == 'exactly') and record.ttls['-'] == nil and record.ttls['*'] == nil then
+        missing = true
+    end
 end
 if missing then
     return 0

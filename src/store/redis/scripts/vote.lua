@@ -1,10 +1,11 @@
 -- Votes as a node of a quorum: takes all keys for one token by a ballot, or none.
 --
--- KEYS  n lock keys; if a fencing token is wanted, their n fence keys; if the grant has an id, their n records of
---       grants.
+-- KEYS  n lock keys; if a fencing token is wanted, their n fence keys; if the grant has an id, or is brought back,
+--       their n records of grants.
 -- ARGV  token, value (the token; with metadata: token, newline, metadata), ttl in ms, n, ttl of the fence keys in ms,
 --       restart window in s (0: none), how far in us a number may be ahead, the number (0: no fencing token wanted),
---       '1' to have this number and no earlier one, id of the grant or '', ttl of the records in ms.
+--       '1' to have this number and no earlier one, id of the grant or '' (`-` if it has none and is brought back, where
+--       the keys may be held for other grants of the token), ttl of the records in ms.
 -- Reply {1, now, last, number}   granted, with this number or, if the keys hold the token already, an earlier one.
 --       {0, now, last, ttl, i, by}   another holds the ith key, for this long in ms; -1: without a ttl. by is 1 if
 --                                readers hold it, and 0 if not.
@@ -95,7 +96,10 @@ if number > 0 then
 end
 
 for i = 1, #grants do
-    write_grants(KEYS[records + i], token, grants[i], ARGV[11])
+    -- `-` needs no record where it is alone.
+    if grant ~= '-' or redis.call('EXISTS', KEYS[records + i]) == 1 then
+        write_grants(KEYS[records + i], token, grants[i], ARGV[11])
+    end
 end
 for i = 1, n do
     local done = redis.pcall('SET', KEYS[i], value, 'PX', string.format('%.0f', ours[i] or ttl))
