@@ -527,6 +527,24 @@ async fn closing_releases_what_was_handed_over_to_a_future_that_is_not_polled() 
 }
 
 #[tokio::test(start_paused = true)]
+async fn closing_waits_until_what_was_handed_over_to_a_waiter_that_it_ends_is_undone() {
+    let store = Arc::new(MemoryStore::new());
+    // The undo takes a while.
+    let locker = locker_on(store.clone(), |operation| match operation {
+        Operation::Release => Fault::RunAfter(ms(50)),
+        _ => Fault::None,
+    });
+    let guard = locker.lock("k").await.unwrap();
+    let waiter = tokio::spawn(locker.lock("k").into_future());
+    sleep(ms(200)).await;
+    guard.release().await.unwrap();
+    assert!(store.holder(&"k".into()).is_some());
+    locker.close().await;
+    assert_eq!(store.holder(&"k".into()), None);
+    assert!(matches!(waiter.await.unwrap(), Err(Error::Closed)));
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_an_attempt_may_have_left_is_undone_also_where_the_lock_was_taken_back_since() {
     let store = Arc::new(MemoryStore::new());
     let is_late = Arc::new(AtomicBool::new(false));

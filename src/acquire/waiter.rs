@@ -396,7 +396,7 @@ impl Waiter {
         }
         if let Some(mut left) = self.position.leave_queue() {
             if left.may_hold {
-                self.attempt.keep_pending(None);
+                self.attempt.keep_pending(left.pending.take());
             }
             if let Some(TakenOver { wanted, pending }) = left.taken_over.take() {
                 // The attempt releases it when it is dropped or starts over.

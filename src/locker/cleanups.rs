@@ -147,7 +147,11 @@ impl Shared {
             select! {
                 // Nothing is taken over once all is done.
                 biased;
-                () = self.releases.wait() => return,
+                () = self.releases.wait() => match self.releases.is_empty() {
+                    true => return,
+                    // Something else came to be pending meanwhile.
+                    false => continue,
+                },
                 () = sleep(GRACE_FOR_OWNER) => {}
             }
             for (work, token) in self.cleanups.take_overdue(Instant::now()) {

@@ -113,6 +113,8 @@ impl Place {
 pub(crate) struct Leftovers {
     /// Its token may have got the lock by a hand-over that it hasn't heard of (invariant 2).
     pub(crate) may_hold: bool,
+    /// What is registered to undo that. Until the waiter does, closing the locker waits for this.
+    pub(crate) pending: Option<PendingCleanup>,
     /// A lock that it was to take over from an earlier holder, and has not heard of.
     pub(crate) taken_over: Option<TakenOver>,
     /// A place that may be in the line, and that nobody has any longer.
@@ -338,7 +340,7 @@ impl Ticket {
     pub(crate) fn leave(&self) -> Leftovers {
         let mut guard = self.state();
         let state = &mut *guard;
-        let (may_hold, taken_over, abandoned) = self.abandon_hand_over();
+        let Abandoned { may_hold, pending, taken_over } = self.abandon_hand_over();
         let lane = state.lane_of(self.waiter.place);
         let was_first = lane.is_first(&self.waiter);
         lane.remove(&self.waiter);
@@ -353,37 +355,50 @@ impl Ticket {
         let subscription = if is_lane_empty && !is_contended { lane.subscription.take() } else { None };
         let is_unused = state.is_empty() && !is_contended;
         drop(guard);
-        // A subscription locks the list of listeners when it is dropped, and what is pending that of cleanups: not
-        // under the queue's mutex (invariant 5).
-        drop((subscription, abandoned));
+        // A subscription locks the list of listeners when it is dropped: not under the queue's mutex (invariant 5).
+        drop(subscription);
         if is_unused {
             remove(&self.queues, &self.queue);
         }
         if let Some(next) = next {
             next.changed.notify_one();
         }
-        Leftovers { taken_over, ..leftovers }
+        Leftovers { pending, taken_over, ..leftovers }
     }
 
-    /// Returns whether a hand-over may have given the lock to this waiter's token without its knowledge, and the lock
-    /// that it was to take over, if there is one. Also returns the state of a hand-over that is in flight, which must
-    /// be dropped while no mutex is held.
-    fn abandon_hand_over(&self) -> (bool, Option<TakenOver>, Option<HandOverState>) {
+    /// Takes what a hand-over may have left that the waiter has not heard of.
+    fn abandon_hand_over(&self) -> Abandoned {
         let mut hand_over = lock(&self.waiter.hand_over);
-        if let HandOverState::Granted { taken_over, pending, .. } = &mut *hand_over {
-            if let Some(wanted) = taken_over.take() {
-                let taken_over = TakenOver { wanted, pending: pending.take() };
-                *hand_over = HandOverState::None;
-                return (false, Some(taken_over), None);
+        let mut abandoned = Abandoned { may_hold: !hand_over.is_over(), pending: None, taken_over: None };
+        match &mut *hand_over {
+            HandOverState::Granted { taken_over, pending, .. } => match taken_over.take() {
+                Some(wanted) => {
+                    abandoned.taken_over = Some(TakenOver { wanted, pending: pending.take() });
+                    abandoned.may_hold = false;
+                    *hand_over = HandOverState::None;
+                }
+                None => abandoned.pending = pending.take(),
+            },
+            HandOverState::Unknown { pending, .. } => abandoned.pending = pending.take(),
+            HandOverState::InFlight { pending, .. } => {
+                abandoned.pending = pending.take();
+                *hand_over = HandOverState::Abandoned;
             }
+            // The attempt undoes what the waiter has claimed.
+            HandOverState::TakenBack | HandOverState::Claimed { .. } => abandoned.may_hold = false,
+            HandOverState::None | HandOverState::NotGranted | HandOverState::Abandoned => {}
         }
-        // The attempt undoes what the waiter has claimed.
-        let is_settled = matches!(*hand_over, HandOverState::TakenBack | HandOverState::Claimed { .. });
-        let may_hold = !hand_over.is_over() && !is_settled;
-        let is_in_flight = matches!(*hand_over, HandOverState::InFlight { .. });
-        let abandoned = is_in_flight.then(|| std::mem::replace(&mut *hand_over, HandOverState::Abandoned));
-        (may_hold, None, abandoned)
+        abandoned
     }
+}
+
+/// What a hand-over may have left to a waiter that leaves.
+struct Abandoned {
+    /// The waiter's token may have got the lock.
+    may_hold: bool,
+    /// What is registered to undo that.
+    pending: Option<PendingCleanup>,
+    taken_over: Option<TakenOver>,
 }
 
 impl Lane {
@@ -391,16 +406,16 @@ impl Lane {
     /// leaves the plain lane gives the shared place up.
     fn leftovers(&mut self, place: LinePlace, may_hold: bool) -> Leftovers {
         if !place.is_shared {
-            return Leftovers { may_hold, taken_over: None, line: Some(place), may_enter_late: false };
+            return Leftovers { may_hold, pending: None, taken_over: None, line: Some(place), may_enter_late: false };
         }
         if !self.waiters.is_empty() {
-            return Leftovers { may_hold, taken_over: None, line: None, may_enter_late: false };
+            return Leftovers { may_hold, pending: None, taken_over: None, line: None, may_enter_late: false };
         }
         // A hand-over that is on its way may put the place into the line, also after it was left.
         let may_enter_late = std::mem::take(&mut self.may_enter_late) || may_hold;
         let line = self.place.take().filter(|_| self.in_line || may_enter_late);
         self.in_line = false;
-        Leftovers { may_hold, taken_over: None, line, may_enter_late }
+        Leftovers { may_hold, pending: None, taken_over: None, line, may_enter_late }
     }
 }
 
