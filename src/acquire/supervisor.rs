@@ -2,7 +2,8 @@
 //! and 4 of `queue.rs`).
 //!
 //! It is a task of its own, as nothing else is sure to be polled. It runs while a queue needs it, on the runtime of one
-//! of the waiters. If that runtime has ended or is not driven, the next waiter that comes starts the task on its own.
+//! of the waiters. If that runtime has ended or is not driven, the next waiter that comes starts the task on its own; so
+//! do those that wait already, on other runtimes, which look from time to time.
 //!
 //! The task decides under the mutex that it ends. A waiter is in its queue before it looks whether the task runs. So
 //! either the task's last check has found that queue, or the waiter starts another task.
@@ -10,7 +11,7 @@
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::Duration;
 
-use tokio::runtime::Handle;
+use tokio::runtime::{Handle, Id};
 use tokio::time::{Instant, sleep};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -33,6 +34,8 @@ pub(crate) struct Supervisor(Mutex<Running>);
 #[derive(Debug, Default)]
 struct Running {
     task: Option<AbortOnDropHandle<()>>,
+    /// The runtime of that task.
+    runtime: Option<Id>,
     /// The number of the last task that was started. Only that one decides for the supervisor.
     starts: u64,
     /// When that task last checked, or was started. `None` if it has ended, or if none was ever started.
@@ -46,22 +49,24 @@ impl Supervisor {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes sure that a task runs that checks what is in the queues now. `start` spawns one, which has this number.
-    fn start_if_needed(&self, now: Instant, start: impl FnOnce(u64) -> AbortOnDropHandle<()>) {
+    /// Makes sure that a task runs that checks what is in the queues now. `start` spawns one, which has this number, on
+    /// this runtime. Returns whether the task runs on that runtime.
+    fn start_if_needed(&self, now: Instant, runtime: Id, start: impl FnOnce(u64) -> AbortOnDropHandle<()>) -> bool {
         let mut running = self.running();
         running.is_needed = true;
         let is_finished = running.task.as_ref().is_none_or(AbortOnDropHandle::is_finished);
         let is_driven = running.last_check.is_some_and(|last| now.saturating_duration_since(last) < STALLED);
         if !is_finished && is_driven {
-            return;
+            return running.runtime == Some(runtime);
         }
         running.starts += 1;
-        running.last_check = Some(now);
+        (running.last_check, running.runtime) = (Some(now), Some(runtime));
         let task = start(running.starts);
         let before = running.task.replace(task);
         // Dropping the task aborts it, which may run code of its runtime: not under the mutex.
         drop(running);
         drop(before);
+        true
     }
 
     /// Notes that the task with this number begins a check.
@@ -87,11 +92,14 @@ impl Supervisor {
 }
 
 impl Shared {
-    /// Starts the supervisor, if it doesn't run.
-    pub(crate) fn supervise_queues(self: &Arc<Self>, runtime: &Handle) {
-        self.supervisor.start_if_needed(Instant::now(), |number| {
+    /// Starts the supervisor, if it doesn't run. Returns when to do that again, for a waiter of this runtime: if the
+    /// supervisor runs on another one, that may come to stand still.
+    pub(crate) fn supervise_queues(self: &Arc<Self>, runtime: &Handle) -> Option<Instant> {
+        let now = Instant::now();
+        let is_here = self.supervisor.start_if_needed(now, runtime.id(), |number| {
             AbortOnDropHandle::new(runtime.spawn(supervise(Arc::downgrade(self), number)))
         });
+        (!is_here).then(|| now + STALLED)
     }
 }
 

@@ -273,12 +273,17 @@ impl Waiter {
 
     /// Waits to be the first of its lane. Returns what to do instead, if something else ends that.
     async fn wait_to_be_first(&mut self) -> Option<Step> {
-        let ticket = self.position.ticket()?;
-        let wakeup = select! {
-            biased;
-            () = self.attempt.context.closed() => return Some(Step::Close),
-            wakeup = ticket.until_first() => wakeup,
-            () = at(self.limit) => return Some(Step::GiveUp),
+        let (ticket, context) = (self.position.ticket()?, &self.attempt.context);
+        let wakeup = loop {
+            // Nothing else would wake it if the waiter before it is no longer polled.
+            let supervise = context.shared.supervise_queues(&context.runtime);
+            select! {
+                biased;
+                () = context.closed() => return Some(Step::Close),
+                wakeup = ticket.until_first() => break wakeup,
+                () = at(self.limit) => return Some(Step::GiveUp),
+                () = at(supervise) => {}
+            }
         };
         match wakeup {
             Wakeup::First => {

@@ -104,6 +104,37 @@ async fn a_future_that_is_not_polled_keeps_its_turn_from_nobody() {
     eventually("nothing is left", async || (server.cli(&["KEYS", "*"]) == "{k}:fence").then_some(())).await;
 }
 
+/// The first waiter and the supervisor of the queues are on a runtime that is driven until the second waiter has come.
+#[tokio::test]
+async fn a_waiter_behind_one_whose_runtime_is_no_longer_driven_gets_the_lock() {
+    let server = Server::start();
+    let [here, there] = [Locker::connect(&server.url()).await.unwrap(), Locker::connect(&server.url()).await.unwrap()];
+    let guard = there.lock("k").await.unwrap();
+    let (locker, (entered, has_entered)) = (here.clone(), tokio::sync::oneshot::channel());
+    let (stop, is_stopped) = tokio::sync::oneshot::channel();
+    let undriven = std::thread::spawn(move || {
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        let parked = runtime.block_on(async {
+            let waits = |time| park(locker.lock("k").into_future(), ms(time));
+            // The supervisor runs here once somebody waits behind the first.
+            let (first, second) = tokio::join!(waits(300), waits(300));
+            entered.send(()).unwrap();
+            is_stopped.await.unwrap();
+            (first, second)
+        });
+        (runtime, parked)
+    });
+    has_entered.await.unwrap();
+    let waiter = tokio::spawn(here.lock("k").into_future());
+    sleep(ms(100)).await;
+    stop.send(()).unwrap();
+    let stopped = tokio::task::spawn_blocking(|| undriven.join().unwrap()).await.unwrap();
+    guard.release().await.unwrap();
+    timeout(SOON, waiter).await.unwrap().unwrap().unwrap().release().await.unwrap();
+    // On another thread, as a runtime can't be dropped where blocking is not allowed.
+    std::thread::spawn(move || drop(stopped)).join().unwrap();
+}
+
 #[tokio::test]
 async fn parked_waiters_of_a_store_in_memory_hold_nobody_up() {
     let locker = Locker::in_memory();

@@ -24,7 +24,7 @@ fn rely_on(world: &Arc<World>, runtime: &Handle) {
     turn();
     world.work.fetch_add(1, Ordering::Relaxed);
     turn();
-    world.supervisor.start_if_needed(Instant::now(), |number| {
+    world.supervisor.start_if_needed(Instant::now(), runtime.id(), |number| {
         let task = thread::spawn({
             let world = world.clone();
             move || supervise(&world, number)

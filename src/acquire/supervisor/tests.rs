@@ -7,7 +7,7 @@ use super::*;
 /// Relies on the supervisor. Returns whether that started a task.
 pub(super) fn rely_on(supervisor: &Supervisor, now: Instant) -> bool {
     let mut has_started = false;
-    supervisor.start_if_needed(now, |_| {
+    supervisor.start_if_needed(now, Handle::current().id(), |_| {
         has_started = true;
         AbortOnDropHandle::new(tokio::spawn(pending()))
     });
@@ -36,4 +36,20 @@ async fn a_task_that_another_has_replaced_decides_nothing() {
     supervisor.begin_check(1, later + STALLED);
     assert!(supervisor.end(1));
     assert!(!rely_on(&supervisor, later), "the other one runs");
+}
+
+#[test]
+fn a_task_of_another_runtime_is_told_from_one_of_the_own() {
+    let [here, there] = [(); 2].map(|()| tokio::runtime::Builder::new_current_thread().build().unwrap());
+    let (supervisor, now) = (Supervisor::default(), Instant::now());
+    let rely_on = |runtime: &tokio::runtime::Runtime, now| {
+        let start = |_| AbortOnDropHandle::new(runtime.spawn(pending()));
+        supervisor.start_if_needed(now, runtime.handle().id(), start)
+    };
+    assert!(rely_on(&there, now));
+    assert!(!rely_on(&here, now));
+    assert!(rely_on(&there, now));
+    // The other runtime stands still.
+    assert!(rely_on(&here, now + STALLED));
+    assert!(!rely_on(&there, now + STALLED));
 }
