@@ -367,7 +367,7 @@ impl Acquisition {
         let in_queue = self.waiter.ticket().and_then(Ticket::last_answer);
         match in_queue.or_else(|| self.last_answer.take()) {
             // An answer that was no longer true when this request began is about nothing that it has waited for.
-            Some(LastAnswer::Held(Held { key, until })) if until.is_none_or(|until| until >= self.started) => {
+            Some(LastAnswer::Held(Held { key, until, .. })) if until.is_none_or(|until| until >= self.started) => {
                 Error::NotObtained { key, attempts: self.attempts, waited: self.started.elapsed() }
             }
             Some(LastAnswer::Failed(error)) => error,

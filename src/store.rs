@@ -10,7 +10,7 @@ pub(crate) mod embedded;
 #[cfg(test)]
 pub(crate) mod faulty;
 pub(crate) mod memory;
-mod node;
+pub(crate) mod node;
 pub(crate) mod notifications;
 pub(crate) mod quorum;
 pub(crate) mod redis;
@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use self::node::Nodes;
 use self::notifications::Subscription;
 use crate::hold::{GrantId, Owned};
 use crate::{Diagnosis, Error, Key, Loss, Token};
@@ -304,7 +305,15 @@ pub(crate) enum Acquired {
         place: usize,
         /// How long the lock lasts unless it is renewed; `None` where it has no ttl.
         remaining: Option<Duration>,
+        /// The nodes of a quorum at which nobody is in the way. What becomes free there changes nothing.
+        free: Nodes,
     },
+}
+
+impl Acquired {
+    pub(crate) fn held(place: usize, remaining: Option<Duration>) -> Self {
+        Self::Held { place, remaining, free: Nodes::default() }
+    }
 }
 
 /// Whose lock may be ended by force.

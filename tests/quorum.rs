@@ -872,6 +872,25 @@ async fn a_guard_is_healed_where_only_another_guard_of_its_token_had_a_grant() {
     assert_eq!(servers[2].cli(&["EXISTS", "k"]), "0");
 }
 
+/// Those who are refused give back what they got on the node that the holder doesn't have, which notifies all who wait.
+#[tokio::test]
+async fn waiters_do_not_wake_each_other_while_a_bare_majority_is_held() {
+    let servers = start::<3>();
+    let lockers = [locker(&servers).await, locker(&servers).await, locker(&servers).await];
+    let guard = lock_without_the_last(&servers, &lockers[0], &["k"]).await;
+    let waiters =
+        lockers.clone().map(|locker| tokio::spawn(async move { locker.lock("k").await.unwrap().release().await }));
+    tokio::time::sleep(ms(500)).await;
+    let before: u32 = script_runs(&servers).into_iter().sum();
+    tokio::time::sleep(ms(2_000)).await;
+    let runs = script_runs(&servers).into_iter().sum::<u32>() - before;
+    assert!(runs < 100, "{runs} scripts in 2 s");
+    soon(guard.release()).await.unwrap();
+    for waiter in waiters {
+        soon(waiter).await.unwrap().unwrap();
+    }
+}
+
 /// Returns how often each node has run a script.
 fn script_runs(servers: &[Server]) -> Vec<u32> {
     let runs = |server: &Server| {

@@ -2,6 +2,7 @@
 
 use tokio::time::Instant;
 
+use crate::store::node::Nodes;
 use crate::{Error, Key};
 
 /// Another holds one of the keys.
@@ -10,6 +11,14 @@ pub(crate) struct Held {
     pub(crate) key: Key,
     /// When the holder's ttl ends, unless the lock is renewed or released before. `None`: it has no ttl.
     pub(crate) until: Option<Instant>,
+    /// The nodes of a quorum from which a notification is no reason to ask again.
+    pub(crate) free: Nodes,
+}
+
+impl Held {
+    pub(crate) fn until(key: Key, until: Option<Instant>) -> Self {
+        Self { key, until, free: Nodes::default() }
+    }
 }
 
 /// What is known of a lock: the verdict of the last request that asked, or why there is none.

@@ -90,7 +90,7 @@ impl Waiter {
         let context = &self.attempt.context;
         let is_held_back = !context.wanted.queueing.waits() && context.is_held_back_by_answer();
         // Like a lock, a share is granted again to a token that has it, whoever waits.
-        (is_held_back && !self.attempt.is_held_already().await).then(|| Held { key: context.key(), until: None })
+        (is_held_back && !self.attempt.is_held_already().await).then(|| Held::until(context.key(), None))
     }
 
     /// Asks the server once.
@@ -235,7 +235,7 @@ impl Waiter {
             // It asked as one that has nobody to wait for, and without its place.
             return Step::Ask;
         }
-        self.wait_as_next(Some(Held { key, until: held.until })).await
+        self.wait_as_next(Some(Held { key, ..held })).await
     }
 
     /// Waits to be the first, and then for a release or a time. `held` is what is known of the lock.
@@ -248,7 +248,7 @@ impl Waiter {
                 self.position.ticket().map(Ticket::inherit).unwrap_or_default();
             if let (Some(subscription), Some(key)) = (subscription, self.attempt.context.only_key()) {
                 // The waiter before has obtained the lock, and has left what it knew.
-                held = Some(Held { key: key.clone(), until: held_until });
+                held = Some(Held::until(key.clone(), held_until));
                 self.subscription = Some((key, subscription));
             }
             // A holder that can't hand the lock over to this waiter gives it to the line, which this one is not in. And
@@ -258,13 +258,15 @@ impl Waiter {
             }
         }
         // A waiter that hasn't asked knows nothing but that it is the first.
-        let only_key = || self.attempt.context.only_key().map(|key| Held { key, until: None });
-        let Some(Held { key, until }) = held.or_else(only_key) else { return Step::Ask };
+        let only_key = || self.attempt.context.only_key().map(|key| Held::until(key, None));
+        let Some(Held { key, until, free }) = held.or_else(only_key) else { return Step::Ask };
         if self.subscription.as_ref().is_none_or(|(to, _)| *to != key) {
             if let Some(step) = self.subscribe(key).await {
                 return step;
             }
         }
+        // Requests that are refused give back what they got there, and by that would wake each other again and again.
+        self.subscription.iter_mut().for_each(|(_, subscription)| subscription.ignore(free));
         let remaining = until.map(|until| until.saturating_duration_since(Instant::now()));
         let poll_every = self.attempt.context.shared.settings.poll_every;
         let pause = timing::look_after(remaining, poll_every, fastrand::f64());

@@ -357,7 +357,7 @@ impl Held {
 
     fn acquire_share(&mut self, wanted: &Wanted, whose: Option<PlaceOf>) -> Acquired {
         let now = Instant::now();
-        let held = |until: Instant| Acquired::Held { place: 0, remaining: Some(until - now) };
+        let held = |until: Instant| Acquired::held(0, Some(until - now));
         // A request that shares a key has no other.
         let key = wanted.owned.key();
         if let Some(entry) = self.live(&key, now) {
@@ -457,7 +457,7 @@ impl Held {
     fn acquire_in_line(&mut self, wanted: &Wanted, whose: PlaceOf) -> (Acquired, bool) {
         let (key, mode) = (wanted.owned.key(), wanted.owned.mode);
         let acquired = match self.has_to_wait(wanted, whose) {
-            Some(remaining) => Acquired::Held { place: 0, remaining: Some(remaining) },
+            Some(remaining) => Acquired::held(0, Some(remaining)),
             None => self.acquire(wanted, Some(whose)),
         };
         let opens = match acquired {
@@ -493,10 +493,10 @@ impl Held {
                 Some(entry) if entry.token == *token => {
                     repeated = repeated.zip(entry.fence).map(|(one, other)| one.max(other));
                 }
-                Some(entry) => return Acquired::Held { place, remaining: Some(entry.expires - now) },
+                Some(entry) => return Acquired::held(place, Some(entry.expires - now)),
                 None => {
                     if let Some(until) = self.shared_until(key, now) {
-                        return Acquired::Held { place, remaining: Some(until - now) };
+                        return Acquired::held(place, Some(until - now));
                     }
                 }
             }

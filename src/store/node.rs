@@ -7,6 +7,22 @@ use crate::Key;
 use crate::hold::Owned;
 use crate::store::{Answer, Extending, LinePlace, Store, Verdict, Wanted};
 
+/// Some nodes of a quorum, by their places. Those from the 65th on are in no such set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Nodes(u64);
+
+impl Nodes {
+    pub(crate) fn contains(self, place: usize) -> bool {
+        place < 64 && self.0 & 1 << place != 0
+    }
+}
+
+impl FromIterator<usize> for Nodes {
+    fn from_iter<T: IntoIterator<Item = usize>>(places: T) -> Self {
+        Self(places.into_iter().filter(|&place| place < 64).fold(0, |nodes, place| nodes | 1 << place))
+    }
+}
+
 /// A store that can be a node of a quorum.
 pub(crate) trait Node: Store {
     /// Votes on a ballot: takes all keys for the token, or none.

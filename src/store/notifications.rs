@@ -18,6 +18,8 @@ use tokio::select;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
+use super::node::Nodes;
+
 /// How often a waiter makes sure that notifications can reach it.
 pub(crate) const CHECK_EVERY: Duration = Duration::from_millis(250);
 
@@ -25,6 +27,8 @@ pub(crate) const CHECK_EVERY: Duration = Duration::from_millis(250);
 pub(crate) struct Subscription(Vec<Source>);
 
 struct Source {
+    /// Notifications from here don't end a wait.
+    is_ignored: bool,
     state: watch::Receiver<State>,
     /// `None` for notifications from within this process.
     feed: Option<Arc<dyn Feed>>,
@@ -70,6 +74,13 @@ impl Subscription {
             source.feed = Some(feed.clone());
         }
         self
+    }
+
+    /// Ignores notifications from these of the sources, and no others, from now on.
+    pub(crate) fn ignore(&mut self, sources: Nodes) {
+        for (place, source) in self.0.iter_mut().enumerate() {
+            source.is_ignored = sources.contains(place);
+        }
     }
 
     /// Marks all notifications up to now as seen.
@@ -120,7 +131,8 @@ impl Subscription {
     }
 
     async fn changed(&mut self) {
-        let mut sources: Vec<_> = self.0.iter_mut().map(|source| Box::pin(source.state.changed())).collect();
+        let heeded = self.0.iter_mut().filter(|source| !source.is_ignored);
+        let mut sources: Vec<_> = heeded.map(|source| Box::pin(source.state.changed())).collect();
         poll_fn(|context| {
             let mut has_changed = false;
             sources.retain_mut(|state| match state.as_mut().poll(context) {
@@ -143,7 +155,8 @@ impl Subscription {
     pub(crate) fn later(mut self, delay: Duration) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let sender = watch::Sender::new(State { count: 0, channel: ChannelState::Open });
         let entry = Entry { senders: Arc::default(), key: Bytes::new() };
-        let subscription = Self(vec![Source { state: sender.subscribe(), feed: None, _entry: entry }]);
+        let subscription =
+            Self(vec![Source { is_ignored: false, state: sender.subscribe(), feed: None, _entry: entry }]);
         let carry = async move {
             loop {
                 tokio::select! {
@@ -206,7 +219,7 @@ impl Subscriptions {
         let state = sender.subscribe();
         drop(senders);
         let _entry = Entry { senders: self.0.clone(), key };
-        (Subscription(vec![Source { state, feed: None, _entry }]), is_first)
+        (Subscription(vec![Source { is_ignored: false, state, feed: None, _entry }]), is_first)
     }
 
     /// Notifies the subscribers of the key.

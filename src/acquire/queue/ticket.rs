@@ -315,7 +315,7 @@ impl Ticket {
             if let (By::Asking(place), false) = (by, by_hand_over) {
                 state.has_asked(place == Place::Kept, at);
             }
-            let held = Held { key: self.queue.key.clone(), until: Some(held_until) };
+            let held = Held::until(self.queue.key.clone(), Some(held_until));
             state.last_answer = Some(LastAnswer::Held(held));
             state.obtained_by = Some(token.clone());
             let lane = state.lane_of(self.waiter.place);

@@ -75,7 +75,7 @@ impl Share {
         self.members.retain(|member| now < member.expires);
         let is_in = self.members.iter().any(|member| member.token == *token);
         if let (false, Mode::Permit, Some(first)) = (is_in, mode, self.is_full(wanted.limit, now)) {
-            return Acquired::Held { place: 0, remaining: Some(first) };
+            return Acquired::held(0, Some(first));
         }
         // A holder has one fencing token: a repeated request returns the same one.
         let repeated = self.members.iter().filter(|member| member.token == *token).find_map(|member| member.fence);

@@ -129,11 +129,11 @@ impl Round {
             self.announce(&decision, &votes);
             match decision {
                 Decision::Granted { number } => return Ok(Acquired::Granted { fencing_token: number }),
-                Decision::Held { place, remaining } => return Ok(Acquired::Held { place, remaining }),
+                Decision::Held { place, remaining, free } => return Ok(Acquired::Held { place, remaining, free }),
                 Decision::Split { place, remaining } => {
                     self.split = Some(started.elapsed());
                     if self.wanted.queueing.waits() {
-                        return Ok(Acquired::Held { place, remaining });
+                        return Ok(Acquired::held(place, remaining));
                     }
                     // An unknown outcome is no refusal.
                     break;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
 
 use super::{Quorum, grace};
-use crate::store::node::{Vote, VoteReply};
+use crate::store::node::{Nodes, Vote, VoteReply};
 use crate::{Error, NodeError};
 
 /// The replies to a request that each node confirms or refuses.
@@ -155,8 +155,8 @@ pub(super) enum Decision {
     Granted { number: Option<u64> },
     /// A majority would grant, but another number.
     Again,
-    /// Others hold a majority of the nodes.
-    Held { place: usize, remaining: Option<Duration> },
+    /// Others hold a majority of the nodes. At these, nobody is in the way.
+    Held { place: usize, remaining: Option<Duration>, free: Nodes },
     /// Others hold some of the nodes, and too many of the rest could not be asked: another may have a majority, or no
     /// one.
     Split { place: usize, remaining: Option<Duration> },
@@ -204,10 +204,19 @@ pub(super) fn decide(votes: &[Option<Result<VoteReply, Error>>], needed: usize, 
         let remaining = Some(remaining).filter(|&remaining| remaining < Duration::MAX);
         return Some(match held.len() < needed {
             true => Decision::Split { place, remaining },
-            false => Decision::Held { place, remaining },
+            false => Decision::Held { place, remaining, free: willing_nodes(votes) },
         });
     }
     (failed > votes.len() - needed).then_some(Decision::Failed)
+}
+
+fn willing_nodes(votes: &[Option<Result<VoteReply, Error>>]) -> Nodes {
+    let is_willing = |vote: &Vote| matches!(vote, Vote::Granted { .. } | Vote::Behind | Vote::Ahead);
+    let places = votes.iter().enumerate();
+    places
+        .filter(|(_, vote)| matches!(vote, Some(Ok(reply)) if is_willing(&reply.vote)))
+        .map(|(place, _)| place)
+        .collect()
 }
 
 #[cfg(test)]

@@ -124,7 +124,7 @@ pub(super) fn acquired(reply: &Value) -> Result<Acquired, Error> {
         [1, fence] => Ok(granted(fence)),
         [0, ttl, place] => {
             let place = usize::try_from(place.saturating_sub(1)).unwrap_or_default();
-            Ok(Acquired::Held { place, remaining: from_millis(ttl) })
+            Ok(Acquired::held(place, from_millis(ttl)))
         }
         _ => Err(unexpected()),
     }
@@ -319,8 +319,8 @@ const SHARED: &str = "SHARED";
 fn acquired_or_ttl(number: i64) -> Acquired {
     match number {
         0.. => granted(number),
-        -1 => Acquired::Held { place: 0, remaining: None },
-        held => Acquired::Held { place: 0, remaining: from_millis(-2 - held) },
+        -1 => Acquired::held(0, None),
+        held => Acquired::held(0, from_millis(-2 - held)),
     }
 }
 
