@@ -154,7 +154,7 @@ impl fmt::Display for Lease {
             Some(grant) => write!(f, "~{grant}")?,
             None => f.write_str("~-")?,
         }
-        write!(f, ":{}", percent_encode(self.token().as_str().as_bytes(), ESCAPED))?;
+        write!(f, ":{}", percent_encode(&self.token().to_bytes(), ESCAPED))?;
         self.keys().iter().try_for_each(|key| write!(f, ":{}", percent_encode(key.as_bytes(), ESCAPED)))
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
@@ -32,7 +33,11 @@ use crate::Error;
 /// # Ok::<(), tenure::Error>(())
 /// ```
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub struct Token(Bytes);
+pub struct Token {
+    bytes: Bytes,
+    /// What is shown of it if another library has stored bytes that are no text.
+    shown: Option<Arc<str>>,
+}
 
 impl Token {
     /// The greatest length of a token in bytes. See [`Token`] for an example.
@@ -52,34 +57,44 @@ impl Token {
         let digit = |half| if half < 10 { b'0' + half } else { b'a' + half - 10 };
         let digits = bits.map(|byte| [byte >> 4, byte & 15].map(digit));
         // One allocation. Copied, the digits would be in one and their count of references in another.
-        Self(Bytes::from_owner(Digits(digits)))
+        Self::of(Bytes::from_owner(Digits(digits)))
     }
 
-    /// Reads the content of a key as a token. Other libraries may have stored any bytes there: bytes that are not UTF-8
-    /// are replaced, as the token is only shown.
+    fn of(bytes: Bytes) -> Self {
+        Self { bytes, shown: None }
+    }
+
+    /// Reads the content of a key as a token. Other libraries may have stored any bytes there.
     pub(crate) fn from_server(bytes: &[u8]) -> Self {
-        Self(String::from_utf8_lossy(bytes).into_owned().into())
+        let shown = std::str::from_utf8(bytes).is_err().then(|| String::from_utf8_lossy(bytes).into());
+        Self { bytes: Bytes::copy_from_slice(bytes), shown }
     }
 
     /// Returns what a key holds that stays taken although nobody holds the lock: no token, as it has newlines.
     pub(crate) fn nobody() -> Self {
-        Self(Bytes::from_static(b"\n\nh"))
+        Self::of(Bytes::from_static(b"\n\nh"))
     }
 
     /// Returns whether it looks like one that [`random`](Self::random) has created.
     pub(crate) fn is_random(&self) -> bool {
-        self.0.len() == 32 && self.0.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+        self.bytes.len() == 32 && self.bytes.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
     }
 
     /// Returns the token as it is sent, without a copy.
     pub(crate) fn to_bytes(&self) -> Bytes {
-        self.0.clone()
+        self.bytes.clone()
     }
 
     /// Returns the token as the server stores it. See [`Token`] for an example.
+    ///
+    /// Other libraries may store bytes that are no text. Of those this returns a text to show, with `�` in place of what
+    /// is not UTF-8; the token itself keeps the bytes.
     pub fn as_str(&self) -> &str {
-        // It was made of text.
-        std::str::from_utf8(&self.0).unwrap_or_default()
+        match &self.shown {
+            Some(shown) => shown,
+            // It is text.
+            None => std::str::from_utf8(&self.bytes).unwrap_or_default(),
+        }
     }
 }
 
@@ -101,7 +116,7 @@ impl FromStr for Token {
         if text.contains('\n') {
             return Err(Error::InvalidToken("it contains a newline"));
         }
-        Ok(Self(Bytes::copy_from_slice(text.as_bytes())))
+        Ok(Self::of(Bytes::copy_from_slice(text.as_bytes())))
     }
 }
 
@@ -137,6 +152,14 @@ mod tests {
         for bad in ["", "job\n1", "\n", &"x".repeat(1025)] {
             assert!(matches!(bad.parse::<Token>(), Err(Error::InvalidToken(_))), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn bytes_of_another_library_are_kept_and_shown_as_text() {
+        let [one, other] = [&b"a\xff"[..], b"a\xfe"].map(Token::from_server);
+        assert_ne!(one, other);
+        assert_eq!((one.as_str(), &*one.to_bytes()), ("a\u{fffd}", &b"a\xff"[..]));
+        assert_eq!(Token::from_server(b"worker-7"), "worker-7".parse().unwrap());
     }
 
     #[test]

@@ -73,3 +73,19 @@ async fn redis_py_and_tenure_exclude_each_other() {
 
     locker.try_lock("k").await.unwrap().release().await.unwrap();
 }
+
+#[tokio::test]
+async fn a_lock_of_another_library_that_holds_no_text_is_ended_by_the_holder_that_was_shown() {
+    let server = Server::start();
+    let locker = Locker::connect(&server.url()).await.unwrap();
+    // The last byte is that of no text, and both look the same as text.
+    let set = |byte| server.cli(&["EVAL", &format!("redis.call('SET', 'k', 'by\\{byte}', 'PX', 60000)"), "0"]);
+    set(254);
+    let earlier = locker.inspect("k").await.unwrap().unwrap();
+    set(255);
+    let holder = locker.inspect("k").await.unwrap().unwrap();
+    assert_eq!((holder.token.as_str(), earlier.token.as_str()), ("by\u{fffd}", "by\u{fffd}"));
+    assert!(!locker.force_release_of("k", &[earlier.token]).await.unwrap());
+    assert!(locker.force_release_of("k", &[holder.token]).await.unwrap());
+    assert_eq!(server.cli(&["EXISTS", "k"]), "0");
+}

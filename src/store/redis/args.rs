@@ -21,7 +21,7 @@ pub(super) fn value_of(wanted: &Wanted) -> Bytes {
     let token = &wanted.owned.token;
     match &*wanted.metadata {
         [] => token.to_bytes(),
-        metadata => [token.as_str().as_bytes(), b"\n", metadata].concat().into(),
+        metadata => [&token.to_bytes()[..], b"\n", metadata].concat().into(),
     }
 }
 
