@@ -542,6 +542,7 @@ impl LockGuard {
         self.renewer.interrupt();
         let until = Instant::now() + self.shared.command_timeout;
         let owned = self.hold.owned_by_all();
+        self.hold.is_being_released();
         let released = self.shared.release(&owned, Ending::Lock, self.hold.stays_until(), until).await?;
         self.hold.set_final_step(self.after_release());
         match released {
@@ -549,7 +550,10 @@ impl LockGuard {
                 debug!(name: "tenure.released", key = %self.key(), "released");
                 Ok(())
             }
-            Verdict::NotOurs(loss) => Err(self.not_held(loss)),
+            Verdict::NotOurs(loss) => {
+                self.hold.was_lost(loss);
+                Err(self.not_held(loss))
+            }
         }
     }
 

@@ -43,7 +43,7 @@ pub(crate) mod timing;
 mod undo;
 
 use std::fmt;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -57,7 +57,8 @@ pub(crate) use self::renewing::Renewing;
 pub(crate) use self::state::FinalStep;
 use self::state::{Limit, State, Unresolved};
 use self::timing::Drift;
-use crate::metrics::{self, Held};
+use crate::metrics::{self, Held, Label};
+use crate::report::warn;
 use crate::store::{Latest, Verdict};
 use crate::sync::{Mutex, MutexGuard};
 use crate::{Error, Loss};
@@ -98,6 +99,8 @@ pub(crate) struct Hold {
     is_token_known: AtomicBool,
     /// The server may have turned the lock into a reader's share. It doesn't count as held any longer.
     may_be_reader: AtomicBool,
+    /// A release was sent, so that the server's verdict "not ours" on another one need not tell of a loss.
+    may_be_released: AtomicBool,
     /// See [`Grant::doubt`]: what the server runs until then has to be undone after the release.
     pub(crate) doubt: Option<Arc<Latest>>,
     /// Whether a part of the lock may be left at the server after a verdict that it is not ours: some of several keys,
@@ -163,6 +166,7 @@ impl Hold {
             final_step: None,
             observer: None,
             held: Held::default(),
+            label: Label::default(),
             over: None,
             shortened: None,
         };
@@ -176,6 +180,7 @@ impl Hold {
             spare_tokens: grant.spare_tokens,
             is_token_known: AtomicBool::new(false),
             may_be_reader: AtomicBool::new(false),
+            may_be_released: AtomicBool::new(false),
             doubt: grant.doubt.clone(),
             bounds,
             stays_until,
@@ -271,7 +276,20 @@ impl Hold {
 
     /// Counts the lock as held from now until the end of the hold.
     pub(crate) fn count(&self, held: Held) {
-        self.state().held = held;
+        let mut state = self.state();
+        (state.label, state.held) = (held.label(), held);
+    }
+
+    /// Notes that the lock is about to be released. Returns whether that may have happened before.
+    pub(crate) fn is_being_released(&self) -> bool {
+        self.may_be_released.swap(true, Ordering::Relaxed)
+    }
+
+    /// Reports that the server held the lock no longer when it was released, which ended a lock that counted as held.
+    pub(crate) fn was_lost(&self, loss: Loss) {
+        let label = self.state().label.clone();
+        warn!(name: "tenure.lost", key = %self.owned.key(), %loss, "found lost when it was released");
+        metrics::lost(&label, loss);
     }
 
     pub(crate) fn observer(&self) -> Option<Arc<dyn Observer>> {

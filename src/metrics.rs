@@ -60,7 +60,7 @@ mod record;
 
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 
-pub(crate) use self::record::{Held, Labels, Waiting, called, renewal_failed, renewed};
+pub(crate) use self::record::{Held, Label, Labels, Waiting, called, lost, renewal_failed, renewed};
 
 /// Counts requests for a lock that have ended. `outcome` is one of
 ///
@@ -84,7 +84,7 @@ pub const HELD: &str = "tenure_held";
 /// loss.
 pub const HOLD: &str = "tenure_hold_seconds";
 
-/// Counts locks that were lost. `loss` is the [`Loss`](crate::Loss): `expired`, `taken`, `missing` or `limit_reached`.
+/// Counts locks that were lost, also where only the release has found that. `loss` is the [`Loss`](crate::Loss): `expired`, `taken`, `missing` or `limit_reached`.
 pub const LOST: &str = "tenure_lost_total";
 
 /// Counts renewals, in the background and by calls of a guard. `outcome` is `renewed`, or `failed` if it is not known

@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::state::State;
 use super::{Hold, Owned, timing};
 use crate::locker::shared::Shared;
-use crate::metrics::Held;
+use crate::metrics::{Held, Label};
 use crate::mode::Mode;
 use crate::store::Downgraded;
 use crate::sync::Mutex;
@@ -86,6 +86,7 @@ impl Hold {
             final_step: None,
             observer: None,
             held: Held::default(),
+            label: Label::default(),
             over: None,
             shortened: None,
         };
@@ -97,6 +98,7 @@ impl Hold {
             spare_tokens: 0,
             is_token_known: AtomicBool::new(self.is_token_known.load(Ordering::Relaxed)),
             may_be_reader: AtomicBool::new(false),
+            may_be_released: AtomicBool::new(false),
             // What an earlier attempt may still leave is the lock's, and undone by its hold.
             doubt: None,
             has_parts: self.has_parts,

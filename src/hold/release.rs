@@ -6,10 +6,10 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use super::{Hold, Owned, timing};
-use crate::Error;
 use crate::locker::shared::Shared;
 use crate::report::{debug, warn};
 use crate::store::{Ending, Verdict};
+use crate::{Error, Loss};
 
 impl Shared {
     /// Releases the lock, or hands it over to a waiter of this process. Tries again after failures, until `until`. If
@@ -107,7 +107,10 @@ impl Shared {
         if releases {
             // Until the longest ttl that was ever requested has freed the lock; at least for one call.
             let until = hold.kept_until().max(Instant::now() + self.command_timeout);
+            let ended = hold.check() == Err(Loss::Released);
+            let was_held = ended && !hold.is_being_released() && hold.as_reader().is_none();
             match self.release(&hold.owned, Ending::Grant, hold.stays_until(), until).await {
+                Ok(Verdict::NotOurs(loss)) if was_held => hold.was_lost(loss),
                 Ok(outcome) => debug!(name: "tenure.released", ?outcome, "released in the background"),
                 Err(error) => {
                     warn!(name: "tenure.release_failed", %error, "could not release; the ttl will free the lock");

@@ -12,7 +12,7 @@ use super::renewing::Renewing;
 use super::suspension;
 use super::timing::{Drift, Renewal};
 use crate::locker::cleanups::PendingCleanup;
-use crate::metrics::Held;
+use crate::metrics::{Held, Label};
 use crate::{Error, Loss};
 
 /// What changes while a lock is held. [`Hold`](super::Hold) guards it.
@@ -47,6 +47,8 @@ pub(super) struct State {
     pub(super) observer: Option<Arc<dyn Observer>>,
     /// Counts the lock as held, while it is.
     pub(super) held: Held,
+    /// As what it is counted.
+    pub(super) label: Label,
     /// Fires when the lock is no longer held. Created when it is first asked for.
     pub(super) over: Option<CancellationToken>,
     /// Fires when the deadline moves closer. Created when the first future sleeps until the deadline.

@@ -35,6 +35,8 @@ impl Held {
     pub(crate) fn end(self, _: Loss) {}
 }
 
+pub(crate) fn lost(_: &Label, _: Loss) {}
+
 pub(crate) fn renewed(_: &Label, _took: Duration, _left: Duration) {}
 
 pub(crate) fn renewal_failed(_: &Label) {}

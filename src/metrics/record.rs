@@ -108,15 +108,8 @@ impl Held {
     }
 
     pub(crate) fn end(self, loss: Loss) {
-        let loss = match loss {
-            Loss::Expired => "expired",
-            Loss::Taken => "taken",
-            Loss::Missing => "missing",
-            Loss::LimitReached => "limit_reached",
-            Loss::Released => return,
-        };
         if self.since.is_some() {
-            counter!(LOST, self.label.with("loss", loss)).increment(1);
+            lost(&self.label, loss);
         }
     }
 }
@@ -128,6 +121,18 @@ impl Drop for Held {
             histogram!(HOLD, self.label.labels()).record(since.elapsed());
         }
     }
+}
+
+/// A lock that was held has ended so.
+pub(crate) fn lost(label: &Label, loss: Loss) {
+    let loss = match loss {
+        Loss::Expired => "expired",
+        Loss::Taken => "taken",
+        Loss::Missing => "missing",
+        Loss::LimitReached => "limit_reached",
+        Loss::Released => return,
+    };
+    counter!(LOST, label.with("loss", loss)).increment(1);
 }
 
 /// A renewal that took so long has succeeded, when so much time was left until the deadline.

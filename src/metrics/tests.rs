@@ -127,6 +127,28 @@ async fn a_lock_counts_as_held_until_its_guard_has_ended_in_whatever_way() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_loss_that_only_the_release_finds_is_counted() {
+    let mut recorded = Recorded::begin();
+    let server = crate::testing::EmbeddedServer::new();
+    let locker = Locker::builder().in_memory_with(&server);
+    let [released, dropped, kept] = [(); 3].map(|()| locker.lock("k"));
+    let released = released.await.unwrap();
+    assert!(server.lose("k"));
+    assert!(matches!(released.release().await, Err(Error::NotHeld { loss: Loss::Missing, .. })));
+    settle().await;
+    assert_eq!(recorded.look()["tenure_lost_total{loss=missing}"], [1.0]);
+    let dropped = dropped.await.unwrap();
+    server.give("k", "another".parse().unwrap(), Duration::from_millis(1));
+    drop(dropped);
+    settle().await;
+    assert_eq!(recorded.look()["tenure_lost_total{loss=taken}"], [1.0]);
+    kept.await.unwrap().release().await.unwrap();
+    settle().await;
+    let lost: f64 = recorded.look().iter().filter(|(name, _)| name.starts_with(LOST)).map(|(_, of)| of[0]).sum();
+    assert!((lost - 2.0).abs() < 0.1, "{lost}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_renewal_tells_how_long_it_took_and_how_close_the_lock_was_to_its_end() {
     let mut recorded = Recorded::begin();
     let locker = Locker::builder().drift(0.0, Duration::ZERO).in_memory();
