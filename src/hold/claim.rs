@@ -20,6 +20,8 @@ pub(crate) struct Claim {
     /// The grant of the lease.
     earlier: Option<GrantId>,
     ttl: Duration,
+    /// Until when the server may run a request that makes the key rely on the new grant.
+    may_run_until: Instant,
     /// `Some` while no guard has the lock. [`Locker::close`](crate::Locker::close) waits until the lock is given back.
     pending: Option<PendingCleanup>,
 }
@@ -35,9 +37,10 @@ impl Drop for Claim {
     /// Gives the lock back: no guard will have this grant, and nobody would release it.
     fn drop(&mut self) {
         let Some(pending) = self.pending.take() else { return };
-        let (shared, owned, earlier, ttl) = (self.shared.clone(), self.owned.clone(), self.earlier, self.ttl);
+        let (shared, owned) = (self.shared.clone(), self.owned.clone());
+        let (earlier, ttl, may_run_until) = (self.earlier, self.ttl, self.may_run_until);
         self.runtime.spawn(async move {
-            shared.return_claim(&owned, earlier, ttl).await;
+            shared.return_claim(&owned, earlier, ttl, may_run_until).await;
             drop(pending);
         });
     }
@@ -53,8 +56,8 @@ impl Shared {
         ttl: Duration,
         runtime: &Handle,
     ) -> Result<Claim, Error> {
-        let pending = Some(self.cleanups.register(Cleanup::GiveBack { owned: owned.clone(), earlier, ttl }));
-        let mut claim = Claim { shared: self.clone(), runtime: runtime.clone(), owned, earlier, ttl, pending };
+        let may_run_until = Instant::now() + self.may_run_for();
+        let mut claim = self.pending_claim(owned, earlier, ttl, may_run_until, runtime.clone());
         let how = Extending::Claim { earlier };
         match self.store.renew(&claim.owned, ttl, how, self.command_timeout).await {
             Ok(Verdict::Done) => Ok(claim),
@@ -71,27 +74,54 @@ impl Shared {
         }
     }
 
-    /// Gives the lock back in the background to the lease that a guard had adopted; nobody will use `owned`.
-    pub(crate) fn give_back(self: &Arc<Self>, owned: Owned, earlier: Option<GrantId>, ttl: Duration) {
+    /// Gives the lock back in the background to the lease that a guard had adopted; nobody will use `owned`. Until
+    /// `may_run_until`, the server may run a renewal of it.
+    pub(crate) fn give_back(
+        self: &Arc<Self>,
+        owned: Owned,
+        earlier: Option<GrantId>,
+        ttl: Duration,
+        may_run_until: Instant,
+    ) {
         let Ok(runtime) = self.runtime() else { return };
-        let pending = Some(self.cleanups.register(Cleanup::GiveBack { owned: owned.clone(), earlier, ttl }));
-        drop(Claim { shared: self.clone(), runtime, owned, earlier, ttl, pending });
+        drop(self.pending_claim(owned, earlier, ttl, may_run_until, runtime));
+    }
+
+    fn pending_claim(
+        self: &Arc<Self>,
+        owned: Owned,
+        earlier: Option<GrantId>,
+        ttl: Duration,
+        may_run_until: Instant,
+        runtime: Handle,
+    ) -> Claim {
+        let work = Cleanup::GiveBack { owned: owned.clone(), earlier, ttl, may_run_until };
+        let pending = Some(self.cleanups.register(work));
+        Claim { shared: self.clone(), runtime, owned, earlier, ttl, may_run_until, pending }
     }
 
     /// Gives the lock back to the lease from which the grant `owned` took it over.
-    pub(crate) async fn return_claim(&self, owned: &Owned, earlier: Option<GrantId>, ttl: Duration) {
+    ///
+    /// Until `may_run_until`, the server may still run the claim itself, or a renewal. So the lock is given back once
+    /// more after that, also if it was not ours: its token may obtain it meanwhile, and what is run late would join
+    /// that grant.
+    pub(crate) async fn return_claim(
+        &self,
+        owned: &Owned,
+        earlier: Option<GrantId>,
+        ttl: Duration,
+        may_run_until: Instant,
+    ) {
         let until = Instant::now() + ttl;
-        // Until then the server may still run the claim itself. So the lock is given back once more after that, also if
-        // it was not ours: its token may obtain it meanwhile, and the claim would join that grant.
-        let claim_expires = Instant::now() + self.may_run_for();
         let mut failures = 0;
         loop {
-            let timeout = timing::call_timeout(self.command_timeout, Instant::now(), until);
+            let sent = Instant::now();
+            let timeout = timing::call_timeout(self.command_timeout, sent, until);
             let given_back = self.store.renew(owned, ttl, Extending::GiveBack { earlier }, timeout).await;
             let remaining = until.saturating_duration_since(Instant::now());
             let pause = match given_back {
-                Ok(Verdict::Done | Verdict::NotOurs(_)) if Instant::now() >= claim_expires => return,
-                Ok(Verdict::Done | Verdict::NotOurs(_)) => claim_expires.saturating_duration_since(Instant::now()),
+                Ok(Verdict::Done | Verdict::NotOurs(_)) if sent >= may_run_until => return,
+                Ok(Verdict::Done | Verdict::NotOurs(_)) => may_run_until.saturating_duration_since(Instant::now()),
                 Err(error) if !error.is_transient() => return,
                 Err(_) => {
                     failures += 1;

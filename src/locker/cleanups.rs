@@ -38,7 +38,7 @@ pub(crate) enum Cleanup {
     /// Undo what an earlier attempt may have left, after the lock was released.
     UndoAttempt(Arc<Hold>),
     /// Give the lock of a lease back: a grant that nobody uses has taken it over.
-    GiveBack { owned: Owned, earlier: Option<GrantId>, ttl: Duration },
+    GiveBack { owned: Owned, earlier: Option<GrantId>, ttl: Duration, may_run_until: Instant },
     /// Leave a place in the line that no request uses any longer.
     Leave(Key, LinePlace),
 }
@@ -188,7 +188,9 @@ impl Shared {
             Cleanup::Undo(wanted) => self.undo(&wanted.owned, &wanted.latest, wanted.ttl).await,
             Cleanup::Release(hold) => self.clean_up(&hold, true).await,
             Cleanup::UndoAttempt(hold) => self.clean_up(&hold, false).await,
-            Cleanup::GiveBack { owned, earlier, ttl } => self.return_claim(&owned, earlier, ttl).await,
+            Cleanup::GiveBack { owned, earlier, ttl, may_run_until } => {
+                self.return_claim(&owned, earlier, ttl, may_run_until).await;
+            }
             Cleanup::Leave(key, place) => {
                 if let Err(error) = self.store.leave(&key, place, self.command_timeout).await {
                     debug!(name: "tenure.leave_failed", %key, %error, "could not leave the line; the place expires");

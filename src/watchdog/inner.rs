@@ -157,9 +157,11 @@ impl Inner {
     /// Stops the renewal, and leaves the lock to the lease that the guard was adopted from.
     pub(super) fn return_to(&self, guard: LockGuard, lease: Option<GrantId>) -> End {
         let (owned, ttl) = (guard.hold().owned.clone(), guard.ttl());
+        // The claim has been confirmed.
+        let may_run_until = guard.hold().may_record_until().unwrap_or_else(Instant::now);
         let (kept, end) = keep_as_lease(guard);
         if kept.is_some() {
-            self.locker.shared().give_back(owned, lease, ttl);
+            self.locker.shared().give_back(owned, lease, ttl, may_run_until);
         }
         end
     }

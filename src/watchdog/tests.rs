@@ -352,6 +352,21 @@ async fn a_lease_is_renewed_at_once_and_refused_where_it_is_not_held() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn closing_does_not_wait_for_requests_of_a_lease_that_were_answered() {
+    let store = Arc::new(MemoryStore::new());
+    let locker = locker_on(store.clone(), |_| Fault::None);
+    let dog = WatchDog::builder(&locker).build();
+    let held = locker.lock("k").await.unwrap().into_lease();
+    dog.watch_lease(held).await.unwrap();
+    sleep(ms(10)).await;
+    drop(dog);
+    let began = Instant::now();
+    locker.close().await;
+    assert!(began.elapsed() < ms(1), "{:?}", began.elapsed());
+    assert_eq!(store.grants_of(&"k".into()), [None], "it is the lease's again");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_lock_is_obtained_as_soon_as_it_is_free_and_kept() {
     let locker = locker(|_| Fault::None);
     let log = Log::default();
