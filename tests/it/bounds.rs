@@ -162,8 +162,9 @@ async fn of_several_guards_of_one_token_the_last_leaves_the_key_to_nobody() {
     other.renew_for(ms(2_000)).await.unwrap();
     assert!(ttl_of(&server, "k") > 50_000);
     // Nor does it go to a waiter of this process.
-    let waiter = tokio::spawn(locker.lock("k").wait_at_most(ms(600)).into_future());
-    sleep(ms(100)).await;
+    let waiter = tokio::spawn(locker.lock("k").wait_at_most(ms(3_000)).into_future());
+    let waits = async || server.cli(&["PUBSUB", "NUMSUB", "k"]).ends_with('1').then_some(());
+    eventually("it has been refused, and waits", waits).await;
     drop(other);
     eventually("it is released", async || holds(&server, "k", NOBODY).then_some(())).await;
     is_nobodys(&server, "k", until);

@@ -179,7 +179,8 @@ async fn a_heartbeat_that_comes_after_the_turn_of_its_waiter_leaves_no_place_in_
     for_each_of(&[200, 400, 800], |late| async move {
         let holder = Locker::connect(&late.server.url()).await.unwrap();
         let mut heartbeats = 0;
-        for _ in 0..8 {
+        // On a busy machine, most of them are attempts.
+        for _ in 0..32 {
             let held = soon(holder.lock("k")).await.unwrap();
             let waiter = tokio::spawn(late.locker.lock("k").fair(true).into_future());
             let places = async |count| (late.server.cli(&["ZCARD", "{k}:queue"]) == count).then_some(());
