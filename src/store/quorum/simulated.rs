@@ -1310,6 +1310,14 @@ async fn history(seed: u64, window: Duration) -> (u32, u32) {
                     obtained.fetch_add(1, Ordering::Relaxed);
                     held.push(guard.hold());
                 }
+                if rng.u8(..3) == 0 {
+                    // Another grant of the token, on nodes that may not be those of the first.
+                    let again = locker.lock("k").token(guard.token().clone()).ttl(ms(rng.u64(1_000..3_000)));
+                    if let Ok(other) = again.no_renewal().wait_at_most(ms(300)).await {
+                        sleep(ms(rng.u64(..2_000))).await;
+                        drop(other);
+                    }
+                }
                 drop(timeout(ms(rng.u64(..6_000)), guard.lost()).await);
                 if rng.bool() {
                     // What it brings back to a node may arrive after the release.
@@ -1345,11 +1353,15 @@ async fn history(seed: u64, window: Duration) -> (u32, u32) {
     (wrong.load(Ordering::Relaxed), obtained.load(Ordering::Relaxed))
 }
 
-const SEEDS: u64 = 100;
+/// How many histories to play.
+fn seeds() -> u64 {
+    let chosen = std::env::var("TENURE_QUORUM_HISTORIES").ok();
+    chosen.map_or(100, |chosen| chosen.parse().expect("TENURE_QUORUM_HISTORIES is a number"))
+}
 
 fn histories(window: Duration) -> (u32, u32) {
     let mut sums = (0, 0);
-    for seed in 0..SEEDS {
+    for seed in 0..seeds() {
         let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
         fastrand::seed(seed);
         let (wrong, obtained) = runtime.block_on(history(seed, window));
@@ -1437,7 +1449,7 @@ async fn leaves_a_key(seed: u64) -> bool {
 
 #[test]
 fn no_history_leaves_a_key_on_a_node() {
-    for seed in 0..5 * SEEDS {
+    for seed in 0..5 * seeds() {
         let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
         fastrand::seed(seed);
         assert!(!runtime.block_on(leaves_a_key(seed)), "seed {seed}");

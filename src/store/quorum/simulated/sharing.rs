@@ -576,7 +576,7 @@ async fn history_of_readers(seed: u64, window: Duration) -> (u32, u32, u32) {
 
 fn histories_of_readers(window: Duration) -> (u32, u32, u32) {
     let mut sums = (0, 0, 0);
-    for seed in 0..SEEDS {
+    for seed in 0..seeds() {
         let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
         fastrand::seed(seed);
         let (wrong, beside, writers) = runtime.block_on(history_of_readers(seed, window));
@@ -668,7 +668,7 @@ async fn leaves_a_share(seed: u64) -> bool {
 
 #[test]
 fn no_history_leaves_a_share_on_a_node() {
-    for seed in 0..3 * SEEDS {
+    for seed in 0..3 * seeds() {
         let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
         fastrand::seed(seed);
         assert!(!runtime.block_on(leaves_a_share(seed)), "seed {seed}");
