@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::hold::scheduler::Handle;
 use crate::hold::{FinalStep, Hold, Owned};
 use crate::locker::cleanups::Cleanup;
+use crate::locker::late_releases::Releasing;
 use crate::locker::shared::Shared;
 use crate::loss::{Lost, Protected};
 use crate::metrics::Held;
@@ -517,7 +518,9 @@ impl LockGuard {
     ///
     /// # Cancel safety
     ///
-    /// If the future is dropped, the lock is released in the background.
+    /// If the future is dropped, the lock is released in the background. What it has sent may be run for up to the
+    /// [command timeout](crate::LockerBuilder::command_timeout), and would end what the same token obtains meanwhile. So
+    /// this locker sends requests by that token only after that.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -543,7 +546,10 @@ impl LockGuard {
         let until = Instant::now() + self.shared.command_timeout;
         let owned = self.hold.owned_by_all();
         self.hold.is_being_released();
-        let released = self.shared.release(&owned, Ending::Lock, self.hold.stays_until(), until).await?;
+        let releasing = (!owned.own_token).then(|| self.shared.late_releases.begin(owned.token.clone(), until));
+        let released = self.shared.release(&owned, Ending::Lock, self.hold.stays_until(), until).await;
+        releasing.map(Releasing::has_ended);
+        let released = released?;
         self.hold.set_final_step(self.after_release());
         match released {
             Verdict::Done => {

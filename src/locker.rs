@@ -4,6 +4,7 @@ pub(crate) mod builder;
 pub(crate) mod cleanups;
 mod close_on_drop;
 mod isolated;
+pub(crate) mod late_releases;
 pub(crate) mod shared;
 
 use std::fmt;

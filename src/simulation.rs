@@ -544,6 +544,38 @@ async fn closing_waits_until_what_was_handed_over_to_a_waiter_that_it_ends_is_un
     assert!(matches!(waiter.await.unwrap(), Err(Error::Closed)));
 }
 
+/// An explicit release ends the lock for all grants of a token, also where it arrives late.
+#[tokio::test(start_paused = true)]
+async fn a_release_that_was_given_up_ends_nothing_that_its_token_obtains_after_that() {
+    for reads in [false, true] {
+        let store = Arc::new(MemoryStore::new());
+        let is_late = Arc::new(AtomicBool::new(false));
+        let locker = locker_on(store.clone(), {
+            let is_late = is_late.clone();
+            move |operation| match operation {
+                Operation::Release if is_late.swap(false, Ordering::Relaxed) => Fault::RunAfter(ms(100)),
+                _ => Fault::None,
+            }
+        });
+        let request = || {
+            let request = if reads { locker.read("k") } else { locker.lock("k") };
+            request.token("worker-7".parse().unwrap())
+        };
+        let guard = request().await.unwrap();
+        is_late.store(true, Ordering::Relaxed);
+        assert!(timeout(ms(10), guard.release()).await.is_err());
+        let again = request().wait_at_most(ms(20_000)).await.unwrap();
+        sleep(ms(2_000)).await;
+        let left = again.server_ttl().await.unwrap();
+        assert!(left.is_some(), "reads: {reads}; it was ended by the late release");
+        again.release().await.unwrap();
+        // Nobody waits where nothing can be late.
+        let began = Instant::now();
+        request().await.unwrap().release().await.unwrap();
+        assert_eq!(began.elapsed(), Duration::ZERO);
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_an_attempt_may_have_left_is_undone_also_where_the_lock_was_taken_back_since() {
     let store = Arc::new(MemoryStore::new());

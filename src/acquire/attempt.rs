@@ -69,6 +69,12 @@ impl Attempt {
         Self { context, doubt: false, pending: None, was_made: false }
     }
 
+    /// Returns until when the server may run a release that would end what the token obtains.
+    pub(crate) fn late_release_until(&self) -> Option<Instant> {
+        let Owned { own_token, token, .. } = &self.context.wanted.owned;
+        if *own_token { None } else { self.context.shared.late_releases.until(token) }
+    }
+
     /// Prepares an attempt that is sent at `sent` and ends soon after the limit, and registers it as pending.
     pub(crate) fn prepare(&mut self, sent: Instant, limit: Option<Instant>) -> Sending {
         if std::mem::replace(&mut self.was_made, true) {

@@ -95,6 +95,11 @@ impl Waiter {
 
     /// Asks the server once.
     pub(crate) async fn ask(&mut self) -> Outcome {
+        if let Some(until) = self.attempt.late_release_until() {
+            if let Some(outcome) = Box::pin(self.await_late_release(until)).await {
+                return outcome;
+            }
+        }
         let now = Instant::now();
         self.asked = now;
         self.position.ticket().inspect(|ticket| ticket.asks_again());
@@ -114,6 +119,18 @@ impl Waiter {
             _ => {}
         }
         outcome
+    }
+
+    /// Waits while the server may run a release that would end what is about to be obtained. Returns the outcome, if
+    /// something else ends that.
+    async fn await_late_release(&self, until: Instant) -> Option<Outcome> {
+        self.position.expect(until);
+        select! {
+            biased;
+            () = self.attempt.context.closed() => Some(Outcome::Closed),
+            () = at(self.limit) => Some(Outcome::Failed(Error::timeout())),
+            () = sleep_until(until) => None,
+        }
     }
 
     /// Returns by what the waiter has obtained the lock, if the server has granted its last request.

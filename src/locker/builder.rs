@@ -18,6 +18,7 @@ use crate::hold::suspension;
 use crate::hold::timing::{Drift, MAX_TTL, Renewal};
 use crate::locker::cleanups::Cleanups;
 use crate::locker::isolated::{Background, Isolated};
+use crate::locker::late_releases::LateReleases;
 use crate::metrics::Labels;
 use crate::report::debug;
 use crate::store::Store;
@@ -608,6 +609,7 @@ impl LockerBuilder {
             store,
             command_timeout,
             cleanups: Cleanups::new(releases.clone()),
+            late_releases: LateReleases::default(),
             releases,
             queues,
             supervisor: Supervisor::default(),

@@ -9,6 +9,7 @@ use tokio_util::task::TaskTracker;
 
 use super::cleanups::Cleanups;
 use super::isolated::Background;
+use super::late_releases::LateReleases;
 use crate::acquire::queue::Queues;
 use crate::acquire::supervisor::Supervisor;
 use crate::hold::scheduler::Schedulers;
@@ -24,6 +25,7 @@ pub(crate) struct Shared {
     /// Counts the releases in flight and all pending cleanups, so that closing can wait for them.
     pub(crate) releases: TaskTracker,
     pub(crate) cleanups: Cleanups,
+    pub(crate) late_releases: LateReleases,
     /// The waiters of this process, by key.
     pub(crate) queues: Queues,
     pub(crate) supervisor: Supervisor,
