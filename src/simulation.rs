@@ -544,6 +544,30 @@ async fn closing_waits_until_what_was_handed_over_to_a_waiter_that_it_ends_is_un
     assert!(matches!(waiter.await.unwrap(), Err(Error::Closed)));
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_waiter_whose_heartbeat_gets_no_reply_asks_as_soon_as_it_is_notified() {
+    let store = Arc::new(MemoryStore::new());
+    let holder = locker_on(store.clone(), |_| Fault::None);
+    let beats = Arc::new(AtomicU32::new(0));
+    let locker = locker_on(store, {
+        let beats = beats.clone();
+        move |operation| match operation {
+            Operation::Line => {
+                beats.fetch_add(1, Ordering::Relaxed);
+                Fault::Lost
+            }
+            _ => Fault::None,
+        }
+    });
+    let guard = holder.lock("k").await.unwrap();
+    let waiter = tokio::spawn(locker.lock("k").into_future());
+    sleep(ms(700)).await;
+    assert_eq!(beats.load(Ordering::Relaxed), 1);
+    guard.release().await.unwrap();
+    let guard = timeout(ms(10), waiter).await.unwrap().unwrap().unwrap();
+    assert!(guard.is_held());
+}
+
 /// An explicit release ends the lock for all grants of a token, also where it arrives late.
 #[tokio::test(start_paused = true)]
 async fn a_release_that_was_given_up_ends_nothing_that_its_token_obtains_after_that() {

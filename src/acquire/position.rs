@@ -1,13 +1,12 @@
 //! Where a request stands: in the queue of its process, and in the server's line.
 
-use std::time::Duration;
-
 use tokio::time::{Instant, timeout_at};
 
 use crate::Key;
 use crate::acquire::attempt::GRACE;
 use crate::acquire::context::Context;
 use crate::acquire::queue::{HEARTBEAT, Leftovers, Ticket};
+use crate::locker::shared::Shared;
 use crate::report::debug;
 use crate::store::{InLine, LinePlace, Queueing};
 
@@ -27,6 +26,29 @@ pub(crate) struct Position {
     may_be_out_of_line: bool,
     /// A request of unknown outcome may still enter the own place into the line.
     may_enter_late: bool,
+}
+
+/// What tells the server that this process is alive, and still waits.
+pub(crate) struct Heartbeat {
+    key: Key,
+    place: LinePlace,
+    until: Instant,
+}
+
+impl Heartbeat {
+    /// Returns whether the request may go on waiting: otherwise it has to ask.
+    pub(crate) async fn send(self, context: &Context) -> bool {
+        let Self { key, place, until } = self;
+        let Shared { store, command_timeout, .. } = &*context.shared;
+        match timeout_at(until, store.heartbeat(&key, place, *command_timeout)).await {
+            Ok(Ok(waits)) => waits,
+            Ok(Err(error)) => {
+                debug!(name: "tenure.heartbeat_failed", %key, %error, "no heartbeat; the place may be lost");
+                true
+            }
+            Err(_) => true,
+        }
+    }
 }
 
 struct OwnPlace {
@@ -173,10 +195,10 @@ impl Position {
         }
     }
 
-    /// Tells the server that this process is alive. Returns whether the request may go on waiting: otherwise it has to
-    /// ask.
-    pub(crate) async fn heartbeat(&mut self, context: &Context) -> bool {
+    /// Prepares a heartbeat, if the request has a place in a line.
+    pub(crate) fn begin_heartbeat(&mut self, context: &Context) -> Option<Heartbeat> {
         let sent = Instant::now();
+        let until = sent + context.shared.command_timeout + GRACE;
         let (key, place) = match (&self.ticket, &mut self.own_place) {
             (Some(ticket), _) => {
                 ticket.enters_line();
@@ -186,21 +208,15 @@ impl Position {
                 own.heartbeat = sent + HEARTBEAT;
                 (own.key.clone(), own.place)
             }
-            (None, None) => return true,
+            (None, None) => return None,
         };
-        let timeout: Duration = context.shared.command_timeout;
-        self.expect(sent + timeout + GRACE);
-        match timeout_at(sent + timeout + GRACE, context.shared.store.heartbeat(&key, place, timeout)).await {
-            Ok(Ok(waits)) => {
-                self.may_be_out_of_line |= !waits;
-                waits
-            }
-            Ok(Err(error)) => {
-                debug!(name: "tenure.heartbeat_failed", %key, %error, "no heartbeat; the place may be lost");
-                true
-            }
-            Err(_) => true,
-        }
+        self.expect(until);
+        Some(Heartbeat { key, place, until })
+    }
+
+    /// Notes the reply to a heartbeat: whether the place is in the line, and it is not its turn.
+    pub(crate) fn has_heartbeat(&mut self, waits: bool) {
+        self.may_be_out_of_line |= !waits;
     }
 
     /// Leaves the queue. Returns what is left to clean up, if it was in one.

@@ -353,21 +353,36 @@ impl Waiter {
                     return Step::Ask;
                 }
                 () = sleep_until(wake) => return Step::Ask,
-                () = at(heartbeat) => {
-                    select! {
-                        biased;
-                        () = self.attempt.context.closed() => return Step::Close,
-                        waits = self.position.heartbeat(&self.attempt.context) => match waits {
-                            true => continue,
-                            false => return Step::Ask,
-                        },
-                        () = at(self.limit) => return Step::GiveUp,
-                    }
-                }
+                () = at(heartbeat) => match self.send_heartbeat(listen).await {
+                    Some(step) => return step,
+                    None => continue,
+                },
                 () = sleep_until(poll) => continue,
             };
             return self.woken(wakeup);
         }
+    }
+
+    /// Sends a heartbeat, whose reply may take long, and waits for that or for what ends the wait. Returns what to do, if
+    /// the wait ends.
+    async fn send_heartbeat(&mut self, listen: Listen) -> Option<Step> {
+        let context = &self.attempt.context;
+        let heartbeat = self.position.begin_heartbeat(context)?;
+        let wakeup = select! {
+            biased;
+            () = context.closed() => return Some(Step::Close),
+            wakeup = handed_over(self.position.ticket()) => wakeup,
+            waits = heartbeat.send(context) => {
+                self.position.has_heartbeat(waits);
+                return (!waits).then_some(Step::Ask);
+            }
+            () = at(self.limit) => return Some(Step::GiveUp),
+            () = notified(&mut self.subscription), if listen == Listen::Yes => {
+                self.let_others_go_first().await;
+                return Some(Step::Ask);
+            }
+        };
+        Some(self.woken(wakeup))
     }
 
     /// Waits for a moment of random length. Where votes can be split, waiters that ask at the same time split them
