@@ -8,8 +8,8 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-use tenure::{Error, Lease, Locker, WatchDog};
-use tenure_test_support::{Server, soon};
+use tenure::{Driver, Error, Lease, Locker, WatchDog};
+use tenure_test_support::{Server, StandsStill, soon};
 use tokio::runtime::{Builder, Runtime};
 
 const fn ms(n: u64) -> Duration {
@@ -116,6 +116,69 @@ fn a_locker_whose_runtime_stands_still_goes_on_elsewhere() {
         soon(locker.close()).await;
     });
     drop(idle);
+}
+
+/// Locks and releases in so many tasks at once, each of which has a key of its own.
+async fn many_lock_and_release(locker: &Locker, count: usize) {
+    let tasks = (0..count).map(|n| {
+        let locker = locker.clone();
+        tokio::spawn(async move { lock_and_release(&locker, &format!("k:{n}")).await })
+    });
+    for task in tasks.collect::<Vec<_>>() {
+        soon(task).await.unwrap();
+    }
+}
+
+#[test]
+fn a_locker_whose_runtime_stands_still_goes_on_elsewhere_for_many() {
+    let server = Server::start();
+    for driver in drivers() {
+        let idle = runtime();
+        let builder = Locker::builder().driver(driver).command_timeout(ms(300)).wait_for_server(ms(15_000));
+        let locker = idle.block_on(builder.connect(&server.url())).unwrap();
+        runtime().block_on(many_lock_and_release(&locker, 40));
+    }
+}
+
+/// Many lock and release on one runtime, while futures that were polled on another are polled no more.
+fn many_beside_a_runtime_that_stands_still(rt: &Runtime, locker: &Locker) {
+    let still = StandsStill::new();
+    let mut aside: Vec<_> = (0..40).map(|n| Box::pin(locker.lock(format!("still:{n}")).into_future())).collect();
+    for future in &mut aside {
+        assert!(still.poll(future.as_mut()).is_pending());
+    }
+    rt.block_on(many_lock_and_release(locker, 40));
+    rt.block_on(many_lock_and_release(locker, 40));
+}
+
+#[test]
+fn a_runtime_that_stands_still_holds_up_nobody_on_another() {
+    let server = Server::start();
+    let rt = runtime();
+    let builder = || Locker::builder().command_timeout(ms(300)).wait_for_server(ms(15_000));
+    for driver in drivers() {
+        let locker = rt.block_on(builder().driver(driver).connect(&server.url())).unwrap();
+        many_beside_a_runtime_that_stands_still(&rt, &locker);
+    }
+    #[cfg(feature = "fred")]
+    {
+        use tenure::fred::interfaces::ClientLike;
+        let client = fred_client(&server);
+        rt.block_on(client.init()).unwrap();
+        many_beside_a_runtime_that_stands_still(&rt, &builder().client(client));
+    }
+    #[cfg(feature = "redis")]
+    {
+        let client = redis::Client::open(server.url()).unwrap();
+        let connection = rt.block_on(client.get_multiplexed_async_connection()).unwrap();
+        many_beside_a_runtime_that_stands_still(&rt, &builder().with_redis(connection));
+    }
+}
+
+/// The drivers that are compiled in.
+fn drivers() -> impl Iterator<Item = Driver> {
+    let compiled = [(Driver::Fred, cfg!(feature = "fred")), (Driver::Redis, cfg!(feature = "redis"))];
+    compiled.into_iter().filter(|(_, is_compiled)| *is_compiled).map(|(driver, _)| driver)
 }
 
 #[cfg(feature = "fred")]

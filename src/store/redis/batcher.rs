@@ -11,7 +11,8 @@
 //! 2. While operations wait, a call is in flight: its end starts the next one.
 //! 3. That end must be noticed. While a call depends on a task that may never be polled (its caller's, or that of a
 //!    send loop which has not begun), it counts as in flight for at most [`TRUSTED`]. No call counts for longer than
-//!    its operations have time.
+//!    its operations have time. A runtime on which a send loop has not begun in time may stand still: those that wait
+//!    then run the next ones on their own, until one begins there.
 //! 4. Each operation ends within its own timeout. One whose caller has gone before it was sent is not sent.
 //! 5. Those that run out of time first go first.
 //! 6. A failure is reported to the operation that it is about. A batch that is refused as a whole is halved until that
@@ -194,9 +195,11 @@ impl<E: Executor> Shared<E> {
         now: Instant,
         until: Instant,
     ) -> Result<Entered<'_, E>, Error> {
+        // Dropped after the mutex is unlocked, as that wakes callers.
+        let mut given_up = Vec::new();
         let mut lanes = self.lanes();
         let mut in_lane = lanes.lane(lane);
-        in_lane.forget_stalled(now);
+        in_lane.forget_stalled(now, &mut given_up);
         if in_lane.queued() == 0 {
             if let Some(number) = in_lane.begin(self.executor.few(), now + TRUSTED) {
                 return Ok(Entered::First(operation, Call { shared: self, lane, number }));
@@ -220,9 +223,10 @@ impl<E: Executor> Shared<E> {
         let runtime = self.runtime()?;
         let calls = operations.len().div_ceil(OPERATIONS).min(CALLS);
         let mut waiters = Vec::with_capacity(operations.len());
+        let mut given_up = Vec::new();
         let mut lanes = self.lanes();
         let mut in_lane = lanes.lane(lane);
-        in_lane.forget_stalled(now);
+        in_lane.forget_stalled(now, &mut given_up);
         for operation in operations {
             let (result, waiter) = oneshot::channel();
             in_lane.push(Queued { operation, result, until, runtime: runtime.clone() });
@@ -265,8 +269,9 @@ impl<E: Executor> Shared<E> {
 
     /// Replaces calls that have stalled. Returns when to check again.
     fn replace_stalled(self: &Arc<Self>, lane: u16) -> Option<Instant> {
+        let mut given_up = Vec::new();
         let (now, mut lanes) = (Instant::now(), self.lanes());
-        lanes.lane(lane).forget_stalled(now);
+        lanes.lane(lane).forget_stalled(now, &mut given_up);
         self.drive(lanes, lane, now)
     }
 
@@ -342,7 +347,11 @@ impl<E: Executor> SendLoop<E> {
     fn next(&mut self) -> Option<Vec<Queued<E>>> {
         self.has_begun = true;
         let mut given_up = Vec::new();
-        let batch = self.shared.lanes().lane(self.lane).take(self.number, Instant::now(), &mut given_up);
+        let mut lanes = self.shared.lanes();
+        let mut in_lane = lanes.lane(self.lane);
+        in_lane.has_begun_on(self.runtime);
+        let batch = in_lane.take(self.number, Instant::now(), &mut given_up);
+        drop(lanes);
         self.is_done = batch.is_none();
         batch
     }

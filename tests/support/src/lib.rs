@@ -15,6 +15,7 @@ mod proxy;
 mod sentinel;
 mod server;
 mod stalls;
+mod stands_still;
 mod version;
 
 use std::fmt::Debug;
@@ -29,6 +30,7 @@ pub use self::proxy::{Mode, Proxy};
 pub use self::sentinel::{Sentinel, Sentinels};
 pub use self::server::Server;
 pub use self::stalls::Stalls;
+pub use self::stands_still::StandsStill;
 pub use self::version::Version;
 
 /// How long servers may take to start, to find each other and to elect one.

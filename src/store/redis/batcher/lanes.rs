@@ -27,6 +27,9 @@ pub(super) struct Lanes<E: Executor> {
 struct Lane<E: Executor> {
     calls: Vec<InFlight>,
     queue: BinaryHeap<Reverse<Queued<E>>>,
+    /// The runtime on which a send loop has last not begun in time. Until one begins there, it counts as one that
+    /// stands still.
+    stands_still: Option<runtime::Id>,
 }
 
 /// A call that is in flight.
@@ -34,6 +37,8 @@ struct InFlight {
     number: u64,
     /// How many operations of it wait for their results; at least one, so that the number of calls is limited.
     operations: usize,
+    /// The runtime on which its send loop has yet to begin.
+    begins_on: Option<runtime::Id>,
     /// Until when it counts as in flight (invariant 3 of the batcher).
     trusted_until: Instant,
 }
@@ -49,7 +54,7 @@ pub(super) struct Queued<E: Executor> {
 
 impl<E: Executor> Lanes<E> {
     pub(super) fn lane(&mut self, number: u16) -> LaneMut<'_, E> {
-        let new = || Lane { calls: Vec::with_capacity(CALLS), queue: BinaryHeap::new() };
+        let new = || Lane { calls: Vec::with_capacity(CALLS), queue: BinaryHeap::new(), stands_still: None };
         LaneMut { lane: self.lanes.entry(number).or_insert_with(new), last: &mut self.last }
     }
 }
@@ -77,20 +82,28 @@ impl<E: Executor> LaneMut<'_, E> {
     }
 
     /// Begins a call for the operations that wait, if there are any and there is room for one. Returns its number, and
-    /// the runtime on which the first of them can be sent.
+    /// the runtime on which the first of them can be sent, or that of the caller if that one stands still.
     pub(super) fn begin_for_next(&mut self, few: usize, trusted_until: Instant) -> Option<NextCall> {
-        let runtime = self.lane.queue.peek()?.0.runtime.clone();
-        Some(NextCall { number: self.begin(few, trusted_until)?, runtime })
+        let of_first = &self.lane.queue.peek()?.0.runtime;
+        let stands_still = self.lane.stands_still.is_some_and(|still| still == of_first.id());
+        let here = if stands_still { Handle::try_current().ok() } else { None };
+        let runtime = here.unwrap_or_else(|| of_first.clone());
+        Some(NextCall { number: self.begin_call(Some(runtime.id()), few, trusted_until)?, runtime })
     }
 
-    /// Begins a call. Returns its number, or `None` if enough are in flight, and no fewer than `few` operations.
+    /// Begins a call whose caller sends it. Returns its number, or `None` if enough are in flight, and no fewer than
+    /// `few` operations.
     pub(super) fn begin(&mut self, few: usize, trusted_until: Instant) -> Option<u64> {
+        self.begin_call(None, few, trusted_until)
+    }
+
+    fn begin_call(&mut self, begins_on: Option<runtime::Id>, few: usize, trusted_until: Instant) -> Option<u64> {
         let calls = &mut self.lane.calls;
         if calls.len() >= CALLS && calls.iter().map(|call| call.operations).sum::<usize>() >= few {
             return None;
         }
         *self.last += 1;
-        calls.push(InFlight { number: *self.last, operations: 1, trusted_until });
+        calls.push(InFlight { number: *self.last, operations: 1, begins_on, trusted_until });
         Some(*self.last)
     }
 
@@ -105,9 +118,25 @@ impl<E: Executor> LaneMut<'_, E> {
         self.lane.calls.retain(|call| call.number != number);
     }
 
-    /// Stops counting the calls that are no longer trusted, so that others can take their place.
-    pub(super) fn forget_stalled(&mut self, now: Instant) {
-        self.lane.calls.retain(|call| now < call.trusted_until);
+    /// Stops counting the calls that are no longer trusted, so that others can take their place. Moves to `given_up` the
+    /// first of those that wait, as long as nobody waits for them any longer: their send loops may never begin.
+    pub(super) fn forget_stalled(&mut self, now: Instant, given_up: &mut Vec<Queued<E>>) {
+        let Lane { calls, queue, stands_still } = &mut *self.lane;
+        calls.retain(|call| {
+            let is_trusted = now < call.trusted_until;
+            if let (false, Some(runtime)) = (is_trusted, call.begins_on) {
+                *stands_still = Some(runtime);
+            }
+            is_trusted
+        });
+        while queue.peek().is_some_and(|Reverse(first)| first.time_left(now).is_none()) {
+            given_up.extend(queue.pop().map(|Reverse(first)| first));
+        }
+    }
+
+    /// Notes that a send loop has begun on that runtime.
+    pub(super) fn has_begun_on(&mut self, runtime: runtime::Id) {
+        self.lane.stands_still.take_if(|still| *still == runtime);
     }
 
     /// Returns the time at which no call in flight is trusted any longer, unless one of them proceeds until then.
@@ -120,8 +149,9 @@ impl<E: Executor> LaneMut<'_, E> {
     ///
     /// Moves to `given_up` what nobody waits for any longer.
     pub(super) fn take(&mut self, number: u64, now: Instant, given_up: &mut Vec<Queued<E>>) -> Option<Vec<Queued<E>>> {
-        let Lane { calls, queue } = &mut *self.lane;
+        let Lane { calls, queue, .. } = &mut *self.lane;
         let call = calls.iter_mut().find(|call| call.number == number)?;
+        call.begins_on = None;
         let mut batch = Vec::with_capacity(queue.len().min(OPERATIONS));
         while batch.len() < OPERATIONS {
             let Some(Reverse(next)) = queue.pop() else { break };

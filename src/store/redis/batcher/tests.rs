@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
 
+use tenure_test_support::StandsStill;
 use tokio::runtime::Builder;
 use tokio::task::{JoinHandle, JoinSet, yield_now};
 use tokio::time::{sleep, sleep_until, timeout};
@@ -730,6 +731,97 @@ async fn what_waits_for_a_send_loop_whose_home_has_ended_fails_at_once() {
     assert!(soon(waits).await.unwrap().unwrap_err().is_transient());
     assert!(soon(wait_together).await.unwrap().iter().flat_map(|answer| answer.as_ref().err()).count() == 2);
     assert_eq!(bench.sent().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_runtime_that_stands_still_holds_up_those_on_others_for_no_longer_than_it_is_trusted() {
+    for first_come in [0, 1, 3] {
+        let (bench, still) = (Bench::new(), StandsStill::new());
+        let busy = busy(&bench, [ms(10), ms(10)]).await;
+        let mut waiting = Vec::new();
+        for id in 0..first_come {
+            waiting.push(bench.spawn(task(id), ms(1_000 + id as u64)).await);
+        }
+        // Of all that wait, it has the least time, so the next send loops are spawned there.
+        let mut first = Box::pin(bench.run(task(10), ms(500)));
+        assert!(still.poll(first.as_mut()).is_pending());
+        for id in first_come..4 {
+            waiting.push(bench.spawn(task(id), ms(1_000 + id as u64)).await);
+        }
+        for (id, waiting) in waiting.into_iter().enumerate() {
+            let (at, answer) = waiting.await.unwrap();
+            assert_eq!((at, answer.ok()), (ms(10) + TRUSTED + ms(10), Some(id)), "{first_come}");
+        }
+        // It has been sent with the others.
+        assert_eq!(bench.sent()[2..], [(ms(10) + TRUSTED, vec![10, 0, 1, 2, 3])]);
+        assert_eq!(timeout(ms(0), first).await.unwrap().unwrap(), 10);
+        for busy in busy {
+            busy.await.unwrap().1.unwrap();
+        }
+        until_idle().await;
+        bench.assert_nothing_left();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_ran_out_of_time_on_a_runtime_that_stands_still_holds_up_nobody() {
+    for together in [false, true] {
+        let (bench, still) = (Bench::new(), StandsStill::new());
+        let _busy = busy(&bench, [ms(10), ms(10)]).await;
+        let mut first = Box::pin(bench.run(task(1), ms(100)));
+        assert!(still.poll(first.as_mut()).is_pending());
+        sleep(ms(1_000)).await;
+        match together {
+            false => assert_eq!(bench.run(task(2), ms(500)).await.unwrap(), 2),
+            true => assert!(bench.run_all(vec![task(2)], ms(500)).await.iter().all(Result::is_ok)),
+        }
+        assert_eq!(bench.sent()[2..], [(ms(1_000), vec![2])], "{together}");
+        until_idle().await;
+        bench.assert_nothing_left();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_runtime_counts_as_one_that_stands_still_until_a_send_loop_begins_there() {
+    let (mut lanes, still, here) = (Lanes::<Fake>::default(), StandsStill::new(), Handle::current().id());
+    let now = Instant::now();
+    let mut in_lane = lanes.lane(0);
+    let waiters: Vec<_> = (0..4)
+        .map(|id| {
+            let (result, waiter) = oneshot::channel();
+            let runtime = still.handle().clone();
+            in_lane.push(Queued { operation: task(id), result, until: now + ms(1_000), runtime });
+            waiter
+        })
+        .collect();
+    let begin = |in_lane: &mut lanes::LaneMut<'_, Fake>, at| {
+        in_lane.forget_stalled(at, &mut Vec::new());
+        in_lane.begin_for_next(usize::MAX, at + TRUSTED).unwrap().runtime.id()
+    };
+    assert_eq!(begin(&mut in_lane, now), still.handle().id());
+    assert_eq!(begin(&mut in_lane, now + TRUSTED - ms(1)), still.handle().id());
+    assert_eq!(begin(&mut in_lane, now + TRUSTED), here);
+    in_lane.has_begun_on(here);
+    assert_eq!(begin(&mut in_lane, now + TRUSTED), here);
+    in_lane.has_begun_on(still.handle().id());
+    assert_eq!(begin(&mut in_lane, now + TRUSTED), still.handle().id());
+    drop(waiters);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_home_that_stands_still_holds_up_those_elsewhere_for_no_longer_than_it_is_trusted() {
+    let still = StandsStill::new();
+    let carrier = Fake { home: Some(still.handle().clone()), ..Fake::default() };
+    let bench = Bench { batcher: Arc::new(Batcher::new(carrier)), start: Instant::now() };
+    let _busy = busy(&bench, [ms(10), ms(10)]).await;
+    let alone = bench.spawn(task(1), ms(1_000)).await;
+    let together = bench.run_all(vec![task(2), task(3)], ms(2_000));
+    assert!(together.await.iter().all(Result::is_ok));
+    let (at, answer) = alone.await.unwrap();
+    assert_eq!((at, answer.ok()), (ms(10) + TRUSTED + ms(10), Some(1)));
+    assert_eq!(bench.sent()[2..], [(ms(10) + TRUSTED, vec![1, 2, 3])]);
+    until_idle().await;
+    bench.assert_nothing_left();
 }
 
 #[tokio::test]
