@@ -371,12 +371,51 @@ fn not_sent(error: RedisError) -> RedisError {
     error.with_text(text)
 }
 
-#[cfg(all(test, not(all(feature = "fred", feature = "redis"))))]
+#[cfg(test)]
 mod tests {
-    use crate::{Driver, Error, Locker};
+    use tenure_test_support::StandsStill;
+    use tokio::time::advance;
 
+    use super::*;
+    use crate::store::redis::url;
+
+    const TIMEOUT: Duration = Duration::from_secs(1);
+
+    /// Opens connections on a runtime that stands still.
+    fn stalled(without: WithoutConnection) -> (StandsStill, Vec<Arc<dyn Connection>>) {
+        let still = StandsStill::new();
+        let entered = still.handle().enter();
+        let mut connections = Vec::new();
+        for url in ["redis://127.0.0.1:1", "redis-cluster://127.0.0.1:1"] {
+            for driver in [Driver::Fred, Driver::Redis] {
+                match open_lazily(driver, &url::parse(url).unwrap(), TIMEOUT, without) {
+                    Ok(connection) => connections.push(connection),
+                    Err(error) => assert!(matches!(error, Error::Unsupported(_)), "{error}"),
+                }
+            }
+        }
+        drop(entered);
+        (still, connections)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_whose_runtime_stands_still_goes_on_with_those_who_have_waited_in_vain() {
+        let (still, connections) = stalled(WithoutConnection::CallsWait);
+        for connection in connections {
+            assert_eq!(connection.runtime().unwrap().id(), still.handle().id());
+            for _ in 0..2 {
+                let waits = connection.will_wait(Instant::now());
+                advance(TIMEOUT).await;
+                assert_eq!(connection.unheard(waits).kind(), crate::RedisErrorKind::Timeout);
+            }
+            assert_eq!(connection.runtime().unwrap().id(), Handle::current().id(), "{connection:?}");
+        }
+    }
+
+    #[cfg(not(all(feature = "fred", feature = "redis")))]
     #[tokio::test]
     async fn a_client_that_is_not_compiled_in_is_named() {
+        use crate::Locker;
         let missing = if cfg!(feature = "fred") { Driver::Redis } else { Driver::Fred };
         let builder = Locker::builder().driver(missing);
         let error = builder.clone().connect("redis://127.0.0.1:1").await.unwrap_err();

@@ -137,6 +137,13 @@ impl FredConnection {
         Some(reason)
     }
 
+    fn go_on_if_stalled(&self) {
+        if let Some(driver) = &self.driver {
+            let patience = self.liveness().patience / 4;
+            driver.go_on_here_if_stalled(patience);
+        }
+    }
+
     fn liveness(&self) -> MutexGuard<'_, Liveness> {
         self.liveness.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -228,8 +235,8 @@ impl Connection for FredConnection {
         let never_sent = unrouted || (unreceived && self.driver.is_some()) || self.events().never_sent(sent);
         if !unanswered {
             self.liveness().heard();
-        } else if let Some(driver) = &self.driver {
-            driver.go_on_here_if_stalled(self.liveness().patience / 4);
+        } else {
+            self.go_on_if_stalled();
         }
         let reason = if unanswered || unrouted { self.why_unanswered() } else { None };
         let error = match reason {
@@ -254,6 +261,7 @@ impl Connection for FredConnection {
     }
 
     fn unheard(&self, sent: Sent) -> RedisError {
+        self.go_on_if_stalled();
         let error = self.why_unanswered().unwrap_or_else(|| self.peer.silent());
         match self.events().never_sent(sent) {
             true => not_sent(error),

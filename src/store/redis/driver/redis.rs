@@ -259,6 +259,7 @@ impl Connection for OwnConnection {
     }
 
     fn unheard(&self, sent: Sent) -> RedisError {
+        self.go_on_if_stalled();
         let error = self.why_unanswered().unwrap_or_else(|| self.shared.origin.peer.silent());
         match sent.without && sent.made == self.connections_made() {
             true => not_sent(error),

@@ -71,6 +71,10 @@ impl ClusterConnection {
         let task = Arc::new(DriverTask::new(task, move || tokio::spawn(again.clone().keep()))?);
         Ok(Self { nodes, task })
     }
+
+    fn go_on_if_stalled(&self) {
+        self.task.go_on_here_if_stalled(self.nodes.origin.timeout / 2);
+    }
 }
 
 impl Connection for ClusterConnection {
@@ -113,7 +117,7 @@ impl Connection for ClusterConnection {
 
     fn failed(&self, _: Sent, error: RedisError) -> RedisError {
         if error.kind() == RedisErrorKind::Timeout {
-            self.task.go_on_here_if_stalled(self.nodes.origin.timeout / 2);
+            self.go_on_if_stalled();
         }
         match error.details().ends_with(NOT_SENT) {
             true => error,
@@ -126,6 +130,7 @@ impl Connection for ClusterConnection {
     }
 
     fn unheard(&self, _: Sent) -> RedisError {
+        self.go_on_if_stalled();
         self.nodes.origin.peer.silent()
     }
 
