@@ -198,10 +198,15 @@ impl RedisNodes {
         };
         let Value::Array(ranges) = slots else { return Err(unexpected()) };
         let map: Vec<_> = ranges.iter().filter_map(|range| owned_range(range, node)).collect();
-        match map.is_empty() && !ranges.is_empty() {
-            true => Err(unexpected()),
-            false => Ok(Map(map)),
+        if map.is_empty() && !ranges.is_empty() {
+            return Err(unexpected());
         }
+        // A node that has begun anew knows no other. Taken for the map, that would leave only the nodes that the user
+        // has named, which may be this one.
+        if map.is_empty() && !self.map().0.is_empty() {
+            return Err(RedisError::new(RedisErrorKind::Cluster, "the node knows of no slots"));
+        }
+        Ok(Map(map))
     }
 
     pub(super) async fn link_to(&self, node: &Address) -> Result<(Arc<Link>, Ended), RedisError> {
@@ -289,7 +294,45 @@ impl fmt::Debug for ClusterConnection {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
     use super::*;
+    use crate::store::redis::url::parse;
+
+    /// Replies to `CLUSTER SLOTS` with what the test has put there.
+    async fn play(node: TcpListener, slots: Arc<Mutex<String>>) {
+        let mut open = Vec::new();
+        loop {
+            let (mut peer, _) = node.accept().await.unwrap();
+            peer.read_exact(&mut [0; "*1\r\n$4\r\nPING\r\n".len()]).await.unwrap();
+            peer.write_all(b"+PONG\r\n").await.unwrap();
+            peer.read_exact(&mut [0; "*2\r\n$7\r\nCLUSTER\r\n$5\r\nSLOTS\r\n".len()]).await.unwrap();
+            let slots = slots.lock().unwrap().clone();
+            peer.write_all(slots.as_bytes()).await.unwrap();
+            open.push(peer);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_node_that_knows_of_no_slots_does_not_take_the_map_away() {
+        let node = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let at = node.local_addr().unwrap().port();
+        let target = parse(&format!("redis-cluster://127.0.0.1:{at}")).unwrap();
+        let nodes = RedisNodes::new(Origin::of(&target, Duration::from_secs(20)).unwrap());
+        let slots = Arc::new(Mutex::new("*0\r\n".to_owned()));
+        let _node = AbortOnDropHandle::new(tokio::spawn(play(node, slots.clone())));
+        // Before anything is known it may be a cluster that is being made.
+        nodes.load().await.unwrap();
+        assert_eq!(nodes.owner_of(7), None);
+        *slots.lock().unwrap() = format!("*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$0\r\n\r\n:{at}\r\n");
+        nodes.load().await.unwrap();
+        let owner = Some(Address::new("127.0.0.1", at));
+        assert_eq!(nodes.owner_of(7), owner);
+        *slots.lock().unwrap() = "*0\r\n".to_owned();
+        nodes.load().await.unwrap_err();
+        assert_eq!(nodes.owner_of(7), owner);
+    }
 
     #[test]
     fn ranges_are_read_as_nodes_write_them() {
