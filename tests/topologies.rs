@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tenure::{LockGuard, Locker, LockerBuilder, Loss};
-use tenure_test_support::{Cluster, Sentinels, elected, eventually, soon, within};
+use tenure::{Driver, LockGuard, Locker, LockerBuilder, Loss};
+use tenure_test_support::{Cluster, Sentinels, Server, elected, eventually, soon, within};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
@@ -265,6 +265,36 @@ async fn nor_does_a_frozen_primary() {
     let cluster = Cluster::start();
     let locker = builder().connect(&cluster.url()).await.unwrap();
     one_primary_away(cluster, locker, |cluster| cluster.nodes[1].freeze()).await;
+}
+
+/// A node that begins anew knows no other, so it redirects nobody.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_has_forgotten_its_slots_is_left_for_their_new_owner() {
+    let cluster = Cluster::start();
+    let keys: Vec<_> = (0..).map(|n| n.to_string()).filter(|key| cluster.place_of(key) == 0).take(2).collect();
+    let replica = cluster.start_replica(0);
+    let drivers = [(Driver::Fred, cfg!(feature = "fred")), (Driver::Redis, cfg!(feature = "redis"))];
+    let mut lockers = Vec::new();
+    for (driver, _) in drivers.into_iter().filter(|(_, is_compiled)| *is_compiled) {
+        let locker = builder().driver(driver).connect(&cluster.url()).await.unwrap();
+        soon(locker.lock(keys[0].as_str())).await.unwrap().release().await.unwrap();
+        lockers.push(locker);
+    }
+    assert_eq!(replica.cli(&["CLUSTER", "FAILOVER", "TAKEOVER"]), "OK");
+    elected("the others know", async || {
+        let owner =
+            |node: &Server| node.cli(&["CLUSTER", "SLOTS"]).lines().any(|line| line == replica.port().to_string());
+        cluster.nodes.iter().all(owner).then_some(())
+    })
+    .await;
+    elected("demoted", async || cluster.nodes[0].cli(&["ROLE"]).starts_with("slave").then_some(())).await;
+    assert_eq!(cluster.nodes[0].cli(&["CLUSTER", "RESET", "HARD"]), "OK");
+    for locker in lockers {
+        // The second one's slot has not been used before.
+        for key in &keys {
+            soon(locker.lock(key.as_str())).await.unwrap().release().await.unwrap();
+        }
+    }
 }
 
 #[cfg(feature = "fred")]

@@ -1,5 +1,8 @@
 //! Connections to the single nodes of a cluster, and which of them owns a slot.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,6 +33,8 @@ const REMEMBERED: Duration = Duration::from_secs(1);
 const RECONNECT: Duration = Duration::from_millis(50);
 /// How long after a failure other nodes are asked who owns the slots of a node.
 const AVOIDED: Duration = Duration::from_secs(2);
+/// The refusal of a node that serves no slots, or not this one.
+const CLUSTERDOWN: &str = "CLUSTERDOWN";
 /// How many connections to single nodes are kept, not counting those that only finish their calls.
 const CONNECTIONS: usize = 64;
 
@@ -48,7 +53,7 @@ struct State {
     nodes: HashMap<(Address, Asking), Arc<Node>>,
     /// The owners of the slots that were used, as far as they are known to be well.
     owners: HashMap<u16, Address>,
-    /// Nodes to which no connection could be opened lately.
+    /// Nodes to which no connection could be opened lately, or which did not serve a slot.
     failed: HashMap<Address, Failed>,
     /// Half-moved slots, and when a node last said so.
     moving: HashMap<u16, Instant>,
@@ -88,14 +93,20 @@ impl Cluster {
         let first = args();
         let slot = slot_of_first_key(&first);
         let mut first = Some(first);
-        let mut server = self.owner_of(slot)?;
+        let (mut server, is_known) = self.owner_of(slot)?;
         let (mut asking, mut source) = (Asking::No, None);
         for followed in 0.. {
             if let Some(doublings) = u32::checked_sub(followed, 2) {
                 sleep_until(until.min(Instant::now() + PAUSE * 2u32.saturating_pow(doublings))).await;
             }
             let answer = self.ask(&server, asking, sent.command, first.take().unwrap_or_else(args), until).await;
-            let Err(error) = answer else { return answer };
+            let Err(error) = answer else {
+                if followed == 0 && !is_known {
+                    // Any other node would have redirected.
+                    self.learn(slot, &server);
+                }
+                return answer;
+            };
             match elsewhere(&error, &server) {
                 Some(_) if followed >= REDIRECTIONS => return Err(error),
                 Some(Elsewhere::Moved(to)) => {
@@ -111,6 +122,10 @@ impl Cluster {
                 None => {
                     if error.is_redirection() {
                         self.note_moving(slot);
+                    }
+                    // Also where the client can't tell which call was refused: it is the node that says so.
+                    if error.code() == Some(CLUSTERDOWN) {
+                        self.is_not_served(slot, &server, &error);
                     }
                     return match (source, sent.source) {
                         (Some(source), Some(script)) if error.refusal() == Some("TRYAGAIN") => {
@@ -224,11 +239,28 @@ impl Cluster {
         self.known.refresh();
     }
 
-    /// Returns the owner of the slot, or any other node if that is unknown or has failed lately. Such a node redirects
-    /// to the owner; after a failover it knows the new one before the client does.
-    fn owner_of(&self, slot: u16) -> Result<Address, Error> {
+    /// Notes that the node does not serve the slot: it has lost the slot, or its part of the cluster has no majority. It
+    /// names nobody else, so the next call asks another node.
+    fn is_not_served(&self, slot: u16, server: &Address, error: &Error) {
+        let mut state = self.state();
+        if state.owners.get(&slot) == Some(server) {
+            state.owners.remove(&slot);
+        }
+        // Many calls may be refused at the same time. And this may be the failure that callers share, which must not
+        // prolong itself.
+        let is_known = state.failed.get(server).is_some_and(|failed| failed.at.elapsed() < RECONNECT);
+        if !is_known {
+            state.failed.insert(server.clone(), Failed { at: Instant::now(), error: error.clone() });
+            drop(state);
+            self.known.refresh();
+        }
+    }
+
+    /// Returns the owner of the slot and `true`, or any other node and `false` if that is unknown or has failed lately.
+    /// Such a node redirects to the owner; after a failover it knows the new one before the client does.
+    fn owner_of(&self, slot: u16) -> Result<(Address, bool), Error> {
         if let Some(owner) = self.state().owners.get(&slot) {
-            return Ok(owner.clone());
+            return Ok((owner.clone(), true));
         }
         let owner = self.known.owner_of(slot);
         let state = self.state();
@@ -236,13 +268,13 @@ impl Cluster {
         if let Some(owner) = owner.as_ref().filter(|owner| is_well(owner)) {
             drop(state);
             self.learn(slot, owner);
-            return Ok(owner.clone());
+            return Ok((owner.clone(), true));
         }
         let others = [self.known.primaries(), self.known.seeds()].concat();
         let well: Vec<&Address> = others.iter().filter(|other| is_well(other)).collect();
         let any = fastrand::choice(well).cloned().or(owner).or_else(|| others.first().cloned());
         let unknown = || RedisError::new(RedisErrorKind::Cluster, "no node of the cluster is known");
-        any.ok_or_else(|| unknown().into())
+        any.map(|any| (any, false)).ok_or_else(|| unknown().into())
     }
 
     fn learn(&self, slot: u16, owner: &Address) {
@@ -284,16 +316,3 @@ fn keys_and_rest(args: &[Bytes]) -> Option<(&[Bytes], &[Bytes])> {
 /// Prepended to a script that runs with only its first key declared. Takes the other keys, and behind them the number
 /// of all keys, off the end of the arguments.
 const TOLD_OF_KEYS: &str = "for i = tonumber(table.remove(ARGV)), 2, -1 do KEYS[i] = table.remove(ARGV) end\n";
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn keys_are_told_from_other_arguments() {
-        let args = ["script", "2", "a", "b", "c"].map(Bytes::from);
-        assert_eq!(keys_and_rest(&args), Some((&args[2..4], &args[4..])));
-        assert_eq!(keys_and_rest(&args[..3]), None);
-        assert_eq!(slot_of_first_key(&args), slot_of(b"a"));
-    }
-}
