@@ -490,4 +490,24 @@ mod tests {
         connection.failed(silent, timed_out());
         eventually("it is replaced", async || (connection.connections_made() > 1).then_some(())).await;
     }
+
+    #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
+    async fn one_silence_opens_one_connection() {
+        let server = RedisServer::start();
+        let connection = FredConnection::open(&url::parse(&server.url()).unwrap(), ms(2_000)).await.unwrap();
+        let ping = async |within| {
+            let sent = connection.begin(Instant::now()).unwrap();
+            let answer = connection.send("PING", Vec::new(), Instant::now() + within).await;
+            heard(&connection, sent, answer.map_err(crate::Error::from))
+        };
+        server.freeze();
+        for _ in 0..8 {
+            ping(ms(200)).await.unwrap_err();
+        }
+        server.thaw();
+        // fred does what it has been asked for before one after the other.
+        eventually("it answers", async || ping(ms(2_000)).await.ok()).await;
+        assert_eq!(connection.connections_made(), 2);
+    }
 }

@@ -9,6 +9,10 @@ use super::Sent;
 /// The shortest silence that counts: a server that is far away may take so long to reply.
 const SHORTEST_SILENCE: Duration = Duration::from_millis(150);
 
+/// How much longer than a silence a new connection may take until it is requested again: the request may have been lost.
+/// While the server is away, a client may keep all requests, and open one connection for each when it is back.
+const REQUESTED_AGAIN: u32 = 16;
+
 /// Whether the server still replies. A connection that was silently cut (by a firewall that forgot it, or a peer that
 /// vanished) looks like any other until the system gives up on it, which takes minutes.
 #[derive(Default)]
@@ -21,6 +25,8 @@ pub(in super::super) struct Liveness {
     unanswered: Option<Instant>,
     /// How many connections had been made when this was last asked.
     made: u64,
+    /// The last connection that was found dead, as the last of so many that were made, and when.
+    dead: Option<(u64, Instant)>,
 }
 
 impl Liveness {
@@ -33,8 +39,9 @@ impl Liveness {
         self.unanswered = None;
     }
 
-    /// Returns whether the connection is dead, as this call has had no reply. Returns true once for each connection:
-    /// opening one after the other while all are slow would make nothing faster.
+    /// Returns whether the connection is dead, as this call has had no reply. Returns true once for each connection, and
+    /// again if no other one was made for very long: opening one after the other while all are slow would make nothing
+    /// faster.
     ///
     /// A call that began before the connection was made, the last one of so many, says nothing about it: it may have
     /// been sent a moment ago. Closing it would fail all other calls on a connection as good as new.
@@ -56,7 +63,14 @@ impl Liveness {
         if silent {
             self.heard();
         }
-        silent
+        // Whether a connection that was requested before is not there yet.
+        let is_requested =
+            |(of, at): (u64, Instant)| of == made && at.elapsed() < self.patience.saturating_mul(REQUESTED_AGAIN);
+        let is_news = silent && !self.dead.is_some_and(is_requested);
+        if is_news {
+            self.dead = Some((made, Instant::now()));
+        }
+        is_news
     }
 }
 
@@ -137,5 +151,43 @@ mod tests {
         assert!(!liveness.is_silent(second, 2), "the silence of the first does not count");
         advance(ms(100)).await;
         assert!(liveness.is_silent(second, 2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_silence_opens_one_connection_however_long_that_takes() {
+        let mut liveness = Liveness { patience: ms(2_000), ..Liveness::default() };
+        let mut opened = Vec::new();
+        let began = Instant::now();
+        // All calls fail until the requested connection is there.
+        for _ in 0..20 {
+            let sent = sent();
+            advance(ms(200)).await;
+            if liveness.is_silent(sent, 1) {
+                opened.push(began.elapsed());
+            }
+            // Those that were in flight on the old connection.
+            liveness.heard();
+            advance(ms(10)).await;
+        }
+        assert_eq!(opened, [ms(200)]);
+        // The next one is silent, too.
+        let sent = Sent { made: 2, ..sent() };
+        advance(ms(200)).await;
+        assert!(liveness.is_silent(sent, 2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_never_came_is_requested_again() {
+        let mut liveness = Liveness { patience: ms(2_000), ..Liveness::default() };
+        let mut opened = Vec::new();
+        let began = Instant::now();
+        for _ in 0..400 {
+            let sent = sent();
+            advance(ms(200)).await;
+            if liveness.is_silent(sent, 1) {
+                opened.push(began.elapsed());
+            }
+        }
+        assert_eq!(opened, [1, 161, 321].map(|n| ms(200 * n)));
     }
 }
