@@ -380,13 +380,15 @@ mod tests {
     use crate::store::redis::url;
 
     const TIMEOUT: Duration = Duration::from_secs(1);
+    const SERVER: &str = "redis://127.0.0.1:1";
+    const CLUSTER: &str = "redis-cluster://127.0.0.1:1";
 
     /// Opens connections on a runtime that stands still.
-    fn stalled(without: WithoutConnection) -> (StandsStill, Vec<Arc<dyn Connection>>) {
+    fn stalled(urls: &[&str], without: WithoutConnection) -> (StandsStill, Vec<Arc<dyn Connection>>) {
         let still = StandsStill::new();
         let entered = still.handle().enter();
         let mut connections = Vec::new();
-        for url in ["redis://127.0.0.1:1", "redis-cluster://127.0.0.1:1"] {
+        for url in urls {
             for driver in [Driver::Fred, Driver::Redis] {
                 match open_lazily(driver, &url::parse(url).unwrap(), TIMEOUT, without) {
                     Ok(connection) => connections.push(connection),
@@ -400,13 +402,25 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_connection_whose_runtime_stands_still_goes_on_with_those_who_have_waited_in_vain() {
-        let (still, connections) = stalled(WithoutConnection::CallsWait);
+        let (still, connections) = stalled(&[SERVER, CLUSTER], WithoutConnection::CallsWait);
         for connection in connections {
             assert_eq!(connection.runtime().unwrap().id(), still.handle().id());
             for _ in 0..2 {
                 let waits = connection.will_wait(Instant::now());
                 advance(TIMEOUT).await;
                 assert_eq!(connection.unheard(waits).kind(), crate::RedisErrorKind::Timeout);
+            }
+            assert_eq!(connection.runtime().unwrap().id(), Handle::current().id(), "{connection:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_was_never_made_as_its_runtime_stands_still_is_made_by_those_who_need_it() {
+        let (_still, connections) = stalled(&[SERVER], WithoutConnection::CallsFail);
+        for connection in connections {
+            for _ in 0..2 {
+                assert!(Error::from(connection.begin(Instant::now()).err().unwrap()).was_not_sent());
+                advance(TIMEOUT).await;
             }
             assert_eq!(connection.runtime().unwrap().id(), Handle::current().id(), "{connection:?}");
         }

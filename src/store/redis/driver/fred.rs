@@ -219,6 +219,8 @@ impl Connection for FredConnection {
         if self.waits || self.client.is_connected() {
             return Ok(self.sent(now));
         }
+        // Nothing else may call, and so notice, as long as there is no connection.
+        self.go_on_if_stalled();
         let unknown = || RedisError::new(RedisErrorKind::Io, "there is no connection to the server");
         Err(not_sent(self.why_not_connected().unwrap_or_else(|| self.peer.unreachable(unknown(), None))))
     }
