@@ -150,6 +150,13 @@ pub(super) trait Connection: fmt::Debug + Send + Sync + 'static {
     /// Returns the error of an operation that has waited in vain, whether it became part of a call or not.
     fn unheard(&self, sent: Sent) -> RedisError;
 
+    /// Notes that the server is about to be sent a `WAIT`, and may reply to nothing behind it until then. Whoever waits
+    /// behind it has no sign of a dead connection.
+    fn blocks(&self, _until: Instant) {}
+
+    /// Notes that the server has replied to the `WAIT` that might have lasted until then.
+    fn no_longer_blocks(&self, _until: Instant) {}
+
     /// Replaces a connection that hands out replies to other requests. All calls in flight on it fail.
     fn replace(&self);
 

@@ -5,7 +5,7 @@
 //!    write until after the reply, and if there was a write: from Redis 7.2 on, what others wrote doesn't count. So
 //!    what obtains or renews a lock always writes it, even as it is.
 //! 2. It blocks its connection, and everything that is sent after it. So it waits for a part of the call's time only,
-//!    which leaves time to undo what was not replicated.
+//!    which leaves time to undo what was not replicated. What has had no reply meanwhile is no sign of a dead connection.
 //! 3. Refusals and releases wait for no replica.
 
 use std::time::Duration;
@@ -45,7 +45,13 @@ impl Writing {
             return Err(Error::NotReplicated { needed: self.needed, acknowledged: 0 });
         };
         let needed = i64::try_from(self.needed).unwrap_or(i64::MAX);
-        let reply = connection.send("WAIT", vec![decimal(needed), decimal(millis)], until).await.map_err(into_ours)?;
+        let blocked_until = Instant::now() + waits_for;
+        connection.blocks(blocked_until);
+        let reply = connection.send("WAIT", vec![decimal(needed), decimal(millis)], until).await.map_err(into_ours);
+        if !reply.as_ref().is_err_and(Error::is_timeout) {
+            connection.no_longer_blocks(blocked_until);
+        }
+        let reply = reply?;
         let count = reply.as_i64().ok_or_else(unexpected)?;
         let acknowledged = match connection.connections_made() == self.connections {
             true => usize::try_from(count).unwrap_or_default(),
@@ -70,8 +76,10 @@ pub(super) fn within(timeout: Duration, ttl: Duration, needed: usize) -> Duratio
 mod tests {
     use tenure_test_support::{Server, eventually, soon};
 
-    use super::super::driver;
+    use super::super::driver::{self, heard};
+    use super::super::url;
     use super::*;
+    use crate::Driver;
 
     #[tokio::test]
     #[ignore = "needs a server; tests/internals.rs runs it"]
@@ -88,6 +96,37 @@ mod tests {
         eventually("it is connected again", again).await;
         let refused = soon(before.acknowledged(&*connection, until())).await.unwrap_err();
         assert!(matches!(refused, Error::NotReplicated { needed: 1, acknowledged: 0 }), "{refused}");
+    }
+
+    #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
+    async fn what_waits_behind_it_has_no_connection_replaced() {
+        let server = Server::start();
+        for driver in [Driver::Fred, Driver::Redis] {
+            let target = url::parse(&server.url()).unwrap();
+            let connection = match driver::open(driver, &target, Duration::from_secs(10)).await {
+                Err(Error::Unsupported(_)) => continue,
+                opened => opened.unwrap(),
+            };
+            let made = connection.connections_made();
+            let writing = Writing::on(&*connection, 1).unwrap();
+            let waits = writing.acknowledged(&*connection, Instant::now() + Duration::from_millis(2_000));
+            let behind = async {
+                eventually("it waits", async || {
+                    server.cli(&["INFO", "clients"]).contains("blocked_clients:1").then_some(())
+                })
+                .await;
+                for _ in 0..3 {
+                    let sent = connection.begin(Instant::now()).unwrap();
+                    let reply = connection.send("PING", Vec::new(), Instant::now() + Duration::from_millis(300)).await;
+                    assert!(heard(&*connection, sent, reply.map_err(Error::from)).unwrap_err().is_timeout());
+                }
+            };
+            let (refused, ()) = tokio::join!(waits, behind);
+            let refused = refused.unwrap_err();
+            assert!(matches!(refused, Error::NotReplicated { needed: 1, acknowledged: 0 }), "{refused}");
+            assert_eq!(connection.connections_made(), made);
+        }
     }
 
     #[tokio::test]

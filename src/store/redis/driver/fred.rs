@@ -271,6 +271,15 @@ impl Connection for FredConnection {
         }
     }
 
+    fn blocks(&self, until: Instant) {
+        let made = self.connections_made();
+        self.liveness().blocks(until, made);
+    }
+
+    fn no_longer_blocks(&self, until: Instant) {
+        self.liveness().no_longer_blocks(until);
+    }
+
     /// Asks fred for a new connection. One poll puts the request in fred's queue. Nothing waits for its result, which
     /// may take as long as the server is away.
     fn replace(&self) {

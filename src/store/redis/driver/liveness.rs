@@ -25,6 +25,9 @@ pub(in super::super) struct Liveness {
     unanswered: Option<Instant>,
     /// How many connections had been made when this was last asked.
     made: u64,
+    /// Until when the server may be in a `WAIT` of ours on this connection, the last one of so many that were made: it
+    /// replies to nothing behind that.
+    blocked: Option<(u64, Instant)>,
     /// The last connection that was found dead, as the last of so many that were made, and when.
     dead: Option<(u64, Instant)>,
 }
@@ -37,6 +40,18 @@ impl Liveness {
     pub(in super::super) fn heard(&mut self) {
         self.heard = Some(Instant::now());
         self.unanswered = None;
+    }
+
+    /// Notes that the server is about to be sent what may block the connection, the last one of so many, until then.
+    pub(super) fn blocks(&mut self, until: Instant, made: u64) {
+        let before = self.blocked.filter(|(of, _)| *of == made);
+        self.blocked = Some((made, before.map_or(until, |(_, before)| before.max(until))));
+    }
+
+    /// Notes the reply to what might have blocked the connection until then.
+    pub(super) fn no_longer_blocks(&mut self, until: Instant) {
+        // Replies come in order. Behind this one, another may still block.
+        self.blocked.take_if(|(_, last)| *last <= until);
     }
 
     /// Returns whether the connection is dead, as this call has had no reply. Returns true once for each connection, and
@@ -55,7 +70,10 @@ impl Liveness {
         if began_before || self.heard.is_some_and(|heard| heard >= sent) {
             return false;
         }
-        let since = *self.unanswered.get_or_insert(sent);
+        let mut since = *self.unanswered.get_or_insert(sent);
+        if let Some((_, until)) = self.blocked.filter(|(of, _)| *of == made) {
+            since = since.max(until);
+        }
         // A call that has less time than others needs a reply sooner, or a lock with a short ttl is lost.
         let waited = sent.elapsed();
         let patience = if waited * 2 < self.patience { waited.max(SHORTEST_SILENCE) } else { self.patience };
@@ -189,5 +207,50 @@ mod tests {
             }
         }
         assert_eq!(opened, [1, 161, 321].map(|n| ms(200 * n)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_behind_a_wait_of_ours_is_not_behind_a_dead_connection() {
+        let mut liveness = Liveness { patience: ms(4_000), ..Liveness::default() };
+        let waits_until = Instant::now() + ms(1_600);
+        liveness.blocks(waits_until, 1);
+        for _ in 0..5 {
+            let behind = sent();
+            advance(ms(300)).await;
+            assert!(!liveness.is_silent(behind, 1));
+        }
+        // A reply to what came before it changes nothing.
+        liveness.heard();
+        advance(ms(1)).await;
+        let behind = sent();
+        advance(ms(300)).await;
+        assert!(!liveness.is_silent(behind, 1), "201 ms after its end");
+        let next = sent();
+        advance(ms(300)).await;
+        assert!(liveness.is_silent(next, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_blocks_until_its_reply_and_only_its_own_connection() {
+        let mut liveness = Liveness { patience: ms(4_000), ..Liveness::default() };
+        let [first, last] = [1_600, 1_700].map(|n| Instant::now() + ms(n));
+        // The later one, whichever is noted last.
+        liveness.blocks(last, 1);
+        liveness.blocks(first, 1);
+        liveness.no_longer_blocks(first);
+        let behind = sent();
+        advance(ms(300)).await;
+        assert!(!liveness.is_silent(behind, 1));
+        liveness.no_longer_blocks(last);
+        liveness.heard();
+        advance(ms(1)).await;
+        let after = sent();
+        advance(ms(300)).await;
+        assert!(liveness.is_silent(after, 1));
+        liveness.blocks(Instant::now() + ms(1_600), 1);
+        advance(ms(1)).await;
+        let next = Sent { made: 2, ..sent() };
+        advance(ms(300)).await;
+        assert!(liveness.is_silent(next, 2));
     }
 }

@@ -267,6 +267,15 @@ impl Connection for OwnConnection {
         }
     }
 
+    fn blocks(&self, until: Instant) {
+        let made = self.connections_made();
+        self.shared.liveness().blocks(until, made);
+    }
+
+    fn no_longer_blocks(&self, until: Instant) {
+        self.shared.liveness().no_longer_blocks(until);
+    }
+
     fn replace(&self) {
         if let Some(link) = self.shared.link() {
             link.give_up();
