@@ -1,7 +1,9 @@
 //! Which server is behind a node's address: the node is asked when it is first connected, and after each reconnection.
 //!
 //! Two addresses may lead to one server, which would have two votes then. And while a node is away, its address may
-//! come to lead to another server. A connected node gets no vote and no renewal until it has identified itself.
+//! come to lead to another server. A connected node gets no vote and no renewal until it has identified itself. If its
+//! connection is replaced while a call is on its way, the call may be run by another server: what that has replied
+//! counts only once that has identified itself, too.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -87,44 +89,65 @@ impl Identity {
     }
 
     /// Returns the call, preceded by the question if the server is not known.
-    pub(super) fn before<T: 'static>(
+    pub(super) fn before<T: Send + 'static>(
         self: &Arc<Self>,
         within: Duration,
         call: Answer<'static, T>,
     ) -> Answer<'static, T> {
-        if self.state().step(self.node.connections_made()) == Step::Known && self.twin().is_none() {
-            return call;
+        let made = self.node.connections_made();
+        if self.state().step(made) == Step::Known && self.twin().is_none() {
+            let identity = self.clone();
+            return Box::pin(async move { identity.reply_to(call, Some(made), Instant::now() + within).await });
         }
         self.at_last(within, call)
     }
 
     /// Does the same for a call that waits to be sent: checks when it is sent.
-    pub(super) fn at_last<T: 'static>(
+    pub(super) fn at_last<T: Send + 'static>(
         self: &Arc<Self>,
         within: Duration,
         call: Answer<'static, T>,
     ) -> Answer<'static, T> {
         let identity = self.clone();
         Box::pin(async move {
-            identity.identify(within).await?;
-            call.await
+            let until = Instant::now() + within;
+            let made = identity.identify(within).await?;
+            identity.reply_to(call, made, until).await
         })
     }
 
-    /// Waits until the server is known. Fails if another address has its vote.
+    /// Makes the call. `made` is the connection on which the server is known, as the last of so many.
+    async fn reply_to<T: Send>(&self, call: Answer<'static, T>, made: Option<u64>, until: Instant) -> Result<T, Error> {
+        let reply = call.await?;
+        if made == Some(self.node.connections_made()) {
+            return Ok(reply);
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        match self.identify(left).await {
+            Ok(Some(_)) => Ok(reply),
+            // The call has been run all the same.
+            Ok(None) | Err(_) => {
+                let details = "its connection was replaced, and it has not said yet which server has replied";
+                Err(RedisError::new(RedisErrorKind::Io, details).into())
+            }
+        }
+    }
+
+    /// Waits until the server is known. Returns by which connection it is, as the last of so many that were made; or
+    /// `None` if there is none.
     ///
     /// # Errors
     ///
-    /// Names the other address, or says that the server has not identified itself.
-    pub(super) async fn identify(&self, within: Duration) -> Result<(), Error> {
-        loop {
+    /// Fails if another address has its vote, which it names, or if the server has not identified itself.
+    pub(super) async fn identify(&self, within: Duration) -> Result<Option<u64>, Error> {
+        let made = loop {
             let changed = self.changed.notified();
             match self.begin() {
                 // The call itself reports best why there is no connection.
-                None => return Ok(()),
-                Some((Step::Known, _)) => break,
-                Some((Step::Asking(until), _)) => drop(timeout_at(until, changed).await),
-                Some((Step::Due, number)) => {
+                None => return Ok(None),
+                Some(Begun { step: Step::Known, made, .. }) => break made,
+                Some(Begun { step: Step::Asking(until), .. }) => drop(timeout_at(until, changed).await),
+                Some(Begun { step: Step::Due, number, .. }) => {
                     let asking = Asking { identity: self, number };
                     match self.node.info(within).await {
                         Ok(info) => self.learn(asking.number, info),
@@ -137,9 +160,9 @@ impl Identity {
                     drop(asking);
                 }
             }
-        }
+        };
         match self.twin() {
-            None => Ok(()),
+            None => Ok(Some(made)),
             Some(other) => {
                 let details = format!("it is the same server as {other}, which has its vote");
                 Err(unsent(RedisErrorKind::Config, &details))
@@ -147,11 +170,12 @@ impl Identity {
         }
     }
 
-    /// Returns the current step and the number of the last question. Returns [`Step::Due`] to one caller only, which
-    /// has to ask. `None` if there is no connection.
-    fn begin(&self) -> Option<(Step, u64)> {
+    /// Returns the current step. Returns [`Step::Due`] to one caller only, which has to ask. `None` if there is no
+    /// connection.
+    fn begin(&self) -> Option<Begun> {
         let mut state = self.state();
-        let step = state.step(self.node.connections_made());
+        let made = self.node.connections_made();
+        let step = state.step(made);
         if step == Step::Due {
             if !self.node.is_connected() {
                 return None;
@@ -159,7 +183,7 @@ impl Identity {
             state.step = Step::Asking(Instant::now() + TRUSTED);
             state.asked += 1;
         }
-        Some((step, state.asked))
+        Some(Begun { step, number: state.asked, made })
     }
 
     /// Notes a reply, unless another call has asked since.
@@ -232,6 +256,14 @@ impl Identity {
     }
 }
 
+struct Begun {
+    step: Step,
+    /// That of the last question.
+    number: u64,
+    /// How many connections had been made.
+    made: u64,
+}
+
 /// A call that asks the node. Others wait until this is dropped.
 struct Asking<'a> {
     identity: &'a Identity,
@@ -285,7 +317,7 @@ fn unsent(kind: RedisErrorKind, details: &str) -> Error {
 mod tests {
     use std::task::{Context, Waker};
 
-    use tenure_test_support::{Server, eventually};
+    use tenure_test_support::{Proxy, Server, eventually};
     use tokio::time::timeout;
 
     use super::*;
@@ -295,10 +327,13 @@ mod tests {
 
     /// Of one server.
     async fn identity(server: &Server) -> Arc<Identity> {
-        let node = RedisStore::open_lazily(Driver::default(), &url::parse(&server.url()).unwrap(), String::new(), LONG)
-            .unwrap();
+        identity_of(&Arc::default(), 0, &server.url()).await
+    }
+
+    async fn identity_of(all: &Arc<Identities>, place: usize, url: &str) -> Arc<Identity> {
+        let node = RedisStore::open_lazily(Driver::default(), &url::parse(url).unwrap(), String::new(), LONG).unwrap();
         node.ready(LONG).await.unwrap();
-        Identity::new(&Arc::default(), 0, "node".into(), 0, Arc::new(node), false)
+        Identity::new(all, place, "node".into(), 0, Arc::new(node), false)
     }
 
     #[tokio::test]
@@ -323,6 +358,38 @@ mod tests {
         assert!(error.is_transient() && error.has_not_run(), "{error}");
         server.thaw();
         identity.identify(LONG).await.unwrap();
+    }
+
+    /// As when a script is sent again as a whole, since the server doesn't know it, and the connection broke in between.
+    #[tokio::test]
+    #[ignore = "needs a server; tests/internals.rs runs it"]
+    async fn a_call_whose_connection_was_replaced_counts_once_the_server_is_known() {
+        let servers = [Server::start(), Server::start()];
+        let proxy = Arc::new(Proxy::start(servers[0].port()).await);
+        let all = Arc::default();
+        let mut nodes = Vec::new();
+        for (place, url) in [servers[1].url(), proxy.url()].iter().enumerate() {
+            let identity = identity_of(&all, place, url).await;
+            identity.identify(LONG).await.unwrap();
+            nodes.push(identity);
+        }
+        let call_that_lasts_until_it_leads_to = |server: &Server| {
+            let (identity, proxy) = (nodes[1].clone(), proxy.clone());
+            let made = identity.node.connections_made();
+            proxy.lead_to(server.port());
+            let call: Answer<'static, ()> = Box::pin(async move {
+                proxy.cut();
+                let is_new = || identity.node.is_connected() && identity.node.connections_made() > made;
+                eventually("it leads there", async || is_new().then_some(())).await;
+                Ok(())
+            });
+            nodes[1].before(LONG, call)
+        };
+        call_that_lasts_until_it_leads_to(&servers[0]).await.unwrap();
+        let error = call_that_lasts_until_it_leads_to(&servers[1]).await.unwrap_err();
+        assert!(error.is_transient() && !error.has_not_run(), "{error}");
+        let error = nodes[1].identify(LONG).await.unwrap_err();
+        assert!(error.to_string().contains("has its vote"), "{error}");
     }
 
     #[tokio::test]
