@@ -204,6 +204,32 @@ fn a_client_of_ones_own_whose_runtime_has_ended_is_an_error_and_no_wait() {
 }
 
 #[cfg(feature = "fred")]
+#[test]
+fn a_client_of_ones_own_that_was_ended_and_begun_again_works_on() {
+    use tenure::fred::interfaces::ClientLike;
+    let server = Server::start();
+    runtime().block_on(async {
+        let client = fred_client(&server);
+        client.init().await.unwrap();
+        let locker = Locker::builder().command_timeout(ms(500)).client(client.clone());
+        lock_and_release(&locker, "k").await;
+        for _ in 0..2 {
+            client.quit().await.unwrap();
+            let refused = soon(locker.try_lock("k")).await.unwrap_err();
+            assert!(refused.is_transient(), "{refused}");
+            client.init().await.unwrap();
+            lock_and_release(&locker, "k").await;
+        }
+        let held = locker.lock("k").await.unwrap();
+        let waits = tokio::spawn(locker.lock("k").into_future());
+        client.quit().await.unwrap();
+        client.init().await.unwrap();
+        soon(held.release()).await.unwrap();
+        soon(waits).await.unwrap().unwrap().release().await.unwrap();
+    });
+}
+
+#[cfg(feature = "fred")]
 fn fred_client(server: &Server) -> fred::clients::Client {
     use tenure::fred::types::Builder as FredBuilder;
     use tenure::fred::types::config::{Config, ReconnectPolicy};
