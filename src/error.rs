@@ -259,8 +259,9 @@ impl Error {
         }
     }
 
-    /// Returns whether the server has refused the command, so that it has surely not run. After any other failure the
-    /// outcome is unknown, even after a timeout whose text explains why there is no connection.
+    /// Returns whether the server has refused the command when it was last sent. Unless the client may have sent it
+    /// before, it has surely not run. After any other failure the outcome is unknown, even after a timeout whose text
+    /// explains why there is no connection.
     pub(crate) fn is_refusal(&self) -> bool {
         self.refusal().is_some()
     }
@@ -271,9 +272,10 @@ impl Error {
         self.code().filter(|_| !self.is_timeout())
     }
 
-    /// Returns whether the operation has surely not run: it was refused, or never sent.
+    /// Returns whether the operation has surely not run: it was refused whenever it was sent, or never sent.
     pub(crate) fn has_not_run(&self) -> bool {
-        self.is_refusal() || self.was_not_sent()
+        let may_have_run = matches!(self, Self::Redis(error) if error.may_have_run());
+        (self.is_refusal() && !may_have_run) || self.was_not_sent()
     }
 
     /// Returns whether the operation was surely never sent: there was no connection from its beginning to its end.

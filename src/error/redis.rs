@@ -30,6 +30,8 @@ pub struct RedisError {
     kind: RedisErrorKind,
     text: Cow<'static, str>,
     source: Option<Arc<dyn Error + Send + Sync>>,
+    /// The client may have sent the command before, and the server may have run it then.
+    may_have_run: bool,
 }
 
 /// What kind of failure a [`RedisError`] is. See there for an example.
@@ -100,7 +102,7 @@ impl RedisError {
     /// assert!(Error::from(loading).is_transient());
     /// ```
     pub fn new(kind: RedisErrorKind, text: impl Into<Cow<'static, str>>) -> Self {
-        Self { kind, text: text.into(), source: None }
+        Self { kind, text: text.into(), source: None, may_have_run: false }
     }
 
     /// Adds the error of the client.
@@ -134,6 +136,16 @@ impl RedisError {
 
     pub(crate) fn change_kind(&mut self, kind: RedisErrorKind) {
         self.kind = kind;
+    }
+
+    /// Returns whether the server may have run the command, although it refused it when it was last sent.
+    pub(crate) fn may_have_run(&self) -> bool {
+        self.may_have_run
+    }
+
+    /// For the refusal of a command that the client may have sent before.
+    pub(crate) fn of_last_run(self) -> Self {
+        Self { may_have_run: true, ..self }
     }
 
     /// Replaces the text by a more helpful one that says the same.

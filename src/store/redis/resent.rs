@@ -15,6 +15,7 @@
 //!    the token has obtained since the first. Nothing prevents that here; `RedisConnection` documents it. A release in
 //!    the background only ends its own grant.
 //! 5. [`force_release`](Store::force_release): a second run would end the next holder's lock. It is refused.
+//! 6. A refusal is that of the last run. It doesn't mean that nothing has run, so what it may have left is undone.
 //!
 //! [`Connection::resends`]: super::driver::Connection::resends
 

@@ -92,7 +92,8 @@ impl Server {
             if failure.is_some_and(is_by_replica) {
                 self.connection.refused_by_replica();
             }
-            let reply = heard(&*self.connection, sent, reply)?;
+            let mut reply = self.of_last_run(heard(&*self.connection, sent, reply))?;
+            reply.outcome = self.of_last_run(reply.outcome);
             let learned = reply.now.map(|now| self.clock.learn(now));
             match &reply.outcome {
                 // Another server's clock, or one that was not known yet. If this is too late by our clock, there is no
@@ -103,6 +104,14 @@ impl Server {
                 }
                 _ => return Ok(reply),
             }
+        }
+    }
+
+    /// Notes in an error that the client may have sent the command before, if it does such things.
+    fn of_last_run<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+        match result {
+            Err(Error::Redis(error)) if self.connection.resends() => Err(error.of_last_run().into()),
+            result => result,
         }
     }
 
@@ -236,6 +245,7 @@ impl Executor for Server {
                 if results.iter().flatten().any(|result| result.as_ref().is_err_and(is_by_replica)) {
                     self.connection.refused_by_replica();
                 }
+                let results = results.into_iter().map(|result| Some(self.of_last_run(result?))).collect();
                 Ok(self.all_replicated(operations, results, writing, until).await)
             }
             // The server's clock was not known yet, or this is another server. Nothing has run.
@@ -269,4 +279,125 @@ fn is_by_replica(error: &Error) -> bool {
 
 fn is_for_replicas(operation: &Operation, result: &Option<Result<Decision, Error>>) -> bool {
     matches!(result, Some(Ok(decision)) if operation.is_for_replicas(decision))
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::super::driver::{Calling, Nodes, PubSub, Value};
+    use super::*;
+    use crate::{RedisError, RedisErrorKind, Token};
+
+    /// A connection whose last reply is known, whatever came before.
+    #[derive(Debug)]
+    struct Played {
+        resends: bool,
+        /// What a script is refused with. A refusal of the command, if it has none of its own.
+        in_script: bool,
+    }
+
+    const REFUSAL: &str = "OOM command not allowed when used memory > 'maxmemory'.";
+
+    impl Connection for Played {
+        fn send(&self, _: &'static str, args: Vec<Bytes>, _: Instant) -> Calling<'_, Value> {
+            Box::pin(async move {
+                if !self.in_script {
+                    return Err(RedisError::new(RedisErrorKind::Unknown, REFUSAL));
+                }
+                let stamp: u64 = std::str::from_utf8(args.last().unwrap()).unwrap().parse().unwrap();
+                let mark = Value::Integer(i64::try_from(stamp % (1 << 32)).unwrap());
+                let refused = || Value::Bytes(REFUSAL.into());
+                Ok(match args[1] == "1" {
+                    true => Value::Array(vec![mark, Value::Integer(1), Value::Nil, refused()]),
+                    // Of two operations, the first was refused.
+                    false => {
+                        let batch = [Value::Integer(1), Value::Integer(1), Value::Integer(1), refused()];
+                        Value::Array(vec![mark, Value::Integer(1), Value::Array(batch.into())])
+                    }
+                })
+            })
+        }
+
+        fn address(&self) -> String {
+            "played".to_owned()
+        }
+
+        fn nodes(&self) -> Option<Arc<dyn Nodes>> {
+            None
+        }
+
+        fn is_cluster(&self) -> bool {
+            false
+        }
+
+        fn is_connected(&self) -> bool {
+            true
+        }
+
+        fn resends(&self) -> bool {
+            self.resends
+        }
+
+        fn connections_made(&self) -> u64 {
+            0
+        }
+
+        fn ready(&self, _: Duration) -> Calling<'_, ()> {
+            Box::pin(async { Ok(()) })
+        }
+
+        fn begin(&self, now: Instant) -> Result<Sent, RedisError> {
+            Ok(Sent::with_connection(now))
+        }
+
+        fn answered(&self) {}
+
+        fn failed(&self, _: Sent, error: RedisError) -> RedisError {
+            error
+        }
+
+        fn will_wait(&self, now: Instant) -> Sent {
+            Sent::with_connection(now)
+        }
+
+        fn unheard(&self, _: Sent) -> RedisError {
+            RedisError::new(RedisErrorKind::Timeout, "unheard")
+        }
+
+        fn replace(&self) {}
+
+        fn runtime(&self) -> Option<Handle> {
+            None
+        }
+
+        fn pub_sub(&self) -> Arc<dyn PubSub> {
+            unreachable!("nobody waits")
+        }
+    }
+
+    /// The first run may have taken the lock, and its reply may have been lost.
+    #[tokio::test]
+    async fn the_refusal_of_a_call_that_was_sent_again_does_not_mean_that_it_has_not_run() {
+        for (resends, in_script) in [(false, false), (false, true), (true, false), (true, true)] {
+            let server = Server::new(Arc::new(Played { resends, in_script }), 0);
+            let acquire = || {
+                let value = Bytes::from_static(b"token");
+                let what = What::Acquire { value, ttl: 1_000, fence: None, latest: Arc::default() };
+                Operation::new("k".into(), &Token::random(), what)
+            };
+            let now = Instant::now();
+            let alone = server.run_one(&acquire(), now, now + Duration::from_secs(5)).await;
+            let mut errors = vec![alone.err().unwrap()];
+            if in_script {
+                let batch = server.run_batch(&[acquire(), acquire()], Duration::from_secs(5)).await.unwrap();
+                errors.extend(batch.into_iter().flatten().filter_map(Result::err));
+                assert_eq!(errors.len(), 2);
+            }
+            for error in errors {
+                assert_eq!((error.code(), error.is_refusal()), (Some("OOM"), true), "{error}");
+                assert_eq!(error.has_not_run(), !resends, "{error}");
+            }
+        }
+    }
 }
