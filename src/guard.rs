@@ -548,7 +548,7 @@ impl LockGuard {
         self.hold.is_being_released();
         let releasing = (!owned.own_token).then(|| self.shared.late_releases.begin(owned.token.clone(), until));
         let released = self.shared.release(&owned, Ending::Lock, self.hold.stays_until(), until).await;
-        releasing.map(Releasing::has_ended);
+        releasing.into_iter().for_each(Releasing::has_ended);
         let released = released?;
         self.hold.set_final_step(self.after_release());
         match released {
