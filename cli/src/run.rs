@@ -38,7 +38,8 @@ use crate::output::Output;
 const KEY: &str = "TENURE_KEY";
 /// How long the releases may take that are left when the command has ended.
 const CLOSING: Duration = Duration::from_secs(5);
-/// How often the deadline is compared with the clock at least: no timer counts the time of a machine's suspension.
+/// How often the deadline is compared with the clock at least: no timer counts the time of a machine's suspension. More
+/// often where [`Plan::tell_every`] is shorter.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// The shortest pause between two looks at a group that ends.
 const MINIMUM: Duration = Duration::from_millis(1);
@@ -221,7 +222,7 @@ impl Running {
             if guard.is_held() && self.plan.is_over(self.deadline, now) {
                 return Ended::Because(self.plan.why(self.deadline, now));
             }
-            let look_at = self.plan.end_at(self.deadline).min(now + LOOK_EVERY);
+            let look_at = self.plan.end_at(self.deadline).min(now + LOOK_EVERY.min(self.plan.tell_every()));
             select! {
                 // A loss comes first: what has ended meanwhile may have gone on without the lock.
                 biased;

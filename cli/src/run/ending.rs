@@ -78,6 +78,12 @@ impl Plan {
         (self.span / 50).clamp(least, most)
     }
 
+    /// Returns how often the watcher is told of a new deadline at least. Nothing wakes us when a renewal succeeds, and
+    /// each renewal must reach the watcher well before it is due to act by the deadline before that.
+    pub(super) fn tell_every(&self) -> Duration {
+        self.span / 8
+    }
+
     /// Returns when the command has to be ended, unless the lock is renewed before.
     pub(super) fn end_at(&self, deadline: Instant) -> Instant {
         deadline.checked_sub(self.grace + self.margin()).unwrap_or(deadline)

@@ -73,6 +73,56 @@ fn a_watcher_that_is_stopped_holds_up_nothing() {
     assert!(is_free(&server, "job"));
 }
 
+/// Returns how many bytes a process has read in all, or `None` if it is gone.
+fn read_by(process: Pid) -> Option<u64> {
+    let io = fs::read_to_string(Path::new("/proc").join(process.to_string()).join("io")).ok()?;
+    io.lines().find_map(|line| line.strip_prefix("rchar: "))?.parse().ok()
+}
+
+/// Stops tenure soon after a renewal: beyond the deadline before that renewal, and well within the present one.
+/// Returns whether the command still runs; or `None` if tenure was stopped for longer than that on this machine.
+fn survives_a_stop(running: &mut Running, server: &Server) -> Option<bool> {
+    let watcher = watcher_of(running);
+    renewed(server, "job", 2_000);
+    let (at_renewal, renewed_at) = (read_by(watcher), Instant::now());
+    // The deadline before allows the command to run until 1.26 s after this renewal.
+    while read_by(watcher) == at_renewal && renewed_at.elapsed() < ms(550) {
+        sleep(ms(5));
+    }
+    let at_stop = read_by(watcher);
+    stop(running.pid());
+    sleep(ms(1_400).saturating_sub(renewed_at.elapsed()));
+    running.signal(Signal::SIGCONT);
+    // The present deadline is 1.97 s after the renewal, and the grace period 200 ms.
+    let was_in_time = renewed_at.elapsed() < ms(1_550);
+    let goes_on = eventually(|| match running.process.try_wait().unwrap() {
+        Some(_) => Some(false),
+        None => read_by(watcher).is_some_and(|bytes| Some(bytes) > at_stop).then_some(true),
+    });
+    (goes_on || was_in_time).then_some(goes_on)
+}
+
+#[test]
+fn a_command_survives_while_tenure_is_stopped_for_less_than_the_time_that_its_last_renewal_gave_it() {
+    let server = Server::start();
+    let start = || {
+        let running = Running::start(&server, "job", &["--ttl", "2s", "--grace", "200ms"], "echo > began; sleep 1000");
+        running.written("began");
+        running
+    };
+    let (mut running, mut survived) = (start(), 0);
+    while survived < 4 {
+        match survives_a_stop(&mut running, &server) {
+            Some(true) => survived += 1,
+            Some(false) => panic!("after {survived} stops: {:?}", running.ended()),
+            // The machine was too busy.
+            None => running = start(),
+        }
+    }
+    running.signal(Signal::SIGTERM);
+    assert_eq!(running.ended().0, 128 + 15);
+}
+
 /// The inner one is killed when the outer's grace period is over. Its own one is longer, and doesn't count then.
 #[test]
 fn a_command_under_two_locks_has_the_grace_time_of_the_outer_one() {
