@@ -7,11 +7,12 @@
 //!    done.
 //! 2. A line is written whole or not at all, and never waited for: a watcher that hangs must hold up nothing.
 //! 3. It acts a little later than we would, so that it does nothing while we are well.
-//! 4. If we are killed while another `tenure run` runs us, that one's grace period is over: it kills us before its lock
+//! 4. It goes by the last line that is in the pipe, also where it was stopped itself and finds many.
+//! 5. If we are killed while another `tenure run` runs us, that one's grace period is over: it kills us before its lock
 //!    ends. The group was asked to end before, and gets no further grace period.
 
 use std::io::{self, ErrorKind, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
@@ -134,47 +135,64 @@ fn clock() -> Duration {
 
 /// Watches, as a process of its own.
 pub(crate) fn watch() {
+    let is_nested = || std::env::var_os(KEY).is_some();
+    match follow(io::stdin().as_fd()) {
+        (Some(orders), Why::WriterGone) if is_nested() => end(Orders { grace_ms: 0, ..orders }),
+        (Some(orders), _) => end(orders),
+        (None, _) => {}
+    }
+}
+
+/// Why the group has to be ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Why {
+    /// The time of the last orders is over, or no others can be received.
+    TimeIsOver,
+    /// We have ended without a word.
+    WriterGone,
+}
+
+/// What a look at the pipe has found.
+enum Found {
+    Bytes,
+    Nothing,
+    End,
+}
+
+/// Follows the orders until it is time to end the group. Returns the last ones.
+fn follow(pipe: BorrowedFd<'_>) -> (Option<Orders>, Why) {
     let (mut orders, mut unread) = (None::<Orders>, Vec::new());
-    let was_killed = loop {
+    loop {
         let left = orders.map(|orders| orders.end_at_ms.saturating_sub(clock().as_millis()));
-        if left == Some(0) {
-            break false;
-        }
-        match read(&mut unread, left) {
-            // We have ended without a word.
-            Ok(false) => break true,
-            Ok(true) => {}
-            Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => continue,
-            Err(_) => break false,
+        match read(pipe, &mut unread, left) {
+            Ok(Found::End) => return (orders, Why::WriterGone),
+            // Only where nothing is left to read: after we were stopped, there may be newer orders behind old ones.
+            Ok(Found::Nothing) if left == Some(0) => return (orders, Why::TimeIsOver),
+            Ok(Found::Bytes | Found::Nothing) => {}
+            Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
+            Err(_) => return (orders, Why::TimeIsOver),
         }
         while let Some(end) = unread.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = unread.drain(..=end).collect();
             orders = Orders::read(std::str::from_utf8(&line).unwrap_or_default().trim_end()).or(orders);
         }
-    };
-    let is_nested = || std::env::var_os(KEY).is_some();
-    match orders {
-        Some(orders) if was_killed && is_nested() => end(Orders { grace_ms: 0, ..orders }),
-        Some(orders) => end(orders),
-        None => {}
     }
 }
 
-/// Waits for what is written to the pipe, but no longer than this. Returns false at its end.
-fn read(unread: &mut Vec<u8>, limit_ms: Option<u128>) -> io::Result<bool> {
-    let stdin = io::stdin();
+/// Waits for what is written to the pipe, but no longer than this.
+fn read(pipe: BorrowedFd<'_>, unread: &mut Vec<u8>, limit_ms: Option<u128>) -> io::Result<Found> {
     let timeout = limit_ms.map_or(PollTimeout::NONE, |ms| {
         // In steps: a suspension of the machine doesn't count for this timeout.
         PollTimeout::from(u16::try_from(ms.min(1_000)).unwrap_or(1_000))
     });
-    let mut polled = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+    let mut polled = [PollFd::new(pipe, PollFlags::POLLIN)];
     if poll(&mut polled, timeout)? == 0 {
-        return Ok(true);
+        return Ok(Found::Nothing);
     }
     let mut bytes = [0; 512];
-    let count = nix::unistd::read(&stdin, &mut bytes)?;
+    let count = nix::unistd::read(pipe, &mut bytes)?;
     unread.extend_from_slice(bytes.get(..count).unwrap_or_default());
-    Ok(count > 0)
+    Ok(if count > 0 { Found::Bytes } else { Found::End })
 }
 
 /// Ends the group: as we would, but that nobody renews the lock.
@@ -206,5 +224,34 @@ mod tests {
         for line in ["", "7 1 2", "7 1 2 x", "x 1 2 3"] {
             assert_eq!(Orders::read(line), None, "{line}");
         }
+    }
+
+    fn orders(end_at_ms: u128) -> Orders {
+        Orders { group: 7, grace_ms: 100, end_at_ms, kill_at_ms: end_at_ms + 100 }
+    }
+
+    /// As if it had been stopped while these were written.
+    #[test]
+    fn the_last_orders_count_however_many_are_waiting_and_however_old_the_others_are() {
+        let (reader, mut writer) = io::pipe().unwrap();
+        let now = clock().as_millis();
+        let last = orders(now + 1_000_000);
+        for old in (0..200).map(|n| orders(now - 1_000 + n)).chain([last]) {
+            writeln!(writer, "{}", old.to_text()).unwrap();
+        }
+        drop(writer);
+        assert_eq!(follow(reader.as_fd()), (Some(last), Why::WriterGone));
+    }
+
+    /// As if we had been stopped.
+    #[test]
+    fn when_the_time_of_the_last_orders_is_over_the_group_is_ended() {
+        let (reader, mut writer) = io::pipe().unwrap();
+        let last = orders(clock().as_millis() + 50);
+        for orders in [orders(1), last] {
+            writeln!(writer, "{}", orders.to_text()).unwrap();
+        }
+        assert_eq!(follow(reader.as_fd()), (Some(last), Why::TimeIsOver));
+        assert!(clock().as_millis() >= last.end_at_ms);
     }
 }
