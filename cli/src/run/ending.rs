@@ -134,7 +134,7 @@ impl fmt::Display for Why {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use clap::Parser;
 
     use super::*;
@@ -144,7 +144,7 @@ mod tests {
         Duration::from_millis(n)
     }
 
-    fn plan(options: &[&str]) -> Result<Plan, String> {
+    pub(in crate::run) fn plan(options: &[&str]) -> Result<Plan, String> {
         let args = [&["tenure", "run", "k"][..], options, &["--", "true"]].concat();
         let Ok(Args { command: Command::Run(options), .. }) = Args::try_parse_from(args) else { panic!("run") };
         Plan::new(&options)

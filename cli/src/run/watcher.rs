@@ -6,7 +6,8 @@
 //! 1. It is started before the command, and told of the group right after that has started, before anything else is
 //!    done.
 //! 2. A line is written whole or not at all, and never waited for: a watcher that hangs must hold up nothing.
-//! 3. It acts a little later than we would, so that it does nothing while we are well.
+//! 3. It acts a little later than we would, so that it does nothing while we are well; but no later than we would kill
+//!    the group.
 //! 4. It goes by the last line that is in the pipe, also where it was stopped itself and finds many.
 //! 5. If we are killed while another `tenure run` runs us, that one's grace period is over: it kills us before its lock
 //!    ends. The group was asked to end before, and gets no further grace period.
@@ -60,16 +61,7 @@ impl Watcher {
         if self.told == Some(deadline) {
             return;
         }
-        let (now, clock) = (Instant::now(), clock());
-        let at = |instant: Instant| (clock + instant.saturating_duration_since(now)).as_millis();
-        let end_at = plan.end_at(deadline);
-        let line = Orders {
-            group: group.id(),
-            grace_ms: plan.grace().as_millis(),
-            end_at_ms: at(end_at + LATER),
-            kill_at_ms: at(plan.kill_at(deadline, end_at)),
-        };
-        if self.write(&line.to_text()) {
+        if self.write(&Orders::new(group, plan, deadline).to_text()) {
             self.told = Some(deadline);
         }
     }
@@ -112,6 +104,20 @@ struct Orders {
 }
 
 impl Orders {
+    fn new(group: &Group, plan: &Plan, deadline: Instant) -> Self {
+        let (now, clock) = (Instant::now(), clock());
+        let at = |instant: Instant| (clock + instant.saturating_duration_since(now)).as_millis();
+        let end_at = plan.end_at(deadline);
+        let kill_at = plan.kill_at(deadline, end_at);
+        Self {
+            group: group.id(),
+            grace_ms: plan.grace().as_millis(),
+            // With a short grace period, that much later would be after the deadline.
+            end_at_ms: at(kill_at.min(end_at + LATER)),
+            kill_at_ms: at(kill_at),
+        }
+    }
+
     fn to_text(self) -> String {
         format!("{} {} {} {}", self.group, self.grace_ms, self.end_at_ms, self.kill_at_ms)
     }
@@ -228,6 +234,19 @@ mod tests {
 
     fn orders(end_at_ms: u128) -> Orders {
         Orders { group: 7, grace_ms: 100, end_at_ms, kill_at_ms: end_at_ms + 100 }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_group_is_ended_before_the_deadline_however_short_the_grace_time_is() {
+        for options in [&["--grace", "0s"][..], &["--ttl", "1s", "--grace", "0s"], &["--ttl", "2s", "--grace", "100ms"]]
+        {
+            let plan = crate::run::ending::tests::plan(options).unwrap();
+            let (now, deadline) = (clock().as_millis(), Instant::now() + Duration::from_secs(30));
+            let orders = Orders::new(&Group::of(7), &plan, deadline);
+            // Both are at least 50 ms before it.
+            let latest = now + 29_950 + 20;
+            assert!(orders.end_at_ms <= latest && orders.kill_at_ms <= latest, "{options:?}: {orders:?} {latest}");
+        }
     }
 
     /// As if it had been stopped while these were written.
