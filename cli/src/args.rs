@@ -283,14 +283,15 @@ Signals:
   If tenure itself is killed, or stopped for so long that the lock is about to
   be lost, a second process of it (`tenure __watch`) ends the group. There is
   no grace period if tenure is killed under another `tenure run`, whose lock
-  may end.
+  may end. Where that process can't be started, the command doesn't run.
 
 Exit codes:
   the command's own  it has run and ended
   128 + N            the signal N has ended the command, or tenure before it
                      had started the command
   64                 the arguments are wrong
-  69                 the server can't be reached, refuses, or has failed
+  69                 the server can't be reached, refuses, or has failed; or
+                     the system doesn't let tenure start what it needs
   75                 not obtained: another has the lock (--not-obtained-code)
   76                 lost: the lock was lost while the command ran, and its
                      process group was ended (--lost-code)

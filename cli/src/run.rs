@@ -140,13 +140,17 @@ fn described(options: &RunOptions) -> String {
 
 /// Runs the command for as long as the lock is held, and releases the lock when all of its group is gone.
 async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut Signals, output: &Output) -> Exit {
-    let watcher = Watcher::start();
+    let watcher = match Watcher::start() {
+        Ok(watcher) => watcher,
+        Err(error) => {
+            drop(guard.release().await);
+            return output.fail(Exit::Unavailable, &format_args!("could not start the watcher: {error}"));
+        }
+    };
     let (child, group) = match group::start(&options.command, &environment(&guard, options)) {
         Ok(started) => started,
         Err(error) => {
-            if let Some(watcher) = watcher {
-                watcher.done();
-            }
+            watcher.done();
             drop(guard.release().await);
             let is_missing = error.kind() == std::io::ErrorKind::NotFound;
             let exit = if is_missing { Exit::NotFound } else { Exit::NotExecutable };
@@ -155,6 +159,7 @@ async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut 
         }
     };
     let deadline = guard.deadline();
+    let watcher = Some(watcher);
     let mut running = Running { child, group, plan, deadline, watcher, terminal: None, stopped: None };
     // First of all: until then, nobody ends the group if we are killed or stopped.
     running.tell_watcher();

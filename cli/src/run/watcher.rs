@@ -3,7 +3,7 @@
 //! It reads from a pipe, line by line, what it has to know; and learns of our end by the end of the pipe. It is in a
 //! process group of its own, so that what is sent to ours doesn't reach it.
 //!
-//! 1. It is started before the command, and told of the group right after that has started, before anything else is
+//! 1. It is started before the command, which doesn't run where it can't be started, and told of the group right after that has started, before anything else is
 //!    done.
 //! 2. A line is written whole or not at all, and never waited for: a watcher that hangs must hold up nothing.
 //! 3. It acts a little later than we would, so that it does nothing while we are well; but no later than we would kill
@@ -14,6 +14,9 @@
 
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsFd, BorrowedFd};
+#[cfg(any(target_os = "android", target_os = "linux"))]
+use std::path::Path;
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
@@ -31,6 +34,9 @@ use super::group::Group;
 /// The name of the hidden command that a watcher is.
 pub(crate) const COMMAND: &str = "__watch";
 
+/// What `ps` shows it as.
+const NAME: &str = "tenure";
+
 /// How much later than us it asks the group to end.
 const LATER: Duration = Duration::from_millis(200);
 
@@ -43,17 +49,20 @@ pub(super) struct Watcher {
 }
 
 impl Watcher {
-    /// Starts one. The group is ended by us alone where that fails.
-    pub(super) fn start() -> Option<Self> {
+    /// Starts one.
+    ///
+    /// # Errors
+    ///
+    /// Those of the system, such as where it has no process left for it.
+    pub(super) fn start() -> io::Result<Self> {
         use std::os::unix::process::CommandExt;
-        let program = std::env::current_exe().ok()?;
-        let mut command = Command::new(program);
-        command.arg(COMMAND).stdin(Stdio::piped()).stdout(Stdio::null()).process_group(0);
+        let mut command = Command::new(program()?);
+        command.arg0(NAME).arg(COMMAND).stdin(Stdio::piped()).stdout(Stdio::null()).process_group(0);
         // The URL may have a password, and it needs none.
         command.env_remove("TENURE_URL");
-        let mut process = command.spawn().ok()?;
+        let mut process = command.spawn()?;
         let pipe = process.stdin.take().filter(is_without_waiting);
-        Some(Self { process, pipe, told: None })
+        Ok(Self { process, pipe, told: None })
     }
 
     /// Tells it of the group, and until when that may run.
@@ -87,6 +96,19 @@ impl Watcher {
         // A short line is written whole to a pipe, or not at all.
         pipe.write_all(format!("{line}\n").as_bytes()).is_ok()
     }
+}
+
+/// Returns the program that we are. While we waited for the lock, its file may have been replaced or deleted, as an
+/// update does.
+fn program() -> io::Result<PathBuf> {
+    #[cfg(any(target_os = "android", target_os = "linux"))]
+    {
+        let ours = Path::new("/proc/self/exe");
+        if ours.exists() {
+            return Ok(ours.to_owned());
+        }
+    }
+    std::env::current_exe()
 }
 
 /// Has writes fail that would have to wait. Returns whether they do.
@@ -141,6 +163,9 @@ fn clock() -> Duration {
 
 /// Watches, as a process of its own.
 pub(crate) fn watch() {
+    // It would have the name of its path, which is "exe".
+    #[cfg(any(target_os = "android", target_os = "linux"))]
+    nix::sys::prctl::set_name(c"tenure").ok();
     let is_nested = || std::env::var_os(KEY).is_some();
     match follow(io::stdin().as_fd()) {
         (Some(orders), Why::WriterGone) if is_nested() => end(Orders { grace_ms: 0, ..orders }),

@@ -123,6 +123,66 @@ fn a_command_survives_while_tenure_is_stopped_for_less_than_the_time_that_its_la
     assert_eq!(running.ended().0, 128 + 15);
 }
 
+/// Puts a copy of tenure beside what the script writes.
+fn copy_of_tenure(dir: &TempDir) -> PathBuf {
+    let copy = dir.path().join("tenure");
+    // By another process: a program that any thread's child has open for writing can't be run.
+    assert!(Command::new("install").args(["-m", "755", TENURE]).arg(&copy).status().unwrap().success());
+    copy
+}
+
+#[test]
+fn a_command_is_watched_though_the_program_was_replaced_or_deleted_while_it_waited() {
+    let server = Server::start();
+    // What is left of it where this fails ends with its directory.
+    let script = "trap '' TERM; echo $$ > child; while [ -f child ]; do sleep 0.05; done";
+    for is_replaced in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let program = copy_of_tenure(&dir);
+        server.cli(&["SET", "job", "another", "PX", "60000"]);
+        let mut command = Command::new(&program);
+        command
+            .env("TENURE_URL", server.url())
+            .args(["--json", "run", "job", "--grace", "200ms", "--", "sh", "-c", script]);
+        command.stdin(Stdio::null()).stderr(Stdio::piped());
+        let running = Running::spawn(&mut command, dir);
+        eventually(|| (server.cli(&["EXISTS", "{job}:queue"]) == "1").then_some(()));
+        match is_replaced {
+            true => {
+                fs::copy("/bin/true", running.path("new")).unwrap();
+                fs::rename(running.path("new"), &program).unwrap();
+            }
+            false => fs::remove_file(&program).unwrap(),
+        }
+        server.cli(&["DEL", "job"]);
+        let child = running.process_of("child");
+        watcher_of(&running);
+        running.signal(Signal::SIGKILL);
+        eventually(|| is_gone(child).then_some(()));
+        server.cli(&["DEL", "job"]);
+    }
+}
+
+#[test]
+fn no_command_runs_unwatched() {
+    let hide = "mount -t tmpfs none /proc && exec \"$@\"";
+    let hides =
+        Command::new("unshare").args(["--mount", "sh", "-c", hide, "sh", "true"]).stderr(Stdio::null()).status();
+    if !hides.unwrap().success() {
+        return eprintln!("left out: it needs root, and a system that lets it hide /proc");
+    }
+    let server = Server::start();
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", hide, "sh", TENURE, "--json", "run", "job", "--", "sh", "-c", "echo > began"]);
+    command.env("TENURE_URL", server.url()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let running = Running::spawn(&mut command, tempfile::tempdir().unwrap());
+    let began = running.path("began");
+    let failed = running.event("failed");
+    assert!(failed["error"].as_str().unwrap().contains("watcher"), "{failed}");
+    assert_eq!(running.ended().0, 69);
+    assert!(!began.exists() && is_free(&server, "job"));
+}
+
 /// The inner one is killed when the outer's grace period is over. Its own one is longer, and doesn't count then.
 #[test]
 fn a_command_under_two_locks_has_the_grace_time_of_the_outer_one() {
