@@ -283,7 +283,8 @@ Signals:
   If tenure itself is killed, or stopped for so long that the lock is about to
   be lost, a second process of it (`tenure __watch`) ends the group. There is
   no grace period if tenure is killed under another `tenure run`, whose lock
-  may end. Where that process can't be started, the command doesn't run.
+  may end. Where that process can't be started, the command doesn't run;
+  where it is gone later and can't be replaced, tenure says so.
 
 Exit codes:
   the command's own  it has run and ended

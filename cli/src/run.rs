@@ -12,6 +12,7 @@ mod signals;
 mod terminal;
 pub(crate) mod watcher;
 
+use std::io::ErrorKind;
 use std::pin::pin;
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -152,7 +153,7 @@ async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut 
         Err(error) => {
             watcher.done();
             drop(guard.release().await);
-            let is_missing = error.kind() == std::io::ErrorKind::NotFound;
+            let is_missing = error.kind() == ErrorKind::NotFound;
             let exit = if is_missing { Exit::NotFound } else { Exit::NotExecutable };
             let program = options.command.first().map(|program| program.to_string_lossy()).unwrap_or_default();
             return output.fail(exit, &format_args!("could not run {program}: {error}"));
@@ -162,7 +163,7 @@ async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut 
     let watcher = Some(watcher);
     let mut running = Running { child, group, plan, deadline, watcher, terminal: None, stopped: None };
     // First of all: until then, nobody ends the group if we are killed or stopped.
-    running.tell_watcher();
+    running.tell_watcher(output);
     running.give_terminal();
     output.detail("started", json!({ "process": running.group.id() }));
     let (why, status) = match running.attend(&guard, signals, output).await {
@@ -200,7 +201,7 @@ struct Running {
     plan: Plan,
     /// The guard's deadline while it was last held.
     deadline: Instant,
-    /// Ends the group if we can't.
+    /// Ends the group if we can't. `None` once it is gone and can't be replaced.
     watcher: Option<Watcher>,
     terminal: Option<Terminal>,
     /// The signal that has stopped the command, while it is stopped.
@@ -221,7 +222,7 @@ impl Running {
             if guard.is_held() {
                 self.deadline = guard.deadline();
             }
-            self.tell_watcher();
+            self.tell_watcher(output);
             self.continue_if_stopped();
             let now = Instant::now();
             if guard.is_held() && self.plan.is_over(self.deadline, now) {
@@ -251,9 +252,28 @@ impl Running {
         }
     }
 
-    fn tell_watcher(&mut self) {
-        if let Some(watcher) = &mut self.watcher {
-            watcher.tell(&self.group, &self.plan, self.deadline);
+    fn tell_watcher(&mut self, output: &Output) {
+        let Some(watcher) = &mut self.watcher else { return };
+        if watcher.tell(&self.group, &self.plan, self.deadline) {
+            return;
+        }
+        // Ended first, so that no old line of the old one can end the group.
+        self.watcher.take().into_iter().for_each(Watcher::done);
+        let replaced = Watcher::start().and_then(|mut watcher| {
+            let is_told = watcher.tell(&self.group, &self.plan, self.deadline);
+            if is_told { Ok(watcher) } else { Err(ErrorKind::BrokenPipe.into()) }
+        });
+        match replaced {
+            Ok(watcher) => self.watcher = Some(watcher),
+            // To end a command that is well would be worse.
+            Err(error) => output.event(
+                "unwatched",
+                format_args!(
+                    "the watcher is gone, and another could not be started: {error}. If tenure is killed or stopped, \
+                     the command goes on"
+                ),
+                json!({ "error": error.to_string() }),
+            ),
         }
     }
 

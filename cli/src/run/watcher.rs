@@ -9,7 +9,8 @@
 //! 3. It acts a little later than we would, so that it does nothing while we are well; but no later than we would kill
 //!    the group.
 //! 4. It goes by the last line that is in the pipe, also where it was stopped itself and finds many.
-//! 5. If we are killed while another `tenure run` runs us, that one's grace period is over: it kills us before its lock
+//! 5. One that is gone, or takes no more lines, is replaced: the lines that it has would be old when it wakes.
+//! 6. If we are killed while another `tenure run` runs us, that one's grace period is over: it kills us before its lock
 //!    ends. The group was asked to end before, and gets no further grace period.
 
 use std::io::{self, ErrorKind, Write};
@@ -65,14 +66,13 @@ impl Watcher {
         Ok(Self { process, pipe, told: None })
     }
 
-    /// Tells it of the group, and until when that may run.
-    pub(super) fn tell(&mut self, group: &Group, plan: &Plan, deadline: Instant) {
-        if self.told == Some(deadline) {
-            return;
-        }
-        if self.write(&Orders::new(group, plan, deadline).to_text()) {
+    /// Tells it of the group, and until when that may run. Returns false if it is gone, or was stopped for so long that
+    /// its pipe is full.
+    pub(super) fn tell(&mut self, group: &Group, plan: &Plan, deadline: Instant) -> bool {
+        if self.told != Some(deadline) && self.write(&Orders::new(group, plan, deadline).to_text()) {
             self.told = Some(deadline);
         }
+        self.told == Some(deadline)
     }
 
     pub(super) fn pid(&self) -> Option<Pid> {

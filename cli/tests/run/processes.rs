@@ -1,11 +1,11 @@
 //! What becomes of processes: those that are stopped, orphaned, nested, or another user's; and of the watcher.
 
-use std::fs::Permissions;
+use std::fs::{File, Permissions};
 use std::io::{PipeReader, Write, pipe};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 
-use nix::fcntl::{FcntlArg, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::*;
 
@@ -157,6 +157,33 @@ fn a_command_is_watched_though_the_program_was_replaced_or_deleted_while_it_wait
         server.cli(&["DEL", "job"]);
         let child = running.process_of("child");
         watcher_of(&running);
+        running.signal(Signal::SIGKILL);
+        eventually(|| is_gone(child).then_some(()));
+        server.cli(&["DEL", "job"]);
+    }
+}
+
+/// Stops a watcher, and fills the pipe that it reads from with empty lines.
+fn stop_for_long(watcher: Pid) {
+    stop(watcher);
+    let pipe = Path::new("/proc").join(watcher.to_string()).join("fd/0");
+    let mut pipe = File::options().write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(pipe).unwrap();
+    while pipe.write(b"\n").is_ok() {}
+}
+
+#[test]
+fn a_watcher_that_is_gone_or_takes_no_more_lines_is_replaced() {
+    let server = Server::start();
+    let script = "trap '' TERM; echo $$ > child; while [ -f child ]; do sleep 0.05; done";
+    for end in [|watcher| kill(watcher, Signal::SIGKILL).unwrap(), stop_for_long] {
+        let running = Running::start(&server, "job", &["--ttl", "2s", "--grace", "200ms"], script);
+        let child = running.process_of("child");
+        let first = watcher_of(&running);
+        end(first);
+        eventually(|| (kill(first, None) == Err(Errno::ESRCH)).then_some(()));
+        watcher_of(&running);
+        // It is told of the group as soon as it has started.
+        renewed(&server, "job", 2_000);
         running.signal(Signal::SIGKILL);
         eventually(|| is_gone(child).then_some(()));
         server.cli(&["DEL", "job"]);
