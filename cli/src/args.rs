@@ -90,6 +90,8 @@ pub(crate) struct ServerOptions {
     pub(crate) prefix: String,
 
     /// How long to wait for the server's reply to one command, and for a connection
+    ///
+    /// For a connection, no longer than a third of --ttl, or 10s where there is none.
     #[arg(long, value_parser = humantime::parse_duration, default_value = "2s", value_name = "TIME")]
     pub(crate) command_timeout: Duration,
 

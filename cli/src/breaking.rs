@@ -15,7 +15,7 @@ pub(crate) async fn break_lock(options: BreakOptions, output: &Output) -> Exit {
     if !options.yes && !io::stdin().is_terminal() {
         return output.fail(Exit::Usage, &"there is no terminal to ask on: use --yes");
     }
-    let locker = match connect(&options.server, output).await {
+    let locker = match connect(&options.server, None, output).await {
         Ok(locker) => locker,
         Err(exit) => return exit,
     };

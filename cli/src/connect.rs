@@ -1,5 +1,7 @@
 //! The locker that the options describe.
 
+use std::time::Duration;
+
 use tenure::{Driver, Error, Locker};
 
 use crate::args::ServerOptions;
@@ -9,11 +11,16 @@ use crate::output::Output;
 /// Where servers are looked for unless a URL is given.
 pub(crate) const DEFAULT_URL: &str = "redis://127.0.0.1:6379";
 
-/// Connects to the server, or to a quorum if there are several.
-pub(crate) async fn connect(options: &ServerOptions, output: &Output) -> Result<Locker, Exit> {
+/// The ttl of a command that obtains no lock: that of the library.
+const DEFAULT_TTL: Duration = Duration::from_secs(30);
+
+/// Connects to the server, or to a quorum if there are several. The ttl limits the time for a connection, and must not
+/// be longer than the restart window.
+pub(crate) async fn connect(options: &ServerOptions, ttl: Option<Duration>, output: &Output) -> Result<Locker, Exit> {
     // In a workspace, another package may have enabled the other client as well.
     let mut builder = Locker::builder()
         .driver(Driver::Redis)
+        .ttl(ttl.unwrap_or_else(|| without_lock(options)))
         .prefix(&options.prefix)
         .command_timeout(options.command_timeout)
         .wait_for_server(options.wait_for_server)
@@ -29,6 +36,14 @@ pub(crate) async fn connect(options: &ServerOptions, output: &Output) -> Result<
         urls => builder.quorum(urls).await,
     };
     connected.map_err(|error| output.fail(exit_of(&error), &error))
+}
+
+/// Returns a ttl for a command that obtains no lock, which no restart window refuses.
+fn without_lock(options: &ServerOptions) -> Duration {
+    match options.restart_window {
+        Some(window) if !window.is_zero() => window.min(DEFAULT_TTL),
+        _ => DEFAULT_TTL,
+    }
 }
 
 /// Returns what to exit with after this error.

@@ -11,7 +11,7 @@ pub(crate) async fn doctor(mut options: DoctorOptions, output: &Output) -> Exit 
     if !options.urls.is_empty() {
         options.server.url = options.urls;
     }
-    let locker = match connect(&options.server, output).await {
+    let locker = match connect(&options.server, None, output).await {
         Ok(locker) => locker,
         Err(exit) => return exit,
     };

@@ -7,7 +7,7 @@ use crate::output::Output;
 use crate::status::Shown;
 
 pub(crate) async fn list(options: ListOptions, output: &Output) -> Exit {
-    let locker = match connect(&options.server, output).await {
+    let locker = match connect(&options.server, None, output).await {
         Ok(locker) => locker,
         Err(exit) => return exit,
     };

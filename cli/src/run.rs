@@ -55,7 +55,7 @@ pub(crate) async fn run(options: RunOptions, output: &Output) -> Exit {
         Ok(signals) => signals,
         Err(error) => return output.fail(Exit::Unavailable, &format_args!("could not handle signals: {error}")),
     };
-    let connecting = connect(&options.server, output);
+    let connecting = connect(&options.server, Some(options.ttl), output);
     let locker = select! {
         locker = connecting => match locker {
             Ok(locker) => locker,

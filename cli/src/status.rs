@@ -71,7 +71,7 @@ impl ShownHolder {
 }
 
 pub(crate) async fn status(options: StatusOptions, output: &Output) -> Exit {
-    let locker = match connect(&options.server, output).await {
+    let locker = match connect(&options.server, None, output).await {
         Ok(locker) => locker,
         Err(exit) => return exit,
     };

@@ -180,6 +180,25 @@ fn of_several_urls_none_is_empty() {
     assert_eq!(server.cli(&["DBSIZE"]), "0");
 }
 
+/// The default ttl is longer than this window, and no command but `run` has a ttl.
+#[test]
+fn a_short_restart_window_of_a_quorum_is_no_error() {
+    let servers = [(); 3].map(|()| Server::start());
+    let urls = servers.iter().map(Server::url).collect::<Vec<_>>().join(",");
+    // Whatever else becomes of it: nodes may be too slow to vote, and a quorum has no list of locks.
+    let is_refused = |args: &[&str]| {
+        let (command, args) = args.split_first().unwrap();
+        let args = [&[*command, "--restart-window", "10s", "--url", &urls], args].concat();
+        let (_, _, told) = tenure(&servers[0], &args);
+        told.contains("invalid ttl")
+    };
+    for args in [&["status", "job"][..], &["list"], &["break", "job", "--yes"], &["doctor"]] {
+        assert!(!is_refused(args), "{args:?}");
+    }
+    let run = |ttl| is_refused(&["run", "job", "--no-wait", "--ttl", ttl, "--", "true"]);
+    assert!(!run("10s") && run("11s"));
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn output_that_nobody_takes_is_no_panic() {

@@ -9,6 +9,7 @@ mod terminal;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
@@ -393,6 +394,21 @@ fn a_quorum_is_used_where_several_urls_are_given() {
         assert!(code == 75 || code == 69, "{code}");
         (code == 75).then_some(())
     });
+}
+
+#[test]
+fn a_short_ttl_limits_the_time_for_a_connection() {
+    // It accepts connections, and never replies.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("redis://{}", silent.local_addr().unwrap());
+    let began = Instant::now();
+    let status = Command::new(TENURE)
+        .args(["run", "job", "--url", &url, "--ttl", "3s", "--command-timeout", "30s", "--", "true"])
+        .stderr(Stdio::null())
+        .status();
+    assert_eq!(code(status.unwrap()), 69);
+    // Less than a third of the default ttl.
+    assert!(began.elapsed() < ms(8_000), "{:?}", began.elapsed());
 }
 
 #[test]
