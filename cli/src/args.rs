@@ -297,7 +297,8 @@ Exit codes:
                      the system doesn't let tenure start what it needs
   75                 not obtained: another has the lock (--not-obtained-code)
   76                 lost: the lock was lost while the command ran, and its
-                     process group was ended (--lost-code)
+                     process group was ended (--lost-code). Also if only the
+                     release finds it out, and the command has ended by then
   124                the command ran for as long as --at-most allows, and its
                      process group was ended
   126, 127           the command can't be executed; it doesn't exist

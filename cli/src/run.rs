@@ -174,13 +174,11 @@ async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut 
         }
     };
     let (status, is_gone) = running.end(status, output).await;
-    match is_gone {
-        true => release(guard, why.is_some(), output).await,
-        // The command goes on, so nobody else gets the lock earlier than its ttl ends.
-        false => drop(guard.into_lease()),
-    }
+    let of_command = status.map_or(Exit::Lost, of_status);
+    let loss = give_back(guard, is_gone, output).await;
+    let why = why.or_else(|| Some(lost_at_the_end(loss?, of_command, output)));
     let exit = match &why {
-        None => status.map_or(Exit::Lost, of_status),
+        None => of_command,
         Some(Why::LimitReached) => Exit::LimitReached,
         Some(_) => Exit::OfCommand(options.lost_code),
     };
@@ -392,17 +390,39 @@ fn not_gone(killed: nix::Result<()>, output: &Output) {
     );
 }
 
-/// Releases the lock. What is lost already needs no release.
-async fn release(guard: LockGuard, is_over: bool, output: &Output) {
-    match guard.release().await {
-        Ok(()) => {}
-        Err(Error::NotHeld { .. }) if is_over => {}
-        Err(error) => output.event(
-            "release_failed",
-            format_args!("the lock may stay taken until its ttl ends: {error}"),
-            json!({ "error": error.to_string() }),
-        ),
+/// Releases the lock if the command is gone. Returns how it was lost, if it was.
+async fn give_back(guard: LockGuard, is_gone: bool, output: &Output) -> Option<Loss> {
+    if !is_gone {
+        let loss = guard.check().err();
+        // The command goes on, so nobody else gets the lock earlier than its ttl ends.
+        drop(guard.into_lease());
+        return loss;
     }
+    match guard.release().await {
+        Ok(()) => None,
+        Err(Error::NotHeld { loss, .. }) => Some(loss),
+        // Not known: the server may have released it, and has not said that it was lost.
+        Err(error) => {
+            output.event(
+                "release_failed",
+                format_args!("the lock may stay taken until its ttl ends: {error}"),
+                json!({ "error": error.to_string() }),
+            );
+            None
+        }
+    }
+}
+
+/// Tells that the lock was lost while the command ran, which nobody knew before it had ended by itself.
+fn lost_at_the_end(loss: Loss, of_command: Exit, output: &Output) -> Why {
+    let why = Why::from(loss);
+    let code = of_command.code();
+    output.event(
+        "lost",
+        format_args!("{why}, which was found when the command had ended with {code}: another may have run beside it"),
+        json!({ "reason": why.name(), "command_exit_code": code }),
+    );
+    why
 }
 
 fn of_status(status: ExitStatus) -> Exit {

@@ -308,6 +308,43 @@ fn when_the_lock_is_taken_or_gone_the_group_is_ended_at_once() {
     }
 }
 
+/// Runs a command that ends by itself, well before the next renewal, and does this before.
+fn ends_after(server: &Server, options: &[&str], meanwhile: impl FnOnce()) -> (i32, Vec<Value>) {
+    let script = "echo > began; while ! [ -f end ]; do sleep 0.02; done; exit 3";
+    let running = Running::start(server, "job", options, script);
+    running.written("began");
+    meanwhile();
+    fs::write(running.path("end"), "").unwrap();
+    let (code, _, events) = running.ended();
+    (code, events)
+}
+
+#[test]
+fn a_loss_that_only_the_release_finds_is_a_loss_and_an_unknown_outcome_is_not() {
+    let server = Server::start();
+    let event = |events: &[Value], name: &str| events.iter().find(|event| event["event"] == name).cloned();
+    for (break_it, options, expected, reason) in [
+        (&["DEL", "job"][..], &[][..], 76, "missing"),
+        (&["SET", "job", "other", "PX", "60000"], &["--lost-code", "33"], 33, "taken"),
+    ] {
+        let (code, events) = ends_after(&server, options, || drop(server.cli(break_it)));
+        let lost = event(&events, "lost").unwrap_or_else(|| panic!("{events:?}"));
+        assert_eq!((lost["reason"].as_str(), lost["command_exit_code"].as_u64()), (Some(reason), Some(3)));
+        let ended = event(&events, "ended").unwrap();
+        assert_eq!(
+            (code, ended["reason"].as_str(), ended["exit_code"].as_i64()),
+            (expected, Some(reason), Some(i64::from(expected)))
+        );
+        assert!(event(&events, "release_failed").is_none(), "{events:?}");
+        // What another has is left alone.
+        assert_eq!(is_free(&server, "job"), reason == "missing");
+        server.cli(&["DEL", "job"]);
+    }
+    let (code, events) = ends_after(&server, &["--command-timeout", "300ms"], || server.freeze());
+    assert!(event(&events, "release_failed").is_some() && event(&events, "lost").is_none(), "{events:?}");
+    assert_eq!((code, event(&events, "ended").unwrap()["reason"].as_str()), (3, Some("ended")));
+}
+
 #[test]
 fn when_tenure_itself_is_killed_or_stopped_the_group_is_gone_before_the_key_is_free() {
     for signal in [Signal::SIGKILL, Signal::SIGSTOP] {
