@@ -43,6 +43,7 @@ pub(crate) enum Command {
     /// Looks through all keys of the server with SCAN, in steps between which the server serves others. Lists strings
     /// with a ttl that have a fencing token beside them, or begin with a random token. So most locks of other libraries
     /// are left out; `tenure status KEY` shows those too.
+    #[command(after_long_help = AFTER_LIST)]
     List(ListOptions),
 
     /// End a lock, whoever holds it
@@ -311,7 +312,15 @@ Exit codes:
   0   the locks were looked at
   64  the arguments are wrong
   69  the server can't be reached, refuses, or has failed
+  74  the result could not be written to stdout, as where the disk is full
   75  with --exit-code: one of the locks is held";
+
+const AFTER_LIST: &str = "\
+Exit codes:
+  0   the locks were listed
+  64  the arguments are wrong
+  69  the server can't be reached, refuses, or has failed
+  74  the result could not be written to stdout, as where the disk is full";
 
 const AFTER_BREAK: &str = "\
 Exit codes:
@@ -320,7 +329,9 @@ Exit codes:
       was shown
   64  the arguments are wrong; without a terminal, --yes is needed
   69  the server can't be reached, refuses, or has failed: look with
-      `tenure status` before you try again";
+      `tenure status` before you try again
+  74  the result could not be written to stdout, as where the disk is full:
+      `tenure status` shows whether the lock has ended";
 
 const AFTER_DOCTOR: &str = "\
 Exit codes:
@@ -329,7 +340,8 @@ Exit codes:
   2   dangers: locks can't be obtained, or are lost or held twice in normal
       operation
   64  the arguments are wrong
-  69  the server can't be reached, refuses, or has failed";
+  69  the server can't be reached, refuses, or has failed
+  74  the result could not be written to stdout, as where the disk is full";
 
 #[cfg(test)]
 mod tests {
@@ -344,7 +356,7 @@ mod tests {
 
     #[test]
     fn the_tables_of_the_manual_fit_into_eighty_columns() {
-        for text in [AFTER, AFTER_RUN, AFTER_STATUS, AFTER_BREAK, AFTER_DOCTOR] {
+        for text in [AFTER, AFTER_RUN, AFTER_STATUS, AFTER_LIST, AFTER_BREAK, AFTER_DOCTOR] {
             let too_long: Vec<_> = text.lines().filter(|line| line.len() > 79).collect();
             assert!(too_long.is_empty(), "{too_long:?}");
         }

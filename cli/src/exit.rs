@@ -14,6 +14,8 @@ pub(crate) enum Exit {
     Usage,
     /// A server can't be reached, or has failed.
     Unavailable,
+    /// The result can't be printed, as where the disk is full.
+    NotPrinted,
     /// Another has the lock.
     NotObtained,
     /// The lock was lost while the command ran, which was ended.
@@ -37,6 +39,7 @@ impl Exit {
             Self::Danger => 2,
             Self::Usage => 64,
             Self::Unavailable => 69,
+            Self::NotPrinted => 74,
             Self::NotObtained => 75,
             Self::Lost => 76,
             Self::LimitReached => 124,

@@ -35,21 +35,19 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(error) if error.use_stderr() => return refuse(&error).into(),
         Err(help_or_version) => {
-            // Where it can't be printed, nothing else can.
-            drop(help_or_version.print());
-            return Exit::Success.into();
+            let output = Output::new(json_is_wanted());
+            output.printed(help_or_version.print());
+            return output.finish(Exit::Success).into();
         }
     };
     let output = Output::new(args.json);
     let exit = execute(args.command, &output);
-    output.finish();
-    exit.into()
+    output.finish(exit).into()
 }
 
 /// Prints what is wrong with the arguments.
 fn refuse(error: &clap::Error) -> Exit {
-    let mut own_options = std::env::args_os().take_while(|argument| argument != "--");
-    if !own_options.any(|argument| argument == "--json") {
+    if !json_is_wanted() {
         drop(error.print());
         return Exit::Usage;
     }
@@ -58,8 +56,13 @@ fn refuse(error: &clap::Error) -> Exit {
     let words: Vec<_> = text.split("\n\n").next().unwrap_or_default().split_whitespace().collect();
     let output = Output::new(true);
     let exit = output.fail(Exit::Usage, &words.join(" ").trim_start_matches("error: "));
-    output.finish();
-    exit
+    output.finish(exit)
+}
+
+/// Looks for the option where the arguments as a whole are not known.
+fn json_is_wanted() -> bool {
+    let mut own_options = std::env::args_os().take_while(|argument| argument != "--");
+    own_options.any(|argument| argument == "--json")
 }
 
 fn execute(command: Command, output: &Output) -> Exit {
@@ -78,8 +81,7 @@ fn execute(command: Command, output: &Output) -> Exit {
             Command::Completions { shell } => {
                 let mut script = Vec::new();
                 clap_complete::generate(shell, &mut Args::command(), "tenure", &mut script);
-                // Whoever reads it may have gone.
-                drop(std::io::stdout().write_all(&script));
+                output.printed(std::io::stdout().write_all(&script));
                 Exit::Success
             }
         }

@@ -1,7 +1,8 @@
 //! What is printed: for people, or as JSON, one object per line.
 
+use std::cell::OnceCell;
 use std::fmt::Display;
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle};
 
@@ -18,9 +19,14 @@ const MOST_WAITING: usize = 64;
 ///
 /// A thread prints the messages: if stderr is a pipe that is full and nobody reads, printing waits, and whoever watches
 /// a command must not.
+///
+/// What can't be printed is a failure if it is a result. Where nobody reads it any longer, as behind `head`, there is
+/// nobody to tell.
 pub(crate) struct Output {
     json: bool,
     printer: Option<Printer>,
+    /// Why a result could not be printed.
+    failure: OnceCell<io::Error>,
 }
 
 /// The thread that prints messages.
@@ -31,23 +37,36 @@ struct Printer {
 
 impl Output {
     pub(crate) fn new(json: bool) -> Self {
-        Self { json, printer: Printer::start() }
+        Self { json, printer: Printer::start(), failure: OnceCell::new() }
     }
 
-    /// Waits until all messages are printed.
-    pub(crate) fn finish(self) {
+    /// Waits until all messages are printed. Returns what to exit with: this, unless a result could not be printed.
+    pub(crate) fn finish(self, exit: Exit) -> Exit {
+        let exit = match self.failure.get() {
+            None => exit,
+            Some(error) => self.fail(Exit::NotPrinted, &format_args!("could not print the result: {error}")),
+        };
         if let Some(Printer { messages, thread }) = self.printer {
             drop(messages);
             drop(thread.join());
         }
+        exit
     }
 
     /// Prints a result to stdout.
     pub(crate) fn result(&self, text: impl Display, data: impl Serialize) {
-        match (self.json, serde_json::to_string(&data)) {
+        self.printed(match (self.json, serde_json::to_string(&data)) {
             (true, Ok(data)) => write(&mut io::stdout(), &data),
             // Nothing that is printed here can't be serialized.
             _ => write(&mut io::stdout(), &text),
+        });
+    }
+
+    /// Takes note of what became of a result that was printed to stdout.
+    pub(crate) fn printed(&self, result: io::Result<()>) {
+        match result.and_then(|()| io::stdout().flush()) {
+            Err(error) if error.kind() != ErrorKind::BrokenPipe => drop(self.failure.set(error)),
+            _ => {}
         }
     }
 
@@ -67,7 +86,7 @@ impl Output {
         match &self.printer {
             // Where so many wait, nobody reads them.
             Some(printer) => drop(printer.messages.try_send(message)),
-            None => write(&mut io::stderr(), &message),
+            None => drop(write(&mut io::stderr(), &message)),
         }
     }
 
@@ -95,12 +114,12 @@ impl Printer {
 
 fn print_all(waiting: &Receiver<String>) {
     for message in waiting {
-        write(&mut io::stderr(), &message);
+        // There is no other place to say it.
+        drop(write(&mut io::stderr(), &message));
     }
 }
 
-/// Prints a line, in one piece: a command writes to the same stderr. Where nobody reads, as behind `head`, there is
-/// nobody to tell.
-fn write(to: &mut impl Write, line: &dyn Display) {
-    drop(to.write_all(format!("{line}\n").as_bytes()).and_then(|()| to.flush()));
+/// Prints a line, in one piece: a command writes to the same stderr.
+fn write(to: &mut impl Write, line: &dyn Display) -> io::Result<()> {
+    to.write_all(format!("{line}\n").as_bytes())
 }

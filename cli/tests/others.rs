@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "these are tests")]
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{Read, Write, pipe};
 use std::process::{Command, Output, Stdio};
 
 use nix::pty::openpty;
@@ -203,12 +203,63 @@ fn a_short_restart_window_of_a_quorum_is_no_error() {
 #[test]
 fn output_that_nobody_takes_is_no_panic() {
     let full = || File::options().write(true).open("/dev/full").unwrap();
-    let completions = Command::new(TENURE).args(["completions", "bash"]).stdout(full()).status().unwrap();
-    assert_eq!(completions.code(), Some(0));
     let server = Server::start();
     lock(&server, "job", "chosen");
     let mut command = Command::new(TENURE);
     command.env("TENURE_URL", server.url()).args(["break", "job"]).stdin(Stdio::null()).stderr(full());
     assert_ne!(command.status().unwrap().code(), Some(101));
     assert_eq!(server.cli(&["EXISTS", "job"]), "1");
+}
+
+/// The commands that print results, and what each exits with.
+fn all_that_print(server: &Server) -> Vec<(Vec<&'static str>, i32)> {
+    lock(server, "job", "chosen");
+    vec![
+        (vec!["status", "job"], 0),
+        (vec!["status", "job", "--exit-code", "--json"], 75),
+        (vec!["list"], 0),
+        (vec!["list", "--json"], 0),
+        (vec!["doctor"], 1),
+        (vec!["completions", "bash"], 0),
+        (vec!["--help"], 0),
+        (vec!["help", "run"], 0),
+        (vec!["--version"], 0),
+        // The last, as nothing is left to look at.
+        (vec!["break", "job", "--yes"], 0),
+    ]
+}
+
+fn printing_to(stdout: Stdio, server: &Server, args: &[&str]) -> (i32, String) {
+    let mut command = Command::new(TENURE);
+    command.env("TENURE_URL", server.url()).args(args).stdin(Stdio::null()).stdout(stdout).stderr(Stdio::piped());
+    let output = command.output().unwrap();
+    (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn results_that_a_full_disk_does_not_take_are_a_failure() {
+    let server = Server::start();
+    for (args, _) in all_that_print(&server) {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let (code, told) = printing_to(full.into(), &server, &args);
+        assert_eq!(code, 74, "{args:?}: {told}");
+        assert!(told.contains("could not print") && told.contains("No space left"), "{args:?}: {told}");
+        if args.contains(&"--json") {
+            assert_eq!(json(&told)[0]["exit_code"], 74, "{told}");
+        }
+    }
+    // It was done all the same.
+    assert_eq!(server.cli(&["EXISTS", "job"]), "0");
+}
+
+#[test]
+fn results_that_a_reader_has_enough_of_are_no_failure() {
+    let server = Server::start();
+    for (args, expected) in all_that_print(&server) {
+        let (reader, writer) = pipe().unwrap();
+        drop(reader);
+        let (code, told) = printing_to(writer.into(), &server, &args);
+        assert_eq!((code, told.as_str()), (expected, ""), "{args:?}");
+    }
 }
