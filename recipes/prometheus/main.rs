@@ -2,8 +2,8 @@
 //!
 //!     cargo run -p tenure-recipes --example prometheus
 //!
-//! Beside this file are `alerts.yml`, three alerts worth having, and `dashboard.json` for Grafana (Dashboards, New,
-//! Import). Both expect the buckets that are set here.
+//! Beside this file are `alerts.yml`, three alerts worth having, with tests of them in `alerts_test.yml`, and
+//! `dashboard.json` for Grafana (Dashboards, New, Import). Both expect the buckets that are set here.
 
 use std::time::Duration;
 
@@ -17,8 +17,9 @@ use tokio::time::sleep;
 /// In seconds. Without buckets, the exporter reports quantiles, which can't be added up over a fleet.
 const QUICK: [f64; 10] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.0];
 const LONG: [f64; 12] = [0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1_800.0];
-/// With the default ttl of 30 s, 20 s are left when all is well.
-const LEFT: [f64; 10] = [0.0, 1.0, 2.5, 5.0, 7.5, 10.0, 12.5, 15.0, 17.5, 20.0];
+/// When all is well, two thirds of the ttl are left: 20 s of 30 s, and 2 s of 3 s. Each is at most twice the one before,
+/// as the alert compares quantiles by that factor.
+const LEFT: [f64; 16] = [0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.5, 15.0, 20.0, 40.0, 80.0];
 const OPERATIONS: [f64; 8] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 96.0];
 
 /// Installs the recorder. Do this before the first lock is requested.
@@ -67,6 +68,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+    use std::path::Path;
+    use std::process::Command;
 
     use tenure_test_support::Server;
 
@@ -118,5 +121,21 @@ mod tests {
             assert!(shown.contains(name), "the dashboard doesn't show {name}");
         }
         assert_eq!(alerts.matches("- alert: ").count(), 3);
+    }
+
+    #[test]
+    fn buckets_are_narrow_enough_for_the_alert_of_late_renewals() {
+        let wide: Vec<_> = LEFT[1..].windows(2).filter(|pair| pair[1] > 2.0 * pair[0]).collect();
+        assert!(LEFT[0] == 0.0 && wide.is_empty(), "{wide:?}");
+    }
+
+    /// Runs where Prometheus is installed.
+    #[test]
+    fn alerts_fire_when_they_should_and_not_when_all_is_well() {
+        let rules = Path::new(env!("CARGO_MANIFEST_DIR")).join("prometheus/alerts_test.yml");
+        match Command::new("promtool").args(["test", "rules"]).arg(rules).output() {
+            Err(error) => eprintln!("left out: it needs promtool ({error})"),
+            Ok(output) => assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr)),
+        }
     }
 }
