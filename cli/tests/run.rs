@@ -31,9 +31,10 @@ const fn ms(n: u64) -> Duration {
 }
 
 fn tenure(server: &Server) -> Command {
-    // Whoever runs the tests in the background may have all that they start ignore SIGINT, as a shell does.
+    // Whoever runs the tests may have all that they start ignore signals: SIGINT, as a shell does in the background, or
+    // SIGHUP, as nohup does.
     let mut command = Command::new("env");
-    command.args(["--default-signal=INT", TENURE]);
+    command.args(["--default-signal=INT,HUP", TENURE]);
     command.env_remove("TENURE_URL").env("TENURE_URL", server.url()).stdin(Stdio::null());
     command
 }
