@@ -157,6 +157,8 @@ fn a_command_is_watched_though_the_program_was_replaced_or_deleted_while_it_wait
         server.cli(&["DEL", "job"]);
         let child = running.process_of("child");
         watcher_of(&running);
+        // Its watcher knows of the command by then.
+        running.event("started");
         running.signal(Signal::SIGKILL);
         eventually(|| is_gone(child).then_some(()));
         server.cli(&["DEL", "job"]);
