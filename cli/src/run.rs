@@ -232,8 +232,10 @@ impl Running {
                 biased;
                 loss = &mut lost => return Ended::Because(Why::from(loss)),
                 status = self.child.wait() => match status {
-                    // While we were stopped, the watcher may have ended it.
-                    Ok(_) if guard.is_held() && self.plan.is_over(self.deadline, Instant::now()) => {}
+                    // While we were stopped.
+                    Ok(_) if self.watcher_has_acted() => {
+                        return Ended::Because(self.plan.why(self.deadline, Instant::now()));
+                    }
                     Ok(status) => return Ended::ByItself(status),
                     Err(error) => return Ended::Because(Why::Unknown(error.to_string())),
                 },
@@ -273,6 +275,10 @@ impl Running {
                 json!({ "error": error.to_string() }),
             ),
         }
+    }
+
+    fn watcher_has_acted(&mut self) -> bool {
+        self.watcher.as_mut().is_some_and(Watcher::has_acted)
     }
 
     fn give_terminal(&mut self) {

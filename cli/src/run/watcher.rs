@@ -10,15 +10,16 @@
 //!    the group.
 //! 4. It goes by the last line that is in the pipe, also where it was stopped itself and finds many.
 //! 5. One that is gone, or takes no more lines, is replaced: the lines that it has would be old when it wakes.
-//! 6. If we are killed while another `tenure run` runs us, that one's grace period is over: it kills us before its lock
+//! 6. Before it ends the group, it says so: when we go on, we must not take that for an end of the command's own.
+//! 7. If we are killed while another `tenure run` runs us, that one's grace period is over: it kills us before its lock
 //!    ends. The group was asked to end before, and gets no further grace period.
 
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 #[cfg(any(target_os = "android", target_os = "linux"))]
 use std::path::Path;
 use std::path::PathBuf;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -45,6 +46,8 @@ const LATER: Duration = Duration::from_millis(200);
 pub(super) struct Watcher {
     process: Child,
     pipe: Option<ChildStdin>,
+    /// Where it writes when it begins to end the group.
+    acts: Option<ChildStdout>,
     /// The deadline that it was told.
     told: Option<Instant>,
 }
@@ -58,12 +61,13 @@ impl Watcher {
     pub(super) fn start() -> io::Result<Self> {
         use std::os::unix::process::CommandExt;
         let mut command = Command::new(program()?);
-        command.arg0(NAME).arg(COMMAND).stdin(Stdio::piped()).stdout(Stdio::null()).process_group(0);
+        command.arg0(NAME).arg(COMMAND).stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
         // The URL may have a password, and it needs none.
         command.env_remove("TENURE_URL");
         let mut process = command.spawn()?;
         let pipe = process.stdin.take().filter(is_without_waiting);
-        Ok(Self { process, pipe, told: None })
+        let acts = process.stdout.take().filter(is_without_waiting);
+        Ok(Self { process, pipe, acts, told: None })
     }
 
     /// Tells it of the group, and until when that may run. Returns false if it is gone, or was stopped for so long that
@@ -73,6 +77,11 @@ impl Watcher {
             self.told = Some(deadline);
         }
         self.told == Some(deadline)
+    }
+
+    /// Returns whether it has begun to end the group, as it does where we are stopped for too long.
+    pub(super) fn has_acted(&mut self) -> bool {
+        self.acts.as_mut().is_some_and(|acts| matches!(acts.read(&mut [0]), Ok(1)))
     }
 
     pub(super) fn pid(&self) -> Option<Pid> {
@@ -111,8 +120,8 @@ fn program() -> io::Result<PathBuf> {
     std::env::current_exe()
 }
 
-/// Has writes fail that would have to wait. Returns whether they do.
-fn is_without_waiting(pipe: &ChildStdin) -> bool {
+/// Has reads and writes fail that would have to wait. Returns whether they do.
+fn is_without_waiting(pipe: &impl AsFd) -> bool {
     fcntl(pipe.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).is_ok()
 }
 
@@ -231,6 +240,8 @@ fn end(orders: Orders) {
     let group = Group::of(orders.group);
     let now = clock().as_millis();
     let kill_at = orders.kill_at_ms.min(now + orders.grace_ms);
+    // Before the command can end of it. Where we are gone, nobody reads this.
+    io::stdout().write_all(b"\n").ok();
     group.terminate();
     while group.exists() {
         let now = clock().as_millis();

@@ -62,6 +62,20 @@ fn what_the_command_leaves_behind_is_reaped_while_it_runs() {
     assert_eq!(running.ended().0, 128 + 15);
 }
 
+/// Its watcher goes by the deadline before the last renewal, unless it was told in time of that one.
+#[test]
+fn a_command_that_the_watcher_ended_is_not_taken_for_one_that_ended_by_itself() {
+    let server = Server::start();
+    let running = Running::start(&server, "job", &["--ttl", "3s", "--grace", "200ms"], STUBBORN);
+    let (child, grandchild) = (running.process_of("child"), running.process_of("grandchild"));
+    renewed(&server, "job", 3_000);
+    stop(running.pid());
+    eventually(|| (is_gone(child) && is_gone(grandchild)).then_some(()));
+    running.signal(Signal::SIGCONT);
+    let (code, _, events) = running.ended();
+    assert_eq!(code, 76, "{events:?}");
+}
+
 #[test]
 fn a_watcher_that_is_stopped_holds_up_nothing() {
     let server = Server::start();
