@@ -270,7 +270,7 @@ impl Extending {
     /// Returns what the server has to do.
     pub(crate) fn of(self, owned: &Owned) -> Self {
         match (self, owned.grant) {
-            (Self::AtLeast | Self::Ensure, None | Some(GrantId::UNKNOWN)) => Self::AtLeast,
+            (Self::AtLeast | Self::Ensure, None | Some(GrantId::UNKNOWN)) => self,
             // The key may be there because of another grant of the token, and the record of this one lost. Unless it is
             // recorded again, it counts for nothing: the key ends with the other grant.
             (Self::AtLeast | Self::Ensure, Some(_)) => Self::KeepRecord,

@@ -476,6 +476,13 @@ async fn who_may_not_ask_the_new_node_is_told_so() {
     migration.finish();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_leaves_a_key_empty_is_done() {
+    let cluster = Cluster::start();
+    let locker = builder().command_timeout(ms(2_000)).connect(&cluster.url()).await.unwrap();
+    empties(cluster, locker).await;
+}
+
 /// Runs each test with a client of our own, and with one that follows redirections by itself.
 macro_rules! with_either_client {
     ($($name:ident: $case:ident within $timeout:expr,)*) => {$(
@@ -506,6 +513,5 @@ with_either_client! {
     operations_that_share_calls_are_decided_one_by_one: shares_calls within ms(2_000),
     forty_locks_survive_the_slow_migration_of_their_slot: survive within ms(2_000),
     keys_are_shared: shares within ms(2_000),
-    what_leaves_a_key_empty_is_done: empties within ms(2_000),
     several_keys_of_which_one_has_moved_are_waited_for: waits_for_all within ms(2_000),
 }

@@ -24,11 +24,16 @@ impl RedisStore {
         timeout: Duration,
     ) -> Result<Verdict, Error> {
         let (how, timeout) = (how.of(owned), within(timeout, ttl, self.server().min_replicas));
-        if let ([key], Extending::AtLeast) = (&*owned.keys, how) {
-            return self.run_owned(key, &owned.token, self.renewal(key, ttl), timeout).await;
+        // What is ensured on a node of a quorum may rely on any grant of the token.
+        let is_any = how == Extending::Ensure;
+        match (&*owned.keys, how) {
+            ([key], Extending::AtLeast | Extending::Ensure) if !(self.is_node && is_any) => {
+                return self.run_owned(key, &owned.token, self.renewal(key, ttl), timeout).await;
+            }
+            _ => {}
         }
         let (script, call) = match how.name() {
-            None if !self.is_node => {
+            None if is_any || !self.is_node => {
                 let args = [owned.token.to_bytes(), decimal(millis(ttl))];
                 (&self.server().scripts.renew, Call::new(self.names(owned), args))
             }
@@ -63,7 +68,7 @@ impl RedisStore {
             owned.token.to_bytes(),
             decimal(millis(ttl)),
             count_of(owned),
-            how.name().unwrap_or(LEAST).into(),
+            how.name().unwrap_or(if how == Extending::Ensure { "ensure" } else { LEAST }).into(),
             id_of(owned.grant),
             decimal(record_ttl(ttl)),
             earlier,
