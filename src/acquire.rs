@@ -272,6 +272,7 @@ impl Acquisition {
                         Outcome::Granted(grant) => self.take(grant, self.waiter.by_asking())?,
                         Outcome::Held(held) => self.held(held),
                         Outcome::Failed(error) | Outcome::Unknown(error) => self.failed(error)?,
+                        Outcome::NotAsked(error) => return Err(error),
                         Outcome::Closed => self.failed(Error::Closed)?,
                     }
                 }

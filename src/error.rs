@@ -292,6 +292,11 @@ impl Error {
         matches!(self, Self::Redis(error) if error.kind() == RedisErrorKind::Timeout)
     }
 
+    pub(crate) fn late_release() -> Self {
+        let text = "a release of the same token was given up on, and the server may still run it";
+        RedisError::new(RedisErrorKind::Timeout, text).into()
+    }
+
     pub(crate) fn timeout() -> Self {
         RedisError::new(RedisErrorKind::Timeout, "the server did not reply in time").into()
     }

@@ -12,7 +12,6 @@ use tokio_util::sync::CancellationToken;
 use crate::hold::scheduler::Handle;
 use crate::hold::{FinalStep, Hold, Owned};
 use crate::locker::cleanups::Cleanup;
-use crate::locker::late_releases::Releasing;
 use crate::locker::shared::Shared;
 use crate::loss::{Lost, Protected};
 use crate::metrics::Held;
@@ -499,12 +498,11 @@ impl LockGuard {
     /// held, nor that other guards of the token no longer hold it.
     ///
     /// A release of a token that others may use (a chosen one, one that was [read](Self::token), or that of an adopted
-    /// lease) ends nothing that is obtained
-    /// after it has returned. So if the outcome of its first call is unknown, which has a third of the [command
-    /// timeout](crate::LockerBuilder::command_timeout), the release goes on when the server can no longer run that. On a
-    /// [quorum](crate::Locker::quorum), it returns when every node has replied, or can no longer run it; if a node is
-    /// silent, that takes about 1.8 s with the default command timeout. Other releases return as soon as a majority has
-    /// replied.
+    /// lease) ends nothing that is obtained after it has returned. So if the outcome of its first call is unknown, which
+    /// has a third of the [command timeout](crate::LockerBuilder::command_timeout), the release goes on when the server
+    /// can no longer run that. On a [quorum](crate::Locker::quorum), it returns when every node has replied, or can no
+    /// longer run it; if a node is silent, that takes about 1.8 s with the default command timeout. Other releases
+    /// return as soon as a majority has replied.
     ///
     /// # Errors
     ///
@@ -519,8 +517,9 @@ impl LockGuard {
     /// # Cancel safety
     ///
     /// If the future is dropped, the lock is released in the background. What it has sent may be run for up to the
-    /// [command timeout](crate::LockerBuilder::command_timeout), and would end what the same token obtains meanwhile. So
-    /// this locker sends requests by that token only after that.
+    /// [command timeout](crate::LockerBuilder::command_timeout). Of a token that others may use, that would end what the
+    /// token obtains meanwhile. So this locker sends requests for the keys by that token only after that, `try_lock` and
+    /// [`adopt`](crate::Locker::adopt) too.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -545,19 +544,18 @@ impl LockGuard {
         self.renewer.interrupt();
         let until = Instant::now() + self.shared.command_timeout;
         let owned = self.hold.owned_by_all();
-        self.hold.is_being_released();
-        let releasing = (!owned.own_token).then(|| self.shared.late_releases.begin(owned.token.clone(), until));
-        let released = self.shared.release(&owned, Ending::Lock, self.hold.stays_until(), until).await;
-        releasing.into_iter().for_each(Releasing::has_ended);
-        let released = released?;
+        self.hold.begin_release();
+        let released = self.shared.release(&owned, Ending::Lock, self.hold.stays_until(), until).await?;
         self.hold.set_final_step(self.after_release());
-        match released {
+        match released.verdict {
             Verdict::Done => {
                 debug!(name: "tenure.released", key = %self.key(), "released");
                 Ok(())
             }
             Verdict::NotOurs(loss) => {
-                self.hold.was_lost(loss);
+                if released.at_once {
+                    self.hold.report_lost_before_release(loss);
+                }
                 Err(self.not_held(loss))
             }
         }

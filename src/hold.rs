@@ -281,12 +281,12 @@ impl Hold {
     }
 
     /// Notes that the lock is about to be released. Returns whether that may have happened before.
-    pub(crate) fn is_being_released(&self) -> bool {
+    pub(crate) fn begin_release(&self) -> bool {
         self.may_be_released.swap(true, Ordering::Relaxed)
     }
 
-    /// Reports that the server held the lock no longer when it was released, which ended a lock that counted as held.
-    pub(crate) fn was_lost(&self, loss: Loss) {
+    /// Reports a loss that only the release has found.
+    pub(crate) fn report_lost_before_release(&self, loss: Loss) {
         let label = self.state().label.clone();
         warn!(name: "tenure.lost", key = %self.owned.key(), %loss, "found lost when it was released");
         metrics::lost(&label, loss);

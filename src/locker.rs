@@ -555,6 +555,7 @@ impl Locker {
         let shared = &self.shared;
         Shared::check_runtime()?;
         let runtime = shared.runtime()?;
+        shared.await_late_releases(lease.owned()).await?;
         let sent = Instant::now();
         let owned = Owned { grant: Some(GrantId::random()), ..lease.owned().clone() };
         let claim = shared.claim(owned.clone(), lease.owned().grant, ttl, &runtime).await?;

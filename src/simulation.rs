@@ -565,7 +565,13 @@ async fn a_waiter_whose_heartbeat_gets_no_reply_asks_as_soon_as_it_is_notified()
     assert_eq!(beats.load(Ordering::Relaxed), 1);
     guard.release().await.unwrap();
     let guard = timeout(ms(10), waiter).await.unwrap().unwrap().unwrap();
-    assert!(guard.is_held());
+    guard.release().await.unwrap();
+    // And as soon as the ttl of a dead holder ends: here while the second heartbeat has no reply.
+    drop(holder.lock("k").ttl(ms(1_300)).await.unwrap().into_lease());
+    let began = Instant::now();
+    let guard = locker.lock("k").await.unwrap();
+    assert!(began.elapsed() < ms(1_400), "{:?}", began.elapsed());
+    drop(guard);
 }
 
 /// An explicit release ends the lock for all grants of a token, also where it arrives late.
@@ -593,7 +599,43 @@ async fn a_release_that_was_given_up_ends_nothing_that_its_token_obtains_after_t
         let left = again.server_ttl().await.unwrap();
         assert!(left.is_some(), "reads: {reads}; it was ended by the late release");
         again.release().await.unwrap();
-        // Nobody waits where nothing can be late.
+        // An adopted lease is ended no more than a guard. Another release may be given up on while a request waits.
+        for adopts in [true, false] {
+            let (guard, other) = (request().await.unwrap(), request().await.unwrap());
+            let other_lease = crate::Lease::new("k", other.token().clone(), ms(30_000));
+            is_late.store(true, Ordering::Relaxed);
+            assert!(timeout(ms(10), guard.release()).await.is_err());
+            let again = tokio::spawn({
+                let (locker, request) = (locker.clone(), request());
+                async move {
+                    match adopts {
+                        true => locker.adopt(other_lease).await,
+                        false => request.wait_at_most(ms(20_000)).await,
+                    }
+                }
+            });
+            sleep(ms(400)).await;
+            is_late.store(true, Ordering::Relaxed);
+            assert!(timeout(ms(10), other.release()).await.is_err());
+            sleep(ms(2_000)).await;
+            match again.await.unwrap() {
+                Ok(again) => {
+                    assert!(again.server_ttl().await.unwrap().is_some(), "reads: {reads}, adopts: {adopts}");
+                    again.release().await.unwrap();
+                }
+                Err(error) => assert!(adopts && matches!(error, Error::NotHeld { .. }), "{error}"),
+            }
+        }
+        // Nobody waits for another key, nor where nothing can be late.
+        is_late.store(true, Ordering::Relaxed);
+        assert!(timeout(ms(10), request().await.unwrap().release()).await.is_err());
+        let began = Instant::now();
+        let other_key = if reads { locker.read("l") } else { locker.lock("l") };
+        drop(other_key.token("worker-7".parse().unwrap()).await.unwrap());
+        assert_eq!(began.elapsed(), Duration::ZERO);
+        let refused = request().wait_at_most(ms(50)).await.unwrap_err();
+        assert!(refused.to_string().contains("a release of the same token"), "{refused}");
+        sleep(ms(2_000)).await;
         let began = Instant::now();
         request().await.unwrap().release().await.unwrap();
         assert_eq!(began.elapsed(), Duration::ZERO);

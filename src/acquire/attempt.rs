@@ -59,6 +59,8 @@ pub(crate) enum Outcome {
     Failed(Error),
     /// It failed, and may have been run, or may yet.
     Unknown(Error),
+    /// The server was not asked before the time of the request was over.
+    NotAsked(Error),
     /// The locker was closed meanwhile.
     Closed,
 }
@@ -71,8 +73,8 @@ impl Attempt {
 
     /// Returns until when the server may run a release that would end what the token obtains.
     pub(crate) fn late_release_until(&self) -> Option<Instant> {
-        let Owned { own_token, token, .. } = &self.context.wanted.owned;
-        if *own_token { None } else { self.context.shared.late_releases.until(token) }
+        let Context { wanted, shared, .. } = &self.context;
+        if wanted.owned.own_token { None } else { shared.late_releases.until(&wanted.owned) }
     }
 
     /// Prepares an attempt that is sent at `sent` and ends soon after the limit, and registers it as pending.

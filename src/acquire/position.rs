@@ -28,7 +28,7 @@ pub(crate) struct Position {
     may_enter_late: bool,
 }
 
-/// What tells the server that this process is alive, and still waits.
+/// A heartbeat that is ready to be sent.
 pub(crate) struct Heartbeat {
     key: Key,
     place: LinePlace,
@@ -215,7 +215,7 @@ impl Position {
     }
 
     /// Notes the reply to a heartbeat: whether the place is in the line, and it is not its turn.
-    pub(crate) fn has_heartbeat(&mut self, waits: bool) {
+    pub(crate) fn heartbeat_replied(&mut self, waits: bool) {
         self.may_be_out_of_line |= !waits;
     }
 

@@ -95,7 +95,7 @@ impl Waiter {
 
     /// Asks the server once.
     pub(crate) async fn ask(&mut self) -> Outcome {
-        if let Some(until) = self.attempt.late_release_until() {
+        while let Some(until) = self.attempt.late_release_until() {
             if let Some(outcome) = Box::pin(self.await_late_release(until)).await {
                 return outcome;
             }
@@ -128,7 +128,7 @@ impl Waiter {
         select! {
             biased;
             () = self.attempt.context.closed() => Some(Outcome::Closed),
-            () = at(self.limit) => Some(Outcome::Failed(Error::timeout())),
+            () = at(self.limit) => Some(Outcome::NotAsked(Error::late_release())),
             () = sleep_until(until) => None,
         }
     }
@@ -353,7 +353,7 @@ impl Waiter {
                     return Step::Ask;
                 }
                 () = sleep_until(wake) => return Step::Ask,
-                () = at(heartbeat) => match self.send_heartbeat(listen).await {
+                () = at(heartbeat) => match self.send_heartbeat(wake, listen).await {
                     Some(step) => return step,
                     None => continue,
                 },
@@ -363,9 +363,9 @@ impl Waiter {
         }
     }
 
-    /// Sends a heartbeat, whose reply may take long, and waits for that or for what ends the wait. Returns what to do, if
-    /// the wait ends.
-    async fn send_heartbeat(&mut self, listen: Listen) -> Option<Step> {
+    /// Sends a heartbeat, and waits for its reply. As that may take long, all that would end the wait for the lock ends
+    /// this as well. Returns what to do then.
+    async fn send_heartbeat(&mut self, wake: Instant, listen: Listen) -> Option<Step> {
         let context = &self.attempt.context;
         let heartbeat = self.position.begin_heartbeat(context)?;
         let wakeup = select! {
@@ -373,7 +373,7 @@ impl Waiter {
             () = context.closed() => return Some(Step::Close),
             wakeup = handed_over(self.position.ticket()) => wakeup,
             waits = heartbeat.send(context) => {
-                self.position.has_heartbeat(waits);
+                self.position.heartbeat_replied(waits);
                 return (!waits).then_some(Step::Ask);
             }
             () = at(self.limit) => return Some(Step::GiveUp),
@@ -381,6 +381,7 @@ impl Waiter {
                 self.let_others_go_first().await;
                 return Some(Step::Ask);
             }
+            () = sleep_until(wake) => return Some(Step::Ask),
         };
         Some(self.woken(wakeup))
     }

@@ -36,7 +36,7 @@
 //! | `tenure.taken_back` | debug | `key` | The lock was handed over to a future that nobody polls. |
 //! | `tenure.renewed` | debug | `remaining`, `took` | The lock was renewed. |
 //! | `tenure.renew_failed` | warn, debug | `failures`, `remaining`, `pause`, `error` | `warn`: the first in a row. |
-//! | `tenure.lost` | warn | `key`, `loss`, `cause` | The lock is lost; or it was, as its release has found. `cause`: why it could not be renewed. |
+//! | `tenure.lost` | warn | `key`, `loss`, `cause` | The lock is lost. Its release may be the first to find that. `cause`: why it could not be renewed. |
 //! | `tenure.released` | debug | `key`, `outcome` | The lock was released; with `outcome`, in the background. |
 //! | `tenure.force_released` | debug | `key`, `ended` | `force_release()` has ended the lock, if there was one. |
 //! | `tenure.release_failed` | debug, warn | `key`, `error` | It could not be released; the ttl will free it. |

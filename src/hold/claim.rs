@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio::time::{Instant, sleep};
+use tokio::select;
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{GrantId, Owned, timing};
 use crate::Error;
@@ -74,6 +75,18 @@ impl Shared {
         }
     }
 
+    /// Waits while the server may run a release that would end the lock of a lease.
+    pub(crate) async fn await_late_releases(&self, owned: &Owned) -> Result<(), Error> {
+        while let Some(until) = self.late_releases.until(owned) {
+            select! {
+                biased;
+                () = self.closed.cancelled() => return Err(Error::Closed),
+                () = sleep_until(until) => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Gives the lock back in the background to the lease that a guard had adopted; nobody will use `owned`. Until
     /// `may_run_until`, the server may run a renewal of it.
     pub(crate) fn give_back(
@@ -138,6 +151,7 @@ impl Shared {
     /// Renews a lock that no guard of this locker holds, to at least this ttl.
     pub(crate) async fn extend(&self, owned: &Owned, ttl: Duration) -> Result<(), Error> {
         Self::check_runtime()?;
+        self.await_late_releases(owned).await?;
         match self.store.renew(owned, ttl, Extending::Ensure, self.command_timeout).await? {
             Verdict::Done => Ok(()),
             Verdict::NotOurs(loss) => Err(Error::NotHeld { key: owned.key(), loss }),

@@ -6,10 +6,19 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use super::{Hold, Owned, timing};
+use crate::locker::late_releases::Releasing;
 use crate::locker::shared::Shared;
 use crate::report::{debug, warn};
 use crate::store::{Ending, Verdict};
 use crate::{Error, Loss};
+
+/// What the server has said to a release.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Released {
+    pub(crate) verdict: Verdict,
+    /// To the first call. What a later one finds may have happened since.
+    pub(crate) at_once: bool,
+}
 
 impl Shared {
     /// Releases the lock, or hands it over to a waiter of this process. Tries again after failures, until `until`. If
@@ -25,8 +34,23 @@ impl Shared {
         ending: Ending,
         stays_until: Option<Instant>,
         until: Instant,
-    ) -> Result<Verdict, Error> {
+    ) -> Result<Released, Error> {
         Self::check_runtime()?;
+        let ends_all = ending == Ending::Lock && !owned.own_token;
+        // If this future is dropped, this locker knows of a release that may come late. Each call ends by `until`.
+        let releasing = ends_all.then(|| self.late_releases.begin(owned, until));
+        let released = self.release_or_hand_over(owned, ending, stays_until, until).await;
+        releasing.into_iter().for_each(Releasing::end);
+        released
+    }
+
+    async fn release_or_hand_over(
+        self: &Arc<Self>,
+        owned: &Owned,
+        ending: Ending,
+        stays_until: Option<Instant>,
+        until: Instant,
+    ) -> Result<Released, Error> {
         let (mut handed_over, mut has_tried) = (None, false);
         let next = match stays_until {
             None if self.store.capabilities().hands_over => self.queues.next(owned),
@@ -47,10 +71,12 @@ impl Shared {
                 sleep_until(may_run_until(now, timeout)).await;
             }
         }
-        if let Some(Ok(Some(released))) = handed_over {
-            return Ok(released);
+        if let Some(Ok(Some(verdict))) = handed_over {
+            return Ok(Released { verdict, at_once: true });
         }
-        self.release_until(owned, ending, stays_until, until, has_tried).await
+        let is_first = !matches!(handed_over, Some(Err(_)));
+        let released = self.release_until(owned, ending, stays_until, until, has_tried).await?;
+        Ok(Released { at_once: released.at_once && is_first, ..released })
     }
 
     /// Releases the lock. `has_tried`: a hand-over of unknown outcome came before.
@@ -61,7 +87,7 @@ impl Shared {
         stays_until: Option<Instant>,
         until: Instant,
         mut has_tried: bool,
-    ) -> Result<Verdict, Error> {
+    ) -> Result<Released, Error> {
         let mut failures = 0;
         loop {
             let now = Instant::now();
@@ -73,7 +99,8 @@ impl Shared {
                 None => self.store.release(owned, ending, timeout),
             };
             let error = match timeout_at(until, call).await.unwrap_or_else(|_| Err(Error::timeout())) {
-                Ok(released) => return Ok(if has_tried { Verdict::Done } else { released }),
+                Ok(_) if has_tried => return Ok(Released { verdict: Verdict::Done, at_once: false }),
+                Ok(verdict) => return Ok(Released { verdict, at_once: failures == 0 }),
                 Err(error) => error,
             };
             failures += 1;
@@ -107,11 +134,17 @@ impl Shared {
         if releases {
             // Until the longest ttl that was ever requested has freed the lock; at least for one call.
             let until = hold.kept_until().max(Instant::now() + self.command_timeout);
-            let ended = hold.check() == Err(Loss::Released);
-            let was_held = ended && !hold.is_being_released() && hold.as_reader().is_none();
+            let is_released = hold.check() == Err(Loss::Released) && hold.as_reader().is_none();
+            // Otherwise the end of its ttl explains that it is gone.
+            let is_in_time = Instant::now() < hold.deadline();
+            let was_held = !hold.begin_release() && is_released && is_in_time;
             match self.release(&hold.owned, Ending::Grant, hold.stays_until(), until).await {
-                Ok(Verdict::NotOurs(loss)) if was_held => hold.was_lost(loss),
-                Ok(outcome) => debug!(name: "tenure.released", ?outcome, "released in the background"),
+                Ok(Released { verdict: Verdict::NotOurs(loss), at_once: true }) if was_held => {
+                    hold.report_lost_before_release(loss);
+                }
+                Ok(Released { verdict: outcome, .. }) => {
+                    debug!(name: "tenure.released", ?outcome, "released in the background");
+                }
                 Err(error) => {
                     warn!(name: "tenure.release_failed", %error, "could not release; the ttl will free the lock");
                 }

@@ -147,11 +147,13 @@ impl Shared {
             select! {
                 // Nothing is taken over once all is done.
                 biased;
-                () = self.releases.wait() => match self.releases.is_empty() {
-                    true => return,
+                () = self.releases.wait() => {
+                    if self.releases.is_empty() {
+                        return;
+                    }
                     // Something else came to be pending meanwhile.
-                    false => continue,
-                },
+                    continue;
+                }
                 () = sleep(GRACE_FOR_OWNER) => {}
             }
             for (work, token) in self.cleanups.take_overdue(Instant::now()) {

@@ -619,15 +619,22 @@ impl Actor {
         }
     }
 
+    /// Returns how long a call for a lease may take: it is sent once no release can come late.
+    fn limit_for(&self, lease: &Lease) -> Duration {
+        let late = self.process.locker.shared().late_releases.until(lease.owned());
+        COMMAND_TIMEOUT + late.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()))
+    }
+
     async fn use_lease(&mut self, step: Step) {
         let locker = self.process.locker.clone();
         let Some((place, lease)) = self.world.some_lease(&mut self.rng) else { return };
+        let limit = self.limit_for(&lease);
         if step == Step::EnsureLease {
             let ttl = self.ttl();
-            drop(self.bounded(COMMAND_TIMEOUT, Doing::default(), "ensure", locker.ensure(&lease, ttl)).await);
+            drop(self.bounded(limit, Doing::default(), "ensure", locker.ensure(&lease, ttl)).await);
             return;
         }
-        let adopted = self.bounded(COMMAND_TIMEOUT, Doing::default(), "adopt", locker.adopt(lease)).await;
+        let adopted = self.bounded(limit, Doing::default(), "adopt", locker.adopt(lease)).await;
         if let Some(Ok(guard)) = adopted {
             self.world.taken_up(place);
             self.guards.push(guard);
@@ -658,7 +665,8 @@ impl Actor {
         let asking = self.world.asks(Mode::Exclusive);
         self.process.dog.lock().unwrap().asks.push(asking);
         let request = dog.watch_lease(lease.clone()).obtain_when_free(self.rng.bool()).into_future();
-        let watched = self.bounded(COMMAND_TIMEOUT, Doing::default(), "watch_lease", request).await;
+        let limit = self.limit_for(&lease);
+        let watched = self.bounded(limit, Doing::default(), "watch_lease", request).await;
         if let Some(Ok(())) = watched {
             place.into_iter().for_each(|place| self.world.taken_up(place));
             self.process.dog.lock().unwrap().leases.push(lease);

@@ -76,10 +76,13 @@ impl Subscription {
         self
     }
 
-    /// Ignores notifications from these of the sources, and no others, from now on.
+    /// Ignores notifications from these of the sources, and no others, from now on: if all others are open.
     pub(crate) fn ignore(&mut self, sources: Nodes) {
+        let is_open = |source: &Source| source.state.borrow().channel == ChannelState::Open;
+        let mut others = self.0.iter().enumerate().filter(|(place, _)| !sources.contains(*place));
+        let are_open = others.all(|(_, source)| is_open(source));
         for (place, source) in self.0.iter_mut().enumerate() {
-            source.is_ignored = sources.contains(place);
+            source.is_ignored = are_open && sources.contains(place);
         }
     }
 

@@ -157,11 +157,17 @@ impl Inner {
     /// Stops the renewal, and leaves the lock to the lease that the guard was adopted from.
     pub(super) fn return_to(&self, guard: LockGuard, lease: Option<GrantId>) -> End {
         let (owned, ttl) = (guard.hold().owned.clone(), guard.ttl());
-        // The claim has been confirmed.
-        let may_run_until = guard.hold().may_record_until().unwrap_or_else(Instant::now);
+        let (hold, shared) = (guard.hold(), self.locker.shared());
         let (kept, end) = keep_as_lease(guard);
         if kept.is_some() {
-            self.locker.shared().give_back(owned, lease, ttl, may_run_until);
+            let now = Instant::now();
+            let may_run_until = match shared.store.capabilities().undoes_attempts {
+                // A majority has confirmed the claim. Other nodes may run it yet.
+                true => now + shared.may_run_for(),
+                // It has been confirmed. What may come late is a renewal. After the end, none is sent any more.
+                false => hold.may_record_until().unwrap_or(now),
+            };
+            shared.give_back(owned, lease, ttl, may_run_until);
         }
         end
     }

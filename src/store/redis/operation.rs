@@ -88,7 +88,8 @@ impl Operation {
         }
     }
 
-    /// Returns the call of `acquire.lua`, `end_grant.lua` or `renew_grant.lua`, to which the script for one key leaves some cases.
+    /// Returns the call of `acquire.lua`, `end_grant.lua` or `renew_grant.lua`, to which the script for one key leaves
+    /// some cases.
     pub(super) fn full_call(&self) -> Call {
         let key = self.name.clone();
         let token = || self.token.to_bytes();

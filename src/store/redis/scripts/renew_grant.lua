@@ -12,8 +12,9 @@
 --       'least'    they live for at least the ttl. Only for `-`, on a node of a quorum.
 --       'ensure'   the same for any grant of the token.
 --       'return'   the keys do not change. The grant ends, and the earlier one replaces it if there is no other.
--- Reply as in renew.lua, where a key counts as gone if others rely on it and not this grant; -1 - s if the server was restarted lately: nothing has changed, and its replies don't count
---       for s more seconds. What it holds may be from an old dump, and it may have forgotten what came later.
+-- Reply as in renew.lua, where a key counts as gone if others rely on it and not this grant.
+--       -1 - s  the server was restarted lately: nothing has changed, and its replies don't count for s more seconds.
+--       What it holds may be from an old dump, and it may have forgotten what came later.
 --
 -- Idempotent, as renew.lua is.
 
