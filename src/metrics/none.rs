@@ -7,8 +7,8 @@ use crate::{Error, Key, Loss};
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Labels {}
 
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Label;
+#[derive(Clone, Default)]
+pub(crate) struct Label {}
 
 pub(crate) struct Waiting;
 
@@ -29,7 +29,7 @@ impl Held {
     }
 
     pub(crate) fn label(&self) -> Label {
-        Label
+        Label {}
     }
 
     pub(crate) fn end(self, _: Loss) {}
