@@ -287,7 +287,8 @@ Signals:
   be lost, a second process of it (`tenure __watch`) ends the group. There is
   no grace period if tenure is killed under another `tenure run`, whose lock
   may end. Where that process can't be started, the command doesn't run;
-  where it is gone later and can't be replaced, tenure says so.
+  where it is gone later and can't be replaced, tenure says so, and tries
+  again.
 
 Exit codes:
   the command's own  it has run and ended

@@ -11,6 +11,7 @@ mod group;
 mod signals;
 mod terminal;
 pub(crate) mod watcher;
+mod watchers;
 
 use std::io::ErrorKind;
 use std::pin::pin;
@@ -29,7 +30,7 @@ use self::ending::{Plan, Why};
 use self::group::{Group, Look};
 use self::signals::{Received, Signals};
 use self::terminal::Terminal;
-use self::watcher::Watcher;
+use self::watchers::{Told, Watchers};
 use crate::args::RunOptions;
 use crate::connect::{connect, exit_of};
 use crate::exit::Exit;
@@ -141,8 +142,8 @@ fn described(options: &RunOptions) -> String {
 
 /// Runs the command for as long as the lock is held, and releases the lock when all of its group is gone.
 async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut Signals, output: &Output) -> Exit {
-    let watcher = match Watcher::start() {
-        Ok(watcher) => watcher,
+    let watchers = match Watchers::start() {
+        Ok(watchers) => watchers,
         Err(error) => {
             drop(guard.release().await);
             return output.fail(Exit::Unavailable, &format_args!("could not start the watcher: {error}"));
@@ -151,7 +152,7 @@ async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut 
     let (child, group) = match group::start(&options.command, &environment(&guard, options)) {
         Ok(started) => started,
         Err(error) => {
-            watcher.done();
+            watchers.done();
             drop(guard.release().await);
             let is_missing = error.kind() == ErrorKind::NotFound;
             let exit = if is_missing { Exit::NotFound } else { Exit::NotExecutable };
@@ -160,8 +161,8 @@ async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut 
         }
     };
     let deadline = guard.deadline();
-    let watcher = Some(watcher);
-    let mut running = Running { child, group, plan, deadline, watcher, terminal: None, stopped: None };
+    let mut running =
+        Running { child, group, plan, deadline, watchers, is_unwatched: false, terminal: None, stopped: None };
     // First of all: until then, nobody ends the group if we are killed or stopped.
     running.tell_watcher(output);
     running.give_terminal();
@@ -199,8 +200,10 @@ struct Running {
     plan: Plan,
     /// The guard's deadline while it was last held.
     deadline: Instant,
-    /// Ends the group if we can't. `None` once it is gone and can't be replaced.
-    watcher: Option<Watcher>,
+    /// End the group if we can't.
+    watchers: Watchers,
+    /// Whether we have said that nobody would.
+    is_unwatched: bool,
     terminal: Option<Terminal>,
     /// The signal that has stopped the command, while it is stopped.
     stopped: Option<Signal>,
@@ -233,7 +236,7 @@ impl Running {
                 loss = &mut lost => return Ended::Because(Why::from(loss)),
                 status = self.child.wait() => match status {
                     // While we were stopped.
-                    Ok(_) if self.watcher_has_acted() => {
+                    Ok(_) if self.watchers.has_acted() => {
                         return Ended::Because(self.plan.why(self.deadline, Instant::now()));
                     }
                     Ok(status) => return Ended::ByItself(status),
@@ -253,32 +256,28 @@ impl Running {
     }
 
     fn tell_watcher(&mut self, output: &Output) {
-        let Some(watcher) = &mut self.watcher else { return };
-        if watcher.tell(&self.group, &self.plan, self.deadline) {
-            return;
-        }
-        // Ended first, so that no old line of the old one can end the group.
-        self.watcher.take().into_iter().for_each(Watcher::done);
-        let replaced = Watcher::start().and_then(|mut watcher| {
-            let is_told = watcher.tell(&self.group, &self.plan, self.deadline);
-            if is_told { Ok(watcher) } else { Err(ErrorKind::BrokenPipe.into()) }
-        });
-        match replaced {
-            Ok(watcher) => self.watcher = Some(watcher),
+        match self.watchers.tell(&self.group, &self.plan, self.deadline) {
+            Told::Later => {}
+            Told::Yes if self.is_unwatched => {
+                self.is_unwatched = false;
+                output.event("watched", "another watcher was started", json!({}));
+            }
+            Told::Yes => {}
+            // It is tried again and again, and said once.
+            Told::Failed(_) if self.is_unwatched => {}
             // To end a command that is well would be worse.
-            Err(error) => output.event(
-                "unwatched",
-                format_args!(
-                    "the watcher is gone, and another could not be started: {error}. If tenure is killed or stopped, \
-                     the command goes on"
-                ),
-                json!({ "error": error.to_string() }),
-            ),
+            Told::Failed(error) => {
+                self.is_unwatched = true;
+                output.event(
+                    "unwatched",
+                    format_args!(
+                        "the watcher is gone, and another could not be started: {error}. Until one is, the command \
+                         goes on if tenure is killed or stopped"
+                    ),
+                    json!({ "error": error.to_string() }),
+                );
+            }
         }
-    }
-
-    fn watcher_has_acted(&mut self) -> bool {
-        self.watcher.as_mut().is_some_and(Watcher::has_acted)
     }
 
     fn give_terminal(&mut self) {
@@ -324,11 +323,8 @@ impl Running {
 
     /// Reaps what the command has left behind: in a container, there may be nobody else who does.
     fn reap_orphans(&mut self) {
-        let watcher = self.watcher.as_mut().and_then(|watcher| {
-            watcher.reap();
-            watcher.pid()
-        });
-        let children: Vec<_> = [Some(self.group.pid()), watcher].into_iter().flatten().collect();
+        self.watchers.reap();
+        let children: Vec<_> = [Some(self.group.pid()), self.watchers.pid()].into_iter().flatten().collect();
         group::reap_orphans(&children);
     }
 
@@ -374,9 +370,7 @@ impl Running {
         if was_asked && is_gone {
             output.detail("gone", json!({ "killed": was_killed, "after_ms": millis(began.elapsed()) }));
         }
-        if let Some(watcher) = self.watcher.take() {
-            watcher.done();
-        }
+        self.watchers.done();
         (status, is_gone)
     }
 }

@@ -16,6 +16,7 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::process::CommandExt;
 #[cfg(any(target_os = "android", target_os = "linux"))]
 use std::path::Path;
 use std::path::PathBuf;
@@ -59,12 +60,15 @@ impl Watcher {
     ///
     /// Those of the system, such as where it has no process left for it.
     pub(super) fn start() -> io::Result<Self> {
-        use std::os::unix::process::CommandExt;
         let mut command = Command::new(program()?);
-        command.arg0(NAME).arg(COMMAND).stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
+        command.arg0(NAME).arg(COMMAND);
         // The URL may have a password, and it needs none.
         command.env_remove("TENURE_URL");
-        let mut process = command.spawn()?;
+        Self::spawn(command)
+    }
+
+    pub(super) fn spawn(mut command: Command) -> io::Result<Self> {
+        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0).spawn()?;
         let pipe = process.stdin.take().filter(is_without_waiting);
         let acts = process.stdout.take().filter(is_without_waiting);
         Ok(Self { process, pipe, acts, told: None })
@@ -88,9 +92,9 @@ impl Watcher {
         i32::try_from(self.process.id()).ok().map(Pid::from_raw)
     }
 
-    /// Reaps it if it has ended.
-    pub(super) fn reap(&mut self) {
-        drop(self.process.try_wait());
+    /// Returns whether it has ended. Reaps it if so.
+    pub(super) fn has_ended(&mut self) -> bool {
+        !matches!(self.process.try_wait(), Ok(None))
     }
 
     /// Ends it, as the group is gone. It may be stopped, so nothing is asked of it.

@@ -207,6 +207,24 @@ fn a_watcher_that_is_gone_or_takes_no_more_lines_is_replaced() {
 }
 
 #[test]
+fn a_watcher_that_dies_is_replaced_at_once_and_not_at_the_next_renewal() {
+    let server = Server::start();
+    let script = "trap '' TERM; echo $$ > child; while [ -f child ]; do sleep 0.05; done";
+    let running = Running::start(&server, "job", &["--ttl", "60s", "--grace", "200ms"], script);
+    let child = running.process_of("child");
+    let first = watcher_of(&running);
+    kill(first, Signal::SIGKILL).unwrap();
+    let killed = Instant::now();
+    eventually(|| (kill(first, None) == Err(Errno::ESRCH)).then_some(()));
+    let second = watcher_of(&running);
+    assert!(killed.elapsed() < ms(5_000), "{:?}", killed.elapsed());
+    // It has been told of the group.
+    eventually(|| read_by(second).filter(|bytes| *bytes > 0));
+    running.signal(Signal::SIGKILL);
+    eventually(|| is_gone(child).then_some(()));
+}
+
+#[test]
 fn no_command_runs_unwatched() {
     let hide = "mount -t tmpfs none /proc && exec \"$@\"";
     let hides =
