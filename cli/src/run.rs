@@ -227,7 +227,11 @@ impl Running {
             self.continue_if_stopped();
             let now = Instant::now();
             if guard.is_held() && self.plan.is_over(self.deadline, now) {
-                return Ended::Because(self.plan.why(self.deadline, now));
+                // It may have ended while we were stopped: after that, timers fire before the runtime notices.
+                return match self.child.try_wait() {
+                    Ok(Some(status)) => self.ended_with(status),
+                    _ => Ended::Because(self.plan.why(self.deadline, now)),
+                };
             }
             let look_at = self.plan.end_at(self.deadline).min(now + LOOK_EVERY.min(self.plan.tell_every()));
             select! {
@@ -235,11 +239,7 @@ impl Running {
                 biased;
                 loss = &mut lost => return Ended::Because(Why::from(loss)),
                 status = self.child.wait() => match status {
-                    // While we were stopped.
-                    Ok(_) if self.watchers.has_acted() => {
-                        return Ended::Because(self.plan.why(self.deadline, Instant::now()));
-                    }
-                    Ok(status) => return Ended::ByItself(status),
+                    Ok(status) => return self.ended_with(status),
                     Err(error) => return Ended::Because(Why::Unknown(error.to_string())),
                 },
                 received = signals.next() => match received {
@@ -253,6 +253,15 @@ impl Running {
                 () = sleep_until(look_at) => {}
             }
         }
+    }
+
+    /// Returns why the command has ended with this status.
+    fn ended_with(&mut self, status: ExitStatus) -> Ended {
+        // While we were stopped.
+        if self.watchers.have_ended(status) {
+            return Ended::Because(self.plan.why(self.deadline, Instant::now()));
+        }
+        Ended::ByItself(status)
     }
 
     fn tell_watcher(&mut self, output: &Output) {

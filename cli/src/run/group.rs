@@ -79,6 +79,14 @@ impl Group {
         killpg(self.0, None) != Err(Errno::ESRCH)
     }
 
+    /// Returns whether the command itself is known to run. Also those may ask who are not its parent, on Linux.
+    pub(super) fn command_runs(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0)).unwrap_or_default();
+        // Behind its name, which may contain anything.
+        let state = stat.rsplit(')').next().unwrap_or_default().trim_start();
+        !state.is_empty() && !state.starts_with(['Z', 'X'])
+    }
+
     /// Reaps those of its processes that have become ours and have ended. Only when the command itself has been waited
     /// for, whose status would be lost.
     pub(super) fn reap(&self) {

@@ -10,7 +10,8 @@
 //!    the group.
 //! 4. It goes by the last line that is in the pipe, also where it was stopped itself and finds many.
 //! 5. One that is gone, or takes no more lines, is replaced: the lines that it has would be old when it wakes.
-//! 6. Before it ends the group, it says so: when we go on, we must not take that for an end of the command's own.
+//! 6. Before it ends the group, it reports that, and whether the command is running: when we go on, we must not take
+//!    that for an end of the command's own, nor the reverse.
 //! 7. If we are killed while another `tenure run` runs us, that one's grace period is over: it kills us before its lock
 //!    ends. The group was asked to end before, and gets no further grace period.
 
@@ -42,6 +43,20 @@ const NAME: &str = "tenure";
 
 /// How much later than us it asks the group to end.
 const LATER: Duration = Duration::from_millis(200);
+
+/// What it reports when it begins to end the group while the command is running.
+const RUNS: u8 = b'r';
+/// What it reports when the command itself has ended already, or the system doesn't tell.
+const ENDED: u8 = b'e';
+
+/// What a watcher that has begun to end the group knew of the command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Acted {
+    /// The command itself had ended already, if only by a moment; or the system doesn't tell.
+    OnEnded,
+    /// It was running.
+    OnRunning,
+}
 
 /// Our end of it.
 pub(super) struct Watcher {
@@ -84,8 +99,10 @@ impl Watcher {
     }
 
     /// Returns whether it has begun to end the group, as it does where we are stopped for too long.
-    pub(super) fn has_acted(&mut self) -> bool {
-        self.acts.as_mut().is_some_and(|acts| matches!(acts.read(&mut [0]), Ok(1)))
+    pub(super) fn acted(&mut self) -> Option<Acted> {
+        let mut byte = [0];
+        let acts = self.acts.as_mut()?;
+        matches!(acts.read(&mut byte), Ok(1)).then(|| if byte == [RUNS] { Acted::OnRunning } else { Acted::OnEnded })
     }
 
     pub(super) fn pid(&self) -> Option<Pid> {
@@ -245,7 +262,9 @@ fn end(orders: Orders) {
     let now = clock().as_millis();
     let kill_at = orders.kill_at_ms.min(now + orders.grace_ms);
     // Before the command can end of it. Where we are gone, nobody reads this.
-    io::stdout().write_all(b"\n").ok();
+    let report = if group.command_runs() { RUNS } else { ENDED };
+    let mut stdout = io::stdout();
+    stdout.write_all(&[report]).and_then(|()| stdout.flush()).ok();
     group.terminate();
     while group.exists() {
         let now = clock().as_millis();

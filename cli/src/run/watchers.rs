@@ -3,19 +3,26 @@
 //! 1. A watcher that is gone, or takes no more lines, is replaced at once; but no more often than every [`PACE`], also
 //!    where none can be started.
 //! 2. The old one is killed first, so that no old line of it can end the group.
+//! 3. Whether any of them has begun to end the group is remembered: its process may be gone when we ask.
 
 use std::io::{self, ErrorKind};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use tokio::time::Instant;
 
 use super::ending::Plan;
 use super::group::Group;
-use super::watcher::Watcher;
+use super::watcher::{Acted, Watcher};
 
 /// The shortest time between two replacements.
 pub(super) const PACE: Duration = Duration::from_secs(1);
+
+/// What a watcher sends to the group.
+const SENT: [i32; 2] = [Signal::SIGTERM as i32, Signal::SIGKILL as i32];
 
 /// What became of telling the watcher.
 #[derive(Debug)]
@@ -35,6 +42,8 @@ pub(super) struct Watchers {
     watcher: Option<Watcher>,
     /// When a watcher was last replaced, or should have been.
     replaced_at: Option<Instant>,
+    /// Whether one of them has begun to end the group, as far as we have asked.
+    acted: Option<Acted>,
 }
 
 impl Watchers {
@@ -48,7 +57,7 @@ impl Watchers {
     }
 
     fn start_by(start: fn() -> io::Result<Watcher>) -> io::Result<Self> {
-        Ok(Self { start, watcher: Some(start()?), replaced_at: None })
+        Ok(Self { start, watcher: Some(start()?), replaced_at: None, acted: None })
     }
 
     /// Tells the watcher of the group, and until when that may run. Replaces a watcher that can't be told.
@@ -56,7 +65,8 @@ impl Watchers {
         if self.watcher.as_mut().is_some_and(|watcher| watcher.tell(group, plan, deadline)) {
             return Told::Yes;
         }
-        if let Some(watcher) = self.watcher.take() {
+        if let Some(mut watcher) = self.watcher.take() {
+            self.acted = self.acted.max(watcher.acted());
             watcher.done();
         }
         let now = Instant::now();
@@ -80,14 +90,26 @@ impl Watchers {
         }
     }
 
-    /// Returns whether the watcher has begun to end the group, as it does where we are stopped for too long.
-    pub(super) fn has_acted(&mut self) -> bool {
-        self.watcher.as_mut().is_some_and(Watcher::has_acted)
+    /// Returns whether one of them has ended the command, whose status is this: as they do where we are stopped for too
+    /// long.
+    pub(super) fn have_ended(&mut self, status: ExitStatus) -> bool {
+        match self.acted() {
+            None => false,
+            Some(Acted::OnRunning) => true,
+            // It may have run a little longer than was known. What exits with a code has not ended of a signal.
+            Some(Acted::OnEnded) => status.signal().is_some_and(|signal| SENT.contains(&signal)),
+        }
+    }
+
+    fn acted(&mut self) -> Option<Acted> {
+        self.acted = self.acted.max(self.watcher.as_mut().and_then(Watcher::acted));
+        self.acted
     }
 
     /// Reaps the watcher if it has ended, so that the next [`tell`](Self::tell) replaces it.
     pub(super) fn reap(&mut self) {
         if self.watcher.as_mut().is_some_and(Watcher::has_ended) {
+            self.acted();
             self.watcher = None;
         }
     }
@@ -109,7 +131,7 @@ mod tests {
     use std::process::Command;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    use nix::sys::signal::{Signal, kill};
+    use nix::sys::signal::kill;
     use tokio::time::advance;
 
     use super::*;
@@ -133,6 +155,41 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn what_a_watcher_has_done_is_known_when_it_was_replaced() {
+        let killed = ExitStatus::from_raw(Signal::SIGKILL as i32);
+        let mut watchers = Watchers::start_by(|| shell("exec cat")).unwrap();
+        assert!(!watchers.have_ended(killed));
+        let first = watchers.watcher.replace(shell("printf r").unwrap());
+        first.into_iter().for_each(Watcher::done);
+        wait_for_its_end(&mut watchers);
+        // Its pipe is broken.
+        assert!(matches!(tell(&mut watchers, Instant::now()), Told::Yes));
+        assert!(watchers.have_ended(killed));
+        watchers.done();
+        // Also where its end was noticed before.
+        let mut watchers = Watchers::start_by(|| shell("printf r")).unwrap();
+        wait_for_its_end(&mut watchers);
+        watchers.reap();
+        assert!(watchers.pid().is_none() && watchers.have_ended(killed));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watcher_has_ended_what_was_running_and_what_has_ended_by_its_signals() {
+        let status = |of: Signal| ExitStatus::from_raw(of as i32);
+        let (exited, failed) = (ExitStatus::from_raw(0), ExitStatus::from_raw(3 << 8));
+        for (script, expected) in
+            [("printf r", [true; 5]), ("printf e", [false, false, true, true, false]), (":", [false; 5])]
+        {
+            let mut watchers = Watchers::start_by(|| shell("exec cat")).unwrap();
+            let first = watchers.watcher.replace(shell(script).unwrap());
+            first.into_iter().for_each(Watcher::done);
+            wait_for_its_end(&mut watchers);
+            let all = [exited, failed, status(Signal::SIGTERM), status(Signal::SIGKILL), status(Signal::SIGSEGV)];
+            assert_eq!(all.map(|status| watchers.have_ended(status)), expected, "{script}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_watcher_that_has_ended_is_replaced_though_it_was_told_the_deadline() {
         let mut watchers = Watchers::start_by(|| shell("exec cat")).unwrap();
         let deadline = Instant::now() + PACE;
@@ -146,7 +203,7 @@ mod tests {
         assert!(watchers.pid().is_none());
         assert!(matches!(tell(&mut watchers, deadline), Told::Yes));
         assert!(watchers.pid().is_some_and(|second| Some(second) != first));
-        assert!(!watchers.has_acted());
+        assert!(!watchers.have_ended(ExitStatus::from_raw(Signal::SIGKILL as i32)));
         watchers.done();
     }
 

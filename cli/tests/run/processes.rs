@@ -76,6 +76,38 @@ fn a_command_that_the_watcher_ended_is_not_taken_for_one_that_ended_by_itself() 
     assert_eq!(code, 76, "{events:?}");
 }
 
+/// Runs this command, which leaves a process behind in its group. Stops tenure; and has it go on when that process is
+/// asked to end, which the watcher does at half of the ttl: while the lock is still held. Before, this is done.
+fn code_after_a_stop(server: &Server, command: &str, meanwhile: impl FnOnce(&Running)) -> (i32, Vec<Value>) {
+    let script = "sh -c 'trap \"echo > asked; exit\" TERM; echo > up; while :; do sleep 0.05; done' & \
+                  while ! [ -f up ]; do sleep 0.01; done; echo $$ > child; ";
+    let running = Running::start(server, "job", &["--ttl", "8s", "--grace", "4s"], &format!("{script}{command}"));
+    let child = running.process_of("child");
+    running.event("started");
+    stop(running.pid());
+    meanwhile(&running);
+    running.written("asked");
+    eventually(|| is_gone(child).then_some(()));
+    running.signal(Signal::SIGCONT);
+    let (code, _, events) = running.ended();
+    (code, events)
+}
+
+#[test]
+fn what_has_ended_before_the_watcher_acts_has_its_own_exit_code_and_what_ends_of_that_has_not() {
+    let server = Server::start();
+    let waits = "while ! [ -f end ]; do sleep 0.01; done; exit 3";
+    let (code, events) = code_after_a_stop(&server, waits, |running| {
+        fs::write(running.path("end"), "").unwrap();
+        let child = running.process_of("child");
+        eventually(|| is_gone(child).then_some(()));
+    });
+    assert_eq!(code, 3, "{events:?}");
+    // A command that ends in good order when it is asked to has not done its work.
+    let (code, events) = code_after_a_stop(&server, "trap 'exit 0' TERM; while :; do sleep 0.05; done", |_| {});
+    assert_eq!(code, 76, "{events:?}");
+}
+
 #[test]
 fn a_watcher_that_is_stopped_holds_up_nothing() {
     let server = Server::start();
