@@ -266,12 +266,12 @@ impl Running {
 
     fn tell_watcher(&mut self, output: &Output) {
         match self.watchers.tell(&self.group, &self.plan, self.deadline) {
-            Told::Later => {}
-            Told::Yes if self.is_unwatched => {
+            Told::Yes | Told::Later => {}
+            Told::Replaced if self.is_unwatched => {
                 self.is_unwatched = false;
                 output.event("watched", "another watcher was started", json!({}));
             }
-            Told::Yes => {}
+            Told::Replaced => output.detail("watched", json!({})),
             // It is tried again and again, and said once.
             Told::Failed(_) if self.is_unwatched => {}
             // To end a command that is well would be worse.

@@ -114,9 +114,17 @@ impl Watcher {
         !matches!(self.process.try_wait(), Ok(None))
     }
 
-    /// Ends it, as the group is gone. It may be stopped, so nothing is asked of it.
-    pub(super) fn done(mut self) {
+    /// Kills it, and doesn't wait for its end: whoever reaps orphans reaps it. It may be stopped, so nothing is asked of
+    /// it.
+    pub(super) fn kill(mut self) {
         // While the pipe is open: at its end it would end the group, whose id may be another's by now.
+        drop(self.process.kill());
+        drop(self.process.try_wait());
+    }
+
+    /// Kills it, as the group is gone, and waits for its end.
+    pub(super) fn done(mut self) {
+        // While the pipe is open, as above.
         drop(self.process.kill());
         drop(self.process.wait());
     }

@@ -2,7 +2,7 @@
 //!
 //! 1. A watcher that is gone, or takes no more lines, is replaced at once; but no more often than every [`PACE`], also
 //!    where none can be started.
-//! 2. The old one is killed first, so that no old line of it can end the group.
+//! 2. The old one is killed first, so that no old line of it can end the group. Nothing waits for its end.
 //! 3. Whether any of them has begun to end the group is remembered: its process may be gone when we ask.
 
 use std::io::{self, ErrorKind};
@@ -27,8 +27,10 @@ const SENT: [i32; 2] = [Signal::SIGTERM as i32, Signal::SIGKILL as i32];
 /// What became of telling the watcher.
 #[derive(Debug)]
 pub(super) enum Told {
-    /// A watcher knows the deadline.
+    /// The watcher knows the deadline.
     Yes,
+    /// Another was started, and knows it.
+    Replaced,
     /// No watcher knows it. Another is started when it is time.
     Later,
     /// No watcher knows it, as no other could be started now.
@@ -67,7 +69,7 @@ impl Watchers {
         }
         if let Some(mut watcher) = self.watcher.take() {
             self.acted = self.acted.max(watcher.acted());
-            watcher.done();
+            watcher.kill();
         }
         let now = Instant::now();
         if self.replaced_at.is_some_and(|last| now < last + PACE) {
@@ -77,14 +79,14 @@ impl Watchers {
         let started = (self.start)().and_then(|mut watcher| match watcher.tell(group, plan, deadline) {
             true => Ok(watcher),
             false => {
-                watcher.done();
+                watcher.kill();
                 Err(ErrorKind::BrokenPipe.into())
             }
         });
         match started {
             Ok(watcher) => {
                 self.watcher = Some(watcher);
-                Told::Yes
+                Told::Replaced
             }
             Err(error) => Told::Failed(error),
         }
@@ -163,7 +165,7 @@ mod tests {
         first.into_iter().for_each(Watcher::done);
         wait_for_its_end(&mut watchers);
         // Its pipe is broken.
-        assert!(matches!(tell(&mut watchers, Instant::now()), Told::Yes));
+        assert!(matches!(tell(&mut watchers, Instant::now()), Told::Replaced));
         assert!(watchers.have_ended(killed));
         watchers.done();
         // Also where its end was noticed before.
@@ -201,7 +203,7 @@ mod tests {
         wait_for_its_end(&mut watchers);
         watchers.reap();
         assert!(watchers.pid().is_none());
-        assert!(matches!(tell(&mut watchers, deadline), Told::Yes));
+        assert!(matches!(tell(&mut watchers, deadline), Told::Replaced));
         assert!(watchers.pid().is_some_and(|second| Some(second) != first));
         assert!(!watchers.have_ended(ExitStatus::from_raw(Signal::SIGKILL as i32)));
         watchers.done();

@@ -248,10 +248,10 @@ fn a_watcher_that_dies_is_replaced_at_once_and_not_at_the_next_renewal() {
     kill(first, Signal::SIGKILL).unwrap();
     let killed = Instant::now();
     eventually(|| (kill(first, None) == Err(Errno::ESRCH)).then_some(()));
-    let second = watcher_of(&running);
+    // It knows of the command by then.
+    running.event("watched");
     assert!(killed.elapsed() < ms(5_000), "{:?}", killed.elapsed());
-    // It has been told of the group.
-    eventually(|| read_by(second).filter(|bytes| *bytes > 0));
+    watcher_of(&running);
     running.signal(Signal::SIGKILL);
     eventually(|| is_gone(child).then_some(()));
 }
