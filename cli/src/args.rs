@@ -92,7 +92,8 @@ pub(crate) struct ServerOptions {
 
     /// How long to wait for the server's reply to one command, and for a connection
     ///
-    /// For a connection, no longer than a third of --ttl, or 10s where there is none.
+    /// For a connection, no longer than a third of --ttl. Where there is no --ttl, no longer than 10s; with several
+    /// URLs, no longer than a third of --restart-window either.
     #[arg(long, value_parser = humantime::parse_duration, default_value = "2s", value_name = "TIME")]
     pub(crate) command_timeout: Duration,
 

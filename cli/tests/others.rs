@@ -4,7 +4,9 @@
 
 use std::fs::File;
 use std::io::{Read, Write, pipe};
+use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::pty::openpty;
 use serde_json::Value;
@@ -197,6 +199,21 @@ fn a_short_restart_window_of_a_quorum_is_no_error() {
     }
     let run = |ttl| is_refused(&["run", "job", "--no-wait", "--ttl", ttl, "--", "true"]);
     assert!(!run("10s") && run("11s"));
+}
+
+/// A single server has no restart window, and no command but `run` has a ttl.
+#[test]
+fn a_restart_window_does_not_limit_the_time_for_a_connection_to_one_server() {
+    // It accepts connections, and never replies.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("redis://{}", silent.local_addr().unwrap());
+    let began = Instant::now();
+    let status = Command::new(TENURE)
+        .args(["status", "job", "--url", &url, "--restart-window", "1s", "--command-timeout", "1s"])
+        .stderr(Stdio::null())
+        .status();
+    assert_eq!(status.unwrap().code(), Some(69));
+    assert!(began.elapsed() >= Duration::from_secs(1), "{:?}", began.elapsed());
 }
 
 #[cfg(target_os = "linux")]
