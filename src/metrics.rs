@@ -88,7 +88,8 @@ pub const HELD: &str = "tenure_held";
 /// loss.
 pub const HOLD: &str = "tenure_hold_seconds";
 
-/// Counts locks that were lost, also where only the release has found that. `loss` is the [`Loss`](crate::Loss): `expired`, `taken`, `missing` or `limit_reached`.
+/// Counts locks that were lost, also where only the release has found that. `loss` is the [`Loss`](crate::Loss):
+/// `expired`, `taken`, `missing` or `limit_reached`.
 pub const LOST: &str = "tenure_lost_total";
 
 /// Counts renewals, in the background and by calls of a guard. `outcome` is `renewed`, or `failed` if it is not known

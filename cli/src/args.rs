@@ -299,9 +299,9 @@ Exit codes:
   69                 the server can't be reached, refuses, or has failed; or
                      the system doesn't let tenure start what it needs
   75                 not obtained: another has the lock (--not-obtained-code)
-  76                 lost: the lock was lost while the command ran, and its
-                     process group was ended (--lost-code). Also if only the
-                     release finds it out, and the command has ended by then
+  76                 lost: the lock was lost while the command ran. The
+                     process group was ended, unless the command had already
+                     ended by itself (--lost-code)
   124                the command ran for as long as --at-most allows, and its
                      process group was ended
   126, 127           the command can't be executed; it doesn't exist
@@ -314,7 +314,8 @@ Exit codes:
   0   the locks were looked at
   64  the arguments are wrong
   69  the server can't be reached, refuses, or has failed
-  74  the result could not be written to stdout, as where the disk is full
+  74  the result could not be written to stdout, for example because the disk
+      is full
   75  with --exit-code: one of the locks is held";
 
 const AFTER_LIST: &str = "\
@@ -322,7 +323,8 @@ Exit codes:
   0   the locks were listed
   64  the arguments are wrong
   69  the server can't be reached, refuses, or has failed
-  74  the result could not be written to stdout, as where the disk is full";
+  74  the result could not be written to stdout, for example because the disk
+      is full";
 
 const AFTER_BREAK: &str = "\
 Exit codes:
@@ -332,8 +334,8 @@ Exit codes:
   64  the arguments are wrong; without a terminal, --yes is needed
   69  the server can't be reached, refuses, or has failed: look with
       `tenure status` before you try again
-  74  the result could not be written to stdout, as where the disk is full:
-      `tenure status` shows whether the lock has ended";
+  74  the result could not be written to stdout, for example because the disk
+      is full: `tenure status` shows whether the lock has ended";
 
 const AFTER_DOCTOR: &str = "\
 Exit codes:
@@ -343,7 +345,8 @@ Exit codes:
       operation
   64  the arguments are wrong
   69  the server can't be reached, refuses, or has failed
-  74  the result could not be written to stdout, as where the disk is full";
+  74  the result could not be written to stdout, for example because the disk
+      is full";
 
 #[cfg(test)]
 mod tests {

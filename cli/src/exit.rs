@@ -14,7 +14,7 @@ pub(crate) enum Exit {
     Usage,
     /// A server can't be reached, or has failed.
     Unavailable,
-    /// The result can't be printed, as where the disk is full.
+    /// The result can't be printed, for example because the disk is full.
     NotPrinted,
     /// Another has the lock.
     NotObtained,

@@ -209,7 +209,7 @@ struct Running {
     stopped: Option<Signal>,
 }
 
-/// How it came that the command ends.
+/// Why the command ends.
 enum Ended {
     ByItself(ExitStatus),
     Because(Why),

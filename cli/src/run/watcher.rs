@@ -3,8 +3,8 @@
 //! It reads from a pipe, line by line, what it has to know; and learns of our end by the end of the pipe. It is in a
 //! process group of its own, so that what is sent to ours doesn't reach it.
 //!
-//! 1. It is started before the command, which doesn't run where it can't be started, and told of the group right after that has started, before anything else is
-//!    done.
+//! 1. It starts before the command; if it can't be started, the command doesn't run. It is told of the group as soon as
+//!    the command has started.
 //! 2. A line is written whole or not at all, and never waited for: a watcher that hangs must hold up nothing.
 //! 3. It acts a little later than we would, so that it does nothing while we are well; but no later than we would kill
 //!    the group.
@@ -58,11 +58,11 @@ pub(super) enum Acted {
     OnRunning,
 }
 
-/// Our end of it.
+/// A handle to the watcher process.
 pub(super) struct Watcher {
     process: Child,
     pipe: Option<ChildStdin>,
-    /// Where it writes when it begins to end the group.
+    /// The pipe on which the watcher reports that it has begun to end the group.
     acts: Option<ChildStdout>,
     /// The deadline that it was told.
     told: Option<Instant>,
@@ -84,8 +84,8 @@ impl Watcher {
 
     pub(super) fn spawn(mut command: Command) -> io::Result<Self> {
         let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0).spawn()?;
-        let pipe = process.stdin.take().filter(is_without_waiting);
-        let acts = process.stdout.take().filter(is_without_waiting);
+        let pipe = process.stdin.take().filter(set_nonblocking);
+        let acts = process.stdout.take().filter(set_nonblocking);
         Ok(Self { process, pipe, acts, told: None })
     }
 
@@ -149,8 +149,8 @@ fn program() -> io::Result<PathBuf> {
     std::env::current_exe()
 }
 
-/// Has reads and writes fail that would have to wait. Returns whether they do.
-fn is_without_waiting(pipe: &impl AsFd) -> bool {
+/// Puts the pipe into non-blocking mode. Returns whether that succeeded.
+fn set_nonblocking(pipe: &impl AsFd) -> bool {
     fcntl(pipe.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).is_ok()
 }
 
