@@ -114,7 +114,7 @@ impl Watcher {
         !matches!(self.process.try_wait(), Ok(None))
     }
 
-    /// Kills it, and doesn't wait for its end: whoever reaps orphans reaps it. It may be stopped, so nothing is asked of
+    /// Kills it, and doesn't wait for its end: it is reaped with the orphans. It may be stopped, so nothing is asked of
     /// it.
     pub(super) fn kill(mut self) {
         // While the pipe is open: at its end it would end the group, whose id may be another's by now.
