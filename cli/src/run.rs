@@ -135,13 +135,18 @@ fn described(options: &RunOptions) -> String {
 
 /// Runs the command for as long as the lock is held, and releases the lock when all of its group is gone.
 async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut Signals, output: &Output) -> Exit {
-    let watchers = match Watchers::start() {
+    let watchers = match Watchers::start().await {
         Ok(watchers) => watchers,
         Err(error) => {
             drop(guard.release().await);
             return output.fail(Exit::Unavailable, &format_args!("could not start the watcher: {error}"));
         }
     };
+    if let Err(loss) = guard.check() {
+        watchers.done();
+        drop(guard.release().await);
+        return output.fail(Exit::Unavailable, &format_args!("the lock was lost before the command started: {loss}"));
+    }
     let (child, group) = match group::start(&options.command, &environment(&guard, options)) {
         Ok(started) => started,
         Err(error) => {

@@ -3,7 +3,7 @@
 //! It reads from a pipe, line by line, what it has to know; and learns of our end by the end of the pipe. It is in a
 //! process group of its own, so that what is sent to ours doesn't reach it.
 //!
-//! 1. It starts before the command; if it can't be started, the command doesn't run. It is told of the group as soon as
+//! 1. It starts before the command, and reports that it is ready; if it doesn't, the command doesn't run. It is told of the group as soon as
 //!    the command has started.
 //! 2. A line is written whole or not at all, and never waited for: a watcher that hangs must hold up nothing.
 //! 3. It acts a little later than we would, so that it does nothing while we are well; but no later than we would kill
@@ -44,6 +44,11 @@ const NAME: &str = "tenure";
 /// How much later than us it asks the group to end.
 const LATER: Duration = Duration::from_millis(200);
 
+/// How long a watcher may take until it is ready.
+const READY_WITHIN: Duration = Duration::from_secs(1);
+
+/// What it reports when it is ready.
+const READY: u8 = b'w';
 /// What it reports when it begins to end the group while the command is running.
 const RUNS: u8 = b'r';
 /// What it reports when the command itself has ended already, or the system doesn't tell.
@@ -62,8 +67,10 @@ pub(super) enum Acted {
 pub(super) struct Watcher {
     process: Child,
     pipe: Option<ChildStdin>,
-    /// The pipe on which the watcher reports that it has begun to end the group.
-    acts: Option<ChildStdout>,
+    /// The pipe on which the watcher reports that it is ready, and that it has begun to end the group.
+    reports: Option<ChildStdout>,
+    is_ready: bool,
+    acted: Option<Acted>,
     /// The deadline that it was told.
     told: Option<Instant>,
 }
@@ -85,8 +92,28 @@ impl Watcher {
     pub(super) fn spawn(mut command: Command) -> io::Result<Self> {
         let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0).spawn()?;
         let pipe = process.stdin.take().filter(set_nonblocking);
-        let acts = process.stdout.take().filter(set_nonblocking);
-        Ok(Self { process, pipe, acts, told: None })
+        let reports = process.stdout.take().filter(set_nonblocking);
+        Ok(Self { process, pipe, reports, is_ready: false, acted: None, told: None })
+    }
+
+    /// Waits until it is ready, as one may start and then hang or fail.
+    ///
+    /// # Errors
+    ///
+    /// `UnexpectedEof` if it has ended, `TimedOut` if it takes too long.
+    pub(super) async fn ready(&mut self) -> io::Result<()> {
+        let began = Instant::now();
+        loop {
+            self.read_reports()?;
+            if self.is_ready {
+                return Ok(());
+            }
+            if began.elapsed() >= READY_WITHIN {
+                let text = format!("it is not ready after {READY_WITHIN:?}");
+                return Err(io::Error::new(ErrorKind::TimedOut, text));
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
     }
 
     /// Tells it of the group, and until when that may run. Returns false if it is gone, or was stopped for so long that
@@ -100,9 +127,26 @@ impl Watcher {
 
     /// Returns whether it has begun to end the group, as it does where we are stopped for too long.
     pub(super) fn acted(&mut self) -> Option<Acted> {
+        // What it has reported counts also where it has ended since.
+        self.read_reports().ok();
+        self.acted
+    }
+
+    /// Reads what it has reported by now.
+    fn read_reports(&mut self) -> io::Result<()> {
         let mut byte = [0];
-        let acts = self.acts.as_mut()?;
-        matches!(acts.read(&mut byte), Ok(1)).then(|| if byte == [RUNS] { Acted::OnRunning } else { Acted::OnEnded })
+        loop {
+            let reports = self.reports.as_mut().ok_or(ErrorKind::NotConnected)?;
+            match reports.read_exact(&mut byte) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error),
+                Ok(()) => match byte {
+                    [READY] => self.is_ready = true,
+                    [RUNS] => self.acted = self.acted.max(Some(Acted::OnRunning)),
+                    _ => self.acted = self.acted.max(Some(Acted::OnEnded)),
+                },
+            }
+        }
     }
 
     pub(super) fn pid(&self) -> Option<Pid> {
@@ -204,12 +248,19 @@ pub(crate) fn watch() {
     // It would have the name of its path, which is "exe".
     #[cfg(any(target_os = "android", target_os = "linux"))]
     nix::sys::prctl::set_name(c"tenure").ok();
+    report(READY);
     let is_nested = || std::env::var_os(KEY).is_some();
     match follow(io::stdin().as_fd()) {
         (Some(orders), Why::WriterGone) if is_nested() => end(Orders { grace_ms: 0, ..orders }),
         (Some(orders), _) => end(orders),
         (None, _) => {}
     }
+}
+
+/// Reports this to the process that started us. Where that is gone, nobody reads it.
+fn report(byte: u8) {
+    let mut stdout = io::stdout();
+    stdout.write_all(&[byte]).and_then(|()| stdout.flush()).ok();
 }
 
 /// Why the group has to be ended.
@@ -269,10 +320,8 @@ fn end(orders: Orders) {
     let group = Group::of(orders.group);
     let now = clock().as_millis();
     let kill_at = orders.kill_at_ms.min(now + orders.grace_ms);
-    // Before the command can end of it. Where we are gone, nobody reads this.
-    let report = if group.command_runs() { RUNS } else { ENDED };
-    let mut stdout = io::stdout();
-    stdout.write_all(&[report]).and_then(|()| stdout.flush()).ok();
+    // Before the command can end of it.
+    report(if group.command_runs() { RUNS } else { ENDED });
     group.terminate();
     while group.exists() {
         let now = clock().as_millis();

@@ -49,13 +49,23 @@ pub(super) struct Watchers {
 }
 
 impl Watchers {
-    /// Starts the first one.
+    /// Starts the first one, and waits until it is ready.
     ///
     /// # Errors
     ///
-    /// Those of [`Watcher::start`].
-    pub(super) fn start() -> io::Result<Self> {
-        Self::start_by(Watcher::start)
+    /// Those of [`Watcher::start`] and [`Watcher::ready`].
+    pub(super) async fn start() -> io::Result<Self> {
+        Self::start_by(Watcher::start)?.ready().await
+    }
+
+    async fn ready(mut self) -> io::Result<Self> {
+        if let Some(watcher) = &mut self.watcher
+            && let Err(error) = watcher.ready().await
+        {
+            self.done();
+            return Err(error);
+        }
+        Ok(self)
     }
 
     fn start_by(start: fn() -> io::Result<Watcher>) -> io::Result<Self> {
@@ -173,6 +183,17 @@ mod tests {
         wait_for_its_end(&mut watchers);
         watchers.reap();
         assert!(watchers.pid().is_none() && watchers.have_ended(killed));
+    }
+
+    #[tokio::test]
+    async fn a_watcher_that_ends_or_hangs_before_it_is_ready_is_an_error() {
+        let kind = async |start: fn() -> io::Result<Watcher>| {
+            let ready = Watchers::start_by(start).unwrap().ready().await;
+            ready.map(Watchers::done).map_err(|error| error.kind())
+        };
+        assert_eq!(kind(|| shell("printf w; exec cat")).await, Ok(()));
+        assert_eq!(kind(|| shell("exit")).await, Err(ErrorKind::UnexpectedEof));
+        assert_eq!(kind(|| shell("exec sleep 1000")).await, Err(ErrorKind::TimedOut));
     }
 
     #[tokio::test(start_paused = true)]

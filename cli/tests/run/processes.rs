@@ -256,24 +256,49 @@ fn a_watcher_that_dies_is_replaced_at_once_and_not_at_the_next_renewal() {
     eventually(|| is_gone(child).then_some(()));
 }
 
-#[test]
-fn no_command_runs_unwatched() {
-    let hide = "mount -t tmpfs none /proc && exec \"$@\"";
-    let hides =
-        Command::new("unshare").args(["--mount", "sh", "-c", hide, "sh", "true"]).stderr(Stdio::null()).status();
-    if !hides.unwrap().success() {
-        return eprintln!("left out: it needs root, and a system that lets it hide /proc");
-    }
-    let server = Server::start();
+/// Runs tenure where this shell command has changed /proc, which tenure finds its own program in. Returns the error, or
+/// `None` where that can't be done.
+fn failure_with_other_proc(server: &Server, change: &str) -> Option<String> {
+    let change = format!("mount -t tmpfs none /proc && {change} && exec \"$@\"");
     let mut command = Command::new("unshare");
-    command.args(["--mount", "sh", "-c", hide, "sh", TENURE, "--json", "run", "job", "--", "sh", "-c", "echo > began"]);
+    command.args(["--mount", "sh", "-c", &change, "sh"]);
+    let mut changes = Command::new("unshare");
+    changes.args(["--mount", "sh", "-c", &change, "sh", "true"]).stderr(Stdio::null());
+    if !changes.status().unwrap().success() {
+        eprintln!("left out: it needs root, and a system that lets it hide /proc");
+        return None;
+    }
+    command.args([TENURE, "--json", "run", "job", "--ttl", "1s", "--", "sh", "-c", "echo > began"]);
     command.env("TENURE_URL", server.url()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let running = Running::spawn(&mut command, tempfile::tempdir().unwrap());
     let began = running.path("began");
     let failed = running.event("failed");
-    assert!(failed["error"].as_str().unwrap().contains("watcher"), "{failed}");
     assert_eq!(running.ended().0, 69);
-    assert!(!began.exists() && is_free(&server, "job"));
+    assert!(!began.exists() && is_free(server, "job"));
+    Some(failed["error"].as_str().unwrap().to_owned())
+}
+
+#[test]
+fn no_command_runs_unwatched() {
+    let server = Server::start();
+    let Some(error) = failure_with_other_proc(&server, "true") else { return };
+    assert!(error.contains("watcher"), "{error}");
+}
+
+#[test]
+fn no_command_runs_before_its_watcher_is_ready_or_after_a_loss() {
+    let server = Server::start();
+    let loses = format!("redis-cli -p {} DEL job >/dev/null; sleep 0.7; printf w; exec cat", server.port());
+    for (watcher, expected) in [("exit 0", "watcher"), ("exec sleep 1000", "not ready"), (loses.as_str(), "lost")] {
+        let change = format!(
+            "mkdir /proc/self && printf '#!/bin/sh\\n{watcher}\\n' > /proc/self/exe && chmod 755 /proc/self/exe"
+        );
+        let Some(error) = failure_with_other_proc(&server, &change) else { return };
+        eprintln!("{watcher}: {error}");
+        // On a busy machine, the last one may take too long as well.
+        let is_late = expected == "lost" && error.contains("not ready");
+        assert!(error.contains(expected) || is_late, "{watcher}: {error}");
+    }
 }
 
 /// The inner one is killed when the outer's grace period is over. Its own one is longer, and doesn't count then.
