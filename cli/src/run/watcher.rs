@@ -104,7 +104,10 @@ impl Watcher {
     pub(super) async fn ready(&mut self) -> io::Result<()> {
         let began = Instant::now();
         loop {
-            self.read_reports()?;
+            self.read_reports().map_err(|error| match error.kind() {
+                ErrorKind::UnexpectedEof => io::Error::new(error.kind(), "it has ended"),
+                _ => error,
+            })?;
             if self.is_ready {
                 return Ok(());
             }

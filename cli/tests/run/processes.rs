@@ -289,7 +289,8 @@ fn no_command_runs_unwatched() {
 fn no_command_runs_before_its_watcher_is_ready_or_after_a_loss() {
     let server = Server::start();
     let loses = format!("redis-cli -p {} DEL job >/dev/null; sleep 0.7; printf w; exec cat", server.port());
-    for (watcher, expected) in [("exit 0", "watcher"), ("exec sleep 1000", "not ready"), (loses.as_str(), "lost")] {
+    for (watcher, expected) in [("exit 0", "it has ended"), ("exec sleep 1000", "not ready"), (loses.as_str(), "lost")]
+    {
         let change = format!(
             "mkdir /proc/self && printf '#!/bin/sh\\n{watcher}\\n' > /proc/self/exe && chmod 755 /proc/self/exe"
         );
