@@ -199,7 +199,8 @@ impl<E: Executor> Shared<E> {
         let mut given_up = Vec::new();
         let mut lanes = self.lanes();
         let mut in_lane = lanes.lane(lane);
-        in_lane.forget_stalled(now, &mut given_up);
+        in_lane.forget_stalled(now);
+        in_lane.drop_expired(now, &mut given_up);
         if in_lane.queued() == 0 {
             if let Some(number) = in_lane.begin(self.executor.few(), now + TRUSTED) {
                 return Ok(Entered::First(operation, Call { shared: self, lane, number }));
@@ -208,7 +209,7 @@ impl<E: Executor> Shared<E> {
         let runtime = self.runtime()?;
         let (result, waiter) = oneshot::channel();
         in_lane.push(Queued { operation, result, until, runtime });
-        let check_at = self.drive(lanes, lane, now);
+        let check_at = self.drive(lanes, lane, now, None);
         Ok(Entered::Waits { waiter, check_at })
     }
 
@@ -226,15 +227,16 @@ impl<E: Executor> Shared<E> {
         let mut given_up = Vec::new();
         let mut lanes = self.lanes();
         let mut in_lane = lanes.lane(lane);
-        in_lane.forget_stalled(now, &mut given_up);
+        in_lane.forget_stalled(now);
+        in_lane.drop_expired(now, &mut given_up);
         for operation in operations {
             let (result, waiter) = oneshot::channel();
             in_lane.push(Queued { operation, result, until, runtime: runtime.clone() });
             waiters.push(waiter);
         }
-        let mut check_at = self.drive(lanes, lane, now);
+        let mut check_at = self.drive(lanes, lane, now, None);
         for _ in 1..calls {
-            check_at = self.drive(self.lanes(), lane, now);
+            check_at = self.drive(self.lanes(), lane, now, None);
         }
         Ok((waiters, check_at))
     }
@@ -271,15 +273,24 @@ impl<E: Executor> Shared<E> {
     fn replace_stalled(self: &Arc<Self>, lane: u16) -> Option<Instant> {
         let mut given_up = Vec::new();
         let (now, mut lanes) = (Instant::now(), self.lanes());
-        lanes.lane(lane).forget_stalled(now, &mut given_up);
-        self.drive(lanes, lane, now)
+        let mut in_lane = lanes.lane(lane);
+        in_lane.forget_stalled(now);
+        in_lane.drop_expired(now, &mut given_up);
+        self.drive(lanes, lane, now, None)
     }
 
     /// Starts a call for what waits, if there is room for one (invariant 2). Returns until when the calls are trusted
-    /// that are in flight then, which is when to check them.
-    fn drive(self: &Arc<Self>, mut lanes: MutexGuard<'_, Lanes<E>>, lane: u16, now: Instant) -> Option<Instant> {
+    /// that are in flight then, which is when to check them. On the runtime that has `ended`, the call is only started
+    /// for an operation that can be sent nowhere else.
+    fn drive(
+        self: &Arc<Self>,
+        mut lanes: MutexGuard<'_, Lanes<E>>,
+        lane: u16,
+        now: Instant,
+        ended: Option<runtime::Id>,
+    ) -> Option<Instant> {
         let mut in_lane = lanes.lane(lane);
-        let next = in_lane.begin_for_next(self.executor.few(), now + TRUSTED);
+        let next = in_lane.begin_for_next(self.executor.few(), now + TRUSTED, ended);
         let check_at = in_lane.trusted_until();
         // A runtime that has ended drops the send loop at once, and its destructor takes the mutex.
         drop(lanes);
@@ -313,7 +324,7 @@ impl<E: Executor> Drop for Call<'_, E> {
         let mut in_lane = lanes.lane(self.lane);
         in_lane.end(self.number);
         if in_lane.queued() > 0 {
-            self.shared.drive(lanes, self.lane, Instant::now());
+            self.shared.drive(lanes, self.lane, Instant::now(), None);
         }
     }
 }
@@ -420,15 +431,18 @@ impl<E: Executor> Drop for SendLoop<E> {
         if self.is_done {
             return;
         }
+        let (now, mut abandoned) = (Instant::now(), Vec::new());
         let mut lanes = self.shared.lanes();
-        lanes.lane(self.lane).end(self.number);
-        // A send loop that has not begun shows that nothing can run on its runtime any longer. This recursion ends,
-        // since every such send loop takes operations out of the lane.
-        let abandoned = match self.has_begun {
-            true => Vec::new(),
-            false => lanes.lane(self.lane).take_all_of(self.runtime),
-        };
-        self.shared.drive(lanes, self.lane, Instant::now());
+        let mut in_lane = lanes.lane(self.lane);
+        in_lane.end(self.number);
+        in_lane.drop_expired(now, &mut abandoned);
+        // A send loop that has not begun shows that nothing can run on its runtime any longer. The next one may be
+        // dropped as it is spawned, within `drive`. This recursion ends: a send loop that is spawned for want of another
+        // runtime takes its operations out of the lane here, and one that was spawned on the caller's runtime, which no
+        // operation may name, is followed by one that was not.
+        let ended = (!self.has_begun).then_some(self.runtime);
+        abandoned.extend(ended.into_iter().flat_map(|ended| in_lane.take_all_of(ended)));
+        self.shared.drive(lanes, self.lane, now, ended);
         // This wakes the callers, so not under the mutex.
         drop(abandoned);
     }

@@ -82,11 +82,18 @@ impl<E: Executor> LaneMut<'_, E> {
     }
 
     /// Begins a call for the operations that wait, if there are any and there is room for one. Returns its number, and
-    /// the runtime on which the first of them can be sent, or that of the caller if that one stands still.
-    pub(super) fn begin_for_next(&mut self, few: usize, trusted_until: Instant) -> Option<NextCall> {
+    /// the runtime on which the first of them can be sent, or that of the caller if that one stands still. The caller's
+    /// does not count if it is `ended`: nothing begins there any longer.
+    pub(super) fn begin_for_next(
+        &mut self,
+        few: usize,
+        trusted_until: Instant,
+        ended: Option<runtime::Id>,
+    ) -> Option<NextCall> {
         let of_first = &self.lane.queue.peek()?.0.runtime;
         let stands_still = self.lane.stands_still.is_some_and(|still| still == of_first.id());
         let here = if stands_still { Handle::try_current().ok() } else { None };
+        let here = here.filter(|here| Some(here.id()) != ended);
         let runtime = here.unwrap_or_else(|| of_first.clone());
         Some(NextCall { number: self.begin_call(Some(runtime.id()), few, trusted_until)?, runtime })
     }
@@ -118,10 +125,9 @@ impl<E: Executor> LaneMut<'_, E> {
         self.lane.calls.retain(|call| call.number != number);
     }
 
-    /// Stops counting the calls that are no longer trusted, so that others can take their place. Moves to `given_up` the
-    /// first of those that wait, as long as nobody waits for them any longer: their send loops may never begin.
-    pub(super) fn forget_stalled(&mut self, now: Instant, given_up: &mut Vec<Queued<E>>) {
-        let Lane { calls, queue, stands_still } = &mut *self.lane;
+    /// Stops counting the calls that are no longer trusted, so that others can take their place.
+    pub(super) fn forget_stalled(&mut self, now: Instant) {
+        let Lane { calls, stands_still, .. } = &mut *self.lane;
         calls.retain(|call| {
             let is_trusted = now < call.trusted_until;
             if let (false, Some(runtime)) = (is_trusted, call.begins_on) {
@@ -129,6 +135,12 @@ impl<E: Executor> LaneMut<'_, E> {
             }
             is_trusted
         });
+    }
+
+    /// Moves to `given_up` the first of the operations that wait, as long as nobody waits for them any longer. Their
+    /// send loops may never begin.
+    pub(super) fn drop_expired(&mut self, now: Instant, given_up: &mut Vec<Queued<E>>) {
+        let queue = &mut self.lane.queue;
         while queue.peek().is_some_and(|Reverse(first)| first.time_left(now).is_none()) {
             given_up.extend(queue.pop().map(|Reverse(first)| first));
         }

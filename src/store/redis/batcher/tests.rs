@@ -733,6 +733,24 @@ async fn what_waits_for_a_send_loop_whose_home_has_ended_fails_at_once() {
     assert_eq!(bench.sent().len(), 2);
 }
 
+#[tokio::test]
+async fn a_runtime_that_ends_while_the_home_stands_still_leaves_its_operations_to_others() {
+    let (still, mut elsewhere) = (StandsStill::new(), Elsewhere::new());
+    let carrier = Fake { home: Some(still.handle().clone()), ..Fake::default() };
+    let bench = Bench { batcher: Arc::new(Batcher::new(carrier)), start: Instant::now() };
+    // The first send loop does not begin at home. So both of these run where the callers are.
+    for id in [1, 2] {
+        let fills = vec![Task { lasts: ms(60_000), ..task(id) }];
+        drop(elsewhere.handle.spawn(bench.run_all(fills, ms(60_000))));
+        eventually(|| bench.sent().len() == id).await;
+    }
+    drop(elsewhere.handle.spawn(bench.run(task(3), ms(60_000))));
+    eventually(|| waiting_on(&bench) == "Lanes { busy: 1, queued: 1 }").await;
+    elsewhere.end();
+    assert_eq!(soon(bench.run(task(9), ms(60_000))).await.unwrap(), 9);
+    assert_eq!(bench.sent().iter().map(|(_, ids)| ids.clone()).collect::<Vec<_>>(), [[1], [2], [9]]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_runtime_that_stands_still_holds_up_those_on_others_for_no_longer_than_it_is_trusted() {
     for first_come in [0, 1, 3] {
@@ -795,8 +813,8 @@ async fn a_runtime_counts_as_one_that_stands_still_until_a_send_loop_begins_ther
         })
         .collect();
     let begin = |in_lane: &mut lanes::LaneMut<'_, Fake>, at| {
-        in_lane.forget_stalled(at, &mut Vec::new());
-        in_lane.begin_for_next(usize::MAX, at + TRUSTED).unwrap().runtime.id()
+        in_lane.forget_stalled(at);
+        in_lane.begin_for_next(usize::MAX, at + TRUSTED, None).unwrap().runtime.id()
     };
     assert_eq!(begin(&mut in_lane, now), still.handle().id());
     assert_eq!(begin(&mut in_lane, now + TRUSTED - ms(1)), still.handle().id());
