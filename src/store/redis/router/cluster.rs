@@ -61,7 +61,14 @@ struct State {
 
 struct Failed {
     at: Instant,
-    error: Error,
+    how: Failure,
+}
+
+enum Failure {
+    /// No connection could be opened.
+    Unreachable(Error),
+    /// It did not serve a slot. It may serve others.
+    Refused,
 }
 
 impl Cluster {
@@ -125,7 +132,7 @@ impl Cluster {
                     }
                     // Also where the client can't tell which call was refused: it is the node that says so.
                     if error.code() == Some(CLUSTERDOWN) {
-                        self.is_not_served(slot, &server, &error);
+                        self.is_not_served(slot, &server);
                     }
                     return match (source, sent.source) {
                         (Some(source), Some(script)) if error.refusal() == Some("TRYAGAIN") => {
@@ -202,7 +209,7 @@ impl Cluster {
             }
         }
         // One that could not be opened a moment ago: callers share that failure, too.
-        if let Some(Failed { at, error }) = state.failed.get(server) {
+        if let Some(Failed { at, how: Failure::Unreachable(error) }) = state.failed.get(server) {
             if at.elapsed() < RECONNECT {
                 return Err(error.clone());
             }
@@ -233,7 +240,8 @@ impl Cluster {
         state.owners.retain(|_, owner| owner != server);
         state.failed.retain(|_, failed| failed.at.elapsed() < AVOIDED);
         if !node.was_open() {
-            state.failed.insert(server.clone(), Failed { at: Instant::now(), error: error.clone() });
+            let how = Failure::Unreachable(error.clone());
+            state.failed.insert(server.clone(), Failed { at: Instant::now(), how });
         }
         drop(state);
         self.known.refresh();
@@ -241,7 +249,7 @@ impl Cluster {
 
     /// Notes that the node does not serve the slot: it has lost the slot, or its part of the cluster has no majority. It
     /// names nobody else, so the next call asks another node.
-    fn is_not_served(&self, slot: u16, server: &Address, error: &Error) {
+    fn is_not_served(&self, slot: u16, server: &Address) {
         let mut state = self.state();
         if state.owners.get(&slot) == Some(server) {
             state.owners.remove(&slot);
@@ -250,7 +258,7 @@ impl Cluster {
         // prolong itself.
         let is_known = state.failed.get(server).is_some_and(|failed| failed.at.elapsed() < RECONNECT);
         if !is_known {
-            state.failed.insert(server.clone(), Failed { at: Instant::now(), error: error.clone() });
+            state.failed.insert(server.clone(), Failed { at: Instant::now(), how: Failure::Refused });
             drop(state);
             self.known.refresh();
         }
