@@ -267,6 +267,19 @@ async fn nor_does_a_frozen_primary() {
     one_primary_away(cluster, locker, |cluster| cluster.nodes[1].freeze()).await;
 }
 
+/// The replica takes over from the first node, which begins anew.
+async fn first_forgets(cluster: &Cluster, replica: &Server) {
+    assert_eq!(replica.cli(&["CLUSTER", "FAILOVER", "TAKEOVER"]), "OK");
+    elected("the others know", async || {
+        let owner =
+            |node: &Server| node.cli(&["CLUSTER", "SLOTS"]).lines().any(|line| line == replica.port().to_string());
+        cluster.nodes.iter().all(owner).then_some(())
+    })
+    .await;
+    elected("demoted", async || cluster.nodes[0].cli(&["ROLE"]).starts_with("slave").then_some(())).await;
+    assert_eq!(cluster.nodes[0].cli(&["CLUSTER", "RESET", "HARD"]), "OK");
+}
+
 /// A node that begins anew knows no other, so it redirects nobody.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_has_forgotten_its_slots_is_left_for_their_new_owner() {
@@ -280,15 +293,7 @@ async fn a_node_that_has_forgotten_its_slots_is_left_for_their_new_owner() {
         soon(locker.lock(keys[0].as_str())).await.unwrap().release().await.unwrap();
         lockers.push(locker);
     }
-    assert_eq!(replica.cli(&["CLUSTER", "FAILOVER", "TAKEOVER"]), "OK");
-    elected("the others know", async || {
-        let owner =
-            |node: &Server| node.cli(&["CLUSTER", "SLOTS"]).lines().any(|line| line == replica.port().to_string());
-        cluster.nodes.iter().all(owner).then_some(())
-    })
-    .await;
-    elected("demoted", async || cluster.nodes[0].cli(&["ROLE"]).starts_with("slave").then_some(())).await;
-    assert_eq!(cluster.nodes[0].cli(&["CLUSTER", "RESET", "HARD"]), "OK");
+    first_forgets(&cluster, &replica).await;
     for locker in lockers {
         // The second one's slot has not been used before.
         for key in &keys {
@@ -303,6 +308,31 @@ async fn nor_does_a_dead_one_with_a_client_of_the_user() {
     let cluster = Cluster::start();
     let locker = builder().client(half_moved::client_of_the_user(&cluster).await);
     one_primary_away(cluster, locker, |cluster| cluster.nodes[1].kill()).await;
+}
+
+/// Without its check of the nodes, fred takes the empty map of one that begins anew, and asks no other: the user has
+/// named no other.
+#[cfg(feature = "fred")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_has_forgotten_its_slots_is_left_although_the_client_of_the_user_takes_its_map() {
+    use fred::interfaces::{ClientLike, ClusterInterface};
+
+    let cluster = Cluster::start();
+    let keys: Vec<_> = (0..).map(|n| n.to_string()).filter(|key| cluster.place_of(key) == 0).take(2).collect();
+    let replica = cluster.start_replica(0);
+    let config = fred::types::config::Config::from_url(&cluster.url()).unwrap();
+    let mut client = fred::types::Builder::from_config(config);
+    client.with_connection_config(|connection| connection.disable_cluster_health_check = true);
+    let client = client.build().unwrap();
+    client.init().await.unwrap();
+    let locker = builder().client(client.clone());
+    soon(locker.lock(keys[0].as_str())).await.unwrap().release().await.unwrap();
+    first_forgets(&cluster, &replica).await;
+    soon(locker.lock(keys[0].as_str())).await.unwrap().release().await.unwrap();
+    let is_empty = async || client.cached_cluster_state().is_some_and(|map| map.slots().is_empty()).then_some(());
+    eventually("the map is empty", is_empty).await;
+    // Its slot has not been used before.
+    soon(locker.lock(keys[1].as_str())).await.unwrap().release().await.unwrap();
 }
 
 /// The locker's connections to single nodes are on the runtime that first needed them.

@@ -53,6 +53,9 @@ struct State {
     nodes: HashMap<(Address, Asking), Arc<Node>>,
     /// The owners of the slots that were used, as far as they are known to be well.
     owners: HashMap<u16, Address>,
+    /// The primaries by the last map that had any. A node that has begun anew knows no other, and where the client takes
+    /// that for the map, it knows only the nodes that the user has named, which may be this one.
+    primaries: Vec<Address>,
     /// Nodes to which no connection could be opened lately, or which did not serve a slot.
     failed: HashMap<Address, Failed>,
     /// Half-moved slots, and when a node last said so.
@@ -270,17 +273,24 @@ impl Cluster {
         if let Some(owner) = self.state().owners.get(&slot) {
             return Ok((owner.clone(), true));
         }
-        let owner = self.known.owner_of(slot);
-        let state = self.state();
+        let (owner, primaries) = (self.known.owner_of(slot), self.known.primaries());
+        let mut state = self.state();
+        if !primaries.is_empty() {
+            state.primaries = primaries;
+        }
         let is_well = |server: &Address| state.failed.get(server).is_none_or(|failed| failed.at.elapsed() >= AVOIDED);
         if let Some(owner) = owner.as_ref().filter(|owner| is_well(owner)) {
             drop(state);
             self.learn(slot, owner);
             return Ok((owner.clone(), true));
         }
-        let others = [self.known.primaries(), self.known.seeds()].concat();
-        let well: Vec<&Address> = others.iter().filter(|other| is_well(other)).collect();
-        let any = fastrand::choice(well).cloned().or(owner).or_else(|| others.first().cloned());
+        let seeds = self.known.seeds();
+        let connected = state.nodes.keys().map(|(server, _)| server);
+        let others: Vec<&Address> = state.primaries.iter().chain(connected).chain(&seeds).collect();
+        let well: Vec<&Address> = others.iter().copied().filter(|other| is_well(other)).collect();
+        // There may be as many owners as slots, so they are only looked at when no other node is well.
+        let any = fastrand::choice(well).or_else(|| state.owners.values().find(|owner| is_well(owner)));
+        let any = any.cloned().or(owner).or_else(|| others.first().copied().cloned());
         let unknown = || RedisError::new(RedisErrorKind::Cluster, "no node of the cluster is known");
         any.map(|any| (any, false)).ok_or_else(|| unknown().into())
     }

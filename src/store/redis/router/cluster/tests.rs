@@ -1,6 +1,6 @@
 //! Nodes that the test plays itself, under paused time.
 
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 
 use tokio::sync::Notify;
 use tokio::task::yield_now;
@@ -34,6 +34,8 @@ struct Played {
     /// Which nodes were asked, one after the other.
     asked: Mutex<Vec<u16>>,
     refreshed: AtomicUsize,
+    /// The map is empty.
+    is_reset: AtomicBool,
 }
 
 fn node(port: u16) -> Address {
@@ -48,11 +50,11 @@ impl Nodes for PlayedNodes {
     }
 
     fn owner_of(&self, _: u16) -> Option<Address> {
-        Some(node(1))
+        (!self.0.is_reset.load(Ordering::Relaxed)).then(|| node(1))
     }
 
     fn primaries(&self) -> Vec<Address> {
-        [1, 2, 3].map(node).into()
+        if self.0.is_reset.load(Ordering::Relaxed) { Vec::new() } else { [1, 2, 3].map(node).into() }
     }
 
     fn refresh(&self) {
@@ -186,4 +188,33 @@ async fn a_refusal_that_closed_the_connection_holds_up_no_other_slot_of_the_node
     let (reply, asked) = bench.send("b").await;
     assert_eq!(reply.unwrap(), Value::Integer(1), "{asked:?}");
     bench.assert_reaches("b", 1).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn nodes_that_were_known_are_asked_when_the_map_has_become_empty() {
+    let bench = Bench::new();
+    bench.assert_reaches("a", 1).await;
+    // The user has named no other node, and this one knows of none.
+    bench.reply(1, Replies::Refuses(DOWN));
+    bench.played.is_reset.store(true, Ordering::Relaxed);
+    for port in 2..=3 {
+        bench.reply(port, MOVED);
+    }
+    bench.send("a").await.0.unwrap_err();
+    bench.reply(2, Replies::Ok);
+    assert_eq!(bench.send("a").await.0.unwrap(), Value::Integer(2));
+    bench.assert_reaches("a", 2).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn owners_that_nodes_have_named_are_asked_when_no_map_was_ever_known() {
+    let bench = Bench::new();
+    bench.played.is_reset.store(true, Ordering::Relaxed);
+    bench.reply(1, MOVED);
+    bench.send("a").await.0.unwrap();
+    // Its connection may be closed by now.
+    bench.cluster.replace();
+    bench.reply(1, Replies::Refuses(DOWN));
+    bench.send("b").await.0.unwrap_err();
+    assert_eq!(bench.send("b").await.0.unwrap(), Value::Integer(2));
 }
