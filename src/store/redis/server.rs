@@ -9,9 +9,9 @@ use tokio::time::Instant;
 
 use super::batcher::{BatchResults, Executor, NotRun};
 use super::clock::ServerClock;
-use super::driver::{Connection, Sent, heard};
+use super::driver::{Connection, heard};
 use super::operation::{self, Operation, What};
-use super::replicas::Writing;
+use super::replicas::{Waits, Writing};
 use super::replies::{self, Decision, Kind};
 use super::router::{self, Router};
 use super::script::{Call, Reply, Script, Scripts, is_mixed_up};
@@ -27,6 +27,7 @@ pub(super) struct Server {
     pub(super) clock: ServerClock,
     /// How many replicas must have acknowledged what is granted and renewed.
     pub(super) min_replicas: usize,
+    waits: Waits,
     /// The server has refused a call with keys of several slots, although the client takes it for no cluster: it may be
     /// one behind a proxy.
     takes_one_slot: AtomicBool,
@@ -38,8 +39,8 @@ const CLOCKS: u32 = 3;
 impl Server {
     pub(super) fn new(connection: Arc<dyn Connection>, min_replicas: usize) -> Self {
         let router = Router::new(connection.clone());
-        let (scripts, takes_one_slot) = (Scripts::new(), AtomicBool::new(false));
-        Self { connection, router, scripts, clock: ServerClock::new(), min_replicas, takes_one_slot }
+        let (scripts, clock, takes_one_slot) = (Scripts::new(), ServerClock::new(), AtomicBool::new(false));
+        Self { connection, router, scripts, clock, min_replicas, waits: Waits::new(), takes_one_slot }
     }
 
     /// Returns whether all keys of a call must be in one slot.
@@ -127,9 +128,7 @@ impl Server {
     /// Waits until enough replicas have acknowledged the write.
     pub(super) async fn replicated(&self, writing: Option<Writing>, until: Instant) -> Result<(), Error> {
         let Some(writing) = writing else { return Ok(()) };
-        let sent = Sent::in_part(&*self.connection);
-        let acknowledged = Box::pin(writing.acknowledged(&*self.connection, until)).await;
-        match heard(&*self.connection, sent, acknowledged) {
+        match Box::pin(writing.acknowledged(&self.waits, &*self.connection, until)).await {
             // The write itself has succeeded. Whatever keeps the server from telling which replicas have it, it is
             // there and must be undone.
             Err(error @ Error::Redis(_)) => {
@@ -285,7 +284,7 @@ fn is_for_replicas(operation: &Operation, result: &Option<Result<Decision, Error
 mod tests {
     use bytes::Bytes;
 
-    use super::super::driver::{Calling, Nodes, PubSub, Value};
+    use super::super::driver::{Calling, Nodes, PubSub, Sent, Value};
     use super::*;
     use crate::{RedisError, RedisErrorKind, Token};
 
