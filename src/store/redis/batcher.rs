@@ -99,7 +99,7 @@ pub(super) trait Executor: fmt::Debug + Send + Sync + 'static {
 /// The results of a batch. `None` is for an operation that was not run, and must go alone.
 pub(super) type BatchResults<T> = Vec<Option<Result<T, Error>>>;
 
-/// Why the server has run no operation of a batch.
+/// Why the server has run no operation of a batch; the last time, if the client has sent it again by itself.
 #[derive(Debug)]
 pub(super) enum NotRun {
     /// It refused the batch as a whole because of some of its operations.
@@ -250,6 +250,11 @@ impl<E: Executor> Shared<E> {
         until: Instant,
         check_at: &mut Option<Instant>,
     ) -> Option<Result<E::Output, Error>> {
+        // One call may have stalled while another is trusted for longer than the caller has time. So this checks at least
+        // once.
+        let now = Instant::now();
+        let half_time = now + until.saturating_duration_since(now) / 2;
+        *check_at = check_at.map(|at| at.min(half_time));
         while let Some(at) = check_at.filter(|at| *at < until) {
             match timeout_at(at, &mut waiter).await {
                 Ok(result) => return result.ok(),

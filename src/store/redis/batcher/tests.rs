@@ -546,6 +546,25 @@ async fn those_asked_for_together_wait_for_futures_that_were_put_aside_no_longer
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_future_that_was_put_aside_holds_up_nobody_while_a_send_loop_is_trusted_for_longer() {
+    let bench = Bench::new();
+    let mut aside = Box::pin(bench.run(task(1), ms(60_000)));
+    assert!(timeout(ms(0), aside.as_mut()).await.is_err());
+    let caller = tokio::spawn(bench.run_all(vec![Task { lasts: ms(60_000), ..task(2) }], ms(60_000)));
+    while bench.sent().len() < 2 {
+        yield_now().await;
+    }
+    // Otherwise this one would check as well.
+    caller.abort();
+    let waits = bench.run(task(3), ms(1_000));
+    let wait_together = bench.run_all(vec![task(4), task(5)], ms(1_000));
+    let (alone, together) = tokio::join!(waits, wait_together);
+    assert_eq!(alone.unwrap(), 3);
+    assert!(together.iter().all(Result::is_ok));
+    assert_eq!(bench.start.elapsed(), ms(510));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_hung_lane_holds_up_no_other() {
     let bench = Bench::new();
     let _first = busy(&bench, [ms(60_000), ms(60_000)]).await;
