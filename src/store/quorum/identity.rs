@@ -21,6 +21,8 @@ use crate::{Error, RedisError, RedisErrorKind};
 /// How long others wait for the call that asks a node, whose future may no longer be polled. Then another one asks.
 const TRUSTED: Duration = Duration::from_millis(100);
 
+const NOT_IDENTIFIED: &str = "the node has not identified itself since it reconnected; try again";
+
 /// The servers at the addresses of one quorum, by the index of the node.
 #[derive(Default)]
 pub(super) struct Identities(Mutex<HashMap<usize, Server>>);
@@ -126,10 +128,7 @@ impl Identity {
         match self.identify(left).await {
             Ok(Some(_)) => Ok(reply),
             // The call has been run all the same.
-            Ok(None) | Err(_) => {
-                let details = "its connection was replaced, and it has not said yet which server has replied";
-                Err(RedisError::new(RedisErrorKind::Io, details).into())
-            }
+            Ok(None) | Err(_) => Err(RedisError::new(RedisErrorKind::Io, NOT_IDENTIFIED).into()),
         }
     }
 
@@ -155,7 +154,7 @@ impl Identity {
                         Err(error) if error.code().is_some() && !error.is_transient() => {
                             self.learn(asking.number, ServerInfo::default());
                         }
-                        Err(_) => return Err(unsent(RedisErrorKind::Io, "it has not said yet which server it is")),
+                        Err(_) => return Err(unsent(RedisErrorKind::Io, NOT_IDENTIFIED)),
                     }
                     drop(asking);
                 }

@@ -239,6 +239,8 @@ impl Executor for Server {
         let call = || operation::batch_call(operations);
         let reply = self.run_by_clocks(0, &self.scripts.many, call, sending, now, until).await.and_then(Reply::value);
         let kinds = operations.iter().map(|operation| operation.kind());
+        // What refuses the batch as a whole has run nothing. A client that sends calls again may have had an earlier run
+        // of it before, as it may with each operation that is sent alone (`resent.rs`).
         match reply.and_then(|reply| replies::batch(kinds, &reply)) {
             Ok(results) => {
                 if results.iter().flatten().any(|result| result.as_ref().is_err_and(is_by_replica)) {
@@ -247,20 +249,20 @@ impl Executor for Server {
                 let results = results.into_iter().map(|result| Some(self.of_last_run(result?))).collect();
                 Ok(self.all_replicated(operations, results, writing, until).await)
             }
-            // The server's clock was not known yet, or this is another server. Nothing has run.
+            // The server's clock was not known yet, or this is another server.
             Err(error) if error.refusal() == Some("LATE") => Err(NotRun::TooLate),
-            // From a proxy in front of a cluster. Nothing has run. From now on operations are batched by slot.
+            // From a proxy in front of a cluster. From now on operations are batched by slot.
             Err(Error::CrossSlot) => {
                 self.takes_one_slot.store(true, Ordering::Relaxed);
                 Err(NotRun::Refused)
             }
-            // The slot is half moved, so no node has all of the keys. Nothing has run.
+            // The slot is half moved, so no node has all of the keys.
             Err(error) if error.is_redirection() => {
                 let now = Instant::now();
                 let each = router::all(operations.iter().map(|operation| self.decide(operation, now, until))).await;
                 Ok(each.into_iter().map(Some).collect())
             }
-            // The batch as a whole, because of one of its keys (NOPERM). Nothing has run.
+            // Because of one of its keys (NOPERM).
             Err(error) if error.is_refusal() && !error.is_transient() => Err(NotRun::Refused),
             Err(error) => Ok(operations.iter().map(|_| Some(Err(error.clone()))).collect()),
         }

@@ -82,13 +82,13 @@ impl Liveness {
             self.heard();
         }
         // Whether a connection that was requested before is not there yet.
-        let is_requested =
+        let reconnect_is_pending =
             |(of, at): (u64, Instant)| of == made && at.elapsed() < self.patience.saturating_mul(REQUESTED_AGAIN);
-        let is_news = silent && !self.dead.is_some_and(is_requested);
-        if is_news {
+        let is_first_report = silent && !self.dead.is_some_and(reconnect_is_pending);
+        if is_first_report {
             self.dead = Some((made, Instant::now()));
         }
-        is_news
+        is_first_report
     }
 }
 

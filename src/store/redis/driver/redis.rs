@@ -63,6 +63,7 @@ use crate::{Error, RedisError, RedisErrorKind};
 
 /// The pause after a connection could not be opened: the first, and the longest.
 const REOPEN: [Duration; 2] = [Duration::from_millis(25), Duration::from_millis(500)];
+
 /// Connects to a server, or learns what the nodes of a cluster are.
 pub(super) async fn open(target: &Target, timeout: Duration) -> Result<Arc<dyn Connection>, Error> {
     let origin = Origin::of(target, timeout)?;
