@@ -29,8 +29,8 @@ if all then
 else
     set_end(share, grant, nil)
 end
--- Known before the first write. While its slot moves, to ask for a key that has become empty is an error, which must not
--- look as if nothing had been done.
+-- Known before the first write. While its slot moves, to ask for a key that has become empty is an error, which must
+-- not look as if nothing had been done.
 local last = math.max(last_end_of_others(holders_key, token), end_of(share), rest > 0 and now_ms + rest or 0)
 if last <= now_ms then
     forget(holders_key, records_key)

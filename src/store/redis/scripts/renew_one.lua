@@ -2,7 +2,8 @@
 --
 -- KEYS  the lock key; on a node of a quorum, its record of grants.
 -- ARGV  token, ttl in ms: it lives for at least this.
--- Reply 1  extended.  3  others rely on the lock, and maybe not this grant: nothing has changed, and renew_grant.lua has
+-- Reply 1  extended.  3  others rely on the lock, and maybe not this grant: nothing has changed, and renew_grant.lua
+-- has
 --       to decide. Or as in ours_one.lua, which comes before.
 --
 -- Idempotent: a repeat extends again. One that comes after a release changes nothing. It uses PEXPIRE and never SET, so

@@ -4,8 +4,8 @@
 --       their n records of grants.
 -- ARGV  token, value (the token; with metadata: token, newline, metadata), ttl in ms, n, ttl of the fence keys in ms,
 --       restart window in s (0: none), how far in us a number may be ahead, the number (0: no fencing token wanted),
---       '1' to have this number and no earlier one, id of the grant or '' (`-` if it has none and is brought back, where
---       the keys may be held for other grants of the token), ttl of the records in ms.
+--       '1' to have this number and no earlier one, id of the grant or '' (`-` if it has none and is brought back,
+--       where the keys may be held for other grants of the token), ttl of the records in ms.
 -- Reply {1, now, last, number}   granted, with this number or, if the keys hold the token already, an earlier one.
 --       {0, now, last, ttl, i, by}   another holds the ith key, for this long in ms; -1: without a ttl. by is 1 if
 --                                readers hold it, and 0 if not.
