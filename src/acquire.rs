@@ -296,14 +296,16 @@ impl Acquisition {
         if let Some(instead) = self.waiter.claim() {
             return Ok(instead);
         }
-        let (at, attempts) = (Instant::now(), self.attempts);
+        let taken = suspension::read(grant.sent);
+        let (at, attempts) = (taken.now, self.attempts);
         let waited = at.saturating_duration_since(self.started);
         let ttl = self.terms.bounds.usable(grant.ttl);
         let drift = self.waiter.drift();
-        let remaining = drift.deadline(suspension::real(grant.sent), ttl).saturating_duration_since(at);
+        let remaining = drift.deadline(taken.real, ttl).saturating_duration_since(at);
         if drift.suffices(remaining, ttl) {
             debug!(name: "tenure.obtained", ?waited, attempts, ?remaining, "obtained");
             grant.fencing_token = grant.fencing_token.filter(|_| self.wants_token);
+            grant.taken = Some(taken);
             let obtained = Obtained { at, held_until: grant.sent + grant.ttl, by };
             return self.waiter.succeed(grant, self.terms.clone(), obtained).map(Step::Finish);
         }

@@ -56,6 +56,7 @@ pub(crate) use self::owned::{GrantId, Owned};
 pub(crate) use self::renewing::Renewing;
 pub(crate) use self::state::FinalStep;
 use self::state::{Limit, State, Unresolved};
+use self::suspension::Reading;
 use self::timing::Drift;
 use crate::metrics::{self, Held, Label};
 use crate::report::warn;
@@ -74,11 +75,13 @@ pub(crate) struct Grant {
     pub(crate) doubt: Option<Arc<Latest>>,
     /// If the lock is taken over from an earlier holder: until when the server may keep it by that one's requests.
     pub(crate) kept_until: Option<Instant>,
+    /// What the clocks said about `sent` when the grant was taken, a moment ago.
+    pub(crate) taken: Option<Reading>,
 }
 
 impl Grant {
     pub(crate) fn new(sent: Instant, ttl: Duration, fencing_token: Option<u64>) -> Self {
-        Self { sent, ttl, fencing_token, spare_tokens: 0, doubt: None, kept_until: None }
+        Self { sent, ttl, fencing_token, spare_tokens: 0, doubt: None, kept_until: None, taken: None }
     }
 
     /// Returns whether the lock is taken over from an earlier holder of this process, whose token the server keeps.
@@ -144,8 +147,8 @@ impl Hold {
         is_voted_on: bool,
     ) -> Self {
         let Terms { renewal, bounds, caller } = terms;
-        let now = Instant::now();
-        let (sent, suspended) = suspension::real_and_total(grant.sent);
+        let taken = grant.taken.unwrap_or_else(|| suspension::read(grant.sent));
+        let Reading { now, real: sent, total: suspended } = taken;
         let stays_until = now + bounds.at_least;
         let limit = bounds.at_most.map(|limit| timing::after(sent, limit));
         let mut state = State {
@@ -229,7 +232,8 @@ impl Hold {
             Some(Loss::Expired) => Some(self.stays_until.min(state.sent + state.worth)),
             // Of several keys, others may still be ours: no store leaves to nobody what is not.
             Some(Loss::Taken | Loss::Missing) if self.owned.keys.len() == 1 => None,
-            // On a node of a quorum that is behind, a key may still be ours that is another's by the votes of the others.
+            // On a node of a quorum that is behind, a key may still be ours that is another's by the votes of the
+            // others.
             Some(Loss::Taken | Loss::Missing) if self.is_voted_on => {
                 Some(self.stays_until.min(state.sent + state.worth))
             }
@@ -244,8 +248,12 @@ impl Hold {
     /// Returns when there is something to do for the lock: the time of the next renewal, if there is one, or else the
     /// deadline.
     pub(crate) fn next_duty(&self) -> Instant {
-        let state = self.current();
-        state.due(self.origin).map_or(state.deadline, |due| due.min(state.deadline))
+        self.current().next_duty(self.origin)
+    }
+
+    /// Returns what [`next_duty`](Self::next_duty) does. For a new hold: it was made from a reading of the clocks.
+    pub(crate) fn first_duty(&self) -> Instant {
+        self.state().next_duty(self.origin)
     }
 
     pub(crate) fn renewal_interval(&self) -> Option<Duration> {

@@ -559,11 +559,11 @@ impl Locker {
         let sent = Instant::now();
         let owned = Owned { grant: Some(GrantId::random()), ..lease.owned().clone() };
         let claim = shared.claim(owned.clone(), lease.owned().grant, ttl, &runtime).await?;
-        let deadline = drift.deadline(suspension::real(sent), ttl);
-        if !drift.suffices(deadline.saturating_duration_since(Instant::now()), ttl) {
+        let taken = suspension::read(sent);
+        if !drift.suffices(drift.deadline(taken.real, ttl).saturating_duration_since(taken.now), ttl) {
             return Err(Error::ValidityExpired);
         }
-        let grant = Grant::new(sent, ttl, lease.fencing_token());
+        let grant = Grant { taken: Some(taken), ..Grant::new(sent, ttl, lease.fencing_token()) };
         let is_voted_on = shared.store.capabilities().undoes_attempts;
         let hold = Hold::new(owned, Box::default(), &grant, drift, renewal.into(), shared.origin, is_voted_on);
         if !claim.keep() {

@@ -25,7 +25,7 @@ use crate::{Error, Loss};
 impl Shared {
     /// Renews the lock from now on, until it is no longer held.
     pub(crate) fn keep(self: &Arc<Self>, hold: Arc<Hold>, runtime: &Runtime) -> Handle {
-        let due = hold.next_duty();
+        let due = hold.first_duty();
         self.schedulers.add(Renewer { hold, shared: self.clone() }, due, runtime)
     }
 

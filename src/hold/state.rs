@@ -148,6 +148,11 @@ impl State {
         self.renewal.interval(self.ttl.min(self.worth))
     }
 
+    /// See [`Hold::next_duty`](super::Hold::next_duty).
+    pub(super) fn next_duty(&self, origin: Instant) -> Instant {
+        self.due(origin).map_or(self.deadline, |due| due.min(self.deadline))
+    }
+
     pub(super) fn due(&self, origin: Instant) -> Option<Instant> {
         let due = self.renewal.due(self.sent, self.ttl.min(self.worth), origin)?;
         // The deadline can't move any more, and so close to the limit the renewal would find no loss that matters.

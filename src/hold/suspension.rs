@@ -30,16 +30,30 @@ pub(crate) fn total() -> Duration {
 /// Returns the instant that is as long ago as `then` really is: earlier by what the machine was suspended since. Reads
 /// the clocks.
 pub(crate) fn real(then: Instant) -> Instant {
-    real_and_total(then).0
+    let since = OF_THIS_MACHINE.with(|suspensions| {
+        suspensions.total();
+        suspensions.since(then)
+    });
+    earlier(then, since)
 }
 
-/// Returns what [`real`] and [`total`] do, by one reading of the clocks.
-pub(crate) fn real_and_total(then: Instant) -> (Instant, Duration) {
+/// What one reading of the clocks says about an instant.
+#[derive(Clone, Copy)]
+pub(crate) struct Reading {
+    pub(crate) now: Instant,
+    /// See [`real`].
+    pub(crate) real: Instant,
+    /// See [`total`].
+    pub(crate) total: Duration,
+}
+
+/// Reads the clocks.
+pub(crate) fn read(then: Instant) -> Reading {
     let (since, total) = OF_THIS_MACHINE.with(|suspensions| {
         let total = suspensions.total();
         (suspensions.since(then), total)
     });
-    (earlier(then, since), total)
+    Reading { now: Instant::now(), real: earlier(then, since), total }
 }
 
 pub(crate) fn earlier(instant: Instant, by: Duration) -> Instant {
