@@ -174,9 +174,9 @@ pub enum Error {
     /// The future was polled outside a tokio runtime, and has sent nothing; or the system has no thread left for an
     /// [isolated](crate::LockerBuilder::isolated) locker.
     ///
-    /// Every call that may contact the server needs a runtime, whose clock it uses, even if the locker is isolated. That
-    /// runtime needs its timer, and for a server I/O as well (`enable_all`, which `#[tokio::main]` does): where one was
-    /// not enabled, tokio itself panics, and offers no way to find out before.
+    /// Every call that may contact the server needs a runtime, whose clock it uses, even if the locker is isolated.
+    /// That runtime needs its timer, and for a server I/O as well (`enable_all`, which `#[tokio::main]` does): where
+    /// one was not enabled, tokio itself panics, and offers no way to find out before.
     #[error("no tokio runtime: poll the future inside one; an isolated locker also needs a thread of its own")]
     NoRuntime,
 

@@ -498,11 +498,11 @@ impl LockGuard {
     /// held, nor that other guards of the token no longer hold it.
     ///
     /// A release of a token that others may use (a chosen one, one that was [read](Self::token), or that of an adopted
-    /// lease) ends nothing that is obtained after it has returned. So if the outcome of its first call is unknown, which
-    /// has a third of the [command timeout](crate::LockerBuilder::command_timeout), the release goes on when the server
-    /// can no longer run that. On a [quorum](crate::Locker::quorum), it returns when every node has replied, or can no
-    /// longer run it; if a node is silent, that takes about 1.8 s with the default command timeout. Other releases
-    /// return as soon as a majority has replied.
+    /// lease) ends nothing that is obtained after it has returned. So if the outcome of its first call is unknown,
+    /// which has a third of the [command timeout](crate::LockerBuilder::command_timeout), the release goes on when the
+    /// server can no longer run that. On a [quorum](crate::Locker::quorum), it returns when every node has replied, or
+    /// can no longer run it; if a node is silent, that takes about 1.8 s with the default command timeout. Other
+    /// releases return as soon as a majority has replied.
     ///
     /// # Errors
     ///
@@ -517,9 +517,9 @@ impl LockGuard {
     /// # Cancel safety
     ///
     /// If the future is dropped, the lock is released in the background. What it has sent may be run for up to the
-    /// [command timeout](crate::LockerBuilder::command_timeout). Of a token that others may use, that would end what the
-    /// token obtains meanwhile. So this locker sends requests for the keys by that token only after that, `try_lock` and
-    /// [`adopt`](crate::Locker::adopt) too.
+    /// [command timeout](crate::LockerBuilder::command_timeout). Of a token that others may use, that would end what
+    /// the token obtains meanwhile. So this locker sends requests for the keys by that token only after that,
+    /// `try_lock` and [`adopt`](crate::Locker::adopt) too.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]

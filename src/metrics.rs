@@ -26,14 +26,14 @@
 //! file and a dashboard for Grafana.
 //!
 //! 1. Work was cut off, or was not exclusive:
-//!    `sum by (instance, loss) (increase(tenure_lost_total{loss!="limit_reached"}[10m])) > 0`. The first loss of its kind
-//!    in a process is no increase: the counter appears, and is 1. So add `or sum by (instance, loss)
+//!    `sum by (instance, loss) (increase(tenure_lost_total{loss!="limit_reached"}[10m])) > 0`. The first loss of its
+//!    kind in a process is no increase: the counter appears, and is 1. So add `or sum by (instance, loss)
 //!    (tenure_lost_total{loss!="limit_reached"} unless tenure_lost_total offset 10m) > 0`.
-//! 2. Locks will be lost if it gets any worse: less than half of the usual time, which is two thirds of the ttl, is left
-//!    when renewals arrive. `histogram_quantile(0.01, sum by (instance, lock, le)
+//! 2. Locks will be lost if it gets any worse: less than half of the usual time, which is two thirds of the ttl, is
+//!    left when renewals arrive. `histogram_quantile(0.01, sum by (instance, lock, le)
 //!    (rate(tenure_renewal_left_seconds_bucket[5m]))) < 0.5 * histogram_quantile(0.5, sum by (instance, lock, le)
-//!    (rate(tenure_renewal_left_seconds_bucket[1d])))`. Locks with different ttls need labels of their own. After half a
-//!    day, slow renewals are the usual ones; the file compares with the day before, where there was one.
+//!    (rate(tenure_renewal_left_seconds_bucket[1d])))`. Locks with different ttls need labels of their own. After half
+//!    a day, slow renewals are the usual ones; the file compares with the day before, where there was one.
 //! 3. Waiters don't get their turn:
 //!    `histogram_quantile(0.99, sum by (le) (rate(tenure_wait_seconds_bucket[5m]))) > 60`, with the longest wait that
 //!    your callers accept; or, for requests that wait without a limit, `sum by (instance, lock)

@@ -87,8 +87,8 @@ impl Token {
 
     /// Returns the token as the server stores it. See [`Token`] for an example.
     ///
-    /// Other libraries may store bytes that are no text. Of those this returns a text to show, with `�` in place of what
-    /// is not UTF-8; the token itself keeps the bytes.
+    /// Other libraries may store bytes that are no text. Of those this returns a text to show, with `�` in place of
+    /// what is not UTF-8; the token itself keeps the bytes.
     pub fn as_str(&self) -> &str {
         match &self.shown {
             Some(shown) => shown,

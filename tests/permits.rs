@@ -130,8 +130,8 @@ fn read(path: &Path) -> Seen {
     seen
 }
 
-/// Lets workers share permits for some time, and on a busy machine until enough is seen. Kills one of them now and then,
-/// and all of them at the end.
+/// Lets workers share permits for some time, and on a busy machine until enough is seen. Kills one of them now and
+/// then, and all of them at the end.
 fn play(server: &Server, permits: usize, path: &Path, time: Duration, enough: impl Fn(&Seen) -> bool) -> Seen {
     let witness = Witness::open(path);
     let start = || -> Child {

@@ -18,8 +18,8 @@ fn start<const N: usize>() -> [Server; N] {
     [(); N].map(|()| Server::start())
 }
 
-/// Returns a locker whose nodes vote at once, although they have only just been started. No ttl ends what its test looks
-/// for.
+/// Returns a locker whose nodes vote at once, although they have only just been started. No ttl ends what its test
+/// looks for.
 async fn locker(servers: &[Server]) -> Locker {
     locker_for(servers, ms(60_000), Duration::ZERO).await
 }

@@ -76,8 +76,8 @@ cleanup() {
 }
 trap cleanup EXIT
 
-# compile SET ARGUMENTS: compiles tests by `cargo test`, or examples, and remembers where each program is, unless another
-# set has it. A warning is an error: clippy sees one set of features.
+# compile SET ARGUMENTS: compiles tests by `cargo test`, or examples, and remembers where each program is, unless
+# another set has it. A warning is an error: clippy sees one set of features.
 compile() {
     local set=$1
     shift

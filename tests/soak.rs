@@ -132,8 +132,8 @@ async fn no_two_hold_a_lock_while_nodes_freeze_die_and_forget() {
 
 /// Works under the lock for `work` or until it is lost. Returns whether it was held to the end.
 ///
-/// The lock is reported to the witness only if it is held for a while longer, so the report is hardly ever late. The mark
-/// ends with the deadline, however late it is.
+/// The lock is reported to the witness only if it is held for a while longer, so the report is hardly ever late. The
+/// mark ends with the deadline, however late it is.
 async fn hold(guard: &LockGuard, witness: &Client, key: &str, work: Duration) -> bool {
     const ROUND_TRIP: Duration = Duration::from_millis(300);
     if guard.remaining() < ROUND_TRIP {
@@ -141,7 +141,8 @@ async fn hold(guard: &LockGuard, witness: &Client, key: &str, work: Duration) ->
     }
     let fence = guard.fencing_token().unwrap().to_string();
     let (mark, ledger) = (format!("mark:{key}"), format!("ledger:{key}"));
-    // In one step: a holder that pauses in the middle must not count as inside. The witness has the clock of this machine.
+    // In one step: a holder that pauses in the middle must not count as inside. The witness has the clock of this
+    // machine.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let until = (now + guard.remaining()).as_millis().to_string();
     let enter = "local now = redis.call('TIME')

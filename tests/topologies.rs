@@ -215,8 +215,8 @@ async fn when_a_primary_of_a_cluster_dies_locks_on_the_others_are_kept_and_its_o
     end(contenders).await;
 }
 
-/// Locks on the other nodes survive with a ttl that is shorter than what the failover takes, and the primary's locks are
-/// found on its replica.
+/// Locks on the other nodes survive with a ttl that is shorter than what the failover takes, and the primary's locks
+/// are found on its replica.
 async fn one_primary_away(mut cluster: Cluster, locker: Locker, go_away: impl FnOnce(&mut Cluster)) {
     /// A busy machine may pause for seconds.
     const SHORT: Duration = ms(5_000);

@@ -156,8 +156,8 @@ fn run_all(works: &[Work]) -> Vec<Done> {
     workers.into_iter().map(Worker::done).collect()
 }
 
-/// Lets them work until their turns are as they should be: a busy machine may take a process its turns, but not so every
-/// time.
+/// Lets them work until their turns are as they should be: a busy machine may take a process its turns, but not so
+/// every time.
 fn have_turns(works: &[Work], are_fair: impl Fn(&[Done]) -> bool) {
     for _ in 0..5 {
         let done = run_all(works);

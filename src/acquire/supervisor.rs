@@ -2,8 +2,8 @@
 //! and 4 of `queue.rs`).
 //!
 //! It is a task of its own, as nothing else is sure to be polled. It runs while a queue needs it, on the runtime of one
-//! of the waiters. If that runtime has ended or is not driven, the next waiter that comes starts the task on its own. So
-//! do those that wait on other runtimes: they look from time to time.
+//! of the waiters. If that runtime has ended or is not driven, the next waiter that comes starts the task on its own.
+//! So do those that wait on other runtimes: they look from time to time.
 //!
 //! The task decides under the mutex that it ends. A waiter is in its queue before it looks whether the task runs. So
 //! either the task's last check has found that queue, or the waiter starts another task.

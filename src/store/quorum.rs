@@ -335,8 +335,8 @@ fn first(timeout: Duration) -> Duration {
     timeout.mul_f64(0.9)
 }
 
-/// Returns the timeout of a call whose end is awaited on all nodes: so short that [`may_run_until`](calls::may_run_until)
-/// lies within the caller's timeout.
+/// Returns the timeout of a call whose end is awaited on all nodes: so short that
+/// [`may_run_until`](calls::may_run_until) lies within the caller's timeout.
 fn awaited(timeout: Duration) -> Duration {
     first(timeout) / 3
 }

@@ -359,7 +359,8 @@ mod tests {
         identity.identify(LONG).await.unwrap();
     }
 
-    /// As when a script is sent again as a whole, since the server doesn't know it, and the connection broke in between.
+    /// As when a script is sent again as a whole, since the server doesn't know it, and the connection broke in
+    /// between.
     #[tokio::test]
     #[ignore = "needs a server; tests/internals.rs runs it"]
     async fn a_call_whose_connection_was_replaced_counts_once_the_server_is_known() {

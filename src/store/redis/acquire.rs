@@ -20,16 +20,16 @@ impl RedisStore {
     pub(super) async fn acquire(&self, wanted: &Wanted, in_line: InLine, timeout: Duration) -> Result<Acquired, Error> {
         self.check_replicas()?;
         let timeout = within(timeout, wanted.ttl, self.server().min_replicas);
-        let until = Instant::now() + timeout;
+        let until = (self.server().min_replicas > 0).then(|| Instant::now() + timeout);
         let acquired = self.try_acquire(wanted, in_line, timeout).await;
-        if matches!(acquired, Err(Error::NotReplicated { .. })) {
+        if let (Some(until), Err(Error::NotReplicated { .. })) = (until, &acquired) {
             Box::pin(self.give_back(&wanted.owned, until)).await;
         }
         acquired
     }
 
-    /// Releases what was not replicated, before that is reported. Should it fail, the caller has to undo the attempt, as
-    /// after any failure.
+    /// Releases what was not replicated, before that is reported. Should it fail, the caller has to undo the attempt,
+    /// as after any failure.
     ///
     /// The next attempt may use this token again, so nothing may end it later: where the outcome is unknown, this waits
     /// until the server can't run the release any longer. It gets a third of the time, for what is not known of the

@@ -48,8 +48,10 @@ const CALLS: usize = 2;
 /// calls of 96. They would keep the server from its other clients for longer, and their results would come later and
 /// all at once, so that server and client work less at the same time.
 pub(super) const OPERATIONS: usize = 96;
-/// With fewer waiting operations than this, a send loop lets other tasks run first, as they may add some.
-const ENOUGH: usize = OPERATIONS / 2;
+/// With fewer waiting operations than this, a send loop lets other tasks run first, as they may add some. If it waited
+/// for many, two calls would become one with the operations of both, and then client and server work in turns: with 48,
+/// 64 tasks do 0.7 times as many pairs a second, and 128 tasks 1.05 times (`benches/versus`).
+const ENOUGH: usize = 4;
 /// For how long others wait for a call whose task may never be polled (invariant 3): its future was polled once and put
 /// aside, or a worker thread blocks that was about to poll its send loop. It is longer than almost every call takes,
 /// and a small part of a command timeout. The tests `*_no_longer_than_those_are_trusted` (`cargo test --lib batcher`)
@@ -87,7 +89,9 @@ pub(super) trait Executor: fmt::Debug + Send + Sync + 'static {
         timeout: Duration,
     ) -> impl Future<Output = Result<BatchResults<Self::Output>, NotRun>> + Send;
 
-    /// Returns the number of operations in flight below which there may be more than [`CALLS`] calls.
+    /// Returns the number of operations in flight below which there may be more than [`CALLS`] calls. Few calls overlap
+    /// at the client, on the way and at the server, which gains more than sharing them does; many cost the client more
+    /// than a shared one.
     fn few(&self) -> usize {
         0
     }
@@ -139,7 +143,7 @@ impl<E: Executor> Batcher<E> {
             Entered::First(operation, _call) => return self.shared.executor.run_one(&operation, now, until).await,
             Entered::Waits { waiter, check_at } => (waiter, check_at),
         };
-        self.shared.wait(lane, waiter, until, &mut check_at).await.unwrap_or_else(|| Err(no_result()))
+        self.shared.wait(lane, waiter, now, until, &mut check_at).await.unwrap_or_else(|| Err(no_result()))
     }
 
     /// Runs all of the operations, in as few calls as possible. Returns a result for each in its place.
@@ -163,7 +167,7 @@ impl<E: Executor> Batcher<E> {
         for waiter in waiters {
             // One after the other: the results that come meanwhile stay in their channels, also those that are there
             // when the time is over.
-            results.push(self.shared.wait(lane, waiter, until, &mut check_at).await);
+            results.push(self.shared.wait(lane, waiter, Instant::now(), until, &mut check_at).await);
         }
         if results.iter().all(Option::is_some) {
             return results.into_iter().flatten().collect();
@@ -241,18 +245,18 @@ impl<E: Executor> Shared<E> {
         Ok((waiters, check_at))
     }
 
-    /// Waits for the result until then, and replaces calls that have stalled meanwhile. Returns `None` if there is no
-    /// result: the time is over, or the send loop has ended with its runtime.
+    /// Waits for the result from `now` until then, and replaces calls that have stalled meanwhile. Returns `None` if
+    /// there is no result: the time is over, or the send loop has ended with its runtime.
     async fn wait(
         self: &Arc<Self>,
         lane: u16,
         mut waiter: Waiter<E>,
+        now: Instant,
         until: Instant,
         check_at: &mut Option<Instant>,
     ) -> Option<Result<E::Output, Error>> {
-        // One call may have stalled while another is trusted for longer than the caller has time. So this checks at least
-        // once.
-        let now = Instant::now();
+        // One call may have stalled while another is trusted for longer than the caller has time. So this checks at
+        // least once.
         let half_time = now + until.saturating_duration_since(now) / 2;
         *check_at = check_at.map(|at| at.min(half_time));
         while let Some(at) = check_at.filter(|at| *at < until) {
@@ -442,9 +446,9 @@ impl<E: Executor> Drop for SendLoop<E> {
         in_lane.end(self.number);
         in_lane.drop_expired(now, &mut abandoned);
         // A send loop that has not begun shows that nothing can run on its runtime any longer. The next one may be
-        // dropped as it is spawned, within `drive`. This recursion ends: a send loop that is spawned for want of another
-        // runtime takes its operations out of the lane here, and one that was spawned on the caller's runtime, which no
-        // operation may name, is followed by one that was not.
+        // dropped as it is spawned, within `drive`. This recursion ends: a send loop that is spawned for want of
+        // another runtime takes its operations out of the lane here, and one that was spawned on the caller's runtime,
+        // which no operation may name, is followed by one that was not.
         let ended = (!self.has_begun).then_some(self.runtime);
         abandoned.extend(ended.into_iter().flat_map(|ended| in_lane.take_all_of(ended)));
         self.shared.drive(lanes, self.lane, now, ended);

@@ -88,11 +88,6 @@ impl Driver {
     }
 }
 
-/// How many operations are [few](Connection::few), as redis-rs needs it. With the server on a core of its own, pairs a
-/// second against 8: 1.6 times as many with 16 tasks, 1.5 with 24, 1.1 with 32 and 48, and 0.98 to 1.00 with 64 and 96.
-/// If 40 were few, it would be 0.9 with 64.
-const FEW: usize = 32;
-
 /// A call in progress.
 pub(super) type Calling<'a, T> = Pin<Box<dyn Future<Output = Result<T, RedisError>> + Send + 'a>>;
 
@@ -132,8 +127,8 @@ pub(super) trait Connection: fmt::Debug + Send + Sync + 'static {
     /// Returns why it was not made within `timeout`. It goes on trying.
     fn ready(&self, timeout: Duration) -> Calling<'_, ()>;
 
-    /// Begins a call, which is sent at `now` or a moment later. Fails if there is no connection and calls don't wait for
-    /// one.
+    /// Begins a call, which is sent at `now` or a moment later. Fails if there is no connection and calls don't wait
+    /// for one.
     fn begin(&self, now: Instant) -> Result<Sent, RedisError>;
 
     /// Ends a call with a reply, if only a refusal.
@@ -167,13 +162,6 @@ pub(super) trait Connection: fmt::Debug + Send + Sync + 'static {
     ///
     /// Does nothing where the client is not ours to reconnect, or where the router asks for the owner of the slot.
     fn refused_by_replica(&self) {}
-
-    /// Returns the number of operations in flight below which each is a call of its own. Few calls overlap at the
-    /// client, on the way and at the server, which gains more than sharing them does; many cost the client more than a
-    /// shared one. Where that turns depends on the client. `benches/versus` measures it.
-    fn few(&self) -> usize {
-        FEW
-    }
 
     /// Returns the runtime that the connection is driven on, if the connection is ours.
     fn runtime(&self) -> Option<Handle>;

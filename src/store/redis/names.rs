@@ -38,8 +38,8 @@ pub(super) fn line_of(key: &Bytes) -> Bytes {
     beside(key, ":queue")
 }
 
-/// Returns whether the key is in the first line of the table: most are. Then `scripts/pass_on_one.lua` knows the name of
-/// its line.
+/// Returns whether the key is in the first line of the table: most are. Then `scripts/pass_on_one.lua` knows the name
+/// of its line.
 pub(super) fn has_no_brace(key: &[u8]) -> bool {
     !key.iter().any(|byte| matches!(byte, b'{' | b'}'))
 }

@@ -5,7 +5,8 @@
 //!    write until after the reply, and if there was a write: from Redis 7.2 on, what others wrote doesn't count. So
 //!    what obtains or renews a lock always writes it, even as it is.
 //! 2. It blocks its connection, and everything that is sent after it. So it waits for a part of the call's time only,
-//!    which leaves time to undo what was not replicated. What has had no reply meanwhile is no sign of a dead connection.
+//!    which leaves time to undo what was not replicated. What has had no reply meanwhile is no sign of a dead
+//!    connection.
 //! 3. Refusals and releases wait for no replica.
 //! 4. One `WAIT` at a time: the server runs those on one connection one after the other, so each would block it for as
 //!    long again. It counts for all whose writes it follows. The others wait for their turn, but the task whose turn it
@@ -132,8 +133,8 @@ impl Waits {
         state.last.as_ref().filter(counts).map_or(0, |last| last.acknowledged)
     }
 
-    /// Asks the server how many replicas have all writes that have been added. They have time until `replicas_have_until`,
-    /// its reply until `until`.
+    /// Asks the server how many replicas have all writes that have been added. They have time until
+    /// `replicas_have_until`, its reply until `until`.
     async fn ask(
         &self,
         needed: usize,
@@ -148,8 +149,8 @@ impl Waits {
         let (writes, waits_for, blocked_until) = {
             let mut state = self.state();
             let before = state.unanswered.filter(|(of, _)| *of == sent.made).map_or(now, |(_, until)| until.max(now));
-            // Behind one whose caller has left or is not polled, it gets what that one leaves of the time. Most often that
-            // one is over.
+            // Behind one whose caller has left or is not polled, it gets what that one leaves of the time. Most often
+            // that one is over.
             let waits_for = replicas_have_until.saturating_duration_since(before).max(SHORTEST_WAIT);
             let blocked_until = before + waits_for;
             state.unanswered = Some((sent.made, blocked_until));

@@ -18,8 +18,8 @@
 //!    gets a command every [`PING_EVERY`], however many messages come. Without a reply for [`DOUBT`] no channel counts
 //!    as open and all waiters check. Without one for [`TIMEOUT`] the connection is replaced. So a silent connection is
 //!    doubted within 1.5 s, and replaced within 3 s.
-//! 7. When the store has replaced its connection, this one is replaced as well, within [`PING_EVERY`]: after a failover,
-//!    the address may lead to another server, and this connection to one that publishes nothing any longer.
+//! 7. When the store has replaced its connection, this one is replaced as well, within [`PING_EVERY`]: after a
+//!    failover, the address may lead to another server, and this connection to one that publishes nothing any longer.
 //! 8. The connection is closed [`LINGER`] after the last subscription has gone, or up to [`PING_EVERY`] later, whatever
 //!    messages come. If its runtime stands still, it is closed when that runtime runs again, or ends.
 

@@ -30,6 +30,8 @@ struct Lane<E: Executor> {
     /// The runtime on which a send loop has last not begun in time. Until one begins there, it counts as one that
     /// stands still.
     stands_still: Option<runtime::Id>,
+    /// Until then, all calls in flight are trusted: looking at each of many takes longer.
+    all_trusted_until: Option<Instant>,
 }
 
 /// A call that is in flight.
@@ -54,7 +56,12 @@ pub(super) struct Queued<E: Executor> {
 
 impl<E: Executor> Lanes<E> {
     pub(super) fn lane(&mut self, number: u16) -> LaneMut<'_, E> {
-        let new = || Lane { calls: Vec::with_capacity(CALLS), queue: BinaryHeap::new(), stands_still: None };
+        let new = || Lane {
+            calls: Vec::with_capacity(CALLS),
+            queue: BinaryHeap::new(),
+            stands_still: None,
+            all_trusted_until: None,
+        };
         LaneMut { lane: self.lanes.entry(number).or_insert_with(new), last: &mut self.last }
     }
 }
@@ -111,6 +118,7 @@ impl<E: Executor> LaneMut<'_, E> {
         }
         *self.last += 1;
         calls.push(InFlight { number: *self.last, operations: 1, begins_on, trusted_until });
+        self.lane.is_trusted_until(trusted_until);
         Some(*self.last)
     }
 
@@ -122,12 +130,18 @@ impl<E: Executor> LaneMut<'_, E> {
     }
 
     pub(super) fn end(&mut self, number: u64) {
-        self.lane.calls.retain(|call| call.number != number);
+        let calls = &mut self.lane.calls;
+        if let Some(ended) = calls.iter().position(|call| call.number == number) {
+            calls.swap_remove(ended);
+        }
     }
 
     /// Stops counting the calls that are no longer trusted, so that others can take their place.
     pub(super) fn forget_stalled(&mut self, now: Instant) {
-        let Lane { calls, stands_still, .. } = &mut *self.lane;
+        let Lane { calls, stands_still, all_trusted_until, .. } = &mut *self.lane;
+        if all_trusted_until.is_none_or(|until| now < until) {
+            return;
+        }
         calls.retain(|call| {
             let is_trusted = now < call.trusted_until;
             if let (false, Some(runtime)) = (is_trusted, call.begins_on) {
@@ -135,6 +149,7 @@ impl<E: Executor> LaneMut<'_, E> {
             }
             is_trusted
         });
+        *all_trusted_until = calls.iter().map(|call| call.trusted_until).min();
     }
 
     /// Moves to `given_up` the first of the operations that wait, as long as nobody waits for them any longer. Their
@@ -178,7 +193,10 @@ impl<E: Executor> LaneMut<'_, E> {
         }
         match batch.iter().map(|next| next.until).max() {
             // By then it has ended, or its send loop is not polled.
-            Some(until) => (call.operations, call.trusted_until) = (batch.len(), until + TRUSTED),
+            Some(until) => {
+                (call.operations, call.trusted_until) = (batch.len(), until + TRUSTED);
+                self.lane.is_trusted_until(until + TRUSTED);
+            }
             None => {
                 self.end(number);
                 return None;
@@ -197,6 +215,11 @@ impl<E: Executor> LaneMut<'_, E> {
 }
 
 impl<E: Executor> Lane<E> {
+    /// Notes that a call in flight is trusted until then.
+    fn is_trusted_until(&mut self, until: Instant) {
+        self.all_trusted_until = Some(self.all_trusted_until.map_or(until, |before| before.min(until)));
+    }
+
     fn is_idle(&self) -> bool {
         self.queue.is_empty() && self.calls.is_empty()
     }

@@ -305,10 +305,6 @@ impl Connection for FredConnection {
         }
     }
 
-    fn few(&self) -> usize {
-        FEW
-    }
-
     fn runtime(&self) -> Option<Handle> {
         self.driver.as_ref().map(|driver| driver.go_on())
     }
@@ -346,9 +342,9 @@ async fn once(client: &Client, command: &'static str, args: Vec<Bytes>, until: I
     Ok(reply.into())
 }
 
-/// fred closes the connection after some refusals: `CLUSTERDOWN`, and those that the settings of a caller's client name.
-/// It gives this error to all that is in flight, whoever sent it. So what it says is known of the connection, and not of
-/// this command, which may have run.
+/// fred closes the connection after some refusals: `CLUSTERDOWN`, and those that the settings of a caller's client
+/// name. It gives this error to all that is in flight, whoever sent it. So what it says is known of the connection, and
+/// not of this command, which may have run.
 fn closing(client: &Client, mut error: RedisError) -> RedisError {
     let config = client.connection_config();
     let is_named = |text: &str| config.reconnect_errors.iter().any(|refusal| text.starts_with(beginning_of(refusal)));
@@ -387,10 +383,6 @@ fn options(until: Instant) -> Result<Options, RedisError> {
     }
     Ok(Options { max_attempts: Some(1), timeout: Some(left), ..Options::default() })
 }
-
-/// How many operations are few to fred, which pays more for each call than redis-rs. Pairs a second against 8: 1.3
-/// times as many with 16 tasks, 1.1 with 24, and 0.95 to 1.00 with more. If 32 were few, it would be 0.7 with 32 tasks.
-const FEW: usize = 16;
 
 /// fred takes zero for "no timeout at all".
 const SHORTEST: Duration = Duration::from_millis(1);

@@ -9,8 +9,8 @@ use super::Sent;
 /// The shortest silence that counts: a server that is far away may take so long to reply.
 const SHORTEST_SILENCE: Duration = Duration::from_millis(150);
 
-/// How much longer than a silence a new connection may take until it is requested again: the request may have been lost.
-/// While the server is away, a client may keep all requests, and open one connection for each when it is back.
+/// How much longer than a silence a new connection may take until it is requested again: the request may have been
+/// lost. While the server is away, a client may keep all requests, and open one connection for each when it is back.
 const REQUESTED_AGAIN: u32 = 16;
 
 /// Whether the server still replies. A connection that was silently cut (by a firewall that forgot it, or a peer that
@@ -54,9 +54,9 @@ impl Liveness {
         self.blocked.take_if(|(_, last)| *last <= until);
     }
 
-    /// Returns whether the connection is dead, as this call has had no reply. Returns true once for each connection, and
-    /// again if no other one was made for very long: opening one after the other while all are slow would make nothing
-    /// faster.
+    /// Returns whether the connection is dead, as this call has had no reply. Returns true once for each connection,
+    /// and again if no other one was made for very long: opening one after the other while all are slow would make
+    /// nothing faster.
     ///
     /// A call that began before the connection was made, the last one of so many, says nothing about it: it may have
     /// been sent a moment ago. Closing it would fail all other calls on a connection as good as new.

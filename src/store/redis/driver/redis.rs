@@ -20,8 +20,8 @@
 //! 7. A subscription counts as made when the server has confirmed it. It has connections of its own, with RESP3: a
 //!    server that ends a subscription by itself shifts the replies of such a connection, which is closed then.
 //!
-//! An unfenced pair of obtain and release takes 47,700 instructions of the client at 1 task, 41,800 at 16, 28,400 at 64
-//! and 27,300 at 256; raw redis-rs 27,400, 20,700, 21,100 and 22,800 (callgrind, one thread). `benches/versus` measures
+//! An unfenced pair of obtain and release takes 47,100 instructions of the client at 1 task, 41,000 at 16, 27,400 at 64
+//! and at 256; raw redis-rs 27,400, 20,700, 21,100 and 22,800 (callgrind, one thread). `benches/versus` measures
 //! time.
 
 mod cluster;
@@ -170,7 +170,8 @@ impl OwnConnection {
             let Some(link) = self.shared.link_by(until, &mut connected).await else {
                 return Err(not_sent(self.why_unanswered().unwrap_or_else(|| self.shared.origin.peer.silent())));
             };
-            return match link.call(command, &args, until).await {
+            let reply = link.call(command, &args, until).await;
+            return match reply {
                 // Surely not sent: the next connection takes it.
                 Err((_, WasSent::No)) if self.shared.waits => continue,
                 Err((error, was_sent)) => match (error.kind(), was_sent) {
@@ -381,7 +382,8 @@ impl Shared {
         }
         let connected = connected.get_or_insert_with(|| self.link.subscribe());
         let usable = connected.wait_for(|link| link.as_ref().is_some_and(|link| !link.is_over()));
-        timeout_at(until, usable).await.ok()?.ok()?.clone()
+        // In a box, as it is rare: the future of each call has room for it.
+        Box::pin(timeout_at(until, usable)).await.ok()?.ok()?.clone()
     }
 
     /// Returns why there is no connection, which is more than the "timed out" of a call that waited for one: the server

@@ -53,8 +53,8 @@ struct State {
     nodes: HashMap<(Address, Asking), Arc<Node>>,
     /// The owners of the slots that were used, as far as they are known to be well.
     owners: HashMap<u16, Address>,
-    /// The primaries by the last map that had any. A node that has begun anew knows no other, and where the client takes
-    /// that for the map, it knows only the nodes that the user has named, which may be this one.
+    /// The primaries by the last map that had any. A node that has begun anew knows no other, and where the client
+    /// takes that for the map, it knows only the nodes that the user has named, which may be this one.
     primaries: Vec<Address>,
     /// Nodes to which no connection could be opened lately, or which did not serve a slot.
     failed: HashMap<Address, Failed>,
@@ -250,8 +250,8 @@ impl Cluster {
         self.known.refresh();
     }
 
-    /// Notes that the node does not serve the slot: it has lost the slot, or its part of the cluster has no majority. It
-    /// names nobody else, so the next call asks another node.
+    /// Notes that the node does not serve the slot: it has lost the slot, or its part of the cluster has no majority.
+    /// It names nobody else, so the next call asks another node.
     fn is_not_served(&self, slot: u16, server: &Address) {
         let mut state = self.state();
         if state.owners.get(&slot) == Some(server) {

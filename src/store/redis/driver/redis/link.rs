@@ -186,9 +186,11 @@ impl Link {
         let command = convert::command(command, args);
         let before = self.meter.written();
         let mut connection = self.connection.clone();
-        match timeout_at(until, connection.send_packed_command(&command)).await {
+        // Not a match around the `await`, and what is rare in boxes: the future is allocated for each call.
+        let reply = timeout_at(until, connection.send_packed_command(&command)).await;
+        match reply {
             Ok(Ok(value)) => convert::reply(value).map_err(|error| (error, WasSent::Maybe)),
-            Ok(Err(error)) => Err(self.failed(error, before).await),
+            Ok(Err(error)) => Err(Box::pin(self.failed(error, before)).await),
             Err(_) => Err((convert::late(), WasSent::Maybe)),
         }
     }
