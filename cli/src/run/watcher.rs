@@ -3,8 +3,8 @@
 //! It reads from a pipe, line by line, what it has to know; and learns of our end by the end of the pipe. It is in a
 //! process group of its own, so that what is sent to ours doesn't reach it.
 //!
-//! 1. It starts before the command, and reports that it is ready; if it doesn't, the command doesn't run. It is told of the group as soon as
-//!    the command has started.
+//! 1. It starts before the command, and reports that it is ready; if it doesn't, the command doesn't run. It is told of
+//!    the group as soon as the command has started.
 //! 2. A line is written whole or not at all, and never waited for: a watcher that hangs must hold up nothing.
 //! 3. It acts a little later than we would, so that it does nothing while we are well; but no later than we would kill
 //!    the group.

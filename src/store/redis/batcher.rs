@@ -381,10 +381,14 @@ impl<E: Executor> SendLoop<E> {
         let mut parts = vec![batch];
         let mut was_late = false;
         while let Some(mut part) = parts.pop() {
-            let now = Instant::now();
-            part.retain(|queued| queued.time_left(now).is_some());
+            let (now, mut longest) = (Instant::now(), None);
+            part.retain(|queued| {
+                let left = queued.time_left(now);
+                longest = longest.max(left);
+                left.is_some()
+            });
             // As long as the most patient caller wants: the others stop waiting by themselves.
-            let Some(timeout) = part.iter().filter_map(|queued| queued.time_left(now)).max() else { continue };
+            let Some(timeout) = longest else { continue };
             if part.len() == 1 {
                 self.send_one_by_one(part).await;
                 continue;

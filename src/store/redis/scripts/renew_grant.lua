@@ -41,7 +41,8 @@ for i = 1, n do
     local record = grants_of(KEYS[n + i], token)
     grants[i] = record
     -- `-` doesn't add itself to a record. Where it is missing from one, the key ends with the other grants.
-    if grant == '-' and (how == 'least' or how == 'exactly') and record.ttls['-'] == nil and record.ttls['*'] == nil then
+    local has_own = record.ttls['-'] ~= nil or record.ttls['*'] ~= nil
+    if grant == '-' and (how == 'least' or how == 'exactly') and not has_own then
         missing = true
     end
 end
