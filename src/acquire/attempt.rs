@@ -5,22 +5,19 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::select;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use crate::acquire::answer::Held;
 use crate::acquire::context::Context;
 use crate::hold::{Grant, GrantId, Hold, Owned, Terms};
 use crate::locker::cleanups::{Cleanup, PendingCleanup};
 use crate::locker::shared::Shared;
-use crate::store::{Acquired, InLine, Wanted};
+use crate::store::{Acquired, GRACE, InLine, Wanted};
 use crate::{Error, LockGuard, Token};
 
 /// How long the first attempt may take, even of a request that may not wait at all. Less than the tolerance of
 /// [`LockRequest::wait_at_most`](crate::LockRequest::wait_at_most).
 const FIRST_ATTEMPT: Duration = Duration::from_millis(30);
-
-/// By how much the store may overrun its timeout before its call is given up on from outside.
-pub(crate) const GRACE: Duration = Duration::from_millis(10);
 
 /// Asks the server for one lock, as often as its request wants to.
 ///
@@ -45,7 +42,7 @@ pub(crate) struct Sending {
 }
 
 impl Sending {
-    /// Returns when the attempt ends, whatever the store does.
+    /// Returns when the attempt ends at the latest.
     pub(crate) fn ends(&self) -> Instant {
         self.sent + self.timeout + GRACE
     }
@@ -100,10 +97,7 @@ impl Attempt {
             // Closing comes first: what is granted after it would be undone all the same.
             biased;
             () = shared.closed.cancelled() => return Outcome::Closed,
-            answer = timeout_at(sending.ends(), call) => match answer {
-                Ok(answer) => (answer, shared.store.capabilities().undoes_attempts),
-                Err(_) => (Err(Error::timeout()), false),
-            },
+            answer = call => (answer, shared.store.capabilities().undoes_attempts),
         };
         self.complete(sending, answer, undoes_attempts)
     }

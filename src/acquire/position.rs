@@ -3,12 +3,11 @@
 use tokio::time::{Instant, timeout_at};
 
 use crate::Key;
-use crate::acquire::attempt::GRACE;
 use crate::acquire::context::Context;
 use crate::acquire::queue::{HEARTBEAT, Leftovers, Ticket};
 use crate::locker::shared::Shared;
 use crate::report::debug;
-use crate::store::{InLine, LinePlace, Queueing};
+use crate::store::{GRACE, InLine, LinePlace, Queueing};
 
 /// Where a request stands. A request for several keys is in no queue, and one that doesn't wait stands nowhere.
 ///

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{Hold, Owned, timing};
 use crate::locker::late_releases::Releasing;
@@ -98,7 +98,7 @@ impl Shared {
                 Some(rest) => self.store.linger(owned, ending, rest, timeout),
                 None => self.store.release(owned, ending, timeout),
             };
-            let error = match timeout_at(until, call).await.unwrap_or_else(|_| Err(Error::timeout())) {
+            let error = match call.await {
                 Ok(_) if has_tried => return Ok(Released { verdict: Verdict::Done, at_once: false }),
                 Ok(verdict) => return Ok(Released { verdict, at_once: failures == 0 }),
                 Err(error) => error,

@@ -23,8 +23,6 @@ pub(crate) enum Fault {
     None,
     /// It fails at once, and never runs.
     Refused,
-    /// It never returns and never runs.
-    Hung,
     /// It never runs, and fails when its time is over.
     Lost,
     /// It runs at once, and its reply is lost with the connection.
@@ -153,7 +151,6 @@ pub(super) async fn call_within<S: Send + Sync + 'static, T: Send + 'static>(
             run(&store);
             Err(Error::timeout())
         }
-        Fault::Hung => std::future::pending().await,
         Fault::Lost => {
             sleep(timeout).await;
             Err(Error::timeout())

@@ -118,8 +118,8 @@ use self::tally::{Outcome, Tally};
 use super::node::Node;
 use super::notifications::Subscription;
 use super::{
-    Acquired, Answer, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, LinePlace, Next,
-    Store, Undone, Verdict, Wanted, Whose,
+    Acquired, Answer, Capabilities, Downgraded, Ending, Extending, GRACE, HandedOver, Holder, InLine, Latest,
+    LinePlace, Next, Store, Undone, Verdict, Wanted, Whose,
 };
 use crate::hold::Owned;
 use crate::mode::Mode;
@@ -330,6 +330,12 @@ fn worse(one: Loss, other: Loss) -> Loss {
     if one == Loss::Taken { one } else { other }
 }
 
+/// Ends a call that would take longer than it may, as calls that wait to be sent do. What it leaves is done in the
+/// background.
+async fn within<T>(timeout: Duration, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    tokio::time::timeout(timeout, call).await.unwrap_or_else(|_| Err(Error::timeout()))
+}
+
 /// Returns a little less than the caller's timeout, so that this reports which nodes have not replied.
 fn first(timeout: Duration) -> Duration {
     timeout.mul_f64(0.9)
@@ -397,7 +403,8 @@ impl Store for QuorumStore {
     }
 
     fn acquire<'a>(&'a self, wanted: &'a Wanted, in_line: InLine, timeout: Duration) -> Answer<'a, Acquired> {
-        Box::pin(self.acquire(wanted, in_line, timeout))
+        // In time it says which nodes have not replied.
+        Box::pin(within(timeout + GRACE, self.acquire(wanted, in_line, timeout)))
     }
 
     fn renew<'a>(&'a self, owned: &'a Owned, ttl: Duration, how: Extending, timeout: Duration) -> Answer<'a, Verdict> {
@@ -405,7 +412,7 @@ impl Store for QuorumStore {
     }
 
     fn release<'a>(&'a self, owned: &'a Owned, ending: Ending, timeout: Duration) -> Answer<'a, Verdict> {
-        Box::pin(self.release(owned, ending, Duration::ZERO, timeout))
+        Box::pin(within(timeout, self.release(owned, ending, Duration::ZERO, timeout)))
     }
 
     /// Each node leaves its keys to nobody, and by that keeps its vote for the rest of the time. A node that has lost
@@ -417,7 +424,7 @@ impl Store for QuorumStore {
         rest: Duration,
         timeout: Duration,
     ) -> Answer<'a, Verdict> {
-        Box::pin(self.release(owned, ending, rest, timeout))
+        Box::pin(within(timeout, self.release(owned, ending, rest, timeout)))
     }
 
     /// A round undoes its own attempt, on each node by that node's clock.

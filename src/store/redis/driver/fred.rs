@@ -31,7 +31,7 @@ use fred::types::config::{Config, ConnectionConfig, Options, PerformanceConfig, 
 use fred::types::{Builder, ClusterHash, CustomCommand};
 use tokio::join;
 use tokio::runtime::Handle;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
 
 use self::events::Events;
@@ -205,7 +205,7 @@ impl Connection for FredConnection {
     fn ready(&self, timeout: Duration) -> Calling<'_, ()> {
         Box::pin(async move {
             let until = Instant::now() + timeout;
-            match tokio::time::timeout_at(until, self.client.wait_for_connect()).await {
+            match timeout_at(until, self.client.wait_for_connect()).await {
                 Ok(Ok(())) => self.ping(until.saturating_duration_since(Instant::now())).await,
                 Ok(Err(error)) => Err(self.peer.unreachable(error.into(), None)),
                 Err(_) => Err(self.why_not_connected().unwrap_or_else(|| self.peer.silent())),
@@ -338,8 +338,14 @@ pub(in super::super) fn borrowed(client: Client) -> Arc<dyn Connection> {
 /// fred gets the timeout and writes the command only once: it would still send a command whose future was dropped while
 /// it waited for a connection.
 async fn once(client: &Client, command: &'static str, args: Vec<Bytes>, until: Instant) -> Result<Value, RedisError> {
-    let reply: fred::types::Value = client.with_options(&options(until)?).custom(custom(command), args).await?;
-    Ok(reply.into())
+    let client = client.with_options(&options(until)?);
+    let sent = client.custom::<fred::types::Value, Bytes>(custom(command), args);
+    let reply = timeout_at(until, sent).await.map_err(|_| late())?;
+    Ok(reply?.into())
+}
+
+fn late() -> RedisError {
+    RedisError::new(RedisErrorKind::Timeout, "the server did not reply in time")
 }
 
 /// fred closes the connection after some refusals: `CLUSTERDOWN`, and those that the settings of a caller's client
@@ -381,8 +387,13 @@ fn options(until: Instant) -> Result<Options, RedisError> {
         // Not passed on to fred, for which zero means no timeout.
         return Err(RedisError::new(RedisErrorKind::Timeout, "no time left to ask the server"));
     }
-    Ok(Options { max_attempts: Some(1), timeout: Some(left), ..Options::default() })
+    let timeout = left.saturating_sub(EARLIER).max(left / 2).max(SHORTEST);
+    Ok(Options { max_attempts: Some(1), timeout: Some(timeout), ..Options::default() })
 }
+
+/// How much earlier fred's timeout ends than ours, which is there for what fred may do instead: a command that has
+/// timed out by fred's is not written any more.
+const EARLIER: Duration = Duration::from_millis(5);
 
 /// fred takes zero for "no timeout at all".
 const SHORTEST: Duration = Duration::from_millis(1);

@@ -1,6 +1,7 @@
 //! The nodes of a cluster, as fred's map has them, and plain connections to single nodes.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use fred::clients::Client;
@@ -8,13 +9,12 @@ use fred::interfaces::{ClientLike, ClusterInterface};
 use fred::types::Value as FredValue;
 use fred::types::cluster::ClusterRouting;
 use fred::types::config::{Config, Server, ServerConfig};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::super::{Calling, Ended, NodeConnection, Nodes, Value};
-use super::{closing, connect, convert, custom, once, options};
+use super::{closing, connect, convert, custom, late, once, options};
 use crate::store::redis::url::Address;
 use crate::{RedisError, RedisErrorKind};
-use std::time::Duration;
 
 /// The longest that connecting may take.
 const CONNECTING: Duration = Duration::from_secs(2);
@@ -102,12 +102,13 @@ impl NodeConnection for FredNode {
             let calls = self.0.pipeline().with_options(&options(until)?);
             let _: FredValue = calls.custom(custom("ASKING"), Vec::<Bytes>::new()).await?;
             let _: FredValue = calls.custom(custom(command), args).await?;
-            let mut answers = calls.try_all::<FredValue>().await.into_iter();
+            let answers = timeout_at(until, calls.try_all::<FredValue>()).await.map_err(|_| late())?;
+            let mut answers = answers.into_iter();
             // Either one error for both, or a reply to each.
             match (answers.next(), answers.next()) {
                 (Some(Ok(_)), Some(answer)) => answer.map(Value::from).map_err(|error| closing(&self.0, error.into())),
                 (Some(Err(error)), _) => Err(closing(&self.0, error.into())),
-                _ => Err(RedisError::new(RedisErrorKind::Timeout, "the server did not reply in time")),
+                _ => Err(late()),
             }
         })
     }

@@ -19,7 +19,7 @@ use tokio::time::timeout;
 
 use super::super::task::Home;
 use super::super::{Calling, Driving, Listener, Listening, PubSub, SUBSCRIBING};
-use super::connect;
+use super::{connect, late};
 use crate::store::redis::slot::slot_of;
 use crate::{RedisError, RedisErrorKind};
 
@@ -178,8 +178,4 @@ fn texts(channels: &[Bytes]) -> Vec<Str> {
 
 async fn within<T>(call: impl Future<Output = FredResult<T>>) -> Result<T, RedisError> {
     Ok(timeout(SUBSCRIBING, call).await.map_err(|_| late())??)
-}
-
-fn late() -> RedisError {
-    RedisError::new(RedisErrorKind::Timeout, "the server did not answer in time")
 }
