@@ -64,7 +64,7 @@ async fn loss_of(guard: &LockGuard, start: Instant) -> (Duration, Loss) {
 
 #[tokio::test(start_paused = true)]
 async fn a_hung_store_is_a_loss_at_the_deadline_to_the_millisecond() {
-    for fault in [Fault::Lost, Fault::Refused, Fault::AnsweredAfter(ms(600)), Fault::RunAfter(ms(9_000))] {
+    for fault in [Fault::Hung, Fault::Refused, Fault::AnsweredAfter(ms(600)), Fault::RunAfter(ms(9_000))] {
         let locker = locker(only(Operation::Renew, fault));
         let start = Instant::now();
         let guard = locker.lock("k").await.unwrap();
@@ -134,7 +134,7 @@ async fn failures_are_retried_with_growing_pauses_until_one_succeeds() {
 
 #[tokio::test(start_paused = true)]
 async fn a_release_is_not_held_up_by_a_hung_renewal() {
-    let locker = locker(only(Operation::Renew, Fault::Lost));
+    let locker = locker(only(Operation::Renew, Fault::Hung));
     let guard = locker.lock("k").await.unwrap();
     sleep(ms(1_000)).await;
     let start = Instant::now();
@@ -178,7 +178,7 @@ async fn locks_that_are_due_together_are_renewed_by_one_call() {
 async fn locks_that_are_renewed_together_are_lost_when_each_would_be() {
     let deadline = ms(3_000 - 30 - 2);
     let faults = [
-        (Fault::Lost, deadline, Loss::Expired),
+        (Fault::Hung, deadline, Loss::Expired),
         (Fault::Refused, deadline, Loss::Expired),
         (Fault::AnsweredAfter(ms(600)), deadline, Loss::Expired),
         (Fault::RunAfter(ms(9_000)), deadline, Loss::Expired),
@@ -205,7 +205,7 @@ async fn locks_whose_renewal_together_failed_are_renewed_one_by_one() {
 
 #[tokio::test(start_paused = true)]
 async fn what_is_done_to_one_lock_is_not_held_up_by_a_hung_renewal_of_many() {
-    let (mut guards, _, start) = five_together(|call| if call == 0 { Fault::Lost } else { Fault::None }).await;
+    let (mut guards, _, start) = five_together(|call| if call == 0 { Fault::Hung } else { Fault::None }).await;
     sleep(ms(1_100)).await;
     guards.pop().unwrap().release().await.unwrap();
     guards.pop().unwrap().renew_for(ms(400)).await.unwrap();
@@ -232,7 +232,7 @@ async fn a_release_whose_answer_was_lost_is_a_release() {
 
 #[tokio::test(start_paused = true)]
 async fn a_renewer_outlives_its_guard_until_the_ttl_at_most() {
-    for fault in [Fault::Lost, Fault::Refused] {
+    for fault in [Fault::Hung, Fault::Refused] {
         let locker = locker(only(Operation::Release, fault));
         let guard = locker.lock("k").await.unwrap();
         let start = Instant::now();
@@ -277,8 +277,8 @@ async fn what_was_dropped_is_released_for_as_long_as_the_server_may_keep_it_not_
 }
 
 #[tokio::test(start_paused = true)]
-async fn waiting_ends_within_fifty_milliseconds_of_its_limit_even_when_the_store_ignores_its_timeout() {
-    let locker = locker(only(Operation::Acquire, Fault::Lost));
+async fn waiting_ends_within_fifty_milliseconds_of_its_limit_even_when_the_server_hangs() {
+    let locker = locker(only(Operation::Acquire, Fault::Hung));
     for limit in [0, 10, 499, 501, 5_000] {
         let start = Instant::now();
         let failed = locker.lock("k").wait_at_most(ms(limit)).await.unwrap_err();
@@ -290,7 +290,7 @@ async fn waiting_ends_within_fifty_milliseconds_of_its_limit_even_when_the_store
 
 #[tokio::test(start_paused = true)]
 async fn work_that_becomes_ready_with_the_loss_has_lost() {
-    let locker = locker(only(Operation::Renew, Fault::Lost));
+    let locker = locker(only(Operation::Renew, Fault::Hung));
     let guard = locker.lock("k").await.unwrap();
     let deadline = guard.deadline();
     let dropped = Arc::new(AtomicBool::new(false));
@@ -360,7 +360,7 @@ async fn a_dead_holder_is_followed_when_its_ttl_ends() {
 
 #[tokio::test(start_paused = true)]
 async fn a_hand_over_that_fails_leaves_the_lock_to_who_waits() {
-    for fault in [Fault::Lost, Fault::Refused, Fault::AnswerLost, Fault::RunAfter(ms(700))] {
+    for fault in [Fault::Hung, Fault::Refused, Fault::AnswerLost, Fault::RunAfter(ms(700))] {
         let calls = AtomicU32::new(0);
         let locker = locker(move |operation| match operation {
             // The hand-over, which is the first release.
@@ -449,7 +449,7 @@ fn histories(faults: &'static [fn(&mut fastrand::Rng) -> Fault], few: u64, mut c
 /// The faults of networks and servers.
 const FAULTS: &[fn(&mut fastrand::Rng) -> Fault] = &[
     |_| Fault::Refused,
-    |_| Fault::Lost,
+    |_| Fault::Hung,
     |_| Fault::AnswerLost,
     |rng| Fault::AnsweredAfter(ms(rng.u64(..700))),
     |rng| Fault::RunAfter(ms(rng.u64(..700))),

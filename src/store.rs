@@ -38,11 +38,12 @@ pub(crate) type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + 
 /// Several operations in progress. Resolves to one result for each, in their order.
 pub(crate) type Answers<'a, T> = Pin<Box<dyn Future<Output = Vec<Result<T, Error>>> + Send + 'a>>;
 
-/// By how much [`Store::acquire`] may overrun its timeout.
+/// By how much [`Store::acquire`] may overrun its timeout, and a heartbeat until it is given up.
 pub(crate) const GRACE: Duration = Duration::from_millis(10);
 
-/// The operations of a lock's life. Each ends within its `timeout`, whatever the server does. Its callers rely on that:
-/// a timer of theirs for each would take 4 % of the client's time.
+/// The operations of a lock's life. Each ends within its `timeout`, whatever the server does. The callers of
+/// [`acquire`](Self::acquire), [`release`](Self::release) and [`linger`](Self::linger) rely on that: a timer of theirs
+/// for each would take 4 % of the client's time.
 pub(crate) trait Store: fmt::Debug + Send + Sync + 'static {
     /// Returns what the store can do at this moment. A server may turn out to forbid something later, so callers ask
     /// whenever they need to know; it is cheap.

@@ -38,7 +38,7 @@
 //! | The waiters of one process are served in the order in which they came. | they poll their futures | `it waiting::who_waits_in_one_process_is_served_in_order` |
 //! | An explicit release ends nothing that its token obtains after it has returned, also where its connection broke; nor what the same locker obtains by it after the future was dropped. | | `lib simulation::a_release_that_was_given_up_ends_nothing_that_its_token_obtains_after_that`, `it late::a_release_that_comes_late_ends_nothing_that_its_token_has_obtained_since`, `lib store::quorum::simulated::a_release_that_is_late_takes_nothing_from_who_comes_back_by_the_same_token` |
 //! | A key stays taken for the time of [`hold_at_least`](crate::LockRequest::hold_at_least) after a release that the server has confirmed. | nothing forgets it; on a quorum, a majority replied to the first call | `lib simulation::bounds::of_several_keys_those_that_are_left_stay_taken_when_one_is_lost`, `lib store::quorum::simulated::what_is_taken_back_after_the_release_stays_taken_for_the_least_time` |
-//! | Every call ends within its timeout, or waits because it was asked to. | | `it errors::a_hung_server_is_waited_for_no_longer_than_said`, `lib simulation::waiting_ends_within_fifty_milliseconds_of_its_limit_even_when_the_store_ignores_its_timeout` |
+//! | Every call ends within its timeout, or waits because it was asked to. | | `it errors::a_hung_server_is_waited_for_no_longer_than_said`, `lib simulation::waiting_ends_within_fifty_milliseconds_of_its_limit_even_when_the_server_hangs` |
 //!
 //! | not guaranteed | instead | shown by |
 //! | --- | --- | --- |

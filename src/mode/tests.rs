@@ -264,7 +264,7 @@ async fn a_downgrade_of_unknown_outcome_is_tried_again() {
 /// Whatever the server has made of it, it is released.
 #[tokio::test(start_paused = true)]
 async fn a_downgrade_that_fails_or_is_dropped_leaves_nothing() {
-    for fault in [Fault::AnswerLost, Fault::Refused, Fault::Lost, Fault::RunAfter(ms(300)), Fault::RunAfter(ms(490))] {
+    for fault in [Fault::AnswerLost, Fault::Refused, Fault::Hung, Fault::RunAfter(ms(300)), Fault::RunAfter(ms(490))] {
         for dropped in [false, true] {
             let counted = counted(move |operation| match operation {
                 Operation::Downgrade => fault,
@@ -438,7 +438,7 @@ async fn a_lock_that_is_gone_is_not_downgraded() {
 
 #[tokio::test(start_paused = true)]
 async fn a_reader_is_lost_like_a_lock() {
-    let counted = counted(|operation| if operation == Operation::Renew { Fault::Lost } else { Fault::None });
+    let counted = counted(|operation| if operation == Operation::Renew { Fault::Hung } else { Fault::None });
     let expires = counted.locker.read("k").ttl(ms(3_000)).await.unwrap();
     assert_eq!(expires.lost().await, crate::Loss::Expired);
     let counted = self::counted(|_| Fault::None);

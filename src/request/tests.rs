@@ -35,7 +35,7 @@ async fn waits(request: LockRequest) -> tokio::task::JoinHandle<Result<LockGuard
 
 #[tokio::test(start_paused = true)]
 async fn a_request_behind_one_that_has_no_answer_is_not_told_that_another_holds_the_lock() {
-    let locker = locker(|_| Fault::Lost);
+    let locker = locker(|_| Fault::Hung);
     let first = waits(locker.lock("k")).await;
     // Before the first request has learned anything, and after it has learned that the server is silent.
     for limit in [ms(0), ms(300), ms(2_000)] {
@@ -66,7 +66,7 @@ async fn a_request_behind_one_that_found_the_lock_held_is_told_so() {
 #[tokio::test(start_paused = true)]
 async fn what_was_learned_last_counts() {
     // The lock is found held, and then the server stops replying.
-    let locker = locker(|call| if call <= 2 { Fault::None } else { Fault::Lost });
+    let locker = locker(|call| if call <= 2 { Fault::None } else { Fault::Hung });
     let _held = locker.lock("k").await.unwrap();
     let first = waits(locker.lock("k").wait_at_most(ms(4_000))).await;
     let behind = waits(locker.lock("k").wait_at_most(ms(3_990))).await;
@@ -124,7 +124,7 @@ async fn a_request_for_several_keys_names_the_one_that_is_held() {
 #[tokio::test(start_paused = true)]
 async fn what_was_true_only_before_a_request_began_is_not_what_it_is_told() {
     // The lock is held and released, and from then on the server is silent.
-    let locker = locker(|call| if call <= 3 { Fault::None } else { Fault::Lost });
+    let locker = locker(|call| if call <= 3 { Fault::None } else { Fault::Hung });
     let held = locker.obtain("k").token("worker-7".parse().unwrap()).await.unwrap();
     let first = waits(locker.lock("k").token("worker-8".parse().unwrap())).await;
     let before = waits(locker.lock("k").wait_at_most(ms(200))).await;

@@ -105,7 +105,7 @@ async fn a_guard_that_is_dropped_on_a_loss_that_the_server_told_releases_nothing
 
 #[tokio::test(start_paused = true)]
 async fn an_adoption_that_failed_is_taken_back() {
-    for fault in [Fault::AnswerLost, Fault::Lost, Fault::RunAfter(ms(300)), Fault::RunAfter(ms(900))] {
+    for fault in [Fault::AnswerLost, Fault::Hung, Fault::RunAfter(ms(300)), Fault::RunAfter(ms(900))] {
         let store = Arc::new(MemoryStore::new());
         let here = locker_on(store.clone(), |_| Fault::None);
         let there = locker_on(store.clone(), first(Operation::Renew, fault));

@@ -23,6 +23,9 @@ pub(crate) enum Fault {
     None,
     /// It fails at once, and never runs.
     Refused,
+    /// It never runs, and never returns; an acquire or a release fails when its time is over, as their callers have no
+    /// timer of their own.
+    Hung,
     /// It never runs, and fails when its time is over.
     Lost,
     /// It runs at once, and its reply is lost with the connection.
@@ -120,7 +123,10 @@ impl FaultyStore {
         timeout: Duration,
         run: impl Fn(&MemoryStore, &dyn Fn(Ran<'_>)) -> T + Send + 'static,
     ) -> Result<T, Error> {
-        let fault = (self.plan)(operation);
+        let fault = match ((self.plan)(operation), operation) {
+            (Fault::Hung, Operation::Acquire | Operation::Release) => Fault::Lost,
+            (fault, _) => fault,
+        };
         let witness = self.witness.clone().map(|witness| (witness.sent(operation, fault), witness));
         let run = move |store: &MemoryStore| {
             run(store, &|ran| {
@@ -151,6 +157,7 @@ pub(super) async fn call_within<S: Send + Sync + 'static, T: Send + 'static>(
             run(&store);
             Err(Error::timeout())
         }
+        Fault::Hung => std::future::pending().await,
         Fault::Lost => {
             sleep(timeout).await;
             Err(Error::timeout())

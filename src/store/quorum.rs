@@ -429,7 +429,7 @@ impl Store for QuorumStore {
 
     /// A round undoes its own attempt, on each node by that node's clock.
     fn undo<'a>(&'a self, owned: &'a Owned, _: &'a Latest, timeout: Duration) -> Answer<'a, Undone> {
-        let released = self.release(owned, Ending::Grant, Duration::ZERO, timeout);
+        let released = within(timeout, self.release(owned, Ending::Grant, Duration::ZERO, timeout));
         Box::pin(async move { released.await.map(|_| Undone::Complete) })
     }
 

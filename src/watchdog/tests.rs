@@ -556,7 +556,7 @@ async fn all_are_released_many_at_a_time_and_what_failed_is_answered() {
     let started = AtomicU32::new(0);
     let locker = locker(move |operation| match operation {
         // One of the keys, over and over.
-        Operation::Release if started.fetch_add(1, Ordering::Relaxed) == 7 => Fault::Lost,
+        Operation::Release if started.fetch_add(1, Ordering::Relaxed) == 7 => Fault::Hung,
         Operation::Release => Fault::AnsweredAfter(ms(100)),
         _ => Fault::None,
     });
@@ -622,7 +622,7 @@ async fn random_life(seed: u64) {
         let mut rng = rng.lock().unwrap();
         match rng.u8(..20) {
             0..3 => Fault::Refused,
-            3 => Fault::Lost,
+            3 => Fault::Hung,
             4 => Fault::AnswerLost,
             5 => Fault::AnsweredAfter(ms(rng.u64(..600))),
             6 => Fault::Forgotten,
@@ -709,7 +709,7 @@ fn a_lock_that_is_waited_for_on_a_runtime_that_nobody_drives_can_be_given_up() {
 
 #[tokio::test(start_paused = true)]
 async fn a_lock_that_was_only_waited_for_is_reported_as_stopped() {
-    let locker = locker(|called| if called == Operation::Release { Fault::Lost } else { Fault::None });
+    let locker = locker(|called| if called == Operation::Release { Fault::Hung } else { Fault::None });
     let log = Log::default();
     let dog = log.watchdog(&locker);
     let _held = locker.lock_all(["dropped", "failed", "all"]).await.unwrap();

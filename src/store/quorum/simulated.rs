@@ -625,7 +625,7 @@ fn unnumbered() -> Ballot {
 #[tokio::test(start_paused = true)]
 async fn a_majority_decides_and_slow_nodes_are_not_waited_for() {
     let world = World::new(&[0; 5], Duration::ZERO);
-    let locker = world.client(0, |place| if place < 2 { Fault::Lost } else { Fault::None });
+    let locker = world.client(0, |place| if place < 2 { Fault::Hung } else { Fault::None });
     let start = Instant::now();
     let guard = locker.lock("k").await.unwrap();
     guard.renew().await.unwrap();
@@ -687,7 +687,7 @@ async fn without_a_majority_a_guard_is_lost_at_its_deadline_to_the_millisecond()
     let locker = world.client(0, {
         let cut = cut.clone();
         move |place| {
-            if place < 2 && cut.load(Ordering::Relaxed) > 0 { Fault::Lost } else { Fault::None }
+            if place < 2 && cut.load(Ordering::Relaxed) > 0 { Fault::Hung } else { Fault::None }
         }
     });
     let start = Instant::now();
@@ -1261,7 +1261,7 @@ async fn no_node_is_healed_for_a_ttl_that_is_being_made_shorter() {
 /// The faults of networks.
 const FAULTS: &[fn(&mut fastrand::Rng) -> Fault] = &[
     |_| Fault::Refused,
-    |_| Fault::Lost,
+    |_| Fault::Hung,
     |_| Fault::AnswerLost,
     |rng| Fault::AnsweredAfter(ms(rng.u64(..300))),
     |rng| Fault::RunAfter(ms(rng.u64(..300))),

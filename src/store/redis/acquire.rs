@@ -45,7 +45,7 @@ impl RedisStore {
         }
     }
 
-    async fn try_acquire(&self, wanted: &Wanted, in_line: InLine, timeout: Duration) -> Result<Acquired, Error> {
+    async fn try_acquire(&self, wanted: &Wanted, in_line: InLine, mut timeout: Duration) -> Result<Acquired, Error> {
         let Owned { keys, token, grant, mode, .. } = &wanted.owned;
         if mode.is_shared() {
             return Box::pin(self.acquire_shared(wanted, in_line, timeout)).await;
@@ -60,12 +60,14 @@ impl RedisStore {
                 return Box::pin(self.acquire_in_line(wanted, key, place, timeout)).await;
             }
             if self.has_line() {
+                let until = Instant::now() + timeout;
                 match Box::pin(self.acquire_in_line(wanted, key, place, timeout)).await {
                     // Without permission for the line's keys, requests wait without a line, unless the user has asked
                     // for one.
                     Err(error) if error.refusal() == Some("NOPERM") => self.stop_using_lines(&error),
                     acquired => return acquired,
                 }
+                timeout = until.saturating_duration_since(Instant::now());
             }
         }
         let (ttl, fence_ttl) = (millis(wanted.ttl), self.fence_ttl(wanted.ttl));
@@ -77,10 +79,12 @@ impl RedisStore {
         }
         match in_line {
             InLine::At { key, place, .. } if keys.len() > 1 && self.has_line() => {
+                let until = Instant::now() + timeout;
                 match Box::pin(self.acquire_whole(wanted, Some((key, place)), timeout)).await {
                     Err(error) if error.refusal() == Some("NOPERM") => self.stop_using_lines(&error),
                     acquired => return acquired,
                 }
+                timeout = until.saturating_duration_since(Instant::now());
             }
             _ => {}
         }

@@ -37,7 +37,6 @@ pub(super) struct Scripts {
     pub(super) renew_one: Script,
     pub(super) renew_grant: Script,
     pub(super) release: Script,
-    pub(super) release_own: Script,
     pub(super) release_one: Script,
     pub(super) end_grant: Script,
     pub(super) force_release: Script,
@@ -63,10 +62,7 @@ pub(super) struct Scripts {
 }
 
 const STAMP: &str = include_str!("scripts/stamp.lua");
-const TIME: &str = include_str!("scripts/time.lua");
 const OURS_ONE: &str = include_str!("scripts/ours_one.lua");
-const RELEASE_ONE: &str = include_str!("scripts/release_one.lua");
-const PASS_ON_ONE: &str = include_str!("scripts/pass_on_one.lua");
 const OWNER: &str = include_str!("scripts/owner.lua");
 const FORGET: &str = include_str!("scripts/forget.lua");
 const HELD: &str = include_str!("scripts/held.lua");
@@ -93,18 +89,12 @@ impl Scripts {
             renew_one: Script::for_one_key(&[OURS_ONE, include_str!("scripts/renew_one.lua")]),
             renew_grant: Script::new(&[OWNER, HELD, GRANTS, EXTEND, UPTIME, include_str!("scripts/renew_grant.lua")]),
             release: Script::new(&[OWNER, FORGET, LINE, include_str!("scripts/release.lua")]),
-            // Of a token that one request made for itself, and that nobody has read: when it is released, nothing will
-            // be obtained by it again. The line needs the time.
-            release_own: Script::join(&[
-                STAMP,
-                include_str!("scripts/any_time.lua"),
+            release_one: Script::for_one_key(&[
                 OURS_ONE,
-                RELEASE_ONE,
-                TIME,
+                include_str!("scripts/release_one.lua"),
                 LINE,
-                PASS_ON_ONE,
+                include_str!("scripts/pass_on_one.lua"),
             ]),
-            release_one: Script::for_one_key(&[OURS_ONE, RELEASE_ONE, LINE, PASS_ON_ONE]),
             end_grant: Script::new(&[OWNER, FORGET, HELD, GRANTS, NOBODY, LINE, include_str!("scripts/end_grant.lua")]),
             force_release: Script::new(&[MARKER, SHARES, LINE, include_str!("scripts/force_release.lua")]),
             linger: Script::new(&[OWNER, FORGET, HELD, GRANTS, NOBODY, include_str!("scripts/linger.lua")]),
@@ -115,7 +105,7 @@ impl Scripts {
             probe: Script::new(&[include_str!("scripts/probe.lua")]),
             remaining: Script::new(&[OWNER, HELD, include_str!("scripts/remaining.lua")]),
             inspect: Script::new(&[MARKER, include_str!("scripts/inspect.lua")]),
-            many: Script { is_batch: true, ..Script::join(&[STAMP, TIME, OWNER, include_str!("scripts/many.lua")]) },
+            many: Script { is_batch: true, ..Script::whole([STAMP, OWNER, include_str!("scripts/many.lua")].concat()) },
             vote: Script::new(&[OWNER, FENCE, GRANTS, UPTIME, MARKER, include_str!("scripts/vote.lua")]),
             vote_shared: Script::new(&[FENCE, SHARES, ANNOUNCED, UPTIME, include_str!("scripts/vote_shared.lua")]),
             metadata: Script::new(&[SHARES, include_str!("scripts/metadata.lua")]),
@@ -186,17 +176,16 @@ impl Script {
 
     /// Does the same, with lines before everything else that decide the most common case as a script for one key does.
     fn after(first: &str, parts: &[&str]) -> Self {
-        let before = [STAMP, TIME, first, include_str!("scripts/prologue.lua")];
-        Self::join(&[&before, parts, &[include_str!("scripts/epilogue.lua")]].concat())
+        let before = [STAMP, first, include_str!("scripts/prologue.lua")];
+        Self::whole([&before, parts, &[include_str!("scripts/epilogue.lua")]].concat().concat())
     }
 
     /// Joins the parts of a script for one key. These run most often.
     fn for_one_key(parts: &[&str]) -> Self {
-        Self::join(&[&[STAMP, TIME], parts].concat())
+        Self::whole([STAMP, &parts.concat()].concat())
     }
 
-    fn join(parts: &[&str]) -> Self {
-        let source = parts.concat();
+    fn whole(source: String) -> Self {
         Self { hash: Sha1::from(&source).digest().to_string().into(), source: source.into(), is_batch: false }
     }
 

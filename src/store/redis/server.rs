@@ -168,8 +168,7 @@ impl Server {
 
     async fn decide(&self, operation: &Operation, now: Instant, until: Instant) -> Result<Decision, Error> {
         let script = match operation.what {
-            What::Release { .. } => &self.scripts.release_own,
-            What::EndGrant { .. } => &self.scripts.release_one,
+            What::Release { .. } | What::EndGrant { .. } => &self.scripts.release_one,
             What::Renew { .. } => &self.scripts.renew_one,
             What::Acquire { .. } => &self.scripts.acquire_one,
         };

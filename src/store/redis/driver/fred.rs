@@ -383,11 +383,12 @@ fn custom(command: &'static str) -> CustomCommand {
 
 fn options(until: Instant) -> Result<Options, RedisError> {
     let left = until.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        // Not passed on to fred, for which zero means no timeout.
+    // fred's timeout must end before ours, and zero means none to it.
+    if left < SHORTEST * 2 {
         return Err(RedisError::new(RedisErrorKind::Timeout, "no time left to ask the server"));
     }
-    let timeout = left.saturating_sub(EARLIER).max(left / 2).max(SHORTEST);
+    // A `WAIT` lasts for four fifths of what is left.
+    let timeout = left.saturating_sub(EARLIER).max(left.mul_f64(0.9));
     Ok(Options { max_attempts: Some(1), timeout: Some(timeout), ..Options::default() })
 }
 
@@ -395,7 +396,7 @@ fn options(until: Instant) -> Result<Options, RedisError> {
 /// timed out by fred's is not written any more.
 const EARLIER: Duration = Duration::from_millis(5);
 
-/// fred takes zero for "no timeout at all".
+/// How exact timers are. fred takes zero for "no timeout at all".
 const SHORTEST: Duration = Duration::from_millis(1);
 
 /// fred's error for a command that it has dropped because there was no connection.

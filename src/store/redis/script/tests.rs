@@ -1,5 +1,3 @@
-use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -247,33 +245,4 @@ proptest::proptest! {
         let early = i64::try_from(latest >> 34).unwrap_or_default();
         drop(Reply::read(Value::Integer(-(early << 32) - stamp.mark()), stamp));
     }
-}
-
-/// Nothing will be obtained by its token again, so a late release does no harm; but what it would tell the next in line
-/// could be wrong by then.
-#[test]
-#[ignore = "needs a server; tests/internals.rs runs it"]
-fn a_late_release_of_a_token_of_its_own_runs_unless_somebody_waits() {
-    const LATE: &str = "2048";
-    let (server, scripts) = (Server::start(), Scripts::new());
-    let run = |script: &Script| server.cli(&["EVAL", str::from_utf8(&script.source).unwrap(), "1", "k", "t", LATE]);
-    let is_held = || server.cli(&["EXISTS", "k"]).trim() == "1";
-    server.cli(&["SET", "k", "t"]);
-    assert!(run(&scripts.release_one).contains("LATE") && is_held());
-    let mut subscriber = TcpStream::connect(("127.0.0.1", server.port())).unwrap();
-    let mut subscribe = |command: &str, channels: &str| {
-        subscriber.write_all(format!("{command} k\r\n").as_bytes()).unwrap();
-        let mut reply = String::new();
-        while !reply.ends_with(&format!("\r\n:{channels}\r\n")) {
-            let mut byte = [0];
-            subscriber.read_exact(&mut byte).unwrap();
-            reply.push(byte[0].into());
-        }
-    };
-    subscribe("SUBSCRIBE", "1");
-    assert!(run(&scripts.release_own).contains("LATE") && is_held());
-    subscribe("UNSUBSCRIBE", "0");
-    // Nobody listens: the mark times four, and one.
-    assert_eq!(run(&scripts.release_own).trim(), (2048 * 4 + 1).to_string());
-    assert!(!is_held());
 }

@@ -190,7 +190,7 @@ impl Link {
         let reply = timeout_at(until, connection.send_packed_command(&command)).await;
         match reply {
             Ok(Ok(value)) => convert::reply(value).map_err(|error| (error, WasSent::Maybe)),
-            Ok(Err(error)) => Err(Box::pin(self.failed(error, before)).await),
+            Ok(Err(error)) => Err(Box::pin(self.failed(error, before, until)).await),
             Err(_) => Err((convert::late(), WasSent::Maybe)),
         }
     }
@@ -208,14 +208,14 @@ impl Link {
                 asking.unwrap_or_else(|| Err(convert::late()))?;
                 answer.unwrap_or_else(|| Err(convert::late()))
             }
-            Ok(Err(error)) => Err(self.failed(error, before).await.0),
+            Ok(Err(error)) => Err(self.failed(error, before, until).await.0),
             Err(_) => Err(convert::late()),
         }
     }
 
-    async fn failed(&self, error: redis::RedisError, before: u64) -> (RedisError, WasSent) {
+    async fn failed(&self, error: redis::RedisError, before: u64, until: Instant) -> (RedisError, WasSent) {
         if error.is_connection_dropped() {
-            self.meter.ends_soon().await;
+            self.meter.ends_soon(until).await;
         }
         let was_sent = match self.is_over() && self.meter.written() == before {
             true => WasSent::No,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use super::convert;
 use super::tls::Tls;
@@ -61,11 +61,11 @@ impl Meter {
         self.has_ended.load(Ordering::Acquire)
     }
 
-    /// Waits for the driver's end, which follows when the first call has failed.
-    pub(super) async fn ends_soon(&self) {
+    /// Waits for the driver's end, which follows when the first call has failed, until then at the latest.
+    pub(super) async fn ends_soon(&self, until: Instant) {
         let ended = self.ended.notified();
         if !self.has_ended() {
-            drop(timeout(ENDING, ended).await);
+            drop(timeout_at(until.min(Instant::now() + ENDING), ended).await);
         }
     }
 
