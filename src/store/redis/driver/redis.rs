@@ -20,8 +20,8 @@
 //! 7. A subscription counts as made when the server has confirmed it. It has connections of its own, with RESP3: a
 //!    server that ends a subscription by itself shifts the replies of such a connection, which is closed then.
 //!
-//! An unfenced pair of obtain and release takes 47,100 instructions of the client at 1 task, 41,000 at 16, 27,400 at 64
-//! and at 256; raw redis-rs 27,400, 20,700, 21,100 and 22,800 (callgrind, one thread). `benches/versus` measures
+//! An unfenced pair of obtain and release takes 45,300 instructions of the client at 1 task, 39,100 at 16, 25,500 at 64
+//! and 25,300 at 256; raw redis-rs 27,400, 20,700, 21,100 and 22,800 (callgrind, one thread). `benches/versus` measures
 //! time.
 
 mod cluster;
