@@ -715,21 +715,28 @@ async fn a_runtime_that_ends_takes_along_what_was_on_it_and_no_more() {
 
 #[tokio::test]
 async fn a_runtime_that_ends_under_a_send_loop_leaves_the_rest_to_another() {
-    let (bench, mut elsewhere) = (Bench::new(), Elsewhere::new());
-    let [first, _second] = busy(&bench, [ms(60_000), ms(60_000)]).await;
-    // The send loop is that of the operation which goes first, and brings all that waits by then.
-    elsewhere.handle.spawn(bench.run(Task { lasts: ms(60_000), ..task(1) }, ms(20_000)));
-    let shares = tokio::spawn(bench.run(task(2), ms(60_000)));
-    eventually(|| waiting_on(&bench) == "Lanes { busy: 1, queued: 2 }" || bench.sent().len() == 3).await;
-    first.abort();
-    eventually(|| bench.sent().len() == 3).await;
-    assert_eq!(bench.sent()[2].1, [1, 2]);
-    // The second caller's call is no longer trusted after a while; this takes its place, or waits as well.
-    sleep(TRUSTED).await;
-    let _fills = tokio::spawn(bench.run(Task { lasts: ms(60_000), ..task(4) }, ms(60_000)));
-    eventually(|| bench.sent().len() == 4).await;
-    let waits = tokio::spawn(bench.run(task(3), ms(60_000)));
-    eventually(|| waiting_on(&bench) == "Lanes { busy: 1, queued: 1 }").await;
+    let (mut elsewhere, shares, waits, _others) = loop {
+        let (bench, elsewhere) = (Bench::new(), Elsewhere::new());
+        let [first, second] = busy(&bench, [ms(60_000), ms(60_000)]).await;
+        // The send loop is that of the operation which goes first, and brings all that waits by then.
+        elsewhere.handle.spawn(bench.run(Task { lasts: ms(60_000), ..task(1) }, ms(20_000)));
+        let shares = tokio::spawn(bench.run(task(2), ms(60_000)));
+        eventually(|| waiting_on(&bench) == "Lanes { busy: 1, queued: 2 }" || bench.sent().len() == 3).await;
+        first.abort();
+        eventually(|| bench.sent().len() == 3).await;
+        assert_eq!(bench.sent()[2].1, [1, 2]);
+        // The second caller's call is no longer trusted after a while; this takes its place, or waits as well.
+        sleep(TRUSTED).await;
+        let fills = tokio::spawn(bench.run(Task { lasts: ms(60_000), ..task(4) }, ms(60_000)));
+        eventually(|| bench.sent().len() == 4).await;
+        let waits = tokio::spawn(bench.run(task(3), ms(60_000)));
+        let has_sent_more = || bench.sent().len() > 4;
+        eventually(|| waiting_on(&bench) == "Lanes { busy: 1, queued: 1 }" || has_sent_more()).await;
+        // On a busy machine, the fourth may be trusted no longer by then: once more.
+        if !has_sent_more() {
+            break (elsewhere, shares, waits, (bench, second, fills));
+        }
+    };
     elsewhere.end();
     // Sent, and nobody knows how far it came.
     assert!(soon(shares).await.unwrap().unwrap_err().is_transient());
