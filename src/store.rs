@@ -191,6 +191,24 @@ pub(crate) struct Wanted {
     pub(crate) since: Instant,
 }
 
+#[cfg(test)]
+impl Wanted {
+    /// Returns a request for a fencing token that doesn't wait. Of permits, there are two.
+    pub(crate) fn at_once(owned: Owned, ttl: Duration) -> Self {
+        Self {
+            owned,
+            metadata: Box::default(),
+            ttl,
+            fenced: true,
+            queueing: Queueing::None,
+            takes_over: false,
+            latest: Arc::default(),
+            limit: 2,
+            since: Instant::now(),
+        }
+    }
+}
+
 /// The latest time, in ms by the server's clock, at which the server may run what was sent for one request.
 ///
 /// A server refuses what arrives later. So once its clock has passed this time, and what the request left until then is

@@ -30,11 +30,7 @@ pub(crate) fn total() -> Duration {
 /// Returns the instant that is as long ago as `then` really is: earlier by what the machine was suspended since. Reads
 /// the clocks.
 pub(crate) fn real(then: Instant) -> Instant {
-    let since = OF_THIS_MACHINE.with(|suspensions| {
-        suspensions.total();
-        suspensions.since(then)
-    });
-    earlier(then, since)
+    read(then).real
 }
 
 /// What one reading of the clocks says about an instant.

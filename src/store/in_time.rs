@@ -23,20 +23,6 @@ fn owned(mode: Mode, grant: Option<GrantId>) -> Owned {
     Owned { keys, token: Token::random(), own_token: grant.is_none(), grant, mode }
 }
 
-fn wanted(owned: &Owned) -> Wanted {
-    Wanted {
-        owned: owned.clone(),
-        metadata: Box::default(),
-        ttl: TTL,
-        fenced: true,
-        queueing: Queueing::None,
-        takes_over: false,
-        latest: Arc::default(),
-        limit: 2,
-        since: Instant::now(),
-    }
-}
-
 /// Ends an operation, and fails if that takes longer than it may.
 async fn ends_in_time<T: fmt::Debug>(name: &str, store: &dyn Store, call: Answer<'_, T>) {
     let (stalls, began) = (Stalls::watch(), Clock::now());
@@ -51,7 +37,8 @@ async fn all_end_in_time(store: &dyn Store) {
     for mode in [Mode::Exclusive, Mode::Read, Mode::Permit] {
         for grant in [None, Some(GrantId::random())] {
             let (owned, key) = (owned(mode, grant), Key::from("k"));
-            let (wanted, next) = (wanted(&owned), Next { place: PLACE, in_line: true, may_keep: true, tokens: 1 });
+            let (wanted, next) =
+                (Wanted::at_once(owned.clone(), TTL), Next { place: PLACE, in_line: true, may_keep: true, tokens: 1 });
             let in_line = InLine::At { key: 0, place: PLACE, stays: false };
             ends_in_time("acquire", store, store.acquire(&wanted, InLine::No, TIMEOUT)).await;
             ends_in_time("acquire in line", store, store.acquire(&wanted, in_line, TIMEOUT)).await;
@@ -76,8 +63,8 @@ async fn all_end_in_time(store: &dyn Store) {
 
 async fn frozen<S: Store>(servers: &[Server], store: S) -> S {
     // The scripts and the clocks are known.
-    let owned = owned(Mode::Exclusive, None);
-    let acquired = store.acquire(&wanted(&owned), InLine::No, NEVER).await.unwrap();
+    let wanted = Wanted::at_once(owned(Mode::Exclusive, None), TTL);
+    let acquired = store.acquire(&wanted, InLine::No, NEVER).await.unwrap();
     assert!(matches!(acquired, Acquired::Granted { .. }), "{acquired:?}");
     servers.iter().for_each(Server::freeze);
     store

@@ -23,7 +23,7 @@ use crate::store::node::{Ballot, HeldBy, Node, Seen, Vote, VoteReply};
 use crate::store::notifications::Subscription;
 use crate::store::{
     Acquired, Answer, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest, LinePlace, Next,
-    Queueing, Store, Undone, Verdict, Wanted, Whose,
+    Store, Undone, Verdict, Wanted, Whose,
 };
 use crate::{Error, Key, LockGuard, Locker, Loss, Token};
 
@@ -603,17 +603,7 @@ fn owner(token: &str, mode: Mode) -> Owned {
 
 /// Returns what a client of its own asks of one node, for 10 s.
 fn wanted(owned: Owned) -> Wanted {
-    Wanted {
-        owned,
-        metadata: Box::default(),
-        ttl: ms(10_000),
-        fenced: false,
-        queueing: Queueing::None,
-        takes_over: false,
-        latest: Arc::default(),
-        limit: 0,
-        since: Instant::now(),
-    }
+    Wanted { fenced: false, limit: 0, ..Wanted::at_once(owned, ms(10_000)) }
 }
 
 /// Returns a ballot without a number.

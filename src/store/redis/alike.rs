@@ -6,8 +6,8 @@ use super::*;
 use crate::Token;
 use crate::hold::GrantId;
 use crate::mode::Mode;
+use crate::store::InLine;
 use crate::store::memory::MemoryStore;
-use crate::store::{InLine, Queueing};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const KEYS: [&str; 3] = ["{s}a", "{s}b", "{s}c"];
@@ -64,17 +64,7 @@ fn what(rng: &mut fastrand::Rng, grants: &[GrantId]) -> What {
 async fn run(store: &dyn Store, owned: &Owned, what: &What) -> String {
     match *what {
         What::Acquire(ttl) => {
-            let wanted = Wanted {
-                owned: owned.clone(),
-                metadata: Box::default(),
-                ttl,
-                fenced: true,
-                queueing: Queueing::None,
-                takes_over: false,
-                latest: Arc::default(),
-                limit: 2,
-                since: Instant::now(),
-            };
+            let wanted = Wanted::at_once(owned.clone(), ttl);
             match store.acquire(&wanted, InLine::No, PATIENCE).await.unwrap() {
                 Acquired::Granted { fencing_token } => format!("granted: {}", fencing_token.is_some()),
                 Acquired::Held { place, .. } => format!("held: {place}"),
