@@ -35,8 +35,8 @@ fn token_of(ticket: &Ticket) -> &Token {
     &ticket.waiter.wanted.owned.token
 }
 
-#[test]
-fn the_first_to_come_is_the_first_and_the_next_when_it_leaves() {
+#[tokio::test(start_paused = true)]
+async fn the_first_to_come_is_the_first_and_the_next_when_it_leaves() {
     let queues = Queues::default();
     let [a, b, c] = [0; 3].map(|_| enter(&queues, Queueing::Shared));
     assert!(a.is_first() && !b.is_first());
@@ -46,8 +46,8 @@ fn the_first_to_come_is_the_first_and_the_next_when_it_leaves() {
     assert!(lock(&queues.by_key).is_empty());
 }
 
-#[test]
-fn a_hand_over_is_for_the_first_and_one_at_a_time() {
+#[tokio::test(start_paused = true)]
+async fn a_hand_over_is_for_the_first_and_one_at_a_time() {
     let queues = Queues::default();
     let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
     let from = wanted(Queueing::None).owned.clone();
@@ -62,8 +62,8 @@ fn a_hand_over_is_for_the_first_and_one_at_a_time() {
 }
 
 /// Its reply may get lost: then only the waiter knows that there is something to undo.
-#[test]
-fn a_waiter_that_leaves_undoes_a_hand_over_until_that_can_no_longer_be_sent() {
+#[tokio::test(start_paused = true)]
+async fn a_waiter_that_leaves_undoes_a_hand_over_until_that_can_no_longer_be_sent() {
     let queues = Queues::default();
     let waiter = enter(&queues, Queueing::Shared);
     let latest = waiter.waiter.wanted.latest.clone();
@@ -77,8 +77,8 @@ fn a_waiter_that_leaves_undoes_a_hand_over_until_that_can_no_longer_be_sent() {
 }
 
 /// Two holds of one process may both end, if the server has lost the first of their locks: neither lock may get lost.
-#[test]
-fn who_has_claimed_a_lock_is_handed_no_other() {
+#[tokio::test(start_paused = true)]
+async fn who_has_claimed_a_lock_is_handed_no_other() {
     let queues = Queues::default();
     let takes_over = Wanted { takes_over: true, ..Wanted::clone(&wanted(Queueing::Shared)) };
     let ticket = queues.enter(Key::from("k"), Arc::new(takes_over));
@@ -95,8 +95,8 @@ fn who_has_claimed_a_lock_is_handed_no_other() {
 }
 
 /// Found by `tests/line_model.rs`.
-#[test]
-fn a_hand_over_whose_outcome_comes_late_does_not_take_those_after_it_out_of_the_line() {
+#[tokio::test(start_paused = true)]
+async fn a_hand_over_whose_outcome_comes_late_does_not_take_those_after_it_out_of_the_line() {
     let queues = Queues::default();
     let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
     a.enters_line();
@@ -113,8 +113,8 @@ fn a_hand_over_whose_outcome_comes_late_does_not_take_those_after_it_out_of_the_
 }
 
 /// Found by `tests/line_model.rs`.
-#[test]
-fn a_hand_over_that_a_waiter_learns_of_by_asking_is_a_turn_in_a_row() {
+#[tokio::test(start_paused = true)]
+async fn a_hand_over_that_a_waiter_learns_of_by_asking_is_a_turn_in_a_row() {
     let queues = Queues::default();
     let from = wanted(Queueing::None).owned.clone();
     let tickets: Vec<_> = (0..=IN_A_ROW).map(|_| enter(&queues, Queueing::Shared)).collect();
@@ -131,8 +131,8 @@ fn a_hand_over_that_a_waiter_learns_of_by_asking_is_a_turn_in_a_row() {
     assert_eq!(may_keep.iter().filter(|may_keep| **may_keep).count(), IN_A_ROW as usize);
 }
 
-#[test]
-fn a_hand_over_to_another_process_that_is_heard_of_late_begins_no_turn_here() {
+#[tokio::test(start_paused = true)]
+async fn a_hand_over_to_another_process_that_is_heard_of_late_begins_no_turn_here() {
     let queues = Queues::default();
     let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
     let from = wanted(Queueing::None).owned.clone();
@@ -152,8 +152,8 @@ fn a_hand_over_to_another_process_that_is_heard_of_late_begins_no_turn_here() {
 }
 
 /// Found by `tests/line_model.rs`.
-#[test]
-fn a_request_without_the_place_takes_none_out_of_the_line() {
+#[tokio::test(start_paused = true)]
+async fn a_request_without_the_place_takes_none_out_of_the_line() {
     let queues = Queues::default();
     let ticket = enter(&queues, Queueing::Shared);
     assert!(queues.next(&wanted(Queueing::None).owned).unwrap().passed_by().is_none());
@@ -164,8 +164,8 @@ fn a_request_without_the_place_takes_none_out_of_the_line() {
 }
 
 /// Found by `tests/line_model.rs`.
-#[test]
-fn a_hand_over_that_entered_a_place_that_nobody_has_any_longer_says_so() {
+#[tokio::test(start_paused = true)]
+async fn a_hand_over_that_entered_a_place_that_nobody_has_any_longer_says_so() {
     let from = wanted(Queueing::None).owned.clone();
     for queueing in [Queueing::Shared, Queueing::Own] {
         let queues = Queues::default();
@@ -182,8 +182,8 @@ fn a_hand_over_that_entered_a_place_that_nobody_has_any_longer_says_so() {
     }
 }
 
-#[test]
-fn who_leaves_while_the_lock_is_on_its_way_may_have_got_it() {
+#[tokio::test(start_paused = true)]
+async fn who_leaves_while_the_lock_is_on_its_way_may_have_got_it() {
     let from = wanted(Queueing::None).owned.clone();
     let (asked, given, lost, refused) = (0, 1, 2, 3);
     for what in [asked, given, lost, refused] {
@@ -202,8 +202,8 @@ fn who_leaves_while_the_lock_is_on_its_way_may_have_got_it() {
     }
 }
 
-#[test]
-fn a_hand_over_that_went_wrong_unheard_is_not_forgotten_for_the_next() {
+#[tokio::test(start_paused = true)]
+async fn a_hand_over_that_went_wrong_unheard_is_not_forgotten_for_the_next() {
     let queues = Queues::default();
     let ticket = enter(&queues, Queueing::Shared);
     let from = wanted(Queueing::None).owned.clone();
@@ -213,8 +213,8 @@ fn a_hand_over_that_went_wrong_unheard_is_not_forgotten_for_the_next() {
     assert!(queues.next(&from).is_some());
 }
 
-#[test]
-fn hand_overs_go_on_for_many_in_a_row_and_then_while_nobody_else_is_in_the_line() {
+#[tokio::test(start_paused = true)]
+async fn hand_overs_go_on_for_many_in_a_row_and_then_while_nobody_else_is_in_the_line() {
     let queues = Queues::default();
     let ticket = enter(&queues, Queueing::Shared);
     let from = wanted(Queueing::None).owned.clone();
@@ -245,8 +245,8 @@ async fn hand_overs_of_locks_that_are_held_for_long_go_on_for_a_time_only() {
     }
 }
 
-#[test]
-fn those_who_share_a_place_keep_it_until_the_last_has_left_and_others_have_their_own() {
+#[tokio::test(start_paused = true)]
+async fn those_who_share_a_place_keep_it_until_the_last_has_left_and_others_have_their_own() {
     let queues = Queues::default();
     let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
     let [c, d] = [0; 2].map(|_| enter(&queues, Queueing::Own));
@@ -262,8 +262,8 @@ fn those_who_share_a_place_keep_it_until_the_last_has_left_and_others_have_their
     assert!(c.leave().line.is_some());
 }
 
-#[test]
-fn one_that_was_passed_by_is_in_the_line_and_the_others_have_to_ask() {
+#[tokio::test(start_paused = true)]
+async fn one_that_was_passed_by_is_in_the_line_and_the_others_have_to_ask() {
     let queues = Queues::default();
     let shared = enter(&queues, Queueing::Shared);
     let own = enter(&queues, Queueing::Own);
@@ -334,8 +334,8 @@ async fn a_lock_that_is_not_taken_is_taken_back() {
     assert!(lock(&queues.by_key).is_empty());
 }
 
-#[test]
-fn what_the_first_learned_is_known_to_those_behind_it_and_after_it() {
+#[tokio::test(start_paused = true)]
+async fn what_the_first_learned_is_known_to_those_behind_it_and_after_it() {
     let queues = Queues::default();
     let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
     assert!(b.last_answer().is_none());
@@ -349,8 +349,8 @@ fn what_the_first_learned_is_known_to_those_behind_it_and_after_it() {
     assert!(c.last_answer().is_none());
 }
 
-#[test]
-fn an_answer_ends_with_the_lock_that_it_is_about_and_with_no_other() {
+#[tokio::test(start_paused = true)]
+async fn an_answer_ends_with_the_lock_that_it_is_about_and_with_no_other() {
     let queues = Queues::default();
     let [a, b] = [0; 2].map(|_| enter(&queues, Queueing::Shared));
     let now = Instant::now();
@@ -368,8 +368,8 @@ fn an_answer_ends_with_the_lock_that_it_is_about_and_with_no_other() {
     assert!(until() < held_until);
 }
 
-#[test]
-fn a_token_from_elsewhere_is_handed_nothing() {
+#[tokio::test(start_paused = true)]
+async fn a_token_from_elsewhere_is_handed_nothing() {
     let queues = Queues::default();
     let mut wanted = Wanted::clone(&wanted(Queueing::None));
     wanted.owned.own_token = false;
@@ -409,8 +409,8 @@ async fn readers_keep_the_place_for_each_other_for_as_many_turns_as_hand_overs_h
     }
 }
 
-#[test]
-fn a_place_is_kept_for_no_writer_and_by_none() {
+#[tokio::test(start_paused = true)]
+async fn a_place_is_kept_for_no_writer_and_by_none() {
     let queues = Queues::default();
     let (first, second) = (reader(&queues), reader(&queues));
     let (writer, last) = (enter(&queues, Queueing::Shared), reader(&queues));
@@ -436,8 +436,8 @@ async fn a_place_is_kept_for_no_reader_that_is_not_polled() {
     assert!(parked.is_first() && parked.keeps_place());
 }
 
-#[test]
-fn a_kept_place_is_left_with_the_last_who_waits() {
+#[tokio::test(start_paused = true)]
+async fn a_kept_place_is_left_with_the_last_who_waits() {
     let queues = Queues::default();
     let (first, second) = (reader(&queues), reader(&queues));
     first.enters_line();
@@ -446,8 +446,8 @@ fn a_kept_place_is_left_with_the_last_who_waits() {
     assert_eq!(second.leave().line, Some(second.line_place()));
 }
 
-#[test]
-fn nothing_is_handed_over_to_who_shares_the_key_nor_by_them() {
+#[tokio::test(start_paused = true)]
+async fn nothing_is_handed_over_to_who_shares_the_key_nor_by_them() {
     let queues = Queues::default();
     let ticket = reader(&queues);
     assert!(queues.next(&wanted(Queueing::None).owned).is_none());
