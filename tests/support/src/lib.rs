@@ -21,7 +21,7 @@ mod version;
 use std::fmt::Debug;
 use std::future::Future;
 use std::pin::pin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use self::certificates::{Authority, Certificate};
 pub use self::clock::Clock;
@@ -68,17 +68,23 @@ async fn look_until<T, F: Future<Output = Option<T>>>(limit: Duration, what: &st
 }
 
 /// Waits for a future that must be done within this limit, as its runtime sees it: where the machine is so busy that
-/// the runtime runs only after the limit, the future may still do what was due by then. So a limit to the
-/// millisecond holds on any machine.
+/// the runtime runs only after the limit, the future may still do what was due by then. What [`Stalls`] measures doesn't
+/// count either: a future that waits several times, or computes, is late by it. So a limit to the millisecond holds on
+/// any machine.
 ///
 /// # Panics
 ///
 /// When the future takes longer.
 pub async fn within<T>(limit: Duration, future: impl IntoFuture<Output = T>) -> T {
+    let (began, stalls) = (Instant::now(), Stalls::watch());
     let mut future = pin!(future.into_future());
-    // It comes first where both are due.
-    if let Ok(done) = tokio::time::timeout(limit, &mut future).await {
-        return done;
+    let mut left = limit;
+    while !left.is_zero() {
+        // The future comes first where both are due.
+        if let Ok(done) = tokio::time::timeout(left, &mut future).await {
+            return done;
+        }
+        left = stalls.added_to(limit).saturating_sub(began.elapsed());
     }
     // What it waits for may need a few turns of other tasks.
     for _ in 0..1_000 {
