@@ -953,9 +953,13 @@ fn count_readers(servers: &[Server], token: &Token) -> usize {
     servers.iter().filter(|server| server.cli(&["EVAL", is_reader, "0", token.as_str()]) == "1").count()
 }
 
-async fn is_reader_on(servers: &[Server], token: &Token, nodes: usize) {
-    let is_so = async || (count_readers(servers, token) == nodes).then_some(());
-    eventually("the reader is on so many nodes", is_so).await;
+/// Waits until all servers know the reader. Its renewals bring it to nodes that have lost it, or were too slow to vote.
+async fn is_reader_on_all(servers: &[Server], reader: &LockGuard) {
+    let is_so = async || {
+        assert_eq!(reader.check(), Ok(()));
+        (count_readers(servers, reader.token()) == servers.len()).then_some(())
+    };
+    eventually("the reader is on all nodes", is_so).await;
 }
 
 /// Waits until nothing is left but the fence.
@@ -1010,7 +1014,7 @@ async fn readers_outlive_nodes_that_freeze_or_forget_one_after_another() {
     let other = soon(there.read("k").token("worker-7".parse().unwrap()).renew_every(ms(300))).await.unwrap();
     for guard in [&one, &other] {
         // Two of them may have granted it. Then the first to freeze would leave it on one.
-        is_reader_on(&servers, guard.token(), 3).await;
+        is_reader_on_all(&servers, guard).await;
     }
     let record = |server: &Server, token: &Token| server.cli(&["HGET", "{k}:shares", token.as_str()]);
     for round in 0..6 {
@@ -1025,12 +1029,8 @@ async fn readers_outlive_nodes_that_freeze_or_forget_one_after_another() {
             }
             _ => server.restart_empty(),
         }
-        // Each renewal brings it back to nodes that have lost it, or were too slow to vote.
         for guard in [&one, &other] {
-            eventually("the reader is on all nodes, or lost", async || {
-                (count_readers(&servers, guard.token()) == 3 || guard.check().is_err()).then_some(())
-            })
-            .await;
+            is_reader_on_all(&servers, guard).await;
         }
         assert_eq!((one.check(), other.check()), (Ok(()), Ok(())), "round {round}");
         assert!(servers.iter().all(|server| record(server, one.token()).ends_with("\nhost-3")), "round {round}");
@@ -1046,10 +1046,10 @@ async fn a_reader_is_healed_once_a_restarted_node_votes_again_and_not_where_a_wr
     let window = Duration::from_secs(6);
     let locker = locker_for(&servers, ms(6_000), window).await;
     let guard = soon(locker.read("k").renew_every(ms(300))).await.unwrap();
-    is_reader_on(&servers, guard.token(), 3).await;
+    is_reader_on_all(&servers, &guard).await;
     let restarted = Instant::now();
     servers[1].restart_empty();
-    is_reader_on(&servers, guard.token(), 3).await;
+    is_reader_on_all(&servers, &guard).await;
     assert!(restarted.elapsed() >= window, "{:?}", restarted.elapsed());
     servers[2].restart_empty();
     servers[2].cli(&["SET", "k", "another", "PX", "600000"]);
@@ -1142,7 +1142,7 @@ async fn a_lock_of_a_quorum_becomes_a_readers_share_also_with_a_node_frozen() {
     let reader = guard.downgrade().await.unwrap();
     assert_eq!((reader.token(), reader.fencing_token(), reader.metadata()), (&token, fence, &b"host-3"[..]));
     servers[2].thaw();
-    is_reader_on(&servers, &token, 3).await;
+    is_reader_on_all(&servers, &reader).await;
     assert!(matches!(decided(|| rival.try_lock("k")).await, Err(Error::NotObtained { .. })));
     let beside = decided(|| rival.try_read("k")).await.unwrap();
     assert!(beside.fencing_token() > fence);

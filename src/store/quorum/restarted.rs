@@ -70,16 +70,18 @@ async fn a_token_that_comes_back_is_told_no_number_that_its_nodes_found_on_disk(
     let mut servers = [(); 3].map(|()| Server::start());
     let locker = client(&servers, 0).await;
     let again = || locker.lock("k").ttl(WINDOW).token("worker-7".parse().unwrap());
-    let everywhere = async |value: &str| {
-        eventually("it is on all", async || {
-            let has = |server: &Server| server.cli(&["GET", "k"]) == value;
-            servers.iter().all(has).then_some(())
+    // A node that was too slow to vote doesn't have it.
+    let everywhere = async || {
+        eventually("all have granted it", async || {
+            let guard = soon(again()).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let has = |server: &Server| server.cli(&["GET", "k"]) == "worker-7";
+            servers.iter().all(has).then_some(guard)
         })
-        .await;
+        .await
     };
     drop(eventually("they vote", async || locker.lock("other").await.ok()).await);
-    let first = soon(again()).await.unwrap();
-    everywhere("worker-7").await;
+    let first = everywhere().await;
     for server in &servers {
         assert_eq!(server.cli(&["SAVE"]), "OK");
     }
@@ -88,8 +90,7 @@ async fn a_token_that_comes_back_is_told_no_number_that_its_nodes_found_on_disk(
     let fence = between.fencing_token();
     between.release().await.unwrap();
     // Renewals of this one keep alive what the nodes find.
-    let kept = soon(again()).await.unwrap();
-    everywhere("worker-7").await;
+    let kept = everywhere().await;
     for server in &mut servers[..2] {
         server.kill();
         server.restart();
