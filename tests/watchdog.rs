@@ -61,7 +61,7 @@ async fn watch_many(dog: &WatchDog, locker: &Locker, count: usize, ttl: Duration
 async fn a_server_that_is_killed_and_comes_back_with_its_data_loses_nothing() {
     let mut server = Server::start_with(&["--appendonly", "yes", "--appendfsync", "always"]);
     let locker =
-        Locker::builder().command_timeout(ms(300)).wait_for_server(ms(20_000)).connect(&server.url()).await.unwrap();
+        Locker::builder().command_timeout(ms(1_000)).wait_for_server(ms(20_000)).connect(&server.url()).await.unwrap();
     let log = Log::default();
     let dog = log.watchdog(&locker);
     watch_many(&dog, &locker, 20, ms(12_000)).await;

@@ -443,7 +443,8 @@ async fn locks_stay_exclusive_while_their_slot_moves_to_and_fro() {
         cluster
     });
     let began = witness.turns();
-    let cluster = soon(moving).await.unwrap();
+    // On a busy machine, the hundreds of commands take longer than is soon.
+    let cluster = moving.await.unwrap();
     assert!(witness.turns() > began + 20, "{} turns", witness.turns() - began);
     witness.goes_on(20).await;
     let deadline = held.deadline();
