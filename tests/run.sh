@@ -5,16 +5,16 @@
 #     bash tests/run.sh                  on the installed redis-server, and on Valkey 9.1
 #     bash tests/run.sh --all-servers    and then on Redis 6.2 and 7.4
 #
-# Most tests wait for something, and use about a tenth of the time of two cores. So they run in four lanes beside each
-# other, each with libtest's own two threads, from when their programs are compiled. Behind them, at the lowest
-# priority, runs what needs the processor and measures no time, in two more: what cargo does (clippy, the
-# documentation), and the searches (the models, the simulations). Last come, one after the other, the programs that need
-# the machine for themselves.
+# Most tests wait for something, and use about a tenth of the time of two cores. So they run in seven lanes beside each
+# other, three tests at a time in each, from when their programs are compiled. Behind them, at the lowest priority, runs
+# what needs the processor and measures no time, in two more: what cargo does (clippy, the documentation), and the
+# searches (the models, the simulations). Last come the programs that need the machine for themselves.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Incremental compilation would only help the next change.
 export CARGO_INCREMENTAL=${CARGO_INCREMENTAL:-0}
+export RUST_TEST_THREADS=${RUST_TEST_THREADS:-3}
 
 # Headings show the seconds since the run, or the lane, began.
 heading() { printf '\n== %s (%s s)\n' "$*" "$SECONDS"; }
@@ -149,45 +149,58 @@ bash tests/mutants.sh --check
 # Many operations at a time: they take the whole machine, and would be late beside others.
 many=(--skip a_hundred_thousand_ --skip ten_thousand_ --skip thousands_of_ --skip a_lock_costs_)
 
-# it SET SERVER LOG ARGUMENTS: runs the program `it`. The conformance suites wait for ttls, each on a server of its own:
-# six at a time.
+# it SET SERVER ARGUMENTS: runs the program `it`, less the conformance suites, and keeps what it reports.
 it() {
     local set=$1 server=$2
-    export TENURE_LOG=$3
-    shift 3
-    run "$set" "$server" it --skip conformance:: "${many[@]}" "$@"
-    run "$set" "$server" it conformance:: --test-threads 6
-    unset TENURE_LOG
+    shift 2
+    TENURE_LOG="$scratch/reported.$set" run "$set" "$server" it --skip conformance:: "${many[@]}" "$@"
+}
+
+# conformance SET SERVER: the suites wait for ttls, each on a server of its own: six at a time.
+conformance() {
+    TENURE_LOG="$scratch/reported.$1.conformance.$2" run "$1" "$2" it conformance:: --test-threads 6
 }
 
 promises() {
-    it all "$installed" "$scratch/reported.fred"
+    it all "$installed"
+}
+
+programs() {
+    conformance all "$installed"
     run all "$installed" observing
     # By native-tls: with both TLS features, rediss:// uses that.
     run all "$installed" tls
     for program in watchdog permits exclusion; do run all "$installed" "$program" "${many[@]}"; done
 }
 
-# Left out on the other server: programs that say nothing about a server, or no more than these do (seeds, turns, soak,
-# exclusion, many, tls, chaos), and the tests that take longest: many operations at a time, requests that are late by up
-# to 30 s, runtimes and connections that fall silent.
+quorums() {
+    conformance all "$other"
+    for program in quorum seeds turns properties chaos_checker; do
+        run all "$installed" "$program" "${many[@]}"
+    done
+}
+
+# The crate's own tests that need a server: what tests/internals.rs runs.
+internals() {
+    run all "$installed" tenure --ignored
+    run all "$installed" topologies "${many[@]}"
+}
+
+# Left out on the other server, in this lane and the next: programs that say nothing about a server, or no more than
+# these do (seeds, turns, soak, exclusion, many, tls, chaos), and the tests that take longest: many operations at a
+# time, requests that are late by up to 30 s, runtimes and connections that fall silent.
 other_server() {
-    it redis "$other" "$scratch/reported.redis" --skip late:: --skip listening::
+    it redis "$other" --skip late:: --skip listening::
     run redis "$other" combined "${many[@]}"
     run all "$installed" combined "${many[@]}"
     run redis "$other" watchdog "${many[@]}"
-    # What differs where there is no TLS.
-    run redis "$other" tenure store::redis::
-    # The crate's own tests that need a server: what tests/internals.rs runs.
-    run redis "$other" tenure --ignored --skip differential::
 }
 
-several_servers() {
-    run all "$other" it conformance:: --test-threads 6
-    run all "$installed" tenure --ignored
-    for program in topologies quorum seeds turns properties chaos_checker; do
-        run all "$installed" "$program" "${many[@]}"
-    done
+other_internals() {
+    conformance redis "$other"
+    # What differs where there is no TLS.
+    run redis "$other" tenure store::redis::
+    run redis "$other" tenure --ignored --skip differential::
 }
 
 # What the other client does on several servers; the command: its own tests, and those on servers; the recipes.
@@ -232,22 +245,22 @@ programs=(--lib --test it)
 for program in tests/*.rs; do programs+=(--test "$(basename "$program" .rs)"); done
 heading "compile, all features"
 compile all test --no-run "${packages[@]}" "${programs[@]}"
-for name in promises several_servers searches; do lane "$name" "$name"; done
+for name in promises programs quorums internals searches; do lane "$name" "$name"; done
 # The run on the other server is the one on redis-rs, which is the client where fred is not enabled.
 heading "compile, feature redis, beside the first lanes"
 compile redis test --no-run --package tenure --no-default-features --features redis --lib --test it --test quorum \
     --test topologies --test combined --test watchdog --test seeds --test turns
-lane other_server other_server
+for name in other_server other_internals; do lane "$name" "$name"; done
 heading "compile the command, the recipes and the examples"
 compile others test --no-run "${packages[@]}" --bins --tests
 # As programs, and not as tests of which they have none.
 compile examples build "${packages[@]}" --examples
-heading "all lanes: about seven minutes"
+heading "all lanes: about five minutes"
 for name in other_client builds; do lane "$name" "$name"; done
 join_lanes
 
 heading "no secret in what was reported"
-for reported in "$scratch"/reported.{fred,redis}; do
+for reported in "$scratch"/reported.*; do
     echo "$(wc -l <"$reported") lines, of them $(grep -ac obtained "$reported") of locks that were obtained"
     # What tests/it/secrets.rs plants, and what looks like a random token.
     if grep -aE 'planted|(^|[^0-9a-f])[0-9a-f]{32}([^0-9a-f]|$)' "$reported"; then
@@ -260,12 +273,13 @@ for program in it quorum combined watchdog; do
     run all "$installed" "$program" a_hundred_thousand_ ten_thousand_ thousands_of_ a_lock_costs_
 done
 run all "$installed" many
-run rustls "$installed" tls
-# What is rare takes longer to find (CONTRIBUTING.md).
-TENURE_SOAK_SECONDS=30 run all "$installed" soak --skip tasks_and
-TENURE_SOAK_SECONDS=10 run all "$installed" soak tasks_and
 
-# They wait more than they work, so all run at once: by itself, and on a server.
+# The rest waits more than it works, so all of it runs at once. What is rare takes soaks longer to find
+# (CONTRIBUTING.md).
+lane soak env TENURE_SOAK_SECONDS=30 "$(program all soak)" --skip tasks_and
+lane "soak, bounds" env TENURE_SOAK_SECONDS=10 "$(program all soak)" tasks_and
+lane "tls, feature rustls" run rustls "$installed" tls
+# The examples: by themselves, and on a server.
 redis-server --port 0 --unixsocket "$scratch/socket" --save "" --dir "$scratch" >"$scratch/log" &
 server=$!
 for _ in {1..100}; do
