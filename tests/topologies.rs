@@ -271,9 +271,10 @@ async fn nor_does_a_frozen_primary() {
 async fn first_forgets(cluster: &Cluster, replica: &Server) {
     assert_eq!(replica.cli(&["CLUSTER", "FAILOVER", "TAKEOVER"]), "OK");
     elected("the others know", async || {
-        let owner =
-            |node: &Server| node.cli(&["CLUSTER", "SLOTS"]).lines().any(|line| line == replica.port().to_string());
-        cluster.nodes.iter().all(owner).then_some(())
+        let address = format!("127.0.0.1:{}@", replica.port());
+        let is_owner = |line: &str| line.contains(&address) && line.contains("master") && line.ends_with("0-5460");
+        let know = |node: &Server| node.cli(&["CLUSTER", "NODES"]).lines().any(is_owner);
+        cluster.nodes.iter().all(know).then_some(())
     })
     .await;
     // It becomes a replica, or stays a primary without slots, which may begin anew without keys.

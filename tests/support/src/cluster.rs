@@ -112,6 +112,8 @@ impl Cluster {
         wait_until(&|| replica.cli(&["CLUSTER", "REPLICATE", &id]) == "OK");
         wait_until(&|| replica.cli(&["INFO", "replication"]).contains("master_link_status:up"));
         wait_until(&|| self.nodes.iter().all(|node| node.cli(&["CLUSTER", "REPLICAS", &id]).contains("connected")));
+        // Only what it knows of its primary's slots can it take over.
+        wait_until(&|| replica.cli(&["CLUSTER", "INFO"]).contains("cluster_slots_ok:16384"));
         replica
     }
 
