@@ -7,8 +7,8 @@
 #
 # Most tests wait for something, and use about a tenth of the time of two cores. So they run in seven lanes beside each
 # other, three tests at a time in each, from when their programs are compiled. Behind them, at the lowest priority, runs
-# what needs the processor and measures no time, in two more: what cargo does (clippy, the documentation), and the
-# searches (the models, the simulations). Last come the programs that need the machine for themselves.
+# what needs the processor and measures no time: clippy, and the searches (the models, the simulations). Last come the
+# programs that need the machine for themselves.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,50 +19,19 @@ export RUST_TEST_THREADS=${RUST_TEST_THREADS:-3}
 # Headings show the seconds since the run, or the lane, began.
 heading() { printf '\n== %s (%s s)\n' "$*" "$SECONDS"; }
 
-# Installs Debian packages. Their services are not started, as every test starts its own servers.
+# install PACKAGES: installs Debian packages, if there are any. Their services are not started, as every test starts its
+# own servers.
 install() {
+    [[ $# -gt 0 ]] || return 0
     if [[ $(id -u) -ne 0 ]] || ! command -v apt-get >/dev/null; then
         echo "Please install: $*" >&2
         exit 1
     fi
+    heading "install $*"
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq
     RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "$@"
 }
-
-missing=()
-command -v redis-server >/dev/null && command -v redis-cli >/dev/null || missing+=(redis-server)
-command -v cc >/dev/null || missing+=(build-essential)
-command -v pkg-config >/dev/null || missing+=(pkg-config)
-pkg-config --exists openssl 2>/dev/null || missing+=(libssl-dev)
-# For a recipe.
-command -v initdb >/dev/null || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
-python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3 python3-venv)
-if [[ ${#missing[@]} -gt 0 ]]; then
-    heading "install ${missing[*]}"
-    install "${missing[@]}"
-fi
-
-python="${CARGO_TARGET_DIR:-$PWD/target}/redis-py"
-redis_py=7.4.1
-if ! "$python/bin/python" -c "import redis; assert redis.__version__ == '$redis_py'" 2>/dev/null; then
-    heading "redis-py $redis_py"
-    python3 -m venv --clear "$python"
-    "$python/bin/python" -m pip install --quiet --disable-pip-version-check "redis==$redis_py"
-fi
-export TENURE_PYTHON="$python/bin/python"
-
-installed=redis-$(redis-server --version | sed -E 's/.* v=([0-9]+\.[0-9]+)\..*/\1/')
-if [[ -n ${CI:-} && $installed != redis-7.0 ]]; then
-    echo "README says that every run is on Redis 7.0, and this is $installed" >&2
-    exit 1
-fi
-other=valkey-9.1
-if [[ $(uname -sm) != "Linux x86_64" ]]; then
-    echo "There is no Valkey server for $(uname -sm) here: all tests run on $installed." >&2
-    other=$installed
-fi
-[[ $other == "$installed" ]] || bash tests/server.sh "$other" >/dev/null
 
 scratch=$(mktemp -d)
 shopt -s nullglob
@@ -140,6 +109,36 @@ join_lanes() {
     [[ ${#failed[@]} -eq 0 ]] || { echo "failed: ${failed[*]}" >&2; exit 1; }
 }
 
+# What compiling needs.
+missing=()
+command -v cc >/dev/null || missing+=(build-essential)
+command -v pkg-config >/dev/null || missing+=(pkg-config)
+pkg-config --exists openssl 2>/dev/null || missing+=(libssl-dev)
+command -v python3 >/dev/null || missing+=(python3)
+install "${missing[@]}"
+
+# What only tests need: it is installed while their programs are compiled.
+python="${CARGO_TARGET_DIR:-$PWD/target}/redis-py"
+export TENURE_PYTHON="$python/bin/python"
+other=valkey-9.1
+[[ $(uname -sm) == "Linux x86_64" ]] || other=
+
+servers() {
+    local missing=() redis_py=7.4.1
+    command -v redis-server >/dev/null && command -v redis-cli >/dev/null || missing+=(redis-server)
+    # For a recipe.
+    command -v initdb >/dev/null || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
+    python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
+    install "${missing[@]}"
+    if ! "$TENURE_PYTHON" -c "import redis; assert redis.__version__ == '$redis_py'" 2>/dev/null; then
+        heading "redis-py $redis_py"
+        python3 -m venv --clear "$python"
+        "$TENURE_PYTHON" -m pip install --quiet --disable-pip-version-check "redis==$redis_py"
+    fi
+    [[ -z $other ]] || bash tests/server.sh "$other"
+}
+lane servers servers
+
 heading "format"
 cargo fmt --all --check
 
@@ -213,19 +212,25 @@ other_client() {
     done
 }
 
+clippy() {
+    renice -n 19 "$BASHPID" >/dev/null
+    cargo clippy --workspace --all-targets --all-features -- -D warnings
+}
+
+# What else cargo does. It leaves time to the tests that it runs beside, at the end.
 builds() {
     renice -n 19 "$BASHPID" >/dev/null
-    heading "clippy"
-    cargo clippy --workspace --all-targets --all-features -- -D warnings
     heading "the command, with no more features than it asks for"
     cargo check --package tenure-cli
     heading "documentation"
     RUSTDOCFLAGS="-D warnings" cargo doc --package tenure --no-deps --all-features
-    # Where it is the only TLS feature, rediss:// uses it.
-    heading "compile, feature rustls"
-    compile rustls test --no-run --package tenure --features rustls --test tls
     heading "examples in the documentation"
     cargo test "${packages[@]}" --doc
+}
+
+# soak SECONDS ARGUMENTS
+soak() {
+    TENURE_SOAK_SECONDS=$1 run all "$installed" soak "${@:2}"
 }
 
 no_feature() {
@@ -247,6 +252,19 @@ programs=(--lib --test it)
 for program in tests/*.rs; do programs+=(--test "$(basename "$program" .rs)"); done
 heading "compile, all features"
 compile all test --no-run "${packages[@]}" "${programs[@]}"
+
+join_lanes
+installed=redis-$(redis-server --version | sed -E 's/.* v=([0-9]+\.[0-9]+)\..*/\1/')
+if [[ -n ${CI:-} && $installed != redis-7.0 ]]; then
+    echo "README says that every run is on Redis 7.0, and this is $installed" >&2
+    exit 1
+fi
+if [[ -z $other ]]; then
+    echo "There is no Valkey server for $(uname -sm) here: all tests run on $installed." >&2
+    other=$installed
+fi
+
+heading "the first lanes begin"
 for name in promises programs quorums internals searches; do lane "$name" "$name"; done
 # The run on the other server is the one on redis-rs, which is the client where fred is not enabled.
 heading "compile, feature redis, beside the first lanes"
@@ -260,8 +278,11 @@ compile examples build "${packages[@]}" --examples
 lane other_client other_client
 heading "compile, no feature"
 compile none test --no-run --package tenure --no-default-features --lib
-heading "all lanes: about five minutes"
-for name in no_feature builds; do lane "$name" "$name"; done
+# Where it is the only TLS feature, rediss:// uses it.
+heading "compile, feature rustls"
+compile rustls test --no-run --package tenure --features rustls --test tls
+heading "all lanes: about four minutes"
+for name in no_feature clippy; do lane "$name" "$name"; done
 join_lanes
 
 heading "no secret in what was reported"
@@ -281,9 +302,10 @@ run all "$installed" many
 
 # The rest waits more than it works, so all of it runs at once. What is rare takes soaks longer to find
 # (CONTRIBUTING.md).
-lane soak env TENURE_SOAK_SECONDS=30 "$(program all soak)" --skip tasks_and
-lane "soak, bounds" env TENURE_SOAK_SECONDS=10 "$(program all soak)" tasks_and
+lane soak soak 30 --skip tasks_and
+lane "soak, tasks and memory" soak 10 tasks_and
 lane "tls, feature rustls" run rustls "$installed" tls
+lane builds builds
 # The examples: by themselves, and on a server.
 redis-server --port 0 --unixsocket "$scratch/socket" --save "" --dir "$scratch" >"$scratch/log" &
 server=$!
