@@ -8,7 +8,7 @@
 # Most tests wait for something, and use about a tenth of the time of two cores. So they run in seven lanes beside each
 # other, three tests at a time in each, from when their programs are compiled. Behind them, at the lowest priority, runs
 # what needs the processor and measures no time: clippy, and the searches (the models, the simulations). Last come the
-# programs that need the machine for themselves.
+# programs that need the machine for themselves, beside what else cargo does.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -217,7 +217,7 @@ clippy() {
     cargo clippy --workspace --all-targets --all-features -- -D warnings
 }
 
-# What else cargo does. It leaves time to the tests that it runs beside, at the end.
+# What else cargo does.
 builds() {
     renice -n 19 "$BASHPID" >/dev/null
     heading "the command, with no more features than it asks for"
@@ -294,7 +294,8 @@ for reported in "$scratch"/reported.*; do
     fi
 done
 
-heading "tests that need the machine for themselves"
+heading "tests that need the machine for themselves, but for what has the lowest priority"
+lane builds builds
 for program in it quorum combined watchdog; do
     run all "$installed" "$program" a_hundred_thousand_ ten_thousand_ thousands_of_ a_lock_costs_
 done
@@ -305,7 +306,6 @@ run all "$installed" many
 lane soak soak 30 --skip tasks_and
 lane "soak, tasks and memory" soak 10 tasks_and
 lane "tls, feature rustls" run rustls "$installed" tls
-lane builds builds
 # The examples: by themselves, and on a server.
 redis-server --port 0 --unixsocket "$scratch/socket" --save "" --dir "$scratch" >"$scratch/log" &
 server=$!
