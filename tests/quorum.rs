@@ -78,23 +78,47 @@ async fn failed_on<T, R: IntoFuture<Output = Result<T, Error>>>(call: impl Fn() 
 }
 
 /// Obtains the lock on all nodes. If a node gets the request so late that its clock has passed the number, or is too
-/// slow to vote in its part of the ttl, the lock stays without it, so this tries again. Other guards of the same token
-/// keep their lock.
+/// slow to vote in its part of the ttl, the lock stays without it, so this tries again.
 async fn lock_on_all(servers: &[Server], request: impl Fn() -> LockRequest) -> LockGuard {
     eventually("all have granted it", async || {
         let guard = soon(request()).await.unwrap();
-        let started = Instant::now();
-        // The request doesn't wait for the last vote.
-        while started.elapsed() < ms(1_000) {
-            if count(servers, "k") == servers.len() {
-                return Some(guard);
-            }
-            tokio::time::sleep(ms(5)).await;
+        if !is_soon_on_all(servers).await {
+            drop(guard.release().await);
+            return None;
         }
-        drop(guard);
-        None
+        Some(guard)
     })
     .await
+}
+
+/// The same beside another guard of the token, which keeps its lock.
+async fn lock_on_all_beside(servers: &[Server], request: impl Fn() -> LockRequest) -> LockGuard {
+    let is_alone = |server: &Server| {
+        let grants = server.cli(&["GET", "{k}:grants"]);
+        grants.is_empty() || grants.ends_with("\n-")
+    };
+    eventually("all have granted it as well", async || {
+        let guard = soon(request()).await.unwrap();
+        if !is_soon_on_all(servers).await {
+            drop(guard);
+            eventually("its grant is gone", async || servers.iter().all(is_alone).then_some(())).await;
+            return None;
+        }
+        Some(guard)
+    })
+    .await
+}
+
+/// Returns whether all have the key within a second. A request doesn't wait for the last vote.
+async fn is_soon_on_all(servers: &[Server]) -> bool {
+    let started = Instant::now();
+    while started.elapsed() < ms(1_000) {
+        if count(servers, "k") == servers.len() {
+            return true;
+        }
+        tokio::time::sleep(ms(5)).await;
+    }
+    false
 }
 
 #[tokio::test]
@@ -847,7 +871,7 @@ async fn a_guard_counts_no_node_that_has_only_the_grant_of_another_guard_of_its_
         let (locker, twin) = (locker(&servers).await, locker(&servers).await);
         let guard = lock_without_the_last(&servers, &locker, keys).await;
         let request = || twin.lock_all(keys.iter().copied()).no_renewal().token(guard.token().clone());
-        let other = lock_on_all(&servers, request).await;
+        let other = lock_on_all_beside(&servers, request).await;
         servers[0].cli(&["SET", "k", "another"]);
         let renewed = if exactly { soon(guard.renew_for(ms(9_000))).await } else { soon(guard.renew()).await };
         assert!(renewed.is_err(), "{keys:?}, exactly: {exactly}");
@@ -861,7 +885,8 @@ async fn a_guard_is_healed_where_only_another_guard_of_its_token_had_a_grant() {
     let servers = start::<3>();
     let (locker, twin) = (locker(&servers).await, locker(&servers).await);
     let guard = lock_without_the_last(&servers, &locker, &["k"]).await;
-    let other = lock_on_all(&servers, || twin.lock("k").no_renewal().token(guard.token().clone())).await;
+    let request = || twin.lock("k").no_renewal().token(guard.token().clone());
+    let other = lock_on_all_beside(&servers, request).await;
     // A node that is slow is healed by one of the next renewals.
     let is_recorded = async || {
         soon(guard.renew()).await.unwrap();

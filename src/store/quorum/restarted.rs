@@ -76,7 +76,11 @@ async fn a_token_that_comes_back_is_told_no_number_that_its_nodes_found_on_disk(
             let guard = soon(again()).await.unwrap();
             tokio::time::sleep(Duration::from_millis(100)).await;
             let has = |server: &Server| server.cli(&["GET", "k"]) == "worker-7";
-            servers.iter().all(has).then_some(guard)
+            if !servers.iter().all(has) {
+                drop(guard.release().await);
+                return None;
+            }
+            Some(guard)
         })
         .await
     };
