@@ -39,7 +39,11 @@ lanes=()
 cleanup() {
     local lane
     # Each lane is a process group. What has ended by itself can't be killed.
-    for lane in "${lanes[@]}"; do kill -- "-${lane%% *}" 2>/dev/null || true; done
+    for lane in "${lanes[@]}"; do
+        # apt-get ends what it has begun, or packages would be half installed.
+        [[ ${lane#* } != servers ]] || wait "${lane%% *}" || true
+        kill -- "-${lane%% *}" 2>/dev/null || true
+    done
     [[ -z ${server:-} ]] || kill "$server" 2>/dev/null || true
     rm -rf "$scratch"
 }
@@ -228,7 +232,7 @@ builds() {
     cargo test "${packages[@]}" --doc
 }
 
-# soak SECONDS ARGUMENTS
+# soak SECONDS ARGUMENTS: runs soaks, each for so long.
 soak() {
     TENURE_SOAK_SECONDS=$1 run all "$installed" soak "${@:2}"
 }

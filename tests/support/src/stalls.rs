@@ -1,7 +1,7 @@
 use std::fs;
 use std::sync::Once;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
+use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 /// By how many microseconds the thread that measures it has woken late.
@@ -14,7 +14,8 @@ static LATE: AtomicU64 = AtomicU64::new(0);
 pub struct Stalls {
     /// [`LATE`] when the measurement began.
     late: u64,
-    /// What this thread had waited for a processor by then.
+    /// The thread that began it, and what that had waited for a processor by then.
+    thread: ThreadId,
     waited: Duration,
 }
 
@@ -25,15 +26,17 @@ impl Stalls {
         // One for all: a test may measure hundreds of things at once.
         static BEGUN: Once = Once::new();
         BEGUN.call_once(|| drop(thread::spawn(measure)));
-        Self { late: LATE.load(Ordering::Relaxed), waited: waited() }
+        Self { late: LATE.load(Ordering::Relaxed), thread: thread::current().id(), waited: waited() }
     }
 
-    /// Returns this limit, and twice what the machine was late until now, as the servers may be late as well. Call it
-    /// on the thread that called `watch`.
+    /// Returns this limit, and twice what the machine was late until now, as the servers may be late as well. On
+    /// another thread than the one that called `watch`, what that one waited is not known, and doesn't count.
     #[must_use]
     pub fn added_to(&self, limit: Duration) -> Duration {
         let late = Duration::from_micros(LATE.load(Ordering::Relaxed).saturating_sub(self.late)) * 2;
-        limit + late + waited().saturating_sub(self.waited)
+        let is_same = thread::current().id() == self.thread;
+        let waited = if is_same { waited().saturating_sub(self.waited) } else { Duration::ZERO };
+        limit + late + waited
     }
 }
 
