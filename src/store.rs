@@ -330,14 +330,14 @@ pub(crate) enum Acquired {
         place: usize,
         /// How long the lock lasts unless it is renewed; `None` where it has no ttl.
         remaining: Option<Duration>,
-        /// The nodes of a quorum at which nobody is in the way. What becomes free there changes nothing.
-        free: Nodes,
+        /// The nodes of a quorum which have not refused: too few for a majority, whatever becomes free there.
+        minority: Nodes,
     },
 }
 
 impl Acquired {
     pub(crate) fn held(place: usize, remaining: Option<Duration>) -> Self {
-        Self::Held { place, remaining, free: Nodes::default() }
+        Self::Held { place, remaining, minority: Nodes::default() }
     }
 }
 

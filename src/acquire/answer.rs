@@ -12,12 +12,12 @@ pub(crate) struct Held {
     /// When the holder's ttl ends, unless the lock is renewed or released before. `None`: it has no ttl.
     pub(crate) until: Option<Instant>,
     /// The nodes of a quorum from which a notification is no reason to ask again.
-    pub(crate) free: Nodes,
+    pub(crate) minority: Nodes,
 }
 
 impl Held {
     pub(crate) fn until(key: Key, until: Option<Instant>) -> Self {
-        Self { key, until, free: Nodes::default() }
+        Self { key, until, minority: Nodes::default() }
     }
 }
 

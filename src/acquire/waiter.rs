@@ -276,14 +276,14 @@ impl Waiter {
         }
         // A waiter that hasn't asked knows nothing but that it is the first.
         let only_key = || self.attempt.context.only_key().map(|key| Held::until(key, None));
-        let Some(Held { key, until, free }) = held.or_else(only_key) else { return Step::Ask };
+        let Some(Held { key, until, minority }) = held.or_else(only_key) else { return Step::Ask };
         if self.subscription.as_ref().is_none_or(|(to, _)| *to != key) {
             if let Some(step) = self.subscribe(key).await {
                 return step;
             }
         }
         // Requests that are refused give back what they got there, and by that would wake each other again and again.
-        self.subscription.iter_mut().for_each(|(_, subscription)| subscription.ignore(free));
+        self.subscription.iter_mut().for_each(|(_, subscription)| subscription.ignore(minority));
         let remaining = until.map(|until| until.saturating_duration_since(Instant::now()));
         let poll_every = self.attempt.context.shared.settings.poll_every;
         let pause = timing::look_after(remaining, poll_every, fastrand::f64());

@@ -129,7 +129,9 @@ impl Round {
             self.announce(&decision, &votes);
             match decision {
                 Decision::Granted { number } => return Ok(Acquired::Granted { fencing_token: number }),
-                Decision::Held { place, remaining, free } => return Ok(Acquired::Held { place, remaining, free }),
+                Decision::Held { place, remaining, minority } => {
+                    return Ok(Acquired::Held { place, remaining, minority });
+                }
                 Decision::Split { place, remaining } => {
                     self.split = Some(started.elapsed());
                     if self.wanted.queueing.waits() {

@@ -155,8 +155,9 @@ pub(super) enum Decision {
     Granted { number: Option<u64> },
     /// A majority would grant, but another number.
     Again,
-    /// Others hold a majority of the nodes. At these, nobody is in the way.
-    Held { place: usize, remaining: Option<Duration>, free: Nodes },
+    /// Others hold a majority of the nodes, and the rest is the minority: nobody can obtain the lock before one of the
+    /// majority is released.
+    Held { place: usize, remaining: Option<Duration>, minority: Nodes },
     /// Others hold some of the nodes, and too many of the rest could not be asked: another may have a majority, or no
     /// one.
     Split { place: usize, remaining: Option<Duration> },
@@ -204,19 +205,17 @@ pub(super) fn decide(votes: &[Option<Result<VoteReply, Error>>], needed: usize, 
         let remaining = Some(remaining).filter(|&remaining| remaining < Duration::MAX);
         return Some(match held.len() < needed {
             true => Decision::Split { place, remaining },
-            false => Decision::Held { place, remaining, free: willing_nodes(votes) },
+            false => Decision::Held { place, remaining, minority: not_held(votes) },
         });
     }
     (failed > votes.len() - needed).then_some(Decision::Failed)
 }
 
-fn willing_nodes(votes: &[Option<Result<VoteReply, Error>>]) -> Nodes {
-    let is_willing = |vote: &Vote| matches!(vote, Vote::Granted { .. } | Vote::Behind | Vote::Ahead);
-    let places = votes.iter().enumerate();
-    places
-        .filter(|(_, vote)| matches!(vote, Some(Ok(reply)) if is_willing(&reply.vote)))
-        .map(|(place, _)| place)
-        .collect()
+/// Also nodes that have yet to reply: a request that is refused by the others will give back what they grant it.
+fn not_held(votes: &[Option<Result<VoteReply, Error>>]) -> Nodes {
+    let is_held =
+        |vote: &Option<Result<VoteReply, Error>>| matches!(vote, Some(Ok(VoteReply { vote: Vote::Held { .. }, .. })));
+    votes.iter().enumerate().filter(|(_, vote)| !is_held(vote)).map(|(place, _)| place).collect()
 }
 
 #[cfg(test)]
@@ -270,6 +269,18 @@ mod tests {
         assert_eq!(told(&[held(5), granted(1), failed()], 2), (Some(5), true));
         let for_ever = || vote(Vote::Held { place: 0, remaining: None, by: HeldBy::Another });
         assert_eq!(told(&[for_ever(), held(9), for_ever()], 2), (None, false));
+    }
+
+    #[test]
+    fn who_is_refused_waits_for_a_release_on_the_nodes_that_refused() {
+        for last in [None, granted(1), vote(Vote::Behind), failed()] {
+            let decision = decide(&[held(5), held(9), last], 2, false);
+            let Some(Decision::Held { minority, .. }) = decision else { panic!("{decision:?}") };
+            assert_eq!(minority, Nodes::from_iter([2]));
+        }
+        let decision = decide(&[held(5), held(9), held(5)], 2, false);
+        let Some(Decision::Held { minority, .. }) = decision else { panic!("{decision:?}") };
+        assert_eq!(minority, Nodes::default());
     }
 
     #[test]
