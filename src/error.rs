@@ -276,6 +276,10 @@ impl Error {
 
     /// Returns whether the operation has surely not run: it was refused whenever it was sent, or never sent.
     pub(crate) fn has_not_run(&self) -> bool {
+        if let Self::Quorum { needed, granted: 0, nodes } = self {
+            // On none of them: there are twice as many, less one, as are needed.
+            return nodes.len() == 2 * needed - 1 && nodes.iter().all(|node| node.error.has_not_run());
+        }
         let may_have_run = matches!(self, Self::Redis(error) if error.may_have_run());
         (self.is_refusal() && !may_have_run) || self.was_not_sent()
     }
@@ -417,6 +421,16 @@ mod tests {
         assert!(said(format!("connection refused{NOT_SENT}")).was_not_sent());
         assert!(!said("connection refused".to_owned()).was_not_sent());
         assert!(!Error::Closed.was_not_sent());
+        // Of a quorum, by those of all nodes.
+        let not_sent = || said(format!("connection refused{NOT_SENT}"));
+        let of_nodes = |errors: Vec<Error>, granted| match quorum(errors) {
+            Error::Quorum { needed, nodes, .. } => Error::Quorum { needed, granted, nodes },
+            other => other,
+        };
+        assert!(of_nodes(vec![not_sent(), not_sent(), not_sent()], 0).has_not_run());
+        assert!(!of_nodes(vec![not_sent(), not_sent()], 1).has_not_run());
+        assert!(!of_nodes(vec![not_sent(), not_sent()], 0).has_not_run());
+        assert!(!of_nodes(vec![not_sent(), not_sent(), Error::timeout()], 0).has_not_run());
     }
 
     #[test]

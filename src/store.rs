@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use self::node::Nodes;
+use self::node::Refusal;
 use self::notifications::Subscription;
 use crate::hold::{GrantId, Owned};
 use crate::{Diagnosis, Error, Key, Loss, Token};
@@ -330,14 +330,14 @@ pub(crate) enum Acquired {
         place: usize,
         /// How long the lock lasts unless it is renewed; `None` where it has no ttl.
         remaining: Option<Duration>,
-        /// The nodes of a quorum which have not refused: too few for a majority, whatever becomes free there.
-        minority: Nodes,
+        /// The nodes of a quorum that refused.
+        refusal: Refusal,
     },
 }
 
 impl Acquired {
     pub(crate) fn held(place: usize, remaining: Option<Duration>) -> Self {
-        Self::Held { place, remaining, minority: Nodes::default() }
+        Self::Held { place, remaining, refusal: Refusal::default() }
     }
 }
 
@@ -402,7 +402,8 @@ impl Queueing {
 pub(crate) struct LinePlace {
     /// Distinguishes it from other places of its process.
     pub(crate) number: u64,
-    /// Whether all waiters of the process share it, or one request has it to itself.
+    /// Whether its turn is only for who has this place: the waiters of a process that share one, or a request for
+    /// several keys. The turns of the other places are for the first of the fair requests of the process.
     pub(crate) is_shared: bool,
 }
 

@@ -923,6 +923,41 @@ async fn waiters_do_not_wake_each_other_while_a_bare_majority_is_held() {
     }
 }
 
+/// One whose votes are split has what it gives back itself, and no more, to wake it.
+#[tokio::test]
+async fn a_waiter_does_not_wake_itself_while_one_node_is_dead_and_one_is_held() {
+    let mut servers = start::<3>();
+    let locker = locker(&servers).await;
+    soon(lock_on_all(&servers, || locker.lock("k")).await.release()).await.unwrap();
+    servers[1].cli(&["SET", "k", "another"]);
+    servers[2].kill();
+    let waiter = tokio::spawn(locker.lock("k").into_future());
+    tokio::time::sleep(ms(500)).await;
+    let before: u32 = script_runs(&servers[..2]).into_iter().sum();
+    tokio::time::sleep(ms(2_000)).await;
+    let runs = script_runs(&servers[..2]).into_iter().sum::<u32>() - before;
+    assert!(runs < 100, "{runs} scripts in 2 s");
+    servers[1].cli(&["DEL", "k"]);
+    soon(soon(waiter).await.unwrap().unwrap().release()).await.unwrap();
+}
+
+/// A quorum has no line in which they would be the next.
+#[tokio::test]
+async fn readers_of_another_process_that_wait_are_told_of_a_downgrade() {
+    let servers = start::<3>();
+    let new = || Locker::builder().poll_every(ms(60_000)).restart_window(Duration::ZERO);
+    let urls = || servers.iter().map(Server::url);
+    let (here, there) = (new().quorum(urls()).await.unwrap(), new().quorum(urls()).await.unwrap());
+    let writer = lock_on_all(&servers, || here.lock("k").ttl(ms(60_000))).await;
+    let reading = tokio::spawn(there.read("k").into_future());
+    let listens = |server: &Server| server.cli(&["PUBSUB", "NUMSUB", "k"]).ends_with('1');
+    eventually("it listens", async || servers.iter().all(listens).then_some(())).await;
+    tokio::time::sleep(ms(200)).await;
+    let writer = soon(writer.downgrade()).await.unwrap();
+    soon(soon(reading).await.unwrap().unwrap().release()).await.unwrap();
+    soon(writer.release()).await.unwrap();
+}
+
 /// Returns how often each node has run a script.
 fn script_runs(servers: &[Server]) -> Vec<u32> {
     let runs = |server: &Server| {

@@ -2,7 +2,7 @@
 
 use tokio::time::Instant;
 
-use crate::store::node::Nodes;
+use crate::store::node::Refusal;
 use crate::{Error, Key};
 
 /// Another holds one of the keys.
@@ -11,13 +11,13 @@ pub(crate) struct Held {
     pub(crate) key: Key,
     /// When the holder's ttl ends, unless the lock is renewed or released before. `None`: it has no ttl.
     pub(crate) until: Option<Instant>,
-    /// The nodes of a quorum from which a notification is no reason to ask again.
-    pub(crate) minority: Nodes,
+    /// The nodes of a quorum that refused.
+    pub(crate) refusal: Refusal,
 }
 
 impl Held {
     pub(crate) fn until(key: Key, until: Option<Instant>) -> Self {
-        Self { key, until, minority: Nodes::default() }
+        Self { key, until, refusal: Refusal::default() }
     }
 }
 

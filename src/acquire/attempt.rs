@@ -109,10 +109,10 @@ impl Attempt {
             Ok(Acquired::Granted { fencing_token }) => {
                 return Outcome::Granted(Grant::new(sending.sent, wanted.ttl, fencing_token));
             }
-            Ok(Acquired::Held { place, remaining, minority }) => {
+            Ok(Acquired::Held { place, remaining, refusal }) => {
                 let key = wanted.owned.keys.get(place).cloned().unwrap_or_else(|| wanted.owned.key());
                 let until = remaining.and_then(|remaining| Instant::now().checked_add(remaining));
-                Outcome::Held(Held { key, until, minority })
+                Outcome::Held(Held { key, until, refusal })
             }
             Err(error) if undoes_attempts || error.has_not_run() => Outcome::Failed(error),
             Err(error) => {

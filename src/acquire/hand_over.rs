@@ -28,6 +28,8 @@ impl Shared {
         // If this fails, or is dropped, the hand-over is dropped: then the waiter learns that its outcome is unknown.
         let next = *hand_over.next();
         hand_over.send(self.cleanups.register(Cleanup::Undo(wanted.clone())), sent + timeout);
+        // In case that the waiter isn't polled: also where the outcome stays unknown, or this is dropped.
+        self.supervise_queues(&self.runtime()?);
         let call = self.store.hand_over(owned, ending, &wanted, &next, timeout);
         match timeout_at(sent + timeout, call).await.unwrap_or_else(|_| Err(Error::timeout()))? {
             HandedOver::Done { fencing_token, alone } => {
@@ -38,8 +40,6 @@ impl Shared {
                     ..Grant::new(sent, wanted.ttl, fencing_token)
                 };
                 if hand_over.granted(grant, alone) {
-                    // In case that the waiter isn't polled.
-                    self.supervise_queues(&runtime);
                 } else {
                     self.undo_hand_over(wanted, &runtime);
                 }

@@ -171,9 +171,10 @@ impl Queues {
         Ticket::new(self.by_key.clone(), queue, waiter)
     }
 
-    /// Returns a new place in the line, for a request that is in no queue.
+    /// Returns a new place in the line, for a request that is in no queue. The places of fair requests have their turns
+    /// in the order of their requests here, which this one is not part of: its turn must be nobody else's.
     pub(crate) fn new_line_place(&self) -> LinePlace {
-        LinePlace { number: self.next_number(), is_shared: false }
+        LinePlace { number: self.next_number(), is_shared: true }
     }
 
     fn next_number(&self) -> u64 {

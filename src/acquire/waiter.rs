@@ -89,8 +89,17 @@ impl Waiter {
     pub(crate) async fn held_back(&self) -> Option<Held> {
         let context = &self.attempt.context;
         let is_held_back = !context.wanted.queueing.waits() && context.is_held_back_by_answer();
+        if !is_held_back {
+            return None;
+        }
         // Like a lock, a share is granted again to a token that has it, whoever waits.
-        (is_held_back && !self.attempt.is_held_already().await).then(|| Held::until(context.key(), None))
+        let is_held_already = select! {
+            biased;
+            () = context.closed() => false,
+            is_held_already = self.attempt.is_held_already() => is_held_already,
+            () = at(self.limit) => false,
+        };
+        (!is_held_already).then(|| Held::until(context.key(), None))
     }
 
     /// Asks the server once.
@@ -276,14 +285,14 @@ impl Waiter {
         }
         // A waiter that hasn't asked knows nothing but that it is the first.
         let only_key = || self.attempt.context.only_key().map(|key| Held::until(key, None));
-        let Some(Held { key, until, minority }) = held.or_else(only_key) else { return Step::Ask };
+        let Some(Held { key, until, refusal }) = held.or_else(only_key) else { return Step::Ask };
         if self.subscription.as_ref().is_none_or(|(to, _)| *to != key) {
             if let Some(step) = self.subscribe(key).await {
                 return step;
             }
         }
         // Requests that are refused give back what they got there, and by that would wake each other again and again.
-        self.subscription.iter_mut().for_each(|(_, subscription)| subscription.ignore(minority));
+        self.subscription.iter_mut().for_each(|(_, subscription)| subscription.heed(refusal));
         let remaining = until.map(|until| until.saturating_duration_since(Instant::now()));
         let poll_every = self.attempt.context.shared.settings.poll_every;
         let pause = timing::look_after(remaining, poll_every, fastrand::f64());

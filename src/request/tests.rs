@@ -191,3 +191,26 @@ async fn a_lock_that_the_requests_own_token_has_obtained_is_not_held_by_another(
     let error = first.await.unwrap().unwrap_err();
     assert!(error.is_timeout(), "{error}");
 }
+
+/// It asks whether its token has the lock, before it is told that others wait.
+#[tokio::test(start_paused = true)]
+async fn a_request_that_is_held_back_by_others_keeps_its_limit_and_hears_of_the_end() {
+    let store = Arc::new(MemoryStore::new());
+    let plan = |operation| if operation == Operation::Read { Fault::Lost } else { Fault::None };
+    let faulty = FaultyStore::new(store.clone(), plan);
+    let locker = Locker::builder().command_timeout(ms(500)).build(Box::new(faulty), None);
+    let elsewhere = Locker::builder().build(Box::new(FaultyStore::new(store, |_| Fault::None)), None);
+    let _held = elsewhere.lock("k").await.unwrap();
+    let first = waits(locker.lock("k")).await;
+    let retry = Retry::linear(ms(10));
+    let request = || locker.try_read("k").token("worker-7".parse().unwrap()).retry(retry.clone());
+    let started = Instant::now();
+    request().wait_at_most(ms(100)).await.unwrap_err();
+    assert!(started.elapsed() <= ms(100), "{:?}", started.elapsed());
+    let closed = waits(request()).await;
+    let started = Instant::now();
+    locker.close().await;
+    assert!(matches!(closed.await.unwrap(), Err(Error::Closed)));
+    assert!(started.elapsed() <= ms(50), "{:?}", started.elapsed());
+    first.abort();
+}

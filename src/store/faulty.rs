@@ -13,8 +13,9 @@ use super::{
     Acquired, Answer, Answers, Capabilities, Downgraded, Ending, Extending, HandedOver, Holder, InLine, Latest,
     LinePlace, Next, Store, Undone, Verdict, Wanted, Whose,
 };
+use crate::error::NOT_SENT;
 use crate::hold::Owned;
-use crate::{Error, Key};
+use crate::{Error, Key, RedisError, RedisErrorKind};
 
 /// What happens to one call.
 #[derive(Clone, Copy, Debug)]
@@ -23,6 +24,8 @@ pub(crate) enum Fault {
     None,
     /// It fails at once, and never runs.
     Refused,
+    /// The same, and the caller knows that nothing was sent.
+    NotSent,
     /// It never runs, and never returns; an acquire or a release fails when its time is over, as their callers have no
     /// timer of their own.
     Hung,
@@ -153,6 +156,9 @@ pub(super) async fn call_within<S: Send + Sync + 'static, T: Send + 'static>(
     match fault {
         Fault::None => Ok(run(&store)),
         Fault::Refused => Err(Error::timeout()),
+        Fault::NotSent => {
+            Err(RedisError::new(RedisErrorKind::Timeout, format!("there is no connection{NOT_SENT}")).into())
+        }
         Fault::AnswerLost => {
             run(&store);
             Err(Error::timeout())

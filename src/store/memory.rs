@@ -542,7 +542,7 @@ impl Held {
             return Verdict::NotOurs(loss);
         }
         let relies = |entry: &Entry| entry.grants().iter().any(|one| one.grant.is_none());
-        if how == Extending::Exactly
+        if matches!(how, Extending::AtLeast | Extending::Exactly)
             && owned.grant.is_none()
             && !owned.keys.iter().filter_map(|key| self.locks.get(key)).all(relies)
         {

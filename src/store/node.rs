@@ -23,6 +23,15 @@ impl FromIterator<usize> for Nodes {
     }
 }
 
+/// The nodes that refused a request. Their notifications tell when it makes sense to ask again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    pub(crate) by: Nodes,
+    /// Nodes that have granted it what it gives back, or that were asked and have yet to reply: too few for a majority,
+    /// whatever becomes free there.
+    pub(crate) ignored: Nodes,
+}
+
 /// A store that can be a node of a quorum.
 pub(crate) trait Node: Store {
     /// Votes on a ballot: takes all keys for the token, or none.
@@ -89,6 +98,13 @@ pub(crate) enum Vote {
     Ahead,
     /// It was restarted lately, and votes again after this time.
     Silent { remaining: Duration },
+}
+
+impl Vote {
+    /// Returns whether it granted the ballot, or would grant it with another number.
+    pub(crate) fn is_willing(self) -> bool {
+        matches!(self, Self::Granted { .. } | Self::Behind | Self::Ahead)
+    }
 }
 
 /// The node's clock and memory, in microseconds since 1970.

@@ -18,7 +18,7 @@ use tokio::select;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use super::node::Nodes;
+use super::node::Refusal;
 
 /// How often a waiter makes sure that notifications can reach it.
 pub(crate) const CHECK_EVERY: Duration = Duration::from_millis(250);
@@ -76,13 +76,13 @@ impl Subscription {
         self
     }
 
-    /// Ignores notifications from these of the sources, and no others, from now on: if all others are open.
-    pub(crate) fn ignore(&mut self, sources: Nodes) {
+    /// Ignores notifications from some of the sources, and no others, from now on: if all that refused are open.
+    pub(crate) fn heed(&mut self, refusal: Refusal) {
         let is_open = |source: &Source| source.state.borrow().channel == ChannelState::Open;
-        let mut others = self.0.iter().enumerate().filter(|(place, _)| !sources.contains(*place));
-        let are_open = others.all(|(_, source)| is_open(source));
+        let mut refused = self.0.iter().enumerate().filter(|(place, _)| refusal.by.contains(*place));
+        let are_open = refused.all(|(_, source)| is_open(source));
         for (place, source) in self.0.iter_mut().enumerate() {
-            source.is_ignored = are_open && sources.contains(place);
+            source.is_ignored = are_open && refusal.ignored.contains(place);
         }
     }
 

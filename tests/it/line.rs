@@ -36,6 +36,28 @@ async fn one_that_waits_for_several_keys_is_back_in_a_line_that_was_lost() {
     assert_eq!(server.cli(&["EXISTS", "{a}:queue", "{b}:queue"]), "0");
 }
 
+/// Fair requests have a queue of their own in their process. One for several keys isn't in it, and has its own turn.
+#[tokio::test]
+async fn one_that_waits_for_several_keys_gives_its_turn_to_no_fair_request_of_its_process() {
+    let server = Server::start();
+    let locker = patient(&server.url()).await;
+    for is_read in [false, true] {
+        let request = || if is_read { locker.read("a").fair(true) } else { locker.lock("a").fair(true) };
+        let guard = request().await.unwrap();
+        let several = tokio::spawn(locker.lock_all(["a", "b"]).into_future());
+        wait_for_places(&server, "a", 1).await;
+        let fair = [tokio::spawn(request().into_future()), tokio::spawn(request().into_future())];
+        wait_for_places(&server, "a", 3).await;
+        assert!(!fair.iter().any(|fair| fair.is_finished()), "{is_read}");
+        guard.release().await.unwrap();
+        soon(several).await.unwrap().unwrap().release().await.unwrap();
+        for fair in fair {
+            drop(soon(fair).await.unwrap().unwrap());
+        }
+        eventually("all have left", async || (server.cli(&["EXISTS", "a", "{a}:queue"]) == "0").then_some(())).await;
+    }
+}
+
 #[tokio::test]
 async fn one_that_finds_several_keys_free_is_in_no_line_any_more() {
     let server = Server::start();

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use tenure::{Error, Lease, Locker, Token};
+use tenure::{Error, Lease, Locker, Loss, Token};
 use tenure_test_support::{Server, eventually, soon};
 use tokio::time::sleep;
 
@@ -137,6 +137,26 @@ async fn a_guard_that_is_renewed_where_its_key_was_lost_and_taken_again_by_its_t
         drop(first);
         assert_freed(&server, [&here, &rival]).await;
     }
+}
+
+/// The same, where the token is that of a guard which made it: nothing at the server tells its grant from none.
+#[tokio::test]
+async fn a_guard_whose_token_was_used_again_is_renewed_by_no_key_that_is_there_for_the_other_alone() {
+    let (server, here, there) = start().await;
+    let embedded = Locker::in_memory();
+    for (here, there) in [(&here, &there), (&embedded, &embedded)] {
+        let first = here.lock("k").no_renewal().await.unwrap();
+        let token = first.token().clone();
+        there.obtain("k").token(token.clone()).await.unwrap().release().await.unwrap();
+        let second = there.obtain("k").token(token).await.unwrap();
+        let told = first.renew().await.unwrap_err();
+        assert!(matches!(told, Error::NotHeld { loss: Loss::Missing, .. }), "{told}");
+        assert!(!first.is_held());
+        second.renew().await.unwrap();
+        drop((first, second));
+        eventually("it is free", async || there.try_lock("k").await.ok()).await.release().await.unwrap();
+    }
+    assert_freed(&server, [&here, &there]).await;
 }
 
 /// The record would stay for a day.

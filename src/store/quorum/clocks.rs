@@ -48,19 +48,22 @@ impl Clocks {
         (self.own)()
     }
 
-    /// Returns a number that a majority should grant. `last` are the last numbers of the nodes, as far as they are
-    /// known; `lead` is how far it must be ahead of their clocks if calls take longer than usual.
-    pub(super) fn propose(&self, last: impl Iterator<Item = u64>, lead: Duration) -> u64 {
+    /// Returns a number that a majority should grant. `seen` is what the nodes that would grant another one have just
+    /// replied: they may be a bare majority, and all have to grant this. `lead` is how far it must be ahead of their
+    /// clocks if calls take longer than usual.
+    pub(super) fn propose(&self, seen: impl Iterator<Item = Seen> + Clone, lead: Duration) -> u64 {
         let lead = u64::try_from(lead.as_micros()).unwrap_or(HIGHEST).max(LEAD);
         let now = self.now();
         let mut known = self.known();
         let clocks = known.ahead.iter().flatten().map(|&ahead| now.saturating_add_signed(ahead));
-        let mut number = reach(clocks, self.needed).unwrap_or(now).saturating_add(lead);
+        let known_clock = reach(clocks, self.needed).unwrap_or(now);
+        let seen_clock = reach(seen.clone().map(|seen| seen.now), self.needed).unwrap_or(0);
+        let mut number = known_clock.max(seen_clock).saturating_add(lead);
         // Unless a fence key holds nonsense, which must not affect other keys.
         if known.highest < number.saturating_add(TOGETHER) {
             number = number.max(known.highest.saturating_add(1));
         }
-        if let Some(last) = reach(last, self.needed) {
+        if let Some(last) = reach(seen.map(|seen| seen.last), self.needed) {
             number = number.max(last.saturating_add(1));
         }
         let number = number.min(HIGHEST);
@@ -101,6 +104,8 @@ fn reach(values: impl Iterator<Item = u64>, needed: usize) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::iter;
+
     use super::*;
 
     const HOUR: u64 = 3_600_000_000;
@@ -117,16 +122,17 @@ mod tests {
     #[test]
     fn a_client_learns_the_clock_of_the_nodes() {
         let clocks = Clocks::new(|| 5 * HOUR, 3, 2);
-        assert_eq!(clocks.propose([].into_iter(), Duration::ZERO), 5 * HOUR + LEAD);
+        assert_eq!(clocks.propose(iter::empty(), Duration::ZERO), 5 * HOUR + LEAD);
         for place in 0..3 {
             clocks.learn(place, 5 * HOUR, Seen { now: 7 * HOUR, last: 0 });
         }
-        assert_eq!(clocks.propose([].into_iter(), Duration::ZERO), 7 * HOUR + LEAD);
-        assert_eq!(clocks.propose([].into_iter(), Duration::ZERO), 7 * HOUR + LEAD + 1);
+        assert_eq!(clocks.propose(iter::empty(), Duration::ZERO), 7 * HOUR + LEAD);
+        assert_eq!(clocks.propose(iter::empty(), Duration::ZERO), 7 * HOUR + LEAD + 1);
         for place in 0..3 {
             clocks.learn(place, 5 * HOUR, Seen { now: 4 * HOUR, last: 9 * HOUR });
         }
-        assert_eq!(clocks.propose([].into_iter(), Duration::ZERO), 4 * HOUR + LEAD);
-        assert_eq!(clocks.propose([9 * HOUR, 9 * HOUR + 5, 9 * HOUR].into_iter(), Duration::ZERO), 9 * HOUR + 6);
+        assert_eq!(clocks.propose(iter::empty(), Duration::ZERO), 4 * HOUR + LEAD);
+        let seen = [0, 5, 0].map(|more| Seen { now: 4 * HOUR, last: 9 * HOUR + more });
+        assert_eq!(clocks.propose(seen.into_iter(), Duration::ZERO), 9 * HOUR + 6);
     }
 }

@@ -40,7 +40,8 @@ use crate::{Error, Loss};
 pub(super) async fn downgrade(quorum: &Arc<Quorum>, owned: &Owned, timeout: Duration) -> Result<Downgraded, Error> {
     let timeout = first(timeout);
     let may_run_until = may_run_until(Instant::now(), timeout);
-    let open = quorum.rounds.open(owned);
+    // What it leaves is a reader's: a late release of the lock ends none of that.
+    let open = quorum.rounds.open(&Owned { mode: Mode::Read, ..owned.clone() });
     let answers = quorum.ask(timeout, |node| {
         let owned = owned.clone();
         Box::pin(async move { node.downgrade(&owned, timeout).await })
@@ -65,13 +66,15 @@ impl Downgrading {
     async fn run(self, mut answers: Calls<usize, Downgraded>, decide: oneshot::Sender<Result<Downgraded, Error>>) {
         let mut decide = Some(decide);
         let mut tally = Some(Tally::new(&self.quorum));
-        let (mut late, mut doubtful, mut is_done) = (Vec::new(), Vec::new(), false);
+        // Nodes that replied after the release, that have not run it, and that may have.
+        let (mut late, mut behind, mut doubtful) = (Vec::new(), Vec::new(), Vec::new());
+        let mut is_done = false;
         let mut refusal = Downgraded::NotOurs(Loss::Missing);
         while let Some((place, answer)) = answers.next().await {
             match &answer {
                 Ok(Downgraded::Done) if self.open.is_released() => late.push(place),
                 Ok(_) => {}
-                Err(error) if error.has_not_run() && !is_done => {}
+                Err(error) if error.has_not_run() => behind.push(place),
                 Err(_) => doubtful.push(place),
             }
             let Some(mut counted) = tally.take() else { continue };
@@ -102,7 +105,8 @@ impl Downgrading {
             self.undo(place).await;
         }
         if is_done {
-            self.catch_up(doubtful).await;
+            behind.extend(doubtful);
+            self.catch_up(behind).await;
         } else if !doubtful.is_empty() {
             sleep_until(self.may_run_until).await;
             for place in doubtful {

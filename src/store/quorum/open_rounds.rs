@@ -12,6 +12,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout_at};
 
 use crate::hold::{GrantId, Owned};
+use crate::mode::Mode;
 use crate::store::Ending;
 use crate::{Key, Token};
 
@@ -24,6 +25,7 @@ struct Open {
     /// A token may hold several locks, of different keys.
     keys: Box<[Key]>,
     grant: Option<GrantId>,
+    mode: Mode,
     release: watch::Sender<Release>,
     /// Which nodes have replied to the release, and whether they have surely freed what the round was granted.
     answers: Mutex<HashMap<usize, bool>>,
@@ -102,6 +104,7 @@ impl OpenRounds {
         let open = Arc::new(Open {
             keys: owned.keys.clone(),
             grant: owned.grant,
+            mode: owned.mode,
             release: watch::Sender::new(Release::No),
             answers: Mutex::default(),
             answered: Notify::new(),
@@ -112,11 +115,13 @@ impl OpenRounds {
     }
 
     /// Notes that a release is about to be sent, so that what these rounds get granted late must be undone. A release
-    /// that ends the lock concerns all grants of its token, and none of what the token holds by other keys.
+    /// that ends the lock concerns all grants of its token, and none of what the token holds by other keys. The lock may
+    /// have become a reader's share by the same grant: that outlives what is released late of the lock.
     pub(super) fn release(&self, owned: &Owned, ending: Ending, stays_until: Instant) -> Releasing {
         let all = self.all();
         let ended = all.get(&owned.token).into_iter().flatten();
         let ended = ended.filter(|open| open.has_any_of(owned));
+        let ended = ended.filter(|open| open.mode != Mode::Read || owned.mode == Mode::Read);
         let ended = ended.filter(|open| ending == Ending::Lock || open.grant == owned.grant).cloned();
         let releasing = Releasing { rounds: ended.collect(), stays_until };
         releasing.is_now(Release::BeingSent);

@@ -119,9 +119,10 @@ impl Round {
         for ballot in 0..if is_shared { BALLOTS_OF_READERS } else { BALLOTS } {
             let started = Instant::now();
             let asked = self.quorum.clocks.now();
-            let last = votes.iter().flatten().flatten().map(|reply| reply.seen.last);
+            let willing = votes.iter().flatten().flatten().filter(|reply| reply.vote.is_willing());
+            let seen = willing.map(|reply| reply.seen);
             let number =
-                self.wanted.fenced.then(|| self.quorum.clocks.propose(last, (took * 2).min(self.quorum.ahead() / 2)));
+                self.wanted.fenced.then(|| self.quorum.clocks.propose(seen, (took * 2).min(self.quorum.ahead() / 2)));
             self.ask(ballot, number);
             votes = self.members.iter().map(|_| None).collect();
             let decision = self.collect_votes(ballot, asked, started, &mut votes).await;
@@ -129,13 +130,13 @@ impl Round {
             self.announce(&decision, &votes);
             match decision {
                 Decision::Granted { number } => return Ok(Acquired::Granted { fencing_token: number }),
-                Decision::Held { place, remaining, minority } => {
-                    return Ok(Acquired::Held { place, remaining, minority });
+                Decision::Held { place, remaining, refusal } => {
+                    return Ok(Acquired::Held { place, remaining, refusal });
                 }
-                Decision::Split { place, remaining } => {
+                Decision::Split { place, remaining, refusal } => {
                     self.split = Some(started.elapsed());
                     if self.wanted.queueing.waits() {
-                        return Ok(Acquired::held(place, remaining));
+                        return Ok(Acquired::Held { place, remaining, refusal });
                     }
                     // An unknown outcome is no refusal.
                     break;

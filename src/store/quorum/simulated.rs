@@ -6,12 +6,12 @@ mod sharing;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
 
 use self::readers::{Readers, Writers};
@@ -899,6 +899,113 @@ async fn a_release_undoes_nothing_of_another_key_of_the_same_token() {
     }
 }
 
+/// What the end of a lock still has to clean up, after requests of unknown outcome, is none of the reader's that the
+/// lock has become by the same grant.
+#[tokio::test(start_paused = true)]
+async fn a_late_cleanup_of_a_lock_takes_nothing_from_the_reader_that_it_has_become() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let fault = Arc::new(Mutex::new(Fault::None));
+    let locker = world.client(0, {
+        let fault = fault.clone();
+        move |_| *fault.lock().unwrap()
+    });
+    let guard = locker.lock("k").token("worker-7".parse().unwrap()).ttl(ms(60_000)).no_renewal().await.unwrap();
+    *fault.lock().unwrap() = Fault::AnswerLost;
+    guard.renew().await.unwrap_err();
+    // The server may run what that has sent for a second, or so.
+    let sent = Instant::now();
+    *fault.lock().unwrap() = Fault::None;
+    let reader = guard.downgrade().await.unwrap();
+    for late in (980..1_020).step_by(5) {
+        sleep_until(sent + ms(late)).await;
+        *fault.lock().unwrap() = Fault::AnsweredAfter(ms(4));
+        reader.renew().await.unwrap();
+        *fault.lock().unwrap() = Fault::None;
+    }
+    sleep(ms(5_000)).await;
+    assert_eq!(reader.check(), Ok(()));
+    assert!(world.servers.iter().all(|server| !server.is_free("k")));
+    reader.renew().await.unwrap();
+    reader.release().await.unwrap();
+    assert!(world.is_free("k"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_downgrade_is_caught_up_with_on_nodes_that_had_no_connection() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let is_away = Arc::new(AtomicBool::new(false));
+    let locker = world.client(0, {
+        let is_away = is_away.clone();
+        move |place| if place == 2 && is_away.load(Ordering::Relaxed) { Fault::NotSent } else { Fault::None }
+    });
+    let guard = locker.lock("k").ttl(ms(60_000)).no_renewal().await.unwrap();
+    // The slowest node is asked last.
+    sleep(ms(10)).await;
+    is_away.store(true, Ordering::Relaxed);
+    let reader = guard.downgrade().await.unwrap();
+    is_away.store(false, Ordering::Relaxed);
+    sleep(ms(1_000)).await;
+    let shares = world.servers.iter().filter(|server| server.state.lock().unwrap().readers_of(&"k".into()).is_some());
+    assert_eq!(shares.count(), 3);
+    reader.release().await.unwrap();
+    assert!(world.is_free("k"));
+}
+
+/// A first try that was sent to no node says nothing about the lock.
+#[tokio::test(start_paused = true)]
+async fn a_release_whose_first_try_was_not_sent_ends_the_lock_for_all_who_hold_it_by_its_token() {
+    let world = World::new(&[0; 3], Duration::ZERO);
+    let is_away = Arc::new(AtomicBool::new(false));
+    let locker = world.client(0, {
+        let is_away = is_away.clone();
+        move |_| if is_away.load(Ordering::Relaxed) { Fault::NotSent } else { Fault::None }
+    });
+    let request = || locker.lock("k").token("worker-7".parse().unwrap()).no_renewal();
+    let (guard, twin) = (request().await.unwrap(), request().await.unwrap());
+    is_away.store(true, Ordering::Relaxed);
+    let back = async {
+        sleep(ms(1)).await;
+        is_away.store(false, Ordering::Relaxed);
+    };
+    let (released, ()) = tokio::join!(guard.release(), back);
+    released.unwrap();
+    assert!(matches!(twin.renew().await, Err(Error::NotHeld { .. })));
+}
+
+/// Two nodes that vote have to agree, however far their clocks are apart within the window, where the third one is away
+/// or silent.
+#[tokio::test(start_paused = true)]
+async fn nodes_whose_clocks_are_apart_number_locks_without_the_third() {
+    let is_away = Arc::new(AtomicBool::new(false));
+    let new = |is_away: Arc<AtomicBool>| {
+        let world = World::new(&[3 * SECOND, 0, 0], ms(60_000));
+        let locker = world.client(0, move |place| match (place, is_away.load(Ordering::Relaxed)) {
+            (1, true) => Fault::Refused,
+            _ => Fault::AnsweredAfter(ms(1)),
+        });
+        (world, locker)
+    };
+    let (world, locker) = new(is_away.clone());
+    sleep(ms(60_000)).await;
+    world.servers[1].forget();
+    let silent = locker.try_lock("k").await.unwrap();
+    assert!(silent.fencing_token().is_some());
+
+    let (_world, locker) = new(is_away.clone());
+    sleep(ms(60_000)).await;
+    for key in ["k", "l"] {
+        locker.try_lock(key).await.unwrap().release().await.unwrap();
+    }
+    is_away.store(true, Ordering::Relaxed);
+    let mut last = None;
+    for key in ["k", "l", "m", "k", "k"] {
+        let guard = locker.try_lock(key).await.unwrap();
+        assert!(key != "k" || guard.fencing_token() > last, "{:?} after {last:?}", guard.fencing_token());
+        last = guard.fencing_token().filter(|_| key == "k").or(last);
+        guard.release().await.unwrap();
+    }
+}
+
 /// What a renewal has prolonged is undone where its reply comes after the release has begun. If a node runs that undo
 /// first, the release finds nothing of ours, and must not call the lock lost.
 #[tokio::test(start_paused = true)]
@@ -957,7 +1064,7 @@ async fn the_last_end_of_a_grant_frees_no_key_before_its_least_time() {
     drop(guard);
     sleep(ms(5_000)).await;
     assert!(world.servers.iter().all(|server| !server.is_free("k")));
-    tokio::time::sleep_until(start + ms(60_500)).await;
+    sleep_until(start + ms(60_500)).await;
     assert!(world.is_free("k"));
 }
 
@@ -1204,7 +1311,7 @@ async fn what_is_taken_back_after_the_release_stays_taken_for_the_least_time() {
                     assert!(!server.is_free("k"), "{release:?} {token:?} {late}");
                 }
                 // A release that is late leaves them for as much longer.
-                tokio::time::sleep_until(start + ms(60_500)).await;
+                sleep_until(start + ms(60_500)).await;
                 assert!(world.is_free("k"), "{release:?} {token:?} {late}");
             }
         }

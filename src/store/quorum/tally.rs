@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
 
 use super::{Quorum, grace};
-use crate::store::node::{Nodes, Vote, VoteReply};
+use crate::store::node::{Refusal, Vote, VoteReply};
 use crate::{Error, NodeError};
 
 /// The replies to a request that each node confirms or refuses.
@@ -155,12 +155,11 @@ pub(super) enum Decision {
     Granted { number: Option<u64> },
     /// A majority would grant, but another number.
     Again,
-    /// Others hold a majority of the nodes, and the rest is the minority: nobody can obtain the lock before one of the
-    /// majority is released.
-    Held { place: usize, remaining: Option<Duration>, minority: Nodes },
+    /// Others hold a majority of the nodes.
+    Held { place: usize, remaining: Option<Duration>, refusal: Refusal },
     /// Others hold some of the nodes, and too many of the rest could not be asked: another may have a majority, or no
     /// one.
-    Split { place: usize, remaining: Option<Duration> },
+    Split { place: usize, remaining: Option<Duration>, refusal: Refusal },
     /// Too many nodes could not be asked, or do not vote.
     Failed,
 }
@@ -203,19 +202,44 @@ pub(super) fn decide(votes: &[Option<Result<VoteReply, Error>>], needed: usize, 
         held.sort_unstable();
         let (remaining, place) = held.get(needed - willing - 1).copied().unwrap_or_default();
         let remaining = Some(remaining).filter(|&remaining| remaining < Duration::MAX);
-        return Some(match held.len() < needed {
-            true => Decision::Split { place, remaining },
-            false => Decision::Held { place, remaining, minority: not_held(votes) },
+        let is_split = held.len() < needed;
+        let refusal = refusal(votes, is_split, is_late);
+        return Some(match is_split {
+            true => Decision::Split { place, remaining, refusal },
+            false => Decision::Held { place, remaining, refusal },
         });
     }
     (failed > votes.len() - needed).then_some(Decision::Failed)
 }
 
-/// Also nodes that have yet to reply: a request that is refused by the others will give back what they grant it.
-fn not_held(votes: &[Option<Result<VoteReply, Error>>]) -> Nodes {
-    let is_held =
-        |vote: &Option<Result<VoteReply, Error>>| matches!(vote, Some(Ok(VoteReply { vote: Vote::Held { .. }, .. })));
-    votes.iter().enumerate().filter(|(_, vote)| !is_held(vote)).map(|(place, _)| place).collect()
+/// Returns which nodes refused a round, and which are ignored while its request waits. A refused request gives back what
+/// it was granted, which notifies all who wait, itself included: without this, it would ask again and again.
+///
+/// Where others hold a majority, only what is released there can make another majority possible. Where they hold less,
+/// a node that failed can as well, and is heeded.
+fn refusal(votes: &[Option<Result<VoteReply, Error>>], is_split: bool, is_late: bool) -> Refusal {
+    let mut keys = votes.iter().filter_map(held_place);
+    let first = keys.next();
+    // A waiter is subscribed to one key. If nodes refused because of several, any of them may be what becomes free.
+    let is_one_key = keys.all(|key| Some(key) == first);
+    let is_ignored = |vote: &Option<Result<VoteReply, Error>>| match vote {
+        Some(Ok(VoteReply { vote: Vote::Held { .. }, .. })) => false,
+        Some(Ok(VoteReply { vote: Vote::Silent { .. }, .. }) | Err(_)) => !is_split,
+        Some(Ok(_)) => true,
+        None => !is_split || !is_late,
+    };
+    let places = |is_one: &dyn Fn(&Option<Result<VoteReply, Error>>) -> bool| {
+        votes.iter().enumerate().filter(|(_, vote)| is_one(vote)).map(|(place, _)| place).collect()
+    };
+    Refusal { by: places(&|vote| held_place(vote).is_some()), ignored: places(&|vote| is_one_key && is_ignored(vote)) }
+}
+
+/// Returns the index of the key that another holds.
+fn held_place(vote: &Option<Result<VoteReply, Error>>) -> Option<usize> {
+    match vote {
+        Some(Ok(VoteReply { vote: Vote::Held { place, .. }, .. })) => Some(*place),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -223,7 +247,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::store::node::{HeldBy, Seen};
+    use crate::store::node::{HeldBy, Nodes, Seen};
 
     fn vote(vote: Vote) -> Option<Result<VoteReply, Error>> {
         Some(Ok(VoteReply { vote, seen: Seen { now: 0, last: 0 } }))
@@ -273,14 +297,23 @@ mod tests {
 
     #[test]
     fn who_is_refused_waits_for_a_release_on_the_nodes_that_refused() {
+        let refusal = |votes: &[_]| match decide(votes, 2, false) {
+            Some(Decision::Held { refusal, .. } | Decision::Split { refusal, .. }) => refusal,
+            other => panic!("{other:?}"),
+        };
+        let nodes = |places: &[usize]| Nodes::from_iter(places.iter().copied());
         for last in [None, granted(1), vote(Vote::Behind), failed()] {
-            let decision = decide(&[held(5), held(9), last], 2, false);
-            let Some(Decision::Held { minority, .. }) = decision else { panic!("{decision:?}") };
-            assert_eq!(minority, Nodes::from_iter([2]));
+            assert_eq!(refusal(&[held(5), held(9), last]), Refusal { by: nodes(&[0, 1]), ignored: nodes(&[2]) });
         }
-        let decision = decide(&[held(5), held(9), held(5)], 2, false);
-        let Some(Decision::Held { minority, .. }) = decision else { panic!("{decision:?}") };
-        assert_eq!(minority, Nodes::default());
+        assert_eq!(refusal(&[held(5), held(9), held(5)]), Refusal { by: nodes(&[0, 1, 2]), ignored: nodes(&[]) });
+        // The one that failed may be the one that becomes free.
+        let split = refusal(&[held(5), granted(1), failed()]);
+        assert_eq!(split, Refusal { by: nodes(&[0]), ignored: nodes(&[1]) });
+        let late = decide(&[held(5), granted(1), None], 2, true);
+        assert!(matches!(late, Some(Decision::Split { refusal, .. }) if refusal == split), "{late:?}");
+        // Another key may be what becomes free.
+        let other = vote(Vote::Held { place: 1, remaining: None, by: HeldBy::Another });
+        assert_eq!(refusal(&[held(5), other, None]), Refusal { by: nodes(&[0, 1]), ignored: nodes(&[]) });
     }
 
     #[test]

@@ -36,7 +36,9 @@ use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
 use self::lanes::{Lanes, NextCall, Queued};
+use super::router::all;
 use crate::Error;
+use crate::store::ByOthers;
 use crate::sync::{Mutex, MutexGuard};
 
 /// How many calls are in flight in one lane. With one, client and server would wait for each other in turns. With more,
@@ -82,6 +84,12 @@ pub(super) trait Executor: fmt::Debug + Send + Sync + 'static {
         until: Instant,
     ) -> impl Future<Output = Result<Self::Output, Error>> + Send;
 
+    /// Called before a send loop runs an operation alone, which may send it several times. What this returns ends with
+    /// that: until then, what the operation does can't be undone for good.
+    fn begin_by_others(&self, _operation: &Self::Operation) -> Option<ByOthers> {
+        None
+    }
+
     /// Runs several operations in one call, which ends within `timeout`. Returns a result for each in its place.
     fn run_batch(
         &self,
@@ -108,6 +116,8 @@ pub(super) type BatchResults<T> = Vec<Option<Result<T, Error>>>;
 pub(super) enum NotRun {
     /// It refused the batch as a whole because of some of its operations.
     Refused,
+    /// No server has all of its keys.
+    Split,
     /// By its clock the batch came too late. What is known of that clock was wrong, and is right now.
     TooLate,
 }
@@ -418,6 +428,7 @@ impl<E: Executor> SendLoop<E> {
                     was_late = true;
                     parts.push(sent.collect());
                 }
+                Err(NotRun::Split) => drop(all(sent.map(|queued| self.send_alone(queued))).await),
                 Err(NotRun::Refused) => {
                     let mut first: Vec<_> = sent.collect();
                     let second = first.split_off(first.len() / 2);
@@ -429,11 +440,17 @@ impl<E: Executor> SendLoop<E> {
 
     async fn send_one_by_one(&self, batch: Vec<Queued<E>>) {
         for queued in batch {
-            let now = Instant::now();
-            if queued.time_left(now).is_some() {
-                let result = self.shared.executor.run_one(&queued.operation, now, queued.until).await;
-                queued.finish(result);
-            }
+            self.send_alone(queued).await;
+        }
+    }
+
+    async fn send_alone(&self, queued: Queued<E>) {
+        let now = Instant::now();
+        if queued.time_left(now).is_some() {
+            // Its caller may go, and have undone all that was sent, before this sends it again.
+            let _by_others = self.shared.executor.begin_by_others(&queued.operation);
+            let result = self.shared.executor.run_one(&queued.operation, now, queued.until).await;
+            queued.finish(result);
         }
     }
 }

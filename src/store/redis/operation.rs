@@ -10,7 +10,7 @@ use super::names;
 use super::replies::{Decision, Kind};
 use super::script::Call;
 use crate::Token;
-use crate::store::{Acquired, Latest, Verdict};
+use crate::store::{Acquired, ByOthers, Latest, Verdict};
 
 /// An operation on one key, as the server knows it.
 #[derive(Clone)]
@@ -35,9 +35,8 @@ pub(super) enum What {
     /// Extends the ttl to at least this.
     Renew {
         ttl: i64,
-        /// On a node of a quorum, the name of the record of grants: the key may be there for another grant of the token
-        /// only. The renewals of one store have all a record, or none.
-        record: Option<Bytes>,
+        /// The name of the record of grants: the key may be there for another grant of the token only.
+        record: Bytes,
     },
     Acquire {
         /// What the key holds while the lock is held.
@@ -70,13 +69,7 @@ impl Operation {
         match &self.what {
             What::Release { publish } => Call::new([key].into_iter(), release(publish)),
             What::EndGrant { publish, record } => Call::new([key, record.clone()].into_iter(), release(publish)),
-            What::Renew { ttl, record } => {
-                let args = [token(), decimal(*ttl)];
-                match record.clone() {
-                    None => Call::new([key].into_iter(), args),
-                    Some(record) => Call::new([key, record].into_iter(), args),
-                }
-            }
+            What::Renew { ttl, record } => Call::new([key, record.clone()].into_iter(), [token(), decimal(*ttl)]),
             What::Acquire { value, ttl, fence: None, .. } => {
                 Call::new([key].into_iter(), [value.clone(), decimal(*ttl)])
             }
@@ -109,11 +102,11 @@ impl Operation {
                 let keys = [key, names::line_of(&self.name), record.clone()];
                 Call::new(keys.into_iter(), args.into_iter().chain(channels([&self.name])))
             }
-            What::Renew { ttl, record: Some(record) } => {
+            What::Renew { ttl, record } => {
                 let how = ["1", LEAST, NO_ID, "0", "", "0"].map(Bytes::from);
                 Call::new([key, record.clone()].into_iter(), [token(), decimal(*ttl)].into_iter().chain(how))
             }
-            What::Release { .. } | What::Renew { record: None, .. } => self.call(),
+            What::Release { .. } => self.call(),
         }
     }
 
@@ -128,6 +121,14 @@ impl Operation {
     pub(super) fn is_sent(&self, until: u64) {
         if let What::Acquire { latest, .. } = &self.what {
             latest.extend(until);
+        }
+    }
+
+    /// Notes that others than the caller send it from now on, and maybe again, until this is dropped.
+    pub(super) fn begin_by_others(&self) -> Option<ByOthers> {
+        match &self.what {
+            What::Acquire { latest, .. } => Some(latest.clone().begin_by_others()),
+            What::Release { .. } | What::EndGrant { .. } | What::Renew { .. } => None,
         }
     }
 
@@ -182,7 +183,7 @@ pub(super) fn batch_call(operations: &[Box<Operation>]) -> Call {
     // In the order of the ranks, as all is: the records, then the fences.
     let others = operations.iter().filter_map(|operation| match &operation.what {
         What::EndGrant { record: name, .. }
-        | What::Renew { record: Some(name), .. }
+        | What::Renew { record: name, .. }
         | What::Acquire { fence: Some((name, _)), .. } => Some(name),
         _ => None,
     });

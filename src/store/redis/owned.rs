@@ -24,21 +24,11 @@ impl RedisStore {
         timeout: Duration,
     ) -> Result<Verdict, Error> {
         let (how, timeout) = (how.of(owned), within(timeout, ttl, self.server().min_replicas));
-        // What is ensured on a node of a quorum may rely on any grant of the token.
-        let is_any = how == Extending::Ensure;
-        match (&*owned.keys, how) {
-            ([key], Extending::AtLeast | Extending::Ensure) if !(self.is_node && is_any) => {
-                return self.run_owned(key, &owned.token, self.renewal(key, ttl), timeout).await;
-            }
-            _ => {}
+        if let ([key], Extending::AtLeast) = (&*owned.keys, how) {
+            return self.run_owned(key, &owned.token, self.renewal(key, ttl), timeout).await;
         }
-        let (script, call) = match how.name() {
-            None if is_any || !self.is_node => {
-                let args = [owned.token.to_bytes(), decimal(millis(ttl))];
-                (&self.server().scripts.renew, Call::new(self.names(owned), args))
-            }
-            _ => (&self.server().scripts.renew_grant, self.renewal_of_grant(owned, ttl, how, Duration::ZERO)),
-        };
+        let script = &self.server().scripts.renew_grant;
+        let call = self.renewal_of_grant(owned, ttl, how, Duration::ZERO);
         let (until, writing) = self.server().writing(timeout);
         let reply = match self.server().run(script, || call.clone(), |_| {}, timeout).await {
             Err(error) if error.is_redirection() && owned.keys.len() > 1 => {
@@ -55,7 +45,7 @@ impl RedisStore {
 
     /// Returns the renewal of a grant without an id to at least this ttl.
     fn renewal(&self, key: &Key, ttl: Duration) -> What {
-        What::Renew { ttl: millis(ttl), record: self.is_node.then(|| names::grants_of(&self.name(key))) }
+        What::Renew { ttl: millis(ttl), record: names::grants_of(&self.name(key)) }
     }
 
     /// Returns the call of `renew_grant.lua`. The window is that of a quorum's node, or zero.

@@ -13,9 +13,10 @@ use super::driver::{Connection, heard};
 use super::operation::{self, Operation, What};
 use super::replicas::{Waits, Writing};
 use super::replies::{self, Decision, Kind};
-use super::router::{self, Router};
+use super::router::Router;
 use super::script::{Call, Reply, Script, Scripts, is_mixed_up};
 use crate::report::{debug, warn};
+use crate::store::ByOthers;
 use crate::{Error, metrics};
 
 /// A server, and the scripts that it is asked to run.
@@ -232,6 +233,10 @@ impl Executor for Server {
         Ok(decision)
     }
 
+    fn begin_by_others(&self, operation: &Box<Operation>) -> Option<ByOthers> {
+        operation.begin_by_others()
+    }
+
     async fn run_batch(
         &self,
         operations: &[Box<Operation>],
@@ -262,11 +267,7 @@ impl Executor for Server {
                 Err(NotRun::Refused)
             }
             // The slot is half moved, so no node has all of the keys.
-            Err(error) if error.is_redirection() => {
-                let now = Instant::now();
-                let each = router::all(operations.iter().map(|operation| self.decide(operation, now, until))).await;
-                Ok(each.into_iter().map(Some).collect())
-            }
+            Err(error) if error.is_redirection() => Err(NotRun::Split),
             // Because of one of its keys (NOPERM).
             Err(error) if error.is_refusal() && !error.is_transient() => Err(NotRun::Refused),
             Err(error) => Ok(operations.iter().map(|_| Some(Err(error.clone()))).collect()),

@@ -25,8 +25,7 @@ impl RedisStore {
         command_timeout: Duration,
     ) -> Result<Self, Error> {
         let without = WithoutConnection::CallsFail;
-        let store = Self::on(driver::open_lazily(driver, target, command_timeout, without)?, prefix, 0);
-        Ok(Self { is_node: true, ..store })
+        Ok(Self::on(driver::open_lazily(driver, target, command_timeout, without)?, prefix, 0))
     }
 
     /// Waits until it is connected.

@@ -10,6 +10,7 @@ use tokio::task::{JoinHandle, JoinSet, yield_now};
 use tokio::time::{sleep, sleep_until, timeout};
 
 use super::*;
+use crate::store::Latest;
 
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -28,6 +29,8 @@ enum Fate {
     GoesAlone,
     /// A call of several is refused because of it.
     IsRefused,
+    /// No server has all keys of a call of several, because of it.
+    Splits,
     /// The call panics.
     Panics,
 }
@@ -40,10 +43,11 @@ struct Task {
     fate: Fate,
     /// For so long the call lasts, if it is the longest in it.
     lasts: Duration,
+    latest: Arc<Latest>,
 }
 
 fn task(id: usize) -> Task {
-    Task { id, lane: 0, rank: 0, fate: Fate::Done, lasts: ms(10) }
+    Task { id, lane: 0, rank: 0, fate: Fate::Done, lasts: ms(10), latest: Arc::default() }
 }
 
 /// A call as the carrier saw it.
@@ -126,6 +130,10 @@ impl Executor for Fake {
         }
     }
 
+    fn begin_by_others(&self, task: &Task) -> Option<ByOthers> {
+        Some(task.latest.clone().begin_by_others())
+    }
+
     async fn run_batch(&self, tasks: &[Task], timeout: Duration) -> Result<BatchResults<usize>, NotRun> {
         assert!(tasks.is_sorted_by_key(|task| task.rank), "not in the order of their ranks");
         if self.bring(tasks, true, timeout).await.is_err() {
@@ -133,6 +141,9 @@ impl Executor for Fake {
         }
         if tasks.iter().any(|task| task.fate == Fate::IsRefused) {
             return Err(NotRun::Refused);
+        }
+        if tasks.iter().any(|task| task.fate == Fate::Splits) {
+            return Err(NotRun::Split);
         }
         if self.too_late.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
             return Err(NotRun::TooLate);
@@ -406,6 +417,39 @@ async fn a_caller_that_is_gone_is_not_sent_again_after_a_call_that_left_it_out_o
         gone.abort();
         assert_eq!(stays.await.unwrap().0, ms(30), "{fate:?}");
         assert_eq!(bench.sent()[2..], [(ms(10), vec![1, 2]), (ms(20), vec![2])], "{fate:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn operations_whose_keys_no_server_has_all_of_go_alone_and_at_once_without_those_that_are_gone() {
+    let bench = Bench::new();
+    let _first = busy(&bench, [ms(10), ms(60_000)]).await;
+    let gone = bench.spawn(task(1), ms(1_000)).await;
+    let split = bench.spawn(Task { fate: Fate::Splits, ..task(2) }, ms(1_001)).await;
+    let other = bench.spawn(task(3), ms(1_002)).await;
+    sleep(ms(15)).await;
+    gone.abort();
+    assert_eq!((split.await.unwrap().0, other.await.unwrap().0), (ms(30), ms(30)));
+    assert_eq!(bench.sent()[2..], [(ms(10), vec![1, 2, 3]), (ms(20), vec![2]), (ms(20), vec![3])]);
+}
+
+/// It may be sent again after its caller has gone, and has undone what was sent until then.
+#[tokio::test(start_paused = true)]
+async fn what_a_send_loop_sends_alone_is_under_way_until_that_has_ended() {
+    for fate in [Fate::GoesAlone, Fate::Splits] {
+        let bench = Bench::new();
+        let _first = busy(&bench, [ms(10), ms(60_000)]).await;
+        let task = Task { fate, ..task(1) };
+        let latest = task.latest.clone();
+        let is_under_way = || latest.remaining(1).is_some();
+        let gone = bench.spawn(task, ms(1_000)).await;
+        let _other = bench.spawn(self::task(2), ms(1_000)).await;
+        sleep(ms(25)).await;
+        gone.abort();
+        sleep(ms(1)).await;
+        assert!(is_under_way(), "{fate:?}");
+        sleep(ms(5)).await;
+        assert!(!is_under_way(), "{fate:?}");
     }
 }
 
@@ -979,7 +1023,7 @@ async fn history(seed: u64, weather: Weather) {
         let fates = [Fate::Fails, Fate::GoesAlone, Fate::IsRefused];
         let fate = if rng.u8(..100) < trouble { *rng.choice(&fates).unwrap() } else { Fate::Done };
         let lasts = ms(rng.u64(0..longest));
-        let task = Task { id, lane: rng.u16(..lanes), rank: rng.usize(..4), fate, lasts };
+        let task = Task { id, lane: rng.u16(..lanes), rank: rng.usize(..4), fate, lasts, ..self::task(id) };
         let patience = ms(rng.u64(1..weather.patience));
         let arrives = bench.start + ms(rng.u64(..span));
         let leaves = (rng.u8(..100) < drops).then(|| arrives + ms(rng.u64(..60)));
@@ -1032,7 +1076,14 @@ async fn history(seed: u64, weather: Weather) {
                 }
             })
             .collect();
-        let task = |(n, &fate)| Task { id: first + n, lane: 0, rank: 1, fate, lasts: ms(rng.u64(0..longest)) };
+        let task = |(n, &fate)| Task {
+            id: first + n,
+            lane: 0,
+            rank: 1,
+            fate,
+            lasts: ms(rng.u64(0..longest)),
+            ..self::task(0)
+        };
         let run = bench.run_all(fates.iter().enumerate().map(task).collect(), ms(rng.u64(1..weather.patience)));
         let (arrives, leaves) = (bench.start + ms(rng.u64(..span)), ms(rng.u64(..400)));
         groups.spawn(async move {

@@ -6,7 +6,7 @@
 -- Reply 1  the token is a reader.  0  the key is gone.  -1  the key holds something else.  -3  others rely
 --       on the lock, or it has to stay taken for an earlier grant (grants.lua), and nothing has changed.
 --
--- The head of the line is notified, as it may be a reader.
+-- The head of the line is notified, as it may be a reader. Where there is no line, all who wait are.
 --
 -- Idempotent: a repeat finds its share. It works on a server that is out of memory (shares.lua).
 
@@ -43,5 +43,7 @@ write_share(holders_key, records_key, token, share)
 redis.call('SET', KEYS[1], marker, 'PX', string.format('%.0f', left))
 keep_until(now_ms + left, KEYS[1], holders_key, records_key)
 redis.pcall('DEL', record_key)
-notify_head(line_key, ARGV[5], ARGV[6])
+if not notify_head(line_key, ARGV[5], ARGV[6]) then
+    redis.pcall(ARGV[5], ARGV[6], '')
+end
 return 1

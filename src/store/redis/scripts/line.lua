@@ -65,12 +65,13 @@ local function head_of(line_key)
     end
 end
 
--- Notifies the process of the head of the line, if there is one. What the script has done until now stands, so a line
--- that can't be read is no error: the next heartbeat reports it.
+-- Notifies the process of the head of the line, and returns whether there is one. What the script has done until now
+-- stands, so a line that can't be read is no error: the next heartbeat reports it.
 local function notify_head(line_key, publish, channel)
     local looked, head = pcall(head_of, line_key)
     if looked and head then
         redis.pcall(publish, channel, head)
+        return true
     end
 end
 
