@@ -233,7 +233,7 @@ pub(crate) struct BreakOptions {
 #[derive(Debug, ClapArgs)]
 pub(crate) struct DoctorOptions {
     /// The URL of the server, as for --url, which it replaces; several for a quorum
-    #[arg(value_name = "URL")]
+    #[arg(value_name = "URL", value_delimiter = ',')]
     pub(crate) urls: Vec<String>,
 
     #[command(flatten)]
@@ -269,7 +269,8 @@ the server frees the lock. If the server replies that the lock is gone or taken,
 lost its memory, the group gets SIGTERM at once, and SIGKILL after the grace period or when the lock would have ended, \
 whichever is earlier.
 
-What leaves its process group, such as a daemon that calls setsid, is not ended. Nor is what runs as another user, \
+What leaves its process group is not ended: a daemon that calls setsid, what `timeout` runs (without its option \
+--foreground), the jobs of a shell with job control. Nor is what runs as another user, \
 under sudo for example, as the system lets nobody else end it (EPERM). `tenure run` says so, and leaves the lock to \
 its ttl. What the command has sent to other systems can't be called back: have them check the fencing token.";
 

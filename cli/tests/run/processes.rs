@@ -256,9 +256,9 @@ fn a_watcher_that_dies_is_replaced_at_once_and_not_at_the_next_renewal() {
     eventually(|| is_gone(child).then_some(()));
 }
 
-/// Runs tenure where this shell command has changed /proc, which tenure finds its own program in. Returns the error, or
-/// `None` where that can't be done.
-fn failure_with_other_proc(server: &Server, change: &str) -> Option<String> {
+/// Starts tenure where this shell command has changed /proc, which tenure finds its own program in. Returns `None` where
+/// that can't be done.
+fn start_with_other_proc(server: &Server, change: &str) -> Option<Running> {
     let change = format!("mount -t tmpfs none /proc && {change} && exec \"$@\"");
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", &change, "sh"]);
@@ -270,7 +270,17 @@ fn failure_with_other_proc(server: &Server, change: &str) -> Option<String> {
     }
     command.args([TENURE, "--json", "run", "job", "--ttl", "1s", "--", "sh", "-c", "echo > began"]);
     command.env("TENURE_URL", server.url()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let running = Running::spawn(&mut command, tempfile::tempdir().unwrap());
+    Some(Running::spawn(&mut command, tempfile::tempdir().unwrap()))
+}
+
+/// Returns the shell command that makes a shell script the program that tenure starts as its watcher.
+fn watcher_is(script: &str) -> String {
+    format!("mkdir /proc/self && printf '#!/bin/sh\\n{script}\\n' > /proc/self/exe && chmod 755 /proc/self/exe")
+}
+
+/// Returns the error of a tenure that is started so.
+fn failure_with_other_proc(server: &Server, change: &str) -> Option<String> {
+    let running = start_with_other_proc(server, change)?;
     let began = running.path("began");
     let failed = running.event("failed");
     assert_eq!(running.ended().0, 69);
@@ -291,15 +301,24 @@ fn no_command_runs_before_its_watcher_is_ready_or_after_a_loss() {
     let loses = format!("redis-cli -p {} DEL job >/dev/null; sleep 0.7; printf w; exec cat", server.port());
     for (watcher, expected) in [("exit 0", "it has ended"), ("exec sleep 1000", "not ready"), (loses.as_str(), "lost")]
     {
-        let change = format!(
-            "mkdir /proc/self && printf '#!/bin/sh\\n{watcher}\\n' > /proc/self/exe && chmod 755 /proc/self/exe"
-        );
-        let Some(error) = failure_with_other_proc(&server, &change) else { return };
+        let Some(error) = failure_with_other_proc(&server, &watcher_is(watcher)) else { return };
         eprintln!("{watcher}: {error}");
         // On a busy machine, the last one may take too long as well.
         let is_late = expected == "lost" && error.contains("not ready");
         assert!(error.contains(expected) || is_late, "{watcher}: {error}");
     }
+}
+
+#[test]
+fn a_signal_that_comes_while_the_watcher_is_started_keeps_the_command_from_starting() {
+    let server = Server::start();
+    let called_off = watcher_is("kill -TERM $PPID; sleep 0.3; printf w; exec cat");
+    let Some(running) = start_with_other_proc(&server, &called_off) else { return };
+    let began = running.path("began");
+    let ended = running.event("ended");
+    assert_eq!(ended["reason"], "interrupted");
+    assert_eq!(running.ended().0, 143);
+    assert!(!began.exists() && is_free(&server, "job"));
 }
 
 /// The inner one is killed when the outer's grace period is over. Its own one is longer, and doesn't count then.
