@@ -476,8 +476,13 @@ impl Store for QuorumStore {
     fn find_keys<'a>(&'a self, prefix: &'a [u8], timeout: Duration) -> Answer<'a, BTreeSet<Key>> {
         Box::pin(async move {
             let (mut tally, mut all) = (Tally::new(&self.quorum), BTreeSet::new());
-            for (place, member) in self.quorum.members.iter().enumerate() {
-                match member.node.find_keys(prefix, timeout).await {
+            let prefix: Arc<[u8]> = prefix.into();
+            let mut answers = self.quorum.ask(timeout, |node| {
+                let prefix = prefix.clone();
+                Box::pin(async move { node.find_keys(&prefix, timeout).await })
+            })?;
+            while let Some((place, answer)) = answers.next().await {
+                match answer {
                     Ok(keys) => {
                         all.extend(keys);
                         tally.yes();

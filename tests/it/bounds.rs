@@ -45,8 +45,8 @@ async fn a_released_key_is_left_to_nobody_and_excludes_other_libraries() {
     // Longer than the ttl.
     for least in [ms(20_000), ms(90_000)] {
         for explicit in [true, false] {
-            let guard = locker.lock("k").hold_at_least(least).await.unwrap();
             let until = Instant::now() + least;
+            let guard = locker.lock("k").hold_at_least(least).await.unwrap();
             assert!(ttl_of(&server, "k") <= 30_000, "if the process died, the key would end with its ttl");
             match explicit {
                 true => guard.release().await.unwrap(),
@@ -106,8 +106,8 @@ async fn a_release_whose_reply_was_lost_is_a_release_and_prolongs_nothing() {
     locker.lock("warm").hold_at_least(ms(1)).await.unwrap().release().await.unwrap();
     for request in requests {
         for explicit in [true, false] {
-            let guard = soon(request().hold_at_least(ms(60_000))).await.unwrap();
             let until = Instant::now() + ms(60_000);
+            let guard = soon(request().hold_at_least(ms(60_000))).await.unwrap();
             sleep(ms(500)).await;
             let lost = proxy.lost();
             proxy.set(Mode::LoseNext);
@@ -152,8 +152,8 @@ async fn of_several_guards_of_one_token_the_last_leaves_the_key_to_nobody() {
     let server = Server::start();
     let locker = Locker::connect(&server.url()).await.unwrap();
     let request = || locker.lock("k").token("shared".parse().unwrap());
-    let guard = request().hold_at_least(ms(60_000)).await.unwrap();
     let until = Instant::now() + ms(60_000);
+    let guard = request().hold_at_least(ms(60_000)).await.unwrap();
     let other = request().await.unwrap();
     drop(guard);
     let noted = async || server.cli(&["GET", "{k}:grants"]).contains(",h=").then_some(());

@@ -228,10 +228,11 @@ fn refusal(votes: &[Option<Result<VoteReply, Error>>], is_split: bool, is_late: 
         Some(Ok(_)) => true,
         None => !is_split || !is_late,
     };
-    let places = |is_one: &dyn Fn(&Option<Result<VoteReply, Error>>) -> bool| {
-        votes.iter().enumerate().filter(|(_, vote)| is_one(vote)).map(|(place, _)| place).collect()
-    };
-    Refusal { by: places(&|vote| held_place(vote).is_some()), ignored: places(&|vote| is_one_key && is_ignored(vote)) }
+    let (places, is_refused) = (votes.iter().enumerate(), |vote| held_place(vote).is_some());
+    Refusal {
+        by: places.clone().filter(|(_, vote)| is_refused(vote)).map(|(place, _)| place).collect(),
+        ignored: places.filter(|(_, vote)| is_one_key && is_ignored(vote)).map(|(place, _)| place).collect(),
+    }
 }
 
 /// Returns the index of the key that another holds.

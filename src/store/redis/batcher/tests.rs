@@ -1023,7 +1023,7 @@ async fn history(seed: u64, weather: Weather) {
         let fates = [Fate::Fails, Fate::GoesAlone, Fate::IsRefused];
         let fate = if rng.u8(..100) < trouble { *rng.choice(&fates).unwrap() } else { Fate::Done };
         let lasts = ms(rng.u64(0..longest));
-        let task = Task { id, lane: rng.u16(..lanes), rank: rng.usize(..4), fate, lasts, ..self::task(id) };
+        let task = Task { id, lane: rng.u16(..lanes), rank: rng.usize(..4), fate, lasts, ..task(id) };
         let patience = ms(rng.u64(1..weather.patience));
         let arrives = bench.start + ms(rng.u64(..span));
         let leaves = (rng.u8(..100) < drops).then(|| arrives + ms(rng.u64(..60)));
@@ -1076,15 +1076,9 @@ async fn history(seed: u64, weather: Weather) {
                 }
             })
             .collect();
-        let task = |(n, &fate)| Task {
-            id: first + n,
-            lane: 0,
-            rank: 1,
-            fate,
-            lasts: ms(rng.u64(0..longest)),
-            ..self::task(0)
-        };
-        let run = bench.run_all(fates.iter().enumerate().map(task).collect(), ms(rng.u64(1..weather.patience)));
+        let of_group =
+            |(n, &fate)| Task { id: first + n, lane: 0, rank: 1, fate, lasts: ms(rng.u64(0..longest)), ..task(0) };
+        let run = bench.run_all(fates.iter().enumerate().map(of_group).collect(), ms(rng.u64(1..weather.patience)));
         let (arrives, leaves) = (bench.start + ms(rng.u64(..span)), ms(rng.u64(..400)));
         groups.spawn(async move {
             sleep_until(arrives).await;
