@@ -33,7 +33,8 @@ impl Shared {
     pub(crate) async fn renew(&self, hold: &Hold, renewing: Renewing) -> Result<Verdict, Error> {
         let deadline = hold.deadline();
         let timeout = timing::renewal_timeout(self.command_timeout, renewing.sent, deadline);
-        let call = self.store.renew(&hold.owned, renewing.ttl, renewing.how(), timeout);
+        let owned = hold.owned_by_all();
+        let call = self.store.renew(&owned, renewing.ttl, renewing.how(), timeout);
         // The store keeps to its timeout; if it does not, the deadline still holds.
         let reply = timeout_at(deadline, call).await.unwrap_or_else(|_| Err(Error::timeout()));
         if reply.as_ref().is_err_and(Error::has_not_run) {
@@ -135,7 +136,8 @@ impl Renewer {
     pub(super) fn due_renewal(&self, now: Instant) -> Option<DueRenewal> {
         let Self { hold, shared } = self;
         let is_alike = hold.owned.keys.len() == 1 && !hold.owned.mode.is_shared();
-        if !shared.store.capabilities().renews_batches || !is_alike {
+        // Where others may use the token, the renewal has to look who relies on the key.
+        if !shared.store.capabilities().renews_batches || !is_alike || hold.may_share_token() {
             return None;
         }
         // The time for two calls, so that another try fits in before the deadline.

@@ -17,12 +17,17 @@ impl Hold {
         &self.owned.token
     }
 
-    /// Returns the owner for an explicit release. A token that was read may be another guard's as well.
+    /// Returns the owner for an explicit release or a renewal. A token that was read may be another guard's as well.
     pub(crate) fn owned_by_all(&self) -> Cow<'_, Owned> {
-        match self.owned.own_token && self.is_token_known.load(Ordering::Relaxed) {
+        match self.may_share_token() {
             true => Cow::Owned(Owned { own_token: false, ..self.owned.clone() }),
             false => Cow::Borrowed(&self.owned),
         }
+    }
+
+    /// Returns whether the token was made for this hold, and was read by a user since.
+    pub(crate) fn may_share_token(&self) -> bool {
+        self.owned.own_token && self.is_token_known.load(Ordering::Relaxed)
     }
 
     /// Returns whether a waiter could take the lock over, whoever it is. [`take_over`](Self::take_over) knows the rest.

@@ -72,6 +72,8 @@ pub(crate) struct RedisStore {
     subscriber: Subscriber,
     /// How long the last fencing token of a key is remembered, at least.
     fence_ttl: Duration,
+    /// It is a node of a quorum.
+    is_node: bool,
 }
 
 /// How long the last fencing token of a key is remembered unless that is set.
@@ -131,7 +133,15 @@ impl RedisStore {
         let process = format!("{:016x}", fastrand::u64(..));
         let subscriber = Subscriber::of(&connection, process.clone());
         let batcher = Batcher::new(Server::new(connection, min_replicas));
-        Self { prefix, process, without_line: AtomicBool::new(false), batcher, subscriber, fence_ttl: FENCE_TTL }
+        Self {
+            prefix,
+            process,
+            without_line: AtomicBool::new(false),
+            batcher,
+            subscriber,
+            fence_ttl: FENCE_TTL,
+            is_node: false,
+        }
     }
 
     /// Sets for how long the last fencing token of a key is remembered, at least.

@@ -35,8 +35,9 @@ pub(super) enum What {
     /// Extends the ttl to at least this.
     Renew {
         ttl: i64,
-        /// The name of the record of grants: the key may be there for another grant of the token only.
-        record: Bytes,
+        /// On a node of a quorum, the name of the record of grants: the key may be there for another grant of the token
+        /// only. The renewals of one store have all a record, or none.
+        record: Option<Bytes>,
     },
     Acquire {
         /// What the key holds while the lock is held.
@@ -69,7 +70,13 @@ impl Operation {
         match &self.what {
             What::Release { publish } => Call::new([key].into_iter(), release(publish)),
             What::EndGrant { publish, record } => Call::new([key, record.clone()].into_iter(), release(publish)),
-            What::Renew { ttl, record } => Call::new([key, record.clone()].into_iter(), [token(), decimal(*ttl)]),
+            What::Renew { ttl, record } => {
+                let args = [token(), decimal(*ttl)];
+                match record.clone() {
+                    None => Call::new([key].into_iter(), args),
+                    Some(record) => Call::new([key, record].into_iter(), args),
+                }
+            }
             What::Acquire { value, ttl, fence: None, .. } => {
                 Call::new([key].into_iter(), [value.clone(), decimal(*ttl)])
             }
@@ -102,11 +109,11 @@ impl Operation {
                 let keys = [key, names::line_of(&self.name), record.clone()];
                 Call::new(keys.into_iter(), args.into_iter().chain(channels([&self.name])))
             }
-            What::Renew { ttl, record } => {
+            What::Renew { ttl, record: Some(record) } => {
                 let how = ["1", LEAST, NO_ID, "0", "", "0"].map(Bytes::from);
                 Call::new([key, record.clone()].into_iter(), [token(), decimal(*ttl)].into_iter().chain(how))
             }
-            What::Release { .. } => self.call(),
+            What::Release { .. } | What::Renew { record: None, .. } => self.call(),
         }
     }
 
@@ -183,7 +190,7 @@ pub(super) fn batch_call(operations: &[Box<Operation>]) -> Call {
     // In the order of the ranks, as all is: the records, then the fences.
     let others = operations.iter().filter_map(|operation| match &operation.what {
         What::EndGrant { record: name, .. }
-        | What::Renew { record: name, .. }
+        | What::Renew { record: Some(name), .. }
         | What::Acquire { fence: Some((name, _)), .. } => Some(name),
         _ => None,
     });

@@ -24,11 +24,29 @@ impl RedisStore {
         timeout: Duration,
     ) -> Result<Verdict, Error> {
         let (how, timeout) = (how.of(owned), within(timeout, ttl, self.server().min_replicas));
-        if let ([key], Extending::AtLeast) = (&*owned.keys, how) {
-            return self.run_owned(key, &owned.token, self.renewal(key, ttl), timeout).await;
+        // What is ensured may rely on any grant of the token. A guard relies on its own; where others may use its token,
+        // the record tells whether the key is there for that. It is not looked at without need: in a half moved slot, a
+        // node decides on one key, and not on a key and a record that there may not be.
+        let is_by_token = match how {
+            Extending::Ensure => !self.is_node,
+            _ => owned.own_token,
+        };
+        match (&*owned.keys, how) {
+            ([key], Extending::AtLeast) if is_by_token || self.is_node => {
+                return self.run_owned(key, &owned.token, self.renewal(key, ttl), timeout).await;
+            }
+            ([key], Extending::Ensure) if is_by_token => {
+                return self.run_owned(key, &owned.token, self.renewal(key, ttl), timeout).await;
+            }
+            _ => {}
         }
-        let script = &self.server().scripts.renew_grant;
-        let call = self.renewal_of_grant(owned, ttl, how, Duration::ZERO);
+        let (script, call) = match how.name() {
+            None if is_by_token && !self.is_node => {
+                let args = [owned.token.to_bytes(), decimal(millis(ttl))];
+                (&self.server().scripts.renew, Call::new(self.names(owned), args))
+            }
+            _ => (&self.server().scripts.renew_grant, self.renewal_of_grant(owned, ttl, how, Duration::ZERO)),
+        };
         let (until, writing) = self.server().writing(timeout);
         let reply = match self.server().run(script, || call.clone(), |_| {}, timeout).await {
             Err(error) if error.is_redirection() && owned.keys.len() > 1 => {
@@ -45,7 +63,7 @@ impl RedisStore {
 
     /// Returns the renewal of a grant without an id to at least this ttl.
     fn renewal(&self, key: &Key, ttl: Duration) -> What {
-        What::Renew { ttl: millis(ttl), record: names::grants_of(&self.name(key)) }
+        What::Renew { ttl: millis(ttl), record: self.is_node.then(|| names::grants_of(&self.name(key))) }
     }
 
     /// Returns the call of `renew_grant.lua`. The window is that of a quorum's node, or zero.

@@ -25,7 +25,8 @@ impl RedisStore {
         command_timeout: Duration,
     ) -> Result<Self, Error> {
         let without = WithoutConnection::CallsFail;
-        Ok(Self::on(driver::open_lazily(driver, target, command_timeout, without)?, prefix, 0))
+        let store = Self::on(driver::open_lazily(driver, target, command_timeout, without)?, prefix, 0);
+        Ok(Self { is_node: true, ..store })
     }
 
     /// Waits until it is connected.

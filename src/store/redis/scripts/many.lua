@@ -1,8 +1,9 @@
--- Runs a batch of operations, each on a key of its own: does what release.lua, renew_one.lua and acquire.lua do for one.
+-- Runs a batch of operations, each on a key of its own: does what release.lua, renew.lua and acquire.lua do for one.
 --
 -- KEYS  the lock keys: of the releases, the releases in the background, the renewals, the acquires with a fencing
---       token, the acquires without; then the records of grants of the releases in the background and of the renewals,
---       and the fence keys of the acquires with a fencing token.
+--       token, the acquires without; then the records of grants of the releases in the background, and the fence keys
+--       of the acquires with a fencing token. On a node of a quorum, the records of the renewals come before the fence
+--       keys.
 -- ARGV  how many of each kind, in this order; the ttl of fence keys in ms; 'PUBLISH' or 'SPUBLISH', as in release.lua;
 --       the ttl of all renewals in ms, or '' if each has its own; then for each
 --       release: token.  renewal: token, and the ttl if each has its own; the key lives for at least this.
@@ -16,8 +17,8 @@
 --       acquire: granted, with the server time in us as its fencing token, or without one (as usual); granted with
 --       another fencing token: that. Held by another: -1 without a ttl, -2 - ttl in ms with one.
 --       'ALONE': an acquire that finds something that is no lock, or no fencing token; a release of a lock that others
---       wait for, or in the background one that other grants may rely on; a renewal of such a lock. Nothing has
---       changed, and the script for one key has to decide.
+--       wait for, or in the background one that other grants may rely on; on a node of a quorum, also a renewal of such
+--       a lock. Nothing has changed, and the script for one key has to decide.
 --
 -- Idempotent, as each operation is. An operation that fails affects no other: commands that may be refused are called
 -- by pcall, so the script never ends in an error after it has begun to write. Releases come first, so that an acquire
@@ -27,7 +28,8 @@ local n_end, n_renew, n_fenced, n_plain = tonumber(ARGV[2]), tonumber(ARGV[3]), 
 local n_explicit = tonumber(ARGV[1])
 local n_release = n_explicit + n_end
 local n_locks = n_release + n_renew + n_fenced + n_plain
-local n_records = n_end + n_renew
+-- Of the releases in the background, and on a node of a quorum of the renewals.
+local n_records = #KEYS - n_locks - n_fenced
 local fence_ttl = ARGV[6]
 local publish = ARGV[7]
 local renewed_ttl = ARGV[8]
@@ -145,7 +147,7 @@ if n_renew > 0 then
         if was[key] then
             value = held[key]
         end
-        local record = values[n_locks + n_end + i - n_release]
+        local record = n_records > n_end and values[n_locks + n_end + i - n_release]
         if not value then
             reply[i] = absent(key)
         elseif not is_owner(token, value) then

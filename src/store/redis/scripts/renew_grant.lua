@@ -9,16 +9,14 @@
 --                  grant wants them to stay taken.
 --       'claim'    they live for at least the ttl, and the grant replaces the earlier one.
 --       'keep'     they live for at least the ttl. The records are extended too, and note that ttl.
---       'least'    they live for at least the ttl. Only for `-`.
+--       'least'    they live for at least the ttl. Only for `-`, where others may use the token.
 --       'ensure'   the same for any grant of the token.
 --       'return'   the keys do not change. The grant ends, and the earlier one replaces it if there is no other.
--- Reply 1  extended.  0  a key is gone, or is there for others that rely on it and not for this grant.
---       -1  a key holds something else.
+-- Reply as in renew.lua, where a key counts as gone if others rely on it and not this grant.
 --       -1 - s  the server was restarted lately: nothing has changed, and its replies don't count for s more seconds.
 --       What it holds may be from an old dump, and it may have forgotten what came later.
 --
--- Idempotent: a repeat extends again. One that comes after a release changes nothing. It extends keys by PEXPIRE and
--- never SET, so it can't bring one back.
+-- Idempotent, as renew.lua is.
 
 local token, ttl, n, how, grant = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 local record_ttl, earlier = ARGV[6], ARGV[7]

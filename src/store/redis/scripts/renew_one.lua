@@ -1,16 +1,19 @@
--- Extends the ttl of one key, if it holds the token: does what renew_grant.lua does, for the most common case.
+-- Extends the ttl of one key, if it holds the token: does what renew.lua does, for the most common case.
 --
--- KEYS  the lock key, its record of grants.
+-- KEYS  the lock key; on a node of a quorum, its record of grants.
 -- ARGV  token, ttl in ms: it lives for at least this.
 -- Reply 1  extended.  3  others rely on the lock, and maybe not this grant: nothing has changed, and renew_grant.lua
---       has to decide. Or as in ours_one.lua, which comes before.
+-- has
+--       to decide. Or as in ours_one.lua, which comes before.
 --
 -- Idempotent: a repeat extends again. One that comes after a release changes nothing. It uses PEXPIRE and never SET, so
 -- it works on a server that is out of memory, and can't bring back a key.
 
-local record = redis.pcall('GET', KEYS[2])
-if record and (record.err or string.sub(record, 1, #token + 1) == token .. '\n') then
-    return mark * 4 + 3
+if KEYS[2] then
+    local record = redis.pcall('GET', KEYS[2])
+    if record and (record.err or string.sub(record, 1, #token + 1) == token .. '\n') then
+        return mark * 4 + 3
+    end
 end
 -- As in extend.lua.
 local done = redis.pcall('PTTL', KEYS[1])
