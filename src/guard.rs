@@ -119,7 +119,7 @@ impl LockGuard {
     /// Returns the token that the server stores at the key: the secret of this holder.
     ///
     /// A guard whose token was read is not [handed over](crate::LockerBuilder::local_hand_over) within the process, as
-    /// its token could be used elsewhere. Its release is a call of its own.
+    /// its token could be used elsewhere. Its release and its renewals are calls of their own.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]

@@ -182,6 +182,11 @@ impl LockRequest {
     /// unless the outcome of its first call is unknown ([details](LockGuard::release)). A holder that died counts until
     /// its own ttl has passed: if its token is used again before that, the key stays for that long after a drop.
     ///
+    /// To use the token of a guard once more, ask the guard for it ([`LockGuard::token`]). A guard whose token nobody has
+    /// asked it for takes the key for its own while that holds the token. If its lock is ended, and obtained again by a
+    /// token that was read from the server ([`Locker::inspect`]), it learns of that when the other guard has gone, and
+    /// may be late by the time between two renewals.
+    ///
     /// The guards of a [reader](Locker::read), or of a [permit](Locker::permit), have a share of the key each. If the
     /// server no longer has the share of a guard that is released explicitly, the release ends the other shares of the
     /// token all the same, and returns [`Error::NotHeld`] with

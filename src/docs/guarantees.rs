@@ -33,6 +33,7 @@
 //! | An attempt that failed, or was dropped, leaves no lock behind, however late the server runs it. | the locker lives, or was [closed](crate::Locker::close); otherwise the ttl frees the key | `it late::an_attempt_that_failed_and_comes_late_leaves_nothing_however_late`, `it cancellation::an_attempt_that_the_server_runs_after_it_was_dropped_is_undone` |
 //! | Any future may be dropped at any time. | | `many ten_thousand_requests_dropped_at_random_points_leave_no_key_and_no_task` |
 //! | A guard that is dropped or expires ends its own grant, not what its token has obtained since. | | `it ownership::a_dropped_guard_does_not_end_what_its_token_obtains_next`, `it ownership::a_guard_that_expires_does_not_end_what_its_token_obtained_later` |
+//! | A guard is renewed by no key that is there for another guard of its token alone. | its token was [chosen](crate::LockRequest::token), or read from [the guard](crate::LockGuard::token) | `it ownership::a_guard_whose_token_was_used_again_is_renewed_by_no_key_that_is_there_for_the_other_alone` |
 //! | The output of work under [`protect`](crate::LockGuard::protect) is returned only if the lock was held to its end. | | `lib simulation::work_that_becomes_ready_with_the_loss_has_lost` |
 //! | Fencing tokens grow from holder to holder. | what the backend says below | `lib simulation::no_history_has_two_holders_at_once_or_fencing_tokens_that_fall` |
 //! | The waiters of one process are served in the order in which they came. | they poll their futures | `it waiting::who_waits_in_one_process_is_served_in_order` |
