@@ -15,9 +15,7 @@ mod terminal;
 pub(crate) mod watcher;
 mod watchers;
 
-use std::future::ready;
 use std::io::ErrorKind;
-use std::pin::pin;
 use std::process::ExitStatus;
 use std::time::Duration;
 
@@ -137,34 +135,15 @@ fn described(options: &RunOptions) -> String {
 
 /// Runs the command for as long as the lock is held, and releases the lock when all of its group is gone.
 async fn hold(guard: LockGuard, options: &RunOptions, plan: Plan, signals: &mut Signals, output: &Output) -> Exit {
-    let mut signal = None;
-    let watchers = {
-        let mut starting = pin!(Watchers::start());
-        loop {
-            select! {
-                biased;
-                deadly = signals.next_deadly(), if signal.is_none() => signal = Some(deadly),
-                started = &mut starting => break started,
-            }
-        }
-    };
-    let watchers = match watchers {
+    let watchers = match Watchers::start().await {
         Ok(watchers) => watchers,
         Err(error) => {
             drop(guard.release().await);
             return output.fail(Exit::Unavailable, &format_args!("could not start the watcher: {error}"));
         }
     };
-    let signal = match signal {
-        Some(signal) => Some(signal),
-        // One that came with the lock, or a moment ago.
-        None => select! {
-            biased;
-            signal = signals.next_deadly() => Some(signal),
-            () = ready(()) => None,
-        },
-    };
-    if let Some(signal) = signal {
+    // Also one that came with the lock, or while the watcher was started.
+    if let Some(signal) = signals.deadly_by_now().await {
         watchers.done();
         drop(guard.release().await);
         return interrupted(signal, output);

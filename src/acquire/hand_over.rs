@@ -39,8 +39,7 @@ impl Shared {
                     spare_tokens: next.tokens.saturating_sub(1),
                     ..Grant::new(sent, wanted.ttl, fencing_token)
                 };
-                if hand_over.granted(grant, alone) {
-                } else {
+                if !hand_over.granted(grant, alone) {
                     self.undo_hand_over(wanted, &runtime);
                 }
                 Ok(Some(Verdict::Done))

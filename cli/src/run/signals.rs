@@ -63,6 +63,16 @@ impl Signals {
             }
         }
     }
+
+    /// Returns such a signal if one has come already, and leaves all others to be received.
+    pub(super) async fn deadly_by_now(&mut self) -> Option<Signal> {
+        let mut deadly = self.passed_on.iter_mut().filter(|(signal, _)| is_deadly(*signal));
+        poll_fn(|context| {
+            let come = deadly.find_map(|(signal, received)| received.poll_recv(context).is_ready().then_some(*signal));
+            Poll::Ready(come)
+        })
+        .await
+    }
 }
 
 /// Returns the set of signals that are ignored, as far as the system tells.

@@ -939,7 +939,7 @@ async fn a_downgrade_is_caught_up_with_on_nodes_that_had_no_connection() {
         move |place| if place == 2 && is_away.load(Ordering::Relaxed) { Fault::NotSent } else { Fault::None }
     });
     let guard = locker.lock("k").ttl(ms(60_000)).no_renewal().await.unwrap();
-    // The slowest node is asked last.
+    // The request doesn't wait for the last vote.
     sleep(ms(10)).await;
     is_away.store(true, Ordering::Relaxed);
     let reader = guard.downgrade().await.unwrap();

@@ -32,10 +32,9 @@ impl RedisStore {
             _ => owned.own_token,
         };
         match (&*owned.keys, how) {
-            ([key], Extending::AtLeast) if is_by_token || self.is_node => {
-                return self.run_owned(key, &owned.token, self.renewal(key, ttl), timeout).await;
-            }
-            ([key], Extending::Ensure) if is_by_token => {
+            ([key], Extending::AtLeast | Extending::Ensure)
+                if is_by_token || self.is_node && how == Extending::AtLeast =>
+            {
                 return self.run_owned(key, &owned.token, self.renewal(key, ttl), timeout).await;
             }
             _ => {}
